@@ -1,0 +1,826 @@
+"""Pack a finished run into the artifact that is submitted, and prove that the artifact scores what the run scored.
+
+    python pack_artifact.py pack logs/demo_seed1337                     one self-extracting file, RUN_DIR/artifact.pyz
+    python pack_artifact.py pack logs/demo_seed1337 --format split      train_gpt.py (text, base85) + model.bin
+    python pack_artifact.py verify logs/demo_seed1337/artifact.pyz --run logs/demo_seed1337 --data data/sample
+    python pack_artifact.py inspect logs/demo_seed1337/artifact.pyz     what is in it, without running it
+
+The one-file form runs by `python FILE` and by `torchrun FILE`. Its layout, from the first byte to the last:
+
+    magic line    a source encoding that does not exist. Python runs a file that ends in a zip directory as a program;
+                  a truncated file has lost the directory, is read as text, and stops at this line, which says why.
+    container     sha256 of all that follows | codec (1 byte) | sizes of code, tokenizer, weights (u32 LE)
+                  | code = compressed (preset name, record.env, minified train_gpt.py, parted by NUL)
+                  | tokenizer (compressed; empty when it does not travel) | weights, as they are in model.bin
+    zip tail      one deflated member, __main__.py: the bootstrap below
+
+The bootstrap checks the hash, writes the parts as real files (Triton refuses kernels whose source is not in a file) to
+a folder of the user's cache that is named by the hash, each by rename so that eight ranks may do so at once, and
+replaces its own process by `python train_gpt.py` with STAGES=eval unless the environment says otherwise.
+
+Sections: 1 minify, 2 sections of the source, 3 codecs, 4 container, 5 bootstrap, 6 pack, 7 verify, 8 command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import brotli
+import python_minifier
+
+CAP_BYTES = 16_000_000
+MAGIC = b"#coding:error-artifact-truncated\n"
+HEADER = struct.Struct("<32sB3I")
+BROTLI_CODEC = 255
+SPLIT_SOURCE, SPLIT_MODEL = "train_gpt.py", "model.bin"
+
+
+class UserError(ValueError):
+    """A wrong input: printed as one line `error: ...`, exit code 2."""
+
+
+# +---------------------------------------------------------------------------------------------------------------+
+# | 1 MINIFY                                                                                                      |
+# +---------------------------------------------------------------------------------------------------------------+
+
+# A decorator outside this list may read the annotations: triton.jit (tl.constexpr), torch.library.custom_op (schema),
+# functools.singledispatch. Their functions keep them.
+BLIND_DECORATORS = frozenset(
+    "staticmethod classmethod property cached_property cache lru_cache contextmanager abstractmethod wraps "
+    "no_grad inference_mode disable compile once_differentiable custom_fwd custom_bwd".split()
+)
+# Calls of these names take functions whose annotations matter, without decorating them.
+READING_CALLS = ("jit", "custom_op", "triton_op", "get_type_hints", "signature", "singledispatch", "script")
+
+
+def decorator_name(node: ast.expr) -> str:
+    """Last name of a decorator or callee: `torch.no_grad()` -> `no_grad`."""
+    while isinstance(node, ast.Call):
+        node = node.func
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+class AnnotationStripper(ast.NodeTransformer):
+    """Drops annotations of functions that nobody reads at run time; class bodies (dataclass fields) keep theirs."""
+
+    def __init__(self, keep: frozenset[str]) -> None:
+        self.keep = keep
+        self.in_function = False
+
+    def strip(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
+        """Clear one signature and go on into the body; a function that is read is left whole."""
+        if node.name in self.keep or any(decorator_name(d) not in BLIND_DECORATORS for d in node.decorator_list):
+            return node
+        arguments = node.args
+        for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]:
+            argument.annotation = None
+        for argument in (arguments.vararg, arguments.kwarg):
+            if argument is not None:
+                argument.annotation = None
+        node.returns = None
+        outer, self.in_function = self.in_function, True
+        self.generic_visit(node)
+        self.in_function = outer
+        return node
+
+    visit_FunctionDef = strip
+    visit_AsyncFunctionDef = strip
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        """Methods are stripped, fields are not."""
+        outer, self.in_function = self.in_function, False
+        self.generic_visit(node)
+        self.in_function = outer
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        """`x: int = 1` inside a function becomes `x = 1`; a bare declaration (it makes the name local) stays."""
+        self.generic_visit(node)
+        if not self.in_function or node.value is None:
+            return node
+        return ast.copy_location(ast.Assign(targets=[node.target], value=node.value), node)
+
+
+def parse_source(text: str, name: str) -> ast.Module:
+    """Parse, or say in one line where the source is broken (UserError)."""
+    try:
+        return ast.parse(text, name)
+    except (SyntaxError, ValueError) as error:
+        where = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise UserError(f"{name}{where} does not parse: {getattr(error, 'msg', error)}") from error
+
+
+def functions_with_readers(tree: ast.Module) -> frozenset[str]:
+    """Names that are handed to a call which may read their annotations, such as `triton.jit(kernel)`."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and any(word in decorator_name(node.func) for word in READING_CALLS):
+            names.update(a.id for a in ast.walk(node) if isinstance(a, ast.Name))
+    return frozenset(names)
+
+
+def pin_docstring(tree: ast.Module) -> ast.Module:
+    """Turn a module docstring that the program itself reads (`__doc__`, for --help) into an assignment, which stays."""
+    read = any(isinstance(node, ast.Name) and node.id == "__doc__" for node in ast.walk(tree))
+    if read and ast.get_docstring(tree, clean=False) is not None:
+        future = [i for i, n in enumerate(tree.body) if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
+        docstring = tree.body[0].value
+        after = max(future, default=0) + 1
+        tree.body.insert(after, ast.Assign(targets=[ast.Name("__doc__", ast.Store())], value=docstring))
+    return tree
+
+
+def minify(text: str, name: str = "source") -> str:
+    """Smaller source of the same behaviour.
+
+    Argument names, global names, class annotations and asserts stay. Literals are not hoisted to globals, because a
+    Triton kernel may not read a global that is not a constexpr. Raises UserError when `text` does not parse.
+    """
+    tree = pin_docstring(parse_source(text, name))
+    tree = ast.fix_missing_locations(AnnotationStripper(functions_with_readers(tree)).visit(tree))
+    small = python_minifier.minify(
+        python_minifier.unparse(tree), remove_annotations=False, remove_literal_statements=True, hoist_literals=False,
+        rename_locals=True, rename_globals=False, remove_asserts=False,
+    )
+    parse_source(small, f"minified {name}")
+    return small
+
+
+# +---------------------------------------------------------------------------------------------------------------+
+# | 2 SECTIONS OF THE SOURCE                                                                                      |
+# +---------------------------------------------------------------------------------------------------------------+
+
+BANNER = re.compile(r"^# \+-+\+\n# \| *(?P<title>[^\n]*?) *\|\n# \+-+\+$", re.MULTILINE)
+MARKER = re.compile(r"^__section__\((\d+)\);?\n?", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One boxed section: its title, its text in the source, its text after minification."""
+
+    title: str
+    raw: str
+    minified: str
+
+
+def banner_starts(text: str, tree: ast.Module) -> list[re.Match[str]]:
+    """Banners that stand between top-level statements (one inside a string or a class is not a section)."""
+    inside = {line for node in tree.body for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    return [m for m in BANNER.finditer(text) if text.count("\n", 0, m.start()) + 1 not in inside]
+
+
+def minify_sections(text: str, name: str = "source") -> list[Section]:
+    """Minify the whole source once and cut the result at its banners; joined, the parts are the minified source.
+
+    A marker statement at each banner survives minification and is cut out afterwards, so the bytes of a section are
+    what the section really costs and not an estimate.
+    """
+    banners = banner_starts(text, parse_source(text, name))
+    titles = ["(before the first banner)", *(m["title"] for m in banners)]
+    edges = [0, *(m.start() for m in banners), len(text)]
+    raws = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    marked = raws[0] + "".join(f"__section__({i})\n{raw}" for i, raw in enumerate(raws[1:], 1))
+    pieces = MARKER.split(minify(marked, name))
+    found = dict(zip(map(int, pieces[1::2]), pieces[2::2], strict=True)) | {0: pieces[0]}
+    assert sorted(found) == list(range(len(raws))), "a section marker was lost in minification"
+    return [Section(t, raw, found[i]) for i, (t, raw) in enumerate(zip(titles, raws, strict=True))]
+
+
+# +---------------------------------------------------------------------------------------------------------------+
+# | 3 CODECS                                                                                                      |
+# +---------------------------------------------------------------------------------------------------------------+
+
+# A codec is one byte: 255 is brotli, anything below is the property byte of a raw LZMA1 stream, (pb*5 + lp)*9 + lc.
+LZMA_CODECS = tuple((pb * 5 + lp) * 9 + lc for pb in (0, 1, 2) for lp in (0, 1) for lc in range(5 - lp))
+ALL_CODECS = (BROTLI_CODEC, *LZMA_CODECS)
+
+
+def lzma_filters(codec: int) -> list[dict[str, int]]:
+    """Filter chain of a raw LZMA1 stream from its property byte."""
+    return [{"id": lzma.FILTER_LZMA1, "lc": codec % 9, "lp": codec // 9 % 5, "pb": codec // 45, "dict_size": 1 << 20}]
+
+
+def compress(data: bytes, codec: int) -> bytes:
+    """Compress with one codec, as hard as it can."""
+    if codec == BROTLI_CODEC:
+        modes = (brotli.MODE_TEXT, brotli.MODE_GENERIC)
+        return min((brotli.compress(data, mode=mode, quality=11, lgwin=24) for mode in modes), key=len)
+    search = {"mode": lzma.MODE_NORMAL, "mf": lzma.MF_BT4, "nice_len": 273, "depth": 1000}
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=[lzma_filters(codec)[0] | search])
+
+
+def decompress(data: bytes, codec: int) -> bytes:
+    """Inverse of `compress`."""
+    if codec == BROTLI_CODEC:
+        return brotli.decompress(data)
+    return lzma.decompress(data, lzma.FORMAT_RAW, filters=lzma_filters(codec))
+
+
+# +---------------------------------------------------------------------------------------------------------------+
+# | 4 CONTAINER                                                                                                   |
+# +---------------------------------------------------------------------------------------------------------------+
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What travels. `preset` names the folder the parts are extracted to; the source is the minified one."""
+
+    preset: str
+    config: bytes
+    source: bytes
+    tokenizer: bytes
+    weights: bytes
+
+    def text(self) -> bytes:
+        """The part that is compressed as code. None of the three may hold a NUL."""
+        return b"\0".join((self.preset.encode(), self.config, self.source))
+
+
+def encode_container(parts: Parts, codec: int) -> bytes:
+    """Parts -> bytes of the container (layout in the module docstring)."""
+    if b"\0" in parts.config + parts.source or "\0" in parts.preset:
+        raise UserError("a NUL byte in the source, the configuration or the preset name: remove it")
+    code = compress(parts.text(), codec)
+    tokenizer = compress(parts.tokenizer, codec) if parts.tokenizer else b""
+    header = HEADER.pack(bytes(32), codec, len(code), len(tokenizer), len(parts.weights))
+    body = header[32:] + code + tokenizer + parts.weights
+    return hashlib.sha256(body).digest() + body
+
+
+def container_size(blob: bytes, name: str) -> int:
+    """Length that the header announces; UserError when `blob` is shorter."""
+    announced = HEADER.size + sum(HEADER.unpack_from(blob)[2:]) if len(blob) >= HEADER.size else HEADER.size
+    if len(blob) < announced:
+        raise UserError(f"{name} is truncated: {len(blob)} of {announced} container bytes; copy it again")
+    return announced
+
+
+def decode_container(blob: bytes, name: str = "artifact") -> Parts:
+    """Bytes (trailing ones are ignored) -> parts. UserError when truncated or corrupted."""
+    digest, codec, n_code, n_tokenizer, n_weights = HEADER.unpack_from(blob[: container_size(blob, name)])
+    edges = [HEADER.size, HEADER.size + n_code, HEADER.size + n_code + n_tokenizer]
+    end = edges[2] + n_weights
+    if hashlib.sha256(blob[32:end]).digest() != digest:
+        raise UserError(f"{name} is corrupted: its sha256 does not match; copy it again")
+    preset, config, source = decompress(blob[edges[0] : edges[1]], codec).split(b"\0", 2)
+    tokenizer = decompress(blob[edges[1] : edges[2]], codec) if n_tokenizer else b""
+    return Parts(preset.decode(), config, source, tokenizer, blob[edges[2] : end])
+
+
+# +---------------------------------------------------------------------------------------------------------------+
+# | 5 BOOTSTRAP                                                                                                   |
+# +---------------------------------------------------------------------------------------------------------------+
+
+# Runs inside the artifact. @NAMES@ are filled in below; it is minified before it is stored.
+# An existing file of the cache is compared with the artifact's bytes and replaced when it differs, so neither an
+# interrupted extraction nor an edited copy can ever be what is scored.
+BOOTSTRAP = '''
+import hashlib, os, sys, tempfile
+me = os.path.abspath(@SELF@)
+env = os.environ
+
+def put(name, data):
+    path = os.path.join(folder, name)
+    if not os.path.exists(path) or open(path, "rb").read() != data:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(data)
+        os.replace(file.name, path)
+    return path
+
+try:
+    @IMPORT@
+    blob = @READ@
+    code, tokenizer, weights = (int.from_bytes(blob[at:at + 4], "little") for at in (33, 37, 41))
+    code += @HEADER@
+    tokenizer += code
+    weights += tokenizer
+    if hashlib.sha256(blob[32:weights]).digest() != blob[:32]:
+        raise ValueError("truncated or corrupted: sha256 mismatch, copy it again")
+    preset, config, source = decompress(blob[@HEADER@:code]@FILTERS@).split(b"\\0", 2)
+    cache = env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(cache, "train_gpt", blob[:8].hex(), preset.decode())
+    os.makedirs(folder, exist_ok=True)
+    script = put("train_gpt.py", source)
+    put("record.env", config)
+    model = put("model.bin", blob[tokenizer:weights])
+    @TOKENIZER@
+    env["PRESET"] = folder
+    if "quantize" not in env.setdefault("STAGES", "eval"):
+        env["MODEL_PATH"] = model
+    if "RUN_ID" not in env:
+        env.setdefault("ARTIFACT_DIR", "logs/" + os.path.splitext(os.path.basename(me))[0] + "_eval")
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:-len(sys.argv)], script, *sys.argv[1:]], env)
+except (ImportError, OSError, ValueError) as error:
+    print("error:", me, error, file=sys.stderr)
+    sys.exit(2)
+'''
+READ_SINGLE = f'open(me, "rb").read()[{len(MAGIC)}:]'
+READ_SPLIT = (
+    'base64.b85decode(open(me, "rb").read().split(b"\\n#")[-1].strip())'
+    f' + open(os.path.join(os.path.dirname(me), "{SPLIT_MODEL}"), "rb").read()'
+)
+
+
+def bootstrap_source(codec: int, split: bool, tokenizer: bool) -> bytes:
+    """The bootstrap for one form of artifact, minified."""
+    filters = repr(lzma_filters(codec)).replace(" ", "") if codec != BROTLI_CODEC else ""
+    values = {
+        "SELF": "__file__" if split else "os.path.dirname(__file__)",
+        "IMPORT": ("from lzma import FORMAT_RAW, decompress" if filters else "from brotli import decompress")
+        + ("; import base64" if split else ""),
+        "READ": READ_SPLIT if split else READ_SINGLE,
+        "HEADER": str(HEADER.size),
+        "FILTERS": f", FORMAT_RAW, None, {filters}" if filters else "",
+        "TOKENIZER": 'env["TOKENIZER_PATH"] = put("tokenizer.model", decompress(blob[code:tokenizer]@FILTERS@))'
+        if tokenizer else "",
+    }
+    values["TOKENIZER"] = values["TOKENIZER"].replace("@FILTERS@", values["FILTERS"])
+    text = BOOTSTRAP
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", value)
+    return python_minifier.minify(text, rename_globals=True).encode()
+
+
+def single_file(container: bytes, bootstrap: bytes) -> bytes:
+    """Magic line + container + zip tail. A fixed date and system make the bytes a function of the input alone."""
+    buffer = io.BytesIO()
+    buffer.write(MAGIC + container)
+    member = zipfile.ZipInfo("__main__.py", (1980, 1, 1, 0, 0, 0))
+    member.create_system, member.external_attr = 3, 0
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(member, bootstrap, zipfile.ZIP_DEFLATED, 9)
+    return buffer.getvalue()
+
+
+def split_files(container: bytes, bootstrap: bytes, n_weights: int) -> dict[str, bytes]:
+    """The contest's two files: the text holds all of the container but the weights, as a comment in base85."""
+    head = container[: len(container) - n_weights]
+    text = bootstrap.rstrip() + b"\n#" + base64.b85encode(head) + b"\n"
+    return {SPLIT_SOURCE: text, SPLIT_MODEL: container[len(head) :]}
+
+
+def build(parts: Parts, codec: int, split: bool) -> dict[str, bytes]:
+    """All files of an artifact with one codec, by name; the one-file form has the empty name."""
+    bootstrap = bootstrap_source(codec, split, bool(parts.tokenizer))
+    container = encode_container(parts, codec)
+    return split_files(container, bootstrap, len(parts.weights)) if split else {"": single_file(container, bootstrap)}
+
+
+def smallest(parts: Parts, split: bool) -> tuple[int, dict[str, bytes]]:
+    """Try all codecs and keep the smallest whole result, bootstrap counted; ties go to the first codec."""
+    light = Parts(parts.preset, parts.config, parts.source, parts.tokenizer, b"")
+    codec = min(ALL_CODECS, key=lambda c: sum(map(len, build(light, c, split).values())))
+    return codec, build(parts, codec, split)
+
+
+def read_artifact(path: Path) -> Parts:
+    """Read a packed file of either form without running it. UserError when it is foreign, truncated or corrupted."""
+    text = artifact_files(path)[0]
+    data = text.read_bytes()
+    if data.startswith(MAGIC):
+        if not zipfile.is_zipfile(text):
+            raise UserError(f"{text} is truncated: its zip tail is missing ({len(data)} bytes left); copy it again")
+        return decode_container(data[len(MAGIC) :], str(text))
+    tail = data.rstrip().rpartition(b"\n#")[2]
+    try:
+        head = base64.b85decode(tail)
+    except ValueError as error:
+        raise UserError(f"{text} is not a packed artifact (or its payload is damaged): pack one first") from error
+    if len(head) < HEADER.size or b"b85decode" not in data:
+        raise UserError(f"{text} is not a packed artifact: make one with `pack_artifact.py pack RUN_DIR`")
+    return decode_container(head + artifact_files(path)[1].read_bytes(), str(text))
+
+
+def artifact_files(path: Path) -> list[Path]:
+    """Files that make up an artifact: itself, or the two of the split form (named by folder or by train_gpt.py)."""
+    if path.is_dir():
+        path = path / SPLIT_SOURCE
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    with path.open("rb") as file:
+        single = file.read(len(MAGIC)) == MAGIC
+    files = [path] if single else [path, path.with_name(SPLIT_MODEL)]
+    if not files[-1].is_file():
+        raise UserError(f"{path} is not a one-file artifact, and there is no {files[-1]} beside it")
+    return files
+
+
+# +---------------------------------------------------------------------------------------------------------------+
+# | 6 PACK                                                                                                        |
+# +---------------------------------------------------------------------------------------------------------------+
+
+
+def read_input(path: Path, what: str) -> bytes:
+    """Bytes of a file that must exist (UserError naming what it is)."""
+    if not path.is_file():
+        raise UserError(f"no {what}: {path} does not exist (has the run finished all stages?)")
+    return path.read_bytes()
+
+
+def read_result(run_dir: Path) -> dict[str, object]:
+    """result.json of a run; UserError when it is missing or broken."""
+    text = read_input(run_dir / "result.json", "result")
+    try:
+        result = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{run_dir / 'result.json'} is not JSON: {error}") from error
+    if not isinstance(result, dict):
+        raise UserError(f"{run_dir / 'result.json'} holds {type(result).__name__}, not an object")
+    return result
+
+
+def find_tokenizer(given: Path | None) -> Path | None:
+    """--tokenizer-path, else TOKENIZER_PATH, else the single *.model of DATA_PATH, else None."""
+    if given is not None or os.environ.get("TOKENIZER_PATH"):
+        path = given or Path(os.environ["TOKENIZER_PATH"])
+        if not path.is_file():
+            raise UserError(f"no tokenizer at {path}")
+        return path
+    models = sorted(Path(os.environ["DATA_PATH"]).glob("*.model")) if os.environ.get("DATA_PATH") else []
+    return models[0] if len(models) == 1 else None
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write beside the final name, then rename: the final name is never half a file."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(data)
+        os.fchmod(file.fileno(), 0o644)
+    os.replace(file.name, path)
+
+
+def write_files(out: Path, files: dict[str, bytes], cap: int) -> tuple[bool, int, list[Path]]:
+    """Write all files under temporary names, count them there by stat, and rename only when they fit under `cap`.
+
+    Returns (written, bytes on disk, final paths). Over the cap nothing of the final names is touched.
+    """
+    finals = [out / name if name else out for name in files]
+    staging = Path(tempfile.mkdtemp(prefix=".pack.", dir=out.parent))
+    try:
+        staged = [staging / str(i) for i in range(len(finals))]
+        for path, data in zip(staged, files.values(), strict=True):
+            path.write_bytes(data)
+        total = sum(os.stat(path).st_size for path in staged)
+        if total > cap:
+            return False, total, finals
+        for path, final in zip(staged, finals, strict=True):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, final)
+        return True, sum(os.stat(path).st_size for path in finals), finals
+    finally:
+        shutil.rmtree(staging)
+
+
+def size_by_part(parts: Parts, codec: int, files: dict[str, bytes], total: int) -> dict[str, int]:
+    """Bytes on disk by part; they add up to `total`. Base85 (split form) weighs on code, config and tokenizer."""
+    unit = 1.25 if len(files) > 1 else 1.0
+    text = len(compress(parts.text(), codec))
+    bare = len(compress(Parts("", b"", parts.source, b"", b"").text(), codec))
+    sizes = {"code": round(bare * unit), "config": round((text - bare) * unit), "weights": len(parts.weights)}
+    if parts.tokenizer:
+        sizes["tokenizer"] = round(len(compress(parts.tokenizer, codec)) * unit)
+    return {"bootstrap": total - sum(sizes.values())} | sizes
+
+
+def section_rows(sections: list[Section], codec: int, code_bytes: int) -> list[dict[str, object]]:
+    """Raw, minified and compressed bytes of each section.
+
+    The compressed bytes of a section are what its removal saves, scaled so that the column adds up to `code_bytes`.
+    """
+    texts = [s.minified.encode() for s in sections]
+    whole = len(compress(b"".join(texts), codec))
+    saved = [whole - len(compress(b"".join(texts[:i] + texts[i + 1 :]), codec)) for i in range(len(texts))]
+    scale = code_bytes / max(1, sum(saved))
+    return [
+        {"section": s.title, "raw": len(s.raw.encode()), "minified": len(t), "compressed": round(n * scale)}
+        for s, t, n in zip(sections, texts, saved, strict=True)
+    ]
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        print("  " + "  ".join(cells).rstrip())
+
+
+def print_report(report: dict[str, object], rows: list[dict[str, object]], tokenizer_line: str) -> None:
+    """The two tables of `pack`: bytes by part and bytes by section."""
+    sizes = report["parts"] | {"total": report["bytes_total"]}
+    print_table([("part", "bytes"), *((k, f"{v:,}") for k, v in sizes.items())])
+    print(f"  {tokenizer_line}")
+    sums = {k: sum(row[k] for row in rows) for k in ("raw", "minified", "compressed")}
+    columns = ("section", "raw", "minified", "compressed")
+    print()
+    print_table(
+        [columns, *((str(r["section"]), *(f"{r[c]:,}" for c in columns[1:])) for r in rows)]
+        + [("sum", *(f"{sums[c]:,}" for c in columns[1:]))]
+    )
+
+
+def gather(run_dir: Path, source: Path, tokenizer: bytes) -> tuple[Parts, list[Section], dict[str, object]]:
+    """Read and check everything that goes in. UserError names the first thing that is missing or broken."""
+    if not run_dir.is_dir():
+        raise UserError(f"no run directory {run_dir}")
+    weights = read_input(run_dir / "model.bin", "model blob")
+    config = read_input(run_dir / "record.env", "configuration")
+    result = read_result(run_dir)
+    raw = read_input(source, "source")
+    if result.get("source_sha256") not in (None, hashlib.sha256(raw).hexdigest()):
+        print(f"warning: {source} is not the source that made this run (source_sha256 differs)", file=sys.stderr)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 text: {error}") from error
+    sections = minify_sections(text, str(source))
+    preset = Path(str(result.get("preset") or run_dir.name)).name
+    minified = "".join(s.minified for s in sections).encode()
+    return Parts(preset, config, minified, tokenizer, weights), sections, result
+
+
+def pack(args: argparse.Namespace) -> int:
+    """Subcommand `pack`: 0 written, 1 over the cap (nothing written), 2 by UserError."""
+    model = find_tokenizer(args.tokenizer_path)
+    if args.tokenizer == "embed" and model is None:
+        raise UserError("--tokenizer embed: no tokenizer known; give --tokenizer-path FILE or set DATA_PATH")
+    embedded = read_input(model, "tokenizer") if args.tokenizer == "embed" else b""
+    parts, sections, result = gather(args.run_dir, args.source, embedded)
+    split = args.format == "split"
+    codec, files = smallest(parts, split)
+    out = args.out or args.run_dir / ("submission" if split else "artifact.pyz")
+    if out.is_dir() != split and out.exists():
+        raise UserError(f"--out {out}: {'a folder' if split else 'a file'} is needed, and this exists as the other")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written, total, finals = write_files(out, files, args.cap)
+    sizes = size_by_part(parts, codec, files, total)
+    report = {
+        "artifact": str(out), "format": args.format, "codec": "brotli" if codec == BROTLI_CODEC else f"lzma {codec}",
+        "fits": written, "cap": args.cap, "headroom": args.cap - total, "parts": sizes,
+        "bytes_code": total - len(parts.weights), "bytes_model": len(parts.weights), "bytes_total": total,
+        "sha256": hashlib.sha256(b"".join(files.values())).hexdigest(),
+        "tokenizer": args.tokenizer,
+    }
+    rows = section_rows(sections, codec, sizes["code"])
+    size = f"{model.stat().st_size:,} bytes" if model else "(size unknown, no DATA_PATH)"
+    print_report(report, rows, "tokenizer counted" if embedded else f"tokenizer {size}: not counted, as in the contest")
+    if written:
+        keys = ("artifact", "bytes_code", "bytes_model", "bytes_total")
+        result |= {k: report[k] for k in keys} | {"artifact": out.name, "artifact_sha256": report["sha256"]}
+        replace_file(args.run_dir / "result.json", json.dumps(result, indent=2).encode() + b"\n")
+        print(f"wrote {', '.join(map(str, finals))}: {total:,} of {args.cap:,} bytes, {args.cap - total:,} to spare")
+    print("PACK " + json.dumps(report | {"sections": rows}))
+    if not written:
+        by_part = ", ".join(f"{k} {v:,}" for k, v in sizes.items())
+        print(f"error: {total:,} bytes are {total - args.cap:,} over the cap of {args.cap:,} ({by_part}); "
+              f"nothing written to {out}", file=sys.stderr)
+    return 0 if written else 1
+
+
+# +---------------------------------------------------------------------------------------------------------------+
+# | 7 VERIFY                                                                                                      |
+# +---------------------------------------------------------------------------------------------------------------+
+
+Check = tuple[str, bool, str]  # what is compared, is it equal, detail
+
+# What a child may inherit: the machine, never a knob of the run (those must come out of the artifact).
+INHERITED = re.compile(
+    r"(PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|LD_\w+|DYLD_\w+|CUDA_\w+|NVIDIA_\w+|NCCL_\w+"
+    r"|GLOO_\w+|OMP_\w+|MKL_\w+|TORCH_\w+|TORCHINDUCTOR_\w+|PYTORCH_\w+|TRITON_\w+|CC|CXX"
+    r"|DEVICE|ATTENTION|COMPUTE_DTYPE|COMPILE)"
+)
+
+# Loads the weights by the code in argv[1] and prints name -> [dtype, shape, sha256]: bit for bit, without a copy.
+PROBE = """
+import hashlib, importlib.util, json, sys
+import torch
+spec = importlib.util.spec_from_file_location("train_gpt", sys.argv[1])
+module = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+tensors = {k: torch.as_tensor(v).detach().cpu().contiguous() for k, v in module.load_artifact(sys.argv[2]).items()}
+digest = lambda t: hashlib.sha256(t.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+print("TENSORS " + json.dumps({k: [str(t.dtype), list(t.shape), digest(t)] for k, t in sorted(tensors.items())}))
+"""
+
+
+def clean_environment(room: Path, data: Path | None, tokenizer: Path | None) -> dict[str, str]:
+    """Environment of a child: the machine's variables, the data, and a cache inside the empty directory."""
+    env = {k: v for k, v in os.environ.items() if INHERITED.fullmatch(k)}
+    env |= {"XDG_CACHE_HOME": str(room / "cache"), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    if data is not None:
+        env["DATA_PATH"] = str(data.resolve())
+    if tokenizer is not None:
+        env["TOKENIZER_PATH"] = str(tokenizer.resolve())
+    return env
+
+
+def run_child(command: list[str], room: Path, env: dict[str, str], quiet: bool = False) -> str:
+    """Run in the empty directory; output streams through unless `quiet`. RuntimeError when the child fails."""
+    done = subprocess.run(command, cwd=room, env=env, stdout=subprocess.PIPE if quiet else None, text=True, check=False)
+    if done.returncode != 0:
+        shown = " ".join("..." if "\n" in word else word for word in command[1:])
+        raise RuntimeError(f"exit code {done.returncode} of: {shown}")
+    return done.stdout or ""
+
+
+def probe_weights(source: Path, model: Path, room: Path, env: dict[str, str]) -> dict[str, list[object]]:
+    """name -> [dtype, shape, sha256] of the weights in `model` as the code in `source` decodes them."""
+    out = run_child([sys.executable, "-c", PROBE, str(source.resolve()), str(model.resolve())], room, env, quiet=True)
+    return json.loads(next(line for line in out.splitlines() if line.startswith("TENSORS "))[len("TENSORS ") :])
+
+
+def extracted_folder(room: Path) -> Path:
+    """The one folder that the artifact wrote into the cache of the empty directory."""
+    folders = [path.parent for path in (room / "cache" / "train_gpt").glob("*/*/train_gpt.py")]
+    if len(folders) != 1:
+        raise RuntimeError(f"the artifact extracted {len(folders)} folders, expected one")
+    return folders[0]
+
+
+def compare_weights(script: Path, args: argparse.Namespace, room: Path, env: dict[str, str]) -> list[Check]:
+    """Extract by the artifact's own code, then compare blob and decoded tensors with those of the run."""
+    run_child([sys.executable, str(script), "--explain"], room, env, quiet=True)
+    folder = extracted_folder(room)
+    same_blob = (folder / "model.bin").read_bytes() == read_input(args.run / "model.bin", "model blob")
+    same_config = (folder / "record.env").read_bytes() == read_input(args.run / "record.env", "configuration")
+    ours = probe_weights(folder / "train_gpt.py", folder / "model.bin", room, env)
+    theirs = probe_weights(args.source, args.run / "model.bin", room, env)
+    wrong = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+    note = f"{len(ours)} tensors, bit for bit" if not wrong else f"{len(wrong)} differ: {', '.join(wrong[:3])}"
+    return [
+        ("model.bin", same_blob, "byte for byte"), ("record.env", same_config, "byte for byte"),
+        ("decoded weights", not wrong and bool(ours), note),
+    ]
+
+
+def compare_scores(ours: dict[str, object], theirs: dict[str, object]) -> list[Check]:
+    """val_loss and val_bpb of the artifact against those of the run: equal exactly, or by how much not."""
+    rows = []
+    for key in ("val_loss", "val_bpb", "tokens_scored", "bytes_scored"):
+        a, b = ours.get(key), theirs.get(key)
+        known = isinstance(a, (int, float)) and isinstance(b, (int, float))
+        note = f"artifact {a}, run {b}" + (f", difference {a - b:+.3e}" if known else "")
+        rows.append((key, known and a == b, f"{a}" if a == b else note))
+    return rows
+
+
+def copy_alone(path: Path, room: Path) -> Path:
+    """Copy the artifact, and nothing else, into the empty directory; return the file to run."""
+    files = artifact_files(path)
+    for file in files:
+        shutil.copyfile(file, room / file.name)
+    return room / files[0].name
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Subcommand `verify`: 0 when everything equals the run, 1 when something differs or the artifact fails to run."""
+    parts = read_artifact(args.file)
+    expected = read_result(args.run) if args.run else {}
+    if args.run and not args.source.is_file():
+        raise UserError(f"no {args.source} to decode the run's weights with: give --source")
+    data = args.data or (Path(os.environ["DATA_PATH"]) if os.environ.get("DATA_PATH") else None)
+    tokenizer = args.tokenizer or (Path(os.environ["TOKENIZER_PATH"]) if os.environ.get("TOKENIZER_PATH") else None)
+    rows: list[Check] = []
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="verify_") as name:
+        room = Path(name)
+        env = clean_environment(room, data, None if parts.tokenizer else tokenizer)
+        script = copy_alone(args.file, room)
+        try:
+            if args.run:
+                rows += compare_weights(script, args, room, env)
+            launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={args.nproc}"] if args.nproc > 1 else []
+            run_child([sys.executable, *launcher, str(script)], room, env)
+            score = read_result(room / "logs" / f"{script.stem}_eval")
+        except RuntimeError as error:
+            print(f"error: the artifact does not run from an empty directory: {error}", file=sys.stderr)
+            return 1
+    if args.run:
+        rows += compare_scores(score, expected)
+    equal = all(ok for _, ok, _ in rows)
+    print()
+    print_table([("check", "equal", "detail"), *((k, "yes" if ok else "NO", note) for k, ok, note in rows)]
+                if rows else [("score", "value"), *((k, f"{score.get(k)}") for k in ("val_loss", "val_bpb"))])
+    print("VERIFY " + json.dumps({
+        "artifact": args.file.name, "equal": equal if args.run else None, "checks": {k: ok for k, ok, _ in rows},
+        "val_loss": score.get("val_loss"), "val_bpb": score.get("val_bpb"), "run_val_bpb": expected.get("val_bpb"),
+        "seconds": round(time.perf_counter() - started, 1),
+    }))
+    if not equal:
+        print("error: the artifact is not the run: " + ", ".join(k for k, ok, _ in rows if not ok), file=sys.stderr)
+    return 0 if equal else 1
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Subcommand `inspect`: sizes of the parts of a packed file, after its hash has been checked."""
+    parts = read_artifact(args.file)
+    files = artifact_files(args.file)
+    rows = [(f.name, f"{f.stat().st_size:,}") for f in files]
+    rows += [(k, f"{len(getattr(parts, k)):,}") for k in ("source", "config", "tokenizer", "weights")]
+    print(f"preset {parts.preset}; hash matches; sizes of the files, then of their parts when extracted")
+    print_table([("part", "bytes"), *rows])
+    return 0
+
+
+# +---------------------------------------------------------------------------------------------------------------+
+# | 8 COMMAND LINE                                                                                                |
+# +---------------------------------------------------------------------------------------------------------------+
+
+EPILOG = """examples:
+  python pack_artifact.py pack logs/demo_seed1337
+  python pack_artifact.py pack logs/demo_seed1337 --tokenizer embed --tokenizer-path data/sample/sp1024.model
+  python pack_artifact.py pack logs/demo_seed1337 --format split --out submission
+  python pack_artifact.py verify logs/demo_seed1337/artifact.pyz --run logs/demo_seed1337 --data data/sample
+  DATA_PATH=data/sample python logs/demo_seed1337/artifact.pyz
+  DATA_PATH=data/sample torchrun --nproc_per_node=8 logs/demo_seed1337/artifact.pyz
+
+An artifact extracts to $XDG_CACHE_HOME (or ~/.cache)/train_gpt/<hash>/<preset>; that folder may be deleted at any time.
+STAGES (default eval) and ARTIFACT_DIR (default logs/<name of the file>_eval) may be set in the environment;
+PRESET is always the packed one.
+Minified source needs the Python version that packed it, or a later one: pack with the oldest that shall run it.
+exit codes: 0 done, 1 over the cap or not equal to the run, 2 wrong input"""
+
+
+def positive(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def add_pack_options(sub: argparse.ArgumentParser, source: Path) -> None:
+    """Options of `pack`."""
+    sub.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder with model.bin, record.env, result.json")
+    sub.add_argument("--source", type=Path, default=source, help="program to pack (default: train_gpt.py beside this)")
+    sub.add_argument("--out", type=Path, help="file, or folder when split (RUN_DIR/artifact.pyz, RUN_DIR/submission)")
+    sub.add_argument("--format", choices=("single", "split"), default="single",
+                     help="one self-extracting file, or the contest's two files (default single)")
+    sub.add_argument("--tokenizer", choices=("uncounted", "embed"), default="uncounted",
+                     help="leave it with the data, as the contest does, or let it travel (default uncounted)")
+    sub.add_argument("--tokenizer-path", type=Path, help="default: TOKENIZER_PATH, else the one *.model in DATA_PATH")
+    sub.add_argument("--cap", type=positive, default=CAP_BYTES, help="decimal bytes allowed (default 16000000)")
+
+
+def add_verify_options(sub: argparse.ArgumentParser, source: Path) -> None:
+    """Options of `verify`."""
+    sub.add_argument("file", type=Path, metavar="FILE", help="packed file, or the folder of the split form")
+    sub.add_argument("--run", type=Path, metavar="RUN_DIR", help="run to compare with (without: only print the score)")
+    sub.add_argument("--data", type=Path, metavar="DATA_PATH", help="validation shards (default: DATA_PATH)")
+    sub.add_argument("--tokenizer", type=Path, metavar="PATH", help="default: TOKENIZER_PATH, else the one in the data")
+    sub.add_argument("--source", type=Path, default=source, help="plain program of the run (default: beside this file)")
+    sub.add_argument("--nproc", type=positive, default=1, help="processes, as many as the run's evaluation had (1)")
+
+
+def command_line() -> argparse.ArgumentParser:
+    """All subcommands and options."""
+    parser = argparse.ArgumentParser(
+        description="Pack a finished run into one self-extracting artifact under the size cap, and verify it.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{pack,verify,inspect}")
+    source = Path(__file__).resolve().with_name("train_gpt.py")
+
+    def add(call: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(call.__name__, help=text, description=text, epilog=EPILOG,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.set_defaults(call=call)
+        return sub
+
+    add_pack_options(add(pack, "write the artifact of a run, and its true size into the run's result.json"), source)
+    add_verify_options(add(verify, "run the artifact alone in an empty directory; compare with the run"), source)
+    sub = add(inspect, "check a packed file's hash and print the sizes of its parts, without running it")
+    sub.add_argument("file", type=Path, metavar="FILE", help="the packed file or, for the split form, its folder")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = command_line().parse_args(argv)
+    try:
+        return args.call(args)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

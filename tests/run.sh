@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# All set-up, the linter, then the tests. Arguments go to pytest: bash tests/run.sh -k style -x
+#   VENV, PYTHON   see records/setup_env.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../records/setup_env.sh"
+cd "$ROOT"
+
+echo "ruff check ."
+"$PY" -m ruff check . || die "ruff found the problems above; the tests were not run"
+
+marks=()
+if [[ "$("$PY" -c 'import torch; print(torch.cuda.is_available())')" != True ]]; then
+  marks=(-m "not gpu")
+  echo "no CUDA device: tests marked gpu are left out"
+fi
+echo "pytest -q ${marks[*]+"${marks[*]}"} $*"
+exec "$PY" -m pytest -q ${marks[@]+"${marks[@]}"} "$@"

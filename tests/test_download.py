@@ -1,0 +1,290 @@
+"""data/download.py against a local stand-in of the hub: its file listing, its download addresses, its byte ranges."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import download
+import huggingface_hub
+import numpy as np
+import pytest
+from download import SHARD_SETS, DownloadError, ShardSet
+from prepare import shard_header
+
+COMMIT = "c" * 40
+ROOT = "datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved/"
+TINY = replace(SHARD_SETS["caseops"], targets=24, target_bytes=0, seq_len=8)
+
+
+def shard(tokens: np.ndarray) -> bytes:
+    return shard_header(len(tokens)) + tokens.astype("<u2").tobytes()
+
+
+def hub_files() -> dict[str, bytes]:
+    """A repository with the layout of the published CaseOps set, and things beside it that do not belong to it."""
+    rng = np.random.default_rng(5)
+    val = rng.integers(4, 8192, 30)
+    val[0] = 1
+    files = {
+        ROOT + "fineweb_val_000000.bin": shard(val),
+        ROOT + "fineweb_val_bytes_000000.bin": shard(np.arange(30)),
+        "datasets/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model": b"a model",
+        "datasets/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.vocab": b"not wanted",
+        "datasets/datasets/fineweb10B_sp8192/fineweb_val_000000.bin": b"of another set",
+        "datasets/manifest.json": b"{}",
+        "README.md": b"hello",
+    }
+    for index in range(3):
+        files[f"{ROOT}fineweb_train_{index:06d}.bin"] = shard(rng.integers(1, 8192, 100_000 + index))
+    return files
+
+
+class Hub(ThreadingHTTPServer):
+    """What the hub client needs: the commit of a branch, the tree of a commit, HEAD and GET of files with ranges."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.files = hub_files()
+        self.gets: list[tuple[str, str | None]] = []  # (file name, Range header)
+        self.cut: set[str] = set()  # files whose next answer breaks off half way
+        self.gone: set[str] = set()  # files that are listed but not found
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def fetched(self) -> list[str]:
+        return [name for name, _ in self.gets]
+
+
+class Answer(BaseHTTPRequestHandler):
+    """One request to the stand-in."""
+
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def send(self, code: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+        self.send_response(code)
+        for key, value in {"Content-Length": str(length or len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def tree(self) -> bytes:
+        rows = [
+            {
+                "type": "file", "path": path, "size": len(raw), "oid": "0" * 40,
+                "lfs": {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 100},
+            }
+            for path, raw in self.server.files.items()
+        ]  # fmt: skip
+        return json.dumps([{"type": "directory", "path": "datasets", "size": 0, "oid": "0" * 40}, *rows]).encode()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        repo = TINY.repo
+        if path == f"/api/datasets/{repo}/revision/main":
+            self.send(200, json.dumps({"id": repo, "sha": COMMIT}).encode(), {"Content-Type": "application/json"})
+        elif path == f"/api/datasets/{repo}/tree/{COMMIT}":
+            self.send(200, self.tree(), {"Content-Type": "application/json"})
+        elif path.startswith(f"/datasets/{repo}/resolve/{COMMIT}/"):
+            self.send_file(path.split(COMMIT + "/", 1)[1])
+        else:
+            self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def send_file(self, name: str) -> None:
+        raw = self.server.files.get(name)
+        short = name.rpartition("/")[2]
+        if raw is None or (short in self.server.gone and self.command == "GET"):
+            self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        headers = {"ETag": f'"{hashlib.sha256(raw).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        start = int(wanted[1]) if wanted else 0
+        if self.command == "GET":
+            self.server.gets.append((short, self.headers.get("Range")))
+        if wanted:
+            headers["Content-Range"] = f"bytes {start}-{len(raw) - 1}/{len(raw)}"
+        if self.command == "GET" and short in self.server.cut:
+            self.server.cut.remove(short)
+            self.send(206 if wanted else 200, raw[start : len(raw) // 2], headers, length=len(raw) - start)
+            self.close_connection = True
+            return
+        self.send(206 if wanted else 200, raw[start:], headers)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def tiny() -> ShardSet:
+    """CaseOps with the counts of the stand-in: 29 targets cut to 24, with the bytes of tokens 1 to 24."""
+    return replace(TINY, target_bytes=sum(range(1, 25)))
+
+
+def test_download_and_resume(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
+    manifest = download.download(tiny, tmp_path, 2, hub.url)
+    names = {
+        "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin", "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin", "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
+    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == names | {"manifest.json"}
+    for path, raw in hub.files.items():
+        name = path.rpartition("/")[2]
+        if name in names and path.startswith((ROOT, "datasets/tokenizers")):
+            assert (tmp_path / name).read_bytes() == raw
+            assert manifest["sha256"][name] == hashlib.sha256(raw).hexdigest()
+    assert manifest["canonical"] == {"targets": 24, "target_bytes": 300}
+    assert manifest["train_tokens"] == 200_001 and manifest["revision"] == COMMIT
+    assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
+    # validation and tokenizer before training shards
+    assert all("train" not in name for name in hub.fetched()[:3])
+    hub.gets.clear()
+    download.download(tiny, tmp_path, 3, hub.url)
+    assert hub.fetched() == ["fineweb_train_000002.bin"]
+
+
+def test_broken_connection_continues_where_it_stopped(
+    tmp_path: Path, hub: Hub, tiny: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the client keeps whole chunks only, and its chunks of 10 MB are larger than the stand-in's files
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.cut = {"fineweb_train_000000.bin"}
+    manifest = download.download(tiny, tmp_path, 1, hub.url)
+    ranges = [wanted for name, wanted in hub.gets if name == "fineweb_train_000000.bin"]
+    assert ranges == [None, "bytes=100000-"]
+    assert manifest["train_tokens"] == 100_000
+
+
+def test_failure_keeps_what_is_complete(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
+    hub.gone = {"fineweb_train_000001.bin"}
+    with pytest.raises(DownloadError, match="run again to resume") as caught:
+        download.download(tiny, tmp_path, 3, hub.url)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "manifest.json").exists()
+    hub.gone.clear()
+    hub.gets.clear()
+    download.download(tiny, tmp_path, 3, hub.url)
+    assert hub.fetched() == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+
+
+def test_wrong_counts_stop_before_the_training_shards(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
+    with pytest.raises(DownloadError, match="24 validation targets; the canonical set has 32"):
+        download.download(replace(tiny, targets=32), tmp_path, 3, hub.url)
+    assert not any("train" in name for name in hub.fetched())
+    with pytest.raises(DownloadError, match="counts 300 bytes for the targets; canonical are 276"):
+        download.download(replace(tiny, target_bytes=276), tmp_path, 3, hub.url)
+    assert not any("train" in name for name in hub.fetched())
+
+
+def test_hub_without_the_files(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
+    with pytest.raises(DownloadError, match="--train-shards 4: .* has 3 training shards"):
+        download.download(tiny, tmp_path, 4, hub.url)
+    hub.files["moved/caseops_v2/fineweb_val_000000.bin"] = b"a second one"
+    with pytest.raises(DownloadError, match=r"holds fineweb_val_000000\.bin twice"):
+        download.download(tiny, tmp_path, 1, hub.url)
+    hub.files.clear()
+    with pytest.raises(DownloadError, match=r"holds no fineweb_val_000000\.bin"):
+        download.download(tiny, tmp_path, 1, hub.url)
+    with pytest.raises(DownloadError, match="someone/else"):
+        download.download(replace(tiny, repo="someone/else"), tmp_path, 1, hub.url)
+
+
+def test_local_files_are_compared_with_the_hub(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
+    download.download(tiny, tmp_path, 1, hub.url)
+    path = tmp_path / "fineweb_train_000000.bin"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-2])
+    with pytest.raises(DownloadError, match="remove it and run again"):
+        download.download(tiny, tmp_path, 1, hub.url)
+    path.write_bytes(raw[:-2] + b"\1\1")
+    with pytest.raises(DownloadError, match="SHA-256 .* remove it and run again"):
+        download.download(tiny, tmp_path, 1, hub.url)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fineweb_train_000000.bin": b"short"}, "shorter than the header"),
+        ({"fineweb_train_000000.bin": shard_header(9) + bytes(4)}, "promises 9 tokens"),
+        ({"fineweb_train_000000.bin": bytes(1030)}, "magic 0"),
+        ({"fineweb_train_000000.bin": shard(np.full(3, 8192))}, "token 8192 in a vocabulary of 8192"),
+        ({"fineweb_train_000000.bin": None}, r"fineweb_train_000000\.bin is missing"),
+        ({"fineweb_val_000000.bin": None}, "no validation shard"),
+        ({"fineweb_val_000000.bin": shard(np.full(30, 7))}, "starts with token 7"),
+        ({"fineweb_val_bytes_000000.bin": shard(np.zeros(29))}, "differ in number or length"),
+        ({"fineweb_val_bytes_000000.bin": None}, "differ in number or length"),
+        ({"other.model": b""}, "exactly one tokenizer"),
+    ],
+)
+def test_verify_only(tmp_path: Path, tiny: ShardSet, change: dict[str, bytes | None], message: str) -> None:
+    for path, raw in hub_files().items():
+        name = tiny.local_name(path)
+        if name is not None:
+            (tmp_path / name).write_bytes(raw)
+    assert download.verify(tmp_path, tiny)["train_tokens"] == 300_003
+    for name, raw in change.items():
+        if raw is None:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DownloadError, match=message):
+        download.verify(tmp_path, tiny)
+
+
+def test_names_of_the_published_layouts() -> None:
+    shards = "datasets/datasets/fineweb10B_{}/fineweb_{}_000007.bin"
+    for short, folder in (("sp1024", "sp1024"), ("sp8192", "sp8192"), ("caseops", ROOT.split("10B_")[1][:-1])):
+        chosen = SHARD_SETS[short]
+        for kind in ("train", "val"):
+            path = shards.format(folder, kind)
+            assert chosen.local_name(path) == chosen.local_name("moved/" + path) == f"fineweb_{kind}_000007.bin"
+        others = [other for other in SHARD_SETS.values() if other is not chosen]
+        assert not any(other.local_name(shards.format(folder, "val")) for other in others)
+    assert SHARD_SETS["sp8192"].local_name("datasets/tokenizers/fineweb_8192_bpe.model") == "fineweb_8192_bpe.model"
+    assert SHARD_SETS["caseops"].local_name("datasets/tokenizers/fineweb_8192_bpe.model") is None
+    assert SHARD_SETS["sp8192"].local_name(ROOT + "fineweb_val_bytes_000000.bin") is None
+    assert [(chosen.targets % chosen.seq_len, chosen.target_bytes) for chosen in SHARD_SETS.values()] == [
+        (0, None), (0, None), (0, 151_074_499),
+    ]  # fmt: skip
+
+
+def test_command_line(
+    tmp_path: Path, hub: Hub, tiny: ShardSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SHARD_SETS, "caseops", tiny)
+    arguments = ["caseops", "--out", str(tmp_path / "x")]
+    assert download.main([*arguments, "--train-shards", "1", "--endpoint", hub.url]) == 0
+    assert download.main([*arguments, "--verify-only"]) == 0
+    assert capsys.readouterr().out.count("validation target_bytes: 300 (canonical)") == 2
+    assert download.main([*arguments, "--train-shards", "-1"]) == 2
+    assert download.main(["caseops", "--out", str(tmp_path / "nothing"), "--verify-only"]) == 2
+    hub.shutdown()
+    hub.server_close()
+    assert download.main([*arguments, "--endpoint", hub.url]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert all(line.startswith("error: ") for line in lines) and len(lines) == 3
+    with pytest.raises(SystemExit):
+        download.main(["--help"])
+    assert "Not tested against the real hub" in capsys.readouterr().out

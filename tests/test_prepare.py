@@ -1,0 +1,541 @@
+"""data/prepare.py: documents in, shards out; the split, the tokenizer, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import lzma
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import prepare
+import pyarrow
+import pyarrow.parquet
+import pytest
+import sentencepiece as spm
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prepare import Options, PrepareError
+
+WORDS = "the a model of tokens learns every text it reads and forgets what nobody wrote down in 1984 or 2024".split()
+
+
+def make_texts(count: int, seed: int = 0, words: int = 60) -> list[str]:
+    """Distinct documents of random words."""
+    rng = np.random.default_rng(seed)
+    return [f"Document {seed} {i}. " + " ".join(rng.choice(WORDS, words)) for i in range(count)]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def read_split(folder: Path, split: str) -> np.ndarray:
+    return np.concatenate([prepare.open_shard(path) for path in sorted(folder.glob(f"fineweb_{split}_0*.bin"))])
+
+
+def expected_stream(model: Path, texts: list[str]) -> list[int]:
+    """The published layout, written the slow way: BOS and ids, document after document."""
+    processor = spm.SentencePieceProcessor(model_file=str(model))
+    return [token for text in texts for token in [1, *processor.encode(text)]]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.model"
+    path.write_bytes(prepare.train_tokenizer(make_texts(40), 320))
+    return path
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "docs.jsonl", make_texts(30))
+
+
+# Shards
+
+
+@settings(max_examples=30, deadline=None)
+@given(values=st.lists(st.integers(0, 65535), min_size=1, max_size=300), cut=st.integers(0, 300))
+def test_shard_round_trip(tmp_path_factory: pytest.TempPathFactory, values: list[int], cut: int) -> None:
+    path = tmp_path_factory.mktemp("shard") / "fineweb_val_000000.bin"
+    file = prepare.ShardFile(path)
+    array = np.array(values, dtype=np.uint16)
+    file.append(array[:cut])
+    file.append(array[cut:])
+    assert not path.exists()
+    record = file.finish()
+    assert prepare.open_shard(path).tolist() == values
+    assert record == {"name": path.name, "tokens": len(values), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    header = np.frombuffer(path.read_bytes()[:1024], dtype="<i4")
+    assert header[:3].tolist() == [20240520, 1, len(values)] and not header[3:].any()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw[:-2], "promises"),
+        (lambda raw: raw[:100], "shorter than the header"),
+        (lambda raw: b"\0" + raw[1:], "magic"),
+        (lambda raw: raw + b"xx", "promises"),
+    ],
+)
+def test_damaged_shard_is_named(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(damage(prepare.shard_header(3) + bytes(6)))
+    with pytest.raises(ValueError, match=message):
+        prepare.open_shard(path)
+
+
+# The split and the stream
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=80), min_size=2, unique=True, max_size=9),
+    data=st.data(),
+)
+def test_stream_equals_the_published_layout(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, texts: list[str], data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("stream")
+    val_docs = data.draw(st.integers(1, len(texts) - 1))
+    shard_tokens = data.draw(st.integers(5, 200))
+    docs = write_jsonl(folder / "docs.jsonl", texts)
+    options = Options((docs,), folder / "out", model, val_docs=val_docs, shard_tokens=shard_tokens)
+    manifest = prepare.prepare(options)
+    for split, part in (("val", texts[:val_docs]), ("train", texts[val_docs:])):
+        assert read_split(options.out, split).tolist() == expected_stream(model, part)
+        counts = manifest["splits"][split]
+        assert counts["docs"] == len(part)
+        assert counts["raw_bytes"] == sum(len(text.encode()) for text in part)
+    names = [shard["name"] for shard in manifest["shards"]]
+    assert names == sorted(names, key=lambda name: ("train" in name, name))
+    for split in ("val", "train"):
+        sizes = [shard["tokens"] for shard in manifest["shards"] if split in shard["name"]]
+        assert sizes[:-1] == [shard_tokens] * (len(sizes) - 1) and sum(sizes) == manifest["splits"][split]["tokens"]
+
+
+def test_jobs_and_chunks_do_not_change_a_byte(
+    tmp_path: Path, model: Path, docs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outs = [tmp_path / name for name in ("one", "two", "small")]
+    prepare.prepare(Options((docs,), outs[0], model, val_docs=7, shard_tokens=500, jobs=1))
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 900)
+    prepare.prepare(Options((docs,), outs[1], model, val_docs=7, shard_tokens=500, jobs=2))
+    prepare.prepare(Options((docs,), outs[2], model, val_docs=7, shard_tokens=500, jobs=1))
+    assert contents(outs[0]) == contents(outs[1]) == contents(outs[2])
+
+
+def test_manifest_tells_the_whole_story(tmp_path: Path, docs: Path) -> None:
+    out = tmp_path / "out"
+    manifest = prepare.prepare(Options((docs,), out, vocab_size=320, val_docs=10))
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    hashes = [hashlib.sha256(text.encode()).digest() for text in make_texts(30)]
+    assert manifest["val_document_sha256"] == [digest.hex() for digest in hashes[:10]]
+    chained = hashlib.sha256().digest()
+    for digest in hashes[10:]:
+        chained = hashlib.sha256(chained + digest).digest()
+    assert manifest["train_documents_digest"] == chained.hex()
+    raw = docs.read_bytes()
+    source = {"name": "docs.jsonl", "sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw), "docs": 30}
+    assert manifest["sources"] == [source]
+    assert manifest["tokenizer"]["vocab_size"] == 320
+    for shard in manifest["shards"]:
+        assert hashlib.sha256((out / shard["name"]).read_bytes()).hexdigest() == shard["sha256"]
+    assert str(tmp_path) not in (out / "manifest.json").read_text()
+    assert {path.name for path in out.iterdir()} == {
+        "bpe_320.model", "fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json",
+    }  # fmt: skip
+
+
+# Inputs
+
+
+def test_all_formats_give_the_same_stream(tmp_path: Path, model: Path) -> None:
+    texts = make_texts(12)
+    plain = write_jsonl(tmp_path / "a.jsonl", texts)
+    raw = plain.read_bytes()
+    inputs = {"jsonl": plain}
+    half = raw.index(b"\n", len(raw) // 2) + 1
+    frames = zstandard.compress(raw[:half]) + zstandard.compress(raw[half:])
+    for suffix, packed in (("gz", gzip.compress(raw)), ("xz", lzma.compress(raw)), ("zst", frames)):
+        inputs[suffix] = tmp_path / f"a.jsonl.{suffix}"
+        inputs[suffix].write_bytes(packed)
+    inputs["parquet"] = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), inputs["parquet"], row_group_size=5)
+    inputs["tree"] = tmp_path / "tree"
+    for index, text in enumerate(texts):
+        path = inputs["tree"] / f"{index // 5}" / f"{index:02d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    (inputs["tree"] / "notes.md").write_text("not a document")
+    streams = {}
+    for name, path in inputs.items():
+        prepare.prepare(Options((path,), tmp_path / f"out_{name}", model, val_docs=4))
+        streams[name] = contents(tmp_path / f"out_{name}")
+        del streams[name]["manifest.json"]
+    assert all(stream == streams["jsonl"] for stream in streams.values())
+
+
+def test_sources_follow_the_order_of_the_arguments(tmp_path: Path, model: Path) -> None:
+    first, second = make_texts(3, seed=1), make_texts(3, seed=2)
+    paths = (write_jsonl(tmp_path / "z.jsonl", first), write_jsonl(tmp_path / "a.jsonl", second))
+    manifest = prepare.prepare(Options(paths, tmp_path / "out", model, val_docs=1))
+    assert read_split(tmp_path / "out", "train").tolist() == expected_stream(model, first[1:] + second)
+    assert [source["docs"] for source in manifest["sources"]] == [3, 3]
+
+
+GOOD = b'{"text": "fine"}\n'
+MANY = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(2000, words=20)).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("x.jsonl", GOOD + b"\n{nonsense\n", r"x\.jsonl:3: not a line of JSON"),
+        ("x.jsonl", GOOD + b'{"body": "a"}\n', r"x\.jsonl:2: no key 'text'"),
+        ("x.jsonl", GOOD + b'{"text": 5}\n', r"x\.jsonl:2: 'text' is int"),
+        ("x.jsonl", GOOD + b"[1]\n", r"x\.jsonl:2: no key"),
+        ("x.jsonl", GOOD + b'{"text": "caf\xe9"}\n', r"x\.jsonl:2: not UTF-8: byte 0xe9"),
+        ("x.jsonl", GOOD + b'{"text": "\\ud800"}\n', r"x\.jsonl:2: .*surrogate"),
+        ("x.jsonl", b"", "is empty"),
+        ("x.jsonl", b"\n\n", "has 0 documents"),
+        ("x.txt", b"a\nb\xff", r"x\.txt:2: not UTF-8"),
+        ("x.csv", b"a,b\n", "unknown suffix"),
+        ("x.jsonl.gz", gzip.compress(MANY)[:-9], r"x\.jsonl\.gz: damaged"),
+        ("x.jsonl.xz", lzma.compress(MANY)[:-9], r"x\.jsonl\.xz: damaged"),
+        ("x.jsonl.zst", zstandard.compress(MANY)[:-9], r"x\.jsonl\.zst: damaged"),
+        ("x.jsonl.zst", b"not zstandard at all", r"x\.jsonl\.zst: damaged"),
+        ("x.parquet", b"PAR1 not really", r"x\.parquet: cannot be read"),
+        ("x.jsonl", GOOD, "nothing is left to train on"),
+    ],
+    ids=lambda value: value.replace("\\", "") if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("train", [True, False], ids=["train_tokenizer", "given_tokenizer"])
+def test_bad_input_is_one_line(
+    tmp_path: Path, model: Path, name: str, raw: bytes, message: str, train: bool
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(raw)
+    tokenizer = {"vocab_size": 320} if train else {"tokenizer": model}
+    with pytest.raises(PrepareError, match=message) as caught:
+        prepare.prepare(Options((path,), tmp_path / "out", val_docs=1, **tokenizer))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_parquet_without_the_column(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", "b"]}), path)
+    with pytest.raises(PrepareError, match="no column 'text'; it has body"):
+        prepare.prepare(Options((path,), tmp_path / "out", model, val_docs=1))
+    manifest = prepare.prepare(Options((path,), tmp_path / "out2", model, val_docs=1, text_key="body"))
+    assert manifest["splits"]["train"]["docs"] == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"val_docs": 0}, {"vocab_size": 0}, {"vocab_size": 65537}, {"jobs": 0}, {"shard_tokens": 0}, {"sample_mb": 0},
+        {"docs": ()},
+    ],
+)  # fmt: skip
+def test_bad_options(tmp_path: Path, wrong: dict) -> None:
+    with pytest.raises(PrepareError):
+        Options(**{"docs": (tmp_path / "a.jsonl",), "out": tmp_path, "vocab_size": 400, **wrong})
+
+
+# Overlap
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train_tokenizer", "given_tokenizer"])
+def test_overlap_is_refused_or_dropped(tmp_path: Path, model: Path, train: bool) -> None:
+    texts = make_texts(12)
+    path = write_jsonl(tmp_path / "x.jsonl", [*texts, texts[1], texts[9], "", ""])
+    kind = {"vocab_size": 320} if train else {"tokenizer": model}
+    message = r"x\.jsonl:13: this training document is also validation document 2"
+    with pytest.raises(PrepareError, match=message):
+        prepare.prepare(Options((path,), tmp_path / "out", val_docs=4, **kind))
+    manifest = prepare.prepare(Options((path,), tmp_path / "out2", val_docs=4, drop_overlap=True, **kind))
+    assert manifest["overlap_dropped"] == 1
+    assert manifest["splits"]["train"]["docs"] == 11
+    assert manifest["sources"][0]["docs"] == 16
+    stream = expected_stream(tmp_path / "out2" / manifest["tokenizer"]["name"], [*texts[4:], texts[9], "", ""])
+    assert read_split(tmp_path / "out2", "train").tolist() == stream
+
+
+# Tokenizer
+
+
+def test_tokenizer_has_the_contest_layout(model: Path) -> None:
+    processor = spm.SentencePieceProcessor(model_file=str(model))
+    assert [processor.id_to_piece(i) for i in range(4)] == ["<pad>", "<s>", "</s>", "<unk>"]
+    assert [processor.id_to_piece(4 + i) for i in range(256)] == [f"<0x{i:02X}>" for i in range(256)]
+    assert processor.piece_to_id("\u2581") > 259
+    assert processor.encode("two", out_type=str)[0] != "\u2581two"  # no dummy prefix
+    assert processor.encode("1984", out_type=str) == ["1", "9", "8", "4"]
+    assert processor.decode(processor.encode("snow \u2603 \U0001f600")) == "snow \u2603 \U0001f600"
+    assert processor.encode("\ufb01x") == processor.encode("fix")  # NFKC
+
+
+def test_tokenizer_learns_from_training_documents_only(tmp_path: Path) -> None:
+    words = [["quixotic"] * 400, ["zebra"] * 400]
+    texts = [" ".join(words[0])] + [f"{' '.join(words[1])} {text}" for text in make_texts(20)]
+    path = write_jsonl(tmp_path / "x.jsonl", texts)
+    prepare.prepare(Options((path,), tmp_path / "out", vocab_size=320, val_docs=1))
+    processor = spm.SentencePieceProcessor(model_file=str(tmp_path / "out" / "bpe_320.model"))
+    assert len(processor.encode(" zebra")) == 1
+    assert len(processor.encode(" quixotic")) > 4
+
+
+@pytest.mark.parametrize(("size", "message"), [(5000, "too large: the training text gives only"), (261, "too small")])
+def test_impossible_vocabulary(tmp_path: Path, docs: Path, size: int, message: str) -> None:
+    with pytest.raises(PrepareError, match=message):
+        prepare.prepare(Options((docs,), tmp_path / "out", vocab_size=size, val_docs=1))
+
+
+def test_unfit_tokenizers(tmp_path: Path, docs: Path) -> None:
+    path = tmp_path / "unfit.model"
+    with pytest.raises(PrepareError, match="no such tokenizer"):
+        prepare.prepare(Options((docs,), tmp_path / "out", path, val_docs=1))
+    path.write_bytes(b"nonsense")
+    with pytest.raises(PrepareError, match="not a SentencePiece model"):
+        prepare.prepare(Options((docs,), tmp_path / "out", path, val_docs=1))
+    common = {"model_type": "bpe", "vocab_size": 60, "minloglevel": 2, "hard_vocab_limit": False}
+    for extra, message in (({}, "no byte pieces"), ({"bos_id": 0, "unk_id": 1}, "BOS has id 0")):
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(make_texts(9)), model_prefix=str(tmp_path / f"m{len(extra)}"), **common, **extra
+        )
+        with pytest.raises(PrepareError, match=message):
+            prepare.prepare(Options((docs,), tmp_path / "out", tmp_path / f"m{len(extra)}.model", val_docs=1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=300), st.integers(8, 60))
+def test_sentences_lose_nothing_and_stay_short(text: str, limit: int) -> None:
+    text = text.encode("utf-8", "ignore").decode()
+    pieces = list(prepare.sentences(text, limit))
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    assert all(len(piece.encode()) <= limit for piece in pieces)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.binary(min_size=1, max_size=20).map(bytes.hex), min_size=1, max_size=40), st.integers(1, 300))
+def test_sample_is_the_shortest_prefix_by_hash(texts: list[str], budget: int) -> None:
+    by_hash = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
+    wanted: list[str] = []
+    while by_hash and sum(map(len, wanted)) < budget:
+        wanted.append(by_hash.pop(0))
+    sample = prepare.TextSample(budget)
+    for text in texts:
+        sample.add(hashlib.sha256(text.encode()).digest(), text.encode())
+    assert list(sample.texts()) == wanted
+
+
+# Transform
+
+
+class Shout:
+    """A toy transform: lower-cases ASCII and marks every capital with one symbol; a symbol stands for no byte."""
+
+    name = "shout"
+    symbols = ("\ue001",)
+
+    def encode(self, text: str) -> str:
+        return "".join("\ue001" + char.lower() if "A" <= char <= "Z" else char for char in text)
+
+    def piece_bytes(self, text: str, processor: spm.SentencePieceProcessor) -> list[int]:
+        mark = processor.piece_to_id(self.symbols[0])
+        ids = processor.encode(self.encode(text))
+        return [0 if i == mark else 1 if processor.is_byte(i) else len(processor.id_to_piece(i)) for i in ids]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_transform_gives_a_byte_sidecar(tmp_path: Path, docs: Path, jobs: int) -> None:
+    options = Options((docs,), tmp_path / "out", vocab_size=320, val_docs=5, shard_tokens=150, jobs=jobs)
+    manifest = prepare.prepare(options, Shout())
+    processor = spm.SentencePieceProcessor(model_file=str(options.out / "bpe_320.model"))
+    assert processor.id_to_piece(4) == "\ue001" and processor.id_to_piece(5) == "<0x00>"
+    tokens, counts = read_split(options.out, "val"), read_split(options.out, "val_bytes")
+    assert len(tokens) == len(counts) == manifest["splits"]["val"]["tokens"]
+    assert counts.sum() == manifest["splits"]["val"]["raw_bytes"]
+    assert not counts[tokens == 1].any() and not counts[tokens == 4].any()
+    assert [row["tokens"] for row in manifest["sidecars"]] == [
+        row["tokens"] for row in manifest["shards"] if "val" in row["name"]
+    ]
+    assert not list(options.out.glob("fineweb_train_bytes*"))
+
+
+# Interruption
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_resume_after_any_interruption(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("resume")
+    docs = write_jsonl(folder / "docs.jsonl", [*make_texts(14, words=25), make_texts(14, words=25)[2]])
+    given_model = data.draw(st.booleans())
+    kind = {"tokenizer": model} if given_model else {"vocab_size": 300}
+    shard_tokens = data.draw(st.integers(30, 400))
+    common = {"docs": (docs,), "val_docs": 4, "drop_overlap": True, "shard_tokens": shard_tokens, **kind}
+    transform = None if given_model else Shout()
+    prepare.prepare(Options(out=folder / "whole", **common), transform)
+    options = Options(out=folder / "broken", **common)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "CHUNK_DOCS", data.draw(st.integers(1, 6)))
+        for stop in data.draw(st.lists(st.integers(0, 25), min_size=1, max_size=3)):
+            method = data.draw(st.sampled_from(["append", "finish"]))
+            with pytest.MonkeyPatch.context() as inner:
+                break_after(inner, method, stop)
+                try:
+                    prepare.prepare(options, transform)
+                except KeyboardInterrupt:
+                    assert not list(options.out.glob("*.tmp"))
+        prepare.prepare(options, transform)
+    assert contents(folder / "whole") == contents(folder / "broken")
+
+
+def break_after(patch: pytest.MonkeyPatch, method: str, calls: int) -> None:
+    """Let a method of ShardFile work `calls` times and raise KeyboardInterrupt from then on."""
+    original = getattr(prepare.ShardFile, method)
+    left = [calls]
+
+    def broken(self: prepare.ShardFile, *arguments: object) -> object:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return original(self, *arguments)
+
+    patch.setattr(prepare.ShardFile, method, broken)
+
+
+def test_resume_does_not_repeat_finished_shards(
+    tmp_path: Path, model: Path, docs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Options((docs,), tmp_path / "out", model, val_docs=5, shard_tokens=300)
+    monkeypatch.setattr(prepare, "CHUNK_DOCS", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        break_after(patch, "finish", 4)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(options)
+    done = len(list(options.out.glob("fineweb_*.bin")))
+    state = json.loads((options.out / prepare.STATE_NAME).read_text())
+    assert done == 4 == len(state["shards"])
+    encoded = []
+    original = prepare.encode_task
+    monkeypatch.setattr(prepare, "encode_task", lambda task: encoded.append(task) or original(task))
+    prepare.prepare(options)
+    assert len(encoded) == 30 - state["docs_done"] < 30
+    encoded.clear()
+    prepare.prepare(options)
+    assert not encoded
+
+
+def test_changed_arguments_or_inputs_are_refused(tmp_path: Path, model: Path, docs: Path) -> None:
+    out = tmp_path / "out"
+    common = {"docs": (docs,), "out": out, "tokenizer": model}
+    for finished in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if not finished:
+                break_after(patch, "finish", 2)
+                with pytest.raises(KeyboardInterrupt):
+                    prepare.prepare(Options(val_docs=5, shard_tokens=300, **common))
+            else:
+                prepare.prepare(Options(val_docs=5, shard_tokens=300, **common))
+        with pytest.raises(PrepareError, match="val_docs was 5, is 6; use --overwrite or another --out"):
+            prepare.prepare(Options(val_docs=6, shard_tokens=300, **common))
+        kept = docs.read_bytes()
+        docs.write_bytes(kept + GOOD)
+        with pytest.raises(PrepareError, match="the documents are not the same"):
+            prepare.prepare(Options(val_docs=5, shard_tokens=300, **common))
+        docs.write_bytes(kept)
+    manifest = prepare.prepare(Options(val_docs=6, overwrite=True, **common))
+    assert len(list(out.glob("*.bin"))) == len(manifest["shards"]) == 2
+
+
+def test_finished_directory_is_checked(tmp_path: Path, model: Path, docs: Path) -> None:
+    options = Options((docs,), tmp_path / "out", model, val_docs=5)
+    prepare.prepare(options)
+    shard = options.out / "fineweb_val_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(PrepareError, match="fineweb_val_000000.bin: .*--overwrite"):
+        prepare.prepare(options)
+    (options.out / "manifest.json").write_text("{}")
+    with pytest.raises(PrepareError, match="not written by this tool"):
+        prepare.prepare(options)
+    (options.out / "manifest.json").unlink()
+    with pytest.raises(PrepareError, match="from elsewhere"):
+        prepare.prepare(options)
+
+
+# Command line and sample
+
+
+def test_command_line_survives_a_kill(tmp_path: Path, model: Path) -> None:
+    docs = tmp_path / "docs.jsonl"
+    docs.write_bytes(MANY)
+    command = [sys.executable, prepare.__file__, "--docs", docs, "--tokenizer", model, "--val-docs", "5"]
+    command += ["--shard-tokens", "3000", "--out"]
+    done = subprocess.run([*command, tmp_path / "a", "--jobs", "2"], capture_output=True, text=True, check=True)
+    assert "train 1,995 documents" in done.stdout
+    bad = subprocess.run([*command, tmp_path / "a", "--jobs", "0"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
+    with subprocess.Popen([*command, tmp_path / "b", "--jobs", "1"], stderr=subprocess.PIPE) as process:
+        process.stderr.readline()  # the first shard has its name
+        process.kill()
+    subprocess.run([*command, tmp_path / "b", "--jobs", "1"], capture_output=True, check=True)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_validation_default_is_the_published_split() -> None:
+    assert Options((Path("x"),), Path("y"), vocab_size=300).val_docs == 50_000
+    args = prepare.parse_arguments(["--docs", "x", "--out", "y", "--vocab-size", "300"])
+    assert args.val_docs == 50_000
+
+
+def test_sample_is_prose_of_useful_length(tmp_path: Path) -> None:
+    assert prepare.main(["sample", "--out", str(tmp_path), "--vocab-size", "512", "--val-docs", "20"]) == 0
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    texts = [json.loads(line)["text"] for line in (tmp_path / "sample.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(texts) == len(set(texts)) > 300
+    assert sum(map(len, texts)) > 1_500_000
+    lengths = sorted(map(len, texts))
+    assert lengths[0] >= 400 and 1_000 < lengths[len(texts) // 2] < 10_000
+    letters = sum(char.isalpha() or char == " " for text in texts for char in text)
+    assert letters > 0.85 * sum(lengths)
+    hashes = {hashlib.sha256(text.encode()).hexdigest() for text in texts[20:]}
+    assert manifest["splits"]["val"]["docs"] == 20 and not hashes & set(manifest["val_document_sha256"])
+    # long paragraphs stand in one document only, so validation repeats none of the training text
+    val = {part for text in texts[:20] for part in text.split("\n\n") if len(part) > 200}
+    train = {part for text in texts[20:] for part in text.split("\n\n")}
+    assert val and not val & train
+
+
+def test_prose_filter_cleans() -> None:
+    prose = prepare.ProseFilter()
+    text = """Heading of it
+    *************
+
+    A paragraph that is
+       indented and broken.
+
+    >>> print(1 + 1, [2], {3: 4})
+    2
+
+    x = {1: 2, 3: (4, 5)}; y[7:9] += 11
+
+    A paragraph that is indented and broken."""
+    assert prose.paragraphs(text) == ["Heading of it", "A paragraph that is indented and broken."]

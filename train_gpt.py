@@ -1,0 +1,2689 @@
+#!/usr/bin/env python3
+"""train_gpt.py: train, quantise, score and adapt a small GPT for Parameter Golf, in one self-contained file.
+
+The contest: the best language model that fits, code and compressed weights together, in 16,000,000 bytes, trained in
+10 minutes on 8xH100 and scored in 10 more by bits per byte (val_bpb) on FineWeb.
+
+    python train_gpt.py --help                         every knob: default, bounds, meaning
+    PRESET=records/demo python train_gpt.py --explain  what would run: knobs, parameters, route, optimisers, bits
+    PRESET=records/demo python train_gpt.py            train, quantise, evaluate on whatever device is there
+    torchrun --nproc_per_node=8 train_gpt.py           the same on eight GPUs (or, with gloo, on eight CPU processes)
+
+A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, record.env and result.json into its folder;
+STAGES=quantize,eval resumes from those files. What differs between systems is data: values of Config, rows of the
+tables (OPTIM_TABLE, quant_plan), keys into literal registries, and listeners at one seam (taps).
+
+Sections: 01 CONFIG, 02 RUNTIME, 03 DATA, 04 KERNELS, 05 MODEL PARTS, 06 MODEL, 07 OPTIMISERS, 08 TRAINING,
+09 QUANTISATION, 10 ARTIFACT, 11 EVALUATION, 12 TEST-TIME TRAINING, 13 MAIN.
+Notation: B batch rows, T tokens of a row, D model width, H query heads, K key/value heads, V vocabulary, N all tokens.
+Nouns: Config, Runtime, Route, Seq, taps, QuantRule, Codec, ByteMeter, Learner.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import hashlib
+import inspect
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import queue
+import re
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:  # only the codec of that name needs it, and says so
+    import brotli
+except ImportError:
+    brotli = None
+try:  # torch >= 2.11; a build without it still runs on the masked twin
+    from torch.nn.attention import activate_flash_attention_impl
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    activate_flash_attention_impl = varlen_attn = None
+
+BOS_ID = 1
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+RMS_EPS = 2.0**-23  # float32 machine epsilon: what torch uses for an unset eps, made explicit
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; main prints it as one line and exits with status 2."""
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 01 CONFIG                                                                                                          |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+def knob(
+    default: Any,
+    doc: str,
+    group: str,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    choices: tuple[str, ...] = (),
+    when: str = "",
+) -> Any:
+    """One field of Config: default, one-line doc with unit, group of --help, bounds, choices, and when it matters."""
+    meta = {"doc": doc, "group": group, "ge": ge, "gt": gt, "le": le, "choices": choices, "when": when}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+RUN, DATA, MODEL, OPTIM, SCHED = "run", "data", "model", "optimisers", "training schedule"
+QUANT, EVALUATION, TTT = "quantisation and artifact", "evaluation", "test-time training"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config:
+    """Every knob of a run. A knob's environment variable is its name in capitals."""
+
+    run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>", RUN)
+    artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>", RUN)
+    stages: tuple[str, ...] = knob(
+        ("train", "quantize", "eval"),
+        "stages to run; a suffix resumes from files",
+        RUN,
+        choices=("train", "quantize", "eval"),
+    )
+    model_path: str = knob("", "artifact that STAGES=eval reads; empty: <run directory>/model.bin", RUN)
+    device: str = knob("auto", "device; auto takes a GPU when there is one", RUN, choices=("auto", "cpu", "cuda"))
+    attention: str = knob(
+        "auto",
+        "attention backend; auto: the best flash attention installed on a GPU, the masked twin elsewhere",
+        RUN,
+        choices=("auto", "masked", "fa2", "fa3", "fa4"),
+    )
+    compute_dtype: str = knob(
+        "auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", RUN, choices=("auto", "bf16", "fp32")
+    )
+    compile: str = knob("auto", "torch.compile; auto: on a GPU only", RUN, choices=("auto", "on", "off"))
+    seed: int = knob(1337, "seed of initialisation and of the adapters", RUN, ge=0)
+
+    data_path: str = knob("data/sp8192", "directory with the shards", DATA)
+    tokenizer_path: str = knob("", "SentencePiece model; empty: the one *.model file in DATA_PATH", DATA)
+    vocab_size: int = knob(8192, "vocabulary, must equal the tokenizer's", DATA, ge=4, le=65536)
+    loader: str = knob(
+        "packed_docs",
+        "packed_docs: attention stays inside documents; stream: contiguous rows",
+        DATA,
+        choices=("packed_docs", "stream"),
+    )
+    train_batch_tokens: int = knob(786_432, "tokens of an optimiser step, over all ranks", DATA, gt=0)
+    batch_slices: int = knob(
+        8, "micro-batches of an optimiser step, over all ranks; a multiple of the ranks", DATA, gt=0
+    )
+    train_seq_len: int = knob(2048, "longest attention span in training, tokens", DATA, gt=1)
+
+    num_layers: int = knob(11, "physical layers", MODEL, gt=0)
+    model_dim: int = knob(512, "width of the residual stream", MODEL, gt=0)
+    num_heads: int = knob(8, "query heads", MODEL, gt=0)
+    num_kv_heads: int = knob(4, "key/value heads (GQA)", MODEL, gt=0)
+    mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", MODEL, gt=0)
+    mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", MODEL, ge=0)
+    tied_embed_init_std: float = knob(0.005, "std of the embedding at init", MODEL, gt=0)
+    logit_softcap: float = knob(30.0, "c of c*tanh(logits/c)", MODEL, gt=0)
+    rope_base: float = knob(10_000.0, "base of the rotary frequencies", MODEL, gt=1)
+    rope_dims: int = knob(16, "leading dims of a head that rotate", MODEL, ge=0)
+    qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", MODEL, gt=0)
+    ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)", MODEL)
+    attn_extras: tuple[str, ...] = knob(
+        ("xsa",), "xsa: remove each head output's part along its own value", MODEL, choices=("xsa",)
+    )
+    xsa_last_n: int = knob(11, "layers with XSA, counted from the last", MODEL, ge=0, when="ATTN_EXTRAS=xsa")
+    attn_gate: str = knob(
+        "none",
+        "gate on each head's output; sparse reads GATE_WINDOW dims of the input",
+        MODEL,
+        choices=("none", "sparse"),
+    )
+    embed_extras: tuple[str, ...] = knob(
+        (), "smear: add a gated copy of the previous token's embedding", MODEL, choices=("smear",)
+    )
+    gate_window: int = knob(
+        12, "leading dims that gates read", MODEL, gt=0, when="ATTN_GATE=sparse or EMBED_EXTRAS=smear"
+    )
+    sparse_attn_gate_scale: float = knob(1.0, "factor inside the gate's sigmoid", MODEL, when="ATTN_GATE=sparse")
+    sparse_attn_gate_init_std: float = knob(0.0, "std of the gate at init", MODEL, ge=0, when="ATTN_GATE=sparse")
+    smear_bos_mask: bool = knob(True, "no smear into a document's first token", MODEL, when="EMBED_EXTRAS=smear")
+    skip_gates_enabled: bool = knob(True, "sigmoid gates on the U-net skips", MODEL)
+    num_loops: int = knob(2, "extra passes over the looped layers", MODEL, ge=0)
+    loop_start: int = knob(3, "first looped layer", MODEL, ge=0, when="NUM_LOOPS>0")
+    loop_end: int = knob(5, "last looped layer, inclusive", MODEL, ge=0, when="NUM_LOOPS>0")
+    enable_looping_at: float = knob(
+        0.35, "fraction of the run at which looping starts", MODEL, ge=0, le=1, when="NUM_LOOPS>0"
+    )
+    parallel_start_layer: int = knob(8, "decoder layers from here on run in two lanes; 0: none", MODEL, ge=0)
+    parallel_final_lane: str = knob("mean", "what the two lanes end as", MODEL, choices=("mean", "mlp", "attn"))
+
+    matrix_lr: float = knob(0.026, "learning rate of Muon", OPTIM, ge=0)
+    tied_embed_lr: float = knob(0.03, "learning rate of the embedding", OPTIM, ge=0)
+    scalar_lr: float = knob(0.02, "learning rate of gains, gates and scales", OPTIM, ge=0)
+    muon_momentum: float = knob(0.97, "momentum after warm-up", OPTIM, ge=0, le=1)
+    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", OPTIM, ge=0, le=1)
+    muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", OPTIM, ge=0)
+    muon_backend_steps: int = knob(5, "orthogonalisation iterations", OPTIM, ge=1, le=10)
+    muon_coefficients: str = knob(
+        "polar_express", "coefficient set of the orthogonalisation", OPTIM, choices=("polar_express", "quintic")
+    )
+    muon_row_normalize: bool = knob(True, "unit-norm rows before the orthogonalisation", OPTIM)
+    muon_wd: float = knob(0.095, "decoupled weight decay of Muon", OPTIM, ge=0)
+    embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", OPTIM, ge=0)
+    adam_wd: float = knob(0.02, "decoupled weight decay of gains, gates and scales", OPTIM, ge=0)
+    beta1: float = knob(0.9, "AdamW beta1", OPTIM, ge=0, le=1)
+    beta2: float = knob(0.95, "AdamW beta2", OPTIM, ge=0, le=1)
+    adam_eps: float = knob(1e-8, "AdamW epsilon", OPTIM, gt=0)
+    grad_clip_norm: float = knob(0.3, "global norm limit of the averaged gradient; 0: none", OPTIM, ge=0)
+    average: tuple[str, ...] = knob(
+        ("ema",), "weight average that is evaluated; none: the last iterate", OPTIM, choices=("ema",)
+    )
+    ema_decay: float = knob(0.9965, "decay of the weight average, per step", OPTIM, ge=0, le=1, when="AVERAGE=ema")
+
+    iterations: int = knob(20_000, "step limit", SCHED, gt=0)
+    max_wallclock_seconds: float = knob(600.0, "training budget, seconds; 0: none, schedules follow steps", SCHED, ge=0)
+    gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for calibration, seconds", SCHED, ge=0)
+    warmup_steps: int = knob(20, "untimed compile warm-up steps per graph, rolled back", SCHED, ge=0)
+    warmdown_frac: float = knob(0.75, "last fraction of the run with linear LR decay", SCHED, ge=0, le=1)
+    min_lr: float = knob(0.1, "floor of the LR multiplier", SCHED, ge=0, le=1)
+    train_log_every: int = knob(500, "steps between log lines", SCHED, gt=0)
+    val_loss_every: int = knob(0, "steps between validations; 0: none", SCHED, ge=0)
+
+    matrix_quant: str = knob("gptq", "scheme of the matrices", QUANT, choices=("gptq", "rowwise"))
+    embed_quant: str = knob("gptq", "scheme of the embedding", QUANT, choices=("gptq", "rowwise"))
+    matrix_bits: int = knob(6, "bits of the matrices", QUANT, ge=2, le=8)
+    embed_bits: int = knob(7, "bits of the embedding", QUANT, ge=2, le=8)
+    attn_clip_sigmas: float = knob(13.0, "clip of q, k, v, o rows, in standard deviations", QUANT, gt=0)
+    mlp_clip_sigmas: float = knob(11.5, "clip of up, down rows, in standard deviations", QUANT, gt=0)
+    embed_clip_sigmas: float = knob(14.0, "clip of embedding rows, in standard deviations", QUANT, gt=0)
+    gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
+    gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
+    gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
+    compressor: str = knob("brotli", "entropy coder of the artifact", QUANT, choices=("brotli", "lzma"))
+
+    eval: str = knob("doc_lora", "how the final score is made", EVALUATION, choices=("plain", "sliding", "doc_lora"))
+    val_batch_tokens: int = knob(524_288, "tokens of an evaluation batch, over BATCH_SLICES", EVALUATION, gt=0)
+    eval_seq_len: int = knob(
+        2048, "longest context; the validation stream is cut to a multiple of it", EVALUATION, gt=1
+    )
+    eval_stride: int = knob(64, "tokens scored per window", EVALUATION, gt=0, when="EVAL=sliding")
+    eval_include_tail: bool = knob(False, "score the last partial window too (not the canonical count)", EVALUATION)
+
+    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", TTT, ge=1, when="EVAL=doc_lora")
+    ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", TTT, gt=0, when="EVAL=doc_lora")
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", TTT, ge=0, when="EVAL=doc_lora")
+    ttt_chunk_size: int = knob(48, "tokens scored, then learnt, at a time", TTT, gt=0, when="EVAL=doc_lora")
+    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", TTT, gt=1, when="EVAL=doc_lora")
+    ttt_batch_size: int = knob(64, "documents adapted side by side", TTT, gt=0, when="EVAL=doc_lora")
+    ttt_grad_steps: int = knob(1, "updates per chunk", TTT, ge=1, when="EVAL=doc_lora")
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", TTT, ge=0, when="EVAL=doc_lora")
+    ttt_beta1: float = knob(0.0, "AdamW beta1", TTT, ge=0, le=1, when="EVAL=doc_lora")
+    ttt_beta2: float = knob(0.99, "AdamW beta2", TTT, ge=0, le=1, when="EVAL=doc_lora")
+    ttt_k_lora: bool = knob(True, "adapters on keys", TTT, when="EVAL=doc_lora")
+    ttt_o_lora: bool = knob(True, "adapters across the attention sublayer", TTT, when="EVAL=doc_lora")
+    ttt_mlp_lora: bool = knob(True, "adapters across the MLP sublayer", TTT, when="EVAL=doc_lora")
+
+    def problems(self) -> list[str]:
+        """Everything wrong with these values, each as a sentence with the fix; empty when the run can start."""
+        found = [p for f in dataclasses.fields(self) for p in bound_problems(f, getattr(self, f.name))]
+        if found:  # the rules below may divide by what is out of bounds
+            return found
+        return [message.format(c=self) for predicate, message in ILLEGAL if predicate(self)]
+
+
+LOCAL_KNOBS = (
+    "run_id",
+    "artifact_dir",
+    "stages",
+    "model_path",
+    "device",
+    "attention",
+    "compute_dtype",
+    "compile",
+    "data_path",
+    "tokenizer_path",
+)  # where a run happens, not what it is: not written to record.env
+
+ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
+    (lambda c: c.model_dim % c.num_heads != 0, "MODEL_DIM={c.model_dim} is not a multiple of NUM_HEADS={c.num_heads}"),
+    (
+        lambda c: c.num_heads % c.num_kv_heads != 0,
+        "NUM_HEADS={c.num_heads} is not a multiple of NUM_KV_HEADS={c.num_kv_heads}",
+    ),
+    (
+        lambda c: c.rope_dims % 2 == 1 or c.rope_dims > c.model_dim // c.num_heads,
+        "ROPE_DIMS={c.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS",
+    ),
+    (
+        lambda c: c.num_loops > 0 and not c.loop_start <= c.loop_end < c.num_layers,
+        "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be a range of layers below NUM_LAYERS={c.num_layers}",
+    ),
+    (lambda c: c.gate_window > c.model_dim, "GATE_WINDOW={c.gate_window} is over MODEL_DIM={c.model_dim}"),
+    (
+        lambda c: c.train_batch_tokens % c.batch_slices != 0,
+        "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}",
+    ),
+    (
+        lambda c: (
+            c.train_batch_tokens // c.batch_slices < c.train_seq_len
+            or (c.train_batch_tokens // c.batch_slices) % c.train_seq_len != 0
+        ),
+        "TRAIN_BATCH_TOKENS/BATCH_SLICES must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
+    ),
+    (
+        lambda c: c.val_batch_tokens // c.batch_slices < c.eval_seq_len,
+        "VAL_BATCH_TOKENS/BATCH_SLICES must be at least EVAL_SEQ_LEN={c.eval_seq_len}; raise VAL_BATCH_TOKENS",
+    ),
+    (lambda c: c.eval_stride > c.eval_seq_len, "EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
+    (
+        lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
+        "TTT_CHUNK_SIZE={c.ttt_chunk_size} is over TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+    ),
+    (
+        lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
+        "GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds} uses up MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}",
+    ),
+    (
+        lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
+        "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval",
+    ),
+)
+
+RENAMED = {  # names that became values of an axis, or that the published scripts read without effect
+    "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
+    "SMEAR_GATE_ENABLED": "EMBED_EXTRAS=smear",
+    "TTT_ENABLED": "EVAL=doc_lora (or EVAL=plain for none)",
+    "SLIDING_WINDOW_ENABLED": "EVAL=sliding",
+    "CASEOPS_ENABLED": "nothing: a byte sidecar in DATA_PATH is used when it is there",
+    "TTT_EVAL_ONLY": "STAGES=eval",
+    "EMA_ENABLED": "AVERAGE=ema",
+    "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
+}
+
+
+def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
+    """What is wrong with one value against its knob's bounds and choices."""
+    m, name, found = field.metadata, field.name.upper(), []
+    for item in value if isinstance(value, tuple) else (value,):
+        if m["choices"] and item not in m["choices"]:
+            found.append(f"{name}={item!r} is not one of {', '.join(m['choices'])}")
+    for sign, limit, bad in (
+        ("at least", m["ge"], lambda v, b: v < b),
+        ("over", m["gt"], lambda v, b: v <= b),
+        ("at most", m["le"], lambda v, b: v > b),
+    ):
+        if limit is not None and (bad(value, limit) or math.isnan(value)):
+            found.append(f"{name}={value} must be {sign} {limit:g}")
+    if isinstance(value, tuple) and len(set(value)) != len(value):
+        found.append(f"{name}={','.join(value)} names a value twice")
+    return found
+
+
+def parse_knob(field: dataclasses.Field, text: str) -> Any:
+    """Value of a knob from its text; raises ValueError with the reason."""
+    kind = field.type
+    if kind == "bool":
+        if text not in ("0", "1"):
+            raise ValueError("must be 0 or 1")
+        return text == "1"
+    if kind.startswith("tuple"):
+        return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", "none"))
+    if kind == "int":
+        return int(text.replace("_", ""))
+    return float(text) if kind == "float" else text
+
+
+def format_knob(value: Any) -> str:
+    """The text that parse_knob reads back as value."""
+    if isinstance(value, tuple):
+        return ",".join(value) or "none"
+    return str(int(value)) if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
+
+
+def read_preset(folder: str) -> dict[str, str]:
+    """KEY -> VALUE of <folder>/record.env; lines are KEY=VALUE with an optional '# reason' after two spaces."""
+    path = Path(folder) / "record.env"
+    if not path.is_file():
+        known = sorted(str(p.parent) for p in Path("records").glob("**/record.env"))
+        raise UserError(
+            f"PRESET={folder}: no record.env there; known presets: {', '.join(known) or 'none below records/'}"
+        )
+    values = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        text = re.split(r"\s#|^#", line, maxsplit=1)[0].strip()
+        if not text:
+            continue
+        key, sign, value = text.partition("=")
+        if not sign or key != key.strip().upper():
+            raise UserError(f"{path}:{number}: expected KEY=VALUE, got {line!r}")
+        if key in values:
+            raise UserError(f"{path}:{number}: {key} is set twice")
+        values[key] = value.strip()
+    return values
+
+
+def name_problems(names: Iterable[str], knobs: Mapping[str, dataclasses.Field], strict: bool) -> list[str]:
+    """Unknown, misspelt or renamed knob names; strict: every unknown name is wrong, not only a near miss."""
+    found = []
+    for name in names:
+        if name in knobs or name == "PRESET":
+            continue
+        close = difflib.get_close_matches(name, knobs, n=1, cutoff=0.6 if strict else 0.88)
+        if name in RENAMED:
+            found.append(f"{name} is not a knob here; say {RENAMED[name]}")
+        elif close:
+            found.append(f"{name} is not a knob; did you mean {close[0]}?")
+        elif strict:
+            found.append(f"{name} is not a knob; `python train_gpt.py --help` lists them")
+    return found
+
+
+def resolve(environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
+    """Config from default < preset < environment, and where each non-default value came from.
+
+    Raises UserError with every problem found, one a line.
+    """
+    knobs = {f.name.upper(): f for f in dataclasses.fields(Config)}
+    preset = read_preset(environ["PRESET"]) if environ.get("PRESET") else {}
+    problems = name_problems(preset, knobs, strict=True) + name_problems(environ, knobs, strict=False)
+    values, origin = {}, {}
+    for source, table in ((environ.get("PRESET", ""), preset), ("environment", environ)):
+        for name in knobs.keys() & table.keys():
+            try:
+                value = parse_knob(knobs[name], table[name])
+            except ValueError as error:
+                problems.append(f"{name}={table[name]!r} ({source}): {error}")
+                continue
+            values[knobs[name].name], origin[name] = value, source
+    cfg = Config(**values)
+    problems += cfg.problems()
+    if problems:
+        raise UserError("\n".join(problems))
+    return cfg, {name: source for name, source in origin.items() if values[knobs[name].name] != knobs[name].default}
+
+
+def load_config(environ: Mapping[str, str]) -> Config:
+    """The validated Config of an environment mapping; raises UserError."""
+    return resolve(environ)[0]
+
+
+def record_env(cfg: Config) -> str:
+    """The non-default knobs that make a run what it is, as the text of a record.env."""
+    fields = (f for f in dataclasses.fields(cfg) if f.name not in LOCAL_KNOBS and getattr(cfg, f.name) != f.default)
+    return "".join(f"{f.name.upper()}={format_knob(getattr(cfg, f.name))}\n" for f in fields)
+
+
+def help_text() -> str:
+    """The knobs by group, for --help."""
+    lines, group = [__doc__.split("\nSections:")[0].strip()], ""
+    for f in dataclasses.fields(Config):
+        m = f.metadata
+        if m["group"] != group:
+            group = m["group"]
+            lines.append(f"\n{group}")
+        bounds = [f"{sign} {m[key]:g}" for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if m[key] is not None]
+        notes = "; ".join(filter(None, ["|".join(m["choices"]), " ".join(bounds), m["when"] and "when " + m["when"]]))
+        lines.append(f"  {f.name.upper()}={format_knob(f.default)}\n      {m['doc']}{f' [{notes}]' if notes else ''}")
+    return "\n".join(lines)
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 02 RUNTIME                                                                                                         |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+class Log:
+    """Prints to stdout and appends to a file; silent on every rank but the first."""
+
+    def __init__(self, path: Path | None, quiet: bool) -> None:
+        self.path, self.quiet, self.last = path, quiet, 0.0
+
+    def __call__(self, message: str, to_file_only: bool = False) -> None:
+        """One message, which may have several lines."""
+        if self.quiet:
+            return
+        if not to_file_only:
+            print(message, flush=True)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(message + "\n")
+
+    def progress(self, what: str, done: int, total: int, started: float, every: float = 10.0) -> None:
+        """One line every `every` seconds: how much is done and how long the rest will take."""
+        now = time.perf_counter()
+        if now - max(self.last, started) < every or done == 0:
+            return
+        self.last = now
+        left = (now - started) / done * (total - done)
+        self(f"{what}: {done}/{total} ({100 * done / total:.0f} %), {now - started:.0f} s, {left:.0f} s left")
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where the program runs: rank, world, device, log. One process is world = 1, not a branch elsewhere."""
+
+    rank: int
+    world: int
+    device: torch.device
+    log: Log
+    dtype: torch.dtype = torch.float32
+    compile: bool = False
+
+    @classmethod
+    def start(cls, cfg: Config, environ: Mapping[str, str], log_path: Path | None = None) -> Runtime:
+        """Join the process group that torchrun's variables describe and choose device, dtype and compilation."""
+        rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+        if cfg.batch_slices % world != 0:
+            raise UserError(f"BATCH_SLICES={cfg.batch_slices} is not a multiple of the {world} ranks")
+        if cfg.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("DEVICE=cuda, but torch sees no GPU; use DEVICE=cpu or install a CUDA build of torch")
+        use_cuda = cfg.device != "cpu" and torch.cuda.is_available()
+        device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+        if use_cuda:
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")
+        if world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+        dtypes = {"auto": torch.bfloat16 if use_cuda else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
+        compiled = {"auto": use_cuda, "on": True, "off": False}[cfg.compile]
+        return cls(rank, world, device, Log(log_path, rank != 0), dtypes[cfg.compute_dtype], compiled)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """All-reduce (sum) in place; the tensor itself."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.sum_(torch.zeros(1))
+
+    def first_says(self, value: float) -> float:
+        """Rank 0's number on every rank, over the host network: the device is not synchronised."""
+        tensor = torch.tensor([value], dtype=torch.float64)
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
+        return tensor.item()
+
+    def gather(self, items: dict[str, Any]) -> dict[str, Any]:
+        """The union of every rank's dict, on every rank."""
+        if self.world == 1:
+            return items
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return {key: value for part in parts for key, value in part.items()}
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was launched."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Clock:
+    """Rank 0's training clock, read as the same number by every rank, without a device sync on every step.
+
+    Between readings (at most EVERY steps apart, each step near the end) time is extrapolated by the last step time, so
+    schedules, the looping switch and the end fall on the same step everywhere. budget 0: fractions follow steps.
+    """
+
+    EVERY = 10
+
+    def __init__(self, runtime: Runtime, budget: float, iterations: int) -> None:
+        self.runtime, self.budget, self.iterations = runtime, budget, iterations
+        self.started, self.mark_step, self.mark_time, self.step_time, self.next_reading = 0.0, 0, 0.0, 0.0, 0
+
+    def start(self, elapsed: float = 0.0) -> None:
+        """Start, or go on after a pause, at `elapsed` seconds."""
+        self.runtime.synchronize()
+        self.started = time.perf_counter() - elapsed
+
+    def read(self) -> float:
+        """Seconds of training so far, after a device sync; rank 0's, on every rank."""
+        self.runtime.synchronize()
+        return self.runtime.first_says(time.perf_counter() - self.started)
+
+    def fraction(self, step: int) -> float:
+        """Fraction of the run done when step `step` begins: 1 and more means stop."""
+        if self.budget <= 0 or step >= self.iterations:
+            return step / self.iterations
+        if step >= self.next_reading:
+            now = self.read()
+            if step > self.mark_step:
+                self.step_time = (now - self.mark_time) / (step - self.mark_step)
+            self.mark_step, self.mark_time = step, now
+            left = (self.budget - now) / self.step_time if self.step_time > 0 else 2
+            self.next_reading = step + max(1, min(self.EVERY, int(left / 2)))
+        return (self.mark_time + (step - self.mark_step) * self.step_time) / self.budget
+
+    def expect_change(self) -> None:
+        """Measure again at once: the step time is about to change."""
+        self.next_reading = 0
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write bytes under a temporary name, then rename: a half-written file never has the final name."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def atomic_save(path: Path, value: Any) -> None:
+    """torch.save, atomically."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 03 DATA                                                                                                            |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+def read_shard(path: str | Path) -> np.ndarray:
+    """Tokens of a shard, uint16, memory-mapped. UserError unless header and size are those of the format.
+
+    Format: 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then the tokens as uint16.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such shard")
+    size, header_bytes = path.stat().st_size, 4 * SHARD_HEADER_INTS
+    header = np.fromfile(path, dtype="<i4", count=min(3, size // 4))
+    if len(header) < 3 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(
+            f"{path}: not a shard: magic and version are {header[:2].tolist()}, expected "
+            f"[{SHARD_MAGIC}, {SHARD_VERSION}]; prepare the data again"
+        )
+    if size != header_bytes + 2 * int(header[2]):
+        raise UserError(
+            f"{path}: {size} bytes, but its header promises {header[2]} tokens = "
+            f"{header_bytes + 2 * int(header[2])} bytes; copy or prepare it again"
+        )
+    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(int(header[2]),))
+
+
+def list_shards(folder: str, kind: str) -> list[Path]:
+    """Shards of a kind (train, val, val_bytes) in order; UserError when there are none or a number is missing."""
+    paths = sorted(p for p in Path(folder).glob(f"fineweb_{kind}_*.bin") if p.stem[len(f"fineweb_{kind}_") :].isdigit())
+    if not paths and kind != "val_bytes":
+        raise UserError(
+            f"DATA_PATH={folder} has no fineweb_{kind}_*.bin; make shards with data/prepare.py or fetch them "
+            "with data/download.py"
+        )
+    numbers = [int(p.stem.rsplit("_", 1)[1]) for p in paths]
+    gaps = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers)) if numbers else []
+    if gaps:
+        raise UserError(f"DATA_PATH={folder}: fineweb_{kind}_{gaps[0]:06d}.bin is missing between its neighbours")
+    return paths
+
+
+def segment_bounds(starts: np.ndarray, total: int, cap: int) -> np.ndarray:
+    """Boundaries of attention segments in `total` tokens, int32, from 0 to total.
+
+    A segment begins at 0, at each of `starts` (document starts) and every `cap` tokens inside a document (0: no cap).
+    """
+    edges = np.unique(np.concatenate(([0], starts, [total])))
+    if cap > 0:
+        edges = np.concatenate([np.arange(a, b, cap) for a, b in zip(edges[:-1], edges[1:], strict=True)] + [[total]])
+    return edges.astype(np.int32)
+
+
+def pad_bounds(bounds: np.ndarray, multiple: int = 64) -> np.ndarray:
+    """Right-pad with the total to a multiple of entries: few distinct shapes, and zero-length segments do nothing."""
+    return np.pad(bounds, (0, -len(bounds) % multiple), mode="edge")
+
+
+class Batch(NamedTuple):
+    """A micro-batch on the host: ids and targets (B, T) int64, cu the padded segment boundaries over B*T or None."""
+
+    ids: Tensor
+    targets: Tensor
+    cu: Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; copies from pinned memory do not block."""
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+class ShardWalker:
+    """A cursor over the training shards, in order, again from the first after the last: no randomness.
+
+    With whole_docs a shard's tokens before its first document and a tail shorter than a request are skipped (the
+    published packing); without, requests run on from one shard into the next.
+    """
+
+    def __init__(self, paths: list[Path], vocab_size: int, whole_docs: bool) -> None:
+        self.paths, self.vocab_size, self.whole_docs = paths, vocab_size, whole_docs
+        self.index, self.position, self.tokens = -1, 0, np.empty(0, np.uint16)
+
+    def open_next(self) -> None:
+        """Move to the start of the next shard."""
+        self.index = (self.index + 1) % len(self.paths)
+        path = self.paths[self.index]
+        self.tokens = np.array(read_shard(path))
+        if len(self.tokens) and self.tokens.max() >= self.vocab_size:
+            raise UserError(
+                f"{path}: token id {self.tokens.max()} is outside VOCAB_SIZE={self.vocab_size}; the shards were "
+                "made with another tokenizer"
+            )
+        starts = np.flatnonzero(self.tokens == BOS_ID)
+        self.position = int(starts[0]) if self.whole_docs and len(starts) else 0
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` tokens, uint16."""
+        parts, missing, opened = [], count, 0
+        while missing:
+            left = len(self.tokens) - self.position
+            if left < (missing if self.whole_docs else 1):
+                self.open_next()
+                opened += 1
+                if opened > len(self.paths) and self.whole_docs:
+                    raise UserError(
+                        f"{self.paths[0].parent}: no training shard holds the {count} tokens of one step; lower "
+                        "TRAIN_BATCH_TOKENS or prepare more text"
+                    )
+                continue
+            parts.append(self.tokens[self.position : self.position + min(left, missing)])
+            self.position += len(parts[-1])
+            missing -= len(parts[-1])
+        return np.concatenate(parts)
+
+
+def packed_docs_batch(span: np.ndarray, seq_len: int) -> Batch:
+    """One row of all tokens; attention stays inside documents, and inside pieces of seq_len of a document."""
+    ids = span[:-1]
+    bounds = segment_bounds(np.flatnonzero(ids == BOS_ID), len(ids), seq_len)
+    return Batch(as_row(ids), as_row(span[1:]), torch.from_numpy(pad_bounds(bounds)))
+
+
+def stream_batch(span: np.ndarray, seq_len: int) -> Batch:
+    """Contiguous rows of seq_len tokens; attention runs across documents."""
+    return Batch(as_row(span[:-1]).view(-1, seq_len), as_row(span[1:]).view(-1, seq_len), None)
+
+
+def as_row(tokens: np.ndarray) -> Tensor:
+    """uint16 (N,) -> int64 (1, N)."""
+    return torch.from_numpy(tokens.astype(np.int64))[None]
+
+
+class Loader(NamedTuple):
+    """A way to cut the training stream: make a micro-batch of a span; whether documents bound attention."""
+
+    batch: Callable[[np.ndarray, int], Batch]
+    documents: bool
+
+
+LOADERS = {"packed_docs": Loader(packed_docs_batch, True), "stream": Loader(stream_batch, False)}
+
+
+def train_batches(cfg: Config, runtime: Runtime) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each optimiser step, for ever, prepared two steps ahead by a thread.
+
+    A step takes BATCH_SLICES spans of n + 1 tokens; span j goes to rank j mod world, so that every world size sees the
+    same tokens per step in the same order.
+    """
+    loader, slices = LOADERS[cfg.loader], cfg.batch_slices
+    span = cfg.train_batch_tokens // slices + 1
+    walker = ShardWalker(list_shards(cfg.data_path, "train"), cfg.vocab_size, loader.documents)
+
+    def steps() -> Iterator[list[Batch]]:
+        while True:
+            tokens = walker.take(slices * span).reshape(slices, span)
+            batches = [loader.batch(tokens[j], cfg.train_seq_len) for j in range(runtime.rank, slices, runtime.world)]
+            yield [pin(b) for b in batches] if runtime.device.type == "cuda" else batches
+
+    return prefetch(steps(), depth=2)
+
+
+def pin(batch: Batch) -> Batch:
+    """The batch in page-locked memory."""
+    return Batch(*(None if t is None else t.pin_memory() for t in batch))
+
+
+def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
+    """Items of an endless source, made by a daemon thread; its exception is raised at the consumer.
+
+    The thread ends when the consumer's generator is closed or collected.
+    """
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: Any) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                put(next(source))
+        except (UserError, OSError, ValueError) as error:
+            put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stop.set()
+
+
+def calibration_rows(cfg: Config, index: int) -> np.ndarray:
+    """Calibration batch `index`: random training windows, (rows, TRAIN_SEQ_LEN) int64, whatever the world."""
+    rng = np.random.Generator(np.random.PCG64(index))
+    shards = [read_shard(path) for path in list_shards(cfg.data_path, "train")]
+    room = np.array([max(0, len(s) - cfg.train_seq_len) for s in shards], dtype=np.float64)
+    if not room.any():
+        raise UserError(f"DATA_PATH={cfg.data_path}: no training shard holds TRAIN_SEQ_LEN={cfg.train_seq_len} tokens")
+    rows = cfg.train_batch_tokens // cfg.batch_slices // cfg.train_seq_len
+    picks = rng.choice(len(shards), size=rows, p=room / room.sum())
+    starts = [int(rng.integers(0, int(room[i]))) for i in picks]
+    return np.stack([shards[i][s : s + cfg.train_seq_len] for i, s in zip(picks, starts, strict=True)]).astype(np.int64)
+
+
+class ByteTable(NamedTuple):
+    """Bytes that a token stands for, by id: own bytes, a leading space, and whether nothing precedes (control ids)."""
+
+    bytes: np.ndarray
+    space: np.ndarray
+    boundary: np.ndarray
+
+    def count(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes credited to each token as a target, int32; a leading space counts unless a control id precedes."""
+        previous_is_boundary = np.concatenate(([True], self.boundary[tokens[:-1]]))
+        return self.bytes[tokens] + (self.space[tokens] & ~previous_is_boundary)
+
+
+def find_tokenizer(cfg: Config) -> Path | None:
+    """The SentencePiece model of a run, or None when DATA_PATH holds none; UserError when ambiguous or missing."""
+    if cfg.tokenizer_path:
+        if not Path(cfg.tokenizer_path).is_file():
+            raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file")
+        return Path(cfg.tokenizer_path)
+    models = sorted(Path(cfg.data_path).glob("*.model"))
+    if len(models) > 1:
+        raise UserError(f"DATA_PATH={cfg.data_path} holds {len(models)} tokenizers; choose one with TOKENIZER_PATH")
+    return models[0] if models else None
+
+
+def byte_table(path: Path, vocab_size: int) -> ByteTable:
+    """Byte counts by id of a SentencePiece model: UTF-8 length without the leading U+2581, 1 for byte pieces, 0 for
+    control, unknown and unused ids (which are boundaries). UserError when the vocabulary is another one."""
+    try:
+        processor = spm.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: not a SentencePiece model ({error})") from None
+    if processor.vocab_size() != vocab_size:
+        raise UserError(f"{path}: the tokenizer has {processor.vocab_size()} pieces, VOCAB_SIZE={vocab_size}")
+    if processor.piece_to_id("\u2581") == processor.unk_id():
+        raise UserError(f"{path}: the tokenizer has no bare U+2581 piece, so bytes cannot be counted")
+    size = np.zeros(vocab_size, np.int32)
+    space, boundary = np.zeros(vocab_size, bool), np.zeros(vocab_size, bool)
+    for i in range(vocab_size):
+        if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+            boundary[i] = True
+        elif processor.is_byte(i):
+            size[i] = 1
+        else:
+            piece = processor.id_to_piece(i)
+            space[i] = piece.startswith("\u2581")
+            size[i] = len(piece.removeprefix("\u2581").encode("utf-8"))
+    return ByteTable(size, space, boundary)
+
+
+class ValData(NamedTuple):
+    """The validation stream: tokens (N,) int64, and the bytes credited to each as a target (N,) int32."""
+
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+
+def load_val(cfg: Config) -> ValData:
+    """Validation tokens with their bytes from the sidecar where there is one, else from the tokenizer.
+
+    Cut to a multiple of EVAL_SEQ_LEN targets (the canonical count) unless EVAL_INCLUDE_TAIL.
+    """
+    shards, sidecars = list_shards(cfg.data_path, "val"), list_shards(cfg.data_path, "val_bytes")
+    tokens = np.concatenate([read_shard(path) for path in shards]).astype(np.int64)
+    count = len(tokens) - 1 if cfg.eval_include_tail else (len(tokens) - 1) // cfg.eval_seq_len * cfg.eval_seq_len
+    if count < 1:
+        raise UserError(
+            f"DATA_PATH={cfg.data_path}: {len(tokens)} validation tokens are fewer than "
+            f"EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower EVAL_SEQ_LEN or prepare more --val-docs"
+        )
+    if tokens.max() >= cfg.vocab_size:
+        raise UserError(
+            f"DATA_PATH={cfg.data_path}: validation token id {tokens.max()} is outside "
+            f"VOCAB_SIZE={cfg.vocab_size}; the shards were made with another tokenizer"
+        )
+    tokenizer = find_tokenizer(cfg)
+    table = byte_table(tokenizer, cfg.vocab_size) if tokenizer else None
+    if sidecars:
+        sizes = [(len(read_shard(a)), len(read_shard(b))) for a, b in zip(shards, sidecars, strict=False)]
+        if len(shards) != len(sidecars) or any(a != b for a, b in sizes):
+            raise UserError(f"DATA_PATH={cfg.data_path}: the byte sidecars do not match the validation shards")
+        counted = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int32)
+    elif table is not None:
+        counted = table.count(tokens)
+    else:
+        raise UserError(f"DATA_PATH={cfg.data_path} has neither a *.model nor a byte sidecar; set TOKENIZER_PATH")
+    return ValData(tokens[: count + 1], counted[: count + 1])
+
+
+def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
+    """(start, length) of each document of a stream; the length includes the next document's BOS, the last target."""
+    starts = np.flatnonzero(tokens == BOS_ID)
+    if not len(starts):
+        raise UserError("the validation stream has no document start (BOS); EVAL=doc_lora needs documents")
+    starts[0] = 0  # tokens before the first BOS belong to the first document: every target is scored
+    ends = np.append(starts[1:] + 1, len(tokens))
+    return [(int(s), int(e - s)) for s, e in zip(starts, ends, strict=True)]
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 04 KERNELS                                                                                                         |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+class Seq(NamedTuple):
+    """What a batch's attention sees: segment boundaries over the flattened B*T tokens (or None), the longest segment,
+    rotary cos and sin (T, rope_dims/2) float32, and the masked twin's mask (see segment_mask) or None."""
+
+    cu: Tensor | None
+    max_len: int
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Seq], Tensor]
+
+
+def segment_mask(cu: Tensor, total: int, band: int) -> Tensor:
+    """(total/band, 1, band, width) bool: a query sees the keys of its own segment up to itself.
+
+    No segment is longer than `band`, so a block of `band` queries needs its own keys and those of the block before:
+    width is 2 * band, or band when there is one block.
+    """
+    query = torch.arange(total, device=cu.device).view(-1, band, 1)
+    first = query[:, :1] - (band if total > band else 0)
+    key = first + torch.arange(2 * band if total > band else band, device=cu.device)
+    segment = torch.searchsorted(cu, torch.arange(total, device=cu.device).to(cu.dtype), right=True)
+    same = segment[query] == segment[key.clamp_min(0)]
+    return (same & (key <= query) & (key >= 0)).unsqueeze(1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
+    """Exact causal attention with a mask, on any device: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
+    if seq.mask is None:
+        return causal_attention(q, k, v, seq)
+    blocks, _, band, width = seq.mask.shape
+    flat_q, flat_k, flat_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
+    if width > band:
+        flat_k, flat_v = (torch.cat([F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), t], dim=1) for t in (flat_k, flat_v))
+    heads_first = (t.transpose(1, 2) for t in (flat_q, flat_k, flat_v))
+    y = F.scaled_dot_product_attention(*heads_first, attn_mask=seq.mask, enable_gqa=True)
+    return y.transpose(1, 2).reshape(q.shape)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
+    """Causal attention inside each row, by SDPA. Shapes as masked_attention."""
+    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+VARLEN_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
+    """Flash attention over segments (varlen), or over rows when there are none. Shapes as masked_attention."""
+    if seq.cu is None:
+        return causal_attention(q, k, v, seq)
+    flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
+    options: dict[str, Any] = {"window_size": (-1, 0)}
+    if VARLEN_HAS_GQA:
+        options["enable_gqa"] = True
+    else:
+        groups = q.size(2) // k.size(2)
+        flat_k, flat_v = (t.repeat_interleave(groups, dim=1) for t in (flat_k, flat_v))
+    return varlen_attn(flat_q, flat_k, flat_v, seq.cu, seq.cu, seq.max_len, seq.max_len, **options).view_as(q)
+
+
+def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
+    """The attention backend of a run, chosen once and logged; UserError when the asked-for one is not installed."""
+    wanted = cfg.attention
+    if wanted == "masked" or (wanted == "auto" and runtime.device.type != "cuda"):
+        runtime.log("attention: masked twin (exact)")
+        return masked_attention
+    if varlen_attn is None or runtime.device.type != "cuda":
+        raise UserError(f"ATTENTION={wanted} needs a GPU and torch.nn.attention.varlen (torch >= 2.11)")
+    for name in ("fa4", "fa3") if wanted == "auto" else (wanted,):
+        if name == "fa2":
+            break
+        try:
+            activate_flash_attention_impl(name.upper())
+            runtime.log(f"attention: {name} through torch.nn.attention")
+            return flash_attention
+        except (ImportError, RuntimeError, ValueError) as error:
+            if wanted != "auto":
+                raise UserError(f"ATTENTION={wanted} is not usable here: {error}") from None
+            runtime.log(f"attention: {name} is not usable here ({str(error).splitlines()[0][:100]})", to_file_only=True)
+    runtime.log("attention: fa2, built into torch")
+    return flash_attention
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 05 MODEL PARTS                                                                                                     |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+class Site(NamedTuple):
+    """Where a tap listens: the name (q k v o up down head; attn mlp for whole sublayers), the slot and the layer."""
+
+    name: str
+    slot: int
+    layer: int
+
+
+Taps = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> output
+SlotTap = Callable[[str, Tensor, Tensor], Tensor]
+
+
+def bind(taps: Taps | None, slot: int, layer: int) -> SlotTap:
+    """The taps of one slot; without a listener the output passes through."""
+    if taps is None:
+        return lambda name, x, y: y
+    return lambda name, x, y: taps(Site(name, slot, layer), x, y)
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: norms, softmax and losses are never computed in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dim, no weight; computed wide, returned in x's dtype (no autocast)."""
+    return F.rms_norm(wide(x), (x.size(-1),), eps=RMS_EPS).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W^T with W (out, in) kept in float32 and cast to x's dtype at use; no bias. init: orthogonal or zero."""
+
+    def __init__(self, d_in: int, d_out: int, init: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.init = init
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Initial weights."""
+        {"orthogonal": nn.init.orthogonal_, "zero": lambda w, generator: nn.init.zeros_(w)}[self.init](
+            self.weight, generator=generator
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotary_tables(length: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, dims/2), float32, of RoPE (Su et al. 2021); pairs are dims (m, m + dims/2)."""
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
+    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2 * cos.size(-1) dims of each head; the rest passes through."""
+    half = cos.size(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    a, b, rest = x_BTHd.split([half, half, x_BTHd.size(-1) - 2 * half], dim=-1)
+    turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+    return torch.cat([turned.to(x_BTHd.dtype), rest], dim=-1)
+
+
+def exclusive(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
+    """XSA: each head's output without its component along the token's own value (of its key/value group)."""
+    B, T, H, d = y_BTHd.shape
+    K = v_BTKd.size(2)
+    own = F.normalize(wide(v_BTKd), dim=-1, eps=1e-12).unsqueeze(3)
+    y = wide(y_BTHd).view(B, T, K, H // K, d)
+    return (y - (y * own).sum(-1, keepdim=True) * own).view(B, T, H, d).to(y_BTHd.dtype)
+
+
+class SparseGate(nn.Module):
+    """sigmoid(scale * W n[:window]) per head, from the leading dims of the normed sublayer input."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(cfg.num_heads, cfg.gate_window))
+        self.scale, self.std = cfg.sparse_attn_gate_scale, cfg.sparse_attn_gate_init_std
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Initial weights."""
+        nn.init.normal_(self.weight, std=self.std, generator=generator)
+
+    def forward(self, n_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, H, 1)."""
+        logits = F.linear(n_BTD[..., : self.weight.size(1)], self.weight.to(n_BTD.dtype))
+        return torch.sigmoid(self.scale * logits).unsqueeze(-1)
+
+
+GATES: dict[str, Callable[[Config], nn.Module | None]] = {"none": lambda cfg: None, "sparse": SparseGate}
+
+
+class Smear(nn.Module):
+    """e_t + lambda * sigmoid(w . e_t[:window]) * e_{t-1}, not into a document's first token when masked."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, cfg.gate_window))
+        self.scale = nn.Parameter(torch.empty(1))
+        self.bos_mask = cfg.smear_bos_mask
+
+    def reset(self, generator: torch.Generator) -> None:
+        """The identity."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.scale)
+
+    def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
+        gate = torch.sigmoid(F.linear(e_BTD[..., : self.weight.size(1)], self.weight.to(e_BTD.dtype)))
+        gate = gate * self.scale.to(e_BTD.dtype)
+        if self.bos_mask:
+            gate = gate * (ids != BOS_ID).unsqueeze(-1).to(gate.dtype)
+        return e_BTD + gate * F.pad(e_BTD[:, :-1], (0, 0, 1, 0))
+
+
+EMBED_EXTRAS: dict[str, Callable[[Config], nn.Module]] = {"smear": Smear}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: QK norm, partial RoPE, query gain, then XSA and gate on the head outputs."""
+
+    def __init__(self, cfg: Config, layer: int, attend: Attend) -> None:
+        super().__init__()
+        D, head = cfg.model_dim, cfg.model_dim // cfg.num_heads
+        self.q, self.o = Linear(D, D, "orthogonal"), Linear(D, D, "zero")
+        self.k, self.v = (Linear(D, cfg.num_kv_heads * head, "orthogonal") for _ in range(2))
+        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
+        self.gate = GATES[cfg.attn_gate](cfg)
+        self.xsa = "xsa" in cfg.attn_extras and layer >= cfg.num_layers - cfg.xsa_last_n
+        self.attend, self.head_dim, self.gain_init = attend, head, cfg.qk_gain_init
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Initial gains."""
+        nn.init.constant_(self.q_gain, self.gain_init)
+
+    def forward(self, n: Tensor, seq: Seq, tap: SlotTap) -> Tensor:
+        """(B, T, D) normed input -> (B, T, D)."""
+        q, k, v = (
+            tap(name, n, proj(n)).unflatten(-1, (-1, self.head_dim))
+            for name, proj in (("q", self.q), ("k", self.k), ("v", self.v))
+        )
+        q, k = rotate(rms_norm(q), seq.cos, seq.sin), rotate(rms_norm(k), seq.cos, seq.sin)
+        y = self.attend(q * self.q_gain.to(q.dtype)[:, None], k, v, seq)
+        if self.xsa:
+            y = exclusive(y, v)
+        if self.gate is not None:
+            y = y * self.gate(n)
+        y = y.flatten(2)
+        return tap("attn", n, tap("o", y, self.o(y)))
+
+
+class MLP(nn.Module):
+    """down(LeakyReLU(up(m), slope)^2)."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        hidden = int(cfg.mlp_mult * cfg.model_dim)
+        self.up, self.down = Linear(cfg.model_dim, hidden, "orthogonal"), Linear(hidden, cfg.model_dim, "zero")
+        self.slope = cfg.mlp_slope
+
+    def forward(self, m: Tensor, tap: SlotTap) -> Tensor:
+        """(B, T, D) normed input -> (B, T, D)."""
+        a = F.leaky_relu(tap("up", m, self.up(m)), self.slope).square()
+        return tap("mlp", m, tap("down", a, self.down(a)))
+
+
+class Block(nn.Module):
+    """A layer. Sequential: attention then MLP on one stream that also mixes in x0; or two lanes side by side."""
+
+    def __init__(self, cfg: Config, layer: int, attend: Attend) -> None:
+        super().__init__()
+        self.attn, self.mlp = Attention(cfg, layer, attend), MLP(cfg)
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(cfg.model_dim)) for _ in range(2))
+        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
+        self.input_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Unit scales, and a residual of x alone."""
+        nn.init.ones_(self.attn_scale)
+        nn.init.ones_(self.mlp_scale)
+        with torch.no_grad():
+            self.resid_mix.copy_(torch.tensor([[1.0], [0.0]]))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """RMS norm and the layer's input scale."""
+        return rms_norm(x) * self.input_scale
+
+    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
+        """The residual with the embedding mixed in."""
+        m = self.resid_mix.to(x.dtype)
+        return m[0] * x + m[1] * x0
+
+    def forward(self, x: Tensor, x0: Tensor, seq: Seq, tap: SlotTap) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        u = self.mix(x, x0)
+        y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), seq, tap)
+        return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(y), tap)
+
+    def branches(self, lane0: Tensor, lane1: Tensor, x0: Tensor, seq: Seq, tap: SlotTap) -> tuple[Tensor, Tensor]:
+        """What attention (from lane 0 with x0) and MLP (from lane 1) would add, each (B, T, D)."""
+        a = self.attn_scale.to(lane0.dtype) * self.attn(self.norm(self.mix(lane0, x0)), seq, tap)
+        return a, self.mlp_scale.to(lane1.dtype) * self.mlp(self.norm(lane1), tap)
+
+
+class Skips(nn.Module):
+    """U-net skips: one weight row (and gate row) per decoder position; x <- q x + (1 - q) w s, or x + w s ungated."""
+
+    def __init__(self, rows: int, dim: int, gated: bool) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.empty(rows, dim))
+        self.gates = nn.Parameter(torch.empty(rows, dim)) if gated else None
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Unit weights, half-open gates."""
+        nn.init.ones_(self.weights)
+        if self.gates is not None:
+            nn.init.zeros_(self.gates)
+
+    def forward(self, x: Tensor, source: Tensor, row: int) -> Tensor:
+        skip = self.weights[row].to(x.dtype) * source
+        if self.gates is None:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.gates[row]).to(x.dtype))
+
+
+class Lanes(nn.Module):
+    """Two parallel residual lanes: each keeps part of itself and takes part of both sublayers' outputs."""
+
+    FINAL = {"mean": lambda a, b: 0.5 * (a + b), "mlp": lambda a, b: b, "attn": lambda a, b: a}
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.post = nn.Parameter(torch.empty(cfg.num_layers, 2, 2))  # layer, source (attention, MLP), lane
+        self.resid = nn.Parameter(torch.empty(cfg.num_layers, 2))
+        self.final = self.FINAL[cfg.parallel_final_lane]
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Both outputs into both lanes."""
+        nn.init.ones_(self.post)
+        nn.init.constant_(self.resid, 1.1)
+
+    def forward(self, lanes: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor], layer: int) -> tuple[Tensor, Tensor]:
+        r, p = self.resid[layer].to(lanes[0].dtype), self.post[layer].to(lanes[0].dtype)
+        first, second = (r[i] * lanes[i] + p[0, i] * added[0] + p[1, i] * added[1] for i in range(2))
+        return first, second
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 06 MODEL                                                                                                           |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """The order of layer executions as data. Per slot: layer, skip row and source slot (-1: none), two lanes or one."""
+
+    layers: tuple[int, ...]
+    num_encoder: int
+    skip_row: tuple[int, ...]
+    skip_source: tuple[int, ...]
+    parallel: tuple[bool, ...]
+
+    def __str__(self) -> str:
+        """One line for people."""
+        skips = " ".join(f"{i}<-{s}" for i, s in enumerate(self.skip_source) if s >= 0)
+        lanes = [i for i, p in enumerate(self.parallel) if p]
+        return (
+            f"layers {' '.join(map(str, self.layers[: self.num_encoder]))} | "
+            f"{' '.join(map(str, self.layers[self.num_encoder :]))}  skips (slot<-slot) {skips}  "
+            f"two lanes from slot {lanes[0] if lanes else 'none'}"
+        )
+
+
+def plan_route(cfg: Config, looping: bool) -> Route:
+    """The route of a model: the first half of the executions is the encoder, and decoder position j takes the j-th last
+    encoder output. With looping, layers LOOP_START..LOOP_END run NUM_LOOPS more times."""
+    layers = list(range(cfg.num_layers))
+    if looping:
+        a, b = cfg.loop_start, cfg.loop_end + 1
+        layers = layers[:a] + layers[a:b] * (cfg.num_loops + 1) + layers[b:]
+    encoder = len(layers) // 2
+    rows = num_skip_rows(cfg)
+    skip = [-1] * encoder + [j if j < min(rows, encoder) else -1 for j in range(len(layers) - encoder)]
+    source = [encoder - 1 - j if j >= 0 else -1 for j in skip]
+    start = cfg.parallel_start_layer
+    parallel, on = [], False
+    for slot, layer in enumerate(layers):
+        on = on or (slot >= encoder and 0 < start <= layer)
+        parallel.append(on)
+    return Route(tuple(layers), encoder, tuple(skip), tuple(source), tuple(parallel))
+
+
+def num_skip_rows(cfg: Config) -> int:
+    """Skip rows that a model needs: those of its looped route."""
+    executions = cfg.num_layers + cfg.num_loops * (cfg.loop_end + 1 - cfg.loop_start) * (cfg.num_loops > 0)
+    return executions // 2
+
+
+class GPT(nn.Module):
+    """The language model. All parameters float32; activations in `dtype`. set_looping chooses the route."""
+
+    def __init__(self, cfg: Config, attend: Attend = masked_attention, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.tok_emb = Linear(cfg.model_dim, cfg.vocab_size, "zero")
+        self.embed_extras = nn.ModuleDict({name: EMBED_EXTRAS[name](cfg) for name in cfg.embed_extras})
+        self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
+        self.skips = Skips(num_skip_rows(cfg), cfg.model_dim, cfg.skip_gates_enabled)
+        self.lanes = Lanes(cfg) if any(plan_route(cfg, True).parallel) else None
+        self.routes = {on: plan_route(cfg, on and cfg.num_loops > 0) for on in (False, True)}
+        self.route = self.routes[False]
+        self.softcap, self.rope, self.embed_std = (
+            cfg.logit_softcap,
+            (cfg.rope_dims, cfg.rope_base),
+            cfg.tied_embed_init_std,
+        )
+        self.dtype, self.masked = dtype, attend is masked_attention
+
+    def reset(self, seed: int) -> GPT:
+        """Initial weights from a seed, on the CPU whatever the device, so that every rank agrees; the model itself."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset"):
+                module.reset(generator)
+        nn.init.normal_(self.tok_emb.weight, std=self.embed_std, generator=generator)
+        return self
+
+    def set_looping(self, on: bool) -> None:
+        """Depth recurrence on or off: another route over the same weights."""
+        self.route = self.routes[on]
+
+    def plan(self, length: int, device: torch.device, cu: Tensor | None = None, max_len: int = 0, rows: int = 1) -> Seq:
+        """The Seq of rows of `length` tokens; cu: boundaries over the rows * length flattened tokens, row starts in it;
+        max_len: no segment is longer (0: not known)."""
+        total, mask = rows * length, None
+        if cu is not None and self.masked:
+            mask = segment_mask(cu, total, max_len if max_len > 0 and total % max_len == 0 else total)
+        return Seq(cu, max_len, *rotary_tables(length, *self.rope, device), mask)
+
+    def trunk(self, ids: Tensor, seq: Seq | None = None, taps: Taps | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, D) normed hidden states before the head. seq None: plain causal rows."""
+        seq = self.plan(ids.size(1), ids.device) if seq is None else seq
+        x = F.embedding(ids, self.tok_emb.weight).to(self.dtype)
+        for extra in self.embed_extras.values():
+            x = extra(ids, x)
+        x0 = x = rms_norm(x)
+        lanes, outputs, route = (x,), [], self.route
+        for slot, layer in enumerate(route.layers):
+            lane0, block, tap = lanes[0], self.blocks[layer], bind(taps, slot, layer)
+            if route.skip_row[slot] >= 0:
+                lane0 = self.skips(lane0, outputs[route.skip_source[slot]], route.skip_row[slot])
+            if route.parallel[slot]:
+                pair = (lane0, lanes[-1])
+                lanes = self.lanes(pair, block.branches(*pair, x0, seq, tap), layer)
+            else:
+                lanes = (block(lane0, x0, seq, tap),)
+            outputs.append(lanes[0])
+        return rms_norm(self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0])
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        seq: Seq | None = None,
+        taps: Taps | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Softcapped logits (B, T, V) in at least float32; with targets (B, T) their cross-entropy in nats:
+        a scalar for reduction="mean", (B, T) for "none"."""
+        h = self.trunk(ids, seq, taps)
+        z = self.tok_emb(h)
+        z = wide(z if taps is None else taps(Site("head", -1, -1), h, z))
+        logits = self.softcap * torch.tanh(z / self.softcap)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        return loss if reduction == "mean" else loss.view_as(targets)
+
+
+def count_parameters(cfg: Config) -> int:
+    """Parameters of the model, without building it in memory."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(cfg).parameters())
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 07 OPTIMISERS                                                                                                      |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+class OptimRow(NamedTuple):
+    """Which parameters (regular expression over the whole name) get which optimiser, with which LR and WD knobs."""
+
+    pattern: str
+    optimiser: str
+    lr: str
+    wd: str
+
+
+OPTIM_TABLE = (
+    OptimRow(r"tok_emb\.weight", "adamw", "tied_embed_lr", "embed_wd"),
+    OptimRow(r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))\.weight", "muon", "matrix_lr", "muon_wd"),
+    OptimRow(
+        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain|attn\.gate\.weight)",
+        "adamw",
+        "scalar_lr",
+        "adam_wd",
+    ),
+    OptimRow(r"(skips|lanes|embed_extras)\..+", "adamw", "scalar_lr", "adam_wd"),
+)
+
+
+def route_parameters(model: nn.Module) -> list[tuple[OptimRow, dict[str, nn.Parameter]]]:
+    """The parameters of each row of OPTIM_TABLE; asserts that every parameter matches exactly one row."""
+    routed: list[tuple[OptimRow, dict[str, nn.Parameter]]] = [(row, {}) for row in OPTIM_TABLE]
+    for name, parameter in model.named_parameters():
+        hits = [params for row, params in routed if re.fullmatch(row.pattern, name)]
+        assert len(hits) == 1, f"{name} matches {len(hits)} rows of OPTIM_TABLE"
+        hits[0][name] = parameter
+    return [(row, params) for row, params in routed if params]
+
+
+def lr_multiplier(fraction: float, warmdown_frac: float, floor: float) -> float:
+    """1, then linear decay over the last warmdown_frac of the run, not under the floor."""
+    if fraction < 1 - warmdown_frac or warmdown_frac <= 0:
+        return 1.0
+    return max((1 - fraction) / warmdown_frac, floor)
+
+
+def muon_momentum(step: int, start: float, end: float, ramp_steps: int) -> float:
+    """Linear warm-up of the momentum over ramp_steps."""
+    return start + (end - start) * min(step / ramp_steps, 1.0) if ramp_steps > 0 else end
+
+
+COEFFICIENTS = {  # a, b, c of X <- a X + (b A + c A A) X with A = X X^T; the last triple repeats
+    "quintic": ((3.4445, -4.7750, 2.0315),),  # Jordan et al. 2024, Muon
+    "polar_express": (  # Amsel et al. 2025, without its 1.02 safety factor
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+}
+
+
+def orthogonalize(x: Tensor, coefficients: str, steps: int) -> Tensor:
+    """About U V^T of each matrix of x (k, rows, cols), by `steps` polynomial iterations in x's dtype."""
+    triples = COEFFICIENTS[coefficients]
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for i in range(steps):
+        a, b, c = triples[min(i, len(triples) - 1)]
+        A = x @ x.mT
+        x = a * x + (b * A + c * A @ A) @ x
+    return x.mT if tall else x
+
+
+def muon_direction(grad: Tensor, buffer: Tensor, momentum: float, row_normalize: bool) -> Tensor:
+    """Nesterov direction (k, rows, cols), rows of unit norm when asked; updates the momentum buffer in place."""
+    buffer.mul_(momentum).add_(grad)
+    direction = grad + momentum * buffer
+    if row_normalize:
+        direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    return direction
+
+
+class Muon:
+    """Orthogonalised momentum on 2-D weights (Jordan et al. 2024), stacked by shape and sharded over the ranks.
+
+    Each rank reduces, keeps momentum for, and orthogonalises its share of the matrices of a shape; the updates are
+    gathered and applied everywhere. All reduces are launched before the first is awaited, and all gathers likewise.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], cfg: Config, runtime: Runtime) -> None:
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in params:
+            shapes.setdefault(p.shape, []).append(p)
+        self.groups = sorted(shapes.values(), key=lambda g: -len(g) * g[0].numel())
+        self.cfg, self.runtime = cfg, runtime
+        self.buffers = [
+            torch.zeros(-(-len(g) // runtime.world), *g[0].shape, dtype=g[0].dtype, device=g[0].device)
+            for g in self.groups
+        ]
+
+    def reduce(self) -> list[Tensor]:
+        """This rank's shares (k, rows, cols) of the gradients averaged over the ranks, in the parameters' dtype."""
+        world, shares, waits = self.runtime.world, [], []
+        for group, buffer in zip(self.groups, self.buffers, strict=True):
+            grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in group])
+            if world == 1:
+                shares.append(grads)
+                continue
+            padded = F.pad(grads, (0, 0, 0, 0, 0, len(buffer) * world - len(group))).to(self.runtime.dtype)
+            shares.append(torch.empty_like(padded[: len(buffer)]))
+            waits.append(dist.reduce_scatter_tensor(shares[-1], padded, async_op=True))
+        for work in waits:
+            work.wait()
+        return [share.to(buffer.dtype) / world for share, buffer in zip(shares, self.buffers, strict=True)]
+
+    def step(self, shares: list[Tensor], lr: float, momentum: float) -> None:
+        """One update from the averaged gradient shares."""
+        cfg, world, updates, waits = self.cfg, self.runtime.world, [], []
+        for share, buffer in zip(shares, self.buffers, strict=True):
+            direction = muon_direction(share, buffer, momentum, cfg.muon_row_normalize)
+            low = self.runtime.dtype if direction.dtype == torch.float32 else direction.dtype
+            update = orthogonalize(direction.to(low), cfg.muon_coefficients, cfg.muon_backend_steps)
+            if world > 1:
+                whole = update.new_empty(len(buffer) * world, *update.shape[1:])
+                waits.append(dist.all_gather_into_tensor(whole, update.contiguous(), async_op=True))
+                update = whole
+            updates.append(update)
+        for work in waits:
+            work.wait()
+        for group, update in zip(self.groups, updates, strict=True):
+            rows, cols = group[0].shape
+            torch._foreach_mul_(group, 1 - lr * cfg.muon_wd)
+            changes = list(update[: len(group)].to(group[0].dtype).unbind())
+            torch._foreach_add_(group, changes, alpha=-lr * math.sqrt(max(1.0, rows / cols)))
+
+
+class Optimisers:
+    """Muon and AdamW over OPTIM_TABLE, with one global-norm clip of the averaged gradient."""
+
+    def __init__(self, cfg: Config, model: nn.Module, runtime: Runtime) -> None:
+        self.cfg, self.runtime, routed = cfg, runtime, route_parameters(model)
+        self.muon = Muon([p for row, ps in routed if row.optimiser == "muon" for p in ps.values()], cfg, runtime)
+        groups = [
+            {"params": list(ps.values()), "weight_decay": getattr(cfg, row.wd), "base_lr": getattr(cfg, row.lr)}
+            for row, ps in routed
+            if row.optimiser == "adamw"
+        ]
+        self.adamw = torch.optim.AdamW(
+            groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=runtime.device.type == "cuda"
+        )
+        self.small = [p for group in self.adamw.param_groups for p in group["params"]]
+
+    def reduce_small(self) -> None:
+        """Average the AdamW gradients over the ranks, as one flat tensor."""
+        for p in self.small:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if self.runtime.world == 1:
+            return
+        flat = self.runtime.sum_(torch.cat([p.grad.flatten() for p in self.small])) / self.runtime.world
+        parts = flat.split([p.numel() for p in self.small])
+        torch._foreach_copy_(
+            [p.grad for p in self.small], [x.view_as(p) for x, p in zip(parts, self.small, strict=True)]
+        )
+
+    def clip(self, shares: list[Tensor]) -> None:
+        """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM; no host sync."""
+        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        norm = (squares + torch.stack(torch._foreach_norm([p.grad for p in self.small])).square().sum()).sqrt()
+        factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(shares, factor)
+        torch._foreach_mul_([p.grad for p in self.small], factor)
+
+    @torch.no_grad()
+    def step(self, multiplier: float, step: int) -> None:
+        """One update from the parameters' .grad, which is cleared."""
+        cfg = self.cfg
+        shares = self.muon.reduce()
+        self.reduce_small()
+        if cfg.grad_clip_norm > 0:
+            self.clip(shares)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * multiplier
+        self.adamw.step()
+        momentum = muon_momentum(
+            step, cfg.muon_momentum_warmup_start, cfg.muon_momentum, cfg.muon_momentum_warmup_steps
+        )
+        self.muon.step(shares, cfg.matrix_lr * multiplier, momentum)
+        for p in [*self.small, *(p for group in self.muon.groups for p in group)]:
+            p.grad = None
+
+    def forget(self) -> None:
+        """Back to the state before the first step (after warm-up)."""
+        self.adamw.state.clear()
+        for buffer in self.muon.buffers:
+            buffer.zero_()
+
+
+class Ema:
+    """Exponential moving average of the weights, float32, started at the initial weights, without bias correction."""
+
+    def __init__(self, cfg: Config, model: nn.Module) -> None:
+        self.decay, self.params = cfg.ema_decay, list(model.parameters())
+        self.shadow = [p.detach().clone() for p in self.params]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimiser step."""
+        torch._foreach_lerp_(self.shadow, self.params, 1 - self.decay)
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Put the average into the model."""
+        torch._foreach_copy_(self.params, self.shadow)
+
+
+AVERAGES = {"ema": Ema}
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 08 TRAINING                                                                                                        |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+class TrainReport(NamedTuple):
+    """How a training run ended."""
+
+    steps: int
+    seconds: float
+    loss: float
+
+
+class Trainer:
+    """The training loop: warm-up outside the clock, then steps until rank 0's clock or ITERATIONS says stop."""
+
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT, metrics: Path | None) -> None:
+        self.cfg, self.runtime, self.model, self.metrics = cfg, runtime, model, metrics
+        self.forward = compiled(runtime, model)
+        self.optimisers = Optimisers(cfg, model, runtime)
+        self.averages = [AVERAGES[name](cfg, model) for name in cfg.average]
+        budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
+        self.clock = Clock(runtime, budget, cfg.iterations)
+        self.loss = torch.zeros((), device=runtime.device)
+
+    def step(self, batches: list[Batch], multiplier: float, step: int) -> None:
+        """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss."""
+        self.loss = torch.zeros((), device=self.runtime.device)
+        for batch in batches:
+            loss = self.forward(*on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)) / len(batches)
+            loss.backward()
+            self.loss += loss.detach()
+        self.optimisers.step(multiplier, step)
+
+    def warm_up(self) -> None:
+        """Compile every graph and let allocators settle, then take it all back: weights, moments and data order."""
+        before = [p.detach().clone() for p in self.model.parameters()]
+        batches, started = train_batches(self.cfg, self.runtime), time.perf_counter()
+        looped = self.cfg.num_loops > 0 and self.cfg.enable_looping_at < 1
+        for looping in (False, True)[: 1 + looped]:
+            self.model.set_looping(looping)
+            for step in range(self.cfg.warmup_steps):
+                self.step(next(batches), 1.0, step)
+                self.runtime.log.progress(f"warm-up (looping {looping})", step + 1, self.cfg.warmup_steps, started)
+        batches.close()
+        self.model.set_looping(False)
+        self.optimisers.forget()
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), before)
+        self.runtime.log(
+            f"warm-up: {self.cfg.warmup_steps} steps per graph, rolled back, "
+            f"{time.perf_counter() - started:.1f} s outside the clock"
+        )
+
+    def mean_loss(self) -> float:
+        """Loss of the last step over all ranks, nats per token; waits for the device."""
+        return self.runtime.sum_(self.loss.clone()).item() / self.runtime.world
+
+    def report(self, step: int, fraction: float, seconds: float) -> None:
+        """Log line and metrics of a step; stops the run on a loss that is not finite."""
+        loss = self.mean_loss()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"training loss is {loss} at step {step}; earlier stages' files are untouched. Lower "
+                "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data"
+            )
+        if step % self.cfg.train_log_every and step > 5:
+            return
+        tokens = step * self.cfg.train_batch_tokens
+        left = seconds / fraction * (1 - fraction) if fraction > 0 else math.nan
+        self.runtime.log(
+            f"step {step} train_loss {loss:.4f} {seconds:.1f} s {1e3 * seconds / step:.1f} ms/step "
+            f"{tokens / seconds:,.0f} tok/s, about {max(left, 0):.0f} s left"
+        )
+        multiplier = lr_multiplier(fraction, self.cfg.warmdown_frac, self.cfg.min_lr)
+        self.note(
+            {
+                "step": step,
+                "train_loss": loss,
+                "lr_mult": multiplier,
+                "seconds": seconds,
+                "looping": self.model.route is self.model.routes[True],
+            }
+        )
+
+    def note(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        if self.metrics is not None:
+            with self.metrics.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(record) + "\n")
+
+    def run(self, validate: Callable[[], Score]) -> TrainReport:
+        """Train; afterwards the model holds the weight average. validate scores the live weights, clock stopped."""
+        cfg, log, clock = self.cfg, self.runtime.log, self.clock
+        self.warm_up()
+        batches, step = train_batches(cfg, self.runtime), 0
+        clock.start()
+        while (fraction := clock.fraction(step)) < 1:
+            if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+                elapsed = clock.read()
+                score = validate()
+                log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
+                self.note({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
+                clock.start(elapsed)
+            if cfg.num_loops > 0 and fraction >= cfg.enable_looping_at and self.model.route is self.model.routes[False]:
+                self.model.set_looping(True)
+                clock.expect_change()
+                log(f"looping on at step {step}, fraction {fraction:.3f}: {self.model.route}")
+            self.step(next(batches), lr_multiplier(fraction, cfg.warmdown_frac, cfg.min_lr), step)
+            for average in self.averages:
+                average.update()
+            step += 1
+            if step <= 5 or step % min(cfg.train_log_every, 10) == 0:
+                self.report(step, clock.fraction(step), time.perf_counter() - clock.started)
+        seconds = clock.read()
+        self.report(step, 1.0, seconds)
+        batches.close()
+        for average in self.averages:
+            average.store()
+        self.model.set_looping(cfg.num_loops > 0)
+        log(
+            f"training stopped at step {step} after {seconds:.2f} s; weights: {'+'.join(cfg.average) or 'last iterate'}"
+        )
+        return TrainReport(step, seconds, self.mean_loss())
+
+
+def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Callable:
+    """torch.compile of a whole function when the run compiles, else the function."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic) if runtime.compile else function
+
+
+def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple[Tensor, Tensor, Seq]:
+    """ids, targets and Seq of a batch on the device; the number of boundaries is a dynamic dimension of the graph."""
+    ids, targets, cu = batch.to(runtime.device)
+    if cu is not None and runtime.compile:
+        torch._dynamo.mark_dynamic(cu, 0)
+    return ids, targets, model.plan(ids.size(1), ids.device, cu, max_len, rows=ids.size(0))
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 09 QUANTISATION                                                                                                    |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+class QuantRule(NamedTuple):
+    """How tensors whose name matches a glob pattern are stored: scheme, bits, clip in row standard deviations."""
+
+    pattern: str
+    scheme: str
+    bits: int
+    clip: float
+
+
+def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
+    """The quantisation plan; the first matching rule counts, and the last matches everything."""
+    return (
+        QuantRule("tok_emb.weight", cfg.embed_quant, cfg.embed_bits, cfg.embed_clip_sigmas),
+        QuantRule("blocks.*.attn.[qkvo].weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
+        QuantRule("blocks.*.mlp.*.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.mlp_clip_sigmas),
+        QuantRule("*", "fp16", 16, 0.0),
+    )
+
+
+def rule_for(name: str, plan: tuple[QuantRule, ...]) -> QuantRule:
+    """The first rule that matches a tensor's name."""
+    return next(rule for rule in plan if fnmatch.fnmatchcase(name, rule.pattern))
+
+
+class HessianTap:
+    """Accumulates X^T X (float32) of the inputs of every matrix, keyed by the weight's name: a taps listener.
+
+    q, k and v share their input, so they share one Hessian; looped layers sum over their passes.
+    """
+
+    SITES = {"q": ("attn.q", "attn.k", "attn.v"), "o": ("attn.o",), "up": ("mlp.up",), "down": ("mlp.down",)}
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, int], Tensor] = {}
+
+    def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """Listen at a site; the output passes through."""
+        if site.name in self.SITES or site.name == "head":
+            flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
+            if key not in self.sums:
+                self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
+            self.sums[key].addmm_(flat.T, flat)
+        return y
+
+    def hessians(self, batches: int, runtime: Runtime | None = None) -> dict[str, Tensor]:
+        """Weight name -> X^T X / batches on the CPU, summed over the ranks."""
+        result = {}
+        for (name, layer), total in self.sums.items():
+            total = runtime.sum_(total) if runtime is not None else total
+            names = ["tok_emb"] if name == "head" else [f"blocks.{layer}.{part}" for part in self.SITES[name]]
+            result |= dict.fromkeys([f"{n}.weight" for n in names], (total / batches).cpu())
+        return result
+
+
+@torch.no_grad()
+def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> dict[str, Tensor]:
+    """Input Hessians over GPTQ_CALIBRATION_BATCHES of random training windows, split over the ranks."""
+    tap, started = HessianTap(), time.perf_counter()
+    mine = range(runtime.rank, cfg.gptq_calibration_batches, runtime.world)
+    documents = LOADERS[cfg.loader].documents
+    for done, index in enumerate(mine):
+        rows = calibration_rows(cfg, index)
+        batch = Batch(torch.from_numpy(rows), torch.from_numpy(rows), row_bounds(rows) if documents else None)
+        ids, _, seq = on_device(model, batch, runtime, cfg.train_seq_len)
+        model(ids, None, seq, tap)
+        runtime.log.progress("calibration", done + 1, len(mine), started)
+    return tap.hessians(cfg.gptq_calibration_batches, runtime)
+
+
+def row_bounds(ids: np.ndarray, cap: int = 0) -> Tensor:
+    """Padded segment boundaries of rows (B, T): every row start and every document start, over B*T flattened tokens."""
+    starts = np.union1d(np.flatnonzero(ids.reshape(-1) == BOS_ID), np.arange(0, ids.size, ids.shape[1]))
+    return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, cap)))
+
+
+def row_scales(weight: Tensor, bits: int, clip: float) -> Tensor:
+    """SD-clip step of each row, float16: clip * std / (2^(bits-1) - 1), at least the smallest float16 above 0."""
+    steps = clip * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
+    return steps.half().clamp_min(2.0**-24)
+
+
+def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Nearest integer level within +-(2^(bits-1) - 1), as float32."""
+    top = 2 ** (bits - 1) - 1
+    return torch.clamp(torch.round(weight / scale), -top, top)
+
+
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, damp: float, blocksize: int) -> Tensor:
+    """Integers (rows, cols) int8 of GPTQ with activation order (Frantar et al. 2023).
+
+    weight (rows, cols) float32, hessian (cols, cols), scale (rows,). Columns go in order of falling diagonal; the
+    rounding error of each is spread over the later ones through the Cholesky factor of the inverse Hessian.
+    """
+    H = hessian.float().clone()
+    diagonal = H.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    diagonal += damp * diagonal.mean()
+    order = torch.argsort(diagonal, descending=True)
+    W = weight.float().clone()
+    W[:, dead] = 0
+    W, H = W[:, order].contiguous(), H[order][:, order]
+    Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    Q, step = torch.empty_like(W), scale.float()
+    for start in range(0, W.size(1), blocksize):
+        stop = min(start + blocksize, W.size(1))
+        errors = torch.empty_like(W[:, start:stop])
+        for j in range(start, stop):
+            Q[:, j] = round_to_grid(W[:, j], step, bits)
+            errors[:, j - start] = (W[:, j] - Q[:, j] * step) / Hinv[j, j]
+            W[:, j:stop] -= errors[:, j - start, None] * Hinv[j, j:stop]
+        W[:, stop:] -= errors @ Hinv[start:stop, stop:]
+    return Q[:, torch.argsort(order)].to(torch.int8)
+
+
+Parts = dict[str, Tensor]
+
+
+class Scheme(NamedTuple):
+    """encode(weight, hessian, rule, cfg) -> parts, and decode(parts) -> float32 weight."""
+
+    encode: Callable[[Tensor, Tensor | None, QuantRule, Config], Parts]
+    decode: Callable[[Parts], Tensor]
+
+
+def encode_rowwise(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
+    """Round to nearest with one step per row."""
+    scale = row_scales(weight, rule.bits, rule.clip)
+    return {"q": round_to_grid(weight.float(), scale.float()[:, None], rule.bits).to(torch.int8), "s": scale}
+
+
+def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
+    """GPTQ with one step per row."""
+    if hessian is None:
+        raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
+    scale = row_scales(weight, rule.bits, rule.clip)
+    return {"q": gptq(weight, hessian, scale, rule.bits, cfg.gptq_damp, cfg.gptq_blocksize), "s": scale}
+
+
+def decode_rows(parts: Parts) -> Tensor:
+    """q * s."""
+    return parts["q"].float() * parts["s"].float()[:, None]
+
+
+SCHEMES = {
+    "gptq": Scheme(encode_gptq, decode_rows),
+    "rowwise": Scheme(encode_rowwise, decode_rows),
+    "fp16": Scheme(lambda w, hessian, rule, cfg: {"w": w.half()}, lambda parts: parts["w"].float()),
+}
+
+
+def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> dict[str, Parts]:
+    """'name:scheme' -> parts of every tensor, on the CPU; the tensors are shared out over the ranks by cost."""
+    plan, done, started = quant_plan(cfg), {}, time.perf_counter()
+    bad = [name for name, w in state.items() if not torch.isfinite(w).all()]
+    if bad:
+        raise FloatingPointError(f"{bad[0]} holds values that are not finite; train again")
+    mine = sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n))[runtime.rank :: runtime.world]
+    for count, name in enumerate(mine):
+        rule, device = rule_for(name, plan), runtime.device
+        hessian = hessians[name].to(device) if name in hessians else None
+        parts = SCHEMES[rule.scheme].encode(state[name].to(device), hessian, rule, cfg)
+        done[f"{name}:{rule.scheme}"] = {key: part.cpu() for key, part in parts.items()}
+        runtime.log.progress("quantising", count + 1, len(mine), started)
+    whole = runtime.gather(done)
+    return {key: whole[key] for key in sorted(whole)}
+
+
+def dequantize(parts: dict[str, Parts]) -> dict[str, Tensor]:
+    """Float32 state dict from 'name:scheme' -> parts."""
+    return {key.split(":")[0]: SCHEMES[key.split(":")[1]].decode(value) for key, value in parts.items()}
+
+
+def error_report(cfg: Config, state: dict[str, Tensor], parts: dict[str, Parts]) -> list[str]:
+    """Per rule of the plan: tensors, weights, and the relative squared error of the stored weights."""
+    restored, lines, plan = dequantize(parts), [], quant_plan(cfg)
+    for rule in plan:
+        names = [n for n in state if rule_for(n, plan) is rule]
+        if names:
+            error = sum((state[n] - restored[n]).double().square().sum().item() for n in names)
+            power = max(sum(state[n].double().square().sum().item() for n in names), 1e-30)
+            weights = sum(state[n].numel() for n in names)
+            lines.append(
+                f"  {rule.pattern:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(names):3} "
+                f"tensors {weights:>11,} weights  relative error {error / power:.3e}"
+            )
+    return lines
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 10 ARTIFACT                                                                                                        |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+MAGIC, ARTIFACT_VERSION = b"PGLF", 1
+HEAD = struct.Struct("<4sBBII")  # magic, version, codec, payload bytes, CRC-32 of the payload
+
+
+class Codec(NamedTuple):
+    """An entropy coder: its number in the blob's head, and bytes <-> bytes."""
+
+    number: int
+    encode: Callable[[bytes], bytes]
+    decode: Callable[[bytes], bytes]
+
+
+def need_brotli() -> Any:
+    """The brotli module; a missing one is an error that names the package, never a fallback."""
+    if brotli is None:
+        raise UserError("COMPRESSOR=brotli needs the package brotli: pip install brotli")
+    return brotli
+
+
+CODECS = {
+    "brotli": Codec(
+        1, lambda raw: need_brotli().compress(raw, quality=11, lgwin=24), lambda b: need_brotli().decompress(b)
+    ),
+    "lzma": Codec(2, lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
+}
+
+
+def shuffle_bytes(array: np.ndarray) -> bytes:
+    """Bytes of an array for the coder: matrices column by column, wider items in planes by significance."""
+    flat = np.ascontiguousarray(array.T if array.ndim == 2 else array)
+    return flat.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
+
+
+def unshuffle_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of shuffle_bytes."""
+    kind = np.dtype(dtype)
+    flat = np.frombuffer(data, np.uint8).reshape(kind.itemsize, -1).T.copy().reshape(-1).view(kind)
+    return np.ascontiguousarray(flat.reshape(shape[::-1]).T) if len(shape) == 2 else flat.reshape(shape)
+
+
+def pack_arrays(arrays: dict[str, np.ndarray], codec: str) -> bytes:
+    """Named arrays -> one self-describing blob. Arrays of one role lie together, layer after layer."""
+
+    def role(name: str) -> tuple[str, list[int]]:
+        return re.sub(r"\d+", "", name), [int(n) for n in re.findall(r"\d+", name)]
+
+    names = sorted(arrays, key=role)
+    index = json.dumps([[n, arrays[n].dtype.str, arrays[n].shape] for n in names], separators=(",", ":")).encode()
+    raw = struct.pack("<I", len(index)) + index + b"".join(shuffle_bytes(arrays[n]) for n in names)
+    payload = CODECS[codec].encode(raw)
+    return HEAD.pack(MAGIC, ARTIFACT_VERSION, CODECS[codec].number, len(payload), zlib.crc32(payload)) + payload
+
+
+def unpack_arrays(blob: bytes, source: str = "artifact") -> dict[str, np.ndarray]:
+    """The inverse of pack_arrays; UserError for a blob that is foreign, of another version, truncated or damaged."""
+    if len(blob) < HEAD.size or blob[:4] != MAGIC:
+        raise UserError(f"{source}: not a model artifact of this program ({len(blob)} bytes, starts with {blob[:4]!r})")
+    _, version, number, size, crc = HEAD.unpack_from(blob)
+    if version != ARTIFACT_VERSION:
+        raise UserError(f"{source}: artifact version {version}, this program reads {ARTIFACT_VERSION}; quantise again")
+    payload = blob[HEAD.size :]
+    if len(payload) != size:
+        raise UserError(f"{source}: truncated or padded: {len(payload)} payload bytes, the head promises {size}")
+    if zlib.crc32(payload) != crc:
+        raise UserError(f"{source}: damaged: the checksum of the payload does not match; copy or quantise it again")
+    decoders = {codec.number: codec.decode for codec in CODECS.values()}
+    if number not in decoders:
+        raise UserError(f"{source}: unknown codec number {number}")
+    raw = decoders[number](payload)
+    (length,) = struct.unpack_from("<I", raw)
+    arrays, position = {}, 4 + length
+    for name, dtype, shape in json.loads(raw[4:position]):
+        size = np.dtype(dtype).itemsize * math.prod(shape)
+        arrays[name] = unshuffle_bytes(raw[position : position + size], dtype, tuple(shape))
+        position += size
+    return arrays
+
+
+def save_artifact(path: Path, parts: dict[str, Parts], codec: str) -> int:
+    """Write the model blob atomically; its size in bytes."""
+    arrays = {f"{key}:{part}": tensor.numpy() for key, value in parts.items() for part, tensor in value.items()}
+    blob = pack_arrays(arrays, codec)
+    atomic_write(path, blob)
+    return len(blob)
+
+
+def load_artifact(path: str | Path) -> dict[str, Tensor]:
+    """Dequantised float32 state dict of a model blob; UserError when it cannot be read."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such artifact; run STAGES=train,quantize first or set MODEL_PATH")
+    parts: dict[str, Parts] = {}
+    for name, array in unpack_arrays(Path(path).read_bytes(), str(path)).items():
+        key, _, part = name.rpartition(":")
+        parts.setdefault(key, {})[part] = torch.from_numpy(array)
+    return dequantize(parts)
+
+
+def fill_model(model: GPT, state: dict[str, Tensor], source: str) -> None:
+    """Load weights; UserError naming the first difference when they are another model's."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        a, b = (tuple(d[name].shape) if name in d else None for d in (own, state))
+        if a != b:
+            raise UserError(f"{source} is of another model: {name} has shape {b} there, {a} in this configuration")
+    model.load_state_dict(state)
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 11 EVALUATION                                                                                                      |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+class Score(NamedTuple):
+    """Result of an evaluation: nats per token, bits per byte, what was scored, how long it took, legal or not."""
+
+    val_loss: float
+    val_bpb: float
+    tokens: int
+    bytes: int
+    seconds: float
+    legal: bool
+
+
+class Unit(NamedTuple):
+    """What is scored in one forward, and what may then be learnt from.
+
+    ids and targets (B, T) int64; the target in cell (row, col) stands at origin[row] + col of the validation stream;
+    rows, cols: the scored cells; bounds: attention segments or None. learn_rows: rows whose cells learn_cols may be
+    learnt once they are scored. docs, fresh: for adapters per document, which document a row is, and whether it begins.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    origin: np.ndarray
+    rows: np.ndarray
+    cols: np.ndarray
+    bounds: Tensor | None = None
+    learn_rows: np.ndarray = np.empty(0, np.int64)
+    learn_cols: slice = slice(0)
+    docs: tuple[int, ...] = ()
+    fresh: bool = False
+
+    def scored(self) -> np.ndarray:
+        """Stream positions of the scored targets."""
+        return self.origin[self.rows] + self.cols
+
+    def learnt(self) -> np.ndarray:
+        """Stream positions of the targets that learning would read."""
+        cols = np.arange(self.learn_cols.start or 0, self.learn_cols.stop)
+        return (self.origin[self.learn_rows][:, None] + cols).reshape(-1)
+
+
+class Ledger:
+    """Which targets have been scored. A second score, or learning from an unscored target, raises AssertionError."""
+
+    def __init__(self, length: int) -> None:
+        self.count = np.zeros(length, np.uint8)
+        self.count[0] = 1  # the first token of the stream is never a target
+
+    def claim(self, positions: np.ndarray) -> None:
+        """Mark targets as scored."""
+        assert len(np.unique(positions)) == len(positions) and not self.count[positions].any(), (
+            "a target is scored twice"
+        )
+        self.count[positions] = 1
+
+    def require(self, positions: np.ndarray) -> None:
+        """Check that targets have been scored."""
+        assert self.count[positions].all(), "learning would read a target that is not scored yet"
+
+    def close(self, runtime: Runtime) -> None:
+        """Check over all ranks that every target has been scored exactly once."""
+        total = torch.from_numpy(self.count.astype(np.int32))
+        total[0] = runtime.rank == 0
+        total = runtime.sum_(total)
+        assert bool((total == 1).all()), f"{int((total != 1).sum())} targets are not scored exactly once over the ranks"
+
+
+class ByteMeter:
+    """Sums of loss (float64, on the device), tokens and bytes over the scored targets, with their ledger."""
+
+    def __init__(self, val: ValData, runtime: Runtime) -> None:
+        self.val, self.runtime, self.ledger = val, runtime, Ledger(len(val.tokens))
+        self.loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
+        self.tokens, self.bytes, self.started = 0, 0, time.perf_counter()
+
+    def add(self, unit: Unit, nll: Tensor) -> None:
+        """Count a unit's scored cells of nll (B, T)."""
+        positions = unit.scored()
+        self.ledger.claim(positions)
+        rows, cols = (torch.from_numpy(a).to(nll.device, non_blocking=True) for a in (unit.rows, unit.cols))
+        self.loss += nll.detach()[rows, cols].double().sum()
+        self.tokens += len(positions)
+        self.bytes += int(self.val.bytes[positions].sum())
+
+    def close(self, legal: bool = True) -> Score:
+        """The score over all ranks."""
+        self.ledger.close(self.runtime)
+        loss = self.runtime.sum_(self.loss.clone()).item()
+        tokens, size = self.runtime.sum_(torch.tensor([self.tokens, self.bytes])).tolist()
+        seconds = self.runtime.first_says(time.perf_counter() - self.started)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"validation loss is {loss}; the model or the data is damaged")
+        return Score(loss / tokens, loss / (math.log(2) * size), tokens, size, seconds, legal)
+
+
+class Learner(Protocol):
+    """What test-time training does: score with the state before the unit, learn from it once scored, end."""
+
+    def score(self, unit: Unit) -> Tensor:
+        """(B, T) nats of every cell."""
+
+    def learn(self, unit: Unit, nll: Tensor) -> None:
+        """Adapt on the unit's learn cells; nll is what score returned."""
+
+    def after(self) -> None:
+        """The last unit is done."""
+
+
+def score_first(units: Iterable[Unit], learner: Learner, meter: ByteMeter) -> None:
+    """The only loop that may adapt a model: a unit is scored, in the ledger, before anything learns from it."""
+    for unit in units:
+        nll = learner.score(unit)
+        meter.add(unit, nll)
+        meter.ledger.require(unit.learnt())
+        learner.learn(unit, nll)
+    learner.after()
+
+
+class Frozen:
+    """The learner that does not learn."""
+
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
+        self.model, self.runtime, self.max_len = model, runtime, cfg.eval_seq_len
+        self.forward = compiled(runtime, model)
+
+    @torch.no_grad()
+    def score(self, unit: Unit) -> Tensor:
+        """(B, T) nats of every cell."""
+        batch = Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), unit.bounds)
+        ids, targets, seq = on_device(self.model, batch, self.runtime, self.max_len)
+        return self.forward(ids, targets, seq, None, "none")
+
+    def learn(self, unit: Unit, nll: Tensor) -> None:
+        """Nothing."""
+
+    def after(self) -> None:
+        """Nothing."""
+
+
+def plain_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
+    """Non-overlapping spans: packed documents cut at EVAL_SEQ_LEN, or rows of it, as the model was trained."""
+    documents = LOADERS[cfg.loader].documents
+    row = cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len * cfg.eval_seq_len
+    shape = (1, row) if documents else (row // cfg.eval_seq_len, cfg.eval_seq_len)
+
+    def unit(start: int) -> Unit:
+        """The span from `start`, zero-padded at the end of the stream."""
+        span = np.zeros(row + 1, np.int64)
+        real = val.tokens[start : start + row + 1]
+        span[: len(real)] = real
+        cells = np.arange(len(real) - 1)
+        bounds = segment_bounds(np.flatnonzero(span[:-1] == BOS_ID), row, cfg.eval_seq_len) if documents else None
+        return Unit(
+            span[:-1].reshape(shape),
+            span[1:].reshape(shape),
+            start + 1 + np.arange(0, row, shape[1]),
+            cells // shape[1],
+            cells % shape[1],
+            None if bounds is None else torch.from_numpy(pad_bounds(bounds)),
+        )
+
+    starts = range(0, len(val.tokens) - 1, row)[runtime.rank :: runtime.world]
+    return [lambda start=start: unit(start) for start in starts]
+
+
+def window_rows(num_targets: int, length: int, stride: int) -> list[tuple[int, int, int, int]]:
+    """(start, length, first, last) of sliding windows: cells first..last of each are scored, every target once.
+
+    The first window scores all its cells, each later one what no window before it reached.
+    """
+    windows, reached = [], 0
+    for start in range(0, num_targets, stride):
+        stop = min(start + length, num_targets)
+        if stop > reached:
+            windows.append((start, stop - start, reached - start, stop - start))
+            reached = stop
+    return windows
+
+
+def sliding_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
+    """Windows of EVAL_SEQ_LEN every EVAL_STRIDE tokens, some per batch; context as the model was trained."""
+    windows = window_rows(len(val.tokens) - 1, cfg.eval_seq_len, cfg.eval_stride)
+    size = max(1, cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len)
+
+    def unit(group: list[tuple[int, int, int, int]]) -> Unit:
+        """A batch of windows, zero-padded to full size."""
+        ids, targets = (np.zeros((size, cfg.eval_seq_len), np.int64) for _ in range(2))
+        for row, (start, length, _, _) in enumerate(group):
+            ids[row, :length] = val.tokens[start : start + length]
+            targets[row, :length] = val.tokens[start + 1 : start + length + 1]
+        cells = [(row, col) for row, (_, _, a, b) in enumerate(group) for col in range(a, b)]
+        rows, cols = np.array(cells, np.int64).T
+        bounds = row_bounds(ids) if LOADERS[cfg.loader].documents else None
+        return Unit(ids, targets, np.array([w[0] + 1 for w in group]), rows, cols, bounds)
+
+    groups = [windows[i : i + size] for i in range(0, len(windows), size)][runtime.rank :: runtime.world]
+    return [lambda group=group: unit(group) for group in groups]
+
+
+def announced(units: list[Callable[[], Unit]], what: str, log: Log) -> Iterator[Unit]:
+    """Build units one by one, with progress."""
+    started = time.perf_counter()
+    for done, make in enumerate(units):
+        log.progress(what, done, len(units), started)
+        yield make()
+
+
+def evaluate_frozen(units: Callable, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
+    """Score without adaptation, over units of the given cut."""
+    meter = ByteMeter(val, runtime)
+    score_first(announced(units(cfg, runtime, val), "evaluation", runtime.log), Frozen(cfg, runtime, model), meter)
+    return meter.close()
+
+
+def evaluate_plain(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
+    """Score of non-overlapping spans (see plain_units)."""
+    return evaluate_frozen(plain_units, cfg, runtime, model, val)
+
+
+def evaluate_sliding(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
+    """Score of overlapping windows (see sliding_units)."""
+    return evaluate_frozen(sliding_units, cfg, runtime, model, val)
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 12 TEST-TIME TRAINING                                                                                              |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+class BatchedLoRA(nn.Module):
+    """One low-rank adapter per document, site and slot (Hu et al. 2021): a taps listener that adds scale * x A^T B^T.
+
+    A (rows, rank, in) is uniform in +-1/sqrt(in), drawn per document; B (rows, out, rank) starts at zero, so that a
+    fresh adapter leaves the model bitwise unchanged. "attn" and "mlp" adapters read the sublayer's normed input.
+    """
+
+    def __init__(self, cfg: Config, model: GPT, rows: int) -> None:
+        super().__init__()
+        self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank
+        shapes = {f"{name}_{slot}": shape for name, slot, shape in lora_sites(cfg, model)}
+        like = {"device": model.tok_emb.weight.device, "dtype": wide(torch.empty(0, dtype=model.dtype)).dtype}
+        rank = cfg.ttt_lora_rank
+        self.A = nn.ParameterDict({key: torch.zeros(rows, rank, d_in, **like) for key, (d_out, d_in) in shapes.items()})
+        self.B = nn.ParameterDict(
+            {key: torch.zeros(rows, d_out, rank, **like) for key, (d_out, d_in) in shapes.items()}
+        )
+
+    @torch.no_grad()
+    def reset(self, seed: int, docs: tuple[int, ...]) -> None:
+        """Fresh adapters: row i is document docs[i], whose A depends on the seed and the document alone."""
+        sizes = [a[0].numel() for a in self.A.values()]
+        device = next(iter(self.A.values())).device
+        for row, doc in enumerate(docs):
+            generator = torch.Generator(device).manual_seed((seed << 32) + doc)
+            draws = torch.rand(sum(sizes), generator=generator, device=device).mul_(2).sub_(1).split(sizes)
+            for a, draw in zip(self.A.values(), draws, strict=True):
+                a[row].copy_(draw.view_as(a[row])).mul_(a.size(-1) ** -0.5)
+        torch._foreach_zero_(list(self.B.values()))
+
+    def forward(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        key = f"{site.name}_{max(site.slot, 0)}"
+        if key not in self.A:
+            return y
+        a, b = self.A[key].to(x.dtype), self.B[key].to(x.dtype)
+        return torch.baddbmm(y, x @ a.mT, b.mT, alpha=self.scale)
+
+
+def lora_sites(cfg: Config, model: GPT) -> list[tuple[str, int, tuple[int, int]]]:
+    """(site, slot, (out, in)) of every adapter on the model's current route."""
+    D, V = cfg.model_dim, cfg.vocab_size
+    sites = []
+    for slot, layer in enumerate(model.route.layers):
+        kv = tuple(model.blocks[layer].attn.k.weight.shape)
+        options = (
+            ("q", True, (D, D)),
+            ("k", cfg.ttt_k_lora, kv),
+            ("v", True, kv),
+            ("attn", cfg.ttt_o_lora, (D, D)),
+            ("mlp", cfg.ttt_mlp_lora, (D, D)),
+        )
+        sites += [(name, slot, shape) for name, used, shape in options if used]
+    return [*sites, ("head", 0, (V, D))]
+
+
+def document_batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
+    """Documents grouped by length, `size` at a time: indices ascending by length in a group, longest group first."""
+    order = sorted(range(len(docs)), key=lambda i: docs[i][1])
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    return sorted(groups, key=lambda g: -docs[g[-1]][1])
+
+
+def chunk_window(chunk: int, predictions: int, size: int, window: int) -> tuple[int, int, int, int]:
+    """Of chunk number `chunk` of a document with so many predictions: window start, window length, and the scored
+    chunk's offset and length inside the window. The window ends with the chunk and is at most `window` long."""
+    stop = min((chunk + 1) * size, predictions)
+    start = max(0, stop - window)
+    return start, stop - start, chunk * size - start, stop - chunk * size
+
+
+def chunk_units(cfg: Config, val: ValData, docs: list[tuple[int, int]], batch: list[int]) -> Iterator[Unit]:
+    """The units of a batch of documents: chunk after chunk, the rows side by side, finished rows all padding (id 0)."""
+    size, window = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
+    starts = np.array([docs[i][0] for i in batch])
+    predictions = np.array([docs[i][1] - 1 for i in batch])
+    chunks = -(-predictions // size)
+    for c in range(int(chunks.max(initial=0))):
+        width = min((c + 1) * size, window)
+        ids, targets = (np.zeros((len(batch), width), np.int64) for _ in range(2))
+        origin, cells = starts + 1, []
+        for row in np.flatnonzero(chunks > c):
+            begin, length, offset, count = chunk_window(c, int(predictions[row]), size, window)
+            origin[row] = starts[row] + begin + 1
+            ids[row, :length] = val.tokens[origin[row] - 1 : origin[row] - 1 + length]
+            targets[row, :length] = val.tokens[origin[row] : origin[row] + length]
+            cells.append(np.stack([np.full(count, row), np.arange(offset, offset + count)]))
+        rows, cols = np.concatenate(cells, axis=1)
+        offset = c * size - ((c + 1) * size - width)
+        yield Unit(
+            ids,
+            targets,
+            origin,
+            rows,
+            cols,
+            None,
+            np.flatnonzero(chunks > c + 1),
+            slice(offset, offset + size),
+            tuple(batch),
+            c == 0,
+        )
+
+
+class DocLora:
+    """Per-document adapters: each chunk is scored, then learnt; every document starts from fresh adapters.
+
+    Rows are independent: AdamW is elementwise and the loss is a sum over rows of a row's mean over its chunk.
+    """
+
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
+        self.cfg, self.runtime, self.model = cfg, runtime, model.requires_grad_(False)
+        self.forward = compiled(runtime, model, dynamic=True)
+        self.lora: BatchedLoRA | None = None
+        self.optimiser: torch.optim.Optimizer | None = None
+
+    def begin(self, docs: tuple[int, ...]) -> None:
+        """Fresh adapters and optimiser state for a batch of documents."""
+        cfg = self.cfg
+        if self.lora is None or len(next(iter(self.lora.A.values()))) != len(docs):
+            self.lora = BatchedLoRA(cfg, self.model, len(docs))
+        self.lora.reset(cfg.seed, docs)
+        self.optimiser = torch.optim.AdamW(
+            self.lora.parameters(),
+            lr=cfg.ttt_lora_lr,
+            betas=(cfg.ttt_beta1, cfg.ttt_beta2),
+            eps=1e-10,
+            weight_decay=cfg.ttt_weight_decay,
+            fused=self.runtime.device.type == "cuda",
+        )
+
+    def losses(self, unit: Unit) -> Tensor:
+        """(B, T) nats with the adapters as they are."""
+        batch = Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), None)
+        ids, targets, seq = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
+        return self.forward(ids, targets, seq, self.lora, "none")
+
+    def score(self, unit: Unit) -> Tensor:
+        """(B, T) nats; the graph is kept only when something will be learnt."""
+        if unit.fresh:
+            self.begin(unit.docs)
+        with torch.set_grad_enabled(bool(len(unit.learn_rows))):
+            return self.losses(unit)
+
+    def learn(self, unit: Unit, nll: Tensor) -> None:
+        """TTT_GRAD_STEPS updates on the scored chunk; the first uses the graph of the score itself."""
+        if not len(unit.learn_rows):
+            return
+        rows = torch.from_numpy(unit.learn_rows).to(nll.device)
+        for step in range(self.cfg.ttt_grad_steps):
+            nll = nll if step == 0 else self.losses(unit)
+            nll[rows, unit.learn_cols].mean(dim=1).sum().backward()
+            self.optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+
+    def after(self) -> None:
+        """Nothing outlives a document."""
+
+
+def share_out(costs: list[float], world: int) -> list[list[int]]:
+    """Indices for each rank, so that the ranks' summed costs are about equal: largest first to the least loaded."""
+    loads, shares = [0.0] * world, [[] for _ in range(world)]
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = min(range(world), key=lambda r: (loads[r], r))
+        loads[rank] += costs[i]
+        shares[rank].append(i)
+    return [sorted(share) for share in shares]
+
+
+def evaluate_doc_lora(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
+    """Score with adapters that learn each document as it is read; independent of ranks and batch make-up."""
+    meter, docs = ByteMeter(val, runtime), val_documents(val.tokens)
+    batches = document_batches(docs, cfg.ttt_batch_size)
+    costs = [
+        sum(
+            min((c + 1) * cfg.ttt_chunk_size, cfg.ttt_eval_seq_len) * len(batch)
+            for c in range(-(-docs[batch[-1]][1] // cfg.ttt_chunk_size))
+        )
+        for batch in batches
+    ]
+    mine = share_out(costs, runtime.world)[runtime.rank]
+    total, done, started = sum(costs[i] for i in mine), 0.0, time.perf_counter()
+    learner = DocLora(cfg, runtime, model)
+    for i in mine:
+        score_first(chunk_units(cfg, val, docs, batches[i]), learner, meter)
+        done += costs[i]
+        runtime.log.progress("test-time training", int(done), int(total), started)
+    return meter.close()
+
+
+EVALS: dict[str, Callable[[Config, Runtime, GPT, ValData], Score]] = {
+    "plain": evaluate_plain,
+    "sliding": evaluate_sliding,
+    "doc_lora": evaluate_doc_lora,
+}
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 13 MAIN                                                                                                            |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+class Run:
+    """One run: its folder, files and result. The stages are methods; each starts from files of the one before."""
+
+    def __init__(self, cfg: Config, runtime: Runtime, preset: str, folder: Path) -> None:
+        self.cfg, self.runtime, self.log, self.folder = cfg, runtime, runtime.log, folder
+        self.attend = choose_attention(cfg, runtime)
+        self.val = load_val(cfg)
+        self.result: dict[str, Any] = {"preset": preset, "seed": cfg.seed, "stages": {}}
+        old = folder / "result.json"
+        if "train" not in cfg.stages and old.is_file():
+            self.result |= json.loads(old.read_text(encoding="utf-8"))
+        self.result["source_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+    def model(self) -> GPT:
+        """A model of this configuration on the device, looping as at the end of training, weights not set."""
+        model = GPT(self.cfg, self.attend, self.runtime.dtype).to(self.runtime.device)
+        model.set_looping(self.cfg.num_loops > 0)
+        return model
+
+    def record(self, stage: str, score: Score) -> None:
+        """Log a stage's score and write result.json."""
+        self.log(
+            f"{stage}: val_loss {score.val_loss:.8f} val_bpb {score.val_bpb:.8f} ({score.tokens:,} tokens, "
+            f"{score.bytes:,} bytes, {score.seconds:.1f} s)"
+        )
+        self.result["stages"][stage] = {"val_loss": score.val_loss, "val_bpb": score.val_bpb, "seconds": score.seconds}
+        self.result |= {
+            "val_loss": score.val_loss,
+            "val_bpb": score.val_bpb,
+            "tokens_scored": score.tokens,
+            "bytes_scored": score.bytes,
+            "legal": score.legal,
+        }
+        self.write_result()
+
+    def write_result(self) -> None:
+        """result.json, by the first rank."""
+        if self.runtime.rank == 0:
+            atomic_write(self.folder / "result.json", json.dumps(self.result, indent=1).encode() + b"\n")
+
+    def save(self, name: str, value: Any) -> None:
+        """torch.save into the run folder, by the first rank; the others wait."""
+        if self.runtime.rank == 0:
+            atomic_save(self.folder / name, value)
+        self.runtime.barrier()
+
+    def load(self, name: str) -> Any:
+        """A file that an earlier stage wrote; UserError when it is not there."""
+        if not (self.folder / name).is_file():
+            raise UserError(f"{self.folder / name} is missing; run the stage before (STAGES=train,quantize,eval)")
+        return torch.load(self.folder / name, map_location="cpu", weights_only=True)
+
+    def train(self) -> None:
+        """Train, average, collect Hessians within the budget; model.pt, hessians.pt and the pre-quantisation score."""
+        cfg, runtime = self.cfg, self.runtime
+        model = self.model()
+        model.load_state_dict(GPT(cfg).reset(cfg.seed).state_dict())
+        model.set_looping(False)
+        metrics = self.folder / "metrics.jsonl" if runtime.rank == 0 else None
+        if metrics is not None:
+            metrics.write_text("", encoding="utf-8")
+        trainer = Trainer(cfg, runtime, model, metrics)
+        report = trainer.run(lambda: evaluate_plain(cfg, runtime, model, self.val))
+        self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
+        hessians = collect_hessians(cfg, runtime, model) if "gptq" in (cfg.matrix_quant, cfg.embed_quant) else {}
+        seconds = trainer.clock.read()
+        self.save("hessians.pt", hessians)
+        self.log(f"calibration: {len(hessians)} Hessians, {seconds - report.seconds:.2f} s, inside the training budget")
+        if 0 < cfg.max_wallclock_seconds < seconds:
+            self.log(
+                f"WARNING: training with calibration took {seconds:.2f} s, over MAX_WALLCLOCK_SECONDS="
+                f"{cfg.max_wallclock_seconds:g}; raise GPTQ_RESERVE_SECONDS"
+            )
+        self.result |= {"train_seconds": seconds, "train_steps": report.steps, "train_loss": report.loss}
+        if runtime.device.type == "cuda":
+            self.result["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
+        self.record("pre_quant", evaluate_plain(cfg, runtime, model, self.val))
+
+    def quantize(self) -> None:
+        """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
+        cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
+        state = self.load("model.pt")["model"]
+        fill_model(self.model(), state, str(self.folder / "model.pt"))
+        parts = quantize(cfg, runtime, state, self.load("hessians.pt"))
+        self.log("\n".join(["quantisation plan:", *error_report(cfg, state, parts)]))
+        quantised = time.perf_counter()
+        if runtime.rank == 0:
+            save_artifact(self.folder / "model.bin", parts, cfg.compressor)
+        runtime.barrier()
+        size, code = (self.folder / "model.bin").stat().st_size, Path(__file__).stat().st_size
+        self.log(
+            f"artifact: {size:,} bytes ({cfg.compressor}), quantised in {quantised - started:.1f} s, compressed in "
+            f"{time.perf_counter() - quantised:.1f} s"
+        )
+        self.result |= {"bytes_code": code, "bytes_model": size, "bytes_total": code + size}
+        self.record("quantized", evaluate_plain(cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val))
+
+    def from_artifact(self, path: Path) -> GPT:
+        """A model with an artifact's weights."""
+        model = self.model()
+        fill_model(model, load_artifact(path), str(path))
+        return model
+
+    def eval(self) -> None:
+        """The final score of the artifact, by EVAL; eval_seconds counts reading the artifact too."""
+        started = time.perf_counter()
+        path = Path(self.cfg.model_path) if self.cfg.model_path else self.folder / "model.bin"
+        score = EVALS[self.cfg.eval](self.cfg, self.runtime, self.from_artifact(path), self.val)
+        self.result["eval_seconds"] = self.runtime.first_says(time.perf_counter() - started)
+        self.record("final", score)
+
+
+def explain(cfg: Config, origin: dict[str, str]) -> str:
+    """The resolved run: non-default knobs with their origin, parameters, routes, optimiser table, quantisation plan."""
+    lines = ["knobs that are not default:"]
+    values = {f.name.upper(): getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    lines += [f"  {name}={format_knob(values[name])}  ({source})" for name, source in sorted(origin.items())]
+    with torch.device("meta"):
+        model = GPT(cfg)
+    lines += [f"parameters {count_parameters(cfg)}", f"route, looping off: {model.routes[False]}"]
+    lines += [f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}"] * (cfg.num_loops > 0)
+    lines.append("optimisers:")
+    for row, params in route_parameters(model):
+        lines.append(
+            f"  {row.optimiser:6} {row.lr.upper()}={getattr(cfg, row.lr):g} {row.wd.upper()}={getattr(cfg, row.wd):g}  "
+            f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {row.pattern}"
+        )
+    lines.append("quantisation plan:")
+    plan, tensors = quant_plan(cfg), model.state_dict()
+    for rule in plan:
+        matched = [t for name, t in tensors.items() if rule_for(name, plan) is rule]
+        size = sum(t.numel() * rule.bits / 8 + (2 * t.size(0) if rule.clip else 0) for t in matched)
+        lines.append(
+            f"  {rule.pattern:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(matched):3} tensors "
+            f"{size:>12,.0f} bytes before entropy coding"
+        )
+    return "\n".join(lines)
+
+
+def versions(runtime: Runtime) -> str:
+    """Versions and hardware, for the log."""
+    gpu = f", {torch.cuda.get_device_name()}" if runtime.device.type == "cuda" else ""
+    return (
+        f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, sentencepiece "
+        f"{spm.__version__}; {runtime.world} x {runtime.device.type}{gpu}, activations {runtime.dtype}, "
+        f"compile {runtime.compile}, threads {torch.get_num_threads()}"
+    )
+
+
+def execute(cfg: Config, origin: dict[str, str], environ: Mapping[str, str]) -> None:
+    """Run the stages of a configuration."""
+    preset = environ.get("PRESET", "")
+    run_id = cfg.run_id or f"{Path(preset).name or 'default'}_seed{cfg.seed}"
+    folder = Path(cfg.artifact_dir or Path("logs") / run_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    runtime = Runtime.start(cfg, environ, folder / "log.txt")
+    try:
+        runtime.log(f"run {run_id}, preset {preset or 'none'}, stages {','.join(cfg.stages)}, files in {folder}")
+        runtime.log(explain(cfg, origin))
+        run = Run(cfg, runtime, preset, folder)
+        runtime.log(f"source sha256 {run.result['source_sha256']}")
+        runtime.log(versions(runtime))
+        if runtime.rank == 0:
+            atomic_write(folder / "record.env", record_env(cfg).encode())
+        for stage in cfg.stages:
+            {"train": run.train, "quantize": run.quantize, "eval": run.eval}[stage]()
+        runtime.log("RESULT " + json.dumps(run.result))
+    finally:
+        runtime.close()
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; the exit status is 2 for a mistake the user can mend, 1 for a run that failed, 0 otherwise."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        return 0
+    unknown = [a for a in argv if a != "--explain"]
+    try:
+        if unknown:
+            raise UserError(f"unknown argument {unknown[0]}; knobs are environment variables, see --help")
+        cfg, origin = resolve(os.environ)
+        if "--explain" in argv:
+            print(explain(cfg, origin))
+            return 0
+        execute(cfg, origin, os.environ)
+    except UserError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "error: interrupted; finished stages are on disk, resume with STAGES=quantize,eval or STAGES=eval",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
