@@ -60,6 +60,13 @@ try:  # torch >= 2.11; a build without it still runs on the masked twin
 except ImportError:
     activate_flash_attention_impl = varlen_attn = None
 
+try:  # torch >= 2.13 names
+    from torch.distributed import all_gather_single as all_gather
+    from torch.distributed import reduce_scatter_single as reduce_scatter
+except ImportError:
+    from torch.distributed import all_gather_into_tensor as all_gather
+    from torch.distributed import reduce_scatter_tensor as reduce_scatter
+
 BOS_ID = 1
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 RMS_EPS = 2.0**-23  # float32 machine epsilon: what torch uses for an unset eps, made explicit
@@ -499,6 +506,7 @@ class Runtime:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(device)
+            torch._dynamo.config.recompile_limit = 64  # two routes, with and without gradient, of three models
             torch.set_float32_matmul_precision("high")
         if world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
@@ -980,11 +988,14 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
 def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
     """The attention backend of a run, chosen once and logged; UserError when the asked-for one is not installed."""
     wanted = cfg.attention
-    if wanted == "masked" or (wanted == "auto" and runtime.device.type != "cuda"):
+    half = runtime.device.type == "cuda" and runtime.dtype == torch.bfloat16
+    if wanted == "masked" or (wanted == "auto" and not half):
         runtime.log("attention: masked twin (exact)")
         return masked_attention
-    if varlen_attn is None or runtime.device.type != "cuda":
-        raise UserError(f"ATTENTION={wanted} needs a GPU and torch.nn.attention.varlen (torch >= 2.11)")
+    if varlen_attn is None or not half:
+        raise UserError(
+            f"ATTENTION={wanted} needs a GPU, COMPUTE_DTYPE=bf16 and torch >= 2.11; or say ATTENTION=masked"
+        )
     for name in ("fa4", "fa3") if wanted == "auto" else (wanted,):
         if name == "fa2":
             break
@@ -1054,7 +1065,7 @@ class Linear(nn.Module):
 
 def rotary_tables(length: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin (length, dims/2), float32, of RoPE (Su et al. 2021); pairs are dims (m, m + dims/2)."""
-    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
+    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
     angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency
     return angle.cos(), angle.sin()
 
@@ -1297,6 +1308,11 @@ def plan_route(cfg: Config, looping: bool) -> Route:
     return Route(tuple(layers), encoder, tuple(skip), tuple(source), tuple(parallel))
 
 
+def loops(cfg: Config) -> bool:
+    """Whether a run ever switches depth recurrence on."""
+    return cfg.num_loops > 0 and cfg.enable_looping_at < 1
+
+
 def num_skip_rows(cfg: Config) -> int:
     """Skip rows that a model needs: those of its looped route."""
     executions = cfg.num_layers + cfg.num_loops * (cfg.loop_end + 1 - cfg.loop_start) * (cfg.num_loops > 0)
@@ -1500,7 +1516,7 @@ class Muon:
                 continue
             padded = F.pad(grads, (0, 0, 0, 0, 0, len(buffer) * world - len(group))).to(self.runtime.dtype)
             shares.append(torch.empty_like(padded[: len(buffer)]))
-            waits.append(dist.reduce_scatter_tensor(shares[-1], padded, async_op=True))
+            waits.append(reduce_scatter(shares[-1], padded, async_op=True))
         for work in waits:
             work.wait()
         return [share.to(buffer.dtype) / world for share, buffer in zip(shares, self.buffers, strict=True)]
@@ -1514,7 +1530,7 @@ class Muon:
             update = orthogonalize(direction.to(low), cfg.muon_coefficients, cfg.muon_backend_steps)
             if world > 1:
                 whole = update.new_empty(len(buffer) * world, *update.shape[1:])
-                waits.append(dist.all_gather_into_tensor(whole, update.contiguous(), async_op=True))
+                waits.append(all_gather(whole, update.contiguous(), async_op=True))
                 update = whole
             updates.append(update)
         for work in waits:
@@ -1646,8 +1662,7 @@ class Trainer:
         """Compile every graph and let allocators settle, then take it all back: weights, moments and data order."""
         before = [p.detach().clone() for p in self.model.parameters()]
         batches, started = train_batches(self.cfg, self.runtime), time.perf_counter()
-        looped = self.cfg.num_loops > 0 and self.cfg.enable_looping_at < 1
-        for looping in (False, True)[: 1 + looped]:
+        for looping in (False, True)[: 1 + loops(self.cfg)]:
             self.model.set_looping(looping)
             for step in range(self.cfg.warmup_steps):
                 self.step(next(batches), 1.0, step)
@@ -1712,7 +1727,7 @@ class Trainer:
                 log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
                 self.note({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
                 clock.start(elapsed)
-            if cfg.num_loops > 0 and fraction >= cfg.enable_looping_at and self.model.route is self.model.routes[False]:
+            if loops(cfg) and fraction >= cfg.enable_looping_at and self.model.route is self.model.routes[False]:
                 self.model.set_looping(True)
                 clock.expect_change()
                 log(f"looping on at step {step}, fraction {fraction:.3f}: {self.model.route}")
@@ -1727,7 +1742,7 @@ class Trainer:
         batches.close()
         for average in self.averages:
             average.store()
-        self.model.set_looping(cfg.num_loops > 0)
+        self.model.set_looping(loops(cfg))
         log(
             f"training stopped at step {step} after {seconds:.2f} s; weights: {'+'.join(cfg.average) or 'last iterate'}"
         )
@@ -2309,7 +2324,8 @@ class BatchedLoRA(nn.Module):
         sizes = [a[0].numel() for a in self.A.values()]
         device = next(iter(self.A.values())).device
         for row, doc in enumerate(docs):
-            generator = torch.Generator(device).manual_seed((seed << 32) + doc)
+            mixed = int(np.random.SeedSequence((seed, doc)).generate_state(1)[0])  # torch's CPU seeds are 32 bits
+            generator = torch.Generator(device).manual_seed(mixed)
             draws = torch.rand(sum(sizes), generator=generator, device=device).mul_(2).sub_(1).split(sizes)
             for a, draw in zip(self.A.values(), draws, strict=True):
                 a[row].copy_(draw.view_as(a[row])).mul_(a.size(-1) ** -0.5)
@@ -2356,35 +2372,37 @@ def chunk_window(chunk: int, predictions: int, size: int, window: int) -> tuple[
 
 
 def chunk_units(cfg: Config, val: ValData, docs: list[tuple[int, int]], batch: list[int]) -> Iterator[Unit]:
-    """The units of a batch of documents: chunk after chunk, the rows side by side, finished rows all padding (id 0)."""
+    """The units of a batch of documents: chunk after chunk, the rows side by side, right-padded with id 0.
+
+    Rows of finished documents are dropped as soon as a quarter of the rows is idle.
+    """
     size, window = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
-    starts = np.array([docs[i][0] for i in batch])
-    predictions = np.array([docs[i][1] - 1 for i in batch])
-    chunks = -(-predictions // size)
-    for c in range(int(chunks.max(initial=0))):
-        width = min((c + 1) * size, window)
-        ids, targets = (np.zeros((len(batch), width), np.int64) for _ in range(2))
-        origin, cells = starts + 1, []
-        for row in np.flatnonzero(chunks > c):
-            begin, length, offset, count = chunk_window(c, int(predictions[row]), size, window)
-            origin[row] = starts[row] + begin + 1
-            ids[row, :length] = val.tokens[origin[row] - 1 : origin[row] - 1 + length]
-            targets[row, :length] = val.tokens[origin[row] : origin[row] + length]
-            cells.append(np.stack([np.full(count, row), np.arange(offset, offset + count)]))
-        rows, cols = np.concatenate(cells, axis=1)
-        offset = c * size - ((c + 1) * size - width)
-        yield Unit(
-            ids,
-            targets,
-            origin,
-            rows,
-            cols,
-            None,
-            np.flatnonzero(chunks > c + 1),
-            slice(offset, offset + size),
-            tuple(batch),
-            c == 0,
-        )
+    rows_docs = np.array(batch)
+    for c in range(-(-max(docs[i][1] - 1 for i in batch) // size)):
+        unfinished = np.array([docs[i][1] - 1 > c * size for i in rows_docs])
+        if unfinished.sum() <= 0.75 * len(rows_docs):
+            rows_docs = rows_docs[unfinished]
+        yield chunk_unit(val, [docs[i] for i in rows_docs], tuple(rows_docs.tolist()), c, (size, window))
+
+
+def chunk_unit(
+    val: ValData, docs: list[tuple[int, int]], indices: tuple[int, ...], c: int, sizes: tuple[int, int]
+) -> Unit:
+    """Chunk number c of some documents (start, length), with sizes (chunk, window)."""
+    size, window = sizes
+    starts, predictions = np.array([d[0] for d in docs]), np.array([d[1] - 1 for d in docs])
+    width = min((c + 1) * size, window)
+    ids, targets = (np.zeros((len(docs), width), np.int64) for _ in range(2))
+    origin, cells = starts + 1, []
+    for row in np.flatnonzero(predictions > c * size):
+        begin, length, offset, count = chunk_window(c, int(predictions[row]), size, window)
+        origin[row] = starts[row] + begin + 1
+        ids[row, :length] = val.tokens[origin[row] - 1 : origin[row] - 1 + length]
+        targets[row, :length] = val.tokens[origin[row] : origin[row] + length]
+        cells.append(np.stack([np.full(count, row), np.arange(offset, offset + count)]))
+    rows, cols = np.concatenate(cells, axis=1)
+    learn = np.flatnonzero(predictions > (c + 1) * size)
+    return Unit(ids, targets, origin, rows, cols, None, learn, slice(width - size, width), indices, c == 0)
 
 
 class DocLora:
@@ -2396,16 +2414,34 @@ class DocLora:
     def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
         self.cfg, self.runtime, self.model = cfg, runtime, model.requires_grad_(False)
         self.forward = compiled(runtime, model, dynamic=True)
+        self.docs: tuple[int, ...] = ()
         self.lora: BatchedLoRA | None = None
         self.optimiser: torch.optim.Optimizer | None = None
 
     def begin(self, docs: tuple[int, ...]) -> None:
         """Fresh adapters and optimiser state for a batch of documents."""
+        if self.lora is None or len(self.docs) != len(docs):
+            self.lora = BatchedLoRA(self.cfg, self.model, len(docs))
+        self.docs = docs
+        self.lora.reset(self.cfg.seed, docs)
+        self.optimiser = self.new_optimiser()
+
+    def keep(self, docs: tuple[int, ...]) -> None:
+        """Go on with some of the documents only: their adapters and moments, in smaller tensors."""
+        rows = torch.tensor([self.docs.index(doc) for doc in docs], device=self.runtime.device)
+        old, state, self.docs = self.lora, self.optimiser.state, docs
+        self.lora = BatchedLoRA(self.cfg, self.model, len(docs))
+        self.optimiser = self.new_optimiser()
+        for parameter, before in zip(self.lora.parameters(), old.parameters(), strict=True):
+            parameter.data.copy_(before.data[rows])
+            kept = {key: value[rows] if value.dim() else value for key, value in state[before].items()}
+            if kept:
+                self.optimiser.state[parameter] = kept
+
+    def new_optimiser(self) -> torch.optim.Optimizer:
+        """AdamW over the adapters."""
         cfg = self.cfg
-        if self.lora is None or len(next(iter(self.lora.A.values()))) != len(docs):
-            self.lora = BatchedLoRA(cfg, self.model, len(docs))
-        self.lora.reset(cfg.seed, docs)
-        self.optimiser = torch.optim.AdamW(
+        return torch.optim.AdamW(
             self.lora.parameters(),
             lr=cfg.ttt_lora_lr,
             betas=(cfg.ttt_beta1, cfg.ttt_beta2),
@@ -2424,6 +2460,8 @@ class DocLora:
         """(B, T) nats; the graph is kept only when something will be learnt."""
         if unit.fresh:
             self.begin(unit.docs)
+        elif unit.docs != self.docs:
+            self.keep(unit.docs)
         with torch.set_grad_enabled(bool(len(unit.learn_rows))):
             return self.losses(unit)
 
@@ -2501,7 +2539,7 @@ class Run:
     def model(self) -> GPT:
         """A model of this configuration on the device, looping as at the end of training, weights not set."""
         model = GPT(self.cfg, self.attend, self.runtime.dtype).to(self.runtime.device)
-        model.set_looping(self.cfg.num_loops > 0)
+        model.set_looping(loops(self.cfg))
         return model
 
     def record(self, stage: str, score: Score) -> None:
@@ -2579,6 +2617,7 @@ class Run:
             f"artifact: {size:,} bytes ({cfg.compressor}), quantised in {quantised - started:.1f} s, compressed in "
             f"{time.perf_counter() - quantised:.1f} s"
         )
+        self.result = {k: v for k, v in self.result.items() if not k.startswith("artifact")}  # an older pack's
         self.result |= {"bytes_code": code, "bytes_model": size, "bytes_total": code + size}
         self.record("quantized", evaluate_plain(cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val))
 
@@ -2605,7 +2644,7 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
     with torch.device("meta"):
         model = GPT(cfg)
     lines += [f"parameters {count_parameters(cfg)}", f"route, looping off: {model.routes[False]}"]
-    lines += [f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}"] * (cfg.num_loops > 0)
+    lines += [f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}"] * loops(cfg)
     lines.append("optimisers:")
     for row, params in route_parameters(model):
         lines.append(

@@ -1,0 +1,537 @@
+"""Data: shards, segments, the training stream over ranks, prefetching, byte accounting, the validation stream."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+import torch
+from conftest import TINY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import BOS_ID, Config, Log, Runtime, ShardWalker, UserError, load_config
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "data.json").read_text(encoding="utf-8"))
+PROPERTY = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def write_shard(path: Path, tokens: list[int] | np.ndarray) -> Path:
+    """A shard in the published format."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+    return path
+
+
+def write_shards(folder: Path, *shards: list[int], kind: str = "train") -> list[Path]:
+    """Numbered shards of a kind in a fresh folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [write_shard(folder / f"fineweb_{kind}_{i:06d}.bin", tokens) for i, tokens in enumerate(shards)]
+
+
+def tiny(data: Path, **knobs: object) -> Config:
+    """TINY over a data directory."""
+    return load_config({**TINY, "DATA_PATH": str(data), **{k: str(v) for k, v in knobs.items()}})
+
+
+def ranks(world: int) -> list[Runtime]:
+    """Runtimes of a world that nobody launched."""
+    return [Runtime(rank, world, torch.device("cpu"), Log(None, True)) for rank in range(world)]
+
+
+# Shards
+
+
+def test_shard_reads_back_uint16(tmp_path: Path) -> None:
+    tokens = train_gpt.read_shard(write_shard(tmp_path / "s.bin", [1, 2, 65535]))
+    assert tokens.dtype == np.uint16 and tokens.tolist() == [1, 2, 65535]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda raw: b"", "not a shard"),
+        (lambda raw: raw[:7], "not a shard"),
+        (lambda raw: b"\x00" + raw[1:], "not a shard"),
+        (lambda raw: raw[:4] + b"\x02" + raw[5:], "not a shard"),
+        (lambda raw: raw[:500], "header promises 3 tokens"),
+        (lambda raw: raw[:-2], "header promises 3 tokens"),
+        (lambda raw: raw[:-1], "header promises 3 tokens"),
+        (lambda raw: raw + b"\x00", "header promises 3 tokens"),
+        (lambda raw: raw[:8] + b"\xff\xff\xff\xff" + raw[12:], "header promises -1 tokens"),
+    ],
+)
+def test_damaged_shard_is_a_user_error_with_its_name(tmp_path: Path, damage: object, words: str) -> None:
+    path = write_shard(tmp_path / "s.bin", [1, 2, 3])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=words) as refused:
+        train_gpt.read_shard(path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_missing_shard_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such shard"):
+        train_gpt.read_shard(tmp_path / "s.bin")
+
+
+def test_header_alone_is_an_empty_shard(tmp_path: Path) -> None:
+    assert len(train_gpt.read_shard(write_shard(tmp_path / "s.bin", []))) == 0
+
+
+def test_shards_are_listed_by_number_and_kind(tmp_path: Path) -> None:
+    train = write_shards(tmp_path, *[[1]] * 11)
+    val = write_shards(tmp_path, [1], kind="val")
+    sidecar = write_shards(tmp_path, [1], kind="val_bytes")
+    (tmp_path / "fineweb_train_000003.bin.tmp").write_bytes(b"")
+    for kind, paths in (("train", train), ("val", val), ("val_bytes", sidecar)):
+        assert train_gpt.list_shards(str(tmp_path), kind) == paths
+
+
+def test_gap_in_the_numbers_names_the_missing_file(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1], [1], [1])[1].unlink()
+    with pytest.raises(UserError, match="fineweb_train_000001.bin is missing"):
+        train_gpt.list_shards(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("kind", ["train", "val"])
+def test_no_shards_say_how_to_get_them(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(UserError, match=f"has no fineweb_{kind}.*data/prepare.py"):
+        train_gpt.list_shards(str(tmp_path / "nowhere"), kind)
+    assert train_gpt.list_shards(str(tmp_path), "val_bytes") == []
+
+
+# Segments
+
+
+@pytest.mark.parametrize("case", GOLDEN["cu_seqlens"], ids=lambda case: f"total{case['total']}")
+def test_segment_bounds_golden(case: dict) -> None:
+    bounds = train_gpt.segment_bounds(np.array(case["bos"], np.int64), case["total"], case["cap"])
+    padded = train_gpt.pad_bounds(bounds, GOLDEN["bucket"])
+    assert bounds.tolist() == case["cu"] and bounds.dtype == padded.dtype == np.int32
+    assert np.diff(bounds).max() == case["max_segment"]
+    assert len(padded) == case["padded_entries"] and set(padded[len(bounds) :]) <= {case["total"]}
+    assert padded[: len(bounds)].tolist() == case["cu"]
+
+
+@given(data=st.data(), total=st.integers(1, 60), cap=st.integers(0, 20))
+@PROPERTY
+def test_segments_hold_no_document_start_inside(data: st.DataObject, total: int, cap: int) -> None:
+    starts = sorted(data.draw(st.sets(st.integers(0, total - 1), max_size=8)))
+    bounds = train_gpt.segment_bounds(np.array(starts, np.int64), total, cap).tolist()
+    assert bounds[0] == 0 and bounds[-1] == total and set(starts) <= set(bounds)
+    assert all(0 < b - a <= (cap or total) for a, b in itertools.pairwise(bounds))
+    owner = [max([0, *(s for s in starts if s <= a)]) for a in bounds[:-1]]
+    assert all(a in (s, 0) or (cap and (a - s) % cap == 0) for a, s in zip(bounds, owner, strict=False))
+
+
+# The training stream
+
+
+def reference_stream(shards: list[list[int]], count: int, whole_docs: bool) -> Iterator[list[int]]:
+    """ShardWalker written the slow way: requests of `count` tokens, for ever."""
+    rest: list[int] = []
+    for shard in itertools.cycle(shards):
+        first = shard.index(BOS_ID) if whole_docs and BOS_ID in shard else 0
+        rest = shard[first:] if whole_docs else rest + shard
+        while len(rest) >= count:
+            yield rest[:count]
+            rest = rest[count:]
+
+
+@given(
+    shards=st.lists(st.lists(st.integers(0, 9), max_size=30), min_size=1, max_size=4),
+    count=st.integers(1, 12),
+    whole_docs=st.booleans(),
+)
+@PROPERTY
+def test_walker_equals_the_slow_reference(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[list[int]], count: int, whole_docs: bool
+) -> None:
+    usable = [s[s.index(BOS_ID) if whole_docs and BOS_ID in s else 0 :] for s in shards]
+    paths = write_shards(tmp_path_factory.mktemp("walk"), *shards)
+    walker = ShardWalker(paths, 10, whole_docs)
+    if whole_docs and max(map(len, usable)) < count:
+        with pytest.raises(UserError, match="lower TRAIN_BATCH_TOKENS"):
+            walker.take(count)
+    elif any(shards):
+        for wanted in itertools.islice(reference_stream(shards, count, whole_docs), 12):
+            assert walker.take(count).tolist() == wanted
+
+
+class Impatient(ShardWalker):
+    """Gives up where the walker would turn for ever."""
+
+    opened = 0
+
+    def open_next(self) -> None:
+        self.opened += 1
+        if self.opened > 20:
+            raise TimeoutError("the walker turns for ever")
+        super().open_next()
+
+
+@pytest.mark.parametrize("whole_docs", [False, True])
+def test_walker_over_empty_shards_is_a_user_error(tmp_path: Path, whole_docs: bool) -> None:
+    with pytest.raises(UserError):
+        Impatient(write_shards(tmp_path, [], []), 10, whole_docs).take(1)
+
+
+def test_walker_refuses_ids_outside_the_vocabulary(tmp_path: Path) -> None:
+    walker = ShardWalker(write_shards(tmp_path, [1, 2, 3], [1, 10, 3]), 10, True)
+    assert walker.take(3).tolist() == [1, 2, 3]
+    with pytest.raises(UserError, match=r"fineweb_train_000001.bin: token id 10 is outside VOCAB_SIZE=10"):
+        walker.take(3)
+
+
+@pytest.mark.parametrize("loader", ["packed_docs", "stream"])
+def test_batches_shift_targets_and_never_share_a_span(tiny_data: Path, loader: str) -> None:
+    cfg = tiny(tiny_data, LOADER=loader)
+    (path,) = train_gpt.list_shards(cfg.data_path, "train")
+    stream, span = train_gpt.read_shard(path), cfg.train_batch_tokens // cfg.batch_slices + 1
+    position = int(np.flatnonzero(stream == BOS_ID)[0]) if loader == "packed_docs" else 0
+    batches = train_gpt.train_batches(cfg, ranks(1)[0])
+    for batch in itertools.chain.from_iterable(itertools.islice(batches, 5)):
+        wanted = stream[position : position + span].astype(np.int64)
+        assert batch.ids.flatten().tolist() == wanted[:-1].tolist()
+        assert batch.targets.flatten().tolist() == wanted[1:].tolist()
+        position += span
+        assert batch.ids.dtype == batch.targets.dtype == torch.int64
+    batches.close()
+
+
+def test_packed_batch_bounds_are_documents_cut_at_the_span() -> None:
+    span = np.array([5, 6, 1, 7, 8, 9, 10, 11, 1, 12, 1], np.uint16)
+    batch = train_gpt.packed_docs_batch(span, 4)
+    assert batch.ids.shape == (1, 10) and batch.cu[:5].tolist() == [0, 2, 6, 8, 10]
+    assert len(batch.cu) == 64 and set(batch.cu[5:].tolist()) == {10} and batch.cu.dtype == torch.int32
+
+
+def test_stream_batch_is_rows_without_bounds() -> None:
+    batch = train_gpt.stream_batch(np.arange(9, dtype=np.uint16), 4)
+    assert batch.ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and batch.targets.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert batch.cu is None
+
+
+@pytest.mark.parametrize("loader", ["packed_docs", "stream"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_world_sees_the_same_tokens_per_step(tiny_data: Path, loader: str, world: int) -> None:
+    cfg = tiny(tiny_data, LOADER=loader)
+    alone = train_gpt.train_batches(cfg, ranks(1)[0])
+    together = [train_gpt.train_batches(cfg, runtime) for runtime in ranks(world)]
+    for _ in range(4):
+        whole, parts = next(alone), [next(batches) for batches in together]
+        assert [len(part) for part in parts] == [cfg.batch_slices // world] * world
+        shared = [parts[j % world][j // world] for j in range(cfg.batch_slices)]
+        for a, b in zip(whole, shared, strict=True):
+            assert torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets)
+            assert (a.cu is None and b.cu is None) or torch.equal(a.cu, b.cu)
+    for batches in (alone, *together):
+        batches.close()
+
+
+def test_bad_later_shard_is_found_before_the_first_step(tiny_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_data, folder)
+    raw = (folder / "fineweb_train_000000.bin").read_bytes()
+    (folder / "fineweb_train_000001.bin").write_bytes(raw[:-2])
+    with pytest.raises(UserError, match="fineweb_train_000001.bin"):
+        next(train_gpt.train_batches(tiny(folder), ranks(1)[0]))
+
+
+# Prefetching
+
+
+def threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread is not threading.main_thread()}
+
+
+def wait_until_gone(started: set[threading.Thread]) -> bool:
+    """Whether the threads end within some seconds."""
+    deadline = time.monotonic() + 5
+    while any(t.is_alive() for t in started) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not any(t.is_alive() for t in started)
+
+
+def test_prefetch_keeps_order_and_is_bounded() -> None:
+    made = []
+    source = (made.append(i) or i for i in itertools.count())
+    items = train_gpt.prefetch(source, 2)
+    assert made == [] and [next(items) for _ in range(5)] == list(range(5))
+    time.sleep(0.05)
+    assert len(made) <= 5 + 2 + 1, "two waiting, one in hand"
+    items.close()
+
+
+def test_prefetch_thread_ends_with_its_consumer() -> None:
+    before = threads()
+    items = train_gpt.prefetch(itertools.count(), 2)
+    next(items)
+    started = threads() - before
+    assert len(started) == 1 and all(t.daemon for t in started)
+    items.close()
+    assert wait_until_gone(started)
+
+
+@pytest.mark.parametrize("error", [UserError, OSError, RuntimeError, IndexError])
+def test_prefetch_raises_the_producers_error_after_the_items_before_it(error: type[Exception]) -> None:
+    def source() -> Iterator[int]:
+        yield 1
+        raise error("broken")
+
+    before, got = threads(), []
+
+    def consume() -> None:
+        try:
+            got.extend(train_gpt.prefetch(source(), 2))
+        except error as raised:
+            got.append(str(raised))
+
+    consumer = threading.Thread(target=consume, daemon=True)
+    consumer.start()
+    consumer.join(2)
+    assert got == [1, "broken"], "a consumer that waits for ever is worse than any error"
+    assert wait_until_gone(threads() - before)
+
+
+# Calibration
+
+
+def test_calibration_rows_are_windows_of_the_shards_and_depend_on_the_index_alone(tiny_data: Path) -> None:
+    cfg = tiny(tiny_data)
+    (path,) = train_gpt.list_shards(cfg.data_path, "train")
+    stream = np.asarray(train_gpt.read_shard(path)).tobytes()
+    rows = [train_gpt.calibration_rows(cfg, index) for index in range(4)]
+    assert all(r.shape == (2, 64) and r.dtype == np.int64 for r in rows)
+    assert all(row.astype("<u2").tobytes() in stream for r in rows for row in r)
+    assert len({r.tobytes() for r in rows}) == 4
+    assert all(np.array_equal(rows[i], train_gpt.calibration_rows(cfg, i)) for i in (3, 1))
+
+
+def test_calibration_needs_a_shard_that_is_long_enough(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1] * 64, [1] * 10)
+    with pytest.raises(UserError, match="TRAIN_SEQ_LEN=64"):
+        train_gpt.calibration_rows(tiny(tmp_path), 0)
+    write_shards(tmp_path, [1] * 64, [1, *[2] * 64])
+    assert (train_gpt.calibration_rows(tiny(tmp_path), 0)[:, 0] == 1).all()
+
+
+# Bytes
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_data: Path) -> Path:
+    (path,) = tiny_data.glob("*.model")
+    return path
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer: Path) -> spm.SentencePieceProcessor:
+    return spm.SentencePieceProcessor(model_file=str(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def table(tokenizer: Path) -> train_gpt.ByteTable:
+    return train_gpt.byte_table(tokenizer, 320)
+
+
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), min_size=1, max_size=4))
+@PROPERTY
+def test_bytes_of_documents_are_their_utf8_length(
+    processor: spm.SentencePieceProcessor, table: train_gpt.ByteTable, texts: list[str]
+) -> None:
+    """Of the text as the tokenizer holds it: it folds compatibility characters (NFKC) and runs of white space first."""
+    ids = [processor.encode(text) for text in texts]
+    stream = np.array([token for document in ids for token in [BOS_ID, *document]], np.int64)
+    counted = table.count(stream)
+    assert counted.dtype == np.int32 and counted.min() >= 0
+    assert counted.sum() == sum(len(processor.decode(document).encode("utf-8")) for document in ids)
+
+
+@given(text=st.text(st.sampled_from("aeinrstLQ.,0123456789éß漢🙂 "), max_size=60))
+@PROPERTY
+def test_bytes_of_plain_text_are_the_true_utf8_length(
+    processor: spm.SentencePieceProcessor, table: train_gpt.ByteTable, text: str
+) -> None:
+    """Characters that NFKC leaves alone, single spaces inside: nothing but the text itself to compare with."""
+    text = " ".join(text.split())
+    assert table.count(np.array([BOS_ID, *processor.encode(text)])).sum() == len(text.encode("utf-8"))
+
+
+def test_leading_space_counts_unless_a_control_id_precedes(
+    processor: spm.SentencePieceProcessor, table: train_gpt.ByteTable
+) -> None:
+    spaced = next(i for i in range(320) if processor.id_to_piece(i).startswith("\u2581") and table.bytes[i] >= 2)
+    own, letter, byte = int(table.bytes[spaced]), processor.piece_to_id("e"), processor.piece_to_id("<0x41>")
+    assert own == len(processor.id_to_piece(spaced)) - 1
+    for before, credited in ((BOS_ID, own), (0, own), (2, own), (3, own), (letter, own + 1), (byte, own + 1)):
+        assert table.count(np.array([before, spaced]))[1] == credited, processor.id_to_piece(before)
+    assert table.count(np.array([spaced]))[0] == own, "nothing precedes the first token of a stream"
+
+
+def test_byte_pieces_count_one_and_control_ids_nothing(
+    processor: spm.SentencePieceProcessor, table: train_gpt.ByteTable
+) -> None:
+    pieces = [processor.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
+    assert len(set(pieces)) == 256 and (table.bytes[pieces] == 1).all() and not table.space[pieces].any()
+    assert table.bytes[:4].tolist() == [0, 0, 0, 0] and table.boundary[:4].all() and not table.boundary[4:].any()
+    ids = processor.encode("\U0001f642")
+    assert len(ids) == 4 and table.count(np.array([BOS_ID, *ids])).tolist() == [0, 1, 1, 1, 1]
+
+
+def test_tokenizer_of_another_vocabulary_is_refused(tokenizer: Path) -> None:
+    with pytest.raises(UserError, match="the tokenizer has 320 pieces, VOCAB_SIZE=512"):
+        train_gpt.byte_table(tokenizer, 512)
+
+
+def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="x.model: not a SentencePiece model"):
+        train_gpt.byte_table(tmp_path / "x.model", 320)
+
+
+def test_tokenizer_without_a_bare_space_piece_is_refused(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abab", "baba"] * 9), model_writer=model, model_type="bpe", vocab_size=8, minloglevel=2,
+        add_dummy_prefix=False, bos_id=1, eos_id=2, pad_id=0, unk_id=3, hard_vocab_limit=False,
+    )  # fmt: skip
+    (tmp_path / "x.model").write_bytes(model.getvalue())
+    size = spm.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    with pytest.raises(UserError, match="no bare U\\+2581 piece"):
+        train_gpt.byte_table(tmp_path / "x.model", size)
+
+
+def test_which_tokenizer_a_run_uses(tiny_data: Path, tokenizer: Path, tmp_path: Path) -> None:
+    assert train_gpt.find_tokenizer(tiny(tiny_data)) == tokenizer
+    assert train_gpt.find_tokenizer(tiny(tmp_path)) is None
+    assert train_gpt.find_tokenizer(tiny(tmp_path, TOKENIZER_PATH=tokenizer)) == tokenizer
+    with pytest.raises(UserError, match="nope.model: no such file"):
+        train_gpt.find_tokenizer(tiny(tiny_data, TOKENIZER_PATH=tmp_path / "nope.model"))
+    for name in "ab":
+        shutil.copy(tokenizer, tmp_path / f"{name}.model")
+    with pytest.raises(UserError, match="holds 2 tokenizers; choose one with TOKENIZER_PATH"):
+        train_gpt.find_tokenizer(tiny(tmp_path))
+
+
+# The validation stream
+
+
+@pytest.fixture
+def val_copy(tiny_data: Path, tmp_path: Path) -> Path:
+    """A data directory that a test may change."""
+    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
+
+
+def test_validation_is_cut_to_whole_windows_unless_the_tail_is_asked_for(tiny_data: Path) -> None:
+    whole = np.asarray(train_gpt.read_shard(tiny_data / "fineweb_val_000000.bin")).astype(np.int64)
+    cut, tail = (train_gpt.load_val(tiny(tiny_data, EVAL_INCLUDE_TAIL=flag)) for flag in (0, 1))
+    assert (len(whole) - 1) % 64 != 0, "the fixture must have a tail, or this test says nothing"
+    assert len(cut.tokens) == (len(whole) - 1) // 64 * 64 + 1 and np.array_equal(tail.tokens, whole)
+    assert np.array_equal(cut.tokens, whole[: len(cut.tokens)]) and cut.tokens.dtype == np.int64
+    assert len(cut.bytes) == len(cut.tokens) and np.array_equal(cut.bytes, tail.bytes[: len(cut.bytes)])
+
+
+def test_whole_multiple_loses_nothing(val_copy: Path) -> None:
+    write_shards(val_copy, [1, *[5] * 128], kind="val")
+    assert len(train_gpt.load_val(tiny(val_copy)).tokens) == 129
+    write_shards(val_copy, [1, *[5] * 127], kind="val")
+    assert len(train_gpt.load_val(tiny(val_copy)).tokens) == 65
+
+
+def test_validation_bytes_are_those_of_the_documents(tiny_data: Path, processor: spm.SentencePieceProcessor) -> None:
+    val = train_gpt.load_val(tiny(tiny_data, EVAL_INCLUDE_TAIL=1))
+    documents = np.split(val.tokens, np.flatnonzero(val.tokens == BOS_ID)[1:])
+    texts = [processor.decode(document[1:].tolist()) for document in documents]
+    known = json.loads((tiny_data / "manifest.json").read_text(encoding="utf-8"))["splits"]["val"]
+    assert val.bytes[1:].sum() == sum(len(text.encode("utf-8")) for text in texts) == known["raw_bytes"]
+    assert len(texts) == len(train_gpt.val_documents(val.tokens)) == known["docs"]
+
+
+def test_shards_run_on_into_one_another(val_copy: Path) -> None:
+    whole = np.array(train_gpt.read_shard(val_copy / "fineweb_val_000000.bin"))
+    one = train_gpt.load_val(tiny(val_copy))
+    write_shards(val_copy, whole[:700], whole[700:], kind="val")
+    two = train_gpt.load_val(tiny(val_copy))
+    assert np.array_equal(one.tokens, two.tokens) and np.array_equal(one.bytes, two.bytes)
+
+
+def test_sidecar_goes_before_the_tokenizer(val_copy: Path) -> None:
+    counts = np.arange(len(train_gpt.read_shard(val_copy / "fineweb_val_000000.bin"))) % 7
+    write_shards(val_copy, counts, kind="val_bytes")
+    val = train_gpt.load_val(tiny(val_copy))
+    assert np.array_equal(val.bytes, counts[: len(val.tokens)]) and val.bytes.dtype == np.int32
+    next(val_copy.glob("*.model")).unlink()
+    assert np.array_equal(train_gpt.load_val(tiny(val_copy)).bytes, val.bytes)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_sidecar_of_another_length_is_refused(val_copy: Path, change: int) -> None:
+    size = len(train_gpt.read_shard(val_copy / "fineweb_val_000000.bin"))
+    write_shards(val_copy, [1] * (size + change), kind="val_bytes")
+    with pytest.raises(UserError, match="sidecars do not match"):
+        train_gpt.load_val(tiny(val_copy))
+
+
+def test_sidecar_too_many_is_refused(val_copy: Path) -> None:
+    size = len(train_gpt.read_shard(val_copy / "fineweb_val_000000.bin"))
+    write_shards(val_copy, [1] * size, [1], kind="val_bytes")
+    with pytest.raises(UserError, match="sidecars do not match"):
+        train_gpt.load_val(tiny(val_copy))
+
+
+def test_tokenizer_is_checked_even_beside_a_sidecar(val_copy: Path) -> None:
+    size = len(train_gpt.read_shard(val_copy / "fineweb_val_000000.bin"))
+    write_shards(val_copy, [1] * size, kind="val_bytes")
+    with pytest.raises(UserError, match="the tokenizer has 320 pieces, VOCAB_SIZE=321"):
+        train_gpt.load_val(tiny(val_copy, VOCAB_SIZE=321))
+
+
+def test_no_byte_source_at_all_is_refused(val_copy: Path) -> None:
+    next(val_copy.glob("*.model")).unlink()
+    with pytest.raises(UserError, match="neither a \\*.model nor a byte sidecar"):
+        train_gpt.load_val(tiny(val_copy))
+
+
+def test_validation_of_another_vocabulary_is_refused(val_copy: Path) -> None:
+    write_shards(val_copy, [1, *[5] * 99, 320], kind="val")
+    with pytest.raises(UserError, match="token id 320 is outside VOCAB_SIZE=320"):
+        train_gpt.load_val(tiny(val_copy))
+
+
+@pytest.mark.parametrize("tokens", [[], [1], [1] * 64])
+def test_too_little_validation_is_refused(val_copy: Path, tokens: list[int]) -> None:
+    write_shards(val_copy, tokens, kind="val")
+    with pytest.raises(UserError, match=f"{len(tokens)} validation tokens are fewer"):
+        train_gpt.load_val(tiny(val_copy))
+
+
+@given(tokens=st.lists(st.integers(0, 3), min_size=2, max_size=40))
+@PROPERTY
+def test_documents_cover_every_target_once(tokens: list[int]) -> None:
+    stream = np.array(tokens)
+    if BOS_ID not in tokens:
+        with pytest.raises(UserError, match="no document start"):
+            train_gpt.val_documents(stream)
+        return
+    documents = train_gpt.val_documents(stream)
+    targets = [start + i for start, length in documents for i in range(1, length)]
+    assert targets == list(range(1, len(tokens)))
+    assert [start for start, _ in documents[1:]] == np.flatnonzero(stream == BOS_ID)[1:].tolist()
+
+
+def test_documents_end_with_the_next_bos_but_the_last() -> None:
+    assert train_gpt.val_documents(np.array([1, 5, 6, 1, 7, 1, 8])) == [(0, 4), (3, 3), (5, 2)]
+    assert train_gpt.val_documents(np.array([9, 9, 1, 7])) == [(0, 4)]
+    assert train_gpt.val_documents(np.array([1, 7, 1])) == [(0, 3), (2, 1)]

@@ -1,0 +1,76 @@
+"""What only a GPU can show: flash attention against the exact twin, and the whole line compiled, in bf16."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+
+pytestmark = pytest.mark.gpu
+
+
+def random_heads(tokens: int, dim: int) -> list[torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [
+        torch.randn(1, tokens, heads, dim, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for heads in (8, 4, 4)
+    ]
+
+
+@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
+def test_flash_attention_over_segments_is_the_masked_twin(name: str) -> None:
+    runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None, True), torch.bfloat16)
+    try:
+        attend = train_gpt.choose_attention(train_gpt.Config(attention=name), runtime)
+    except train_gpt.UserError as error:
+        pytest.skip(str(error))
+    bounds = train_gpt.segment_bounds(np.array([5, 300, 301, 900]), 1024, 256)
+    cu = torch.from_numpy(train_gpt.pad_bounds(bounds)).cuda()
+    cos, sin = train_gpt.rotary_tables(1024, 16, 1e4, cu.device)
+    flash = train_gpt.Seq(cu, 256, cos, sin, None)
+    exact = flash._replace(mask=train_gpt.segment_mask(cu, 1024, 256))
+    q, k, v = random_heads(1024, 64)
+    weight = torch.randn(q.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    results = []
+    for function, seq in ((attend, flash), (train_gpt.masked_attention, exact)):
+        y = function(q, k, v, seq)
+        results.append([y.float(), *(g.float() for g in torch.autograd.grad((y * weight).sum(), (q, k, v)))])
+    for got, wanted in zip(*results, strict=True):
+        assert (got - wanted).abs().max() <= 0.02 * wanted.abs().max()
+
+
+def test_compiled_training_step_needs_one_graph_per_route(tiny_data: Path) -> None:
+    cfg = train_gpt.Config(
+        data_path=str(tiny_data), vocab_size=320, num_layers=5, model_dim=128, num_heads=2, num_kv_heads=1,
+        loop_start=1, loop_end=2, parallel_start_layer=3, train_batch_tokens=1024, batch_slices=2, train_seq_len=256,
+        warmup_steps=2, eval_seq_len=256, val_batch_tokens=1024, attention="fa2",
+    )  # fmt: skip
+    runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None, True), torch.bfloat16, True)
+    model = train_gpt.GPT(cfg, train_gpt.flash_attention, torch.bfloat16).cuda()
+    model.load_state_dict(train_gpt.GPT(cfg).reset(0).state_dict())
+    trainer = train_gpt.Trainer(cfg, runtime, model, None)
+    trainer.warm_up()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    batches = train_gpt.train_batches(cfg, runtime)
+    for step in range(20):
+        model.set_looping(step >= 10)
+        trainer.step(next(batches), 1.0, step)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert torch.isfinite(trainer.loss)
+
+
+def test_the_whole_line_runs_compiled_in_bf16(
+    run_gpt: Callable[..., subprocess.CompletedProcess], tmp_path: Path
+) -> None:
+    done = run_gpt(DEVICE="cuda", MODEL_DIM=128, NUM_HEADS=2, NUM_KV_HEADS=1, ITERATIONS=30)
+    assert done.returncode == 0, done.stderr
+    stages = json.loads((tmp_path / "run" / "result.json").read_text())["stages"]
+    assert stages["quantized"]["val_loss"] < np.log(320)
+    assert abs(stages["quantized"]["val_loss"] - stages["pre_quant"]["val_loss"]) < 0.1

@@ -1,0 +1,347 @@
+"""The model: one forward against the published numbers, attention over segments, routes, taps, compilation."""
+
+from __future__ import annotations
+
+import functools
+import math
+from itertools import pairwise
+
+import golden_rules as rules
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+import train_gpt
+
+SMALL = rules.entry("forward/hash_bosmask").config
+
+
+def bounds_of(golden: rules.Entry) -> np.ndarray | None:
+    config = golden.config
+    if not config["varlen"]:
+        return None
+    starts = [position for position in config["bos"] if position < config["T"]]
+    return train_gpt.segment_bounds(np.array(starts), config["T"], config["max_doc_len"])
+
+
+def plan_of(model: train_gpt.GPT, bounds: np.ndarray | None, length: int, rows: int, max_len: int = 0) -> train_gpt.Seq:
+    cu = None if bounds is None else torch.from_numpy(train_gpt.pad_bounds(bounds))
+    return model.plan(length, rules.CPU, cu, max_len, rows)
+
+
+# The published numbers
+
+
+@rules.parametrize("forward")
+def test_forward_gives_the_published_numbers(golden: rules.Entry) -> None:
+    config, expected = golden.config, golden.expected
+    model, bounds = rules.build(config), bounds_of(golden)
+    if bounds is not None:
+        assert bounds.tolist() == expected["cu_seqlens_unpadded"]
+        assert np.diff(bounds).max() == expected["max_segment"]
+    ids, targets = rules.rows_of(config)
+    seq = plan_of(model, bounds, config["T"], config["rows"])
+    wants_gradient = "grad_l2" in expected
+    with torch.set_grad_enabled(wants_gradient):
+        nll = model(ids, targets, seq, reduction="none")
+        if wants_gradient:
+            nll.mean().backward()
+    close = functools.partial(pytest.approx, rel=rules.REL)
+    assert nll.sum().item() == close(expected["nll_sum"])
+    assert nll.mean().item() == close(expected["nll_mean"])
+    assert nll.flatten()[:8].tolist() == close(expected["nll_first8"])
+    assert nll.flatten()[-4:].tolist() == close(expected["nll_last4"])
+    with torch.no_grad():
+        rules.assert_checks(model.trunk(ids, seq), expected["hidden"])
+        logits = model(ids, None, seq)
+    assert logits[0, 0, :5].tolist() == close(expected["logits_first_pos_0_5"])
+    assert logits[-1, -1, :5].tolist() == close(expected["logits_last_pos_0_5"])
+    if wants_gradient:
+        compare_gradients(model, expected)
+
+
+def compare_gradients(model: train_gpt.GPT, expected: dict) -> None:
+    parameters = {rules.canonical(name): p for name, p in model.named_parameters()}
+    for name in expected["grad_l2"]:
+        rules.assert_checks(
+            parameters[name].grad, {"l2": expected["grad_l2"][name], "wsum": expected["grad_wsum"][name]}
+        )
+    squares = sum(p.grad.square().sum() for p in parameters.values() if p.grad is not None)
+    assert squares.sqrt().item() == pytest.approx(expected["grad_l2_total"], rel=rules.REL)
+
+
+@pytest.mark.parametrize("case", rules.entries("layer_order")[0].expected, ids=lambda c: f"loops{c['num_loops']}")
+def test_layer_order(case: dict) -> None:
+    knobs = {key: case[key] for key in ("num_layers", "num_loops", "loop_start", "loop_end")}
+    cfg = train_gpt.Config(**knobs)
+    for looping, suffix in ((False, "plain"), (True, "looping")):
+        route = train_gpt.plan_route(cfg, looping)
+        assert list(route.layers[: route.num_encoder]) == case[f"encoder_{suffix}"]
+        assert list(route.layers[route.num_encoder :]) == case[f"decoder_{suffix}"]
+    assert train_gpt.num_skip_rows(cfg) == case["num_skip_rows"]
+
+
+@pytest.mark.parametrize("case", rules.entries("cu_seqlens")[0].expected, ids=lambda c: f"total{c['total']}")
+def test_segment_bounds(case: dict) -> None:
+    bounds = train_gpt.segment_bounds(np.array(case["bos"], np.int64), case["total"], case["cap"])
+    padded = train_gpt.pad_bounds(bounds)
+    assert bounds.tolist() == case["cu"]
+    assert len(padded) == case["padded_entries"] and (padded[len(bounds) :] == case["total"]).all()
+    assert np.diff(bounds).max() == case["max_segment"]
+
+
+def test_skips_pair_last_encoder_output_first() -> None:
+    route = train_gpt.plan_route(train_gpt.Config(), True)
+    pairs = [(route.layers[slot], route.layers[source]) for slot, source in enumerate(route.skip_source) if source >= 0]
+    assert pairs == [(5, 4), (3, 3), (4, 5), (5, 4), (6, 3), (7, 2), (8, 1), (9, 0)]
+    assert route.skip_row == (-1,) * 8 + (*range(8), -1)
+    assert route.parallel == (False,) * 14 + (True,) * 3
+
+
+def test_parameter_count_of_the_published_configuration() -> None:
+    cfg = train_gpt.load_config({"EMBED_EXTRAS": "smear", "ATTN_GATE": "sparse"})
+    assert train_gpt.count_parameters(cfg) == 35_945_671
+
+
+# At initialisation
+
+
+@pytest.mark.parametrize("looping", [False, True])
+def test_blocks_begin_as_the_identity(looping: bool) -> None:
+    cfg = rules.model_config(SMALL, vocab_size=512, tied_embed_init_std=0.005)
+    model = train_gpt.GPT(cfg).reset(3)
+    model.set_looping(looping)
+    ids = torch.from_numpy(rules.tokens(512, 2 * 257, [0])).view(2, -1)
+    embedding = model.tok_emb.weight
+    hidden = train_gpt.rms_norm(train_gpt.rms_norm(embedding[ids[:, :-1]]))
+    torch.testing.assert_close(model.trunk(ids[:, :-1]), hidden, rtol=1e-5, atol=1e-5)
+    assert abs(model(ids[:, :-1], ids[:, 1:]).item() - math.log(512)) < 0.02
+
+
+def test_initial_weights_follow_the_seed() -> None:
+    cfg = rules.model_config(SMALL)
+    first, again, other = (train_gpt.GPT(cfg).reset(seed).state_dict() for seed in (5, 5, 6))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["tok_emb.weight"], other["tok_emb.weight"])
+    q = first["blocks.0.attn.q.weight"]
+    torch.testing.assert_close(q @ q.T, torch.eye(len(q)), rtol=0, atol=1e-5)
+    assert not first["blocks.0.attn.o.weight"].any() and not first["blocks.0.mlp.down.weight"].any()
+
+
+# Attention
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
+    """A softmax per segment and head, over flattened tokens, straight from the definition."""
+    out, groups = torch.zeros_like(q), q.size(1) // k.size(1)
+    for start, stop in pairwise(bounds):
+        for head in range(q.size(1)):
+            for t in range(start, stop):
+                scores = k[start : t + 1, head // groups] @ q[t, head] / math.sqrt(q.size(2))
+                out[t, head] = scores.softmax(0) @ v[start : t + 1, head // groups]
+    return out
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 13), min_size=1, max_size=6),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 1)]),
+    band=st.sampled_from([0, 4, 8]),
+    rows=st.sampled_from([1, 2]),
+)
+def test_masked_attention_is_attention_of_each_segment_alone(
+    lengths: list[int], heads: tuple[int, int], band: int, rows: int
+) -> None:
+    total = -(-sum(lengths) // 16) * 16
+    starts = [*np.cumsum([0, *lengths]), *range(0, total, total // rows)]
+    bounds = train_gpt.segment_bounds(np.array(starts), total, band)
+    generator = torch.Generator().manual_seed(total + sum(lengths) * heads[0])
+    q, k, v = (torch.randn(total, n, 8, generator=generator, dtype=torch.float64) for n in (heads[0], *heads[1:] * 2))
+    cu = torch.from_numpy(train_gpt.pad_bounds(bounds))
+    mask = train_gpt.segment_mask(cu, total, band or total)
+    seq = train_gpt.Seq(cu, band, torch.empty(0), torch.empty(0), mask)
+    got = train_gpt.masked_attention(*(t.view(rows, total // rows, *t.shape[1:]) for t in (q, k, v)), seq)
+    expected = plain_attention(q, k, v, bounds.tolist())
+    torch.testing.assert_close(got.reshape(expected.shape), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_causal_attention_is_one_segment_per_row() -> None:
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(3, 7, n, 4, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
+    seq = train_gpt.Seq(None, 0, torch.empty(0), torch.empty(0), None)
+    expected = plain_attention(*(t.flatten(0, 1) for t in (q, k, v)), [0, 7, 14, 21])
+    got = train_gpt.masked_attention(q, k, v, seq)
+    torch.testing.assert_close(got.flatten(0, 1), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_band_changes_nothing_when_no_segment_is_longer() -> None:
+    model, ids = rules.build(SMALL), torch.from_numpy(rules.tokens(97, 64, [0, 9, 30, 33]))[None]
+    bounds = train_gpt.segment_bounds(np.array([0, 9, 30, 33]), 64, 16)
+    banded, whole = (model(ids, None, plan_of(model, bounds, 64, 1, max_len)) for max_len in (16, 0))
+    torch.testing.assert_close(banded, whole, rtol=1e-10, atol=1e-10)
+
+
+def test_a_document_in_a_pack_is_the_document_alone() -> None:
+    model, ids = rules.build(SMALL), torch.from_numpy(rules.tokens(97, 40, [0, 11, 29]))
+    bounds = train_gpt.segment_bounds(np.array([0, 11, 29]), 40, 0)
+    packed = model(ids[None], None, plan_of(model, bounds, 40, 1))[0]
+    for start, stop in pairwise(bounds.tolist()):  # rotary positions differ, but only their differences count
+        torch.testing.assert_close(packed[start:stop], model(ids[None, start:stop])[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("looping", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("changed", [1, 17, 39])
+def test_a_later_token_leaves_earlier_logits_bit_equal(looping: bool, packed: bool, changed: int) -> None:
+    model = rules.build(SMALL | {"loop_on": looping}, torch.float32)
+    ids = torch.from_numpy(rules.tokens(97, 40, [0, 11, 29]))[None]
+    bounds = train_gpt.segment_bounds(np.array([0, 11, 29]), 40, 0) if packed else None
+    seq, other = plan_of(model, bounds, 40, 1), ids.clone()
+    other[0, changed] = 8 + (ids[0, changed] + 1) % 80
+    before, after = model(ids, None, seq), model(other, None, seq)
+    assert torch.equal(before[:, :changed], after[:, :changed])
+    assert not torch.equal(before[:, changed], after[:, changed])
+
+
+# Parts
+
+
+def test_rotation_depends_on_distance_alone() -> None:
+    cos, sin = (t.double() for t in train_gpt.rotary_tables(40, 6, 10_000.0, rules.CPU))
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(8, generator=generator, dtype=torch.float64).expand(1, 40, 1, 8) for _ in range(2))
+    turned_q, turned_k = (train_gpt.rotate(t, cos, sin)[0, :, 0] for t in (q, k))
+    scores = turned_q @ turned_k.T
+    for distance in (0, 3, 20):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(scores[3, 0], scores[20, 0], atol=1e-3)
+    torch.testing.assert_close(turned_q.norm(dim=1), q[0, :, 0].norm(dim=1), rtol=1e-6, atol=0)
+    assert torch.equal(turned_q[:, 6:], q[0, :, 0, 6:]) and torch.equal(turned_q[0], q[0, 0, 0])
+
+
+def test_rotation_pairs_the_halves() -> None:
+    cos, sin = torch.tensor([[0.6]]), torch.tensor([[0.8]])
+    turned = train_gpt.rotate(torch.tensor([[[[1.0, 2.0, 7.0]]]]), cos, sin)
+    torch.testing.assert_close(turned, torch.tensor([[[[0.6 + 1.6, 1.2 - 0.8, 7.0]]]]))
+
+
+def test_xsa_leaves_nothing_along_the_own_value() -> None:
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randn(2, 5, 6, 8, generator=generator, dtype=torch.float64)
+    v = torch.randn(2, 5, 2, 8, generator=generator, dtype=torch.float64)
+    out = train_gpt.exclusive(y, v)
+    assert (out.unflatten(2, (2, 3)) * v.unsqueeze(3)).sum(-1).abs().max() < 1e-13
+    torch.testing.assert_close(train_gpt.exclusive(out, v), out)
+    assert torch.equal(train_gpt.exclusive(y, torch.zeros_like(v)), y)
+    removed = (y - out).unflatten(2, (2, 3))
+    along = torch.nn.functional.cosine_similarity(removed, v.unsqueeze(3).expand_as(removed), dim=-1)
+    torch.testing.assert_close(along.abs(), torch.ones_like(along))
+
+
+def test_sparse_gate_reads_its_window_and_begins_half_open() -> None:
+    cfg = rules.model_config(SMALL, sparse_attn_gate_scale=0.5)
+    gate = train_gpt.SparseGate(cfg)
+    gate.reset(torch.Generator().manual_seed(0))
+    n = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(gate(n), torch.full((1, 3, 4, 1), 0.5))
+    with torch.no_grad():
+        gate.weight.fill_(1.0)
+    beyond = n.clone()
+    beyond[..., SMALL["gate_window"] :] += 1
+    assert torch.equal(gate(n), gate(beyond))
+    expected = torch.sigmoid(0.5 * n[..., : SMALL["gate_window"]].sum(-1))
+    torch.testing.assert_close(gate(n)[..., 0], expected[..., None].expand(1, 3, 4))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_smear_stops_at_a_document_when_masked(masked: bool) -> None:
+    smear = train_gpt.Smear(rules.model_config(SMALL, smear_bos_mask=masked))
+    smear.reset(torch.Generator())
+    ids, e = torch.tensor([[5, 6, 1, 7]]), torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(smear(ids, e), e)
+    with torch.no_grad():
+        smear.scale.fill_(2.0)  # with a zero weight the gate is 2 * sigmoid(0) = 1
+    expected = e + torch.cat([torch.zeros(1, 1, 32), e[:, :-1]], dim=1)
+    expected[:, 2] = e[:, 2] if masked else expected[:, 2]
+    torch.testing.assert_close(smear(ids, e), expected)
+
+
+def test_norms_are_computed_wide() -> None:
+    x = torch.full((1, 512), 300.0, dtype=torch.float16)  # the squares overflow half precision
+    assert torch.equal(train_gpt.rms_norm(x), torch.ones(1, 512, dtype=torch.float16))
+    assert train_gpt.rms_norm(x.double()).dtype == torch.float64
+
+
+# Taps
+
+
+def test_a_listener_that_passes_changes_no_bit() -> None:
+    model, (ids, targets) = rules.build(SMALL, torch.float32), rules.rows_of(SMALL)
+    heard: list[train_gpt.Site] = []
+
+    def listen(site: train_gpt.Site, x: Tensor, y: Tensor) -> Tensor:
+        heard.append(site)
+        return y
+
+    for taps in (listen, train_gpt.HessianTap()):
+        assert torch.equal(model(ids, None, None, taps), model(ids))
+        assert torch.equal(model(ids, targets, None, taps, "none"), model(ids, targets, None, None, "none"))
+    slots = [(slot, layer) for slot, layer in enumerate(model.route.layers)]
+    names = ("q", "k", "v", "o", "attn", "up", "down", "mlp")
+    expected = [train_gpt.Site(name, *where) for where in slots for name in names]
+    assert heard[: len(heard) // 2] == [*expected, train_gpt.Site("head", -1, -1)]
+
+
+def test_every_site_counts() -> None:
+    model, (ids, _) = rules.build(SMALL), rules.rows_of(SMALL)
+    plain = model(ids)
+    for name in ("q", "k", "v", "o", "attn", "up", "down", "mlp", "head"):
+        # a random direction: q and k are normalised, and XSA removes what lies along v
+        def nudge(site: train_gpt.Site, x: Tensor, y: Tensor, name: str = name) -> Tensor:
+            noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(site.slot + 2), dtype=y.dtype)
+            return y + 0.1 * noise if site.name == name else y
+
+        assert (model(ids, None, None, nudge) - plain).abs().max() > 1e-4, name
+
+
+# Compilation
+
+
+def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, seq: train_gpt.Seq) -> Tensor:
+    """A backend that reads the boundaries inside the graph, as flash attention does."""
+    mask = train_gpt.segment_mask(seq.cu, q.size(0) * q.size(1), q.size(0) * q.size(1))
+    return train_gpt.masked_attention(q, k, v, seq._replace(mask=mask))
+
+
+@pytest.mark.parametrize("attend", [train_gpt.masked_attention, attend_by_bounds])
+def test_one_graph_per_route_whatever_the_number_of_documents(
+    attend: train_gpt.Attend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    counter, runtime = CompileCounter(), rules.runtime(compile=True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    shallow = {"num_layers": 4, "num_loops": 1, "loop_start": 1, "loop_end": 1, "parallel_start_layer": 3}
+    model = train_gpt.GPT(rules.model_config(SMALL, **shallow), attend).reset(1)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.o.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
+    forward = train_gpt.compiled(runtime, model)
+    frames = []
+    for looping in (False, True, False, True):
+        model.set_looping(looping)
+        for documents in (3, 40, 200):
+            starts = np.linspace(0, 255, documents, dtype=np.int64)
+            span = rules.tokens(97, 257, starts.tolist())
+            batch = train_gpt.packed_docs_batch(span, 128)
+            ids, targets, seq = train_gpt.on_device(model, batch, runtime, 128)
+            loss = forward(ids, targets, seq)
+            torch.testing.assert_close(loss, model(ids, targets, seq))
+            loss.backward()
+            frames.append(counter.frame_count)
+    assert len({len(train_gpt.pad_bounds(np.arange(n))) for n in (3, 40, 200)}) > 1  # the shapes did change
+    assert frames == [1] * 3 + [2] * 9

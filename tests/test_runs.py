@@ -1,0 +1,549 @@
+"""Whole runs, as a user makes them: files, resuming, repeatability, ranks, the clock, bad inputs, packing.
+
+Where the process itself matters (ranks, signals, the packed file) the program is launched; elsewhere main() is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import pack_artifact
+import train_gpt
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PRESET")
+QUICK = {"ITERATIONS": 6, "EVAL": "plain", "AVERAGE": "none"}
+STAGES = ("pre_quant", "quantized", "final")
+WRITTEN = {"log.txt", "metrics.jsonl", "model.pt", "hessians.pt", "model.bin", "record.env", "result.json"}
+
+
+class Done(NamedTuple):
+    """What a run left: its folder, exit status, standard output and standard error."""
+
+    folder: Path
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> dict:
+        return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+
+    def bpb(self, stage: str) -> float:
+        return self.result["stages"][stage]["val_bpb"]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return torch.load(self.folder / "model.pt", weights_only=True)["model"]
+
+    def metrics(self, key: str) -> list[dict]:
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [record for record in map(json.loads, lines) if key in record]
+
+
+def environment(data: Path, folder: Path, **knobs: object) -> dict[str, str]:
+    """This process's environment without a launcher's, TINY, and the run's own knobs."""
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
+    env |= TINY | {"DATA_PATH": str(data), "ARTIFACT_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    return env | {key: str(value) for key, value in knobs.items()}
+
+
+def launch(env: dict[str, str], folder: Path, ranks: int = 1) -> Done:
+    """train_gpt.py in its own process or processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *torchrun, str(ROOT / "train_gpt.py")]
+    done = subprocess.run(command, env=env, cwd=folder.parent, capture_output=True, text=True, timeout=120)
+    return Done(folder, done.returncode, done.stdout, done.stderr)
+
+
+def call(env: dict[str, str], folder: Path) -> Done:
+    """main() in this process: the same without three seconds of imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        for name in LAUNCHER:
+            patch.delenv(name, raising=False)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        code = train_gpt.main([])
+    return Done(folder, code, out.getvalue(), err.getvalue())
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file but the log, which only grows."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "log.txt"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the launched runs: sums in the same order, so equal means equal."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def full(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A run of all stages in its own process, with adapters at the end."""
+    folder = tmp_path_factory.mktemp("full") / "run"
+    done = launch(environment(tiny_data, folder, SEED=7, VAL_LOSS_EVERY=4), folder)
+    assert done.code == 0, done.err
+    return done
+
+
+@pytest.fixture(scope="module")
+def quick(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A short run without an average, so that the weights have moved."""
+    folder = tmp_path_factory.mktemp("quick") / "run"
+    done = call(environment(tiny_data, folder, **QUICK), folder)
+    assert done.code == 0, done.err
+    return done
+
+
+@pytest.fixture
+def again(tiny_data: Path, tmp_path: Path) -> Callable[..., Done]:
+    """QUICK once more with some knobs changed, into a fresh folder or over a copy of another run's."""
+
+    def run(copy_of: Done | None = None, data: Path = tiny_data, **knobs: object) -> Done:
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        if copy_of is not None:
+            shutil.copytree(copy_of.folder, folder)
+        return call(environment(data, folder, **{**QUICK, **knobs}), folder)
+
+    return run
+
+
+# A whole run and its files
+
+
+def test_full_run_leaves_every_file_and_no_half_one(full: Done) -> None:
+    assert {p.name for p in full.folder.iterdir()} == WRITTEN
+    assert full.err == ""
+
+
+def test_result_has_the_agreed_keys_and_adds_up(full: Done) -> None:
+    result, final = full.result, full.result["stages"]["final"]
+    assert list(result["stages"]) == list(STAGES)
+    assert all(set(stage) == {"val_loss", "val_bpb", "seconds"} for stage in result["stages"].values())
+    assert (result["preset"], result["seed"], result["legal"]) == ("", 7, True)
+    assert (result["val_loss"], result["val_bpb"]) == (final["val_loss"], final["val_bpb"])
+    assert result["train_seconds"] > 0 and result["eval_seconds"] >= final["seconds"] > 0
+    assert result["bytes_model"] == (full.folder / "model.bin").stat().st_size
+    assert result["bytes_total"] == result["bytes_model"] + result["bytes_code"]
+    source = (ROOT / "train_gpt.py").read_bytes()
+    assert result["source_sha256"] == hashlib.sha256(source).hexdigest() and result["bytes_code"] == len(source)
+
+
+def test_result_counts_the_validation_stream(full: Done, tiny_data: Path) -> None:
+    cfg = train_gpt.load_config({**TINY, "DATA_PATH": str(tiny_data)})
+    val = train_gpt.load_val(cfg)
+    assert full.result["tokens_scored"] == len(val.tokens) - 1
+    assert full.result["bytes_scored"] == val.bytes[1:].sum()
+
+
+def test_last_line_of_log_and_output_is_the_result(full: Done) -> None:
+    log = (full.folder / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert log[-1] == full.out.splitlines()[-1] and log[-1].startswith("RESULT ")
+    assert json.loads(log[-1].removeprefix("RESULT ")) == full.result
+    assert sum(line.startswith("RESULT ") for line in log) == 1
+
+
+def test_log_is_a_complete_record(full: Done) -> None:
+    log = (full.folder / "log.txt").read_text(encoding="utf-8")
+    for part in ("SEED=7  (environment)", "parameters ", "optimisers:", "quantisation plan:", "torch ", "python "):
+        assert part in log
+    assert f"source sha256 {full.result['source_sha256']}" in log and "layers 0 1 2 | 1 2 3 4" in log
+
+
+def test_record_env_of_a_run_is_its_config(full: Done) -> None:
+    lines = (full.folder / "record.env").read_text(encoding="utf-8").splitlines()
+    assert train_gpt.load_config(dict(line.split("=", 1) for line in lines)) == train_gpt.load_config(
+        {**TINY, "SEED": "7", "VAL_LOSS_EVERY": "4"}
+    )
+
+
+def test_metrics_are_one_line_a_step_with_the_agreed_keys(full: Done) -> None:
+    training, validation = full.metrics("train_loss"), full.metrics("val_loss")
+    assert all(set(m) == {"step", "train_loss", "lr_mult", "seconds", "looping"} for m in training)
+    steps = [m["step"] for m in training]
+    assert steps == sorted(set(steps)) and steps[-1] == 8, "each step once, the last one always"
+    assert [m["looping"] for m in training] == [step > 3 for step in steps]
+    assert all(set(m) == {"step", "val_loss", "val_bpb"} for m in validation)
+    assert [m["step"] for m in validation] == [0, 4]
+    assert training[-1]["train_loss"] < training[0]["train_loss"] - 1
+
+
+def test_adapters_lower_the_score(full: Done) -> None:
+    assert full.bpb("final") < full.bpb("quantized")
+    assert full.bpb("quantized") == pytest.approx(full.bpb("pre_quant"), rel=0.02)
+
+
+@pytest.mark.parametrize("name", train_gpt.EVALS)
+def test_every_evaluation_scores_the_same_targets(name: str, quick: Done, again: Callable[..., Done]) -> None:
+    done = again(quick, STAGES="eval", EVAL=name, TTT_LORA_LR=0.0)
+    assert done.code == 0, done.err
+    assert (done.result["tokens_scored"], done.result["bytes_scored"]) == (1472, quick.result["bytes_scored"])
+    assert done.bpb("quantized") == quick.bpb("quantized"), "scores of the stages before stay"
+    assert done.bpb("final") == pytest.approx(quick.bpb("final"), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise"},
+        {"COMPRESSOR": "lzma"},
+        {"NUM_LOOPS": 0, "PARALLEL_START_LAYER": 0, "SKIP_GATES_ENABLED": 0, "ATTN_EXTRAS": "none"},
+        {"ATTN_GATE": "none", "EMBED_EXTRAS": "none", "AVERAGE": "ema", "GRAD_CLIP_NORM": 0, "EVAL_INCLUDE_TAIL": 1},
+    ],
+    ids=["rowwise", "lzma", "plain model", "no extras"],
+)
+def test_other_choices_run_from_end_to_end(knobs: dict[str, object], again: Callable[..., Done]) -> None:
+    done = again(**{"ITERATIONS": 3, **knobs})
+    assert done.code == 0, done.err
+    assert list(done.result["stages"]) == list(STAGES) and done.bpb("final") == done.bpb("quantized")
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("stages", ["quantize,eval", "eval"])
+def test_resumed_run_gives_the_same_score_exactly(stages: str, full: Done, tiny_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    needed = {"quantize,eval": ("model.pt", "hessians.pt", "result.json"), "eval": ("model.bin", "result.json")}[stages]
+    for name in needed:
+        shutil.copy(full.folder / name, folder)
+    done = call(environment(tiny_data, folder, SEED=7, VAL_LOSS_EVERY=4, STAGES=stages), folder)
+    assert done.code == 0, done.err
+    assert (folder / "model.bin").read_bytes() == (full.folder / "model.bin").read_bytes()
+    timed = ("eval_seconds", "stages")
+    assert {k: v for k, v in done.result.items() if k not in timed} == {
+        k: v for k, v in full.result.items() if k not in timed
+    }
+    assert [done.bpb(stage) for stage in STAGES] == [full.bpb(stage) for stage in STAGES]
+
+
+def test_evaluation_needs_the_artifact_alone(full: Done, tiny_data: Path, tmp_path: Path) -> None:
+    model, folder = tmp_path / "elsewhere.bin", tmp_path / "run"
+    shutil.copy(full.folder / "model.bin", model)
+    done = call(environment(tiny_data, folder, SEED=7, STAGES="eval", MODEL_PATH=model), folder)
+    assert done.code == 0 and done.bpb("final") == full.bpb("final"), done.err
+    assert {p.name for p in folder.iterdir()} == {"log.txt", "record.env", "result.json"}
+
+
+# Repeatability
+
+
+def test_same_seed_twice_is_bit_equal_and_another_seed_is_not(quick: Done, again: Callable[..., Done]) -> None:
+    for seed, equal in ((1337, True), (1338, False)):
+        other = again(SEED=seed)
+        assert ((other.folder / "model.bin").read_bytes() == (quick.folder / "model.bin").read_bytes()) is equal
+        assert (other.bpb("final") == quick.bpb("final")) is equal
+
+
+@pytest.mark.parametrize("knobs", [{"WARMUP_STEPS": 0}, {"WARMUP_STEPS": 2}, {"VAL_LOSS_EVERY": 2}])
+def test_warm_up_and_validation_leave_no_trace(
+    knobs: dict[str, object], quick: Done, again: Callable[..., Done]
+) -> None:
+    other = again(**knobs)
+    assert [m["train_loss"] for m in other.metrics("train_loss")] == [
+        m["train_loss"] for m in quick.metrics("train_loss")
+    ]
+    weights = quick.weights()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in other.weights().items())
+
+
+def test_training_moves_every_tensor(quick: Done, tiny_data: Path) -> None:
+    """All but the lane weights of layers outside the lanes, which no route uses."""
+    cfg = train_gpt.load_config({**TINY, "DATA_PATH": str(tiny_data)})
+    initial = train_gpt.GPT(cfg).reset(1337).state_dict()
+    still = [name for name, tensor in quick.weights().items() if torch.equal(tensor, initial[name])]
+    assert still == []
+
+
+# Ranks
+
+JOBS = '''"""Runs main() for each environment of a list, in one process: imports cost more than tiny runs."""
+import json, os, sys
+import train_gpt
+for job in json.loads(sys.argv[1]):
+    os.environ.update(job)
+    code = train_gpt.main([])
+    assert code == 0, code
+'''
+CLOCK = {"MAX_WALLCLOCK_SECONDS": 3, "GPTQ_RESERVE_SECONDS": 1, "ITERATIONS": 100_000, "EVAL": "plain"}
+PAIRS = {
+    "packed_docs": {**QUICK, "LOADER": "packed_docs", "EVAL": "doc_lora", "ITERATIONS": 4},
+    "stream": {**QUICK, "LOADER": "stream", "EVAL": "sliding", "ITERATIONS": 4},
+}
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("localhost", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    """What two processes made of PAIRS and of CLOCK."""
+    room = tmp_path_factory.mktemp("pairs")
+    knobs = {**PAIRS, "clock": {**QUICK, **CLOCK, "LOADER": "packed_docs"}}
+    (room / "jobs.py").write_text(JOBS, encoding="utf-8")
+    base = environment(tiny_data, room, PYTHONPATH=ROOT, MASTER_ADDR="localhost", WORLD_SIZE=2)
+    jobs = [
+        {**{k: str(v) for k, v in knobs[name].items()}, "ARTIFACT_DIR": str(room / name), "MASTER_PORT": str(port)}
+        for name, port in zip(knobs, free_ports(len(knobs)), strict=True)
+    ]
+    command = [sys.executable, "jobs.py", json.dumps(jobs)]
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(subprocess.Popen(command, env=base | {"RANK": str(rank)}, cwd=room)) for rank in (0, 1)
+        ]
+        try:
+            codes = [process.wait(timeout=120) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    assert codes == [0, 0]
+    return {name: Done(room / name, 0, (room / name / "log.txt").read_text(encoding="utf-8"), "") for name in knobs}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_processes_are_one(name: str, pairs: dict[str, Done], again: Callable[..., Done]) -> None:
+    one, two = again(**PAIRS[name]), pairs[name]
+    assert one.code == 0, one.err
+    for key, tensor in one.weights().items():
+        torch.testing.assert_close(two.weights()[key], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    assert two.bpb("pre_quant") == pytest.approx(one.bpb("pre_quant"), rel=1e-6)
+    assert two.bpb("final") == pytest.approx(one.bpb("final"), rel=1e-4), "a weight may round to the next level"
+    assert (two.result["tokens_scored"], two.result["bytes_scored"]) == (1472, one.result["bytes_scored"])
+    assert two.out.count("RESULT ") == 1
+
+
+def test_two_processes_quantise_and_adapt_as_one(full: Done, tiny_data: Path, tmp_path: Path) -> None:
+    """By torchrun itself, as on a machine with GPUs."""
+    folder = Path(shutil.copytree(full.folder, tmp_path / "run"))
+    (folder / "model.bin").unlink()
+    two = launch(environment(tiny_data, folder, SEED=7, VAL_LOSS_EVERY=4, STAGES="quantize,eval"), folder, ranks=2)
+    assert two.code == 0 and two.out.count("RESULT ") == 1, two.err
+    assert (folder / "model.bin").read_bytes() == (full.folder / "model.bin").read_bytes()
+    for stage in ("quantized", "final"):
+        assert two.bpb(stage) == pytest.approx(full.bpb(stage), rel=1e-6)
+
+
+def test_slices_must_divide_among_the_ranks(again: Callable[..., Done]) -> None:
+    done = again(WORLD_SIZE=3, RANK=0)
+    assert (done.code, done.err) == (2, "error: BATCH_SLICES=4 is not a multiple of the 3 ranks\n")
+
+
+# The clock
+
+
+def check_clock(done: Done) -> None:
+    result, training = done.result, done.metrics("train_loss")
+    assert 1 < result["train_seconds"] < 3 and "WARNING" not in done.out
+    (line,) = re.findall(r"training stopped at step (\d+) after ([\d.]+) s", done.out)
+    assert 2 <= result["train_steps"] == int(line[0]) == training[-1]["step"] and 2 <= float(line[1]) < 2.7
+    assert training[0]["lr_mult"] == 1 and training[-1]["lr_mult"] == 0.1, "schedules follow the clock"
+    assert not training[0]["looping"] and training[-1]["looping"]
+
+
+def test_wall_clock_stops_training_in_time(again: Callable[..., Done]) -> None:
+    done = again(**CLOCK)
+    assert done.code == 0, done.err
+    check_clock(done)
+
+
+def test_two_processes_stop_at_the_same_step(pairs: dict[str, Done]) -> None:
+    """A rank that went on alone would wait for ever in its next reduction."""
+    check_clock(pairs["clock"])
+
+
+# Bad inputs
+
+
+def refused(done: Done, code: int, words: str) -> None:
+    """One clear line, nothing else on standard error, and the exit status."""
+    assert done.code == code
+    assert re.fullmatch(r"error: [^\n]+\n", done.err), done.err
+    assert words in done.err
+
+
+def edit(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+TRAIN, VAL = "fineweb_train_000000.bin", "fineweb_val_000000.bin"
+BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing train shard": (lambda d: (d / TRAIN).unlink(), "has no fineweb_train_*.bin"),
+    "missing val shard": (lambda d: (d / VAL).unlink(), "has no fineweb_val_*.bin"),
+    "gap": (
+        lambda d: shutil.copy(d / TRAIN, d / TRAIN.replace("0.bin", "2.bin")),
+        "fineweb_train_000001.bin is missing",
+    ),
+    "train magic": (lambda d: edit(d / TRAIN, lambda raw: b"GGUF" + raw[4:]), "not a shard"),
+    "val magic": (lambda d: edit(d / VAL, lambda raw: b"GGUF" + raw[4:]), "not a shard"),
+    "short train shard": (lambda d: edit(d / TRAIN, lambda raw: raw[:-100]), "its header promises"),
+    "short val shard": (lambda d: edit(d / VAL, lambda raw: raw[:-1]), "its header promises"),
+    "short later shard": (
+        lambda d: (d / TRAIN.replace("0.bin", "1.bin")).write_bytes((d / TRAIN).read_bytes()[:-2]),
+        "its header promises",
+    ),
+    "no text in training": (lambda d: edit(d / TRAIN, lambda raw: raw[:8] + bytes(1016)), "no training shard holds"),
+    "damaged tokenizer": (lambda d: next(d.glob("*.model")).write_bytes(b"junk"), "not a SentencePiece model"),
+    "two tokenizers": (lambda d: (d / "b.model").write_bytes(b""), "choose one with TOKENIZER_PATH"),
+    "no tokenizer": (lambda d: next(d.glob("*.model")).unlink(), "neither a *.model nor a byte sidecar"),
+    "nothing there": (lambda d: shutil.rmtree(d), "has no fineweb_val_*.bin"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_one_line_and_loses_nothing(
+    name: str, quick: Done, again: Callable[..., Done], tiny_data: Path, tmp_path: Path
+) -> None:
+    damage, words = BAD_DATA[name]
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    damage(data)
+    done = again(quick, data=data, SEED=5)
+    refused(done, 2, words)
+    assert snapshot(done.folder) == snapshot(quick.folder)
+    assert "step 1 " not in done.out, "found before any training"
+
+
+BAD_KNOBS: dict[str, tuple[dict[str, object], str]] = {
+    "tokenizer of another vocabulary": ({"VOCAB_SIZE": 512}, "the tokenizer has 320 pieces, VOCAB_SIZE=512"),
+    "shards of another vocabulary": ({"VOCAB_SIZE": 300}, "is outside VOCAB_SIZE=300"),
+    "misspelt knob": ({"TTT_LORA_RNK": 4}, "did you mean TTT_LORA_RANK?"),
+    "bad value": ({"NUM_HEADS": "four"}, "NUM_HEADS='four'"),
+    "no such preset": ({"PRESET": "records/none"}, "no record.env there"),
+    "no such tokenizer": ({"TOKENIZER_PATH": "none.model"}, "none.model: no such file"),
+    "weights of another shape": ({"STAGES": "eval", "MODEL_DIM": 64}, "is of another model"),
+    "checkpoint of another shape": ({"STAGES": "quantize,eval", "MODEL_DIM": 64}, "is of another model"),
+    "no such artifact": ({"STAGES": "eval", "MODEL_PATH": "none.bin"}, "no such artifact"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_KNOBS)
+def test_bad_knob_is_one_line_and_loses_nothing(name: str, quick: Done, again: Callable[..., Done]) -> None:
+    knobs, words = BAD_KNOBS[name]
+    done = again(quick, **knobs)
+    refused(done, 2, words)
+    assert snapshot(done.folder) == snapshot(quick.folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_absent_gpu_is_one_line(again: Callable[..., Done]) -> None:
+    refused(again(DEVICE="cuda"), 2, "torch sees no GPU")
+
+
+BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "truncated artifact": ("eval", lambda f: edit(f / "model.bin", lambda raw: raw[:-9]), "truncated"),
+    "damaged artifact": ("eval", lambda f: edit(f / "model.bin", lambda raw: raw[:-9] + bytes(9)), "damaged"),
+    "foreign artifact": ("eval", lambda f: (f / "model.bin").write_bytes(b"GGUF" * 9), "not a model artifact"),
+    "missing artifact": ("eval", lambda f: (f / "model.bin").unlink(), "no such artifact"),
+    "missing checkpoint": ("quantize,eval", lambda f: (f / "model.pt").unlink(), "model.pt is missing"),
+    "missing Hessians": ("quantize,eval", lambda f: (f / "hessians.pt").unlink(), "hessians.pt is missing"),
+    "truncated checkpoint": ("quantize,eval", lambda f: edit(f / "model.pt", lambda raw: raw[:-999]), "model.pt"),
+    "damaged result": ("eval", lambda f: (f / "result.json").write_text("{"), "result.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_of_a_stage_before_is_one_line_and_loses_nothing(
+    name: str, quick: Done, tiny_data: Path, tmp_path: Path
+) -> None:
+    stages, damage, words = BAD_FILES[name]
+    folder = Path(shutil.copytree(quick.folder, tmp_path / "run"))
+    damage(folder)
+    before = snapshot(folder)
+    done = call(environment(tiny_data, folder, **{**QUICK, "STAGES": stages}), folder)
+    refused(done, 2, words)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("knob", ["MATRIX_LR", "TIED_EMBED_LR", "SCALAR_LR"])
+def test_loss_that_is_not_finite_stops_the_run_and_leaves_earlier_files(
+    knob: str, quick: Done, again: Callable[..., Done]
+) -> None:
+    done = again(quick, **{knob: 1e30})
+    refused(done, 1, "training loss is")
+    kept = {name: raw for name, raw in snapshot(quick.folder).items() if name != "metrics.jsonl"}
+    assert {name: raw for name, raw in snapshot(done.folder).items() if name != "metrics.jsonl"} == kept
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(quick: Done, again: Callable[..., Done]) -> None:
+    """After one step the loss is still that of the initial weights; the weights themselves are gone."""
+    done = again(quick, ITERATIONS=1, MATRIX_LR=1e30, SCALAR_LR=1e30, TIED_EMBED_LR=1e30)
+    refused(done, 1, "")
+    assert (done.folder / "model.pt").read_bytes() == (quick.folder / "model.pt").read_bytes()
+
+
+def test_interrupt_is_one_line_and_leaves_no_half_file(tiny_data: Path, tmp_path: Path) -> None:
+    env = environment(tiny_data, tmp_path / "run", ITERATIONS=100_000, PYTHONUNBUFFERED="1")
+    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, cwd=tmp_path, **pipes) as process:
+        for line in process.stdout:
+            if line.startswith("step 3 "):
+                break
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    refused(Done(tmp_path / "run", process.returncode, "", err), 130, "interrupted")
+    assert {p.name for p in (tmp_path / "run").iterdir()} <= {"log.txt", "metrics.jsonl", "record.env"}
+
+
+# The packed artifact
+
+
+@pytest.fixture(scope="module")
+def packed(full: Done, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The full run's folder, packed."""
+    folder = Path(shutil.copytree(full.folder, tmp_path_factory.mktemp("packed") / "run"))
+    (tokenizer,) = tiny_data.glob("*.model")
+    assert pack_artifact.main(["pack", str(folder), "--tokenizer-path", str(tokenizer)]) == 0
+    return folder
+
+
+def test_packed_run_verifies_from_an_empty_directory(
+    packed: Path, tiny_data: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    artifact = packed / "artifact.pyz"
+    code = pack_artifact.main(["verify", str(artifact), "--run", str(packed), "--data", str(tiny_data)])
+    out = capfd.readouterr().out
+    said = json.loads(next(line for line in out.splitlines() if line.startswith("VERIFY ")).removeprefix("VERIFY "))
+    assert code == 0 and said["equal"] and all(said["checks"].values())
+    assert said["val_bpb"] == json.loads((packed / "result.json").read_text(encoding="utf-8"))["val_bpb"]
+
+
+def test_packed_run_counts_what_is_on_disk(packed: Path, full: Done) -> None:
+    result = json.loads((packed / "result.json").read_text(encoding="utf-8"))
+    assert result["bytes_total"] == (packed / "artifact.pyz").stat().st_size < full.result["bytes_total"]
+    assert result["bytes_model"] == full.result["bytes_model"] and result["val_bpb"] == full.result["val_bpb"]
+
+
+def test_over_the_cap_fails_and_writes_nothing(full: Done, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(full.folder, tmp_path / "run"))
+    (tmp_path / "small.py").write_text('"""A source that packs quickly."""\n', encoding="utf-8")
+    assert pack_artifact.main(["pack", str(folder), "--cap", "1000", "--source", str(tmp_path / "small.py")]) == 1
+    assert re.search(r"error: [\d,]+ bytes are [\d,]+ over the cap of 1,000 .*\n\Z", capsys.readouterr().err)
+    assert snapshot(folder) == snapshot(full.folder)
