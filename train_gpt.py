@@ -31,6 +31,7 @@ import json
 import lzma
 import math
 import os
+import pickle
 import platform
 import queue
 import re
@@ -332,12 +333,14 @@ def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
     for item in value if isinstance(value, tuple) else (value,):
         if m["choices"] and item not in m["choices"]:
             found.append(f"{name}={item!r} is not one of {', '.join(m['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{name}={value} is not a finite number"]
     for sign, limit, bad in (
         ("at least", m["ge"], lambda v, b: v < b),
         ("over", m["gt"], lambda v, b: v <= b),
         ("at most", m["le"], lambda v, b: v > b),
     ):
-        if limit is not None and (bad(value, limit) or math.isnan(value)):
+        if limit is not None and bad(value, limit):
             found.append(f"{name}={value} must be {sign} {limit:g}")
     if isinstance(value, tuple) and len(set(value)) != len(value):
         found.append(f"{name}={','.join(value)} names a value twice")
@@ -369,7 +372,7 @@ def read_preset(folder: str) -> dict[str, str]:
     """KEY -> VALUE of <folder>/record.env; lines are KEY=VALUE with an optional '# reason' after two spaces."""
     path = Path(folder) / "record.env"
     if not path.is_file():
-        known = sorted(str(p.parent) for p in Path("records").glob("**/record.env"))
+        known = sorted(str(p.parent) for p in Path("records").glob("**/record.env") if p.parent.name != "run")
         raise UserError(
             f"PRESET={folder}: no record.env there; known presets: {', '.join(known) or 'none below records/'}"
         )
@@ -391,9 +394,9 @@ def name_problems(names: Iterable[str], knobs: Mapping[str, dataclasses.Field], 
     """Unknown, misspelt or renamed knob names; strict: every unknown name is wrong, not only a near miss."""
     found = []
     for name in names:
-        if name in knobs or name == "PRESET":
+        if name in knobs or (name == "PRESET" and not strict):  # a preset that names another would be ignored
             continue
-        close = difflib.get_close_matches(name, knobs, n=1, cutoff=0.6 if strict else 0.88)
+        close = difflib.get_close_matches(name, knobs, n=1, cutoff=0.6 if strict else 0.9)
         if name in RENAMED:
             found.append(f"{name} is not a knob here; say {RENAMED[name]}")
         elif close:
@@ -413,7 +416,7 @@ def resolve(environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
     problems = name_problems(preset, knobs, strict=True) + name_problems(environ, knobs, strict=False)
     values, origin = {}, {}
     for source, table in ((environ.get("PRESET", ""), preset), ("environment", environ)):
-        for name in knobs.keys() & table.keys():
+        for name in sorted(knobs.keys() & table.keys()):
             try:
                 value = parse_knob(knobs[name], table[name])
             except ValueError as error:
@@ -686,6 +689,9 @@ class ShardWalker:
     def __init__(self, paths: list[Path], vocab_size: int, whole_docs: bool) -> None:
         self.paths, self.vocab_size, self.whole_docs = paths, vocab_size, whole_docs
         self.index, self.position, self.tokens = -1, 0, np.empty(0, np.uint16)
+        sizes = [len(read_shard(path)) for path in paths]  # reads every header: a bad shard stops no later step
+        if not any(sizes):
+            raise UserError(f"{paths[0].parent}: no training shard holds a token; prepare the data again")
 
     def open_next(self) -> None:
         """Move to the start of the next shard."""
@@ -790,7 +796,7 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
         try:
             while not stop.is_set():
                 put(next(source))
-        except (UserError, OSError, ValueError) as error:
+        except Exception as error:  # whatever it is: a consumer must not wait for ever
             put(error)
 
     threading.Thread(target=work, daemon=True).start()
@@ -1647,7 +1653,7 @@ class Trainer:
         self.averages = [AVERAGES[name](cfg, model) for name in cfg.average]
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
-        self.loss = torch.zeros((), device=runtime.device)
+        self.loss, self.noted = torch.zeros((), device=runtime.device), 0
 
     def step(self, batches: list[Batch], multiplier: float, step: int) -> None:
         """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss."""
@@ -1689,8 +1695,9 @@ class Trainer:
                 f"training loss is {loss} at step {step}; earlier stages' files are untouched. Lower "
                 "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data"
             )
-        if step % self.cfg.train_log_every and step > 5:
+        if step == self.noted or (fraction < 1 and step % self.cfg.train_log_every and step > 5):
             return
+        self.noted = step
         tokens = step * self.cfg.train_batch_tokens
         left = seconds / fraction * (1 - fraction) if fraction > 0 else math.nan
         self.runtime.log(
@@ -1719,6 +1726,8 @@ class Trainer:
         cfg, log, clock = self.cfg, self.runtime.log, self.clock
         self.warm_up()
         batches, step = train_batches(cfg, self.runtime), 0
+        if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the one before
+            self.metrics.write_text("", encoding="utf-8")
         clock.start()
         while (fraction := clock.fraction(step)) < 1:
             if cfg.val_loss_every and step % cfg.val_loss_every == 0:
@@ -2028,7 +2037,16 @@ def unpack_arrays(blob: bytes, source: str = "artifact") -> dict[str, np.ndarray
     decoders = {codec.number: codec.decode for codec in CODECS.values()}
     if number not in decoders:
         raise UserError(f"{source}: unknown codec number {number}")
-    raw = decoders[number](payload)
+    try:
+        return read_arrays(decoders[number](payload))
+    except UserError:
+        raise
+    except Exception as error:  # each coder has errors of its own
+        raise UserError(f"{source}: damaged: the payload does not decode ({error}); quantise again") from None
+
+
+def read_arrays(raw: bytes) -> dict[str, np.ndarray]:
+    """Arrays of a decoded payload: index length, index, then each array's shuffled bytes."""
     (length,) = struct.unpack_from("<I", raw)
     arrays, position = {}, 4 + length
     for name, dtype, shape in json.loads(raw[4:position]):
@@ -2054,7 +2072,10 @@ def load_artifact(path: str | Path) -> dict[str, Tensor]:
     for name, array in unpack_arrays(Path(path).read_bytes(), str(path)).items():
         key, _, part = name.rpartition(":")
         parts.setdefault(key, {})[part] = torch.from_numpy(array)
-    return dequantize(parts)
+    try:
+        return dequantize(parts)
+    except (KeyError, IndexError) as error:
+        raise UserError(f"{path}: written by another program or version: no {error}; quantise again") from None
 
 
 def fill_model(model: GPT, state: dict[str, Tensor], source: str) -> None:
@@ -2112,8 +2133,12 @@ class Unit(NamedTuple):
         return (self.origin[self.learn_rows][:, None] + cols).reshape(-1)
 
 
+class LegalityError(AssertionError):
+    """A score that would break the contest's rules: raised, never only asserted, so that `python -O` keeps it."""
+
+
 class Ledger:
-    """Which targets have been scored. A second score, or learning from an unscored target, raises AssertionError."""
+    """Which targets have been scored. A second score, or learning from an unscored target, raises LegalityError."""
 
     def __init__(self, length: int) -> None:
         self.count = np.zeros(length, np.uint8)
@@ -2121,21 +2146,23 @@ class Ledger:
 
     def claim(self, positions: np.ndarray) -> None:
         """Mark targets as scored."""
-        assert len(np.unique(positions)) == len(positions) and not self.count[positions].any(), (
-            "a target is scored twice"
-        )
+        if len(np.unique(positions)) != len(positions) or self.count[positions].any():
+            raise LegalityError("a target is scored twice")
         self.count[positions] = 1
 
     def require(self, positions: np.ndarray) -> None:
         """Check that targets have been scored."""
-        assert self.count[positions].all(), "learning would read a target that is not scored yet"
+        if not self.count[positions].all():
+            raise LegalityError("learning would read a target that is not scored yet")
 
     def close(self, runtime: Runtime) -> None:
         """Check over all ranks that every target has been scored exactly once."""
         total = torch.from_numpy(self.count.astype(np.int32))
         total[0] = runtime.rank == 0
         total = runtime.sum_(total)
-        assert bool((total == 1).all()), f"{int((total != 1).sum())} targets are not scored exactly once over the ranks"
+        wrong = int((total != 1).sum())
+        if wrong:
+            raise LegalityError(f"{wrong} targets are not scored exactly once over the ranks")
 
 
 class ByteMeter:
@@ -2533,7 +2560,10 @@ class Run:
         self.result: dict[str, Any] = {"preset": preset, "seed": cfg.seed, "stages": {}}
         old = folder / "result.json"
         if "train" not in cfg.stages and old.is_file():
-            self.result |= json.loads(old.read_text(encoding="utf-8"))
+            try:
+                self.result |= json.loads(old.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{old} is damaged ({error}); delete it to resume without it") from None
         self.result["source_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     def model(self) -> GPT:
@@ -2559,8 +2589,9 @@ class Run:
         self.write_result()
 
     def write_result(self) -> None:
-        """result.json, by the first rank."""
+        """result.json, and the configuration that it is of, by the first rank."""
         if self.runtime.rank == 0:
+            atomic_write(self.folder / "record.env", record_env(self.cfg).encode())
             atomic_write(self.folder / "result.json", json.dumps(self.result, indent=1).encode() + b"\n")
 
     def save(self, name: str, value: Any) -> None:
@@ -2573,7 +2604,11 @@ class Run:
         """A file that an earlier stage wrote; UserError when it is not there."""
         if not (self.folder / name).is_file():
             raise UserError(f"{self.folder / name} is missing; run the stage before (STAGES=train,quantize,eval)")
-        return torch.load(self.folder / name, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(self.folder / name, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0][:100]
+            raise UserError(f"{self.folder / name} is damaged ({reason}); run the stage before again") from None
 
     def train(self) -> None:
         """Train, average, collect Hessians within the budget; model.pt, hessians.pt and the pre-quantisation score."""
@@ -2582,10 +2617,13 @@ class Run:
         model.load_state_dict(GPT(cfg).reset(cfg.seed).state_dict())
         model.set_looping(False)
         metrics = self.folder / "metrics.jsonl" if runtime.rank == 0 else None
-        if metrics is not None:
-            metrics.write_text("", encoding="utf-8")
         trainer = Trainer(cfg, runtime, model, metrics)
         report = trainer.run(lambda: evaluate_plain(cfg, runtime, model, self.val))
+        if not all(torch.isfinite(p).all() for p in model.parameters()):
+            raise FloatingPointError(
+                "the trained weights are not all finite; earlier files are untouched. Lower MATRIX_LR, "
+                "TIED_EMBED_LR or SCALAR_LR"
+            )
         self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
         hessians = collect_hessians(cfg, runtime, model) if "gptq" in (cfg.matrix_quant, cfg.embed_quant) else {}
         seconds = trainer.clock.read()
@@ -2686,8 +2724,6 @@ def execute(cfg: Config, origin: dict[str, str], environ: Mapping[str, str]) -> 
         run = Run(cfg, runtime, preset, folder)
         runtime.log(f"source sha256 {run.result['source_sha256']}")
         runtime.log(versions(runtime))
-        if runtime.rank == 0:
-            atomic_write(folder / "record.env", record_env(cfg).encode())
         for stage in cfg.stages:
             {"train": run.train, "quantize": run.quantize, "eval": run.eval}[stage]()
         runtime.log("RESULT " + json.dumps(run.result))

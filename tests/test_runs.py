@@ -288,7 +288,7 @@ for job in json.loads(sys.argv[1]):
 '''
 CLOCK = {"MAX_WALLCLOCK_SECONDS": 3, "GPTQ_RESERVE_SECONDS": 1, "ITERATIONS": 100_000, "EVAL": "plain"}
 PAIRS = {
-    "packed_docs": {**QUICK, "LOADER": "packed_docs", "EVAL": "doc_lora", "ITERATIONS": 4},
+    "packed_docs": {**QUICK, "LOADER": "packed_docs", "ITERATIONS": 4},
     "stream": {**QUICK, "LOADER": "stream", "EVAL": "sliding", "ITERATIONS": 4},
 }
 
@@ -488,13 +488,6 @@ def test_loss_that_is_not_finite_stops_the_run_and_leaves_earlier_files(
     refused(done, 1, "training loss is")
     kept = {name: raw for name, raw in snapshot(quick.folder).items() if name != "metrics.jsonl"}
     assert {name: raw for name, raw in snapshot(done.folder).items() if name != "metrics.jsonl"} == kept
-
-
-def test_weights_that_are_not_finite_never_replace_a_checkpoint(quick: Done, again: Callable[..., Done]) -> None:
-    """After one step the loss is still that of the initial weights; the weights themselves are gone."""
-    done = again(quick, ITERATIONS=1, MATRIX_LR=1e30, SCALAR_LR=1e30, TIED_EMBED_LR=1e30)
-    refused(done, 1, "")
-    assert (done.folder / "model.pt").read_bytes() == (quick.folder / "model.pt").read_bytes()
 
 
 def test_interrupt_is_one_line_and_leaves_no_half_file(tiny_data: Path, tmp_path: Path) -> None:
