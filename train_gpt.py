@@ -160,10 +160,18 @@ class Config:
     xsa_last_n: int = knob(11, "layers with XSA, counted from the last", MODEL, ge=0, when="ATTN_EXTRAS=xsa")
     attn_gate: str = knob(
         "none",
-        "gate on each head's output; sparse reads GATE_WINDOW dims of the input",
+        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense: from the whole normed input",
         MODEL,
-        choices=("none", "sparse"),
+        choices=("none", "sparse", "dense", "out"),
     )
+    attn_out_gate_src: str = knob(
+        "proj",
+        "what ATTN_GATE=out reads: raw queries or the input",
+        MODEL,
+        choices=("proj", "input"),
+        when="ATTN_GATE=out",
+    )
+    gated_attn_init_std: float = knob(0.01, "std of the dense gate at init", MODEL, ge=0, when="ATTN_GATE=dense")
     embed_extras: tuple[str, ...] = knob(
         (), "smear: add a gated copy of the previous token's embedding", MODEL, choices=("smear",)
     )
@@ -227,7 +235,9 @@ class Config:
     gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
     compressor: str = knob("brotli", "entropy coder of the artifact", QUANT, choices=("brotli", "lzma"))
 
-    eval: str = knob("doc_lora", "how the final score is made", EVALUATION, choices=("plain", "sliding", "doc_lora"))
+    eval: str = knob(
+        "doc_lora", "how the final score is made", EVALUATION, choices=("plain", "sliding", "doc_lora", "phased_lora")
+    )
     val_batch_tokens: int = knob(524_288, "tokens of an evaluation batch, over BATCH_SLICES", EVALUATION, gt=0)
     eval_seq_len: int = knob(
         2048, "longest context; the validation stream is cut to a multiple of it", EVALUATION, gt=1
@@ -235,19 +245,37 @@ class Config:
     eval_stride: int = knob(64, "tokens scored per window", EVALUATION, gt=0, when="EVAL=sliding")
     eval_include_tail: bool = knob(False, "score the last partial window too (not the canonical count)", EVALUATION)
 
-    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", TTT, ge=1, when="EVAL=doc_lora")
-    ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", TTT, gt=0, when="EVAL=doc_lora")
-    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", TTT, ge=0, when="EVAL=doc_lora")
-    ttt_chunk_size: int = knob(48, "tokens scored, then learnt, at a time", TTT, gt=0, when="EVAL=doc_lora")
-    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", TTT, gt=1, when="EVAL=doc_lora")
-    ttt_batch_size: int = knob(64, "documents adapted side by side", TTT, gt=0, when="EVAL=doc_lora")
-    ttt_grad_steps: int = knob(1, "updates per chunk", TTT, ge=1, when="EVAL=doc_lora")
-    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", TTT, ge=0, when="EVAL=doc_lora")
-    ttt_beta1: float = knob(0.0, "AdamW beta1", TTT, ge=0, le=1, when="EVAL=doc_lora")
-    ttt_beta2: float = knob(0.99, "AdamW beta2", TTT, ge=0, le=1, when="EVAL=doc_lora")
-    ttt_k_lora: bool = knob(True, "adapters on keys", TTT, when="EVAL=doc_lora")
-    ttt_o_lora: bool = knob(True, "adapters across the attention sublayer", TTT, when="EVAL=doc_lora")
-    ttt_mlp_lora: bool = knob(True, "adapters across the MLP sublayer", TTT, when="EVAL=doc_lora")
+    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
+    ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", TTT, ge=0, when="EVAL=doc_lora|phased_lora")
+    ttt_chunk_size: int = knob(48, "tokens scored, then learnt, at a time", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
+    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", TTT, gt=1, when="EVAL=doc_lora|phased_lora")
+    ttt_batch_size: int = knob(64, "documents adapted side by side", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
+    ttt_grad_steps: int = knob(1, "updates per chunk", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
+    ttt_weight_decay: float = knob(
+        0.5, "decoupled weight decay of the adapters", TTT, ge=0, when="EVAL=doc_lora|phased_lora"
+    )
+    ttt_beta1: float = knob(0.0, "AdamW beta1", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
+    ttt_beta2: float = knob(0.99, "AdamW beta2", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
+    ttt_k_lora: bool = knob(True, "adapters on keys", TTT, when="EVAL=doc_lora|phased_lora")
+    ttt_o_lora: bool = knob(True, "adapters across the attention sublayer", TTT, when="EVAL=doc_lora|phased_lora")
+    ttt_mlp_lora: bool = knob(True, "adapters across the MLP sublayer", TTT, when="EVAL=doc_lora|phased_lora")
+    ttt_warm_start_a: bool = knob(
+        False,
+        "keep each batch slot's A from its document before (the score then depends on the ranks)",
+        TTT,
+        when="EVAL=doc_lora|phased_lora",
+    )
+    ttt_order_audit: bool = knob(False, "write every batch's documents to the log file", TTT)
+    phased_ttt_prefix_docs: int = knob(
+        2000, "scored documents by which the last global update is made", TTT, ge=0, when="EVAL=phased_lora"
+    )
+    phased_ttt_num_phases: int = knob(3, "global updates", TTT, ge=1, when="EVAL=phased_lora")
+    global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", TTT, ge=0, when="EVAL=phased_lora")
+    global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", TTT, ge=0, le=1, when="EVAL=phased_lora")
+    global_ttt_epochs: int = knob(1, "passes over the scored documents", TTT, ge=1, when="EVAL=phased_lora")
+    global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", TTT, gt=0, when="EVAL=phased_lora")
+    global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", TTT, ge=0, when="EVAL=phased_lora")
 
     def problems(self) -> list[str]:
         """Everything wrong with these values, each as a sentence with the fix; empty when the run can start."""
@@ -317,6 +345,8 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
 
 RENAMED = {  # names that became values of an axis, or that the published scripts read without effect
     "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
+    "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
+    "ATTN_OUT_GATE_ENABLED": "ATTN_GATE=out",
     "SMEAR_GATE_ENABLED": "EMBED_EXTRAS=smear",
     "TTT_ENABLED": "EVAL=doc_lora (or EVAL=plain for none)",
     "SLIDING_WINDOW_ENABLED": "EVAL=sliding",
@@ -541,6 +571,15 @@ class Runtime:
         parts: list[Any] = [None] * self.world
         dist.all_gather_object(parts, items)
         return {key: value for part in parts for key, value in part.items()}
+
+    def take(self, queue_name: str, length: int) -> Iterator[int]:
+        """Tickets 0 <= i < length of a queue that all ranks take from, through the process group's store."""
+        if self.world == 1:
+            yield from range(length)
+            return
+        store = dist.distributed_c10d._get_default_store()
+        while (ticket := store.add(queue_name, 1) - 1) < length:
+            yield ticket
 
     def synchronize(self) -> None:
         """Wait until the device has done what was launched."""
@@ -1094,25 +1133,33 @@ def exclusive(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
     return (y - (y * own).sum(-1, keepdim=True) * own).view(B, T, H, d).to(y_BTHd.dtype)
 
 
-class SparseGate(nn.Module):
-    """sigmoid(scale * W n[:window]) per head, from the leading dims of the normed sublayer input."""
+class HeadGate(nn.Module):
+    """factor * sigmoid(scale * W source[:window]) per head; source is the normed sublayer input or the raw queries."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, shape: tuple[int, int], scale: float, factor: float, std: float, reads_q: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(cfg.num_heads, cfg.gate_window))
-        self.scale, self.std = cfg.sparse_attn_gate_scale, cfg.sparse_attn_gate_init_std
+        self.weight = nn.Parameter(torch.empty(*shape))
+        self.scale, self.factor, self.std, self.reads_q = scale, factor, std, reads_q
 
     def reset(self, generator: torch.Generator) -> None:
         """Initial weights."""
         nn.init.normal_(self.weight, std=self.std, generator=generator)
 
-    def forward(self, n_BTD: Tensor) -> Tensor:
+    def forward(self, n_BTD: Tensor, q_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, H, 1)."""
-        logits = F.linear(n_BTD[..., : self.weight.size(1)], self.weight.to(n_BTD.dtype))
-        return torch.sigmoid(self.scale * logits).unsqueeze(-1)
+        source = (q_BTD if self.reads_q else n_BTD)[..., : self.weight.size(1)]
+        logits = F.linear(source, self.weight.to(source.dtype))
+        return (self.factor * torch.sigmoid(self.scale * logits)).unsqueeze(-1)
 
 
-GATES: dict[str, Callable[[Config], nn.Module | None]] = {"none": lambda cfg: None, "sparse": SparseGate}
+GATES: dict[str, Callable[[Config], HeadGate | None]] = {
+    "none": lambda c: None,
+    "sparse": lambda c: HeadGate(
+        (c.num_heads, c.gate_window), c.sparse_attn_gate_scale, 1.0, c.sparse_attn_gate_init_std
+    ),
+    "dense": lambda c: HeadGate((c.num_heads, c.model_dim), 1.0, 1.0, c.gated_attn_init_std),
+    "out": lambda c: HeadGate((c.num_heads, c.gate_window), 1.0, 2.0, 0.0, c.attn_out_gate_src == "proj"),
+}
 
 
 class Smear(nn.Module):
@@ -1159,16 +1206,16 @@ class Attention(nn.Module):
 
     def forward(self, n: Tensor, seq: Seq, tap: SlotTap) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
+        raw_q = tap("q", n, self.q(n))
         q, k, v = (
-            tap(name, n, proj(n)).unflatten(-1, (-1, self.head_dim))
-            for name, proj in (("q", self.q), ("k", self.k), ("v", self.v))
+            x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, tap("k", n, self.k(n)), tap("v", n, self.v(n)))
         )
         q, k = rotate(rms_norm(q), seq.cos, seq.sin), rotate(rms_norm(k), seq.cos, seq.sin)
         y = self.attend(q * self.q_gain.to(q.dtype)[:, None], k, v, seq)
         if self.xsa:
             y = exclusive(y, v)
         if self.gate is not None:
-            y = y * self.gate(n)
+            y = y * self.gate(n, raw_q)
         y = y.flatten(2)
         return tap("attn", n, tap("o", y, self.o(y)))
 
@@ -2155,6 +2202,12 @@ class Ledger:
         if not self.count[positions].all():
             raise LegalityError("learning would read a target that is not scored yet")
 
+    def require_anywhere(self, positions: np.ndarray, runtime: Runtime) -> None:
+        """Check that some rank has scored each target; every rank calls this."""
+        counts = runtime.sum_(torch.from_numpy(self.count[positions].astype(np.int32)))
+        if not bool((counts > 0).all()):
+            raise LegalityError("a global update would read a target that no rank has scored yet")
+
     def close(self, runtime: Runtime) -> None:
         """Check over all ranks that every target has been scored exactly once."""
         total = torch.from_numpy(self.count.astype(np.int32))
@@ -2401,13 +2454,13 @@ def chunk_window(chunk: int, predictions: int, size: int, window: int) -> tuple[
 def chunk_units(cfg: Config, val: ValData, docs: list[tuple[int, int]], batch: list[int]) -> Iterator[Unit]:
     """The units of a batch of documents: chunk after chunk, the rows side by side, right-padded with id 0.
 
-    Rows of finished documents are dropped as soon as a quarter of the rows is idle.
+    Rows of finished documents are dropped as soon as a quarter of the rows is idle, unless the slots' A live on.
     """
     size, window = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
     rows_docs = np.array(batch)
     for c in range(-(-max(docs[i][1] - 1 for i in batch) // size)):
         unfinished = np.array([docs[i][1] - 1 > c * size for i in rows_docs])
-        if unfinished.sum() <= 0.75 * len(rows_docs):
+        if unfinished.sum() <= 0.75 * len(rows_docs) and not cfg.ttt_warm_start_a:
             rows_docs = rows_docs[unfinished]
         yield chunk_unit(val, [docs[i] for i in rows_docs], tuple(rows_docs.tolist()), c, (size, window))
 
@@ -2443,15 +2496,35 @@ class DocLora:
         self.forward = compiled(runtime, model, dynamic=True)
         self.docs: tuple[int, ...] = ()
         self.lora: BatchedLoRA | None = None
+        self.warm: BatchedLoRA | None = None  # the full-sized set whose A lives on, with TTT_WARM_START_A
         self.optimiser: torch.optim.Optimizer | None = None
 
+    @torch.no_grad()
     def begin(self, docs: tuple[int, ...]) -> None:
-        """Fresh adapters and optimiser state for a batch of documents."""
-        if self.lora is None or len(self.docs) != len(docs):
-            self.lora = BatchedLoRA(self.cfg, self.model, len(docs))
-        self.docs = docs
-        self.lora.reset(self.cfg.seed, docs)
-        self.optimiser = self.new_optimiser()
+        """Fresh adapters (or, warm-started, fresh B) and optimiser state for a batch of documents."""
+        full = len(docs) == self.cfg.ttt_batch_size
+        if full and self.warm is not None:
+            self.lora = self.warm
+            torch._foreach_zero_(list(self.lora.B.values()))
+        else:
+            if self.lora is None or len(next(iter(self.lora.A.values()))) != len(docs) or self.lora is self.warm:
+                self.lora = BatchedLoRA(self.cfg, self.model, len(docs))
+            self.lora.reset(self.cfg.seed, docs)
+            self.warm = self.lora if full and self.cfg.ttt_warm_start_a else self.warm
+        self.docs, self.optimiser = docs, self.new_optimiser()
+
+    def warm_up(self) -> None:
+        """Compile for the shortest and the longest window, on random tokens, outside the evaluation clock."""
+        if not self.runtime.compile:
+            return
+        rng, rows = np.random.default_rng(0), self.cfg.ttt_batch_size
+        for width in (self.cfg.ttt_chunk_size, self.cfg.ttt_eval_seq_len):
+            ids = rng.integers(0, self.cfg.vocab_size, (rows, width))
+            everything = slice(width - self.cfg.ttt_chunk_size, width)
+            none = np.empty(0, np.int64)
+            unit = Unit(ids, ids, none, none, none, None, np.arange(rows), everything, tuple(range(rows)), True)
+            self.learn(unit, self.score(unit))
+        self.forget()
 
     def keep(self, docs: tuple[int, ...]) -> None:
         """Go on with some of the documents only: their adapters and moments, in smaller tensors."""
@@ -2504,44 +2577,130 @@ class DocLora:
             self.optimiser.zero_grad(set_to_none=True)
 
     def after(self) -> None:
-        """Nothing outlives a document."""
+        """Nothing: the next batch begins with `fresh`."""
+
+    def forget(self) -> None:
+        """Drop every adapter: the weights under them have changed."""
+        self.docs, self.lora, self.warm, self.optimiser = (), None, None, None
 
 
-def share_out(costs: list[float], world: int) -> list[list[int]]:
-    """Indices for each rank, so that the ranks' summed costs are about equal: largest first to the least loaded."""
-    loads, shares = [0.0] * world, [[] for _ in range(world)]
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(world), key=lambda r: (loads[r], r))
-        loads[rank] += costs[i]
-        shares[rank].append(i)
-    return [sorted(share) for share in shares]
+def phase_boundaries(prefix_docs: int, phases: int, documents: int) -> list[int]:
+    """Counts of scored documents at which a global update is made."""
+    prefix = min(prefix_docs, documents)
+    return [prefix * (i + 1) // phases for i in range(phases)] if prefix else []
+
+
+def phase_segments(batches: list[list[int]], boundaries: list[int]) -> list[tuple[list[list[int]], list[int]]]:
+    """Batches in order, cut after each that reaches the next boundary, with the documents that are learnt there.
+
+    Those are the first `boundary` of the documents scored so far, the shortest first (as published: the queue runs from
+    long to short, the selection from short to long). The last segment ends with nothing to learn.
+    """
+    segments, segment, done, left = [], [], [], list(boundaries)
+    for batch in batches:
+        segment.append(batch)
+        done.append(batch)
+        if left and sum(map(len, done)) >= left[0]:
+            scored = [doc for group in reversed(done) for doc in group]
+            segments.append((segment, scored[: left.pop(0)]))
+            segment = []
+    return [*segments, (segment, [])]
+
+
+class GlobalSgd:
+    """SGD with momentum on all weights over documents that are already scored; a new optimiser for every phase."""
+
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
+        self.cfg, self.runtime, self.model = cfg, runtime, model
+
+    def learn(self, tokens: np.ndarray) -> int:
+        """One phase over the concatenated documents; the number of steps. The last chunk is left out, as published.
+
+        A chunk is cut into BATCH_SLICES packed rows that are shared out over the ranks, whatever their number.
+        """
+        cfg, size = self.cfg, self.cfg.global_ttt_chunk_tokens
+        chunks, params = -(-(len(tokens) - 1) // size), list(self.model.parameters())
+        self.model.requires_grad_(True)
+        optimiser = torch.optim.SGD(params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+        for _ in range(cfg.global_ttt_epochs):
+            for c in range(chunks - 1):
+                optimiser.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * c / (chunks - 1)))
+                self.backward(tokens[c * size : (c + 1) * size + 1])
+                if cfg.global_ttt_grad_clip > 0:
+                    torch.nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+        self.model.requires_grad_(False)
+        return cfg.global_ttt_epochs * max(0, chunks - 1)
+
+    def backward(self, span: np.ndarray) -> None:
+        """Gradient of the mean loss of a chunk (size + 1 tokens), over all ranks."""
+        slices, runtime = self.cfg.batch_slices, self.runtime
+        row = (len(span) - 1) // slices
+        for j in range(runtime.rank, slices, runtime.world):
+            batch = packed_docs_batch(span[j * row : (j + 1) * row + 1], self.cfg.eval_seq_len)
+            ids, targets, seq = on_device(self.model, batch, runtime, self.cfg.eval_seq_len)
+            (self.model(ids, targets, seq) / slices).backward()
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            runtime.sum_(p.grad)
+
+
+def watched(units: Iterable[Unit], meter: ByteMeter) -> Iterator[Unit]:
+    """The units, with progress by scored tokens (this rank's, times the ranks)."""
+    runtime, total = meter.runtime, len(meter.val.tokens) - 1
+    for unit in units:
+        yield unit
+        done = min(total, meter.tokens * runtime.world)
+        runtime.log.progress("test-time training, tokens", done, total, meter.started)
+
+
+def adapt_documents(cfg: Config, runtime: Runtime, model: GPT, val: ValData, boundaries: list[int]) -> Score:
+    """Score with adapters that learn each document as it is read, and global updates between segments of documents.
+
+    Batches come from a queue that the ranks share; with cold A the score does not depend on which rank takes which.
+    """
+    docs = val_documents(val.tokens)
+    learner, trainer = DocLora(cfg, runtime, model), GlobalSgd(cfg, runtime, model)
+    learner.warm_up()
+    segments = phase_segments(document_batches(docs, cfg.ttt_batch_size), boundaries)
+    meter = ByteMeter(val, runtime)
+    for number, (batches, learnt) in enumerate(segments):
+        for ticket in runtime.take(f"ttt_{number}", len(batches)):
+            if cfg.ttt_order_audit:
+                runtime.log(
+                    f"order audit: phase {number} batch {ticket} documents {batches[ticket]}", to_file_only=True
+                )
+            score_first(watched(chunk_units(cfg, val, docs, batches[ticket]), meter), learner, meter)
+        if learnt:
+            spans = [np.arange(docs[i][0], docs[i][0] + docs[i][1]) for i in learnt]
+            meter.ledger.require_anywhere(np.concatenate([span[1:] for span in spans]), runtime)
+            steps = trainer.learn(val.tokens[np.concatenate(spans)])
+            learner.forget()
+            seconds = time.perf_counter() - meter.started
+            runtime.log(
+                f"phase {number + 1}: {steps} global steps on {len(learnt)} scored documents, at {seconds:.1f} s"
+            )
+    return meter.close()
 
 
 def evaluate_doc_lora(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score with adapters that learn each document as it is read; independent of ranks and batch make-up."""
-    meter, docs = ByteMeter(val, runtime), val_documents(val.tokens)
-    batches = document_batches(docs, cfg.ttt_batch_size)
-    costs = [
-        sum(
-            min((c + 1) * cfg.ttt_chunk_size, cfg.ttt_eval_seq_len) * len(batch)
-            for c in range(-(-docs[batch[-1]][1] // cfg.ttt_chunk_size))
-        )
-        for batch in batches
-    ]
-    mine = share_out(costs, runtime.world)[runtime.rank]
-    total, done, started = sum(costs[i] for i in mine), 0.0, time.perf_counter()
-    learner = DocLora(cfg, runtime, model)
-    for i in mine:
-        score_first(chunk_units(cfg, val, docs, batches[i]), learner, meter)
-        done += costs[i]
-        runtime.log.progress("test-time training", int(done), int(total), started)
-    return meter.close()
+    """Score with adapters per document alone."""
+    return adapt_documents(cfg, runtime, model, val, [])
+
+
+def evaluate_phased_lora(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
+    """Score with adapters per document, and global SGD on scored documents at PHASED_TTT_NUM_PHASES boundaries."""
+    documents = int((val.tokens == BOS_ID).sum())
+    phases = phase_boundaries(cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, documents)
+    return adapt_documents(cfg, runtime, model, val, phases)
 
 
 EVALS: dict[str, Callable[[Config, Runtime, GPT, ValData], Score]] = {
     "plain": evaluate_plain,
     "sliding": evaluate_sliding,
     "doc_lora": evaluate_doc_lora,
+    "phased_lora": evaluate_phased_lora,
 }
 
 

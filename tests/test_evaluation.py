@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -336,26 +335,8 @@ def test_loss_that_is_not_finite_is_no_score(loss: float) -> None:
 def test_evaluation_leaves_the_weights_alone(model: GPT) -> None:
     val, cfg = stream(60), config()
     before = [p.clone() for p in model.parameters()]
-    for name, function in train_gpt.EVALS.items():
+    for name in train_gpt.EVALS.keys() - {"phased_lora"}:  # whose global updates are there to change them
+        function = train_gpt.EVALS[name]
         result = function(cfg, runtime(), model, val)
         assert result.legal and result.tokens == 60, name
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), name
-
-
-# Sharing work out
-
-
-@given(costs=st.lists(st.floats(0, 1e6), max_size=30), world=st.integers(1, 9))
-@PROPERTY
-def test_shares_hold_every_item_once_and_balance(costs: list[float], world: int) -> None:
-    shares = train_gpt.share_out(costs, world)
-    assert len(shares) == world and sorted(itertools.chain(*shares)) == list(range(len(costs)))
-    assert all(share == sorted(share) for share in shares)
-    loads = [sum(costs[i] for i in share) for share in shares]
-    assert max(loads) - min(loads) <= max(costs, default=0) * (1 + 1e-9)
-    assert shares == train_gpt.share_out(costs, world)
-
-
-def test_one_long_document_gets_a_rank_of_its_own() -> None:
-    assert train_gpt.share_out([10, 3, 3, 3], 2) == [[0], [1, 2, 3]]
-    assert train_gpt.share_out([], 2) == [[], []]

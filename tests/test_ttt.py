@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import re
 
 import golden_rules as rules
 import numpy as np
@@ -149,6 +151,10 @@ def ttt_config(config: dict, **knobs: object) -> train_gpt.Config:
         "ttt_weight_decay": config["weight_decay"], "ttt_beta1": config["beta1"], "ttt_beta2": config["beta2"],
         "ttt_chunk_size": config["chunk"], "ttt_eval_seq_len": config["window"],
         "ttt_batch_size": config["batch_docs"], "ttt_grad_steps": config["grad_steps"],
+        "ttt_warm_start_a": bool(config["warm_start_a"]), "phased_ttt_prefix_docs": config["prefix_docs"],
+        "phased_ttt_num_phases": config["num_phases"], "global_ttt_lr": config.get("global_lr", 0.0),
+        "global_ttt_chunk_tokens": config.get("global_chunk_tokens", 32), "batch_slices": 1,
+        "eval_seq_len": config.get("global_seq_len", 16),
     }  # fmt: skip
     return rules.model_config(config | {"bos_mask": config.get("code") == "1915"}, **settings | knobs)
 
@@ -201,7 +207,8 @@ def test_adaptation_gives_the_published_numbers(golden: rules.Entry, monkeypatch
 
     monkeypatch.setattr(train_gpt.BatchedLoRA, "reset", lambda lora, seed, docs: fill_adapters(lora, config, "A"))
     scores, steps = record_nll(monkeypatch), record_steps(monkeypatch, len(model.route.layers))
-    score = train_gpt.evaluate_doc_lora(cfg, rules.runtime(), model, val)
+    phases = record_phases(monkeypatch)
+    score = train_gpt.evaluate_phased_lora(cfg, rules.runtime(), model, val)
     assert score.val_loss == pytest.approx(want["val_loss"], abs=1e-7)
     assert score.val_bpb == pytest.approx(want["val_bpb"], abs=1e-7)
     assert (score.tokens, score.legal) == (len(val.tokens) - 1, True)
@@ -209,6 +216,29 @@ def test_adaptation_gives_the_published_numbers(golden: rules.Entry, monkeypatch
         found = [scores[position] for position in range(start + 1, start + length)]
         assert found == pytest.approx(want["nll_per_doc"][str(doc)], abs=1e-7)
     compare_steps(batches, steps, want["steps"])
+    assert len(phases) == len(want.get("global_sgd", []))
+    for (tokens, weights), expected in zip(phases, want.get("global_sgd", []), strict=True):
+        assert (len(tokens), tokens[:4].tolist()) == (expected["tokens"], expected["first_tokens"])
+        for name, numbers in weights.items():
+            assert numbers == pytest.approx(expected[name], rel=1e-7, abs=1e-7), name
+
+
+def record_phases(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, dict[str, dict[str, float]]]]:
+    """The tokens of each global update, with checks of some weights after it."""
+    phases, learn = [], train_gpt.GlobalSgd.learn
+
+    def listen(trainer: train_gpt.GlobalSgd, tokens: np.ndarray) -> int:
+        steps, model = learn(trainer, tokens), trainer.model
+        watched = {
+            "tok_emb": model.tok_emb.weight,
+            "blocks.0.attn.c_q.weight": model.blocks[0].attn.q.weight,
+            "skip_gates": model.skips.gates,
+        }
+        phases.append((tokens, {name: rules.checks(weight) for name, weight in watched.items()}))
+        return steps
+
+    monkeypatch.setattr(train_gpt.GlobalSgd, "learn", listen)
+    return phases
 
 
 def compare_steps(batches: list[list[int]], steps: list[tuple[train_gpt.Unit, dict]], expected: list[dict]) -> None:
@@ -223,6 +253,28 @@ def compare_steps(batches: list[list[int]], steps: list[tuple[train_gpt.Unit, di
         assert cells == want["rows_doc_offset_len"]
         if list(unit.docs) == batches[want["batch"]]:  # the published norms count finished rows too
             assert norms == pytest.approx(want["state_before"], rel=1e-7, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(rules.entries("schedule")[0].expected["phase_boundaries"]))
+def test_phase_boundaries(name: str) -> None:
+    prefix, phases, documents = (int(n) for n in re.findall(r"\d+", name))
+    wanted = rules.entries("schedule")[0].expected["phase_boundaries"][name]
+    assert (train_gpt.phase_boundaries(prefix, phases, documents) or [0]) == wanted
+
+
+def test_segments_end_at_the_batch_that_reaches_a_boundary() -> None:
+    batches = [[3, 4], [1, 2], [0]]
+    assert train_gpt.phase_segments(batches, []) == [(batches, [])]
+    assert train_gpt.phase_segments(batches, [2, 3]) == [([[3, 4]], [3, 4]), ([[1, 2]], [1, 2, 3]), ([[0]], [])]
+    assert train_gpt.phase_segments(batches, [5]) == [(batches, [0, 1, 2, 3, 4]), ([], [])]
+
+
+def test_a_global_update_on_an_unscored_document_is_refused() -> None:
+    ledger = train_gpt.Ledger(6)
+    ledger.claim(np.array([1, 2, 3]))
+    ledger.require_anywhere(np.array([1, 3]), rules.runtime())
+    with pytest.raises(train_gpt.LegalityError, match="no rank has scored"):
+        ledger.require_anywhere(np.array([3, 4]), rules.runtime())
 
 
 def test_schedule_of_documents_and_chunks() -> None:
@@ -375,6 +427,7 @@ EVALUATORS = {
     "doc_lora_twice": (train_gpt.evaluate_doc_lora, {"ttt_grad_steps": 2}),
 }
 OF_DOCUMENTS = [name for name in EVALUATORS if not name.endswith("stream")]
+PHASED_KNOBS = {"eval_seq_len": 24, "global_ttt_chunk_tokens": 16, "batch_slices": 1}
 CHANGED = (40, 90, 130)  # positions of tokens that are changed one at a time: in documents 1 (its last too) and 2
 
 
@@ -447,6 +500,24 @@ def test_a_document_is_scored_as_if_it_were_alone() -> None:
     for start, length in train_gpt.val_documents(ids):
         alone = nll_of("plain", ids[start : start + length], **one_span)
         np.testing.assert_allclose(alone[1:], whole[start + 1 : start + length], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("position", CHANGED)
+def test_phased_scores_made_before_a_token_is_read_are_bit_equal(position: int) -> None:
+    """The queue's order is the order that counts: documents scored later may learn from those before them."""
+    phased = {"phased_ttt_prefix_docs": 3, "phased_ttt_num_phases": 2, "global_ttt_lr": 0.05, "ttt_batch_size": 1}
+    runs = []
+    for where in (None, position):
+        cfg = ttt_config(SMALL | {"code": "1915", "chunk": CHUNK}, ttt_lora_lr=0.01, **PHASED_KNOBS | phased)
+        model, ids = copy.deepcopy(small_model()), replaced(where)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            scores, updates = record_nll(monkeypatch), record_phases(monkeypatch)
+            val = train_gpt.ValData(ids, np.ones(len(ids), np.int32))
+            train_gpt.evaluate_phased_lora(cfg, rules.runtime(), model, val)
+        assert len(updates) == 2
+        runs.append(list(scores.items()))  # in the order of scoring
+    first = next(i for i, (where, _) in enumerate(runs[0]) if where == position)
+    assert runs[0][:first] == runs[1][:first] and runs[0][first] != runs[1][first]
 
 
 def test_sliding_gives_more_context_than_plain() -> None:
