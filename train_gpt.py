@@ -2339,15 +2339,6 @@ def need_brotli() -> Any:
     return brotli
 
 
-def brotli_decode(data: bytes) -> bytes:
-    """Decompressed bytes; ValueError for what brotli did not write."""
-    module = need_brotli()
-    try:
-        return module.decompress(data)
-    except module.error as error:
-        raise ValueError("no brotli stream") from error
-
-
 def need_lrzip() -> str:
     """Path of the program lrzip; a missing one is an error that names the package, never a fallback."""
     program = shutil.which("lrzip")
@@ -2372,7 +2363,11 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
 
 
 CODERS = {
-    "brotli": Coder(lambda raw: need_brotli().compress(raw, quality=11, lgwin=24), brotli_decode, need_brotli),
+    "brotli": Coder(
+        lambda raw: need_brotli().compress(raw, quality=11, lgwin=24),
+        lambda b: need_brotli().decompress(b),
+        need_brotli,
+    ),
     "lzma": Coder(lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), lzma.decompress, lambda: None),
     # ZPAQ; -p 1: by default the block size, and so the bytes, depend on the number of processors
     "lrzip": Coder(lambda raw: run_lrzip(raw, "-z", "-L", "9", "-p", "1"), lambda b: run_lrzip(b, "-d"), need_lrzip),
@@ -2525,8 +2520,8 @@ def unpack_arrays(blob: bytes, source: str = "artifact") -> Arrays:
         return unsort_rows(unpack_payload(payload, layouts[number]))
     except UserError:
         raise
-    except (ValueError, TypeError, LookupError, AssertionError, struct.error, lzma.LZMAError) as error:
-        raise UserError(f"{source}: not written by this program: {type(error).__name__}: {error}") from error
+    except Exception as error:  # each coder has errors of its own
+        raise UserError(f"{source}: damaged: the payload does not decode ({error}); quantise again") from None
 
 
 def unpack_payload(payload: bytes, layout: Codec) -> Arrays:
@@ -2567,8 +2562,8 @@ def load_artifact(path: str | Path) -> dict[str, Tensor]:
         parts.setdefault(key, {})[part] = torch.from_numpy(array)
     try:
         return dequantize(parts)
-    except (ValueError, LookupError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path}: weights in a form that this program does not know: {error!r}") from error
+    except (KeyError, IndexError) as error:
+        raise UserError(f"{path}: written by another program or version: no {error}; quantise again") from None
 
 
 def fill_model(model: GPT, state: dict[str, Tensor], source: str) -> None:
