@@ -9,7 +9,8 @@ The contest: the best language model that fits, code and compressed weights toge
     PRESET=records/demo python train_gpt.py            train, quantise, evaluate on whatever device is there
     torchrun --nproc_per_node=8 train_gpt.py           the same on eight GPUs (or, with gloo, on eight CPU processes)
 
-A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, record.env and result.json into its folder;
+A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, quant_report.tsv, record.env and
+result.json into its folder;
 STAGES=quantize,eval resumes from those files. What differs between systems is data: values of Config, rows of the
 tables (OPTIM_TABLE, quant_plan), keys into literal registries, and listeners at one seam (taps).
 
@@ -21,6 +22,7 @@ Nouns: Config, Runtime, Route, Seq, taps, QuantRule, Codec, ByteMeter, Learner.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import difflib
 import fnmatch
@@ -35,8 +37,11 @@ import pickle
 import platform
 import queue
 import re
+import shutil
 import struct
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -233,7 +238,26 @@ class Config:
     gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
     gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
     gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
-    compressor: str = knob("brotli", "entropy coder of the artifact", QUANT, choices=("brotli", "lzma"))
+    gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
+    repair: str = knob("none", "lqer: low-rank correction of the worst tensors", QUANT, choices=("none", "lqer"))
+    lqer_rank: int = knob(4, "rank of the correction", QUANT, ge=1, when="REPAIR=lqer")
+    lqer_top_k: int = knob(3, "tensors corrected, by Frobenius norm of the error", QUANT, ge=1, when="REPAIR=lqer")
+    lqer_asym_enabled: bool = knob(
+        True, "factors of 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each", QUANT, when="REPAIR=lqer"
+    )
+    lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", QUANT, gt=0, when="LQER_ASYM_ENABLED=1")
+    lqer_factor_bits: int = knob(4, "bits of symmetric factors", QUANT, ge=2, le=8, when="LQER_ASYM_ENABLED=0")
+    awq_lite_enabled: bool = knob(False, "GPTQ with more bits for the most salient column groups", QUANT)
+    awq_lite_bits: int = knob(8, "bits of those columns", QUANT, ge=3, le=8, when="AWQ_LITE_ENABLED=1")
+    awq_lite_group_top_k: int = knob(1, "groups, over all tensors", QUANT, ge=1, when="AWQ_LITE_ENABLED=1")
+    awq_lite_group_size: int = knob(64, "columns of a group", QUANT, gt=0, when="AWQ_LITE_ENABLED=1")
+    quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain", QUANT)
+    compressor: str = knob(
+        "brotli",
+        "layout and entropy coder of the artifact; pergroup needs the program lrzip",
+        QUANT,
+        choices=("brotli", "lzma", "pergroup"),
+    )
 
     eval: str = knob(
         "doc_lora", "how the final score is made", EVALUATION, choices=("plain", "sliding", "doc_lora", "phased_lora")
@@ -338,6 +362,14 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds} uses up MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}",
     ),
     (
+        lambda c: c.awq_lite_enabled and "gptq" not in (c.matrix_quant, c.embed_quant),
+        "AWQ_LITE_ENABLED=1 refines GPTQ; set MATRIX_QUANT=gptq or EMBED_QUANT=gptq",
+    ),
+    (
+        lambda c: c.awq_lite_enabled and c.awq_lite_bits <= min(c.matrix_bits, c.embed_bits),
+        "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
+    ),
+    (
         lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
         "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval",
     ),
@@ -354,6 +386,9 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "TTT_EVAL_ONLY": "STAGES=eval",
     "EMA_ENABLED": "AVERAGE=ema",
     "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
+    "LQER_ENABLED": "REPAIR=lqer (or REPAIR=none)",
+    "LQER_SELECT": "REPAIR=lqer (the tensors of largest error are corrected)",
+    "MATRIX_CLIP_SIGMAS": "ATTN_CLIP_SIGMAS and MLP_CLIP_SIGMAS",
 }
 
 
@@ -1824,20 +1859,24 @@ def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple
 
 
 class QuantRule(NamedTuple):
-    """How tensors whose name matches a glob pattern are stored: scheme, bits, clip in row standard deviations."""
+    """How tensors whose name matches a glob pattern are stored: scheme, bits, clip in row standard deviations, and the
+    first columns of the groups that AWQ-lite gives more bits."""
 
     pattern: str
     scheme: str
     bits: int
     clip: float
+    fine: tuple[int, ...] = ()
 
 
 def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
     """The quantisation plan; the first matching rule counts, and the last matches everything."""
+    gates = (QuantRule("blocks.*.attn.gate.weight", "int8_row", 8, 0.0),)
     return (
         QuantRule("tok_emb.weight", cfg.embed_quant, cfg.embed_bits, cfg.embed_clip_sigmas),
         QuantRule("blocks.*.attn.[qkvo].weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
         QuantRule("blocks.*.mlp.*.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.mlp_clip_sigmas),
+        *gates * cfg.gated_attn_quant_gate,
         QuantRule("*", "fp16", 16, 0.0),
     )
 
@@ -1845,6 +1884,38 @@ def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
 def rule_for(name: str, plan: tuple[QuantRule, ...]) -> QuantRule:
     """The first rule that matches a tensor's name."""
     return next(rule for rule in plan if fnmatch.fnmatchcase(name, rule.pattern))
+
+
+FINER = {"gptq": "awq_lite"}  # scheme -> the same with more bits for some columns
+
+
+def passes(cfg: Config, name: str) -> int:
+    """How often calibration ran the layer of a tensor per token; a Hessian sums over the passes."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return plan_route(cfg, loops(cfg)).layers.count(int(block[1])) if block else 1
+
+
+def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
+    """AWQ's measure of a column, (cols,) float64: RMS of its input, over `count` passes, times its mean |weight|.
+
+    The number of calibration tokens, a factor that all tensors share, stays in the RMS.
+    """
+    return (hessian.diagonal().double() / count).sqrt() * weight.double().abs().mean(dim=0)
+
+
+def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> tuple[QuantRule, ...]:
+    """quant_plan after AWQ-lite's choice: a rule of its own for each tensor that holds one of the
+    AWQ_LITE_GROUP_TOP_K most salient groups of contiguous columns."""
+    plan, size, groups, chosen = quant_plan(cfg), cfg.awq_lite_group_size, [], {}
+    for name in sorted(state.keys() & hessians.keys()) * cfg.awq_lite_enabled:
+        rule = rule_for(name, plan)
+        if rule.scheme in FINER and rule.bits < cfg.awq_lite_bits:
+            parts = column_salience(state[name], hessians[name], passes(cfg, name)).split(size)
+            groups += [(-part.sum().item(), name, i * size) for i, part in enumerate(parts)]
+    for _, name, start in sorted(groups)[: cfg.awq_lite_group_top_k]:
+        chosen.setdefault(name, []).append(start)
+    own = [rule_for(name, plan)._replace(pattern=name, fine=tuple(sorted(chosen[name]))) for name in chosen]
+    return (*(rule._replace(scheme=FINER[rule.scheme]) for rule in own), *plan)
 
 
 class HessianTap:
@@ -1910,7 +1981,17 @@ def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.clamp(torch.round(weight / scale), -top, top)
 
 
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, damp: float, blocksize: int) -> Tensor:
+class Fine(NamedTuple):
+    """Columns of a matrix with a grid of their own: their indices (n,), bits, and step of each row (rows,)."""
+
+    columns: Tensor
+    bits: int
+    scale: Tensor
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, damp: float, blocksize: int, fine: Fine | None = None
+) -> Tensor:
     """Integers (rows, cols) int8 of GPTQ with activation order (Frantar et al. 2023).
 
     weight (rows, cols) float32, hessian (cols, cols), scale (rows,). Columns go in order of falling diagonal; the
@@ -1926,12 +2007,15 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, damp: float,
     W[:, dead] = 0
     W, H = W[:, order].contiguous(), H[order][:, order]
     Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    Q, step = torch.empty_like(W), scale.float()
+    finer = set(fine.columns.tolist()) if fine is not None else set()
+    grids = [(fine.scale.float(), fine.bits) if c in finer else (scale.float(), bits) for c in order.tolist()]
+    Q = torch.empty_like(W)
     for start in range(0, W.size(1), blocksize):
         stop = min(start + blocksize, W.size(1))
         errors = torch.empty_like(W[:, start:stop])
         for j in range(start, stop):
-            Q[:, j] = round_to_grid(W[:, j], step, bits)
+            step, width = grids[j]
+            Q[:, j] = round_to_grid(W[:, j], step, width)
             errors[:, j - start] = (W[:, j] - Q[:, j] * step) / Hinv[j, j]
             W[:, j:stop] -= errors[:, j - start, None] * Hinv[j, j:stop]
         W[:, stop:] -= errors @ Hinv[start:stop, stop:]
@@ -1942,24 +2026,46 @@ Parts = dict[str, Tensor]
 
 
 class Scheme(NamedTuple):
-    """encode(weight, hessian, rule, cfg) -> parts, and decode(parts) -> float32 weight."""
+    """encode(weight, hessian, rule, cfg) -> parts, and decode(parts) -> float32 weight. repairable: integers of a
+    matrix, whose error a repair may correct."""
 
     encode: Callable[[Tensor, Tensor | None, QuantRule, Config], Parts]
     decode: Callable[[Parts], Tensor]
+    repairable: bool = False
+
+
+def rounded_rows(weight: Tensor, scale: Tensor, bits: int) -> Parts:
+    """Nearest levels of a grid with one step per row."""
+    return {"q": round_to_grid(weight.float(), scale.float()[:, None], bits).to(torch.int8), "s": scale}
 
 
 def encode_rowwise(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """Round to nearest with one step per row."""
-    scale = row_scales(weight, rule.bits, rule.clip)
-    return {"q": round_to_grid(weight.float(), scale.float()[:, None], rule.bits).to(torch.int8), "s": scale}
+    return rounded_rows(weight, row_scales(weight, rule.bits, rule.clip), rule.bits)
+
+
+def encode_int8_row(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
+    """Round to nearest, the largest magnitude of each row on level 127."""
+    return rounded_rows(weight, (weight.float().abs().amax(dim=1) / 127).half().clamp_min(2.0**-24), 8)
 
 
 def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """GPTQ with one step per row."""
+    """GPTQ with one step per row; AWQ-lite's columns, if the rule names any, have a finer step `hs`."""
     if hessian is None:
         raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
-    scale = row_scales(weight, rule.bits, rule.clip)
-    return {"q": gptq(weight, hessian, scale, rule.bits, cfg.gptq_damp, cfg.gptq_blocksize), "s": scale}
+    scale, extra, fine = row_scales(weight, rule.bits, rule.clip), {}, None
+    if rule.fine:
+        extra = {"hc": torch.tensor([cfg.awq_lite_group_size, *rule.fine], dtype=torch.int32)}
+        extra["hs"] = row_scales(weight, cfg.awq_lite_bits, rule.clip)
+        fine = Fine(fine_columns(extra["hc"], weight.size(1)), cfg.awq_lite_bits, extra["hs"])
+    q = gptq(weight, hessian, scale, rule.bits, cfg.gptq_damp, cfg.gptq_blocksize, fine)
+    return {"q": q, "s": scale} | extra
+
+
+def fine_columns(groups: Tensor, cols: int) -> Tensor:
+    """Column indices of AWQ-lite's groups, given as [columns of a group, first column, first column ...]."""
+    size, *starts = groups.tolist()
+    return torch.cat([torch.arange(start, min(start + size, cols)) for start in starts])
 
 
 def decode_rows(parts: Parts) -> Tensor:
@@ -1967,48 +2073,301 @@ def decode_rows(parts: Parts) -> Tensor:
     return parts["q"].float() * parts["s"].float()[:, None]
 
 
+def decode_awq(parts: Parts) -> Tensor:
+    """q * s, and q * hs in AWQ-lite's columns."""
+    weight, columns = decode_rows(parts), fine_columns(parts["hc"], parts["q"].size(1))
+    weight[:, columns] = parts["q"][:, columns].float() * parts["hs"].float()[:, None]
+    return weight
+
+
 SCHEMES = {
-    "gptq": Scheme(encode_gptq, decode_rows),
-    "rowwise": Scheme(encode_rowwise, decode_rows),
+    "gptq": Scheme(encode_gptq, decode_rows, repairable=True),
+    "awq_lite": Scheme(encode_gptq, decode_awq, repairable=True),
+    "rowwise": Scheme(encode_rowwise, decode_rows, repairable=True),
+    "int8_row": Scheme(encode_int8_row, decode_rows),
     "fp16": Scheme(lambda w, hessian, rule, cfg: {"w": w.half()}, lambda parts: parts["w"].float()),
 }
 
 
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """Integers in [0, 2^bits), bits <= 8, as a stream of bits in uint8, lowest first; zeros fill the last byte."""
+    column = values.cpu().numpy().astype(np.uint8).reshape(-1, 1)
+    return torch.from_numpy(
+        np.packbits(np.unpackbits(column, axis=1, count=bits, bitorder="little"), bitorder="little")
+    )
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of pack_bits, (count,) uint8."""
+    planes = np.unpackbits(packed.numpy(), count=bits * count, bitorder="little").reshape(count, bits)
+    return torch.from_numpy(np.packbits(planes, axis=1, bitorder="little")[:, 0])
+
+
+class Grid(NamedTuple):
+    """How a factor of a repair is stored: bits, and entries (in row-major order) per scale."""
+
+    bits: int
+    group: int
+
+    def encode(self, x: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor]:
+        """Packed integers and float16 scales. The asymmetric grid uses all 2^bits levels and reaches half a level over
+        the top; the symmetric one leaves the lowest level out."""
+        half = 2 ** (self.bits - 1)
+        low, reach = (-half, half - 0.5) if asymmetric else (1 - half, half - 1.0)
+        rows = F.pad(x.flatten(), (0, -x.numel() % self.group)).view(-1, self.group)
+        scale = (rows.abs().amax(dim=1) / reach).half().clamp_min(2.0**-24)
+        q = torch.clamp(torch.round(rows / scale.float()[:, None]), low, half - 1)
+        return pack_bits(q.flatten()[: x.numel()] + half, self.bits), scale
+
+    def decode(self, packed: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The float32 factor."""
+        count = math.prod(shape)
+        q = unpack_bits(packed, self.bits, count).float() - 2 ** (self.bits - 1)
+        return (q * scale.float().repeat_interleave(self.group)[:count]).view(shape)
+
+
+def encode_lqer(error: Tensor, cfg: Config) -> Parts:
+    """LQER (Zhang et al. 2024): quantised factors A (rows, r), B (r, cols) of the best rank-r fit to the error matrix.
+
+    The sign of each pair is such that the largest entry of B's row is positive: the grids are asymmetric, and a
+    library's choice of sign would show in the result.
+    """
+    U, S, Vh = torch.linalg.svd(error.float(), full_matrices=False)
+    rank = min(cfg.lqer_rank, len(S))
+    B = Vh[:rank]
+    sign = B.gather(1, B.abs().argmax(dim=1, keepdim=True)).sign()
+    A, B = U[:, :rank] * S[:rank] * sign.T, B * sign
+    published = Grid(2, A.numel()), Grid(4, cfg.lqer_asym_group)
+    plain = Grid(cfg.lqer_factor_bits, rank), Grid(cfg.lqer_factor_bits, B.size(1))
+    grids = published if cfg.lqer_asym_enabled else plain
+    (lqa, lqas), (lqb, lqbs) = (grid.encode(x, cfg.lqer_asym_enabled) for grid, x in zip(grids, (A, B), strict=True))
+    head = torch.tensor([rank, *grids[0], *grids[1]], dtype=torch.int32)
+    return {"lqa": lqa, "lqas": lqas, "lqb": lqb, "lqbs": lqbs, "lqm": head}
+
+
+def decode_lqer(parts: Parts) -> Tensor:
+    """A B, to be added to the decoded weight."""
+    rank, *head = parts["lqm"].tolist()
+    rows, cols = parts["q"].shape
+    A = Grid(*head[:2]).decode(parts["lqa"], parts["lqas"], (rows, rank))
+    return A @ Grid(*head[2:]).decode(parts["lqb"], parts["lqbs"], (rank, cols))
+
+
+def lqer_bytes(parts: Parts) -> tuple[int, int]:
+    """Bytes of a tensor's correction as stored here, and with a byte per entry as published."""
+    stored = sum(part.nbytes for key, part in parts.items() if key.startswith("lq"))
+    scales = parts["lqas"].nbytes + parts["lqbs"].nbytes
+    return stored, int(parts["lqm"][0]) * sum(parts["q"].shape) + scales
+
+
+class Repair(NamedTuple):
+    """encode(error, cfg) -> further parts of a tensor, and decode(parts) -> what they add to the decoded weight."""
+
+    encode: Callable[[Tensor, Config], Parts]
+    decode: Callable[[Parts], Tensor]
+
+
+REPAIRS = {"none": None, "lqer": Repair(encode_lqer, decode_lqer)}
+
+
+def decode(key: str, parts: Parts) -> Tensor:
+    """The float32 weight stored under 'name:scheme' or 'name:scheme+repair'."""
+    scheme, *repairs = key.partition(":")[2].split("+")
+    return sum((REPAIRS[name].decode(parts) for name in repairs), SCHEMES[scheme].decode(parts))
+
+
+def share(runtime: Runtime, what: str, jobs: list[str], work: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """The union of work(job) over all jobs, dealt out to the ranks in turn."""
+    mine, done, started = jobs[runtime.rank :: runtime.world], {}, time.perf_counter()
+    for count, job in enumerate(mine):
+        done |= work(job)
+        runtime.log.progress(what, count + 1, len(mine), started)
+    return runtime.gather(done)
+
+
 def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> dict[str, Parts]:
-    """'name:scheme' -> parts of every tensor, on the CPU; the tensors are shared out over the ranks by cost."""
-    plan, done, started = quant_plan(cfg), {}, time.perf_counter()
+    """'name:scheme' (or 'name:scheme+repair') -> parts of every tensor, on the CPU; the work is shared out by cost."""
     bad = [name for name, w in state.items() if not torch.isfinite(w).all()]
     if bad:
         raise FloatingPointError(f"{bad[0]} holds values that are not finite; train again")
-    mine = sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n))[runtime.rank :: runtime.world]
-    for count, name in enumerate(mine):
-        rule, device = rule_for(name, plan), runtime.device
+    plan, device = refined_plan(cfg, state, hessians), runtime.device
+
+    def encode(name: str) -> dict[str, Parts]:
+        rule = rule_for(name, plan)
         hessian = hessians[name].to(device) if name in hessians else None
         parts = SCHEMES[rule.scheme].encode(state[name].to(device), hessian, rule, cfg)
-        done[f"{name}:{rule.scheme}"] = {key: part.cpu() for key, part in parts.items()}
-        runtime.log.progress("quantising", count + 1, len(mine), started)
-    whole = runtime.gather(done)
+        return {f"{name}:{rule.scheme}": {key: part.cpu() for key, part in parts.items()}}
+
+    jobs = sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n))
+    whole = repaired(cfg, runtime, state, share(runtime, "quantising", jobs, encode))
     return {key: whole[key] for key in sorted(whole)}
+
+
+def repaired(cfg: Config, runtime: Runtime, state: dict[str, Tensor], parts: dict[str, Parts]) -> dict[str, Parts]:
+    """The parts after REPAIR has corrected the LQER_TOP_K tensors of largest error, by Frobenius norm."""
+    repair, norms = REPAIRS[cfg.repair], {}
+    if repair is None:
+        return parts
+
+    def error(key: str) -> Tensor:
+        return state[key.split(":")[0]].cpu().float() - decode(key, parts[key])
+
+    def correct(key: str) -> dict[str, Parts]:
+        return {key: {k: v.cpu() for k, v in repair.encode(error(key).to(runtime.device), cfg).items()}}
+
+    for key in parts:
+        if SCHEMES[key.split(":")[1]].repairable:
+            norms[key] = error(key).double().norm().item()
+    worst = sorted(norms, key=lambda k: (-norms[k], k))[: cfg.lqer_top_k]
+    added = share(runtime, "repairing", worst, correct)
+    kept = {key: value for key, value in parts.items() if key not in added}
+    return kept | {f"{key}+{cfg.repair}": parts[key] | extra for key, extra in added.items()}
 
 
 def dequantize(parts: dict[str, Parts]) -> dict[str, Tensor]:
     """Float32 state dict from 'name:scheme' -> parts."""
-    return {key.split(":")[0]: SCHEMES[key.split(":")[1]].decode(value) for key, value in parts.items()}
+    return {key.split(":")[0]: decode(key, value) for key, value in parts.items()}
 
 
-def error_report(cfg: Config, state: dict[str, Tensor], parts: dict[str, Parts]) -> list[str]:
-    """Per rule of the plan: tensors, weights, and the relative squared error of the stored weights."""
-    restored, lines, plan = dequantize(parts), [], quant_plan(cfg)
+def sort_hidden(
+    cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same function with each MLP's hidden units in the order in which the rows of `up` resemble one another.
+
+    An elementwise nonlinearity commutes with a permutation, so the rows of `up` are sorted for the coder at no cost
+    when the columns of `down` move with them. Done before quantisation, on rounded rows: GPTQ, AWQ-lite and LQER then
+    see nothing but another model, and no scale or packed factor has to be permuted. New dicts are returned.
+    """
+    plan, state, hessians = quant_plan(cfg), dict(state), dict(hessians)
+
+    def order(name: str) -> dict[str, Tensor]:
+        weight = state[name].to(runtime.device)
+        return {name: similarity_order(encode_rowwise(weight, None, rule_for(name, plan), cfg)["q"]).cpu()}
+
+    ups = sorted(name for name in state if fnmatch.fnmatchcase(name, "blocks.*.mlp.up.weight"))
+    for up, rows in share(runtime, "sorting hidden units", ups, order).items():
+        down = up.replace(".up.", ".down.")
+        state[up], state[down] = state[up][rows], state[down][:, rows]
+        if down in hessians:
+            hessians[down] = hessians[down][rows][:, rows]
+    return state, hessians
+
+
+class TensorReport(NamedTuple):
+    """What storing one tensor costs and loses; squared errors and powers, plain and weighted by the input Hessian."""
+
+    name: str
+    stored: str
+    weights: int
+    error: float
+    power: float
+    weighted_error: float
+    weighted_power: float
+    raw_bytes: int
+    entropy_bytes: int
+
+
+def entropy_bytes(parts: Parts) -> int:
+    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy."""
+    total = sum(part.nbytes for part in parts.values())
+    if "q" in parts:
+        counts = torch.bincount(parts["q"].flatten().long() + 128).double()
+        share_of = counts[counts > 0] / parts["q"].numel()
+        total += int(-(share_of * share_of.log2()).sum().item() * parts["q"].numel() / 8) - parts["q"].numel()
+    return total
+
+
+def weighted_power(x: Tensor, hessian: Tensor | None) -> float:
+    """trace(x H x^T), the summed squares of a layer's outputs; not a number without a Hessian."""
+    return math.nan if hessian is None else ((x.float() @ hessian.float()) * x).double().sum().item()
+
+
+def tensor_reports(
+    runtime: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor], parts: dict[str, Parts]
+) -> list[TensorReport]:
+    """A report of every stored tensor, in the order of parts."""
+    reports = []
+    for key, value in parts.items():
+        name, stored = key.split(":")
+        weight = state[name].to(runtime.device).float()
+        hessian = hessians[name].to(runtime.device) if name in hessians else None
+        error = weight - decode(key, value).to(runtime.device)
+        squares = [t.double().square().sum().item() for t in (error, weight)]
+        weighted = [weighted_power(t, hessian) for t in (error, weight)]
+        raw = sum(part.nbytes for part in value.values())
+        reports.append(TensorReport(name, stored, weight.numel(), *squares, *weighted, raw, entropy_bytes(value)))
+    return reports
+
+
+def ratio(a: float, b: float) -> float:
+    """a / b, not a number when b is nothing."""
+    return a / b if b > 0 else math.nan
+
+
+def report_table(reports: list[TensorReport]) -> str:
+    """quant_report.tsv: one line a tensor, with relative errors."""
+    lines = ["name\tstored\tweights\trelative_error\thessian_weighted_error\traw_bytes\tentropy_bytes"]
+    for r in reports:
+        errors = ratio(r.error, r.power), ratio(r.weighted_error, r.weighted_power)
+        lines.append("\t".join(map(str, (r.name, r.stored, r.weights, *(f"{e:.4e}" for e in errors), *r[-2:]))))
+    return "\n".join(lines) + "\n"
+
+
+def error_report(cfg: Config, reports: list[TensorReport], parts: dict[str, Parts]) -> list[str]:
+    """Per rule of the plan: tensors, weights, relative squared error of the stored weights and (weighted by the input
+    Hessians) of the layers' outputs, bytes; then the tensors stored in a way of their own, and LQER's bytes."""
+    lines, plan = [], quant_plan(cfg)
     for rule in plan:
-        names = [n for n in state if rule_for(n, plan) is rule]
-        if names:
-            error = sum((state[n] - restored[n]).double().square().sum().item() for n in names)
-            power = max(sum(state[n].double().square().sum().item() for n in names), 1e-30)
-            weights = sum(state[n].numel() for n in names)
+        mine = [r for r in reports if rule_for(r.name, plan) is rule]
+        total = [sum(getattr(r, field) for r in mine) for field in TensorReport._fields[2:]]
+        if mine:
             lines.append(
-                f"  {rule.pattern:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(names):3} "
-                f"tensors {weights:>11,} weights  relative error {error / power:.3e}"
+                f"  {rule.pattern:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(mine):3} tensors "
+                f"{total[0]:>11,} weights  relative error {ratio(total[1], total[2]):.3e}  weighted "
+                f"{ratio(total[3], total[4]):.3e}  {total[5]:,} bytes raw, {total[6]:,} at entropy"
             )
+        lines += [f"    {r.name} as {r.stored}" for r in mine if r.stored != rule.scheme]
+    sizes = [lqer_bytes(value) for value in parts.values() if "lqm" in value]
+    if sizes:
+        stored, published = map(sum, zip(*sizes, strict=True))
+        lines.append(f"  LQER: {len(sizes)} tensors, {stored:,} bytes bit-packed ({published:,} with int8 factors)")
+    return lines
+
+
+def searched_scales(weight: Tensor, bits: int) -> Tensor:
+    """Row steps, float16, of the older clip search ("GPTQ-lite"): every row is clipped at the same quantile of its
+    magnitudes, the one of least squared error when rounding to nearest."""
+    top, best = 2 ** (bits - 1) - 1, (math.inf, torch.empty(0))
+    for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        scale = (weight.abs().quantile(q, dim=1) / top).half().clamp_min(2.0**-24)
+        step = scale.float()[:, None]
+        error = (weight - round_to_grid(weight, step, bits) * step).square().sum().item()
+        best = min(best, (error, scale), key=lambda pair: pair[0])
+    return best[1]
+
+
+def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> list[str]:
+    """What AWQ-lite, and the clip search on the largest tensor of each class, would cost (bytes at order-0 entropy) and
+    gain (Hessian-weighted error over the present one), measured by quantising those tensors again."""
+    plan, lines = quant_plan(cfg), []
+
+    def encode(name: str, rule: QuantRule) -> Parts:
+        return SCHEMES[rule.scheme].encode(state[name].float(), hessians[name], rule, cfg)
+
+    refined = refined_plan(dataclasses.replace(cfg, awq_lite_enabled=True), state, hessians)
+    probes = [
+        (f"AWQ-lite from columns {r.fine}", r.pattern, "awq_lite", encode(r.pattern, r)) for r in refined if r.fine
+    ]
+    for rule, name in {rule_for(n, plan): n for n in sorted(hessians, key=lambda n: (state[n].numel(), n))}.items():
+        clipped = rounded_rows(state[name], searched_scales(state[name].float(), rule.bits), rule.bits)
+        probes.append(("clip search", name, "rowwise", clipped))
+    for what, name, scheme, then in probes:
+        rule = rule_for(name, plan)
+        now = encode(name, rule)
+        decoded = SCHEMES[scheme].decode(then), SCHEMES[rule.scheme].decode(now)
+        loss = [weighted_power(state[name] - weight, hessians[name]) for weight in decoded]
+        cost = entropy_bytes(then) - entropy_bytes(now)
+        lines.append(f"  {what}, {name}: {cost:+,} bytes, Hessian-weighted error times {ratio(*loss):.3f}")
     return lines
 
 
@@ -2016,31 +2375,145 @@ def error_report(cfg: Config, state: dict[str, Tensor], parts: dict[str, Parts])
 # | 10 ARTIFACT                                                                                                        |
 # +--------------------------------------------------------------------------------------------------------------------+
 
-MAGIC, ARTIFACT_VERSION = b"PGLF", 1
+MAGIC, ARTIFACT_VERSION = b"PGLF", 2
 HEAD = struct.Struct("<4sBBII")  # magic, version, codec, payload bytes, CRC-32 of the payload
+Arrays = dict[str, np.ndarray]
 
 
-class Codec(NamedTuple):
-    """An entropy coder: its number in the blob's head, and bytes <-> bytes."""
+class Coder(NamedTuple):
+    """An entropy coder, bytes <-> bytes. need raises UserError when what it runs on is not installed."""
 
-    number: int
     encode: Callable[[bytes], bytes]
     decode: Callable[[bytes], bytes]
+    need: Callable[[], Any]
 
 
 def need_brotli() -> Any:
     """The brotli module; a missing one is an error that names the package, never a fallback."""
     if brotli is None:
-        raise UserError("COMPRESSOR=brotli needs the package brotli: pip install brotli")
+        raise UserError("COMPRESSOR=brotli or pergroup needs the package brotli: pip install brotli")
     return brotli
 
 
-CODECS = {
-    "brotli": Codec(
-        1, lambda raw: need_brotli().compress(raw, quality=11, lgwin=24), lambda b: need_brotli().decompress(b)
+def need_lrzip() -> str:
+    """Path of the program lrzip; a missing one is an error that names the package, never a fallback."""
+    program = shutil.which("lrzip")
+    if program is None:
+        raise UserError(
+            "COMPRESSOR=pergroup needs the program lrzip, to write an artifact and to read it: apt install lrzip"
+        )
+    return program
+
+
+def run_lrzip(data: bytes, *flags: str) -> bytes:
+    """lrzip's output for data, through files of a temporary folder, without the settings of a user's lrzip.conf."""
+    program = need_lrzip()
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "in.lrz", Path(folder) / "out"
+        source.write_bytes(data)
+        command = [program, "-Q", "-f", *flags, "-o", str(target), str(source)]
+        done = subprocess.run(command, capture_output=True, env={"LRZIP": "NOCONFIG", "TMPDIR": folder}, check=False)
+        if done.returncode != 0 or not target.is_file():
+            raise UserError(f"lrzip {' '.join(flags)} failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
+        return target.read_bytes()
+
+
+CODERS = {
+    "brotli": Coder(
+        lambda raw: need_brotli().compress(raw, quality=11, lgwin=24),
+        lambda b: need_brotli().decompress(b),
+        need_brotli,
     ),
-    "lzma": Codec(2, lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
+    "lzma": Coder(lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), lzma.decompress, lambda: None),
+    # ZPAQ; -p 1: by default the block size, and so the bytes, depend on the number of processors
+    "lrzip": Coder(lambda raw: run_lrzip(raw, "-z", "-L", "9", "-p", "1"), lambda b: run_lrzip(b, "-d"), need_lrzip),
 }
+
+
+class Codec(NamedTuple):
+    """A layout and its coders, by the number in the blob's head.
+
+    Each glob pattern of `groups` gathers the arrays of one role into a stream for group_coder; all else goes, with the
+    index, into the first stream, for coder. Matrices that match sorted_rows are stored with similar rows side by side,
+    and their order as a further array. sort_hidden asks the quantiser to arrange the MLPs so beforehand.
+    """
+
+    number: int
+    coder: str
+    group_coder: str = ""
+    groups: tuple[str, ...] = ()
+    sorted_rows: tuple[str, ...] = ()
+    sort_hidden: bool = False
+
+    def stream_of(self, name: str) -> int:
+        """The stream of an array."""
+        return next((i for i, p in enumerate(self.groups, 1) if fnmatch.fnmatchcase(name, p)), 0)
+
+    def coders(self) -> list[Coder]:
+        """The coder of each stream."""
+        return [CODERS[name] for name in (self.coder, *[self.group_coder] * len(self.groups))]
+
+    def need(self) -> None:
+        """UserError when a coder cannot run here."""
+        for coder in self.coders():
+            coder.need()
+
+
+CODECS = {
+    "brotli": Codec(1, "brotli"),
+    "lzma": Codec(2, "lzma"),
+    "pergroup": Codec(
+        3,
+        "brotli",
+        "lrzip",
+        (
+            "tok_emb.weight:*:q",
+            *(f"blocks.*.{m}.weight:*:q" for m in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")),
+        ),
+        sorted_rows=("tok_emb.weight:*:q", "blocks.*.attn.q.weight:*:q"),
+        sort_hidden=True,
+    ),
+}
+
+
+def similarity_order(matrix: Tensor) -> Tensor:
+    """Order of the rows of an integer matrix, (rows,) int64: from row 0 always on to the nearest row, by L1 distance,
+    that has not been taken yet; of equally near ones to the first.
+
+    Sums of integers below 2^24 are exact in float32, whatever their order.
+    """
+    rows, ids, order = matrix.float(), torch.arange(len(matrix), device=matrix.device), [0] * (len(matrix) > 0)
+    taken, ones = torch.zeros(len(matrix), device=matrix.device), rows.new_ones(rows.size(1))
+    here, position, stale = rows[:1].clone(), 0, 0
+    while len(order) < len(matrix):
+        taken[position] = math.inf
+        stale += 1
+        if 8 * stale > len(ids):  # leave the taken rows behind, now and then
+            left = taken == 0
+            rows, ids, taken, stale = rows[left], ids[left], taken[left], 0
+        blocks = [(block - here).abs_() @ ones for block in rows.split(512)]  # blocks that fit into a cache
+        position = int((torch.cat(blocks) + taken).argmin())
+        here = rows[position : position + 1].clone()
+        order.append(int(ids[position]))
+    return torch.tensor(order, dtype=torch.int64)
+
+
+def sort_rows(arrays: Arrays, patterns: tuple[str, ...]) -> Arrays:
+    """The arrays with the rows of matching matrices sorted, and their orders (uint16) as '<name>:order'."""
+    out, matrices = dict(arrays), [n for n, a in arrays.items() if a.ndim == 2 and a.dtype == np.int8]
+    for name in (n for n in matrices for p in patterns if fnmatch.fnmatchcase(n, p)):
+        assert len(arrays[name]) <= 2**16, f"{name} has too many rows for an order in uint16"
+        order = similarity_order(torch.from_numpy(arrays[name])).numpy()
+        out |= {name: arrays[name][order], f"{name}:order": order.astype(np.uint16)}
+    return out
+
+
+def unsort_rows(arrays: Arrays) -> Arrays:
+    """The inverse of sort_rows."""
+    out = {name: array for name, array in arrays.items() if not name.endswith(":order")}
+    for name in arrays.keys() - out.keys():
+        out[name.removesuffix(":order")] = arrays[name.removesuffix(":order")][np.argsort(arrays[name])]
+    return out
 
 
 def shuffle_bytes(array: np.ndarray) -> bytes:
@@ -2056,20 +2529,35 @@ def unshuffle_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarr
     return np.ascontiguousarray(flat.reshape(shape[::-1]).T) if len(shape) == 2 else flat.reshape(shape)
 
 
-def pack_arrays(arrays: dict[str, np.ndarray], codec: str) -> bytes:
-    """Named arrays -> one self-describing blob. Arrays of one role lie together, layer after layer."""
+def pack_arrays(arrays: Arrays, codec: str) -> bytes:
+    """Named arrays -> one self-describing blob. Arrays of one role lie together, layer after layer.
+
+    Payload: number of streams (u8), their lengths (u32 each), the streams. The first begins with the index (its length
+    as u32, then JSON): name, dtype and shape of each array in storage order.
+    """
 
     def role(name: str) -> tuple[str, list[int]]:
         return re.sub(r"\d+", "", name), [int(n) for n in re.findall(r"\d+", name)]
 
+    layout = CODECS[codec]
+    arrays = sort_rows(arrays, layout.sorted_rows)
     names = sorted(arrays, key=role)
     index = json.dumps([[n, arrays[n].dtype.str, arrays[n].shape] for n in names], separators=(",", ":")).encode()
-    raw = struct.pack("<I", len(index)) + index + b"".join(shuffle_bytes(arrays[n]) for n in names)
-    payload = CODECS[codec].encode(raw)
-    return HEAD.pack(MAGIC, ARTIFACT_VERSION, CODECS[codec].number, len(payload), zlib.crc32(payload)) + payload
+    raws = [[struct.pack("<I", len(index)), index], *([] for _ in layout.groups)]
+    for name in names:
+        raws[layout.stream_of(name)].append(shuffle_bytes(arrays[name]))
+    streams = in_parallel([coder.encode for coder in layout.coders()], [b"".join(raw) for raw in raws])
+    payload = struct.pack(f"<B{len(streams)}I", len(streams), *map(len, streams)) + b"".join(streams)
+    return HEAD.pack(MAGIC, ARTIFACT_VERSION, layout.number, len(payload), zlib.crc32(payload)) + payload
 
 
-def unpack_arrays(blob: bytes, source: str = "artifact") -> dict[str, np.ndarray]:
+def in_parallel(functions: list[Callable[[bytes], bytes]], datas: list[bytes]) -> list[bytes]:
+    """function(data) for each pair, on as many threads as there are processors; nothing stays nothing."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda function, data: function(data) if data else b"", functions, datas))
+
+
+def unpack_arrays(blob: bytes, source: str = "artifact") -> Arrays:
     """The inverse of pack_arrays; UserError for a blob that is foreign, of another version, truncated or damaged."""
     if len(blob) < HEAD.size or blob[:4] != MAGIC:
         raise UserError(f"{source}: not a model artifact of this program ({len(blob)} bytes, starts with {blob[:4]!r})")
@@ -2081,25 +2569,34 @@ def unpack_arrays(blob: bytes, source: str = "artifact") -> dict[str, np.ndarray
         raise UserError(f"{source}: truncated or padded: {len(payload)} payload bytes, the head promises {size}")
     if zlib.crc32(payload) != crc:
         raise UserError(f"{source}: damaged: the checksum of the payload does not match; copy or quantise it again")
-    decoders = {codec.number: codec.decode for codec in CODECS.values()}
-    if number not in decoders:
+    layouts = {codec.number: codec for codec in CODECS.values()}
+    if number not in layouts:
         raise UserError(f"{source}: unknown codec number {number}")
     try:
-        return read_arrays(decoders[number](payload))
+        return unsort_rows(unpack_payload(payload, layouts[number]))
     except UserError:
         raise
     except Exception as error:  # each coder has errors of its own
         raise UserError(f"{source}: damaged: the payload does not decode ({error}); quantise again") from None
 
 
-def read_arrays(raw: bytes) -> dict[str, np.ndarray]:
-    """Arrays of a decoded payload: index length, index, then each array's shuffled bytes."""
-    (length,) = struct.unpack_from("<I", raw)
-    arrays, position = {}, 4 + length
-    for name, dtype, shape in json.loads(raw[4:position]):
-        size = np.dtype(dtype).itemsize * math.prod(shape)
-        arrays[name] = unshuffle_bytes(raw[position : position + size], dtype, tuple(shape))
-        position += size
+def unpack_payload(payload: bytes, layout: Codec) -> Arrays:
+    """The arrays as stored; some ordinary exception when the payload is none of this layout."""
+    coders = layout.coders()
+    count, *sizes = struct.unpack_from(f"<B{len(coders)}I", payload)
+    if count != len(coders):
+        raise ValueError(f"{count} streams where the codec has {len(coders)}")
+    ends = np.cumsum([1 + 4 * count, *sizes]).tolist()
+    streams = [payload[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    raws = in_parallel([coder.decode for coder in coders], streams)
+    (length,) = struct.unpack_from("<I", raws[0])
+    arrays, positions = {}, [4 + length, *(0 for _ in layout.groups)]
+    for name, dtype, shape in json.loads(raws[0][4 : 4 + length]):
+        i, size = layout.stream_of(name), np.dtype(dtype).itemsize * math.prod(shape)
+        arrays[name] = unshuffle_bytes(raws[i][positions[i] : positions[i] + size], dtype, tuple(shape))
+        positions[i] += size
+    if ends[-1] != len(payload) or positions != list(map(len, raws)):
+        raise ValueError("the index does not account for all bytes")
     return arrays
 
 
@@ -2716,6 +3213,8 @@ class Run:
         self.cfg, self.runtime, self.log, self.folder = cfg, runtime, runtime.log, folder
         self.attend = choose_attention(cfg, runtime)
         self.val = load_val(cfg)
+        if "quantize" in cfg.stages:
+            CODECS[cfg.compressor].need()  # before the training, not after it
         self.result: dict[str, Any] = {"preset": preset, "seed": cfg.seed, "stages": {}}
         old = folder / "result.json"
         if "train" not in cfg.stages and old.is_file():
@@ -2803,20 +3302,36 @@ class Run:
         cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
         state = self.load("model.pt")["model"]
         fill_model(self.model(), state, str(self.folder / "model.pt"))
-        parts = quantize(cfg, runtime, state, self.load("hessians.pt"))
-        self.log("\n".join(["quantisation plan:", *error_report(cfg, state, parts)]))
-        quantised = time.perf_counter()
+        hessians = self.load("hessians.pt")
+        if CODECS[cfg.compressor].sort_hidden:
+            state, hessians = sort_hidden(cfg, runtime, state, hessians)
+        parts = quantize(cfg, runtime, state, hessians)
+        seconds = time.perf_counter() - started
         if runtime.rank == 0:
+            self.report_errors(state, hessians, parts)
+            started = time.perf_counter()
             save_artifact(self.folder / "model.bin", parts, cfg.compressor)
         runtime.barrier()
         size, code = (self.folder / "model.bin").stat().st_size, Path(__file__).stat().st_size
         self.log(
-            f"artifact: {size:,} bytes ({cfg.compressor}), quantised in {quantised - started:.1f} s, compressed in "
-            f"{time.perf_counter() - quantised:.1f} s"
+            f"artifact: {size:,} bytes ({cfg.compressor}), quantised in {seconds:.1f} s, compressed in "
+            f"{time.perf_counter() - started:.1f} s"
         )
         self.result = {k: v for k, v in self.result.items() if not k.startswith("artifact")}  # an older pack's
         self.result |= {"bytes_code": code, "bytes_model": size, "bytes_total": code + size}
         self.record("quantized", evaluate_plain(cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val))
+
+    def report_errors(self, state: dict[str, Tensor], hessians: dict[str, Tensor], parts: dict[str, Parts]) -> None:
+        """What quantisation costs and loses: by class into the log, by tensor into quant_report.tsv."""
+        started, reports = time.perf_counter(), tensor_reports(self.runtime, state, hessians, parts)
+        atomic_write(self.folder / "quant_report.tsv", report_table(reports).encode())
+        lines = error_report(self.cfg, reports, parts)
+        if self.cfg.quant_report:
+            lines += [
+                "other quantisers, at the bytes of their order-0 entropy:",
+                *probe_report(self.cfg, state, hessians),
+            ]
+        self.log("\n".join(["quantisation plan:", *lines, f"  report in {time.perf_counter() - started:.1f} s"]))
 
     def from_artifact(self, path: Path) -> GPT:
         """A model with an artifact's weights."""

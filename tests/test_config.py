@@ -224,6 +224,8 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"EVAL_STRIDE": "2049"}, "EVAL_STRIDE=2049"),
     ({"TTT_CHUNK_SIZE": "2049"}, "TTT_CHUNK_SIZE=2049"),
     ({"GPTQ_RESERVE_SECONDS": "600"}, "GPTQ_RESERVE_SECONDS=600"),
+    ({"AWQ_LITE_ENABLED": "1", "MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise"}, "AWQ_LITE_ENABLED=1"),
+    ({"AWQ_LITE_ENABLED": "1", "AWQ_LITE_BITS": "6"}, "AWQ_LITE_BITS=6"),
     ({"STAGES": "train,eval"}, "STAGES must be a suffix"),
 )
 

@@ -1,0 +1,193 @@
+"""The per-group codec: row order, streams, and the program lrzip, there or missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import golden_rules as rules
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import CODECS, UserError, load_config, pack_arrays, unpack_arrays
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "quant.json").read_text(encoding="utf-8"))["entries"]
+PERGROUP = CODECS["pergroup"]
+needs_lrzip = pytest.mark.skipif(shutil.which("lrzip") is None, reason="the program lrzip is not installed")
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    """Equal names, dtypes, shapes and bits."""
+    return a.keys() == b.keys() and all(
+        (a[n].dtype, a[n].shape, a[n].tobytes()) == (b[n].dtype, b[n].shape, b[n].tobytes()) for n in a
+    )
+
+
+def model_arrays(scheme: str = "gptq", layers: int = 3) -> dict[str, np.ndarray]:
+    """Arrays as a small quantised model has them."""
+    rng = np.random.default_rng(0)
+
+    def matrix(rows: int, cols: int) -> np.ndarray:
+        return np.round(3 * rng.standard_normal((rows, cols))).astype(np.int8)
+
+    shapes = {"attn.q": (16, 16), "attn.k": (8, 16), "attn.v": (8, 16), "attn.o": (16, 16), "mlp.up": (48, 16)}
+    found = {
+        f"tok_emb.weight:{scheme}:q": matrix(40, 16),
+        "skips.weights:fp16:w": rng.random((4, 16)).astype(np.float16),
+    }
+    for layer in range(layers):
+        for part, shape in (shapes | {"mlp.down": (16, 48)}).items():
+            found[f"blocks.{layer}.{part}.weight:{scheme}:q"] = matrix(*shape)
+            found[f"blocks.{layer}.{part}.weight:{scheme}:s"] = rng.random(shape[0]).astype(np.float16)
+        found[f"blocks.{layer}.attn.gate.weight:int8_row:q"] = matrix(8, 12)
+    return found
+
+
+# Row order
+
+
+@pytest.mark.parametrize("entry", [pytest.param(e, id=e["name"]) for e in GOLDEN if e["kind"] == "row_similarity"])
+def test_published_row_order(entry: dict[str, Any]) -> None:
+    config, want = entry["config"], entry["expected"]
+    shape, top = (config["rows"], config["cols"]), config["range"]
+    M = torch.floor((rules.fill("hash", config["key"], shape, 1.0) + 1) / 2 * (2 * top + 1)) - top
+    assert M[0].tolist() == want["matrix_row0"] and M.sum() == want["matrix_sum"]
+    assert train_gpt.similarity_order(M.to(torch.int8)).tolist() == want["order"]
+
+
+def plain_order(M: np.ndarray) -> list[int]:
+    """The rule, word for word."""
+    order, left = [0], list(range(1, len(M)))
+    while left:
+        here = M[order[-1]].astype(int)
+        order.append(min(left, key=lambda i: (int(np.abs(M[i] - here).sum()), i)))
+        left.remove(order[-1])
+    return order
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 9999), rows=st.integers(1, 90), cols=st.integers(1, 20), top=st.sampled_from([1, 3, 127]))
+def test_row_order_is_the_greedy_walk_with_ties_to_the_first(seed: int, rows: int, cols: int, top: int) -> None:
+    M = np.random.default_rng(seed).integers(-top, top + 1, (rows, cols)).astype(np.int8)
+    assert train_gpt.similarity_order(torch.from_numpy(M)).tolist() == plain_order(M)
+
+
+def test_row_order_does_not_depend_on_the_block() -> None:
+    M = np.random.default_rng(1).integers(-2, 3, (1100, 3)).astype(np.int8)
+    assert train_gpt.similarity_order(torch.from_numpy(M)).tolist() == plain_order(M)
+
+
+def test_rows_are_sorted_and_sorted_back() -> None:
+    arrays = model_arrays()
+    found = train_gpt.sort_rows(arrays, PERGROUP.sorted_rows)
+    orders = {n.removesuffix(":order"): a for n, a in found.items() if n.endswith(":order")}
+    assert sorted(orders) == sorted(n for n in arrays if n.endswith(":q") and ("tok_emb" in n or ".q.weight" in n))
+    for name, order in orders.items():
+        assert order.dtype == np.uint16 and order[0] == 0 and order.tolist() != sorted(order)
+        assert np.array_equal(found[name], arrays[name][order])
+    assert same(train_gpt.unsort_rows(found), arrays)
+
+
+# Streams
+
+
+def test_each_role_has_a_stream_and_the_rest_is_the_first() -> None:
+    names = list(train_gpt.sort_rows(model_arrays("awq_lite+lqer"), PERGROUP.sorted_rows))
+    streams = {name: PERGROUP.stream_of(name) for name in names}
+    roles = ["tok_emb", *(f"blocks.1.{part}" for part in "attn.q attn.k attn.v attn.o mlp.up mlp.down".split())]
+    assert [streams[f"{role}.weight:awq_lite+lqer:q"] for role in roles] == list(range(1, 8))
+    rest = {name for name, stream in streams.items() if stream == 0}
+    assert rest == {n for n in names if n.endswith((":s", ":w", ":order")) or "gate" in n}
+
+
+def test_other_codecs_have_one_stream() -> None:
+    for codec in (CODECS["brotli"], CODECS["lzma"]):
+        assert len(codec.coders()) == 1 and not codec.sort_hidden
+        assert {codec.stream_of(name) for name in model_arrays()} == {0}
+    assert len({codec.number for codec in CODECS.values()}) == len(CODECS)
+
+
+@needs_lrzip
+def test_round_trip_is_bitwise_and_the_same_bytes_again() -> None:
+    arrays = model_arrays()
+    blob = pack_arrays(arrays, "pergroup")
+    assert same(unpack_arrays(blob), arrays)
+    assert pack_arrays(dict(reversed(arrays.items())), "pergroup") == blob
+
+
+@needs_lrzip
+@pytest.mark.parametrize("shape", [(1, 1), (3, 0), (0, 3), (5,), (2, 2, 2)])
+def test_odd_shapes_travel(shape: tuple[int, ...]) -> None:
+    arrays = {
+        "tok_emb.weight:gptq:q": np.ones(shape, np.int8),
+        "blocks.0.attn.k.weight:gptq:q": np.ones(shape, np.int8),
+    }
+    assert same(unpack_arrays(pack_arrays(arrays, "pergroup")), arrays)
+
+
+@needs_lrzip
+def test_lrzip_is_called_as_published_and_its_errors_are_told() -> None:
+    data = bytes(range(256)) * 40
+    packed = train_gpt.CODERS["lrzip"].encode(data)
+    assert packed[:4] == b"LRZI" and len(packed) < 700 and train_gpt.CODERS["lrzip"].decode(packed) == data
+    with pytest.raises(UserError, match="lrzip -d failed"):
+        train_gpt.CODERS["lrzip"].decode(b"no such format" * 9)
+
+
+@needs_lrzip
+def test_quantised_model_survives(tmp_path: Path) -> None:
+    cfg = load_config({**TINY, "MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise", "COMPRESSOR": "pergroup",
+                       "REPAIR": "lqer", "GATED_ATTN_QUANT_GATE": "1"})  # fmt: skip
+    model = train_gpt.GPT(cfg).reset(3)
+    state = {name: w + 0.05 * torch.randn(w.shape) for name, w in model.state_dict().items()}
+    parts = train_gpt.quantize(cfg, rules.runtime(), state, {})
+    size = train_gpt.save_artifact(tmp_path / "model.bin", parts, "pergroup")
+    loaded, wanted = train_gpt.load_artifact(tmp_path / "model.bin"), train_gpt.dequantize(parts)
+    assert size == (tmp_path / "model.bin").stat().st_size and loaded.keys() == wanted.keys()
+    assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+
+
+# Missing, foreign
+
+
+def test_missing_lrzip_names_the_package_and_does_not_fall_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for use in (PERGROUP.need, lambda: pack_arrays(model_arrays(), "pergroup")):
+        with pytest.raises(UserError, match="needs the program lrzip.*apt install lrzip"):
+            use()
+    assert same(unpack_arrays(pack_arrays(model_arrays(), "lzma")), model_arrays())
+
+
+def test_missing_lrzip_stops_a_run_before_it_trains(run_gpt: Callable, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    done = run_gpt(COMPRESSOR="pergroup", PATH=tmp_path / "bin", ITERATIONS="1")
+    assert done.returncode == 2 and done.stderr.startswith("error: COMPRESSOR=pergroup needs the program lrzip")
+    assert "step 1 " not in done.stdout and not (tmp_path / "run" / "model.pt").exists()
+
+
+@needs_lrzip
+def test_a_run_with_lrzip(run_gpt: Callable, tmp_path: Path) -> None:
+    done = run_gpt(COMPRESSOR="pergroup", REPAIR="lqer", ITERATIONS="2", EVAL="plain")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert result["bytes_model"] == (tmp_path / "run" / "model.bin").stat().st_size
+    assert result["stages"]["final"]["val_loss"] == pytest.approx(result["stages"]["quantized"]["val_loss"])
+
+
+def test_payload_of_another_codec_is_a_user_error() -> None:
+    arrays = {"skips.weights:fp16:w": np.ones(3, np.float16)}
+    for codec, other in (("brotli", 3), ("pergroup", 1), ("pergroup", 2), ("lzma", 3)):
+        blob = bytearray(pack_arrays(arrays, codec))
+        blob[5] = other
+        with pytest.raises(UserError, match="^here: "):
+            unpack_arrays(bytes(blob), "here")
