@@ -202,6 +202,12 @@ class Config:
 
     matrix_lr: float = knob(0.026, "learning rate of Muon", OPTIM, ge=0)
     tied_embed_lr: float = knob(0.03, "learning rate of the embedding", OPTIM, ge=0)
+    embed_dtype: str = knob(
+        "fp32",
+        "dtype of the embedding, its gradient and its AdamW moments; bf16: as published",
+        OPTIM,
+        choices=("fp32", "bf16"),
+    )
     scalar_lr: float = knob(0.02, "learning rate of gains, gates and scales", OPTIM, ge=0)
     muon_momentum: float = knob(0.97, "momentum after warm-up", OPTIM, ge=0, le=1)
     muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", OPTIM, ge=0, le=1)
@@ -1395,11 +1401,11 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """y = x W^T with W (out, in) kept in float32 and cast to x's dtype at use; no bias. init: orthogonal or zero."""
+    """y = x W^T with W (out, in) kept in dtype and cast to x's at use; no bias. init: orthogonal or zero."""
 
-    def __init__(self, d_in: int, d_out: int, init: str) -> None:
+    def __init__(self, d_in: int, d_out: int, init: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtype))
         self.init = init
 
     def reset(self, generator: torch.Generator) -> None:
@@ -1671,7 +1677,10 @@ def num_skip_rows(cfg: Config) -> int:
 
 
 class GPT(nn.Module):
-    """The language model. All parameters float32; activations in `dtype`. set_looping chooses the route."""
+    """The language model. Parameters float32, but the embedding by EMBED_DTYPE; activations in `dtype`. set_looping
+    chooses the route."""
+
+    EMBED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
     def __init__(
         self,
@@ -1681,7 +1690,7 @@ class GPT(nn.Module):
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
-        self.tok_emb = Linear(cfg.model_dim, cfg.vocab_size, "zero")
+        self.tok_emb = Linear(cfg.model_dim, cfg.vocab_size, "zero", self.EMBED_DTYPES[cfg.embed_dtype])
         self.embed_extras = nn.ModuleDict({name: EMBED_EXTRAS[name](cfg) for name in cfg.embed_extras})
         self.blocks = nn.ModuleList(Block(cfg, i, attend, kernels) for i in range(cfg.num_layers))
         self.skips = Skips(num_skip_rows(cfg), cfg.model_dim, cfg.skip_gates_enabled)
@@ -1702,7 +1711,9 @@ class GPT(nn.Module):
         for module in self.modules():
             if module is not self and hasattr(module, "reset"):
                 module.reset(generator)
-        nn.init.normal_(self.tok_emb.weight, std=self.embed_std, generator=generator)
+        embedding = torch.empty(self.tok_emb.weight.shape)  # drawn in float32, so that both dtypes start alike
+        with torch.no_grad():
+            self.tok_emb.weight.copy_(nn.init.normal_(embedding, std=self.embed_std, generator=generator))
         return self
 
     def set_looping(self, on: bool) -> None:
@@ -1930,10 +1941,12 @@ class Optimisers:
     def clip(self, shares: list[Tensor]) -> None:
         """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM; no host sync."""
         squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
-        norm = (squares + torch.stack(torch._foreach_norm([p.grad for p in self.small])).square().sum()).sqrt()
+        grads = [p.grad for p in self.small]
+        norm = (squares + torch.stack(torch._foreach_norm([wide(g) for g in grads])).square().sum()).sqrt()
         factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(shares, factor)
-        torch._foreach_mul_([p.grad for p in self.small], factor)
+        for dtype in dict.fromkeys(g.dtype for g in grads):  # batched operations are fast on one dtype at a time
+            torch._foreach_mul_([g for g in grads if g.dtype == dtype], factor)
 
     @torch.no_grad()
     def step(self, multiplier: float, step: int) -> None:
@@ -1965,12 +1978,12 @@ class Ema:
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.decay, self.params = cfg.ema_decay, list(model.parameters())
-        self.shadow = [p.detach().clone() for p in self.params]
+        self.shadow = [wide(p.detach()).clone() for p in self.params]
 
     @torch.no_grad()
     def update(self) -> None:
         """After an optimiser step."""
-        torch._foreach_lerp_(self.shadow, self.params, 1 - self.decay)
+        torch._foreach_lerp_(self.shadow, [wide(p) for p in self.params], 1 - self.decay)
 
     @torch.no_grad()
     def store(self) -> None:

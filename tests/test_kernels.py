@@ -346,6 +346,75 @@ def test_a_kernel_that_is_asked_for_and_cannot_run_is_an_error(name: str) -> Non
         train_gpt.choose_kernels(Config(**{name: "1"}), runtime("cpu"))
 
 
+# The embedding's dtype
+
+
+def short_run(embed_dtype: str, steps: int = 3) -> tuple[train_gpt.GPT, train_gpt.Optimisers, train_gpt.Ema]:
+    cfg = dataclasses.replace(SMALL, embed_dtype=embed_dtype)
+    model = train_gpt.GPT(cfg).reset(1)
+    optimisers, ema = train_gpt.Optimisers(cfg, model, runtime("cpu", SINGLE)), train_gpt.Ema(cfg, model)
+    ids = torch.randint(2, 320, (4, 25), generator=torch.Generator().manual_seed(8))
+    for step in range(steps):
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        optimisers.step(1.0, step)
+        ema.update()
+    return model, optimisers, ema
+
+
+def test_bf16_embedding_takes_its_moments_along_and_nothing_else() -> None:
+    model, optimisers, ema = short_run("bf16")
+    embedding = model.tok_emb.weight
+    assert {n for n, p in model.named_parameters() if p.dtype == HALF} == {"tok_emb.weight"}
+    for parameter, state in optimisers.adamw.state.items():
+        wanted = HALF if parameter is embedding else SINGLE
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == wanted
+    assert all(shadow.dtype == SINGLE for shadow in ema.shadow)
+    assert model.state_dict()["tok_emb.weight"].dtype == HALF
+
+
+def test_bf16_embedding_starts_as_the_float32_one_rounded_and_stays_near() -> None:
+    first, wide = (train_gpt.GPT(dataclasses.replace(SMALL, embed_dtype=d)).reset(1) for d in ("bf16", "fp32"))
+    for (name, low), high in zip(first.named_parameters(), wide.parameters(), strict=True):
+        assert torch.equal(low.float(), high.to(low.dtype).float()), name
+    (low, _, low_ema), (high, _, high_ema) = short_run("bf16"), short_run("fp32")
+    moved = (high.tok_emb.weight - wide.tok_emb.weight).norm()
+    assert 0 < (low.tok_emb.weight.float() - high.tok_emb.weight).norm() < 0.1 * moved
+    assert (low_ema.shadow[0] - high_ema.shadow[0]).norm() < 0.01 * high_ema.shadow[0].norm()
+
+
+def test_average_of_a_bf16_embedding_keeps_what_bf16_would_lose() -> None:
+    model, _, ema = short_run("bf16")
+    assert not torch.equal(ema.shadow[0], ema.shadow[0].to(HALF).float())
+    ema.store()
+    assert torch.equal(model.tok_emb.weight, ema.shadow[0].to(HALF))
+
+
+def test_bf16_embedding_is_clipped_by_the_norm_in_float32() -> None:
+    cfg = dataclasses.replace(SMALL, embed_dtype="bf16", grad_clip_norm=0.25)
+    model = train_gpt.GPT(cfg).reset(1)
+    optimisers = train_gpt.Optimisers(cfg, model, runtime("cpu", SINGLE))
+    for i, p in enumerate(model.parameters()):
+        p.grad = noise(i, *p.shape, dtype=p.dtype)
+    shares = optimisers.muon.reduce()
+    before = model.tok_emb.weight.grad.float().clone()
+    everything = [*shares, *(p.grad.clone() for p in optimisers.small)]
+    norm = torch.stack([g.double().square().sum() for g in everything]).sum().sqrt()
+    optimisers.clip(shares)
+    assert model.tok_emb.weight.grad.dtype == HALF
+    assert relative(model.tok_emb.weight.grad, before * (0.25 / norm)) < 2.0**-8
+
+
+@pytest.mark.parametrize("scheme", ["rowwise", "gptq"])
+def test_bf16_embedding_is_quantised_as_floats(scheme: str) -> None:
+    cfg = dataclasses.replace(SMALL, embed_dtype="bf16", embed_quant=scheme)
+    weight, inputs = train_gpt.GPT(cfg).reset(2).state_dict()["tok_emb.weight"], noise(3, 400, 32)
+    rule = train_gpt.rule_for("tok_emb.weight", train_gpt.quant_plan(cfg))
+    coded = [train_gpt.SCHEMES[scheme].encode(w, inputs.T @ inputs / 400, rule, cfg) for w in (weight, weight.float())]
+    assert all(torch.equal(coded[0][key], coded[1][key]) for key in coded[1])
+    restored = train_gpt.SCHEMES[scheme].decode(coded[0])
+    assert restored.dtype == SINGLE and relative(restored, weight) < 0.1
+
+
 # On a GPU, at the contest's shapes: 98,304 tokens of a rank, width 512, hidden 2048, vocabulary 8192
 
 
