@@ -137,6 +137,12 @@ def functions_with_readers(tree: ast.Module) -> frozenset[str]:
     return frozenset(names)
 
 
+def constexpr_names(tree: ast.Module) -> list[str]:
+    """Arguments of Triton kernels that are compile-time constants: the minifier's shorter alias would not be one."""
+    arguments = (node for node in ast.walk(tree) if isinstance(node, ast.arg) and node.annotation is not None)
+    return sorted({a.arg for a in arguments if ast.unparse(a.annotation).endswith("constexpr")})
+
+
 def pin_docstring(tree: ast.Module) -> ast.Module:
     """Turn a module docstring that the program itself reads (`__doc__`, for --help) into an assignment, which stays."""
     read = any(isinstance(node, ast.Name) and node.id == "__doc__" for node in ast.walk(tree))
@@ -158,7 +164,7 @@ def minify(text: str, name: str = "source") -> str:
     tree = ast.fix_missing_locations(AnnotationStripper(functions_with_readers(tree)).visit(tree))
     small = python_minifier.minify(
         python_minifier.unparse(tree), remove_annotations=False, remove_literal_statements=True, hoist_literals=False,
-        rename_locals=True, rename_globals=False, remove_asserts=False,
+        rename_locals=True, preserve_locals=constexpr_names(tree), rename_globals=False, remove_asserts=False,
     )
     parse_source(small, f"minified {name}")
     return small

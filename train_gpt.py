@@ -65,6 +65,12 @@ try:  # torch >= 2.11; a build without it still runs on the masked twin
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     activate_flash_attention_impl = varlen_attn = None
+try:  # CUDA builds of torch on Linux bring it; without it the plain twins run
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = tl = TensorDescriptor = None
 
 try:  # torch >= 2.13 names
     from torch.distributed import all_gather_single as all_gather
@@ -125,6 +131,18 @@ class Config:
         "attention backend; auto: the best flash attention installed on a GPU, the masked twin elsewhere",
         RUN,
         choices=("auto", "masked", "fa2", "fa3", "fa4"),
+    )
+    fused_ce_enabled: str = knob(
+        "auto",
+        "Triton kernels of the softcapped cross-entropy; auto: on a GPU where triton is installed",
+        RUN,
+        choices=("auto", "1", "0"),
+    )
+    fused_mlp_enabled: str = knob(
+        "auto",
+        "Triton kernels of the MLP where nothing listens inside it; auto: on a GPU in bf16 where triton is installed",
+        RUN,
+        choices=("auto", "1", "0"),
     )
     compute_dtype: str = knob(
         "auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", RUN, choices=("auto", "bf16", "fp32")
@@ -198,6 +216,12 @@ class Config:
 
     matrix_lr: float = knob(0.026, "learning rate of Muon", OPTIM, ge=0)
     tied_embed_lr: float = knob(0.03, "learning rate of the embedding", OPTIM, ge=0)
+    embed_dtype: str = knob(
+        "fp32",
+        "dtype of the embedding, its gradient and its AdamW moments; bf16: as published",
+        OPTIM,
+        choices=("fp32", "bf16"),
+    )
     scalar_lr: float = knob(0.02, "learning rate of gains, gates and scales", OPTIM, ge=0)
     muon_momentum: float = knob(0.97, "momentum after warm-up", OPTIM, ge=0, le=1)
     muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", OPTIM, ge=0, le=1)
@@ -316,6 +340,8 @@ LOCAL_KNOBS = (
     "model_path",
     "device",
     "attention",
+    "fused_ce_enabled",
+    "fused_mlp_enabled",
     "compute_dtype",
     "compile",
     "data_path",
@@ -1091,6 +1117,330 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
     return flash_attention
 
 
+kernel = triton.jit if triton is not None else lambda function: function  # without triton they are never called
+
+
+@kernel
+def softcap_ce_kernel(
+    z: tl.tensor, targets: tl.tensor, loss: tl.tensor, lse: tl.tensor, softcap: float, vocab: int, BLOCK: tl.constexpr
+) -> None:
+    """loss and log-sum-exp of one row of logits z (N, vocab); every lane keeps its own running peak and sum.
+
+    y = 2c sigmoid(2z/c) is c tanh(z/c) + c, and the shift cancels. y > 0, so that 0 is a safe first peak.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z += row * vocab
+    lanes = tl.arange(0, BLOCK)
+    peak, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        inside = start + lanes < vocab
+        x = tl.load(z + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        y = tl.where(inside, 2 * softcap * tl.sigmoid(2 * x / softcap), -float("inf"))
+        higher = tl.maximum(peak, y)
+        total = total * tl.exp(peak - higher) + tl.exp(y - higher)
+        peak = higher
+    top = tl.max(peak, 0)
+    result = top + tl.log(tl.sum(total * tl.exp(peak - top), 0))
+    chosen = tl.load(z + tl.load(targets + row)).to(tl.float32)
+    tl.store(loss + row, result - 2 * softcap * tl.sigmoid(2 * chosen / softcap))
+    tl.store(lse + row, result)
+
+
+@kernel
+def softcap_ce_back_kernel(
+    g: tl.tensor,
+    z: tl.tensor,
+    targets: tl.tensor,
+    lse: tl.tensor,
+    dz: tl.tensor,
+    softcap: float,
+    vocab: int,
+    BLOCK: tl.constexpr,
+) -> None:
+    """dz = g (p - [column is the target]) 4 s (1 - s) of a block of one row, s = sigmoid(2z/c), p = exp(2cs - lse)."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, place = column < vocab, row * vocab + column
+    s = tl.sigmoid(2 * tl.load(z + place, mask=inside, other=0.0).to(tl.float32) / softcap)
+    p = tl.exp(2 * softcap * s - tl.load(lse + row))
+    slope = tl.load(g + row) * 4 * s * (1 - s)
+    grad = slope * tl.where(column == tl.load(targets + row), p - 1, p)
+    tl.store(dz + place, grad.to(dz.dtype.element_ty), mask=inside)
+
+
+@kernel
+def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Left and right half of the columns: a whole float32 tile at once would not leave room to store it."""
+    split = tl.reshape(tile_RC, (tile_RC.shape[0], 2, tile_RC.shape[1] // 2))
+    return tl.split(tl.permute(split, (0, 2, 1)))
+
+
+@kernel
+def leaky_square_kernel(
+    m: tl.tensor_descriptor,
+    up: tl.tensor_descriptor,
+    pre: tl.tensor_descriptor,
+    post: tl.tensor_descriptor,
+    SLOPE: tl.constexpr,
+) -> None:
+    """pre = m up^T and post = LeakyReLU(pre, SLOPE)^2 of the rounded pre; programs take tiles in turn, row by row.
+
+    Tile sizes are the descriptors' blocks: m (rows, depth), up (columns, depth), pre and post (rows, columns / 2).
+    """
+    R: tl.constexpr = m.block_shape[0]
+    K: tl.constexpr = m.block_shape[1]
+    C: tl.constexpr = up.block_shape[0]
+    across = tl.cdiv(up.shape[0], C)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(m.shape[0], R) * across, tl.num_programs(0)):
+        row, column = tile // across * R, tile % across * C
+        total = tl.zeros((R, C), tl.float32)
+        for k in tl.range(0, m.shape[1], K):
+            total = tl.dot(m.load([row, k]), up.load([column, k]).T, total)
+        for half in tl.static_range(2):
+            z = halves(total)[half].to(pre.dtype)
+            pre.store([row, column + half * (C // 2)], z)
+            a = z.to(tl.float32)
+            a = tl.where(a > 0, a, SLOPE * a)
+            post.store([row, column + half * (C // 2)], (a * a).to(post.dtype))
+
+
+@kernel
+def leaky_square_back_kernel(
+    g: tl.tensor_descriptor,
+    down: tl.tensor_descriptor,
+    pre: tl.tensor_descriptor,
+    dpre: tl.tensor_descriptor,
+    SLOPE: tl.constexpr,
+) -> None:
+    """dpre = (g down) d(LeakyReLU(pre, SLOPE)^2)/dpre; tiles as before, but down is (depth, columns)."""
+    R: tl.constexpr = g.block_shape[0]
+    K: tl.constexpr = g.block_shape[1]
+    C: tl.constexpr = down.block_shape[1]
+    across = tl.cdiv(down.shape[1], C)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(g.shape[0], R) * across, tl.num_programs(0)):
+        row, column = tile // across * R, tile % across * C
+        total = tl.zeros((R, C), tl.float32)
+        for k in tl.range(0, g.shape[1], K):
+            total = tl.dot(g.load([row, k]), down.load([k, column]), total)
+        for half in tl.static_range(2):
+            z = pre.load([row, column + half * (C // 2)]).to(tl.float32)
+            factor = tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
+            dpre.store([row, column + half * (C // 2)], (halves(total)[half] * factor).to(dpre.dtype))
+
+
+CE_BLOCK, MLP_TILE = 1024, (128, 256, 64)  # columns of a softcapped row at a time; rows, columns, depth of a tile
+
+
+def launch_softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """softcap_ce through Triton."""
+    z, (rows, vocab) = z.contiguous(), z.shape
+    loss, lse = (torch.empty(rows, dtype=torch.float32, device=z.device) for _ in range(2))
+    softcap_ce_kernel[(rows,)](z, targets, loss, lse, softcap, vocab, CE_BLOCK)
+    return loss, lse
+
+
+def launch_softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
+    """softcap_ce_back through Triton."""
+    z, (rows, vocab) = z.contiguous(), z.shape
+    dz, grid = torch.empty_like(z), (rows, -(-vocab // CE_BLOCK))
+    softcap_ce_back_kernel[grid](g.contiguous(), z, targets, lse, dz, softcap, vocab, CE_BLOCK)
+    return dz
+
+
+def num_programs(x: Tensor) -> int:
+    """Programs of a kernel that takes tiles in turn: one for each multiprocessor (a few under the interpreter)."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+
+
+def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads outside it give zeros."""
+    return TensorDescriptor.from_tensor(x.contiguous(), [rows, columns])
+
+
+def launch_leaky_square(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """leaky_square through Triton."""
+    R, C, K = MLP_TILE
+    pre, post = (m.new_empty(m.size(0), up.size(0)) for _ in range(2))
+    blocks = (describe(m, R, K), describe(up, C, K), describe(pre, R, C // 2), describe(post, R, C // 2))
+    leaky_square_kernel[(num_programs(m),)](*blocks, slope, num_warps=8, num_stages=4)
+    return pre, post
+
+
+def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
+    """leaky_square_back through Triton."""
+    R, C, K = MLP_TILE
+    dpre = torch.empty_like(pre)
+    blocks = (describe(g, R, K), describe(down, K, C), describe(pre, R, C // 2), describe(dpre, R, C // 2))
+    leaky_square_back_kernel[(num_programs(g),)](*blocks, slope, num_warps=8, num_stages=3)
+    return dpre
+
+
+@torch.library.custom_op("train_gpt::softcap_ce", mutates_args=(), device_types="cuda")
+def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (N,) of softcapped logits z (N, V), nats, and the log-sum-exp (N,) of the backward; float32."""
+    return launch_softcap_ce(z, targets, softcap)
+
+
+@softcap_ce.register_kernel("cpu")
+def softcap_ce_on_cpu(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """The same in torch, for tracing and tests without a GPU."""
+    y = 2 * softcap * torch.sigmoid(2 * wide(z) / softcap)
+    lse = y.logsumexp(1)
+    return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
+
+
+@softcap_ce.register_fake
+def softcap_ce_shapes(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes only."""
+    return z.new_empty(z.size(0), dtype=torch.float32), z.new_empty(z.size(0), dtype=torch.float32)
+
+
+@torch.library.custom_op("train_gpt::softcap_ce_back", mutates_args=(), device_types="cuda")
+def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
+    """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
+    return launch_softcap_ce_back(g, z, targets, lse, softcap)
+
+
+@softcap_ce_back.register_kernel("cpu")
+def softcap_ce_back_on_cpu(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
+    """The same in torch."""
+    s = torch.sigmoid(2 * wide(z) / softcap)
+    p = torch.exp(2 * softcap * s - lse[:, None])
+    p.scatter_add_(1, targets[:, None], p.new_full((len(z), 1), -1.0))
+    return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
+
+
+@softcap_ce_back.register_fake
+def softcap_ce_back_shapes(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
+    """Shape and dtype only."""
+    return z.new_empty(z.shape)
+
+
+@torch.library.custom_op("train_gpt::leaky_square", mutates_args=(), device_types="cuda")
+def leaky_square(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """pre = m up^T (N, F) and LeakyReLU(pre, slope)^2 of inputs m (N, D) and weights up (F, D)."""
+    return launch_leaky_square(m, up, slope)
+
+
+@leaky_square.register_kernel("cpu")
+def leaky_square_on_cpu(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """The same in torch."""
+    pre = F.linear(m, up)
+    return pre, F.leaky_relu(pre, slope).square()
+
+
+@leaky_square.register_fake
+def leaky_square_shapes(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes only."""
+    return m.new_empty(m.size(0), up.size(0)), m.new_empty(m.size(0), up.size(0))
+
+
+@torch.library.custom_op("train_gpt::leaky_square_back", mutates_args=(), device_types="cuda")
+def leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
+    """Gradient (N, F) of pre from the gradient g (N, D) of LeakyReLU(pre, slope)^2 down^T, down (D, F)."""
+    return launch_leaky_square_back(g, down, pre, slope)
+
+
+@leaky_square_back.register_kernel("cpu")
+def leaky_square_back_on_cpu(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
+    """The same in torch."""
+    return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
+
+
+@leaky_square_back.register_fake
+def leaky_square_back_shapes(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
+    """Shape and dtype only."""
+    return pre.new_empty(pre.shape)
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """softcapped_cross_entropy without float32 copies of the logits: two kernels, and only the bf16 logits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        loss, lse = softcap_ce(z, targets, softcap)
+        ctx.save_for_backward(z, targets, lse)
+        ctx.softcap = softcap
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        z, targets, lse = ctx.saved_tensors
+        return softcap_ce_back(g, z, targets, lse, ctx.softcap), None, None
+
+
+class FusedMLP(torch.autograd.Function):
+    """leaky_square_mlp with the activation inside the kernels of its two large products.
+
+    pre and post are both kept: recomputing post in the backward would write it a second time, and time is what the
+    contest lacks, not memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+        pre, post = leaky_square(m, up, slope)
+        ctx.save_for_backward(m, up, down, pre, post)
+        ctx.slope = slope
+        return F.linear(post, down)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        m, up, down, pre, post = ctx.saved_tensors
+        dpre = leaky_square_back(g, down, pre, ctx.slope)
+        return dpre @ up, dpre.T @ m, g.T @ post, None
+
+
+def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """Cross-entropy (N,) in nats of softcap * tanh(z / softcap), logits z (N, V): the plain twin, at least float32."""
+    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
+
+
+def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """softcapped_cross_entropy by kernels that read the logits once each way (Liger, Hsu et al. 2024, in idea)."""
+    return FusedCrossEntropy.apply(z, targets, softcap)
+
+
+def softcapped(z: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(z / softcap), in at least float32."""
+    return softcap * torch.tanh(wide(z) / softcap)
+
+
+def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+    """LeakyReLU(m up^T, slope)^2 down^T of m (..., D), up (F, D), down (D, F); its twin is MLP's own forward."""
+    return FusedMLP.apply(m.flatten(0, -2), up, down, slope).view_as(m)
+
+
+class Kernels(NamedTuple):
+    """What the model computes its loss with, and its MLPs where nobody taps inside (None: always the plain twin)."""
+
+    cross_entropy: Callable[[Tensor, Tensor, float], Tensor]
+    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None
+
+
+PLAIN = Kernels(softcapped_cross_entropy, None)
+
+
+def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
+    """The fused kernels of a run, chosen once and logged; UserError when one that is asked for cannot run here."""
+    here = triton is not None and runtime.device.type == "cuda"
+    aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0
+    table = {  # knob: what it needs beside a GPU and triton, whether that is there, the kernel and its plain twin
+        "fused_ce_enabled": ("", here, fused_cross_entropy, softcapped_cross_entropy),
+        "fused_mlp_enabled": (
+            ", COMPUTE_DTYPE=bf16 and widths that are multiples of 8",
+            here and runtime.dtype == torch.bfloat16 and aligned,
+            fused_mlp,
+            None,
+        ),
+    }
+    chosen = []
+    for name, (needs, usable, fused, plain) in table.items():
+        if getattr(cfg, name) == "1" and not usable:
+            raise UserError(f"{name.upper()}=1 needs a GPU, triton{needs}; or say {name.upper()}=auto")
+        chosen.append(fused if usable and getattr(cfg, name) != "0" else plain)
+        runtime.log(f"{name}: {'fused' if chosen[-1] is fused else 'plain'}")
+    return Kernels(*chosen)
+
+
 # +--------------------------------------------------------------------------------------------------------------------+
 # | 05 MODEL PARTS                                                                                                     |
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1108,10 +1458,15 @@ Taps = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> outp
 SlotTap = Callable[[str, Tensor, Tensor], Tensor]
 
 
+def untapped(name: str, x: Tensor, y: Tensor) -> Tensor:
+    """The tap of a slot that nobody listens to."""
+    return y
+
+
 def bind(taps: Taps | None, slot: int, layer: int) -> SlotTap:
     """The taps of one slot; without a listener the output passes through."""
     if taps is None:
-        return lambda name, x, y: y
+        return untapped
     return lambda name, x, y: taps(Site(name, slot, layer), x, y)
 
 
@@ -1126,11 +1481,11 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """y = x W^T with W (out, in) kept in float32 and cast to x's dtype at use; no bias. init: orthogonal or zero."""
+    """y = x W^T with W (out, in) kept in dtype and cast to x's at use; no bias. init: orthogonal or zero."""
 
-    def __init__(self, d_in: int, d_out: int, init: str) -> None:
+    def __init__(self, d_in: int, d_out: int, init: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtype))
         self.init = init
 
     def reset(self, generator: torch.Generator) -> None:
@@ -1256,16 +1611,18 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(LeakyReLU(up(m), slope)^2)."""
+    """down(LeakyReLU(up(m), slope)^2); in fused kernels, when there are any, unless somebody taps inside."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, kernels: Kernels) -> None:
         super().__init__()
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.up, self.down = Linear(cfg.model_dim, hidden, "orthogonal"), Linear(hidden, cfg.model_dim, "zero")
-        self.slope = cfg.mlp_slope
+        self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
     def forward(self, m: Tensor, tap: SlotTap) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
+        if self.fused is not None and tap is untapped:
+            return self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
         a = F.leaky_relu(tap("up", m, self.up(m)), self.slope).square()
         return tap("mlp", m, tap("down", a, self.down(a)))
 
@@ -1273,9 +1630,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A layer. Sequential: attention then MLP on one stream that also mixes in x0; or two lanes side by side."""
 
-    def __init__(self, cfg: Config, layer: int, attend: Attend) -> None:
+    def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
-        self.attn, self.mlp = Attention(cfg, layer, attend), MLP(cfg)
+        self.attn, self.mlp = Attention(cfg, layer, attend), MLP(cfg, kernels)
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(cfg.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
         self.input_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
@@ -1408,13 +1765,22 @@ def num_skip_rows(cfg: Config) -> int:
 
 
 class GPT(nn.Module):
-    """The language model. All parameters float32; activations in `dtype`. set_looping chooses the route."""
+    """The language model. Parameters float32, but the embedding by EMBED_DTYPE; activations in `dtype`. set_looping
+    chooses the route."""
 
-    def __init__(self, cfg: Config, attend: Attend = masked_attention, dtype: torch.dtype = torch.float32) -> None:
+    EMBED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+    def __init__(
+        self,
+        cfg: Config,
+        attend: Attend = masked_attention,
+        dtype: torch.dtype = torch.float32,
+        kernels: Kernels = PLAIN,
+    ) -> None:
         super().__init__()
-        self.tok_emb = Linear(cfg.model_dim, cfg.vocab_size, "zero")
+        self.tok_emb = Linear(cfg.model_dim, cfg.vocab_size, "zero", self.EMBED_DTYPES[cfg.embed_dtype])
         self.embed_extras = nn.ModuleDict({name: EMBED_EXTRAS[name](cfg) for name in cfg.embed_extras})
-        self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(Block(cfg, i, attend, kernels) for i in range(cfg.num_layers))
         self.skips = Skips(num_skip_rows(cfg), cfg.model_dim, cfg.skip_gates_enabled)
         self.lanes = Lanes(cfg) if any(plan_route(cfg, True).parallel) else None
         self.routes = {on: plan_route(cfg, on and cfg.num_loops > 0) for on in (False, True)}
@@ -1425,6 +1791,7 @@ class GPT(nn.Module):
             cfg.tied_embed_init_std,
         )
         self.dtype, self.masked = dtype, attend is masked_attention
+        self.cross_entropy = kernels.cross_entropy
 
     def reset(self, seed: int) -> GPT:
         """Initial weights from a seed, on the CPU whatever the device, so that every rank agrees; the model itself."""
@@ -1432,7 +1799,9 @@ class GPT(nn.Module):
         for module in self.modules():
             if module is not self and hasattr(module, "reset"):
                 module.reset(generator)
-        nn.init.normal_(self.tok_emb.weight, std=self.embed_std, generator=generator)
+        embedding = torch.empty(self.tok_emb.weight.shape)  # drawn in float32, so that both dtypes start alike
+        with torch.no_grad():
+            self.tok_emb.weight.copy_(nn.init.normal_(embedding, std=self.embed_std, generator=generator))
         return self
 
     def set_looping(self, on: bool) -> None:
@@ -1479,12 +1848,11 @@ class GPT(nn.Module):
         a scalar for reduction="mean", (B, T) for "none"."""
         h = self.trunk(ids, seq, taps)
         z = self.tok_emb(h)
-        z = wide(z if taps is None else taps(Site("head", -1, -1), h, z))
-        logits = self.softcap * torch.tanh(z / self.softcap)
+        z = z if taps is None else taps(Site("head", -1, -1), h, z)
         if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-        return loss if reduction == "mean" else loss.view_as(targets)
+            return softcapped(z, self.softcap)
+        loss = self.cross_entropy(z.flatten(0, 1), targets.flatten(), self.softcap)
+        return loss.mean() if reduction == "mean" else loss.view_as(targets)
 
 
 def count_parameters(cfg: Config) -> int:
@@ -1661,10 +2029,12 @@ class Optimisers:
     def clip(self, shares: list[Tensor]) -> None:
         """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM; no host sync."""
         squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
-        norm = (squares + torch.stack(torch._foreach_norm([p.grad for p in self.small])).square().sum()).sqrt()
+        grads = [p.grad for p in self.small]
+        norm = (squares + torch.stack(torch._foreach_norm([wide(g) for g in grads])).square().sum()).sqrt()
         factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(shares, factor)
-        torch._foreach_mul_([p.grad for p in self.small], factor)
+        for dtype in dict.fromkeys(g.dtype for g in grads):  # batched operations are fast on one dtype at a time
+            torch._foreach_mul_([g for g in grads if g.dtype == dtype], factor)
 
     @torch.no_grad()
     def step(self, multiplier: float, step: int) -> None:
@@ -1696,12 +2066,12 @@ class Ema:
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.decay, self.params = cfg.ema_decay, list(model.parameters())
-        self.shadow = [p.detach().clone() for p in self.params]
+        self.shadow = [wide(p.detach()).clone() for p in self.params]
 
     @torch.no_grad()
     def update(self) -> None:
         """After an optimiser step."""
-        torch._foreach_lerp_(self.shadow, self.params, 1 - self.decay)
+        torch._foreach_lerp_(self.shadow, [wide(p) for p in self.params], 1 - self.decay)
 
     @torch.no_grad()
     def store(self) -> None:
@@ -3211,7 +3581,7 @@ class Run:
 
     def __init__(self, cfg: Config, runtime: Runtime, preset: str, folder: Path) -> None:
         self.cfg, self.runtime, self.log, self.folder = cfg, runtime, runtime.log, folder
-        self.attend = choose_attention(cfg, runtime)
+        self.attend, self.kernels = choose_attention(cfg, runtime), choose_kernels(cfg, runtime)
         self.val = load_val(cfg)
         if "quantize" in cfg.stages:
             CODECS[cfg.compressor].need()  # before the training, not after it
@@ -3226,7 +3596,7 @@ class Run:
 
     def model(self) -> GPT:
         """A model of this configuration on the device, looping as at the end of training, weights not set."""
-        model = GPT(self.cfg, self.attend, self.runtime.dtype).to(self.runtime.device)
+        model = GPT(self.cfg, self.attend, self.runtime.dtype, self.kernels).to(self.runtime.device)
         model.set_looping(loops(self.cfg))
         return model
 

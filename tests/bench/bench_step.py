@@ -43,7 +43,8 @@ def flops_per_token(cfg: train_gpt.Config, route: train_gpt.Route) -> float:
 def measure(cfg: train_gpt.Config, looping: bool, steps: int, peak_tflops: float) -> dict[str, object]:
     """Timing of `steps` optimiser steps of one micro-batch after as many untimed ones (at most 5)."""
     runtime = train_gpt.Runtime.start(cfg, {})
-    model = train_gpt.GPT(cfg, train_gpt.choose_attention(cfg, runtime), runtime.dtype).to(runtime.device)
+    parts = train_gpt.choose_attention(cfg, runtime), runtime.dtype, train_gpt.choose_kernels(cfg, runtime)
+    model = train_gpt.GPT(cfg, *parts).to(runtime.device)
     model.load_state_dict(train_gpt.GPT(cfg).reset(cfg.seed).state_dict())
     model.set_looping(looping)
     trainer = train_gpt.Trainer(cfg, runtime, model, None)
