@@ -2,8 +2,10 @@
 
     python data/prepare.py --docs FILE_OR_DIR... --out DIR (--tokenizer MODEL | --vocab-size N) [--val-docs N]
     python data/prepare.py sample --out DIR [--vocab-size N] [--val-docs N]
+    python data/prepare.py audit DIR
 
-The second form needs no download: it gathers the English prose that every Python installation carries.
+The second form needs no download: it gathers the English prose that every Python installation carries. With --caseops
+the tokenizer sees CaseOps text (see caseops.py) and validation gets a byte sidecar, which the third form checks.
 
 What is written into DIR:
     fineweb_val_000000.bin ...    the first --val-docs documents of the input, in input order
@@ -55,7 +57,9 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import sentencepiece as spm
+from caseops import CaseOps, CaseOpsError, decode
 from tqdm import tqdm
+from word_bpe import word_bpe
 
 try:
     import pyarrow
@@ -70,7 +74,7 @@ except ImportError:  # optional: only .zst inputs need it
 TOOL_VERSION = 1  # raise it when the same arguments would give other bytes
 MAGIC, FORMAT_VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = HEADER_INTS * 4
-BOS = 1
+BOS, FIRST_SYMBOL = 1, 4
 MAX_VOCAB = 65536  # ids are stored as uint16
 CHUNK_BYTES, CHUNK_DOCS = 1 << 18, 512  # one task of a worker: long enough that handing it over costs little
 STATE_NAME, MANIFEST_NAME, SAMPLE_NAME = "prepare.state.json", "manifest.json", "sample.jsonl"
@@ -92,7 +96,7 @@ class Transform(Protocol):
     """
 
     name: str  # stands in the manifest
-    symbols: tuple[str, ...]  # pieces that a tokenizer trained for it holds from id 4 on
+    symbols: tuple[str, ...]  # pieces that a tokenizer trained for it holds from id FIRST_SYMBOL on
 
     def encode(self, text: str) -> str:
         """The text as the tokenizer sees it."""
@@ -405,6 +409,18 @@ def check_tokenizer(processor: spm.SentencePieceProcessor, name: str) -> None:
             raise PrepareError(f"tokenizer {name}: {message}")
 
 
+def check_symbols(processor: spm.SentencePieceProcessor, name: str, transform: Transform | None) -> None:
+    """PrepareError unless a tokenizer is made for this transform (None: for plain text)."""
+    symbols = transform.symbols if transform else ()
+    if [processor.piece_to_id(symbol) for symbol in symbols] != [FIRST_SYMBOL + i for i in range(len(symbols))]:
+        raise PrepareError(
+            f"tokenizer {name}: {transform.name} needs its {len(symbols)} symbols as pieces from id {FIRST_SYMBOL} on; "
+            "train one with --vocab-size"
+        )
+    if transform is None and processor.piece_to_id(CaseOps.symbols[0]) == FIRST_SYMBOL:
+        raise PrepareError(f"tokenizer {name}: trained on CaseOps text; add --caseops")
+
+
 @functools.cache
 def load_tokenizer(path: str) -> spm.SentencePieceProcessor:
     """Load and check a SentencePiece model, once per process."""
@@ -532,21 +548,31 @@ class Encoded(NamedTuple):
     num_bytes: list[int]  # (D,) UTF-8 bytes of each text
     digests: list[bytes]  # (D,) SHA-256 of each text
     counts: np.ndarray | None  # (T,) uint16 original bytes per token
+    edges: list[int]  # (D,) bytes at both ends of each text that the tokenizer drops; only with counts
 
 
 def piece_counts(task: Task, texts: tuple[str, ...], lengths: list[int]) -> np.ndarray:
     """Original bytes of every token of the task, 0 for BOS: (T,) uint16."""
     processor = load_tokenizer(task.model)
-    rows: list[int] = []
+    counts = np.zeros(sum(lengths), np.uint16)
+    start = 0
     for item, text, length in zip(task.items, texts, lengths, strict=True):
-        row = list(task.transform.piece_bytes(text, processor))
+        row = np.array(task.transform.piece_bytes(text, processor), np.int64)
         if len(row) != length - 1:
             raise PrepareError(f"{item.where}: {task.transform.name} counts {len(row)} pieces, not {length - 1}")
-        if row and not 0 <= min(row) <= max(row) < 65536:
-            raise PrepareError(f"{item.where}: a piece stands for {max(row)} bytes, over the 65,535 of the sidecar")
-        rows.append(0)
-        rows.extend(row)
-    return np.array(rows, dtype=np.uint16)
+        if len(row) and not 0 <= row.min() <= row.max() < 65536:
+            raise PrepareError(f"{item.where}: a piece stands for {row.max()} bytes, over the 65,535 of the sidecar")
+        counts[start + 1 : start + length] = row
+        start += length
+    return counts
+
+
+def edge_bytes(text: str, processor: spm.SentencePieceProcessor) -> int:
+    """UTF-8 bytes at both ends of a text that no piece stands for: what the normaliser strips there, white space."""
+    normal, origin = processor.normalize(text, with_offsets=True)
+    first, last = (origin[0], origin[-1]) if normal else (len(text), len(text))
+    edges = text[:first] + text[last:]
+    return 0 if processor.normalize(edges) else len(edges.encode())
 
 
 def encode_task(task: Task) -> Encoded:
@@ -554,15 +580,16 @@ def encode_task(task: Task) -> Encoded:
     processor = load_tokenizer(task.model)
     texts, raw = zip(*(parse_item(item, task.text_key) for item in task.items), strict=True)
     seen = texts if task.transform is None else [task.transform.encode(text) for text in texts]
-    rows = processor.encode(list(seen), out_type=int, num_threads=1)
+    tokenizer, bos = word_bpe(processor), np.array([BOS], np.uint16)
+    rows = [tokenizer.ids(text) for text in seen]
     lengths = [len(row) + 1 for row in rows]
-    ids = np.fromiter(itertools.chain.from_iterable((BOS, *row) for row in rows), np.uint16, sum(lengths))
     return Encoded(
-        ids=ids,
+        ids=np.concatenate([part for row in rows for part in (bos, row)]),
         ends=list(itertools.accumulate(lengths)),
         num_bytes=[len(text) for text in raw],
         digests=[hashlib.sha256(text).digest() for text in raw],
         counts=piece_counts(task, texts, lengths) if task.sidecar else None,
+        edges=[edge_bytes(text, processor) for text in seen] if task.sidecar else [],
     )
 
 
@@ -614,6 +641,29 @@ class Counts:
 
 
 @dataclass
+class ByteAudit:
+    """Where the bytes of the validation documents are: on a token, or (white space at the ends of a text) on none."""
+
+    docs: int = 0
+    utf8_bytes: int = 0
+    sidecar_bytes: int = 0
+    edge_bytes: int = 0
+    docs_with_edges: int = 0
+
+    def add(self, num_bytes: int, counts: np.ndarray, edge: int) -> None:
+        """One document: its UTF-8 bytes, the bytes of its tokens, the bytes without one."""
+        self.docs += 1
+        self.utf8_bytes += num_bytes
+        self.sidecar_bytes += int(counts.sum(dtype=np.int64))
+        self.edge_bytes += edge
+        self.docs_with_edges += edge > 0
+
+    def record(self) -> dict:
+        """Its part of the manifest."""
+        return {**asdict(self), "unexplained_bytes": self.utf8_bytes - self.sidecar_bytes - self.edge_bytes}
+
+
+@dataclass
 class State:
     """The journal: all that a resumed run has to know about the work in finished shards."""
 
@@ -630,6 +680,7 @@ class State:
     train_digest: str = hashlib.sha256().hexdigest()
     shards: list[dict] = field(default_factory=list)
     sidecars: list[dict] = field(default_factory=list)
+    audit: ByteAudit = field(default_factory=ByteAudit)  # stays empty without a sidecar
 
     @classmethod
     def load(cls, path: Path) -> State:
@@ -637,6 +688,7 @@ class State:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             values["splits"] = {name: Counts(**counts) for name, counts in values["splits"].items()}
+            values["audit"] = ByteAudit(**values["audit"])
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PrepareError(f"{path}: not a journal of this version; use --overwrite or another --out") from error
@@ -708,7 +760,7 @@ class Preparation:
         if options.tokenizer is not None:
             if not options.tokenizer.is_file():
                 raise PrepareError(f"{options.tokenizer}: no such tokenizer")
-            load_tokenizer(str(options.tokenizer))
+            check_symbols(load_tokenizer(str(options.tokenizer)), options.tokenizer.name, self.transform)
             tokenizer = {"name": options.tokenizer.name, "sha256": sha256_file(options.tokenizer)}
         return {
             "tool_version": TOOL_VERSION,
@@ -912,6 +964,8 @@ class Preparation:
                 counts.docs += 1
                 counts.tokens += stop - start
                 counts.raw_bytes += num_bytes
+                if encoded.counts is not None:
+                    state.audit.add(num_bytes, rows[1], encoded.edges[index])
             state.carry = 0
             state.docs_done += 1
             state.source_docs[item.source] += 1
@@ -929,6 +983,7 @@ class Preparation:
     def manifest(self) -> dict:
         """The record of what was made from what."""
         state = self.state
+        audit = {"byte_audit": state.audit.record()} if self.transform else {}
         return {
             "tool": f"data/prepare.py {TOOL_VERSION}",
             "settings": state.settings,
@@ -944,6 +999,7 @@ class Preparation:
             "overlap_dropped": state.overlap_dropped,
             "shards": state.shards,
             "sidecars": state.sidecars,
+            **audit,
             # d = sha256() at first; then for every training document in order d = sha256(d + sha256(text))
             "train_documents_digest": state.train_digest,
             "val_document_sha256": state.val_hashes,
@@ -1108,6 +1164,99 @@ def write_sample(path: Path) -> None:
 
 
 # +---------------------------------------------------------------------------+
+# | AUDIT of a finished CaseOps directory                                     |
+# +---------------------------------------------------------------------------+
+
+
+class Audit(NamedTuple):
+    """What `audit` found in a validation split with a sidecar."""
+
+    docs: int
+    undecodable: int  # documents whose ids are no CaseOps text any more: the normaliser made or ate a letter
+    tokens: int
+    sidecar_bytes: int
+    decoded_bytes: int  # UTF-8 of the ids, decoded: less what the normaliser folds (white space, wide characters)
+    targets: int  # scored tokens: the published evaluation drops an incomplete last sequence
+    target_bytes: int
+
+
+def find_tokenizer(folder: Path) -> spm.SentencePieceProcessor:
+    """The one model of a data directory."""
+    models = sorted(folder.glob("*.model"))
+    if len(models) != 1:
+        raise PrepareError(f"{folder}: {len(models)} files *.model; an audit needs the one that made the shards")
+    return load_tokenizer(str(models[0]))
+
+
+def read_validation(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (T,) and their original bytes (T,) of a directory's validation split; PrepareError if they do not fit."""
+    streams = []
+    shards = sorted(folder.glob("fineweb_val_[0-9]*.bin"))
+    if not shards:
+        raise PrepareError(f"{folder}: no fineweb_val_*.bin there")
+    try:
+        for path in shards:
+            streams.append((open_shard(path), open_shard(path.with_name(path.name.replace("_val_", "_val_bytes_")))))
+    except ValueError as error:
+        raise PrepareError(str(error)) from error
+    for path, (ids, counts) in zip(shards, streams, strict=True):
+        if len(ids) != len(counts):
+            raise PrepareError(f"{path}: {len(ids)} tokens, but its sidecar has {len(counts)}")
+    ids, counts = (np.concatenate(rows) for rows in zip(*streams, strict=True))
+    return ids, counts
+
+
+def audit(folder: Path, seq_len: int = 2048) -> Audit:
+    """Take a CaseOps validation split apart again, and compare tokens, sidecar and manifest.
+
+    PrepareError for files that do not belong together. Documents that do not decode are only counted: NFKC can turn the
+    character beside an operator into an ASCII letter, or merge its letter with an accent.
+    """
+    processor = find_tokenizer(folder)
+    check_symbols(processor, folder.name, CaseOps())
+    ids, counts = read_validation(folder)
+    starts = np.flatnonzero(ids == BOS)
+    if not len(starts) or starts[0] != 0:
+        raise PrepareError(f"{folder}: the validation split does not begin with BOS ({BOS})")
+    if counts[starts].any():
+        raise PrepareError(f"{folder}: the sidecar gives bytes to BOS; it belongs to other shards")
+    decoded_bytes = undecodable = 0
+    plain = str.maketrans(dict.fromkeys(CaseOps.symbols))
+    for row in np.split(ids, starts[1:]):
+        text = processor.decode(row[1:].tolist())
+        try:
+            text = decode(text)
+        except CaseOpsError:
+            undecodable += 1
+            text = text.translate(plain)
+        decoded_bytes += len(text.encode())
+    total = int(counts.sum(dtype=np.int64))
+    check_manifest_sum(folder, total)
+    targets = (len(ids) - 1) // seq_len * seq_len
+    scored = int(counts[1 : targets + 1].sum(dtype=np.int64))
+    return Audit(len(starts), undecodable, len(ids), total, decoded_bytes, targets, scored)
+
+
+def check_manifest_sum(folder: Path, total: int) -> None:
+    """PrepareError if the directory has a manifest with a byte audit, and that has another sum. Other ones pass."""
+    path = folder / MANIFEST_NAME
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    expected = manifest.get("byte_audit", {}).get("sidecar_bytes", total)
+    if expected != total:
+        raise PrepareError(f"{folder}: the sidecar sums to {total} bytes, its manifest says {expected}")
+
+
+def audit_main(argv: list[str]) -> None:
+    """The form `prepare.py audit DIR`."""
+    parser = argparse.ArgumentParser("prepare.py audit", description=audit.__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    found = audit(parser.parse_args(argv).folder)
+    print(f"val   {found.docs:,} documents, {found.tokens:,} tokens; {found.undecodable:,} documents do not decode")
+    print(f"sidecar {found.sidecar_bytes:,} bytes; the decoded text has {found.decoded_bytes:,} (spaces are folded)")
+    print(f"scored in sequences of 2048: {found.targets:,} tokens, {found.target_bytes:,} bytes")
+
+
+# +---------------------------------------------------------------------------+
 # | COMMAND LINE                                                              |
 # +---------------------------------------------------------------------------+
 
@@ -1119,6 +1268,10 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=jobs, help="worker processes (default: all cores)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens per shard (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier preparation in DIR first")
+    parser.add_argument(
+        "--caseops", action="store_true",
+        help="rewrite capitals as operators before tokenising, and write a byte sidecar for validation",
+    )  # fmt: skip
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -1165,12 +1318,22 @@ def report(manifest: dict) -> None:
             f"({rate:.3f} bytes per token)"
         )
     print(f"tokenizer {manifest['tokenizer']['name']}, {manifest['tokenizer']['vocab_size']} pieces")
+    if "byte_audit" in manifest:
+        found = manifest["byte_audit"]
+        print(
+            f"sidecar {found['sidecar_bytes']:,} of {found['utf8_bytes']:,} bytes; {found['edge_bytes']:,} are white "
+            f"space at the ends of {found['docs_with_edges']:,} documents, which has no token; "
+            f"{found['unexplained_bytes']:,} unexplained"
+        )
 
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
-    args = parse_arguments(argv)
     try:
+        if argv[:1] == ["audit"]:
+            audit_main(argv[1:])
+            return 0
+        args = parse_arguments(argv)
         if args.docs is None:
             write_sample(args.out / SAMPLE_NAME)
             args.docs = [args.out / SAMPLE_NAME]
@@ -1179,7 +1342,7 @@ def main(argv: list[str]) -> int:
             val_docs=args.val_docs, shard_tokens=args.shard_tokens, sample_mb=args.tokenizer_sample_mb,
             text_key=args.text_key, drop_overlap=args.drop_overlap, jobs=args.jobs, overwrite=args.overwrite,
         )  # fmt: skip
-        report(prepare(options))
+        report(prepare(options, CaseOps() if args.caseops else None))
     except (PrepareError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,317 @@
+"""CaseOps: transform and inverse, tokenisation by words, byte sidecar, preparation and audit."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import caseops
+import caseops_reference as reference
+import numpy as np
+import prepare
+import pytest
+import sentencepiece as spm
+import word_bpe
+from caseops import ALLCAPS, CAPNEXT, ESC, TITLE, CaseOps, CaseOpsError, decode, encode
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from prepare import Options, PrepareError
+from word_bpe import WordBPE
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "caseops.json").read_text(encoding="utf-8"))
+TOKENIZERS = "PARAMETER_GOLF_TOKENIZERS"  # a folder with the published models; they are not part of this project
+
+# Letters of both cases, neighbours of the letter ranges, all operators, white space, and what NFKC changes.
+ODD = "aabzABZ@[`{ '1-\n\t\u2581\u00a0\u200b\u200d\ue000\ue001\ue002\ue003\ue004\ue005éÉe\u0301ßſKİıⅧﬁ½™…ＡａΣς日😀"
+ANY_TEXT = st.one_of(st.text(st.characters(codec=None)), st.text(ODD + "\ud800\udc00"), st.text("abAB'" + TITLE))
+UTF8_TEXT = st.one_of(st.text(), st.text(ODD))
+WORDS = "The quick NASA probe saw McDonald's iPhone there and the U.S. team said: it's only 42 km, or Half".split()
+SENTENCES = st.lists(st.sampled_from([*WORDS, "\n\n", "  ", "É½", "ＡB", "日本", "", "of", "e\u0301"])).map(" ".join)
+
+
+def documents(count: int) -> list[str]:
+    """Distinct English-looking documents, some with white space at their ends."""
+    rng = np.random.default_rng(5)
+    rows = [" ".join(rng.choice(WORDS, 80)) for _ in range(count)]
+    return [f"{' ' * (i % 3)}Document {i}. {row}\nLÉON {i} ½ ＡB{chr(10) * (i % 2)}" for i, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def processor() -> spm.SentencePieceProcessor:
+    """A small tokenizer with the four operators, made as `prepare --caseops --vocab-size` does."""
+    model = prepare.train_tokenizer(map(encode, documents(60)), 400, CaseOps.symbols)
+    return spm.SentencePieceProcessor(model_proto=model)
+
+
+@pytest.fixture(scope="module")
+def by_words(processor: spm.SentencePieceProcessor) -> WordBPE:
+    """One cache for all examples: later ones meet words that earlier ones left."""
+    found = WordBPE(processor)
+    assert found.exact
+    return found
+
+
+# Transform
+
+
+@pytest.mark.parametrize("row", GOLDEN["encode"], ids=lambda row: ascii(row["text"])[:30])
+def test_golden_encoding(row: dict) -> None:
+    assert encode(row["text"]) == row["encoded"]
+    assert decode(row["encoded"]) == row["text"]
+    assert caseops.original_bytes(row["encoded"]).tolist() == row["bytes"]
+
+
+@pytest.mark.parametrize("row", GOLDEN["decode"], ids=lambda row: ascii(row["encoded"]))
+def test_golden_decoding(row: dict) -> None:
+    if row["text"] is None:
+        with pytest.raises(ValueError, match="malformed CaseOps string at character"):
+            decode(row["encoded"])
+    else:
+        assert decode(row["encoded"]) == row["text"]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(ANY_TEXT)
+@example("iPhone ABc aBC HELLOworld helloWORLD A AB I'm FBI's USA2020 CAFÉ")
+@example("A" * 70_000 + "b")
+def test_transform_is_lossless_and_equals_the_character_loop(text: str) -> None:
+    encoded = encode(text)
+    assert decode(encoded) == text
+    assert not set(encoded) & set(reference.UPPER)
+    if len(text) < 1000:  # the loop is quadratic in nothing, but slow
+        assert encoded == reference.encode(text)
+        assert caseops.original_bytes(encoded).tolist() == reference.original_bytes(encoded)
+    assert caseops.original_bytes(encoded).sum() == len(text.encode("utf-8", "surrogatepass"))
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(st.text(f"abA 1é{TITLE}{ALLCAPS}{CAPNEXT}{ESC}", max_size=12))
+def test_decoder_is_the_state_machine_on_any_string(text: str) -> None:
+    expected = reference.decode(text)
+    if expected is not None:
+        assert decode(text) == expected
+        return
+    with pytest.raises(CaseOpsError) as caught:
+        decode(text)
+    assert 0 <= caught.value.position <= len(text)
+    # what stands before the position is not what is wrong
+    position = caught.value.position
+    assert any(reference.decode(text[:position] + rest) is not None for rest in ("", "b", " b"))
+
+
+@pytest.mark.parametrize(
+    ("text", "position", "message"),
+    [
+        (f"ab {TITLE}{ALLCAPS}c", 4, "ALLCAPS after another operator"),
+        (f"ab{TITLE}c", 2, "TITLE inside a word"),
+        (f"x {ALLCAPS} a", 3, "not followed by a letter"),
+        (f"{CAPNEXT}{CAPNEXT}a", 1, "CAPNEXT twice"),
+        (f"a {TITLE}{ESC}{TITLE}b", 3, "escaped character"),
+        (f"abc {ESC}", 5, "ends after an operator"),
+    ],
+)
+def test_malformed_strings_are_located(text: str, position: int, message: str) -> None:
+    with pytest.raises(CaseOpsError, match=message) as caught:
+        decode(text)
+    assert caught.value.position == position
+
+
+# Tokenisation by words
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(st.one_of(UTF8_TEXT, SENTENCES))
+def test_words_give_the_ids_and_surfaces_of_sentencepiece(
+    processor: spm.SentencePieceProcessor, by_words: WordBPE, text: str
+) -> None:
+    for seen in (text, encode(text)):
+        expected = processor.encode(seen, out_type="offset_mapping")
+        assert by_words.ids(seen).tolist() == expected["ids"] == processor.encode(seen)
+        pieces = by_words.pieces(seen)
+        assert pieces.ids.tolist() == expected["ids"]
+        assert pieces.ends.tolist() == [end for _, end in expected["offsets"]]
+        assert not expected["offsets"] or pieces.start == expected["offsets"][0][0]
+
+
+def test_real_sentences_are_tokenised_by_words(processor: spm.SentencePieceProcessor) -> None:
+    words = WordBPE(processor)
+    for text in documents(20):
+        seen = encode(text)
+        assert words.ids_by_word(processor.normalize(seen)).tolist() == processor.encode(seen)
+    assert 20 < len(words.known) < 200
+
+
+def test_full_memory_is_emptied(processor: spm.SentencePieceProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(word_bpe, "MAX_WORDS", 5)
+    monkeypatch.setattr(word_bpe, "BATCH", 3)
+    words = WordBPE(processor)
+    for text in documents(20):
+        assert words.ids(text).tolist() == processor.encode(text)
+        assert len(words.known) < 60
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_type": "unigram"}, {"add_dummy_prefix": True}, {"split_by_whitespace": False}]
+)
+def test_other_tokenizers_are_left_to_sentencepiece(change: dict) -> None:
+    model = io.BytesIO()
+    kind = {"model_type": "bpe", "byte_fallback": True, "add_dummy_prefix": False, "hard_vocab_limit": False} | change
+    lines = iter(documents(60))
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, vocab_size=600, minloglevel=2, **kind
+    )
+    processor = spm.SentencePieceProcessor(model_proto=model.getvalue())
+    words = WordBPE(processor)
+    assert not words.exact
+    for text in ["", " ", *documents(5)]:
+        expected = processor.encode(text, out_type="offset_mapping")
+        assert words.ids(text).tolist() == expected["ids"] == words.pieces(text).ids.tolist()
+        assert words.pieces(text).ends.tolist() == [end for _, end in expected["offsets"]]
+
+
+# Byte sidecar
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(st.one_of(UTF8_TEXT, SENTENCES))
+@example("two  spaces\n\nnew")
+@example(" \u200b ")
+@example("hello\n")
+@example(f"{TITLE}x{ESC}{ESC}Y")
+def test_every_original_byte_is_on_a_piece_or_at_an_end(processor: spm.SentencePieceProcessor, text: str) -> None:
+    encoded = encode(text)
+    counts = CaseOps().piece_bytes(text, processor)
+    spans = processor.encode(encoded, out_type="offset_mapping")["offsets"]
+    assert counts.tolist() == reference.piece_bytes(encoded, spans)
+    missing = len(text.encode()) - int(counts.sum())
+    assert missing == prepare.edge_bytes(encoded, processor)
+
+
+def test_worked_examples_of_byte_counts(processor: spm.SentencePieceProcessor) -> None:
+    sums = {"USA2020": 7, "Ü": 2, "日": 3, "\ue001x": 4, "two  spaces\n\nnew": 16, "  two": 3, "hello\n": 5, "Ａ": 3}
+    found = {text: int(CaseOps().piece_bytes(text, processor).sum()) for text in sums}
+    assert found == sums
+    counts = CaseOps().piece_bytes("\ue001x", processor).tolist()
+    assert counts[:2] == [0, 3]  # an escaped operator has the operator's id, but bytes
+    assert processor.encode(encode("\ue001x"))[:2] == [7, 4]
+
+
+@pytest.fixture(scope="session")
+def published() -> spm.SentencePieceProcessor:
+    """The published CaseOps tokenizer, if someone says where it is."""
+    if TOKENIZERS not in os.environ:
+        pytest.skip(f"{TOKENIZERS} names no folder with the published tokenizers")
+    for path in Path(os.environ[TOKENIZERS]).glob("*.model"):
+        if hashlib.md5(path.read_bytes()).hexdigest() == GOLDEN["tokenizer_md5"]:
+            return spm.SentencePieceProcessor(model_file=str(path))
+    raise AssertionError(f"no model in {TOKENIZERS} has the MD5 {GOLDEN['tokenizer_md5']}")
+
+
+def test_golden_ids_and_bytes_of_the_published_tokenizer(published: spm.SentencePieceProcessor) -> None:
+    rows = [row for row in GOLDEN["encode"] if "ids" in row]
+    assert len(rows) > 10
+    for row in rows:
+        assert WordBPE(published).ids(row["encoded"]).tolist() == row["ids"]
+        assert CaseOps().piece_bytes(row["text"], published).tolist() == row["token_bytes"]
+
+
+# Preparation and audit
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`prepare --caseops` over 40 documents, 12 of them validation, several shards."""
+    folder = tmp_path_factory.mktemp("caseops")
+    source = folder / "docs.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(40)), encoding="utf-8")
+    argv = ["--docs", str(source), "--out", str(folder / "out"), "--vocab-size", "400", "--caseops"]
+    assert prepare.main([*argv, "--val-docs", "12", "--shard-tokens", "1000", "--jobs", "1"]) == 0
+    return folder / "out"
+
+
+def test_prepared_directory_accounts_for_every_byte(prepared: Path, capsys: pytest.CaptureFixture) -> None:
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    texts = documents(40)[:12]
+    assert manifest["settings"]["transform"] == "lossless_caps_caseops_v1"
+    stripped = [len(text.encode()) - len(text.strip().encode()) for text in texts]
+    assert manifest["byte_audit"] == {
+        "docs": 12,
+        "utf8_bytes": sum(len(text.encode()) for text in texts),
+        "sidecar_bytes": sum(len(text.strip().encode()) for text in texts),
+        "edge_bytes": sum(stripped),
+        "docs_with_edges": sum(size > 0 for size in stripped),
+        "unexplained_bytes": 0,
+    }
+    processor = spm.SentencePieceProcessor(model_file=str(prepared / "bpe_400.model"))
+    assert [processor.piece_to_id(symbol) for symbol in CaseOps.symbols] == [4, 5, 6, 7]
+    ids, counts = prepare.read_validation(prepared)
+    assert ids.tolist() == [token for text in texts for token in [1, *processor.encode(encode(text))]]
+    assert len(manifest["sidecars"]) > 1 and counts[ids == 1].sum() == 0
+    assert prepare.main(["audit", str(prepared)]) == 0
+    out = capsys.readouterr().out
+    assert "12 documents" in out and f"{manifest['byte_audit']['sidecar_bytes']:,} bytes" in out
+
+
+def test_audit_counts_what_the_normaliser_broke(prepared: Path) -> None:
+    found = prepare.audit(prepared, seq_len=64)
+    # every document ends in a wide capital before "B": as ids it is the word "ab" with an operator inside
+    assert found.docs == found.undecodable == 12
+    ids, counts = prepare.read_validation(prepared)
+    assert found.targets == (len(ids) - 1) // 64 * 64
+    assert found.target_bytes == counts[1 : found.targets + 1].sum()
+    assert found.decoded_bytes == pytest.approx(found.sidecar_bytes, rel=0.02)  # NFKC shortens Ａ and lengthens ½
+
+
+def copy_directory(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "fineweb_val_bytes_000001.bin").unlink(), "no such shard"),
+        (lambda folder: [path.unlink() for path in folder.glob("fineweb_val_0*")], "no fineweb_val_"),
+        (lambda folder: (folder / "bpe_400.model").unlink(), "0 files *.model"),
+        (lambda folder: add_to_sidecar(folder, 0), "gives bytes to BOS"),
+        (lambda folder: add_to_sidecar(folder, 3), "its manifest says"),
+    ],
+)
+def test_audit_refuses_what_does_not_belong_together(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture, damage: object, message: str
+) -> None:
+    folder = copy_directory(prepared, tmp_path / "copy")
+    damage(folder)
+    assert prepare.main(["audit", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def add_to_sidecar(folder: Path, index: int) -> None:
+    """Give one token of the first sidecar a byte more."""
+    path = folder / "fineweb_val_bytes_000000.bin"
+    raw = bytearray(path.read_bytes())
+    raw[prepare.HEADER_BYTES + 2 * index] += 1
+    path.write_bytes(bytes(raw))
+
+
+def test_tokenizer_and_transform_must_match(prepared: Path, tmp_path: Path) -> None:
+    docs = tmp_path / "docs.jsonl"
+    docs.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(9)), encoding="utf-8")
+    plain = tmp_path / "plain.model"
+    plain.write_bytes(prepare.train_tokenizer(documents(60), 400))
+    with pytest.raises(PrepareError, match="needs its 4 symbols"):
+        prepare.prepare(Options((docs,), tmp_path / "a", plain, val_docs=3), CaseOps())
+    with pytest.raises(PrepareError, match="add --caseops"):
+        prepare.prepare(Options((docs,), tmp_path / "b", prepared / "bpe_400.model", val_docs=3))
+
+
+def test_both_forms_of_the_command_line_take_caseops() -> None:
+    assert prepare.parse_arguments(["sample", "--out", "x", "--caseops"]).caseops
+    args = prepare.parse_arguments(["--docs", "x", "--out", "y", "--vocab-size", "300", "--caseops"])
+    assert args.caseops and args.val_docs == 50_000
