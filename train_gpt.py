@@ -2746,7 +2746,7 @@ def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tens
 # +--------------------------------------------------------------------------------------------------------------------+
 
 MAGIC, ARTIFACT_VERSION = b"PGLF", 2
-HEAD = struct.Struct("<4sBBII")  # magic, version, codec, payload bytes, CRC-32 of the payload
+HEAD = struct.Struct("<4sBBII")  # magic, version, codec, payload bytes, CRC-32 of all that and the payload
 Arrays = dict[str, np.ndarray]
 
 
@@ -2829,20 +2829,19 @@ class Codec(NamedTuple):
             coder.need()
 
 
+ROLES = (
+    "tok_emb.weight:*:q",
+    "blocks.*.attn.q.weight:*:q",
+    "blocks.*.attn.k.weight:*:q",
+    "blocks.*.attn.v.weight:*:q",
+    "blocks.*.attn.o.weight:*:q",
+    "blocks.*.mlp.up.weight:*:q",
+    "blocks.*.mlp.down.weight:*:q",
+)
 CODECS = {
-    "brotli": Codec(1, "brotli"),
+    "brotli": Codec(1, "brotli", "brotli", ROLES),  # streams of their own: coded side by side on several processors
     "lzma": Codec(2, "lzma"),
-    "pergroup": Codec(
-        3,
-        "brotli",
-        "lrzip",
-        (
-            "tok_emb.weight:*:q",
-            *(f"blocks.*.{m}.weight:*:q" for m in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")),
-        ),
-        sorted_rows=("tok_emb.weight:*:q", "blocks.*.attn.q.weight:*:q"),
-        sort_hidden=True,
-    ),
+    "pergroup": Codec(3, "brotli", "lrzip", ROLES, sorted_rows=ROLES[:2], sort_hidden=True),
 }
 
 
@@ -2918,7 +2917,13 @@ def pack_arrays(arrays: Arrays, codec: str) -> bytes:
         raws[layout.stream_of(name)].append(shuffle_bytes(arrays[name]))
     streams = in_parallel([coder.encode for coder in layout.coders()], [b"".join(raw) for raw in raws])
     payload = struct.pack(f"<B{len(streams)}I", len(streams), *map(len, streams)) + b"".join(streams)
-    return HEAD.pack(MAGIC, ARTIFACT_VERSION, layout.number, len(payload), zlib.crc32(payload)) + payload
+    return seal(layout.number, payload)
+
+
+def seal(number: int, payload: bytes) -> bytes:
+    """A payload with the head of its codec."""
+    head = HEAD.pack(MAGIC, ARTIFACT_VERSION, number, len(payload), 0)[:-4]
+    return head + struct.pack("<I", zlib.crc32(payload, zlib.crc32(head))) + payload
 
 
 def in_parallel(functions: list[Callable[[bytes], bytes]], datas: list[bytes]) -> list[bytes]:
@@ -2937,11 +2942,11 @@ def unpack_arrays(blob: bytes, source: str = "artifact") -> Arrays:
     payload = blob[HEAD.size :]
     if len(payload) != size:
         raise UserError(f"{source}: truncated or padded: {len(payload)} payload bytes, the head promises {size}")
-    if zlib.crc32(payload) != crc:
-        raise UserError(f"{source}: damaged: the checksum of the payload does not match; copy or quantise it again")
     layouts = {codec.number: codec for codec in CODECS.values()}
     if number not in layouts:
         raise UserError(f"{source}: unknown codec number {number}")
+    if zlib.crc32(payload, zlib.crc32(blob[: HEAD.size - 4])) != crc:
+        raise UserError(f"{source}: damaged: the checksum does not match; copy or quantise it again")
     try:
         return unsort_rows(unpack_payload(payload, layouts[number]))
     except UserError:

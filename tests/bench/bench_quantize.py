@@ -1,0 +1,103 @@
+"""Seconds and bytes of quantising and packing the full-size CaseOps model (35.9 M weights), by stage and compressor.
+
+    OMP_NUM_THREADS=1 python tests/bench/bench_quantize.py [--compressor brotli pergroup] [--clips 12,12,12 11.5,13,14]
+                                                           [--weights gauss student] [--set KNOB=VALUE ...]
+
+Clips are those of MLP, attention and embedding, in row standard deviations. The weights are random: Gaussian, the worst
+case for the coder at a given step, or Student's t with 8 degrees of freedom, whose tails are more like a trained
+model's. Hessians are synthetic (correlated inputs of unequal loudness), one for each input width. Bytes are those of
+the model blob alone, without code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train_gpt  # noqa: E402
+
+CAP = 16_000_000
+KNOBS = {"ATTN_GATE": "sparse", "EMBED_EXTRAS": "smear", "REPAIR": "lqer"}
+Weights = dict[str, Tensor]
+
+
+def random_weights(cfg: train_gpt.Config, kind: str) -> Weights:
+    """A state dict of the right shapes; matrices are random, gains and scales as at the start of training."""
+    state = train_gpt.GPT(cfg).reset(0).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    for w in state.values():
+        if w.dim() == 2 and w.numel() > 2**16:
+            w.normal_(generator=generator).mul_(0.05)
+            if kind == "student":
+                chi2 = sum(torch.randn(w.shape, generator=generator).square() for _ in range(8))
+                w.div_((chi2 / 8).sqrt())
+    return state
+
+
+def synthetic_hessians(state: Weights) -> Weights:
+    """Weight name -> Hessian; layers share those of their input width."""
+    generator, by_width, found = torch.Generator().manual_seed(1), {}, {}
+    for name, w in state.items():
+        if w.dim() != 2 or w.numel() <= 2**16:
+            continue
+        cols = w.size(1)
+        if cols not in by_width:
+            loud = torch.exp(0.5 * torch.randn(cols, generator=generator))
+            common = torch.randn(cols, 64, generator=generator) * loud[:, None]
+            by_width[cols] = torch.diag(loud.square()) + 0.02 * common @ common.T
+        found[name] = by_width[cols]
+    return found
+
+
+def timed(function: object, *args: object) -> tuple[object, float]:
+    start = time.perf_counter()
+    return function(*args), time.perf_counter() - start
+
+
+def measure(cfg: train_gpt.Config, runtime: train_gpt.Runtime, kind: str) -> str:
+    """Quantise, report, pack and unpack once; the numbers. Stops when unpacking does not give back the bits."""
+    state = random_weights(cfg, kind)
+    hessians, seconds = synthetic_hessians(state), {}
+    if train_gpt.CODECS[cfg.compressor].sort_hidden:
+        (state, hessians), seconds["sort hidden"] = timed(train_gpt.sort_hidden, cfg, runtime, state, hessians)
+    parts, seconds["quantise and repair"] = timed(train_gpt.quantize, cfg, runtime, state, hessians)
+    reports, seconds["report"] = timed(train_gpt.tensor_reports, runtime, state, hessians, parts)
+    arrays = {f"{key}:{part}": t.numpy() for key, value in parts.items() for part, t in value.items()}
+    blob, seconds["pack"] = timed(train_gpt.pack_arrays, arrays, cfg.compressor)
+    restored, seconds["unpack"] = timed(train_gpt.unpack_arrays, blob)
+    if any(restored[name].tobytes() != array.tobytes() for name, array in arrays.items()):
+        raise SystemExit("unpacking does not give back what was packed")
+    total = sum(seconds[stage] for stage in seconds if stage != "unpack")
+    entropy = sum(r.entropy_bytes for r in reports)
+    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
+    return (
+        f"{len(blob):,} bytes ({CAP - len(blob):+,} to the cap), order-0 entropy {entropy:,}; {total:.1f} s: {stages}\n"
+        + "\n".join(train_gpt.error_report(cfg, reports, parts))
+    )
+
+
+def main() -> None:
+    """Measure each combination that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compressor", nargs="+", default=["brotli"], choices=tuple(train_gpt.CODECS))
+    parser.add_argument("--clips", nargs="+", default=["12,12,12", "11.5,13,14"])
+    parser.add_argument("--weights", nargs="+", default=["gauss"], choices=("gauss", "student"))
+    parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE")
+    args = parser.parse_args()
+    runtime = train_gpt.Runtime(0, 1, torch.device("cpu"), train_gpt.Log(None, True))
+    for compressor, clips, kind in ((c, k, w) for c in args.compressor for k in args.clips for w in args.weights):
+        names = ("MLP_CLIP_SIGMAS", "ATTN_CLIP_SIGMAS", "EMBED_CLIP_SIGMAS")
+        environ = KNOBS | dict(zip(names, clips.split(","), strict=True)) | {"COMPRESSOR": compressor}
+        cfg = train_gpt.load_config(environ | dict(text.split("=", 1) for text in args.set))
+        print(f"{compressor}, clips {clips}, {kind} weights: {measure(cfg, runtime, kind)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
