@@ -284,6 +284,7 @@ def test_schedule_of_documents_and_chunks() -> None:
     assert [list(doc) for doc in docs] == want["docs_start_len"]
     batches = train_gpt.document_batches(docs, config["batch_docs"])
     assert batches == [batch["docs"] for batch in want["batches_1934_processing_order"]]
+    assert batches == want["batches_1915_warm0_global_length"]
     windows = want["chunk_windows_per_doc_[win_start,win_len,chunk_offset,chunk_len]"]
     for doc, (_, length) in enumerate(docs):
         chunks = range(-(-(length - 1) // config["chunk"]))
