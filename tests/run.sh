@@ -13,5 +13,10 @@ if [[ "$("$PY" -c 'import torch; print(torch.cuda.is_available())')" != True ]];
   marks=(-m "not gpu")
   echo "no CUDA device: tests marked gpu are left out"
 fi
-echo "pytest -q ${marks[*]+"${marks[*]}"} $*"
-exec "$PY" -m pytest -q ${marks[@]+"${marks[@]}"} "$@"
+# one file to a process (its fixtures are shared), and one thread in each, or their threads wait for each other
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+options=(-q -n auto --dist loadfile ${marks[@]+"${marks[@]}"} "$@")
+printf 'pytest'
+printf ' %q' "${options[@]}"
+echo
+exec "$PY" -m pytest "${options[@]}"
