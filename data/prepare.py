@@ -1281,7 +1281,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser = argparse.ArgumentParser("prepare.py sample", description=sample_documents.__doc__)
         add_common(parser)
         parser.add_argument("--vocab-size", type=int, default=1024, help="pieces to train (default %(default)s)")
-        parser.add_argument("--val-docs", type=int, default=24, help="validation documents (default %(default)s)")
+        parser.add_argument("--val-docs", type=int, default=16, help="validation documents (default %(default)s)")
         parser.set_defaults(docs=None, tokenizer=None, tokenizer_sample_mb=64.0, text_key="text", drop_overlap=False)
         return parser.parse_args(argv[1:])
     parser = argparse.ArgumentParser("prepare.py", description=__doc__, formatter_class=formatter)
