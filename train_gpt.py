@@ -3536,9 +3536,9 @@ def adapt_documents(cfg: Config, runtime: Runtime, model: GPT, val: ValData, bou
     learner, trainer = DocLora(cfg, runtime, model), GlobalSgd(cfg, runtime, model)
     learner.warm_up()
     segments = phase_segments(document_batches(docs, cfg.ttt_batch_size), boundaries)
-    meter = ByteMeter(val, runtime)
+    queue_id, meter = f"ttt {runtime.first_says(time.time())}", ByteMeter(val, runtime)  # a queue is used once
     for number, (batches, learnt) in enumerate(segments):
-        for ticket in runtime.take(f"ttt_{number}", len(batches)):
+        for ticket in runtime.take(f"{queue_id}/{number}", len(batches)):
             if cfg.ttt_order_audit:
                 runtime.log(
                     f"order audit: phase {number} batch {ticket} documents {batches[ticket]}", to_file_only=True
