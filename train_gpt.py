@@ -61,10 +61,13 @@ try:  # only the codec of that name needs it, and says so
 except ImportError:
     brotli = None
 try:  # torch >= 2.11; a build without it still runs on the masked twin
-    from torch.nn.attention import activate_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
-    activate_flash_attention_impl = varlen_attn = None
+    varlen_attn = None
+try:  # without it flash attention is the one built into torch
+    from torch.nn.attention import activate_flash_attention_impl
+except ImportError:
+    activate_flash_attention_impl = None
 try:  # CUDA builds of torch on Linux bring it; without it the plain twins run
     import triton
     import triton.language as tl
@@ -1102,10 +1105,12 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
         raise UserError(
             f"ATTENTION={wanted} needs a GPU, COMPUTE_DTYPE=bf16 and torch >= 2.11; or say ATTENTION=masked"
         )
-    for name in ("fa4", "fa3") if wanted == "auto" else (wanted,):
+    for name in ("fa3", "fa4") if wanted == "auto" else (wanted,):  # FA3 is made for the contest's GPU
         if name == "fa2":
             break
         try:
+            if activate_flash_attention_impl is None:
+                raise ImportError("this torch cannot activate other flash attentions")
             activate_flash_attention_impl(name.upper())
             runtime.log(f"attention: {name} through torch.nn.attention")
             return flash_attention
@@ -2333,10 +2338,10 @@ def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> dict[str, Ten
     return tap.hessians(cfg.gptq_calibration_batches, runtime)
 
 
-def row_bounds(ids: np.ndarray, cap: int = 0) -> Tensor:
+def row_bounds(ids: np.ndarray) -> Tensor:
     """Padded segment boundaries of rows (B, T): every row start and every document start, over B*T flattened tokens."""
     starts = np.union1d(np.flatnonzero(ids.reshape(-1) == BOS_ID), np.arange(0, ids.size, ids.shape[1]))
-    return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, cap)))
+    return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, 0)))
 
 
 def row_scales(weight: Tensor, bits: int, clip: float) -> Tensor:
