@@ -1279,82 +1279,51 @@ def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float)
     return dpre
 
 
-@torch.library.custom_op("train_gpt::softcap_ce", mutates_args=(), device_types="cuda")
+def operator(launch: Callable) -> Callable[[Callable], Callable]:
+    """Decorator that makes of a plain twin the operator train_gpt::<its name>, which a compiled graph keeps whole.
+
+    On a GPU `launch` runs in its place; on the CPU, and for shapes while tracing, the twin itself. The plain function
+    stays reachable as `.twin`.
+    """
+
+    def register(twin: Callable) -> Callable:
+        op = torch.library.custom_op(f"train_gpt::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
+        op.register_kernel("cuda")(launch)
+        op.register_fake(twin)
+        op.twin = twin
+        return op
+
+    return register
+
+
+@operator(launch_softcap_ce)
 def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy (N,) of softcapped logits z (N, V), nats, and the log-sum-exp (N,) of the backward; float32."""
-    return launch_softcap_ce(z, targets, softcap)
-
-
-@softcap_ce.register_kernel("cpu")
-def softcap_ce_on_cpu(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """The same in torch, for tracing and tests without a GPU."""
     y = 2 * softcap * torch.sigmoid(2 * wide(z) / softcap)
     lse = y.logsumexp(1)
     return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
 
 
-@softcap_ce.register_fake
-def softcap_ce_shapes(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes only."""
-    return z.new_empty(z.size(0), dtype=torch.float32), z.new_empty(z.size(0), dtype=torch.float32)
-
-
-@torch.library.custom_op("train_gpt::softcap_ce_back", mutates_args=(), device_types="cuda")
+@operator(launch_softcap_ce_back)
 def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
     """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
-    return launch_softcap_ce_back(g, z, targets, lse, softcap)
-
-
-@softcap_ce_back.register_kernel("cpu")
-def softcap_ce_back_on_cpu(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    """The same in torch."""
     s = torch.sigmoid(2 * wide(z) / softcap)
     p = torch.exp(2 * softcap * s - lse[:, None])
     p.scatter_add_(1, targets[:, None], p.new_full((len(z), 1), -1.0))
     return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
 
 
-@softcap_ce_back.register_fake
-def softcap_ce_back_shapes(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    """Shape and dtype only."""
-    return z.new_empty(z.shape)
-
-
-@torch.library.custom_op("train_gpt::leaky_square", mutates_args=(), device_types="cuda")
+@operator(launch_leaky_square)
 def leaky_square(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """pre = m up^T (N, F) and LeakyReLU(pre, slope)^2 of inputs m (N, D) and weights up (F, D)."""
-    return launch_leaky_square(m, up, slope)
-
-
-@leaky_square.register_kernel("cpu")
-def leaky_square_on_cpu(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """The same in torch."""
     pre = F.linear(m, up)
     return pre, F.leaky_relu(pre, slope).square()
 
 
-@leaky_square.register_fake
-def leaky_square_shapes(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes only."""
-    return m.new_empty(m.size(0), up.size(0)), m.new_empty(m.size(0), up.size(0))
-
-
-@torch.library.custom_op("train_gpt::leaky_square_back", mutates_args=(), device_types="cuda")
+@operator(launch_leaky_square_back)
 def leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
     """Gradient (N, F) of pre from the gradient g (N, D) of LeakyReLU(pre, slope)^2 down^T, down (D, F)."""
-    return launch_leaky_square_back(g, down, pre, slope)
-
-
-@leaky_square_back.register_kernel("cpu")
-def leaky_square_back_on_cpu(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
-    """The same in torch."""
     return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
-
-
-@leaky_square_back.register_fake
-def leaky_square_back_shapes(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
-    """Shape and dtype only."""
-    return pre.new_empty(pre.shape)
 
 
 class FusedCrossEntropy(torch.autograd.Function):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import functools
+import io
 import os
 import re
 import shutil
 import subprocess
+import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ MAX_NESTING = 4
 MAX_PARAMETERS = 8
 MAX_UNDOCUMENTED_LINES = 5
 MAX_LINE_LENGTH = 120
-MAX_PROGRAM_LINES = 4_000
+MAX_PROGRAM_LINES = 4_000  # of code: blank lines, comments and docstrings are there to be read, and are not counted
 MAX_ENVIRON_READS = 2
 MAX_FILE_BYTES = 1_000_000
 
@@ -313,9 +315,19 @@ def environment_reads(source: Source) -> list[str]:
     return [source.at(line, "reads the environment outside Config and Runtime") for line in hits[MAX_ENVIRON_READS:]]
 
 
+def code_lines(source: Source) -> set[int]:
+    """Numbers of the lines that hold code."""
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(source.text).readline)
+    held = {n for t in tokens if t.type not in silent for n in range(t.start[0], t.end[0] + 1)}
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    owners = (node for node in ast.walk(source.tree) if isinstance(node, documented) and ast.get_docstring(node))
+    return held - {n for node in owners for n in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+
+
 def program_length(source: Source) -> list[str]:
-    count = len(source.text.splitlines())
-    return [source.at(count, f"{count} lines, over {MAX_PROGRAM_LINES}")] if count > MAX_PROGRAM_LINES else []
+    count = len(code_lines(source))
+    return [source.at(count, f"{count} lines of code, over {MAX_PROGRAM_LINES}")] if count > MAX_PROGRAM_LINES else []
 
 
 def banners(source: Source) -> list[str]:
@@ -419,6 +431,7 @@ def lines_of(template: str, count: int) -> str:
     return "".join(template.format(i=i) for i in range(count))
 
 
+DOCUMENTED = '# Why.\n\ndef f():\n    """What.\n\n    Why."""\n'
 BOX = "# +" + "-" * 20 + "+\n"
 TITLE_1, TITLE_2, TITLE_3 = (f"# | {number:02d} {'NAME':<16}|\n" for number in (1, 2, 3))
 TYPED = "def f() -> None:\n"
@@ -479,7 +492,7 @@ PLANTED: dict[Rule, tuple[str, int, str]] = {
         4,
         "import os\na = os.environ\nb = os.environ['X']\n",
     ),
-    program_length: ("x = 1\n" * (MAX_PROGRAM_LINES + 1), MAX_PROGRAM_LINES + 1, "x = 1\n" * MAX_PROGRAM_LINES),
+    program_length: ("x = 1\n" * (MAX_PROGRAM_LINES + 1), MAX_PROGRAM_LINES + 1, DOCUMENTED * MAX_PROGRAM_LINES),
     banners: (
         BOX + TITLE_1 + BOX + BOX + TITLE_3 + BOX,
         5,
