@@ -23,6 +23,7 @@ Nouns: Config, Runtime, Route, Seq, taps, QuantRule, Codec, ByteMeter, Learner.
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import dataclasses
 import difflib
 import fnmatch
@@ -287,14 +288,20 @@ class Config:
     )
 
     eval: str = knob(
-        "doc_lora", "how the final score is made", EVALUATION, choices=("plain", "sliding", "doc_lora", "phased_lora")
+        "doc_lora",
+        "how the final score is made",
+        EVALUATION,
+        choices=("plain", "sliding", "chunk_sgd", "slot", "doc_lora", "phased_lora"),
     )
     val_batch_tokens: int = knob(524_288, "tokens of an evaluation batch, over BATCH_SLICES", EVALUATION, gt=0)
     eval_seq_len: int = knob(
         2048, "longest context; the validation stream is cut to a multiple of it", EVALUATION, gt=1
     )
-    eval_stride: int = knob(64, "tokens scored per window", EVALUATION, gt=0, when="EVAL=sliding")
+    eval_stride: int = knob(64, "tokens scored per window", EVALUATION, gt=0, when="EVAL=sliding|chunk_sgd|slot")
     eval_include_tail: bool = knob(False, "score the last partial window too (not the canonical count)", EVALUATION)
+    allow_noncausal: bool = knob(
+        False, "let a score be fitted on the targets that it scores; the result then says legal: false", EVALUATION
+    )
 
     ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
     ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
@@ -327,6 +334,29 @@ class Config:
     global_ttt_epochs: int = knob(1, "passes over the scored documents", TTT, ge=1, when="EVAL=phased_lora")
     global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", TTT, gt=0, when="EVAL=phased_lora")
     global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", TTT, ge=0, when="EVAL=phased_lora")
+    ttt_chunk_tokens: int = knob(
+        32_768, "targets scored, then learnt, at a time", TTT, gt=0, when="EVAL=chunk_sgd|slot"
+    )
+    ttt_epochs: int = knob(3, "SGD steps per chunk, each over the whole chunk", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_momentum: float = knob(
+        0.9, "momentum of chunk SGD, kept from chunk to chunk", TTT, ge=0, le=1, when="EVAL=chunk_sgd|slot"
+    )
+    ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_trainable: tuple[str, ...] = knob(
+        ("all",),
+        "weights that chunk SGD trains: all, scalar (gains, gates, scales), or globs or parts of names, such as mlp",
+        TTT,
+        when="EVAL=chunk_sgd|slot",
+    )
+    slot_lr: float = knob(0.003, "learning rate of the fitted shift of the hidden state", TTT, ge=0, when="EVAL=slot")
+    slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", TTT, ge=1, when="EVAL=slot")
+    slot_causal: bool = knob(
+        True,
+        "fit on targets before the batch's first scored one; off: on those that it scores, as published (not legal)",
+        TTT,
+        when="EVAL=slot",
+    )
 
     def problems(self) -> list[str]:
         """Everything wrong with these values, each as a sentence with the fix; empty when the run can start."""
@@ -402,6 +432,16 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
         "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval",
     ),
+    (
+        lambda c: c.eval == "slot" and not c.slot_causal and not c.allow_noncausal,
+        "SLOT_CAUSAL=0 fits on the targets that it scores, which the contest forbids; for study only, say "
+        "ALLOW_NONCAUSAL=1",
+    ),
+    (
+        lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
+        "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is under EVAL_SEQ_LEN={c.eval_seq_len}: no sequence fits to learn from",
+    ),
+    (lambda c: not c.ttt_trainable, "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0"),
 )
 
 RENAMED = {  # names that became values of an axis, or that the published scripts read without effect
@@ -409,7 +449,7 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
     "ATTN_OUT_GATE_ENABLED": "ATTN_GATE=out",
     "SMEAR_GATE_ENABLED": "EMBED_EXTRAS=smear",
-    "TTT_ENABLED": "EVAL=doc_lora (or EVAL=plain for none)",
+    "TTT_ENABLED": "EVAL=doc_lora or EVAL=chunk_sgd (or EVAL=plain for none)",
     "SLIDING_WINDOW_ENABLED": "EVAL=sliding",
     "CASEOPS_ENABLED": "nothing: a byte sidecar in DATA_PATH is used when it is there",
     "TTT_EVAL_ONLY": "STAGES=eval",
@@ -418,6 +458,10 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "LQER_ENABLED": "REPAIR=lqer (or REPAIR=none)",
     "LQER_SELECT": "REPAIR=lqer (the tensors of largest error are corrected)",
     "MATRIX_CLIP_SIGMAS": "ATTN_CLIP_SIGMAS and MLP_CLIP_SIGMAS",
+    "SLOT_ENABLED": "EVAL=slot (as published: with SLOT_CAUSAL=0 and ALLOW_NONCAUSAL=1)",
+    "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
+    "TTT_BATCH_SEQS": "nothing: a step of chunk SGD takes the whole chunk, BATCH_SLICES parts at a time",
+    "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
 }
 
 
@@ -1817,15 +1861,20 @@ class GPT(nn.Module):
         seq: Seq | None = None,
         taps: Taps | None = None,
         reduction: str = "mean",
+        cells: Tensor | None = None,
     ) -> Tensor:
         """Softcapped logits (B, T, V) in at least float32; with targets (B, T) their cross-entropy in nats:
-        a scalar for reduction="mean", (B, T) for "none"."""
+        a scalar for reduction="mean", (B, T) for "none". With cells (n,), indices into the B*T flattened positions,
+        the head is computed there alone, and n stands in place of B, T."""
         h = self.trunk(ids, seq, taps)
+        if cells is not None:
+            h = h.flatten(0, 1)[cells]
+            targets = targets if targets is None else targets.flatten()[cells]
         z = self.tok_emb(h)
         z = z if taps is None else taps(Site("head", -1, -1), h, z)
         if targets is None:
             return softcapped(z, self.softcap)
-        loss = self.cross_entropy(z.flatten(0, 1), targets.flatten(), self.softcap)
+        loss = self.cross_entropy(z.flatten(0, -2), targets.flatten(), self.softcap)
         return loss.mean() if reduction == "mean" else loss.view_as(targets)
 
 
@@ -3003,6 +3052,8 @@ class Unit(NamedTuple):
     ids and targets (B, T) int64; the target in cell (row, col) stands at origin[row] + col of the validation stream;
     rows, cols: the scored cells; bounds: attention segments or None. learn_rows: rows whose cells learn_cols may be
     learnt once they are scored. docs, fresh: for adapters per document, which document a row is, and whether it begins.
+    cells: of the B*T flattened ones, those that need the head, the scored ones first; None: all. fit: those whose
+    targets the score itself is fitted on. span: stream positions of targets that all ranks then learn together.
     """
 
     ids: np.ndarray
@@ -3015,6 +3066,9 @@ class Unit(NamedTuple):
     learn_cols: slice = slice(0)
     docs: tuple[int, ...] = ()
     fresh: bool = False
+    cells: np.ndarray | None = None
+    fit: np.ndarray = np.empty(0, np.int64)
+    span: range = range(0)
 
     def scored(self) -> np.ndarray:
         """Stream positions of the scored targets."""
@@ -3025,17 +3079,35 @@ class Unit(NamedTuple):
         cols = np.arange(self.learn_cols.start or 0, self.learn_cols.stop)
         return (self.origin[self.learn_rows][:, None] + cols).reshape(-1)
 
+    def fitted(self) -> np.ndarray:
+        """Stream positions of the targets that scoring reads beside the context."""
+        width = max(1, self.ids.shape[1])
+        return self.origin[self.fit // width] + self.fit % width
+
 
 class LegalityError(AssertionError):
     """A score that would break the contest's rules: raised, never only asserted, so that `python -O` keeps it."""
 
 
 class Ledger:
-    """Which targets have been scored. A second score, or learning from an unscored target, raises LegalityError."""
+    """Which targets have been scored. A second score, or learning from an unscored target, raises LegalityError.
 
-    def __init__(self, length: int) -> None:
+    So does a score that is fitted on what it scores, unless `noncausal` scores are allowed; then `legal` turns False.
+    """
+
+    def __init__(self, length: int, noncausal: bool = False) -> None:
         self.count = np.zeros(length, np.uint8)
         self.count[0] = 1  # the first token of the stream is never a target
+        self.noncausal, self.legal = noncausal, True
+
+    def admit(self, unit: Unit) -> None:
+        """Check that a unit's scores are fitted only on targets before all that it scores: windows are scored in the
+        order of the stream, so those are scored already. Where noncausal scores are allowed, note that this is one."""
+        fitted = unit.fitted()
+        if len(fitted) and fitted.max() >= unit.scored().min():
+            if not self.noncausal:
+                raise LegalityError("a score is fitted on a target that it scores, or on a later one")
+            self.legal = False
 
     def claim(self, positions: np.ndarray) -> None:
         """Mark targets as scored."""
@@ -3067,8 +3139,8 @@ class Ledger:
 class ByteMeter:
     """Sums of loss (float64, on the device), tokens and bytes over the scored targets, with their ledger."""
 
-    def __init__(self, val: ValData, runtime: Runtime) -> None:
-        self.val, self.runtime, self.ledger = val, runtime, Ledger(len(val.tokens))
+    def __init__(self, val: ValData, runtime: Runtime, noncausal: bool = False) -> None:
+        self.val, self.runtime, self.ledger = val, runtime, Ledger(len(val.tokens), noncausal)
         self.loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
         self.tokens, self.bytes, self.started = 0, 0, time.perf_counter()
 
@@ -3081,25 +3153,27 @@ class ByteMeter:
         self.tokens += len(positions)
         self.bytes += int(self.val.bytes[positions].sum())
 
-    def close(self, legal: bool = True) -> Score:
+    def close(self) -> Score:
         """The score over all ranks."""
         self.ledger.close(self.runtime)
         loss = self.runtime.sum_(self.loss.clone()).item()
-        tokens, size = self.runtime.sum_(torch.tensor([self.tokens, self.bytes])).tolist()
+        tokens, size, illegal = self.runtime.sum_(
+            torch.tensor([self.tokens, self.bytes, not self.ledger.legal])
+        ).tolist()
         seconds = self.runtime.first_says(time.perf_counter() - self.started)
         if not math.isfinite(loss):
             raise FloatingPointError(f"validation loss is {loss}; the model or the data is damaged")
-        return Score(loss / tokens, loss / (math.log(2) * size), tokens, size, seconds, legal)
+        return Score(loss / tokens, loss / (math.log(2) * size), tokens, size, seconds, not illegal)
 
 
 class Learner(Protocol):
     """What test-time training does: score with the state before the unit, learn from it once scored, end."""
 
     def score(self, unit: Unit) -> Tensor:
-        """(B, T) nats of every cell."""
+        """(B, T) nats, of the scored cells at least."""
 
     def learn(self, unit: Unit, nll: Tensor) -> None:
-        """Adapt on the unit's learn cells; nll is what score returned."""
+        """Adapt on the unit's learn cells and span; nll is what score returned."""
 
     def after(self) -> None:
         """The last unit is done."""
@@ -3108,9 +3182,12 @@ class Learner(Protocol):
 def score_first(units: Iterable[Unit], learner: Learner, meter: ByteMeter) -> None:
     """The only loop that may adapt a model: a unit is scored, in the ledger, before anything learns from it."""
     for unit in units:
+        meter.ledger.admit(unit)
         nll = learner.score(unit)
         meter.add(unit, nll)
         meter.ledger.require(unit.learnt())
+        if unit.span:
+            meter.ledger.require_anywhere(np.arange(unit.span.start, unit.span.stop), meter.runtime)
         learner.learn(unit, nll)
     learner.after()
 
@@ -3122,18 +3199,33 @@ class Frozen:
         self.model, self.runtime, self.max_len = model, runtime, cfg.eval_seq_len
         self.forward = compiled(runtime, model)
 
+    def inputs(self, unit: Unit) -> tuple[Tensor, Tensor, Seq]:
+        """ids, targets and Seq of a unit on the device."""
+        batch = Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), unit.bounds)
+        return on_device(self.model, batch, self.runtime, self.max_len)
+
     @torch.no_grad()
     def score(self, unit: Unit) -> Tensor:
-        """(B, T) nats of every cell."""
-        batch = Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), unit.bounds)
-        ids, targets, seq = on_device(self.model, batch, self.runtime, self.max_len)
-        return self.forward(ids, targets, seq, None, "none")
+        """(B, T) nats of every cell, or of the scored ones where the unit says which need the head."""
+        ids, targets, seq = self.inputs(unit)
+        if unit.cells is None:
+            return self.forward(ids, targets, seq, None, "none")
+        cells = torch.from_numpy(unit.cells).to(ids.device)
+        return spread(unit, self.forward(ids, targets, seq, None, "none", cells))
 
     def learn(self, unit: Unit, nll: Tensor) -> None:
         """Nothing."""
 
     def after(self) -> None:
         """Nothing."""
+
+
+def spread(unit: Unit, losses: Tensor) -> Tensor:
+    """(B, T) with the scored cells' losses, the first of (n,), in their place; elsewhere NaN, which no sum forgives."""
+    nll = losses.new_full(unit.ids.shape, math.nan)
+    rows, cols = (torch.from_numpy(a).to(losses.device) for a in (unit.rows, unit.cols))
+    nll[rows, cols] = losses[: len(rows)]
+    return nll
 
 
 def plain_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
@@ -3162,38 +3254,49 @@ def plain_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[]
     return [lambda start=start: unit(start) for start in starts]
 
 
-def window_rows(num_targets: int, length: int, stride: int) -> list[tuple[int, int, int, int]]:
-    """(start, length, first, last) of sliding windows: cells first..last of each are scored, every target once.
+def window_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
+    """(windows, 4) int64: start, length, first, last of sliding windows; their cells first..last are scored.
 
-    The first window scores all its cells, each later one what no window before it reached.
+    The first window scores all its cells, each later one what no window before it reached, so that every target is
+    scored once. The published n-gram scripts go on to the last start below num_targets and score the last `stride`
+    targets again with less and less context: length / stride - 1 windows more, whose scores here do not count twice.
     """
-    windows, reached = [], 0
-    for start in range(0, num_targets, stride):
-        stop = min(start + length, num_targets)
-        if stop > reached:
-            windows.append((start, stop - start, reached - start, stop - start))
-            reached = stop
-    return windows
+    count = 1 + max(0, -(-(num_targets - length) // stride))
+    start = np.arange(count) * stride
+    stop = np.minimum(start + length, num_targets)
+    reached = np.concatenate([[0], stop[:-1]])
+    return np.stack([start, stop - start, reached - start, stop - start], axis=1)
+
+
+def window_unit(cfg: Config, val: ValData, windows: np.ndarray) -> Unit:
+    """A batch of some of window_rows, zero-padded to full size. Context as the model was trained.
+
+    Only the scored cells get the head; there are as many in every full batch but the first, and a smaller batch is
+    filled up with cell 0, so that two compiled graphs do.
+    """
+    size = windows_per_batch(cfg)
+    ids, targets = (np.zeros((size, cfg.eval_seq_len), np.int64) for _ in range(2))
+    for row, (start, length, _, _) in enumerate(windows.tolist()):
+        ids[row, :length] = val.tokens[start : start + length]
+        targets[row, :length] = val.tokens[start + 1 : start + length + 1]
+    counts = windows[:, 3] - windows[:, 2]
+    rows = np.repeat(np.arange(len(windows)), counts)
+    cols = np.concatenate([np.arange(first, last) for first, last in windows[:, 2:].tolist()])
+    cells = np.pad(rows * cfg.eval_seq_len + cols, (0, max(0, size * cfg.eval_stride - len(rows))))
+    bounds = row_bounds(ids) if LOADERS[cfg.loader].documents else None
+    return Unit(ids, targets, windows[:, 0] + 1, rows, cols, bounds, cells=cells)
+
+
+def windows_per_batch(cfg: Config) -> int:
+    """Windows that are scored in one forward, whatever the number of ranks."""
+    return max(1, cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len)
 
 
 def sliding_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
-    """Windows of EVAL_SEQ_LEN every EVAL_STRIDE tokens, some per batch; context as the model was trained."""
+    """Windows of EVAL_SEQ_LEN every EVAL_STRIDE tokens, some per batch."""
     windows = window_rows(len(val.tokens) - 1, cfg.eval_seq_len, cfg.eval_stride)
-    size = max(1, cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len)
-
-    def unit(group: list[tuple[int, int, int, int]]) -> Unit:
-        """A batch of windows, zero-padded to full size."""
-        ids, targets = (np.zeros((size, cfg.eval_seq_len), np.int64) for _ in range(2))
-        for row, (start, length, _, _) in enumerate(group):
-            ids[row, :length] = val.tokens[start : start + length]
-            targets[row, :length] = val.tokens[start + 1 : start + length + 1]
-        cells = [(row, col) for row, (_, _, a, b) in enumerate(group) for col in range(a, b)]
-        rows, cols = np.array(cells, np.int64).T
-        bounds = row_bounds(ids) if LOADERS[cfg.loader].documents else None
-        return Unit(ids, targets, np.array([w[0] + 1 for w in group]), rows, cols, bounds)
-
-    groups = [windows[i : i + size] for i in range(0, len(windows), size)][runtime.rank :: runtime.world]
-    return [lambda group=group: unit(group) for group in groups]
+    starts, size = range(0, len(windows), windows_per_batch(cfg)), windows_per_batch(cfg)
+    return [lambda i=i: window_unit(cfg, val, windows[i : i + size]) for i in starts[runtime.rank :: runtime.world]]
 
 
 def announced(units: list[Callable[[], Unit]], what: str, log: Log) -> Iterator[Unit]:
@@ -3542,9 +3645,218 @@ def evaluate_phased_lora(cfg: Config, runtime: Runtime, model: GPT, val: ValData
     return adapt_documents(cfg, runtime, model, val, phases)
 
 
+def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that TTT_TRAINABLE selects; UserError for a word that selects none."""
+    names, chosen = dict(model.named_parameters()), set()
+
+    def named(word: str) -> set[str]:
+        """Parameters with the word in their name, or whose name the glob matches."""
+        return {name for name in names if word in name or fnmatch.fnmatchcase(name, word)}
+
+    def scalars(word: str) -> set[str]:
+        """What SCALAR_LR trains."""
+        return {n for row, params in route_parameters(model) if row.lr == "scalar_lr" for n in params}
+
+    for word in cfg.ttt_trainable:
+        hits = {"all": lambda word: set(names), "scalar": scalars}.get(word, named)(word)
+        if not hits:
+            some = ", ".join(sorted({re.sub(r"\d+", "*", name) for name in names}))
+            raise UserError(f"TTT_TRAINABLE={word} matches no weight; say all, scalar, or parts or globs of: {some}")
+        chosen |= hits
+    return {name: p for name, p in names.items() if name in chosen}
+
+
+def masters(model: GPT) -> GPT:
+    """A copy with parameters in at least float32, which computes alike and loses no small step."""
+    copied = copy.deepcopy(model)
+    for p in copied.parameters():
+        p.data = wide(p.data)
+    return copied
+
+
+class ChunkSgd:
+    """Windows scored by `scorer` on weights that earlier chunks have trained; then SGD steps on the chunk just scored.
+
+    The gradient of a chunk is a mean over its sequences, which the ranks share out by BATCH_SLICES; it lives in one
+    buffer, so that one all-reduce makes it the same everywhere. Works on a copy of the model.
+    """
+
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData, scorer: type[Frozen]) -> None:
+        self.cfg, self.runtime, self.tokens, self.model = cfg, runtime, val.tokens, masters(model)
+        self.num_chunks = -(-(len(val.tokens) - 1) // cfg.ttt_chunk_tokens)
+        self.model.requires_grad_(False)
+        self.params = list(trainable(cfg, self.model).values())
+        self.grads = torch.zeros(sum(p.numel() for p in self.params), dtype=self.params[0].dtype, device=runtime.device)
+        for p, grad in zip(self.params, self.grads.split([p.numel() for p in self.params]), strict=True):
+            p.requires_grad_(True).grad = grad.view_as(p)
+        self.optimiser = torch.optim.SGD(self.params, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
+        self.scorer = scorer(cfg, runtime, self.model)
+
+    def warm_up(self) -> None:
+        """Compile the scoring of both sizes of batch, and the gradient, on random tokens, outside the clock."""
+        if not self.runtime.compile:
+            return
+        cfg, real = self.cfg, self.tokens
+        count = cfg.eval_seq_len + 2 * windows_per_batch(cfg) * cfg.eval_stride
+        self.tokens = np.random.default_rng(0).integers(4, cfg.vocab_size, max(count, cfg.ttt_chunk_tokens) + 1)
+        val = ValData(self.tokens, np.zeros(len(self.tokens), np.int32))
+        alone = dataclasses.replace(self.runtime, rank=0, world=1)
+        for make in sliding_units(cfg, alone, val)[:2]:
+            self.scorer.score(make())
+        if cfg.ttt_epochs > 0:
+            self.gradient(learn_span(cfg, 0))
+        self.tokens = real
+
+    def score(self, unit: Unit) -> Tensor:
+        """(B, T) nats of the scored cells; a unit without any is there to be learnt."""
+        return self.scorer.score(unit) if len(unit.rows) else torch.empty(unit.ids.shape)
+
+    def learn(self, unit: Unit, nll: Tensor) -> None:
+        """TTT_EPOCHS steps on the unit's span; momentum stays from chunk to chunk, the rate falls as a cosine."""
+        if not unit.span:
+            return
+        cfg, chunk = self.cfg, (unit.span.start - 1) // self.cfg.ttt_chunk_tokens
+        rate = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / (self.num_chunks - 1)))
+        self.optimiser.param_groups[0]["lr"] = rate
+        for _ in range(cfg.ttt_epochs):
+            self.gradient(unit.span)
+            if cfg.ttt_grad_clip > 0:
+                self.grads.mul_((cfg.ttt_grad_clip / (self.grads.norm() + 1e-6)).clamp(max=1.0))
+            self.optimiser.step()
+
+    def gradient(self, span: range) -> None:
+        """Gradient of the mean loss over a span's sequences of EVAL_SEQ_LEN, over all ranks, into the buffer."""
+        cfg, runtime, length = self.cfg, self.runtime, self.cfg.eval_seq_len
+        ids, targets = (self.tokens[span.start - 1 + i : span.stop - 1 + i].reshape(-1, length) for i in (0, 1))
+        cuts = [len(ids) * j // cfg.batch_slices for j in range(cfg.batch_slices + 1)]
+        self.grads.zero_()
+        for a, b in list(zip(cuts[:-1], cuts[1:], strict=True))[runtime.rank :: runtime.world]:
+            if a < b:
+                bounds = row_bounds(ids[a:b]) if LOADERS[cfg.loader].documents else None
+                batch = Batch(torch.from_numpy(ids[a:b]), torch.from_numpy(targets[a:b]), bounds)
+                loss = self.scorer.forward(*on_device(self.model, batch, runtime, length))
+                (loss * ((b - a) / len(ids))).backward()
+        runtime.sum_(self.grads)
+
+    def after(self) -> None:
+        """Nothing: the copy that has learnt is not used again."""
+
+
+class Slot(Frozen):
+    """Scores with a shift of the last hidden state that is fitted for each batch (SLOT, sample-specific test-time
+    parameters, Hu et al. 2025), by AdamW on the loss of the unit's fit cells, from zero.
+
+    The head is linear, so a shift d that all cells share is a bias E d of the logits: they are computed once, and a
+    step costs no matrix product over the cells. Published: on H + d in bf16, which rounds small shifts away.
+    """
+
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
+        super().__init__(cfg, runtime, model)
+        self.lr, self.steps, self.trunk = cfg.slot_lr, cfg.slot_steps, compiled(runtime, model.trunk)
+
+    @torch.no_grad()
+    def score(self, unit: Unit) -> Tensor:
+        """(B, T) nats of the scored cells."""
+        ids, targets, seq = self.inputs(unit)
+        h, y, head = self.trunk(ids, seq).flatten(0, 1), targets.flatten(), self.model.tok_emb
+        cells, fit = (torch.from_numpy(a).to(ids.device) for a in (unit.cells[: len(unit.rows)], unit.fit))
+        z = wide(head(h[cells]))
+        if len(fit):
+            z += head.weight @ self.fitted_shift(head(h[fit]), y[fit])
+        return spread(unit, self.model.cross_entropy(z, y[cells], self.model.softcap))
+
+    @torch.enable_grad()
+    def fitted_shift(self, z: Tensor, targets: Tensor) -> Tensor:
+        """The shift (D,) after SLOT_STEPS on logits z (n, V) before the softcap."""
+        head = self.model.tok_emb.weight.detach()
+        shift = torch.zeros(head.size(1), dtype=head.dtype, device=head.device, requires_grad=True)
+        optimiser = torch.optim.AdamW([shift], lr=self.lr, eps=1e-5, weight_decay=1e-8)
+        for _ in range(self.steps):
+            loss = self.model.cross_entropy(wide(z) + head @ shift, targets, self.model.softcap).mean()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+        return shift.detach()
+
+
+def fit_cells(unit: Unit, causal: bool) -> np.ndarray:
+    """Flattened cells that SLOT is fitted on: those of targets before the batch's first scored one; or, as published,
+    all cells of its windows but the last of each, scored or not, padded or not."""
+    cols = np.arange(unit.ids.shape[1])
+    before = unit.origin[:, None] + cols < unit.scored().min()
+    return np.flatnonzero(before if causal else np.broadcast_to(cols < len(cols) - 1, before.shape))
+
+
+def learn_span(cfg: Config, chunk: int) -> range:
+    """Targets of a chunk's whole sequences, which start where the chunk does."""
+    first = 1 + chunk * cfg.ttt_chunk_tokens
+    return range(first, first + cfg.ttt_chunk_tokens // cfg.eval_seq_len * cfg.eval_seq_len)
+
+
+def windows_by_chunk(cfg: Config, num_targets: int) -> tuple[np.ndarray, np.ndarray]:
+    """window_rows, and where each chunk's windows begin and end among them: a chunk has those whose first scored
+    target is its own, so that its targets are scored when its last window is."""
+    windows = window_rows(num_targets, cfg.eval_seq_len, cfg.eval_stride)
+    edges = np.arange(-(-num_targets // cfg.ttt_chunk_tokens) + 1) * cfg.ttt_chunk_tokens
+    return windows, np.searchsorted(windows[:, 0] + windows[:, 2], edges)
+
+
+def chunk_sgd_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
+    """Of each chunk this rank's batches of windows, then, except of the last, a unit that scores nothing and has the
+    chunk as its span: every rank has as many of those. Batches do not depend on the ranks."""
+    windows, edges = windows_by_chunk(cfg, len(val.tokens) - 1)
+    size, none = windows_per_batch(cfg), np.empty(0, np.int64)
+    pause = Unit(none.reshape(0, 0), none.reshape(0, 0), none, none, none)
+
+    units: list[Callable[[], Unit]] = []
+    for chunk, (first, last) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+        starts = range(first, last, size)[runtime.rank :: runtime.world]
+        units += [lambda i=i, last=last: window_unit(cfg, val, windows[i : min(i + size, last)]) for i in starts]
+        if chunk < len(edges) - 2 and cfg.ttt_epochs > 0:
+            units.append(lambda chunk=chunk: pause._replace(span=learn_span(cfg, chunk)))
+    return units
+
+
+def slot_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
+    """chunk_sgd_units that say which cells the score is fitted on (see Slot)."""
+
+    def fitted(unit: Unit) -> Unit:
+        """The unit with its fit cells; those that score nothing have none."""
+        return unit._replace(fit=fit_cells(unit, cfg.slot_causal)) if len(unit.rows) else unit
+
+    return [lambda make=make: fitted(make()) for make in chunk_sgd_units(cfg, runtime, val)]
+
+
+def adapt_chunks(
+    cfg: Config, runtime: Runtime, model: GPT, val: ValData, units: Callable, scorer: type[Frozen]
+) -> Score:
+    """Score sliding windows chunk by chunk, with SGD on each chunk once it is scored. The model is left as it was."""
+    learner, made = ChunkSgd(cfg, runtime, model, val, scorer), units(cfg, runtime, val)
+    runtime.log(
+        f"chunk SGD: {learner.num_chunks} chunks of {cfg.ttt_chunk_tokens} targets, {cfg.ttt_epochs} steps on each but "
+        f"the last, {learner.grads.numel():,} weights in {len(learner.params)} tensors"
+    )
+    learner.warm_up()
+    meter = ByteMeter(val, runtime, cfg.allow_noncausal)
+    score_first(announced(made, "chunk SGD, batches and chunks", runtime.log), learner, meter)
+    return meter.close()
+
+
+def evaluate_chunk_sgd(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
+    """Score of sliding windows with SGD on each scored chunk (see ChunkSgd)."""
+    return adapt_chunks(cfg, runtime, model, val, chunk_sgd_units, Frozen)
+
+
+def evaluate_slot(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
+    """The same with a shift of the hidden state fitted for each batch of windows (see Slot)."""
+    return adapt_chunks(cfg, runtime, model, val, slot_units, Slot)
+
+
 EVALS: dict[str, Callable[[Config, Runtime, GPT, ValData], Score]] = {
     "plain": evaluate_plain,
     "sliding": evaluate_sliding,
+    "chunk_sgd": evaluate_chunk_sgd,
+    "slot": evaluate_slot,
     "doc_lora": evaluate_doc_lora,
     "phased_lora": evaluate_phased_lora,
 }
@@ -3585,6 +3897,10 @@ class Run:
             f"{stage}: val_loss {score.val_loss:.8f} val_bpb {score.val_bpb:.8f} ({score.tokens:,} tokens, "
             f"{score.bytes:,} bytes, {score.seconds:.1f} s)"
         )
+        if not score.legal:
+            self.log(
+                f"WARNING: the {stage} score is not legal: it was fitted on targets that it scores (SLOT_CAUSAL=0)"
+            )
         self.result["stages"][stage] = {"val_loss": score.val_loss, "val_bpb": score.val_bpb, "seconds": score.seconds}
         self.result |= {
             "val_loss": score.val_loss,
@@ -3712,6 +4028,7 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
             f"  {row.optimiser:6} {row.lr.upper()}={getattr(cfg, row.lr):g} {row.wd.upper()}={getattr(cfg, row.wd):g}  "
             f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {row.pattern}"
         )
+    lines += {"chunk_sgd": explain_chunk_sgd, "slot": explain_chunk_sgd}.get(cfg.eval, lambda *_: [])(cfg, model)
     lines.append("quantisation plan:")
     plan, tensors = quant_plan(cfg), model.state_dict()
     for rule in plan:
@@ -3722,6 +4039,15 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
             f"{size:>12,.0f} bytes before entropy coding"
         )
     return "\n".join(lines)
+
+
+def explain_chunk_sgd(cfg: Config, model: GPT) -> list[str]:
+    """What test-time training changes; a wrong TTT_TRAINABLE is found here, before the training."""
+    chosen = trainable(cfg, model)
+    size = sum(p.numel() for p in chosen.values())
+    return [
+        f"test-time training: {len(chosen)} tensors, {size:,} weights (TTT_TRAINABLE={','.join(cfg.ttt_trainable)})"
+    ]
 
 
 def versions(runtime: Runtime) -> str:

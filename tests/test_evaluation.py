@@ -224,7 +224,7 @@ def test_later_token_never_changes_an_earlier_score(name: str, model: GPT, monke
     assert moved > 0, "later scores must see the change, or nothing has been shown"
 
 
-@pytest.mark.parametrize("name", train_gpt.EVALS)
+@pytest.mark.parametrize("name", sorted(train_gpt.EVALS.keys() - {"chunk_sgd", "slot"}))  # which learn from all before
 def test_another_document_never_changes_this_documents_score(
     name: str, model: GPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
