@@ -227,6 +227,9 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"AWQ_LITE_ENABLED": "1", "MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise"}, "AWQ_LITE_ENABLED=1"),
     ({"AWQ_LITE_ENABLED": "1", "AWQ_LITE_BITS": "6"}, "AWQ_LITE_BITS=6"),
     ({"STAGES": "train,eval"}, "STAGES must be a suffix"),
+    ({"EVAL": "slot", "SLOT_CAUSAL": "0"}, "ALLOW_NONCAUSAL=1"),
+    ({"EVAL": "chunk_sgd", "TTT_CHUNK_TOKENS": "2047"}, "TTT_CHUNK_TOKENS=2047"),
+    ({"TTT_TRAINABLE": ""}, "TTT_TRAINABLE is empty"),
 )
 
 
@@ -285,7 +288,7 @@ def configs(draw: st.DrawFn) -> Config:
         if field.type == "bool":
             values[field.name] = draw(st.booleans())
         elif field.type.startswith("tuple"):
-            values[field.name] = tuple(draw(st.lists(st.sampled_from(m["choices"]), unique=True)))
+            values[field.name] = tuple(draw(st.lists(st.sampled_from(m["choices"] or ("mlp", "skips")), unique=True)))
         elif m["choices"]:
             values[field.name] = draw(st.sampled_from(m["choices"]))
         elif field.type == "float":
