@@ -136,6 +136,18 @@ def test_each_target_is_scored_once_and_each_chunk_learnt_by_all_ranks_after(
         assert done[span.start : span.stop].all() and span.stop - 1 <= targets
 
 
+def test_what_a_chunk_learns_is_what_was_scored_since_the_chunk_before() -> None:
+    """Where stride and window divide the chunk, as in the records."""
+    scored: list[int] = []
+    for make in train_gpt.chunk_sgd_units(config(), rules.runtime(), stream(150)):
+        unit = make()
+        if unit.span:
+            assert sorted(scored) == list(unit.span)
+            scored = []
+        scored += unit.scored().tolist()
+    assert scored == list(range(129, 151)), "the last chunk is scored and not learnt"
+
+
 # The head on scored cells only
 
 
