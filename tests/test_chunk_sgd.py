@@ -370,13 +370,12 @@ def test_probabilities_sum_to_one_on_adapted_weights() -> None:
 
 def test_two_processes_learn_and_score_what_one_does(run_gpt: Callable, tmp_path: object) -> None:
     knobs = {"EVAL": "chunk_sgd", "EVAL_STRIDE": 16, "TTT_CHUNK_TOKENS": 192, "TTT_LR": 0.3, "TTT_EPOCHS": 2}
-    assert run_gpt(**knobs).returncode == 0
     results = []
-    for ranks, epochs in ((1, 2), (2, 2), (1, 0)):
-        done = run_gpt(STAGES="eval", ranks=ranks, **knobs | {"TTT_EPOCHS": epochs})
+    for stages, ranks, epochs in (("train,quantize,eval", 1, 0), ("eval", 1, 2), ("eval", 2, 2)):
+        done = run_gpt(STAGES=stages, ranks=ranks, **knobs | {"TTT_EPOCHS": epochs})
         assert done.returncode == 0, done.stderr
         results.append(json.loads((tmp_path / "run" / "result.json").read_text()))
-    one, two, frozen = results
+    frozen, one, two = results
     assert one["legal"] is True and one["tokens_scored"] == two["tokens_scored"] > 600
     assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-6)
     assert abs(frozen["val_loss"] - one["val_loss"]) > 1e-3
