@@ -3942,6 +3942,8 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
             f"  {row.optimiser:6} {row.lr.upper()}={getattr(cfg, row.lr):g} {row.wd.upper()}={getattr(cfg, row.wd):g}  "
             f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {row.pattern}"
         )
+    frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
+    lines += [f"  not trained: {len(frozen)} tensors, {sum(frozen):,} weights"] * bool(frozen)
     lines.append("quantisation plan:")
     plan, tensors = quant_plan(cfg), model.state_dict()
     for rule in plan:
