@@ -20,7 +20,7 @@ from train_gpt import Config, UserError, load_config, record_env, resolve
 FIELDS = {field.name.upper(): field for field in dataclasses.fields(Config)}
 # records/<name>/run is what a run wrote
 RECORDS = sorted(path for path in (ROOT / "records").glob("**/record.env") if path.parent.name != "run")
-KINDS = ("bool", "int", "float", "str", "tuple[str, ...]")
+KINDS = ("bool", "int", "float", "str", "tuple[str, ...]", "tuple[int, ...]")
 
 
 def write_preset(folder: Path, text: str) -> str:
@@ -291,7 +291,7 @@ def configs(draw: st.DrawFn) -> Config:
         if field.type == "bool":
             values[field.name] = draw(st.booleans())
         elif field.type.startswith("tuple"):
-            values[field.name] = tuple(draw(st.lists(st.sampled_from(m["choices"]), unique=True)))
+            values[field.name] = tuple(draw(st.lists(st.sampled_from(m["choices"] or range(11)), unique=True)))
         elif m["choices"]:
             values[field.name] = draw(st.sampled_from(m["choices"]))
         elif field.type == "float":
