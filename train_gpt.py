@@ -2092,13 +2092,12 @@ OPTIM_TABLE = (
 
 
 def route_parameters(model: nn.Module) -> list[tuple[OptimRow, dict[str, nn.Parameter]]]:
-    """The parameters of each row of OPTIM_TABLE that are trained; asserts that every one matches exactly one row."""
+    """The parameters of each row of OPTIM_TABLE; asserts that every parameter matches exactly one row."""
     routed: list[tuple[OptimRow, dict[str, nn.Parameter]]] = [(row, {}) for row in OPTIM_TABLE]
     for name, parameter in model.named_parameters():
         hits = [params for row, params in routed if re.fullmatch(row.pattern, name)]
         assert len(hits) == 1, f"{name} matches {len(hits)} rows of OPTIM_TABLE"
-        if parameter.requires_grad:
-            hits[0][name] = parameter
+        hits[0][name] = parameter
     return [(row, params) for row, params in routed if params]
 
 
@@ -2203,13 +2202,15 @@ class Muon:
 
 
 class Optimisers:
-    """Muon and AdamW over OPTIM_TABLE, with one global-norm clip of the averaged gradient."""
+    """Muon and AdamW over OPTIM_TABLE, with one global-norm clip of the averaged gradient. A parameter that was built
+    to want no gradient stays as it is."""
 
     def __init__(self, cfg: Config, model: nn.Module, runtime: Runtime) -> None:
-        self.cfg, self.runtime, routed = cfg, runtime, route_parameters(model)
-        self.muon = Muon([p for row, ps in routed if row.optimiser == "muon" for p in ps.values()], cfg, runtime)
+        self.cfg, self.runtime = cfg, runtime
+        routed = [(row, [p for p in ps.values() if p.requires_grad]) for row, ps in route_parameters(model)]
+        self.muon = Muon([p for row, ps in routed if row.optimiser == "muon" for p in ps], cfg, runtime)
         groups = [
-            {"params": list(ps.values()), "weight_decay": getattr(cfg, row.wd), "base_lr": getattr(cfg, row.lr)}
+            {"params": ps, "weight_decay": getattr(cfg, row.wd), "base_lr": getattr(cfg, row.lr)}
             for row, ps in routed
             if row.optimiser == "adamw"
         ]
@@ -3943,7 +3944,7 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
             f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {row.pattern}"
         )
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
-    lines += [f"  not trained: {len(frozen)} tensors, {sum(frozen):,} weights"] * bool(frozen)
+    lines += [f"  of them not trained: {len(frozen)} tensors, {sum(frozen):,} weights"] * bool(frozen)
     lines.append("quantisation plan:")
     plan, tensors = quant_plan(cfg), model.state_dict()
     for rule in plan:
