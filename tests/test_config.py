@@ -291,7 +291,8 @@ def configs(draw: st.DrawFn) -> Config:
         if field.type == "bool":
             values[field.name] = draw(st.booleans())
         elif field.type.startswith("tuple"):
-            values[field.name] = tuple(draw(st.lists(st.sampled_from(m["choices"] or range(11)), unique=True)))
+            some = range(11) if field.type == "tuple[int, ...]" else m["choices"]
+            values[field.name] = tuple(draw(st.lists(st.sampled_from(some), unique=True)))
         elif m["choices"]:
             values[field.name] = draw(st.sampled_from(m["choices"]))
         elif field.type == "float":
