@@ -182,14 +182,19 @@ class Config:
     qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", MODEL, gt=0)
     ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)", MODEL)
     attn_extras: tuple[str, ...] = knob(
-        ("xsa",), "xsa: remove each head output's part along its own value", MODEL, choices=("xsa",)
+        ("xsa",),
+        "xsa: remove each head output's part along its own value; value_residual: mix in the first slot's values; "
+        "value_embed: add a value of the token itself",
+        MODEL,
+        choices=("xsa", "value_residual", "value_embed"),
     )
     xsa_last_n: int = knob(11, "layers with XSA, counted from the last", MODEL, ge=0, when="ATTN_EXTRAS=xsa")
     attn_gate: str = knob(
         "none",
-        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense: from the whole normed input",
+        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense, dense_bias: from the whole normed "
+        "input, half open or (by a bias of 4) nearly open at init",
         MODEL,
-        choices=("none", "sparse", "dense", "out"),
+        choices=("none", "sparse", "dense", "dense_bias", "out"),
     )
     attn_out_gate_src: str = knob(
         "proj",
@@ -200,14 +205,20 @@ class Config:
     )
     gated_attn_init_std: float = knob(0.01, "std of the dense gate at init", MODEL, ge=0, when="ATTN_GATE=dense")
     embed_extras: tuple[str, ...] = knob(
-        (), "smear: add a gated copy of the previous token's embedding", MODEL, choices=("smear",)
+        (),
+        "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; smear: add a gated copy of the previous "
+        "token's embedding; smear_channel: blend with it channel by channel, after the norm (applied in this order)",
+        MODEL,
+        choices=("bigram", "trigram", "smear", "smear_channel"),
     )
     gate_window: int = knob(
         12, "leading dims that gates read", MODEL, gt=0, when="ATTN_GATE=sparse or EMBED_EXTRAS=smear"
     )
     sparse_attn_gate_scale: float = knob(1.0, "factor inside the gate's sigmoid", MODEL, when="ATTN_GATE=sparse")
     sparse_attn_gate_init_std: float = knob(0.0, "std of the gate at init", MODEL, ge=0, when="ATTN_GATE=sparse")
-    smear_bos_mask: bool = knob(True, "no smear into a document's first token", MODEL, when="EMBED_EXTRAS=smear")
+    smear_bos_mask: bool = knob(
+        True, "no smear into a document's first token", MODEL, when="EMBED_EXTRAS=smear|smear_channel"
+    )
     skip_gates_enabled: bool = knob(True, "sigmoid gates on the U-net skips", MODEL)
     num_loops: int = knob(2, "extra passes over the looped layers", MODEL, ge=0)
     loop_start: int = knob(3, "first looped layer", MODEL, ge=0, when="NUM_LOOPS>0")
@@ -217,6 +228,21 @@ class Config:
     )
     parallel_start_layer: int = knob(8, "decoder layers from here on run in two lanes; 0: none", MODEL, ge=0)
     parallel_final_lane: str = knob("mean", "what the two lanes end as", MODEL, choices=("mean", "mlp", "attn"))
+    bigram_vocab_size: int = knob(2048, "rows of the bigram table", MODEL, gt=1, when="EMBED_EXTRAS=bigram")
+    bigram_dim: int = knob(128, "width of the bigram table", MODEL, gt=0, when="EMBED_EXTRAS=bigram")
+    trigram_vocab_size: int = knob(1024, "rows of the trigram table", MODEL, gt=1, when="EMBED_EXTRAS=trigram")
+    trigram_dim: int = knob(128, "width of the trigram table", MODEL, gt=0, when="EMBED_EXTRAS=trigram")
+    trigram_trained: bool = knob(
+        True, "off: training leaves the trigram as it was drawn, as published", MODEL, when="EMBED_EXTRAS=trigram"
+    )
+    hash_bos_mask: bool = knob(
+        True, "hashes do not reach over a document's first token", MODEL, when="EMBED_EXTRAS=bigram|trigram"
+    )
+    ve_layers: tuple[int, ...] = knob((9, 10), "layers with value embeddings", MODEL, when="ATTN_EXTRAS=value_embed")
+    ve_dim: int = knob(128, "width of the value embedding's table", MODEL, gt=0, when="ATTN_EXTRAS=value_embed")
+    rope_reference_len: int = knob(
+        0, "contexts of more tokens enlarge the rotary base (NTK); 0: never; published with 1024", MODEL, ge=0
+    )
 
     matrix_lr: float = knob(0.026, "learning rate of Muon", OPTIM, ge=0)
     tied_embed_lr: float = knob(0.03, "learning rate of the embedding", OPTIM, ge=0)
@@ -397,6 +423,14 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (lambda c: c.gate_window > c.model_dim, "GATE_WINDOW={c.gate_window} is over MODEL_DIM={c.model_dim}"),
     (
+        lambda c: "value_embed" in c.attn_extras and not set(c.ve_layers) <= set(range(c.num_layers)),
+        "VE_LAYERS={c.ve_layers} must be layers below NUM_LAYERS={c.num_layers}",
+    ),
+    (
+        lambda c: c.rope_reference_len > 0 and c.rope_dims == 2,
+        "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS over 2: one frequency cannot be stretched",
+    ),
+    (
         lambda c: c.train_batch_tokens % c.batch_slices != 0,
         "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}",
     ),
@@ -462,6 +496,9 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
     "TTT_BATCH_SEQS": "nothing: a step of chunk SGD takes the whole chunk, BATCH_SLICES parts at a time",
     "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
+    "VALUE_RESIDUAL": "ATTN_EXTRAS=xsa,value_residual",
+    "VE_ENABLED": "ATTN_EXTRAS=xsa,value_embed",
+    "GATED_ATTENTION": "ATTN_GATE=dense_bias",
 }
 
 
@@ -481,7 +518,7 @@ def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
         if limit is not None and bad(value, limit):
             found.append(f"{name}={value} must be {sign} {limit:g}")
     if isinstance(value, tuple) and len(set(value)) != len(value):
-        found.append(f"{name}={','.join(value)} names a value twice")
+        found.append(f"{name}={format_knob(value)} names a value twice")
     return found
 
 
@@ -493,7 +530,8 @@ def parse_knob(field: dataclasses.Field, text: str) -> Any:
             raise ValueError("must be 0 or 1")
         return text == "1"
     if kind.startswith("tuple"):
-        return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", "none"))
+        parts = [part.strip() for part in text.split(",") if part.strip() not in ("", "none")]
+        return tuple(map(int, parts)) if "int" in kind else tuple(parts)
     if kind == "int":
         return int(text.replace("_", ""))
     return float(text) if kind == "float" else text
@@ -502,7 +540,7 @@ def parse_knob(field: dataclasses.Field, text: str) -> Any:
 def format_knob(value: Any) -> str:
     """The text that parse_knob reads back as value."""
     if isinstance(value, tuple):
-        return ",".join(value) or "none"
+        return ",".join(map(str, value)) or "none"
     return str(int(value)) if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
 
 
@@ -1523,6 +1561,12 @@ def rotary_tables(length: int, dims: int, base: float, device: torch.device) -> 
     return angle.cos(), angle.sin()
 
 
+def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
+    """The rotary base of contexts of `span` tokens: over a reference length (0: none) it grows so that the lowest
+    frequency turns as far as at the reference (NTK-aware scaling, bloc97 2023)."""
+    return base * (span / reference) ** (dims / (dims - 2)) if 0 < reference < span else base
+
+
 def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first 2 * cos.size(-1) dims of each head; the rest passes through."""
     half = cos.size(-1)
@@ -1542,21 +1586,34 @@ def exclusive(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
 
 
 class HeadGate(nn.Module):
-    """factor * sigmoid(scale * W source[:window]) per head; source is the normed sublayer input or the raw queries."""
+    """factor * sigmoid(scale * (W source[:window] + b)) per head; source is the normed sublayer input or the raw
+    queries; b only where its initial value is given."""
 
-    def __init__(self, shape: tuple[int, int], scale: float, factor: float, std: float, reads_q: bool = False) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        scale: float,
+        factor: float,
+        std: float,
+        reads_q: bool = False,
+        bias: float | None = None,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape))
-        self.scale, self.factor, self.std, self.reads_q = scale, factor, std, reads_q
+        self.bias = None if bias is None else nn.Parameter(torch.empty(shape[0]))
+        self.scale, self.factor, self.std, self.reads_q, self.bias_init = scale, factor, std, reads_q, bias
 
     def reset(self, generator: torch.Generator) -> None:
         """Initial weights."""
         nn.init.normal_(self.weight, std=self.std, generator=generator)
+        if self.bias is not None:
+            nn.init.constant_(self.bias, self.bias_init)
 
     def forward(self, n_BTD: Tensor, q_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, H, 1)."""
         source = (q_BTD if self.reads_q else n_BTD)[..., : self.weight.size(1)]
-        logits = F.linear(source, self.weight.to(source.dtype))
+        bias = None if self.bias is None else self.bias.to(source.dtype)
+        logits = F.linear(source, self.weight.to(source.dtype), bias)
         return (self.factor * torch.sigmoid(self.scale * logits)).unsqueeze(-1)
 
 
@@ -1566,8 +1623,78 @@ GATES: dict[str, Callable[[Config], HeadGate | None]] = {
         (c.num_heads, c.gate_window), c.sparse_attn_gate_scale, 1.0, c.sparse_attn_gate_init_std
     ),
     "dense": lambda c: HeadGate((c.num_heads, c.model_dim), 1.0, 1.0, c.gated_attn_init_std),
+    "dense_bias": lambda c: HeadGate((c.num_heads, c.model_dim), 1.0, 1.0, 0.0, bias=4.0),
     "out": lambda c: HeadGate((c.num_heads, c.gate_window), 1.0, 2.0, 0.0, c.attn_out_gate_src == "proj"),
 }
+
+
+STORED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE
+
+
+class Table(nn.Module):
+    """An embedding of `rows` ids, kept in EMBED_DTYPE, normal of a given std at init (0: zeros)."""
+
+    def __init__(self, rows: int, dim: int, std: float, cfg: Config) -> None:
+        super().__init__()
+        self.weight, self.std = nn.Parameter(torch.empty(rows, dim, dtype=STORED_DTYPES[cfg.embed_dtype])), std
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Initial weights, drawn in float32 so that both dtypes start alike."""
+        drawn = torch.empty(self.weight.shape)
+        self.weight.copy_(nn.init.normal_(drawn, std=self.std, generator=generator))
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(ids, self.weight).to(dtype)
+
+
+class Projected(nn.Module):
+    """scale * P table[id]: a narrow embedding, brought to a width by an orthogonal P (none when it has it already)."""
+
+    def __init__(self, table: Table, width: int, scale: float) -> None:
+        super().__init__()
+        dim = table.weight.size(1)
+        self.table, self.proj = table, Linear(dim, width, "orthogonal") if dim != width else None
+        self.scale, self.scale_init = nn.Parameter(torch.empty(1)), scale
+
+    def reset(self, generator: torch.Generator) -> None:
+        """The initial scale."""
+        nn.init.constant_(self.scale, self.scale_init)
+
+    def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T) rows of the table -> (B, T, width)."""
+        e = self.table(ids, dtype)
+        return (e if self.proj is None else self.proj(e)) * self.scale.to(dtype)
+
+
+class HashEmbedding(Projected):
+    """Adds an embedding of the last `order` tokens, hashed into one table (BigramHash and TrigramHash of PR 1182).
+
+    The hash is an XOR of the tokens times constants, taken as a signed 32-bit number, modulo all rows but the last. The
+    last row stands for a token with none before it; where the tokens before are fewer than order - 1, those there are
+    count. With HASH_BOS_MASK a document's first token has none before it.
+    """
+
+    MULTIPLIERS = (36313, 27191, 51497)  # of the token itself, the one before it, and the one before that
+
+    def __init__(self, cfg: Config, order: int, rows: int, dim: int, trained: bool = True) -> None:
+        super().__init__(Table(rows, dim, 0.0, cfg), cfg.model_dim, 0.05)
+        self.multipliers, self.rows = self.MULTIPLIERS[:order], rows
+        self.first_id = BOS_ID if cfg.hash_bos_mask else -1
+        self.requires_grad_(trained)
+
+    def buckets(self, ids: Tensor) -> Tensor:
+        """(B, T) ids -> (B, T) rows of the table."""
+        follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has one before it
+        key, seen = self.multipliers[0] * ids, torch.ones_like(follows)
+        for back, multiplier in enumerate(self.multipliers[1:], 1):
+            seen = follows & F.pad(seen[:, :-1], (1, 0))
+            key = key ^ torch.where(seen, multiplier * F.pad(ids, (back, 0))[:, : ids.size(1)], 0)
+        signed = (key + 2**31) % 2**32 - 2**31  # computed in 64 bits: int32 overflow is not defined in compiled code
+        return torch.where(follows, signed % (self.rows - 1), self.rows - 1)
+
+    def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
+        return e_BTD + self.look_up(self.buckets(ids), e_BTD.dtype)
 
 
 class Smear(nn.Module):
@@ -1592,7 +1719,88 @@ class Smear(nn.Module):
         return e_BTD + gate * F.pad(e_BTD[:, :-1], (0, 0, 1, 0))
 
 
-EMBED_EXTRAS: dict[str, Callable[[Config], nn.Module]] = {"smear": Smear}
+class ChannelSmear(nn.Module):
+    """(1 - g) x_t + g x_{t-1} with g = sigmoid(gate), a number per channel; a masked document start keeps its x_t.
+
+    The published gate (PR 1182) works on the normed embedding, whose first position blends with zeros.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(cfg.model_dim))
+        self.first_id = BOS_ID if cfg.smear_bos_mask else -1
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Half and half."""
+        nn.init.zeros_(self.gate)
+
+    def forward(self, ids: Tensor, x_BTD: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.gate.to(x_BTD.dtype)) * (ids != self.first_id).unsqueeze(-1).to(x_BTD.dtype)
+        return (1 - gate) * x_BTD + gate * F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
+
+
+EMBED_EXTRAS: dict[str, Callable[[Config], nn.Module]] = {  # what acts on the embedding, in this order
+    "bigram": lambda c: HashEmbedding(c, 2, c.bigram_vocab_size, c.bigram_dim),
+    "trigram": lambda c: HashEmbedding(c, 3, c.trigram_vocab_size, c.trigram_dim, c.trigram_trained),
+    "smear": Smear,
+    "smear_channel": ChannelSmear,
+}
+NORMED_EXTRAS = ("smear_channel",)  # those that act after the norm
+
+
+class Values:
+    """What the slots of one forward pass share about attention's values: the token's value embedding (B, T, K * d)
+    with a scale per layer that takes it, and the first slot's values once that slot has run."""
+
+    def __init__(self, embedded: Tensor | None, scales: Tensor | None) -> None:
+        self.embedded, self.scales = embedded, scales
+        self.first: Tensor | None = None
+
+
+class ValueEmbedding(Projected):
+    """Values of the token itself (Zhou et al. 2024, as in PR 1182): one table and projection, a scale per layer."""
+
+    def __init__(self, cfg: Config) -> None:
+        table = Table(cfg.vocab_size, cfg.ve_dim, 0.01, cfg)
+        super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, 0.1)
+        self.layer_scales = nn.Parameter(torch.empty(len(cfg.ve_layers)))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Initial scales."""
+        super().reset(generator)
+        nn.init.ones_(self.layer_scales)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Values:
+        return Values(self.look_up(ids, dtype), self.layer_scales.to(dtype))
+
+
+class ValueMix(nn.Module):
+    """How a layer takes part in Values: adds its share of the value embedding (layers in VE_LAYERS), then mixes with
+    the first slot's values by two learnt factors (ResFormer, Zhou et al. 2024)."""
+
+    def __init__(self, cfg: Config, layer: int) -> None:
+        super().__init__()
+        self.scale_index = cfg.ve_layers.index(layer) if layer in cfg.ve_layers else None
+        if "value_embed" not in cfg.attn_extras:
+            self.scale_index = None
+        self.lambdas = nn.Parameter(torch.empty(2)) if "value_residual" in cfg.attn_extras else None
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Half and half."""
+        if self.lambdas is not None:
+            nn.init.constant_(self.lambdas, 0.5)
+
+    def forward(self, v: Tensor, values: Values) -> Tensor:
+        """(B, T, K * d) values of this slot -> the same, mixed. The first slot only leaves its values."""
+        if self.scale_index is not None:
+            v = v + values.scales[self.scale_index] * values.embedded
+        if self.lambdas is None:
+            return v
+        if values.first is None:
+            values.first = v
+            return v
+        first, own = self.lambdas.to(v.dtype)
+        return first * values.first + own * v
 
 
 class Attention(nn.Module):
@@ -1605,6 +1813,7 @@ class Attention(nn.Module):
         self.k, self.v = (Linear(D, cfg.num_kv_heads * head, "orthogonal") for _ in range(2))
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
         self.gate = GATES[cfg.attn_gate](cfg)
+        self.values = ValueMix(cfg, layer)
         self.xsa = "xsa" in cfg.attn_extras and layer >= cfg.num_layers - cfg.xsa_last_n
         self.attend, self.head_dim, self.gain_init = attend, head, cfg.qk_gain_init
 
@@ -1612,12 +1821,10 @@ class Attention(nn.Module):
         """Initial gains."""
         nn.init.constant_(self.q_gain, self.gain_init)
 
-    def forward(self, n: Tensor, seq: Seq, tap: SlotTap) -> Tensor:
+    def forward(self, n: Tensor, seq: Seq, tap: SlotTap, values: Values) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        raw_q = tap("q", n, self.q(n))
-        q, k, v = (
-            x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, tap("k", n, self.k(n)), tap("v", n, self.v(n)))
-        )
+        raw_q, raw_k, raw_v = tap("q", n, self.q(n)), tap("k", n, self.k(n)), tap("v", n, self.v(n))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, self.values(raw_v, values)))
         q, k = rotate(rms_norm(q), seq.cos, seq.sin), rotate(rms_norm(k), seq.cos, seq.sin)
         y = self.attend(q * self.q_gain.to(q.dtype)[:, None], k, v, seq)
         if self.xsa:
@@ -1671,15 +1878,17 @@ class Block(nn.Module):
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
-    def forward(self, x: Tensor, x0: Tensor, seq: Seq, tap: SlotTap) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, seq: Seq, tap: SlotTap, values: Values) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         u = self.mix(x, x0)
-        y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), seq, tap)
+        y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), seq, tap, values)
         return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(y), tap)
 
-    def branches(self, lane0: Tensor, lane1: Tensor, x0: Tensor, seq: Seq, tap: SlotTap) -> tuple[Tensor, Tensor]:
+    def branches(
+        self, lane0: Tensor, lane1: Tensor, x0: Tensor, seq: Seq, tap: SlotTap, values: Values
+    ) -> tuple[Tensor, Tensor]:
         """What attention (from lane 0 with x0) and MLP (from lane 1) would add, each (B, T, D)."""
-        a = self.attn_scale.to(lane0.dtype) * self.attn(self.norm(self.mix(lane0, x0)), seq, tap)
+        a = self.attn_scale.to(lane0.dtype) * self.attn(self.norm(self.mix(lane0, x0)), seq, tap, values)
         return a, self.mlp_scale.to(lane1.dtype) * self.mlp(self.norm(lane1), tap)
 
 
@@ -1786,8 +1995,6 @@ class GPT(nn.Module):
     """The language model. Parameters float32, but the embedding by EMBED_DTYPE; activations in `dtype`. set_looping
     chooses the route."""
 
-    EMBED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
     def __init__(
         self,
         cfg: Config,
@@ -1796,8 +2003,9 @@ class GPT(nn.Module):
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
-        self.tok_emb = Linear(cfg.model_dim, cfg.vocab_size, "zero", self.EMBED_DTYPES[cfg.embed_dtype])
-        self.embed_extras = nn.ModuleDict({name: EMBED_EXTRAS[name](cfg) for name in cfg.embed_extras})
+        self.tok_emb = Linear(cfg.model_dim, cfg.vocab_size, "zero", STORED_DTYPES[cfg.embed_dtype])
+        self.embed_extras = nn.ModuleDict({n: make(cfg) for n, make in EMBED_EXTRAS.items() if n in cfg.embed_extras})
+        self.value_embed = ValueEmbedding(cfg) if "value_embed" in cfg.attn_extras else None
         self.blocks = nn.ModuleList(Block(cfg, i, attend, kernels) for i in range(cfg.num_layers))
         self.skips = Skips(num_skip_rows(cfg), cfg.model_dim, cfg.skip_gates_enabled)
         self.lanes = Lanes(cfg) if any(plan_route(cfg, True).parallel) else None
@@ -1805,7 +2013,7 @@ class GPT(nn.Module):
         self.route = self.routes[False]
         self.softcap, self.rope, self.embed_std = (
             cfg.logit_softcap,
-            (cfg.rope_dims, cfg.rope_base),
+            (cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len),
             cfg.tied_embed_init_std,
         )
         self.dtype, self.masked = dtype, attend is masked_attention
@@ -1832,15 +2040,25 @@ class GPT(nn.Module):
         total, mask = rows * length, None
         if cu is not None and self.masked:
             mask = segment_mask(cu, total, max_len if max_len > 0 and total % max_len == 0 else total)
-        return Seq(cu, max_len, *rotary_tables(length, *self.rope, device), mask)
+        dims, base, reference = self.rope
+        tables = rotary_tables(length, dims, stretched_base(base, dims, max_len or length, reference), device)
+        return Seq(cu, max_len, *tables, mask)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) ids -> (B, T, D): the embedding with what adds to it, normed, then what acts on the normed."""
+        x = F.embedding(ids, self.tok_emb.weight).to(self.dtype)
+        for name, extra in self.embed_extras.items():
+            x = x if name in NORMED_EXTRAS else extra(ids, x)
+        x = rms_norm(x)
+        for name, extra in self.embed_extras.items():
+            x = extra(ids, x) if name in NORMED_EXTRAS else x
+        return x
 
     def trunk(self, ids: Tensor, seq: Seq | None = None, taps: Taps | None = None) -> Tensor:
         """(B, T) ids -> (B, T, D) normed hidden states before the head. seq None: plain causal rows."""
         seq = self.plan(ids.size(1), ids.device) if seq is None else seq
-        x = F.embedding(ids, self.tok_emb.weight).to(self.dtype)
-        for extra in self.embed_extras.values():
-            x = extra(ids, x)
-        x0 = x = rms_norm(x)
+        x0 = x = self.embed(ids)
+        values = Values(None, None) if self.value_embed is None else self.value_embed(ids, self.dtype)
         lanes, outputs, route = (x,), [], self.route
         for slot, layer in enumerate(route.layers):
             lane0, block, tap = lanes[0], self.blocks[layer], bind(taps, slot, layer)
@@ -1848,9 +2066,9 @@ class GPT(nn.Module):
                 lane0 = self.skips(lane0, outputs[route.skip_source[slot]], route.skip_row[slot])
             if route.parallel[slot]:
                 pair = (lane0, lanes[-1])
-                lanes = self.lanes(pair, block.branches(*pair, x0, seq, tap), layer)
+                lanes = self.lanes(pair, block.branches(*pair, x0, seq, tap, values), layer)
             else:
-                lanes = (block(lane0, x0, seq, tap),)
+                lanes = (block(lane0, x0, seq, tap, values),)
             outputs.append(lanes[0])
         return rms_norm(self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0])
 
@@ -1899,15 +2117,26 @@ class OptimRow(NamedTuple):
 
 
 OPTIM_TABLE = (
-    OptimRow(r"tok_emb\.weight", "adamw", "tied_embed_lr", "embed_wd"),
+    OptimRow(
+        r"tok_emb\.weight|(embed_extras\.(bigram|trigram)|value_embed)\.table\.weight",
+        "adamw",
+        "tied_embed_lr",
+        "embed_wd",
+    ),
     OptimRow(r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))\.weight", "muon", "matrix_lr", "muon_wd"),
     OptimRow(
-        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain|attn\.gate\.weight)",
+        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain|attn\.gate\.(weight|bias)|attn\.values\.lambdas)",
         "adamw",
         "scalar_lr",
         "adam_wd",
     ),
-    OptimRow(r"(skips|lanes|embed_extras)\..+", "adamw", "scalar_lr", "adam_wd"),
+    OptimRow(
+        r"(skips|lanes|embed_extras\.smear(_channel)?)\..+|"
+        r"(embed_extras\.(bigram|trigram)|value_embed)\.(scale|layer_scales|proj\.weight)",
+        "adamw",
+        "scalar_lr",
+        "adam_wd",
+    ),
 )
 
 
@@ -2022,13 +2251,15 @@ class Muon:
 
 
 class Optimisers:
-    """Muon and AdamW over OPTIM_TABLE, with one global-norm clip of the averaged gradient."""
+    """Muon and AdamW over OPTIM_TABLE, with one global-norm clip of the averaged gradient. A parameter that was built
+    to want no gradient stays as it is."""
 
     def __init__(self, cfg: Config, model: nn.Module, runtime: Runtime) -> None:
-        self.cfg, self.runtime, routed = cfg, runtime, route_parameters(model)
-        self.muon = Muon([p for row, ps in routed if row.optimiser == "muon" for p in ps.values()], cfg, runtime)
+        self.cfg, self.runtime = cfg, runtime
+        routed = [(row, [p for p in ps.values() if p.requires_grad]) for row, ps in route_parameters(model)]
+        self.muon = Muon([p for row, ps in routed if row.optimiser == "muon" for p in ps], cfg, runtime)
         groups = [
-            {"params": list(ps.values()), "weight_decay": getattr(cfg, row.wd), "base_lr": getattr(cfg, row.lr)}
+            {"params": ps, "weight_decay": getattr(cfg, row.wd), "base_lr": getattr(cfg, row.lr)}
             for row, ps in routed
             if row.optimiser == "adamw"
         ]
@@ -4029,6 +4260,8 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
             f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {row.pattern}"
         )
     lines += {"chunk_sgd": explain_chunk_sgd, "slot": explain_chunk_sgd}.get(cfg.eval, lambda *_: [])(cfg, model)
+    frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
+    lines += [f"  of them not trained: {len(frozen)} tensors, {sum(frozen):,} weights"] * bool(frozen)
     lines.append("quantisation plan:")
     plan, tensors = quant_plan(cfg), model.state_dict()
     for rule in plan:

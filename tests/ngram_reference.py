@@ -56,7 +56,7 @@ class Published(train_gpt.GPT):
     def __init__(self, kind: str) -> None:
         nn.Module.__init__(self)
         self.softcap, self.cross_entropy = SOFTCAP, train_gpt.softcapped_cross_entropy
-        self.rope, self.masked = (ROPE_DIMS, ROPE_BASE), True
+        self.rope, self.masked = (ROPE_DIMS, ROPE_BASE, 0), True
         self.tok_emb = train_gpt.Linear(48, VOCAB, "zero", torch.float64)
         for name, shape, base, amp in GOLDEN["tensors"][kind]:
             *path, leaf = name.split(".")

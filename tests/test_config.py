@@ -20,7 +20,7 @@ from train_gpt import Config, UserError, load_config, record_env, resolve
 FIELDS = {field.name.upper(): field for field in dataclasses.fields(Config)}
 # records/<name>/run is what a run wrote
 RECORDS = sorted(path for path in (ROOT / "records").glob("**/record.env") if path.parent.name != "run")
-KINDS = ("bool", "int", "float", "str", "tuple[str, ...]")
+KINDS = ("bool", "int", "float", "str", "tuple[str, ...]", "tuple[int, ...]")
 
 
 def write_preset(folder: Path, text: str) -> str:
@@ -149,6 +149,8 @@ def test_variables_of_shells_launchers_and_libraries_pass() -> None:
         ("AVERAGE", "none", ()),
         ("AVERAGE", "", ()),
         ("STAGES", "quantize, eval", ("quantize", "eval")),
+        ("VE_LAYERS", "5, 9,10", (5, 9, 10)),
+        ("VE_LAYERS", "none", ()),
         ("EVAL", "plain", "plain"),
     ],
 )
@@ -169,6 +171,8 @@ def test_text_becomes_the_annotated_type(name: str, text: str, value: object) ->
         ("LOADER", "shuffled"),
         ("STAGES", "train,test"),
         ("ATTN_EXTRAS", "xsa,sink"),
+        ("VE_LAYERS", "9,last"),
+        ("VE_LAYERS", "9,9"),
         ("AVERAGE", "ema,ema"),
     ],
 )
@@ -218,6 +222,8 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"ROPE_DIMS": "15"}, "ROPE_DIMS=15"),
     ({"LOOP_START": "5", "LOOP_END": "4"}, "LOOP_START=5..LOOP_END=4"),
     ({"GATE_WINDOW": "513"}, "GATE_WINDOW=513"),
+    ({"ATTN_EXTRAS": "value_embed", "VE_LAYERS": "3,11"}, "VE_LAYERS=(3, 11)"),
+    ({"ROPE_REFERENCE_LEN": "1024", "ROPE_DIMS": "2"}, "ROPE_REFERENCE_LEN=1024"),
     ({"TRAIN_BATCH_TOKENS": "2049", "BATCH_SLICES": "2", "TRAIN_SEQ_LEN": "2"}, "TRAIN_BATCH_TOKENS=2049"),
     ({"TRAIN_BATCH_TOKENS": "8192"}, "TRAIN_SEQ_LEN=2048"),
     ({"VAL_BATCH_TOKENS": "8192"}, "EVAL_SEQ_LEN=2048"),
@@ -288,7 +294,9 @@ def configs(draw: st.DrawFn) -> Config:
         if field.type == "bool":
             values[field.name] = draw(st.booleans())
         elif field.type.startswith("tuple"):
-            values[field.name] = tuple(draw(st.lists(st.sampled_from(m["choices"] or ("mlp", "skips")), unique=True)))
+            integers = field.type == "tuple[int, ...]"
+            some = range(11) if integers else m["choices"] or ("mlp", "skips")
+            values[field.name] = tuple(draw(st.lists(st.sampled_from(some), unique=True)))
         elif m["choices"]:
             values[field.name] = draw(st.sampled_from(m["choices"]))
         elif field.type == "float":

@@ -1,0 +1,465 @@
+"""The n-gram stack's model: hash embeddings, the channel smear, value embeddings and residual, biased head gates."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import golden_rules as rules
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import train_gpt
+
+GOLDEN = json.loads((Path(__file__).resolve().parent / "golden" / "ngram.json").read_text(encoding="utf-8"))
+FORWARD = [rules.Entry(e["name"], GOLDEN["base"] | e["config"], e["expected"]) for e in GOLDEN["forward"]]
+ALL = next(e for e in FORWARD if e.name == "small/all_features").config
+EVERYTHING = {  # every part of the stack beside loops and two lanes, at toy size
+    "vocab_size": 97, "num_layers": 5, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0,
+    "rope_dims": 4, "num_loops": 1, "loop_start": 0, "loop_end": 1, "parallel_start_layer": 3, "gate_window": 8,
+    "attn_extras": ("xsa", "value_residual", "value_embed"), "ve_layers": (0, 1, 4), "ve_dim": 12, "xsa_last_n": 3,
+    "embed_extras": ("bigram", "trigram", "smear", "smear_channel"), "bigram_vocab_size": 61, "bigram_dim": 12,
+    "trigram_vocab_size": 47, "trigram_dim": 20, "attn_gate": "dense_bias", "rope_reference_len": 16,
+}  # fmt: skip
+PUBLISHED = (  # our name (regular expression) -> the published one, beside those of golden_rules.CANONICAL
+    (r"embed_extras\.(bigram|trigram)\.table\.weight", r"\1.embed.weight"),
+    (r"embed_extras\.(bigram|trigram)\.(proj\.weight|scale)", r"\1.\2"),
+    (r"embed_extras\.smear_channel\.gate", "smear.gate"),
+    (r"value_embed\.table\.weight", "ve_shared.embed.weight"),
+    (r"value_embed\.(proj\.weight|scale)", r"ve_shared.\1"),
+    (r"value_embed\.layer_scales", "ve_layer_scales"),
+    (r"blocks\.(\d+)\.attn\.gate\.(weight|bias)", r"blocks.\1.attn.attn_gate.\2"),
+    (r"blocks\.(\d+)\.attn\.values\.lambdas", r"blocks.\1.attn.vr_lambda"),
+)
+FILLS = (  # ends of published names -> base, amplitude; the first that fits counts
+    ("gram.scale", 0.05, 0.1), ("ve_shared.scale", 0.1, 0.1), ("q_gain", 1.5, 0.1), ("skip_weights", 1.0, 0.1),
+    ("attn_scale", 1.0, 0.1), ("mlp_scale", 1.0, 0.1), ("vr_lambda", 0.5, 0.3), ("attn_gate.bias", 4.0, 0.3),
+    ("attn_gate.weight", 0.0, 0.3), ("smear.gate", 0.0, 0.3), ("resid_mix", 0.0, 0.3), ("tok_emb.weight", 0.0, 0.1),
+    ("embed.weight", 0.0, 0.1), ("weight", 0.0, 0.05),
+)  # fmt: skip
+
+
+def published_name(name: str) -> str:
+    for pattern, published in PUBLISHED:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, published, name)
+    return rules.canonical(name)
+
+
+def published_value(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+    for ending, value in config["overrides"].items():
+        if name.endswith(ending):
+            return torch.tensor(value, dtype=torch.float64).view(-1, *(1,) * (len(shape) - 1)).expand(shape)
+    if name == "ve_layer_scales":  # published as one tensor of one number per layer
+        return torch.cat([rules.fill("sine", f"{name}.{i}", (1,), 0.1, 1.0) for i in range(shape[0])])
+    base, amplitude = next((b, a) for ending, b, a in FILLS if name.endswith(ending))
+    value = rules.fill("sine", name, shape, amplitude, base)
+    return value + torch.tensor([[1.0], [0.0]]) if name.endswith("resid_mix") else value
+
+
+def model_config(config: dict[str, Any]) -> train_gpt.Config:
+    """The Config of a golden entry's model."""
+    extras = {"bigram": config["bigram_vocab_size"], "trigram": config["trigram_vocab_size"], "smear_channel": True}
+    values = {"xsa": True, "value_residual": config["value_residual"], "value_embed": config["ve_enabled"]}
+    same = "vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult logit_softcap rope_base qk_gain_init"
+    same += " bigram_dim trigram_dim ve_dim xsa_last_n ln_scale"
+    return train_gpt.Config(
+        embed_extras=tuple(name for name, on in extras.items() if on),
+        attn_extras=tuple(name for name, on in values.items() if on),
+        attn_gate="dense_bias" if config["gated_attention"] else "none",
+        bigram_vocab_size=config["bigram_vocab_size"] or 2,
+        trigram_vocab_size=config["trigram_vocab_size"] or 2,
+        ve_layers=tuple(int(layer) for layer in config["ve_layers"].split(",") if layer),
+        rope_dims=config["rope_dims"] or config["model_dim"] // config["num_heads"],
+        rope_reference_len=1024,
+        num_loops=0,
+        parallel_start_layer=0,
+        skip_gates_enabled=False,
+        smear_bos_mask=False,
+        hash_bos_mask=False,
+        **{name: config[name] for name in same.split()},
+    )
+
+
+def build(config: dict[str, Any]) -> train_gpt.GPT:
+    """The filled float64 model of a golden entry."""
+    model = train_gpt.GPT(model_config(config), dtype=torch.float64).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(published_value(config, published_name(name), tuple(parameter.shape)))
+    return model
+
+
+def everything(seed: int = 5, looping: bool = True, **knobs: Any) -> train_gpt.GPT:
+    """A float32 model with every part, none of its tensors zero."""
+    model = train_gpt.GPT(train_gpt.Config(**EVERYTHING | knobs)).reset(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.set_looping(looping)
+    return model
+
+
+def sample(rows: int, length: int, bos: list[int]) -> Tensor:
+    return torch.from_numpy(rules.tokens(97, rows * length, bos)).view(rows, length)
+
+
+def exact_tables(length: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """rotary_tables in float64, as the golden numbers were made."""
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+# The published numbers
+
+
+@pytest.mark.parametrize("golden", FORWARD, ids=lambda e: e.name)
+def test_forward_and_gradients_give_the_published_numbers(golden: rules.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, expected = golden.config, golden.expected
+    model, close = build(config), functools.partial(pytest.approx, rel=rules.REL, abs=1e-9)
+    assert sum(p.numel() for p in model.parameters()) == expected["param_count"]
+    stream = torch.from_numpy(rules.tokens(config["vocab_size"], config["batch"] * config["seq_len"] + 1, []))
+    ids, targets = (t.view(config["batch"], -1) for t in (stream[:-1], stream[1:]))
+    if "nll_sum_with_fp32_rotary_tables" in expected and config["num_layers"] < 11:
+        with torch.no_grad():
+            nll = model(ids, targets, reduction="none")
+        assert nll.sum().item() == pytest.approx(expected["nll_sum_with_fp32_rotary_tables"], rel=1e-7)
+    monkeypatch.setattr(train_gpt, "rotary_tables", exact_tables)
+    with torch.set_grad_enabled("grad_l2" in expected):
+        nll = model(ids, targets, reduction="none")
+    assert nll.sum().item() == close(expected["nll_sum"])
+    assert nll.mean().item() == close(expected["nll_mean"])
+    assert nll.flatten()[:8].tolist() == close(expected["nll_first8"])
+    assert nll.flatten()[-3:].tolist() == close(expected["nll_last3"])
+    if config["num_layers"] < 11:
+        with torch.no_grad():
+            logits = model(ids)
+        assert logits[0, 0, :5].tolist() == close(expected["logits_0_first5"])
+        assert logits.square().sum().item() == close(expected["logits_sumsq"])
+    if "grad_l2" in expected:
+        nll.mean().backward()
+        compare_gradients(model, expected["grad_l2"])
+
+
+def compare_gradients(model: train_gpt.GPT, expected: dict[str, float | None]) -> None:
+    gradients = {published_name(name): p.grad for name, p in model.named_parameters()}
+    scales = gradients.pop("ve_layer_scales", None)
+    if scales is not None:
+        gradients |= {f"ve_layer_scales.{i}": g for i, g in enumerate(scales)}
+    for name, norm in expected.items():
+        if norm is None:
+            assert gradients[name] is None, name
+        else:
+            assert gradients[name].norm().item() == pytest.approx(norm, rel=rules.REL, abs=1e-9), name
+
+
+@pytest.mark.parametrize(("case", "expected"), GOLDEN["rope"].items())
+def test_rotary_base_of_a_context_over_the_reference_length(case: str, expected: dict[str, Any]) -> None:
+    dims, head, length = (int(part.partition("=")[2]) for part in case.split(","))
+    base = train_gpt.stretched_base(10_000.0, dims or head, length, 1024)
+    assert base == pytest.approx(expected["effective_base"], rel=1e-8)
+    cos, sin = exact_tables(length, dims or head, base, rules.CPU)
+    assert cos[-1, :4].tolist() == pytest.approx(expected["cos_last_position_first4"], abs=1e-8)
+    assert sin[-1, :4].tolist() == pytest.approx(expected["sin_last_position_first4"], abs=1e-8)
+    assert train_gpt.stretched_base(10_000.0, dims or head, length, 0) == 10_000.0
+
+
+def test_the_longest_segment_and_not_the_pack_stretches_the_rotary_base() -> None:
+    cfg = train_gpt.Config(rope_reference_len=1024, num_layers=1, num_loops=0)
+    with torch.device("meta"):
+        model = train_gpt.GPT(cfg)
+    wanted = train_gpt.rotary_tables(4096, 16, 22_081.79027, rules.CPU)
+    cu = torch.from_numpy(train_gpt.pad_bounds(train_gpt.segment_bounds(torch.arange(0).numpy(), 4096, 2048)))
+    packed = model.plan(4096, rules.CPU, cu, 2048)
+    torch.testing.assert_close((packed.cos, packed.sin), wanted, rtol=0, atol=2e-4)
+    short = model.plan(100, rules.CPU, None, 2048)  # a short row of a model of long contexts
+    torch.testing.assert_close(short.cos, wanted[0][:100], rtol=0, atol=2e-4)
+    plain = model.plan(100, rules.CPU)
+    assert torch.equal(plain.cos, train_gpt.rotary_tables(100, 16, 10_000.0, rules.CPU)[0])
+
+
+PR1182 = {
+    "MLP_MULT": "3.0", "BIGRAM_DIM": "96", "VE_LAYERS": "5,9,10", "EMBED_EXTRAS": "bigram,trigram,smear_channel",
+    "ATTN_EXTRAS": "xsa,value_residual,value_embed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("count", "knobs"),
+    [
+        (27_108_468, PR1182),
+        (26_993_756, {"MLP_MULT": "3.0"}),
+        (26_928_220, {"MLP_MULT": "3.0", "BIGRAM_VOCAB_SIZE": "1536"}),
+        (25_768_028, {"MLP_MULT": "2.8", "BIGRAM_VOCAB_SIZE": "1536"}),
+        (25_833_564, {"MLP_MULT": "2.8"}),
+    ],
+)
+def test_parameter_counts_of_the_published_configurations(count: int, knobs: dict[str, str]) -> None:
+    common = {
+        "VOCAB_SIZE": "1024", "NUM_LOOPS": "0", "PARALLEL_START_LAYER": "0", "SKIP_GATES_ENABLED": "0",
+        "EMBED_EXTRAS": "bigram,smear_channel", "ATTN_EXTRAS": "xsa,value_embed",
+    }  # fmt: skip
+    assert train_gpt.count_parameters(train_gpt.load_config(common | knobs)) == count
+
+
+# Hashes
+
+
+def wrapped(x: int) -> int:
+    """A signed 32-bit number, as a machine keeps it."""
+    return (x + 2**31) % 2**32 - 2**31
+
+
+def slow_bucket(ids: list[int], t: int, rows: int, order: int, masked: bool) -> int:
+    """The row of token t, from the definition: int32 products, XOR, floor modulo."""
+    first = max([i for i in range(t + 1) if masked and ids[i] == train_gpt.BOS_ID], default=0)
+    if t == first:
+        return rows - 1
+    key = 0
+    for back, multiplier in zip(range(order), (36313, 27191, 51497), strict=False):
+        if t - back >= first:
+            key ^= wrapped(multiplier * ids[t - back])
+    return key % (rows - 1)
+
+
+def hashed(ids: Tensor, rows: int, order: int, masked: bool) -> Tensor:
+    cfg = train_gpt.Config(hash_bos_mask=masked)
+    return train_gpt.HashEmbedding(cfg, order, rows, 4).buckets(ids)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    ids=st.lists(st.one_of(st.integers(0, 65535), st.sampled_from([1, 1, 65535])), min_size=1, max_size=24),
+    rows=st.sampled_from([2, 3, 47, 1024, 65536]),
+    masked=st.booleans(),
+)
+@example(ids=[50000, 65535, 60000, 65535, 1, 42000, 41701, 41702, 0, 65000], rows=2048, masked=True)
+def test_buckets_are_those_of_the_definition(ids: list[int], rows: int, masked: bool) -> None:
+    for order in (2, 3):
+        expected = [slow_bucket(ids, t, rows, order, masked) for t in range(len(ids))]
+        assert hashed(torch.tensor([ids]), rows, order, masked)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("entry", GOLDEN["hash"], ids=lambda e: e["name"])
+def test_buckets_are_the_published_ones(entry: dict[str, Any]) -> None:
+    config, expected = entry["config"], entry["expected"]
+    count = config.get("num_tokens", config.get("rows", 0) * config.get("cols", 0))
+    ids = (
+        torch.tensor(config["ids"])
+        if "ids" in config
+        else torch.from_numpy(rules.tokens(config["vocab_size"], count, []))
+    )
+    ids = ids.view(config.get("rows", 1), -1)
+    compared = 0
+    for name, buckets in expected.items():
+        kind = re.match("(bi|tri)gram", name)
+        if kind:
+            rows = int(name.split("_")[1]) if name[-1].isdigit() else config[f"{kind[0]}_vocab_size"]
+            got = hashed(ids, rows, {"bi": 2, "tri": 3}[kind[1]], False)
+            assert got.tolist() == (buckets if isinstance(buckets[0], list) else [buckets])
+            compared += 1
+    assert compared >= 2
+
+
+def test_a_masked_document_hashes_and_smears_as_if_alone() -> None:
+    model, ids = everything(num_loops=0), sample(1, 40, [0, 11, 12, 29])
+    together = model.embed(ids)
+    for start, stop in ((0, 11), (11, 12), (12, 29), (29, 40)):
+        alone = model.embed(ids[:, start:stop])
+        if start:  # smear_channel blends a row's first token with zeros unless it is masked, and here it is
+            assert ids[0, start] == train_gpt.BOS_ID
+        torch.testing.assert_close(together[:, start:stop], alone)
+    crossing = everything(num_loops=0, hash_bos_mask=False, smear_bos_mask=False)
+    assert not torch.allclose(crossing.embed(ids)[:, 11], crossing.embed(ids[:, 11:12])[:, 0])
+
+
+# The parts
+
+
+def test_initial_values() -> None:
+    cfg = train_gpt.Config(
+        vocab_size=1024,
+        embed_extras=("bigram", "trigram", "smear_channel"),
+        bigram_dim=96,
+        attn_extras=("value_residual", "value_embed"),
+        num_layers=11,
+        attn_gate="dense_bias",
+    )
+    model = train_gpt.GPT(cfg).reset(3)
+    state = model.state_dict()
+    for gram in ("bigram", "trigram"):
+        proj = state[f"embed_extras.{gram}.proj.weight"]
+        torch.testing.assert_close(proj.T @ proj, torch.eye(proj.size(1)), rtol=0, atol=1e-5)
+        assert not state[f"embed_extras.{gram}.table.weight"].any() and state[f"embed_extras.{gram}.scale"] == 0.05
+    proj = state["value_embed.proj.weight"]
+    torch.testing.assert_close(proj.T @ proj, torch.eye(128), rtol=0, atol=1e-5)
+    assert abs(state["value_embed.table.weight"].std() - 0.01) < 1e-4 and state["value_embed.scale"] == 0.1
+    assert torch.equal(state["value_embed.layer_scales"], torch.ones(2))
+    assert torch.equal(state["blocks.7.attn.values.lambdas"], torch.full((2,), 0.5))
+    n = torch.randn(2, 3, 512, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(model.blocks[0].attn.gate(n, n), torch.full((2, 3, 8, 1), 4.0).sigmoid())
+    x = torch.randn(1, 4, 512, generator=torch.Generator().manual_seed(2))
+    blended = model.embed_extras["smear_channel"](torch.tensor([[5, 6, 1, 7]]), x)
+    expected = 0.5 * x + 0.5 * torch.cat([torch.zeros(1, 1, 512), x[:, :-1]], dim=1)
+    expected[:, 2] = x[:, 2]
+    torch.testing.assert_close(blended, expected)
+
+
+@pytest.mark.parametrize("looping", [False, True])
+def test_value_residual_takes_the_first_slot_and_the_first_slot_mixes_nothing(looping: bool) -> None:
+    """With factors 1 and 0 only the first execution's values count: not those of a looped layer 0, nor of two lanes."""
+    model, ids = everything(looping=looping, embed_extras=(), ve_layers=(0,)), sample(2, 12, [0])
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.values.lambdas.copy_(torch.tensor([1.0, 0.0]))
+    before = model(ids)
+
+    def replace(site: train_gpt.Site, x: Tensor, y: Tensor, slots: range) -> Tensor:
+        return y.flip(-1) + 1 if site.name == "v" and site.slot in slots else y
+
+    later = range(1, len(model.route.layers))
+    assert (model.route.layers.count(0) == 2) == looping
+    assert torch.equal(model(ids, None, None, functools.partial(replace, slots=later)), before)
+    assert not torch.allclose(model(ids, None, None, functools.partial(replace, slots=range(1))), before)
+    with torch.no_grad():
+        model.value_embed.scale.zero_()  # it was added to the first slot's values before they were kept
+    assert not torch.allclose(model(ids), before)
+
+
+def test_value_embeddings_enter_at_their_layers_alone() -> None:
+    model, ids = everything(num_loops=0, attn_extras=("xsa", "value_embed")), sample(1, 12, [0])
+    heard: dict[int, Tensor] = {}
+
+    def listen(site: train_gpt.Site, x: Tensor, y: Tensor) -> Tensor:
+        if site.name == "v":
+            heard[site.layer] = y
+        return y
+
+    values = []
+    for block in model.blocks:
+        block.attn.values.register_forward_hook(lambda module, args, output: values.append(output))
+    model(ids, None, None, listen)
+    base = model.value_embed.look_up(ids, torch.float32)
+    for layer, mixed in enumerate(values):
+        index = model.blocks[layer].attn.values.scale_index
+        assert (index is not None) == (layer in EVERYTHING["ve_layers"])
+        added = 0 if index is None else model.value_embed.layer_scales[index] * base
+        torch.testing.assert_close(mixed, heard[layer] + added)
+
+
+@pytest.mark.parametrize("looping", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("changed", [1, 2, 17, 39])
+def test_a_later_token_leaves_earlier_logits_bit_equal(looping: bool, masked: bool, changed: int) -> None:
+    model = everything(looping=looping, hash_bos_mask=masked, smear_bos_mask=masked)
+    ids = sample(1, 40, [0, 11, 29])
+    other = ids.clone()
+    other[0, changed] = 8 + (ids[0, changed] + 1) % 80
+    before, after = model(ids), model(other)
+    assert torch.equal(before[:, :changed], after[:, :changed])
+    assert not torch.equal(before[:, changed], after[:, changed])
+
+
+def test_fresh_adapters_change_no_bit_and_reach_the_first_values() -> None:
+    cfg = train_gpt.Config(**EVERYTHING, ttt_lora_rank=2)
+    model, ids = everything(), sample(2, 12, [0])
+    lora = train_gpt.BatchedLoRA(cfg, model, 2)
+    lora.reset(0, (0, 1))
+    before = model(ids)
+    assert torch.equal(model(ids, None, None, lora), before)
+    with torch.no_grad():
+        lora.B["v_0"].fill_(0.1)
+    assert not torch.allclose(model(ids, None, None, lora), before)
+
+
+def test_the_whole_model_compiles_into_one_graph() -> None:
+    torch._dynamo.reset()
+    model, ids = everything(), sample(2, 25, [0, 31])
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    for looping in (False, True):
+        model.set_looping(looping)
+        gradients = []
+        for forward in (model, compiled):
+            model.zero_grad()
+            loss = forward(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            gradients.append([loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
+        torch.testing.assert_close(*gradients)
+
+
+# Optimisers, quantisation, runs
+
+
+def rows_of_parameters(model: train_gpt.GPT) -> dict[str, train_gpt.OptimRow]:
+    return {name: row for row, params in train_gpt.route_parameters(model) for name in params}
+
+
+def test_every_parameter_has_one_optimiser_and_one_quantisation_rule() -> None:
+    model = everything()
+    rows, plan = rows_of_parameters(model), train_gpt.quant_plan(train_gpt.Config(**EVERYTHING))
+    assert sorted(rows) == sorted(model.state_dict())
+    tables = {"tok_emb", "embed_extras.bigram.table", "embed_extras.trigram.table", "value_embed.table"}
+    assert {n.removesuffix(".weight") for n, r in rows.items() if r.lr == "tied_embed_lr"} == tables
+    assert {r.optimiser for n, r in rows.items() if "attn.v.weight" in n} == {"muon"}
+    for name in (
+        "embed_extras.bigram.proj.weight",
+        "value_embed.proj.weight",
+        "value_embed.layer_scales",
+        "embed_extras.smear_channel.gate",
+        "blocks.1.attn.values.lambdas",
+        "blocks.1.attn.gate.bias",
+    ):
+        assert (rows[name].optimiser, rows[name].lr, rows[name].wd) == ("adamw", "scalar_lr", "adam_wd")
+    for name in rows:
+        assert train_gpt.rule_for(name, plan) in plan
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_published_trigram_is_not_trained(trained: bool) -> None:
+    cfg = train_gpt.Config(**EVERYTHING, trigram_trained=trained, scalar_lr=0.1, adam_wd=0.1, embed_wd=0.1)
+    model, ids = everything(trigram_trained=trained), sample(2, 25, [0])
+    before = copy.deepcopy(model.state_dict())
+    optimisers = train_gpt.Optimisers(cfg, model, rules.runtime())
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    optimisers.step(1.0, 0)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    trigram = {name for name in before if "trigram" in name}
+    assert len(trigram) == 3 and moved == (set(before) if trained else set(before) - trigram)
+    assert ("of them not trained: 3 tensors" in train_gpt.explain(cfg, {})) is not trained
+
+
+def test_tables_are_stored_in_bf16_when_asked() -> None:
+    model = train_gpt.GPT(train_gpt.Config(**EVERYTHING, embed_dtype="bf16")).reset(1)
+    halves = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    tables = ("tok_emb", "embed_extras.bigram.table", "embed_extras.trigram.table", "value_embed.table")
+    assert halves == {f"{name}.weight" for name in tables}
+    assert torch.isfinite(model(sample(1, 9, [0]))).all()
+    wide = train_gpt.GPT(train_gpt.Config(**EVERYTHING)).reset(1).state_dict()
+    assert all(torch.equal(p, wide[name].to(p.dtype)) for name, p in model.named_parameters())
+
+
+def test_a_run_with_every_part(run_gpt: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
+    knobs = {
+        "EMBED_EXTRAS": "smear,smear_channel,trigram,bigram", "ATTN_EXTRAS": "xsa,value_residual,value_embed",
+        "VE_LAYERS": "1,4", "VE_DIM": "12", "BIGRAM_VOCAB_SIZE": "128", "BIGRAM_DIM": "16", "EMBED_DTYPE": "bf16",
+        "TRIGRAM_VOCAB_SIZE": "64", "TRIGRAM_DIM": "32", "TRIGRAM_TRAINED": "0", "ROPE_REFERENCE_LEN": "32",
+        "ATTN_GATE": "dense_bias",
+    }  # fmt: skip
+    done = run_gpt(**knobs)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["legal"] and list(result["stages"]) == ["pre_quant", "quantized", "final"]
+    assert "VE_LAYERS=1,4" in (tmp_path / "run" / "record.env").read_text()
+    trigram = train_gpt.load_artifact(tmp_path / "run" / "model.bin")["embed_extras.trigram.table.weight"]
+    assert not trigram.any()
