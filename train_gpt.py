@@ -1628,6 +1628,12 @@ GATES: dict[str, Callable[[Config], HeadGate | None]] = {
 }
 
 
+@torch.no_grad()
+def draw_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill a weight, drawing in float32 whatever its dtype, so that all dtypes start alike."""
+    weight.copy_(nn.init.normal_(torch.empty(weight.shape), std=std, generator=generator))
+
+
 STORED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE
 
 
@@ -1638,11 +1644,9 @@ class Table(nn.Module):
         super().__init__()
         self.weight, self.std = nn.Parameter(torch.empty(rows, dim, dtype=STORED_DTYPES[cfg.embed_dtype])), std
 
-    @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Initial weights, drawn in float32 so that both dtypes start alike."""
-        drawn = torch.empty(self.weight.shape)
-        self.weight.copy_(nn.init.normal_(drawn, std=self.std, generator=generator))
+        """Initial weights."""
+        draw_normal(self.weight, self.std, generator)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids, self.weight).to(dtype)
@@ -1780,9 +1784,8 @@ class ValueMix(nn.Module):
 
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()
-        self.scale_index = cfg.ve_layers.index(layer) if layer in cfg.ve_layers else None
-        if "value_embed" not in cfg.attn_extras:
-            self.scale_index = None
+        embedded = "value_embed" in cfg.attn_extras and layer in cfg.ve_layers
+        self.scale_index = cfg.ve_layers.index(layer) if embedded else None
         self.lambdas = nn.Parameter(torch.empty(2)) if "value_residual" in cfg.attn_extras else None
 
     def reset(self, generator: torch.Generator) -> None:
@@ -2025,9 +2028,7 @@ class GPT(nn.Module):
         for module in self.modules():
             if module is not self and hasattr(module, "reset"):
                 module.reset(generator)
-        embedding = torch.empty(self.tok_emb.weight.shape)  # drawn in float32, so that both dtypes start alike
-        with torch.no_grad():
-            self.tok_emb.weight.copy_(nn.init.normal_(embedding, std=self.embed_std, generator=generator))
+        draw_normal(self.tok_emb.weight, self.embed_std, generator)
         return self
 
     def set_looping(self, on: bool) -> None:

@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from ngram_rules import GOLDEN, build, exact_tables, published_name
 from torch import Tensor
 
 import train_gpt
 
-GOLDEN = json.loads((Path(__file__).resolve().parent / "golden" / "ngram.json").read_text(encoding="utf-8"))
 FORWARD = [rules.Entry(e["name"], GOLDEN["base"] | e["config"], e["expected"]) for e in GOLDEN["forward"]]
 ALL = next(e for e in FORWARD if e.name == "small/all_features").config
 EVERYTHING = {  # every part of the stack beside loops and two lanes, at toy size
@@ -30,73 +30,6 @@ EVERYTHING = {  # every part of the stack beside loops and two lanes, at toy siz
     "embed_extras": ("bigram", "trigram", "smear", "smear_channel"), "bigram_vocab_size": 61, "bigram_dim": 12,
     "trigram_vocab_size": 47, "trigram_dim": 20, "attn_gate": "dense_bias", "rope_reference_len": 16,
 }  # fmt: skip
-PUBLISHED = (  # our name (regular expression) -> the published one, beside those of golden_rules.CANONICAL
-    (r"embed_extras\.(bigram|trigram)\.table\.weight", r"\1.embed.weight"),
-    (r"embed_extras\.(bigram|trigram)\.(proj\.weight|scale)", r"\1.\2"),
-    (r"embed_extras\.smear_channel\.gate", "smear.gate"),
-    (r"value_embed\.table\.weight", "ve_shared.embed.weight"),
-    (r"value_embed\.(proj\.weight|scale)", r"ve_shared.\1"),
-    (r"value_embed\.layer_scales", "ve_layer_scales"),
-    (r"blocks\.(\d+)\.attn\.gate\.(weight|bias)", r"blocks.\1.attn.attn_gate.\2"),
-    (r"blocks\.(\d+)\.attn\.values\.lambdas", r"blocks.\1.attn.vr_lambda"),
-)
-FILLS = (  # ends of published names -> base, amplitude; the first that fits counts
-    ("gram.scale", 0.05, 0.1), ("ve_shared.scale", 0.1, 0.1), ("q_gain", 1.5, 0.1), ("skip_weights", 1.0, 0.1),
-    ("attn_scale", 1.0, 0.1), ("mlp_scale", 1.0, 0.1), ("vr_lambda", 0.5, 0.3), ("attn_gate.bias", 4.0, 0.3),
-    ("attn_gate.weight", 0.0, 0.3), ("smear.gate", 0.0, 0.3), ("resid_mix", 0.0, 0.3), ("tok_emb.weight", 0.0, 0.1),
-    ("embed.weight", 0.0, 0.1), ("weight", 0.0, 0.05),
-)  # fmt: skip
-
-
-def published_name(name: str) -> str:
-    for pattern, published in PUBLISHED:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, published, name)
-    return rules.canonical(name)
-
-
-def published_value(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
-    for ending, value in config["overrides"].items():
-        if name.endswith(ending):
-            return torch.tensor(value, dtype=torch.float64).view(-1, *(1,) * (len(shape) - 1)).expand(shape)
-    if name == "ve_layer_scales":  # published as one tensor of one number per layer
-        return torch.cat([rules.fill("sine", f"{name}.{i}", (1,), 0.1, 1.0) for i in range(shape[0])])
-    base, amplitude = next((b, a) for ending, b, a in FILLS if name.endswith(ending))
-    value = rules.fill("sine", name, shape, amplitude, base)
-    return value + torch.tensor([[1.0], [0.0]]) if name.endswith("resid_mix") else value
-
-
-def model_config(config: dict[str, Any]) -> train_gpt.Config:
-    """The Config of a golden entry's model."""
-    extras = {"bigram": config["bigram_vocab_size"], "trigram": config["trigram_vocab_size"], "smear_channel": True}
-    values = {"xsa": True, "value_residual": config["value_residual"], "value_embed": config["ve_enabled"]}
-    same = "vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult logit_softcap rope_base qk_gain_init"
-    same += " bigram_dim trigram_dim ve_dim xsa_last_n ln_scale"
-    return train_gpt.Config(
-        embed_extras=tuple(name for name, on in extras.items() if on),
-        attn_extras=tuple(name for name, on in values.items() if on),
-        attn_gate="dense_bias" if config["gated_attention"] else "none",
-        bigram_vocab_size=config["bigram_vocab_size"] or 2,
-        trigram_vocab_size=config["trigram_vocab_size"] or 2,
-        ve_layers=tuple(int(layer) for layer in config["ve_layers"].split(",") if layer),
-        rope_dims=config["rope_dims"] or config["model_dim"] // config["num_heads"],
-        rope_reference_len=1024,
-        num_loops=0,
-        parallel_start_layer=0,
-        skip_gates_enabled=False,
-        smear_bos_mask=False,
-        hash_bos_mask=False,
-        **{name: config[name] for name in same.split()},
-    )
-
-
-def build(config: dict[str, Any]) -> train_gpt.GPT:
-    """The filled float64 model of a golden entry."""
-    model = train_gpt.GPT(model_config(config), dtype=torch.float64).double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(published_value(config, published_name(name), tuple(parameter.shape)))
-    return model
 
 
 def everything(seed: int = 5, looping: bool = True, **knobs: Any) -> train_gpt.GPT:
@@ -112,13 +45,6 @@ def everything(seed: int = 5, looping: bool = True, **knobs: Any) -> train_gpt.G
 
 def sample(rows: int, length: int, bos: list[int]) -> Tensor:
     return torch.from_numpy(rules.tokens(97, rows * length, bos)).view(rows, length)
-
-
-def exact_tables(length: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """rotary_tables in float64, as the golden numbers were made."""
-    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
-    return angle.cos(), angle.sin()
 
 
 # The published numbers

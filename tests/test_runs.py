@@ -500,7 +500,11 @@ def test_interrupt_is_one_line_and_leaves_no_half_file(tiny_data: Path, tmp_path
     env = environment(tiny_data, tmp_path / "run", ITERATIONS=100_000, PYTHONUNBUFFERED="1")
     command = [sys.executable, str(ROOT / "train_gpt.py")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=env, cwd=tmp_path, **pipes) as process:
+
+    def heed() -> None:  # a shell starts background jobs with SIGINT ignored, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, env=env, cwd=tmp_path, preexec_fn=heed, **pipes) as process:
         for line in process.stdout:
             if line.startswith("step 3 "):
                 break

@@ -1,0 +1,123 @@
+"""The published n-gram models of the golden numbers, as this program builds them, filled by the golden rule.
+
+Names and values follow the published parameters, whose list golden/ngram.json's parameter counts and gradients check.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import golden_rules as rules
+import numpy as np
+import torch
+from torch import Tensor
+
+import train_gpt
+
+GOLDEN = json.loads((Path(__file__).resolve().parent / "golden" / "ngram.json").read_text(encoding="utf-8"))
+PUBLISHED = (  # our name (regular expression) -> the published one, beside those of golden_rules.CANONICAL
+    (r"embed_extras\.(bigram|trigram)\.table\.weight", r"\1.embed.weight"),
+    (r"embed_extras\.(bigram|trigram)\.(proj\.weight|scale)", r"\1.\2"),
+    (r"embed_extras\.smear_channel\.gate", "smear.gate"),
+    (r"value_embed\.table\.weight", "ve_shared.embed.weight"),
+    (r"value_embed\.(proj\.weight|scale)", r"ve_shared.\1"),
+    (r"value_embed\.layer_scales", "ve_layer_scales"),
+    (r"blocks\.(\d+)\.attn\.gate\.(weight|bias)", r"blocks.\1.attn.attn_gate.\2"),
+    (r"blocks\.(\d+)\.attn\.values\.lambdas", r"blocks.\1.attn.vr_lambda"),
+)
+FILLS = (  # ends of published names -> base, amplitude; the first that fits counts
+    ("gram.scale", 0.05, 0.1), ("ve_shared.scale", 0.1, 0.1), ("q_gain", 1.5, 0.1), ("skip_weights", 1.0, 0.1),
+    ("attn_scale", 1.0, 0.1), ("mlp_scale", 1.0, 0.1), ("vr_lambda", 0.5, 0.3), ("attn_gate.bias", 4.0, 0.3),
+    ("attn_gate.weight", 0.0, 0.3), ("smear.gate", 0.0, 0.3), ("resid_mix", 0.0, 0.3), ("tok_emb.weight", 0.0, 0.1),
+    ("embed.weight", 0.0, 0.1), ("weight", 0.0, 0.05),
+)  # fmt: skip
+
+
+def published_name(name: str) -> str:
+    for pattern, published in PUBLISHED:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, published, name)
+    return rules.canonical(name)
+
+
+def published_value(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+    for ending, value in config["overrides"].items():
+        if name.endswith(ending):
+            return torch.tensor(value, dtype=torch.float64).view(-1, *(1,) * (len(shape) - 1)).expand(shape)
+    if name == "ve_layer_scales":  # published as one tensor of one number per layer
+        return torch.cat([rules.fill("sine", f"{name}.{i}", (1,), 0.1, 1.0) for i in range(shape[0])])
+    base, amplitude = next((b, a) for ending, b, a in FILLS if name.endswith(ending))
+    value = rules.fill("sine", name, shape, amplitude, base)
+    return value + torch.tensor([[1.0], [0.0]]) if name.endswith("resid_mix") else value
+
+
+def model_config(config: dict[str, Any]) -> train_gpt.Config:
+    """The Config of a golden entry's model."""
+    extras = {"bigram": config["bigram_vocab_size"], "trigram": config["trigram_vocab_size"], "smear_channel": True}
+    values = {"xsa": True, "value_residual": config["value_residual"], "value_embed": config["ve_enabled"]}
+    same = "vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult logit_softcap rope_base qk_gain_init"
+    same += " bigram_dim trigram_dim ve_dim xsa_last_n ln_scale"
+    return train_gpt.Config(
+        embed_extras=tuple(name for name, on in extras.items() if on),
+        attn_extras=tuple(name for name, on in values.items() if on),
+        attn_gate="dense_bias" if config["gated_attention"] else "none",
+        bigram_vocab_size=config["bigram_vocab_size"] or 2,
+        trigram_vocab_size=config["trigram_vocab_size"] or 2,
+        ve_layers=tuple(int(layer) for layer in config["ve_layers"].split(",") if layer),
+        rope_dims=config["rope_dims"] or config["model_dim"] // config["num_heads"],
+        rope_reference_len=1024,
+        num_loops=0,
+        parallel_start_layer=0,
+        skip_gates_enabled=False,
+        smear_bos_mask=False,
+        hash_bos_mask=False,
+        **{name: config[name] for name in same.split()},
+    )
+
+
+def build(config: dict[str, Any]) -> train_gpt.GPT:
+    """The filled float64 model of a golden entry."""
+    model = train_gpt.GPT(model_config(config), dtype=torch.float64).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(published_value(config, published_name(name), tuple(parameter.shape)))
+    return model
+
+
+def exact_tables(length: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """rotary_tables in float64, as the golden numbers were made."""
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+SMALL = {  # the model of the chunk SGD and SLOT entries, beside what each entry says
+    "num_layers": 3, "bigram_vocab_size": 61, "bigram_dim": 16, "trigram_dim": 24, "xsa_last_n": 2, "rope_dims": 8,
+    "ln_scale": True, "ve_enabled": True, "ve_dim": 16, "ve_layers": "1,2", "overrides": {},
+}  # fmt: skip
+
+
+def adapted_model(config: dict[str, Any]) -> train_gpt.GPT:
+    """The model of a chunk SGD or SLOT entry."""
+    return build(GOLDEN["base"] | SMALL | {key: config[key] for key in ("trigram_vocab_size", "value_residual")})
+
+
+def stream(num_targets: int) -> train_gpt.ValData:
+    """The golden stream, and its rule of bytes."""
+    ids = rules.tokens(GOLDEN["base"]["vocab_size"], num_targets + 1, [])
+    counted = 1 + ids % 5 + ((ids % 3 == 0) & np.append(False, ids[:-1] % 7 != 0))
+    return train_gpt.ValData(ids, counted.astype(np.int32))
+
+
+def published_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
+    """Windows as published: at every start that leaves `stride` targets, each but the first scores its last `stride`,
+    though the window before may have reached the end already."""
+    rows = []
+    for start in range(0, num_targets, stride):
+        size = min(length, num_targets - start)
+        if start == 0 or size >= stride:
+            rows.append((start, size, 0 if start == 0 else max(size - stride, 0), size))
+    return np.array(rows)
