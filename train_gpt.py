@@ -23,6 +23,7 @@ Nouns: Config, Runtime, Route, Seq, taps, QuantRule, Codec, ByteMeter, Learner.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -965,7 +966,8 @@ def pin(batch: Batch) -> Batch:
 def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
     """Items of an endless source, made by a daemon thread; its exception is raised at the consumer.
 
-    The thread ends when the consumer's generator is closed or collected.
+    The thread has ended when the consumer's generator is closed: left alone, it may be inside torch when the program
+    exits, which aborts.
     """
     ready: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()
@@ -984,7 +986,8 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
         except Exception as error:  # whatever it is: a consumer must not wait for ever
             put(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
     try:
         while True:
             item = ready.get()
@@ -993,6 +996,7 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
             yield item
     finally:
         stop.set()
+        worker.join()
 
 
 def calibration_rows(cfg: Config, index: int) -> np.ndarray:
@@ -2374,13 +2378,13 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile every graph and let allocators settle, then take it all back: weights, moments and data order."""
         before = [p.detach().clone() for p in self.model.parameters()]
-        batches, started = train_batches(self.cfg, self.runtime), time.perf_counter()
-        for looping in (False, True)[: 1 + loops(self.cfg)]:
-            self.model.set_looping(looping)
-            for step in range(self.cfg.warmup_steps):
-                self.step(next(batches), 1.0, step)
-                self.runtime.log.progress(f"warm-up (looping {looping})", step + 1, self.cfg.warmup_steps, started)
-        batches.close()
+        started = time.perf_counter()
+        with contextlib.closing(train_batches(self.cfg, self.runtime)) as batches:
+            for looping in (False, True)[: 1 + loops(self.cfg)]:
+                self.model.set_looping(looping)
+                for step in range(self.cfg.warmup_steps):
+                    self.step(next(batches), 1.0, step)
+                    self.runtime.log.progress(f"warm-up (looping {looping})", step + 1, self.cfg.warmup_steps, started)
         self.model.set_looping(False)
         self.optimisers.forget()
         with torch.no_grad():
@@ -2432,30 +2436,30 @@ class Trainer:
         """Train; afterwards the model holds the weight average. validate scores the live weights, clock stopped."""
         cfg, log, clock = self.cfg, self.runtime.log, self.clock
         self.warm_up()
-        batches, step = train_batches(cfg, self.runtime), 0
+        step = 0
         if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the one before
             self.metrics.write_text("", encoding="utf-8")
         clock.start()
-        while (fraction := clock.fraction(step)) < 1:
-            if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-                elapsed = clock.read()
-                score = validate()
-                log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
-                self.note({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
-                clock.start(elapsed)
-            if loops(cfg) and fraction >= cfg.enable_looping_at and self.model.route is self.model.routes[False]:
-                self.model.set_looping(True)
-                clock.expect_change()
-                log(f"looping on at step {step}, fraction {fraction:.3f}: {self.model.route}")
-            self.step(next(batches), lr_multiplier(fraction, cfg.warmdown_frac, cfg.min_lr), step)
-            for average in self.averages:
-                average.update()
-            step += 1
-            if step <= 5 or step % min(cfg.train_log_every, 10) == 0:
-                self.report(step, clock.fraction(step), time.perf_counter() - clock.started)
-        seconds = clock.read()
+        with contextlib.closing(train_batches(cfg, self.runtime)) as batches:
+            while (fraction := clock.fraction(step)) < 1:
+                if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+                    elapsed = clock.read()
+                    score = validate()
+                    log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
+                    self.note({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
+                    clock.start(elapsed)
+                if loops(cfg) and fraction >= cfg.enable_looping_at and self.model.route is self.model.routes[False]:
+                    self.model.set_looping(True)
+                    clock.expect_change()
+                    log(f"looping on at step {step}, fraction {fraction:.3f}: {self.model.route}")
+                self.step(next(batches), lr_multiplier(fraction, cfg.warmdown_frac, cfg.min_lr), step)
+                for average in self.averages:
+                    average.update()
+                step += 1
+                if step <= 5 or step % min(cfg.train_log_every, 10) == 0:
+                    self.report(step, clock.fraction(step), time.perf_counter() - clock.started)
+            seconds = clock.read()
         self.report(step, 1.0, seconds)
-        batches.close()
         for average in self.averages:
             average.store()
         self.model.set_looping(loops(cfg))
