@@ -27,7 +27,6 @@ import argparse
 import ast
 import base64
 import hashlib
-import io
 import json
 import lzma
 import os
@@ -38,12 +37,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import brotli
+import numpy as np
 import python_minifier
 
 CAP_BYTES = 16_000_000
@@ -154,20 +155,338 @@ def pin_docstring(tree: ast.Module) -> ast.Module:
     return tree
 
 
-def minify(text: str, name: str = "source") -> str:
-    """Smaller source of the same behaviour.
+def minify(text: str, name: str = "source", facts: Facts | None = None, dropped: Dropped | None = None) -> str:
+    """Smaller source of the same behaviour; with facts, of the same behaviour where they hold (see specialise).
 
     Argument names, global names, class annotations and asserts stay. Literals are not hoisted to globals, because a
     Triton kernel may not read a global that is not a constexpr. Raises UserError when `text` does not parse.
     """
     tree = pin_docstring(parse_source(text, name))
+    folder = Folder(tree, facts, dropped) if facts and dropped else None  # looks at annotations
     tree = ast.fix_missing_locations(AnnotationStripper(functions_with_readers(tree)).visit(tree))
+    tree = specialise(tree, facts, dropped, folder) if folder else tree
     small = python_minifier.minify(
         python_minifier.unparse(tree), remove_annotations=False, remove_literal_statements=True, hoist_literals=False,
         rename_locals=True, preserve_locals=constexpr_names(tree), rename_globals=False, remove_asserts=False,
     )
     parse_source(small, f"minified {name}")
     return small
+
+
+# +---------------------------------------------------------------------------------------------------------------+
+# | 2 SPECIALISE                                                                                                  |
+# +---------------------------------------------------------------------------------------------------------------+
+
+# What a packed program is called by from outside: its start, and what `verify` and the judge ask it for.
+ROOTS = ("main", "load_artifact", "load_config")
+SIMPLE_BASES = frozenset(("NamedTuple", "Protocol", "object"))  # they call no method of their subclasses by name
+UNKNOWN = object()
+WORD = re.compile(r"\w+")
+HELP = "This program was specialised when it was packed; the plain train_gpt.py has the manual of its knobs."
+EVAL_ONLY = "this artifact evaluates only; train with the plain train_gpt.py"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a packed run: the value of every knob, the knobs that stay free because they say where a run
+    happens, the allowed values of each, the words in the names of the stored arrays, and whether training goes too."""
+
+    values: dict[str, object]
+    free: frozenset[str]
+    choices: dict[str, tuple[str, ...]]
+    words: frozenset[str]
+    eval_only: bool = False
+
+
+@dataclass
+class Dropped:
+    """What specialisation took out, by kind."""
+
+    entries: list[str] = field(default_factory=list)
+    branches: list[str] = field(default_factory=list)
+    definitions: list[str] = field(default_factory=list)
+    frozen: set[str] = field(default_factory=set)
+
+    def counts(self) -> dict[str, int]:
+        """How much of each."""
+        return {"registry entries": len(self.entries), "dead branches": len(self.branches),
+                "definitions": len(self.definitions)}
+
+
+def knob_of(node: ast.expr) -> str:
+    """`cfg.name` or `self.cfg.name` -> name, else ''. In this program only a Config is ever called cfg."""
+    if not isinstance(node, ast.Attribute):
+        return ""
+    owner = node.value
+    is_cfg = isinstance(owner, ast.Name) and owner.id == "cfg"
+    return node.attr if is_cfg or (isinstance(owner, ast.Attribute) and owner.attr == "cfg") else ""
+
+
+class Folder(ast.NodeTransformer):
+    """Decides tests whose outcome the knobs fix. Numbers stay open (a toy run may still be smaller), and so does every
+    knob that the program itself replaces, because there are then two Configs."""
+
+    OPERATORS: dict[type, Callable[[object, object], bool]] = {
+        ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b,
+        ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
+    }  # fmt: skip
+
+    def __init__(self, tree: ast.Module, facts: Facts, dropped: Dropped) -> None:
+        for arg in (n for n in ast.walk(tree) if isinstance(n, ast.arg) and n.arg == "cfg"):
+            if arg.annotation is not None and ast.unparse(arg.annotation) != "Config":
+                raise UserError(f"line {arg.lineno}: a parameter called cfg that is no Config; cannot specialise this")
+        calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and decorator_name(n.func) == "replace")
+        open_knobs = facts.free | {keyword.arg for call in calls for keyword in call.keywords}
+        kinds = (bool, str, tuple)
+        self.values = {k: v for k, v in facts.values.items() if isinstance(v, kinds) and k not in open_knobs}
+        self.dropped, self.used = dropped, set()
+
+    def known(self, node: ast.expr) -> object:
+        """The value of an expression, or UNKNOWN."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Tuple):
+            parts = tuple(self.known(e) for e in node.elts)
+            return UNKNOWN if UNKNOWN in parts else parts
+        if name := knob_of(node):
+            self.used |= {name} & self.values.keys()
+            return self.values.get(name, UNKNOWN)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            value = self.known(node.operand)
+            return value if value is UNKNOWN else not value
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in self.OPERATORS:
+            sides = self.known(node.left), self.known(node.comparators[0])
+            return UNKNOWN if UNKNOWN in sides else self.OPERATORS[type(node.ops[0])](*sides)
+        return self.any_or_all(node) if isinstance(node, ast.BoolOp) else UNKNOWN
+
+    def any_or_all(self, node: ast.BoolOp) -> object:
+        """Truth of `and` and `or`: one operand may decide, whatever the others are."""
+        decides, values = isinstance(node.op, ast.Or), [self.known(v) for v in node.values]
+        if any(v is not UNKNOWN and bool(v) == decides for v in values):
+            return decides
+        return UNKNOWN if UNKNOWN in values else not decides
+
+    def decide(self, test: ast.expr) -> object:
+        """`known`, noting which knobs a decision rests on: their values are frozen."""
+        self.used = set()
+        value = self.known(test)
+        if value is not UNKNOWN and self.used:
+            self.dropped.frozen |= self.used
+            self.dropped.branches.append(f"line {test.lineno}: {ast.unparse(test)[:80]}")
+            return bool(value)
+        return UNKNOWN
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        """The branch that is taken, in place of both."""
+        self.generic_visit(node)
+        value = self.decide(node.test)
+        return node if value is UNKNOWN else (node.body if value else node.orelse)
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        """The value that is chosen."""
+        self.generic_visit(node)
+        value = self.decide(node.test)
+        return node if value is UNKNOWN else (node.body if value else node.orelse)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """A function needs a statement, and nothing follows a return."""
+        self.generic_visit(node)
+        ends = [i for i, line in enumerate(node.body) if isinstance(line, ast.Return | ast.Raise)]
+        node.body = node.body[: ends[0] + 1] if ends else node.body or [ast.Pass()]
+        return node
+
+
+def registries(tree: ast.Module) -> dict[str, ast.Dict]:
+    """Top-level literal dicts whose keys are strings, by name."""
+    found = {}
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        value = getattr(node, "value", None)
+        if isinstance(target, ast.Name) and isinstance(value, ast.Dict) and value.keys:
+            if all(isinstance(k, ast.Constant) and isinstance(k.value, str) for k in value.keys):
+                found[target.id] = value
+    return found
+
+
+def axis_of(tree: ast.Module, name: str, table: ast.Dict, facts: Facts) -> str:
+    """The knob that chooses from a registry: it is the index somewhere, and its values cover the keys; else ''."""
+    keys, candidates = {k.value for k in table.keys}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == name:
+            candidates.add(node.slice.attr if isinstance(node.slice, ast.Attribute) else "")
+        if isinstance(node, ast.comprehension) and isinstance(node.iter, ast.Attribute):
+            candidates.add(node.iter.attr)
+    fits = sorted(c for c in candidates if c in facts.choices and c not in facts.free)
+    return next((c for c in fits if keys <= {"none", *facts.choices[c]} and keys & set(facts.choices[c])), "")
+
+
+def only_indexed(tree: ast.Module, name: str) -> bool:
+    """Whether a registry is used by nothing but `NAME[...]`, so that an entry nobody names is an entry nobody sees."""
+    indexed = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Subscript)}
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)]
+    return bool(uses) and all(id(n) in indexed for n in uses)
+
+
+def literal_words(nodes: list[ast.AST], skipped: set[int]) -> set[str]:
+    """Words of all string constants below `nodes` but those whose id is in `skipped`."""
+    constants = (n for node in nodes for n in ast.walk(node) if isinstance(n, ast.Constant) and id(n) not in skipped)
+    return {w for n in constants if isinstance(n.value, str) for w in (n.value, *WORD.findall(n.value))}
+
+
+def config_class(tree: ast.Module) -> ast.ClassDef:
+    """The class of the knobs; UserError when the program has none."""
+    found = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config"]
+    calls = [n for n in ast.walk(found[0]) if isinstance(n, ast.Call) and decorator_name(n) == "knob"] if found else []
+    if not calls:
+        raise UserError("--specialise needs a program with a class Config of knob(...) fields")
+    return found[0]
+
+
+def prune_registries(tree: ast.Module, facts: Facts, dropped: Dropped) -> bool:
+    """Drop entries that nothing can name: of an axis, all but the chosen; of a table that is only indexed, those whose
+    key is no word of the configuration, of the artifact or of the rest of the program. True when one went."""
+    tables = registries(tree)
+    chosen = {w for v in facts.values.values() for w in (v if isinstance(v, tuple) else (v,)) if isinstance(w, str)}
+    chosen |= {w for name in facts.free for w in facts.choices.get(name, ())} | facts.words
+    body = [n for n in tree.body if n is not config_class(tree)]
+    before = len(dropped.entries)
+    for name, table in tables.items():
+        literal = {n.slice.value for n in ast.walk(tree) if isinstance(n, ast.Subscript)
+                   and isinstance(n.value, ast.Name) and n.value.id == name and isinstance(n.slice, ast.Constant)}
+        axis = axis_of(tree, name, table, facts)
+        live = None
+        if axis:
+            value = facts.values[axis]
+            live = {*(value if isinstance(value, tuple) else (value,))} | literal | facts.words
+            live |= set() if value else {"none"}
+        elif only_indexed(tree, name):
+            live = chosen | literal | literal_words(body, {id(k) for k in table.keys})
+        if live is not None:
+            kept = [(k, v) for k, v in zip(table.keys, table.values, strict=True) if k.value in live]
+            dropped.entries += [f"{name}[{k.value!r}]" for k in table.keys if k.value not in live]
+            table.keys, table.values = [k for k, _ in kept], [v for _, v in kept]
+    return len(dropped.entries) > before
+
+
+def defined_names(node: ast.stmt) -> set[str]:
+    """Names that a top-level statement binds."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    imports = (n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom))
+    return stored | {a.asname or a.name.split(".")[0] for n in imports for a in n.names}
+
+
+def used_names(node: ast.AST) -> set[str]:
+    """Names that a piece of code reads, and attributes (as `.name`) and strings that could be a method's name."""
+    found = set()
+    for n in ast.walk(node):
+        if isinstance(n, ast.Name):
+            found.add(n.id)
+        elif isinstance(n, ast.Attribute):
+            found.add(f".{n.attr}")
+        elif isinstance(n, ast.Constant) and isinstance(n.value, str):
+            found |= {f".{w}" for w in WORD.findall(n.value)}
+    return found
+
+
+def method_may_go(owner: ast.ClassDef, node: ast.stmt) -> bool:
+    """Whether a statement of a class is a method that only a call by name could reach."""
+    simple = all(decorator_name(base) in SIMPLE_BASES for base in owner.bases)
+    return simple and isinstance(node, ast.FunctionDef) and not node.name.startswith("__")
+
+
+def sweep(tree: ast.Module, dropped: Dropped) -> bool:
+    """Drop what no root reaches: definitions, constants, imports, methods. True when something went.
+
+    By name alone, so it errs on the side of keeping: a local variable keeps a function of its name, an attribute of any
+    object keeps every method of that name.
+    """
+    pieces = [(set(), d, used_names(n)) for n in tree.body
+              if not isinstance(n, ast.ClassDef) and (d := defined_names(n))]  # (what is needed, one of these, uses)
+    for owner in (n for n in tree.body if isinstance(n, ast.ClassDef)):
+        own = [n for n in owner.body if not method_may_go(owner, n)]
+        head = [*owner.bases, *owner.decorator_list, *(k.value for k in owner.keywords), *own]
+        pieces.append((set(), {owner.name}, set().union(*map(used_names, head))))
+        pieces += [({owner.name}, {f".{n.name}"}, used_names(n)) for n in owner.body if method_may_go(owner, n)]
+    live = set(ROOTS).union(*(used_names(n) for n in tree.body if not defined_names(n)))
+    grew = True
+    while grew:
+        reached = [uses for needed, names, uses in pieces if names & live and needed <= live]
+        grew = not set().union(*reached) <= live
+        live = live.union(*reached)
+    count = len(dropped.definitions)
+    tree.body = [n for n in tree.body if keep(n, live, dropped)]
+    return len(dropped.definitions) > count
+
+
+def keep(node: ast.stmt, live: set[str], dropped: Dropped) -> bool:
+    """Whether a top-level statement stays; unreached aliases of imports and methods are taken out of it."""
+    if isinstance(node, ast.ClassDef):
+        dead = [n for n in node.body if method_may_go(node, n) and f".{n.name}" not in live]
+        node.body = [n for n in node.body if n not in dead] or [ast.Pass()]
+        dropped.definitions += [f"{node.name}.{n.name}" for n in dead] if node.name in live else []
+    if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module != "__future__"):
+        gone = [a for a in node.names if (a.asname or a.name.split(".")[0]) not in live]
+        node.names = [a for a in node.names if a not in gone]
+        dropped.definitions += [f"import {a.name}" for a in gone]
+        return bool(node.names)
+    names = defined_names(node)
+    if not names or names & live or isinstance(node, ast.ImportFrom):
+        return True
+    dropped.definitions.append(", ".join(sorted(names)))
+    return False
+
+
+def bare_knobs(tree: ast.Module, facts: Facts, dropped: Dropped) -> None:
+    """Take the manual out of the knobs, and let each accept only values that the program still knows how to serve."""
+    gone = {entry.split("['")[1][:-2] for entry in dropped.entries}
+    for node in config_class(tree).body:
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
+            continue
+        call, name = node.value, node.target.id
+        call.args = [*call.args[:1], *(ast.Constant("") for _ in call.args[1:])]
+        options = {k.arg: k.value for k in call.keywords if k.arg != "when"}
+        value, allowed = facts.values[name], facts.choices.get(name, ())
+        if name in dropped.frozen and isinstance(value, bool):
+            options |= {"ge": ast.Constant(int(value)), "le": ast.Constant(int(value))}
+        elif name in dropped.frozen:
+            allowed = (value or ("none",)) if isinstance(value, tuple) else (value,)
+        elif name not in facts.free:
+            allowed = tuple(c for c in allowed if c not in gone)
+        if allowed:
+            options["choices"] = ast.Tuple([ast.Constant(c) for c in allowed], ast.Load())
+        call.keywords = [ast.keyword(k, v) for k, v in options.items()]
+
+
+def stub(tree: ast.Module, name: str, statement: str, owner: str = "") -> None:
+    """Replace the body of a function (or method) by one statement; a program without it stays as it is."""
+    places = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == owner] if owner else [tree]
+    for node in (n for place in places for n in place.body if isinstance(n, ast.FunctionDef) and n.name == name):
+        node.body = ast.parse(statement).body
+
+
+def specialise(tree: ast.Module, facts: Facts, dropped: Dropped, folder: Folder) -> ast.Module:
+    """The program that does for these knobs what the whole one does: see the module docstring."""
+    config_class(tree)
+    stub(tree, "help_text", f"return {HELP!r}")
+    for node in tree.body:  # names of other programs, each with what to say here: a help to those who type knobs
+        if isinstance(node, ast.Assign) and defined_names(node) == {"RENAMED"}:
+            node.value = ast.Dict([], [])
+    if facts.eval_only:
+        for stage in ("train", "quantize"):
+            stub(tree, stage, f"raise UserError({EVAL_ONLY!r})", owner="Run")
+    tree = folder.visit(tree)
+    for node in ast.walk(tree):
+        if getattr(node, "body", None) == []:  # a block whose only statement was a branch that is not taken
+            node.body = [ast.Pass()]
+    changed = True
+    while changed:
+        changed = sweep(tree, dropped)
+        changed |= prune_registries(tree, facts, dropped)
+    bare_knobs(tree, facts, dropped)
+    sweep(tree, dropped)
+    return ast.fix_missing_locations(tree)
 
 
 # +---------------------------------------------------------------------------------------------------------------+
@@ -193,7 +512,9 @@ def banner_starts(text: str, tree: ast.Module) -> list[re.Match[str]]:
     return [m for m in BANNER.finditer(text) if text.count("\n", 0, m.start()) + 1 not in inside]
 
 
-def minify_sections(text: str, name: str = "source") -> list[Section]:
+def minify_sections(
+    text: str, name: str = "source", facts: Facts | None = None, dropped: Dropped | None = None
+) -> list[Section]:
     """Minify the whole source once and cut the result at its banners; joined, the parts are the minified source.
 
     A marker statement at each banner survives minification and is cut out afterwards, so the bytes of a section are
@@ -204,7 +525,7 @@ def minify_sections(text: str, name: str = "source") -> list[Section]:
     edges = [0, *(m.start() for m in banners), len(text)]
     raws = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
     marked = raws[0] + "".join(f"__section__({i})\n{raw}" for i, raw in enumerate(raws[1:], 1))
-    pieces = MARKER.split(minify(marked, name))
+    pieces = MARKER.split(minify(marked, name, facts, dropped))
     found = dict(zip(map(int, pieces[1::2]), pieces[2::2], strict=True)) | {0: pieces[0]}
     assert sorted(found) == list(range(len(raws))), "a section marker was lost in minification"
     return [Section(t, raw, found[i]) for i, (t, raw) in enumerate(zip(titles, raws, strict=True))]
@@ -341,7 +662,7 @@ except (ImportError, OSError, ValueError) as error:
 '''
 READ_SINGLE = f'open(me, "rb").read()[{len(MAGIC)}:]'
 READ_SPLIT = (
-    'base64.b85decode(open(me, "rb").read().split(b"\\n#")[-1].strip())'
+    'base64.b85decode(open(me, "rb").read().split(b"\\n#")[-1].strip())[4:]'
     f' + open(os.path.join(os.path.dirname(me), "{SPLIT_MODEL}"), "rb").read()'
 )
 
@@ -366,21 +687,47 @@ def bootstrap_source(codec: int, split: bool, tokenizer: bool) -> bytes:
     return python_minifier.minify(text, rename_globals=True).encode()
 
 
+def zip_tail(member: bytes, packed: bytes, offset: int) -> bytes:
+    """A zip archive of one deflated member, __main__.py, that stands `offset` bytes into its file.
+
+    Written field by field, with a fixed date and system: the bytes are a function of the input alone, and a reader can
+    tell any other byte.
+    """
+    name, size = b"__main__.py", (zlib.crc32(member), len(packed), len(member))
+    version, flags, deflated, midnight, new_year_1980, unix = 20, 0, 8, 0, 0x21, 3 << 8
+    kind = (version, flags, deflated, midnight, new_year_1980)
+    local = struct.pack("<4s5H3I2H", b"PK\3\4", *kind, *size, len(name), 0) + name + packed
+    entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", version | unix, *kind, *size, len(name), 0, 0, 0, 0, 0, offset) + name
+    return local + entry + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, len(entry), offset + len(local), 0)
+
+
 def single_file(container: bytes, bootstrap: bytes) -> bytes:
-    """Magic line + container + zip tail. A fixed date and system make the bytes a function of the input alone."""
-    buffer = io.BytesIO()
-    buffer.write(MAGIC + container)
-    member = zipfile.ZipInfo("__main__.py", (1980, 1, 1, 0, 0, 0))
-    member.create_system, member.external_attr = 3, 0
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr(member, bootstrap, zipfile.ZIP_DEFLATED, 9)
-    return buffer.getvalue()
+    """Magic line + container + zip tail."""
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    packed = deflate.compress(bootstrap) + deflate.flush()
+    return MAGIC + container + zip_tail(bootstrap, packed, len(MAGIC) + len(container))
+
+
+def check_tail(data: bytes, end: int, name: str) -> None:
+    """UserError unless what follows the container at `end` is exactly the zip tail that a packer wrote."""
+    tail, start = data[end:], 30 + len("__main__.py")
+    packed = tail[start : start + int.from_bytes(tail[18:22], "little")]
+    inflate = zlib.decompressobj(-15)
+    try:
+        member = inflate.decompress(packed)
+    except zlib.error:
+        member = b""
+    if not member or not inflate.eof or zip_tail(member, packed, end) != tail:
+        raise UserError(f"{name} is damaged behind its container (truncated, or a byte changed); copy it again")
 
 
 def split_files(container: bytes, bootstrap: bytes, n_weights: int) -> dict[str, bytes]:
-    """The contest's two files: the text holds all of the container but the weights, as a comment in base85."""
-    head = container[: len(container) - n_weights]
-    text = bootstrap.rstrip() + b"\n#" + base64.b85encode(head) + b"\n"
+    """The contest's two files: the text holds all of the container but the weights, as a comment in base85.
+
+    The comment begins with a checksum of the code in front of it, which the container's hash does not cover.
+    """
+    head, code = container[: len(container) - n_weights], bootstrap.rstrip()
+    text = code + b"\n#" + base64.b85encode(struct.pack("<I", zlib.crc32(code)) + head) + b"\n"
     return {SPLIT_SOURCE: text, SPLIT_MODEL: container[len(head) :]}
 
 
@@ -398,22 +745,36 @@ def smallest(parts: Parts, split: bool) -> tuple[int, dict[str, bytes]]:
     return codec, build(parts, codec, split)
 
 
-def read_artifact(path: Path) -> Parts:
-    """Read a packed file of either form without running it. UserError when it is foreign, truncated or corrupted."""
+def read_container(path: Path) -> bytes:
+    """The container of a packed file of either form, after every byte around it has been checked."""
     text = artifact_files(path)[0]
     data = text.read_bytes()
     if data.startswith(MAGIC):
-        if not zipfile.is_zipfile(text):
-            raise UserError(f"{text} is truncated: its zip tail is missing ({len(data)} bytes left); copy it again")
-        return decode_container(data[len(MAGIC) :], str(text))
-    tail = data.rstrip().rpartition(b"\n#")[2]
+        blob = data[len(MAGIC) :]
+        end = len(MAGIC) + container_size(blob, str(text))
+        decode_container(blob, str(text))
+        check_tail(data, end, str(text))
+        return blob[: end - len(MAGIC)]
+    if data.startswith(MAGIC[:16]):
+        raise UserError(f"{text} was made by another version of the packer (or its first line is damaged): pack again")
+    code, _, tail = data.rpartition(b"\n#")
     try:
-        head = base64.b85decode(tail)
+        head = base64.b85decode(tail.strip())
     except ValueError as error:
         raise UserError(f"{text} is not a packed artifact (or its payload is damaged): pack one first") from error
-    if len(head) < HEADER.size or b"b85decode" not in data:
+    if len(head) < 4 + HEADER.size or b"b85decode" not in code:
         raise UserError(f"{text} is not a packed artifact: make one with `pack_artifact.py pack RUN_DIR`")
-    return decode_container(head + artifact_files(path)[1].read_bytes(), str(text))
+    if head[:4] != struct.pack("<I", zlib.crc32(code)) or base64.b85encode(head) + b"\n" != tail:
+        raise UserError(f"{text} is corrupted: its code does not match its checksum; copy it again")
+    blob = head[4:] + artifact_files(path)[1].read_bytes()
+    if len(blob) != container_size(blob, str(text)):
+        raise UserError(f"{text} is corrupted: {artifact_files(path)[1].name} is longer than it was; copy it again")
+    return blob
+
+
+def read_artifact(path: Path) -> Parts:
+    """Read a packed file of either form without running it. UserError when it is foreign, truncated or corrupted."""
+    return decode_container(read_container(path), str(artifact_files(path)[0]))
 
 
 def artifact_files(path: Path) -> list[Path]:
@@ -543,7 +904,16 @@ def print_report(report: dict[str, object], rows: list[dict[str, object]], token
     )
 
 
-def gather(run_dir: Path, source: Path, tokenizer: bytes) -> tuple[Parts, list[Section], dict[str, object]]:
+class Gathered(NamedTuple):
+    """What goes in: the parts, the source by section, result.json, and what specialisation dropped (or None)."""
+
+    parts: Parts
+    sections: list[Section]
+    result: dict[str, object]
+    dropped: Dropped | None
+
+
+def gather(run_dir: Path, source: Path, tokenizer: bytes, facts: Facts | None = None) -> Gathered:
     """Read and check everything that goes in. UserError names the first thing that is missing or broken."""
     if not run_dir.is_dir():
         raise UserError(f"no run directory {run_dir}")
@@ -557,10 +927,11 @@ def gather(run_dir: Path, source: Path, tokenizer: bytes) -> tuple[Parts, list[S
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 text: {error}") from error
-    sections = minify_sections(text, str(source))
+    dropped = Dropped() if facts else None
+    sections = minify_sections(text, str(source), facts, dropped)
     preset = Path(str(result.get("preset") or run_dir.name)).name
     minified = "".join(s.minified for s in sections).encode()
-    return Parts(preset, config, minified, tokenizer, weights), sections, result
+    return Gathered(Parts(preset, config, minified, tokenizer, weights), sections, result, dropped)
 
 
 def pack(args: argparse.Namespace) -> int:
@@ -569,13 +940,17 @@ def pack(args: argparse.Namespace) -> int:
     if args.tokenizer == "embed" and model is None:
         raise UserError("--tokenizer embed: no tokenizer known; give --tokenizer-path FILE or set DATA_PATH")
     embedded = read_input(model, "tokenizer") if args.tokenizer == "embed" else b""
-    parts, sections, result = gather(args.run_dir, args.source, embedded)
+    if args.eval_only and not args.specialise:
+        raise UserError("--eval-only needs --specialise")
+    facts = known_facts(args) if args.specialise else None
+    parts, sections, result, dropped = found = gather(args.run_dir, args.source, embedded, facts)
     split = args.format == "split"
     codec, files = smallest(parts, split)
     out = args.out or args.run_dir / ("submission" if split else "artifact.pyz")
     if out.is_dir() != split and out.exists():
         raise UserError(f"--out {out}: {'a folder' if split else 'a file'} is needed, and this exists as the other")
     out.parent.mkdir(parents=True, exist_ok=True)
+    proof = prove(args, facts, found) if facts else {}
     written, total, finals = write_files(out, files, args.cap)
     sizes = size_by_part(parts, codec, files, total)
     report = {
@@ -585,6 +960,10 @@ def pack(args: argparse.Namespace) -> int:
         "sha256": hashlib.sha256(b"".join(files.values())).hexdigest(),
         "tokenizer": args.tokenizer,
     }
+    if facts:
+        plain = sum(map(len, smallest(proof.pop("plain"), split)[1].values()))
+        report["specialised"] = {"bytes_saved": plain - total, "plain_bytes": plain, **dropped.counts(), **proof}
+        print_specialised(report["specialised"])
     rows = section_rows(sections, codec, sizes["code"])
     size = f"{model.stat().st_size:,} bytes" if model else "(size unknown, no DATA_PATH)"
     print_report(report, rows, "tokenizer counted" if embedded else f"tokenizer {size}: not counted, as in the contest")
@@ -747,6 +1126,139 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 # +---------------------------------------------------------------------------------------------------------------+
+# | 8 PROOF OF A SPECIALISED PROGRAM                                                                              |
+# +---------------------------------------------------------------------------------------------------------------+
+
+# Numbers that make any record small enough for seconds on one core. Depth is apart: a record may list its layers.
+TOY_DEPTH = {"NUM_LAYERS": "4", "XSA_LAST_N": "4", "NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "2",
+             "PARALLEL_START_LAYER": "3"}  # fmt: skip
+TOY = {
+    "VOCAB_SIZE": "512", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "2.0", "ROPE_DIMS": "8",
+    "TRAIN_SEQ_LEN": "128", "EVAL_SEQ_LEN": "128", "EVAL_STRIDE": "32", "TRAIN_BATCH_TOKENS": "1024",
+    "VAL_BATCH_TOKENS": "2048", "BATCH_SLICES": "4", "ITERATIONS": "12", "MAX_WALLCLOCK_SECONDS": "0",
+    "WARMUP_STEPS": "1", "TRAIN_LOG_EVERY": "4", "EMA_DECAY": "0.5", "GPTQ_CALIBRATION_BATCHES": "4",
+    "TTT_LORA_RANK": "4", "TTT_LORA_ALPHA": "6", "TTT_LORA_LR": "0.003", "TTT_EVAL_SEQ_LEN": "96",
+    "TTT_BATCH_SIZE": "2", "PHASED_TTT_PREFIX_DOCS": "2", "PHASED_TTT_NUM_PHASES": "2",
+    "GLOBAL_TTT_CHUNK_TOKENS": "256", "TTT_CHUNK_TOKENS": "512",
+}  # fmt: skip
+
+# Prints what is known of a run: argv is the program, the run's folder and its model blob.
+FACTS = """
+import dataclasses, importlib.util, json, re, sys
+spec = importlib.util.spec_from_file_location("train_gpt", sys.argv[1])
+module = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+try:
+    cfg = module.load_config({"PRESET": sys.argv[2]})
+    names = module.unpack_arrays(open(sys.argv[3], "rb").read(), sys.argv[3])
+except module.UserError as error:
+    sys.exit("error: " + str(error).replace("\\n", "; "))
+fields = dataclasses.fields(cfg)
+print("FACTS " + json.dumps({"values": {f.name: getattr(cfg, f.name) for f in fields}, "free": module.LOCAL_KNOBS,
+    "choices": {f.name: f.metadata["choices"] for f in fields}, "words": sorted(set(re.findall(r"\\w+", " ".join(names))))}))
+"""
+
+
+def known_facts(args: argparse.Namespace) -> Facts:
+    """What the run's own program says of its knobs and of its artifact. UserError when it refuses them."""
+    read_input(args.run_dir / "model.bin", "model blob")
+    read_input(args.source, "source")
+    command = [sys.executable, "-c", FACTS, *(str(p.resolve()) for p in (args.source, args.run_dir))]
+    command.append(str((args.run_dir / "model.bin").resolve()))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1].removeprefix("error: ")
+        raise UserError(f"--specialise cannot read the run with {args.source}: {reason}")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FACTS "))
+    found = json.loads(line.removeprefix("FACTS "))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in found["values"].items()}
+    choices = {k: tuple(v) for k, v in found["choices"].items()}
+    return Facts(values, frozenset(found["free"]), choices, frozenset(found["words"]), args.eval_only)
+
+
+def write_toy_data(folder: Path, vocab: int, tokens: int) -> Path:
+    """Shards of seeded documents for training and validation, with a byte sidecar, so that no tokenizer is needed."""
+    rng = np.random.Generator(np.random.PCG64(vocab))
+    lengths = rng.integers(20, 110, size=tokens // 20)
+    lengths = lengths[: 1 + int(np.searchsorted(np.cumsum(lengths), tokens))]
+    ids = rng.integers(4, vocab, size=int(lengths.sum()))
+    repeated = rng.random(len(ids)) < 0.5  # something to learn
+    ids[1:][repeated[1:]] = ids[:-1][repeated[1:]]
+    ids[np.concatenate(([0], np.cumsum(lengths)[:-1]))] = 1
+    folder.mkdir()
+    for kind, values in (("train", ids), ("val", ids), ("val_bytes", np.where(ids == 1, 0, 3))):
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(values)
+        (folder / f"fineweb_{kind}_000000.bin").write_bytes(header.tobytes() + values.astype("<u2").tobytes())
+    return folder
+
+
+def toy_environment(source: Path, room: Path, env: dict[str, str]) -> dict[str, str]:
+    """`env` with the numbers of a toy; the preset's own depth where its lists of layers need it. RuntimeError."""
+    for numbers in (TOY | TOY_DEPTH, TOY):
+        small = env | numbers
+        command = [sys.executable, str(source), "--explain"]
+        done = subprocess.run(command, cwd=room, env=small, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return small
+    raise RuntimeError(f"the preset has no toy size: {done.stderr.strip()[-300:]}")
+
+
+def scores_of(source: Path, folder: str, room: Path, env: dict[str, str]) -> dict[str, object]:
+    """result.json of one run of a program. RuntimeError when it fails."""
+    run_child([sys.executable, str(source)], room, env | {"ARTIFACT_DIR": folder}, quiet=True)
+    return read_result(room / folder)
+
+
+def prove(args: argparse.Namespace, facts: Facts, found: Gathered) -> dict[str, object]:
+    """Run the plain minified program and the specialised one side by side; UserError when they differ anywhere.
+
+    Compared bit for bit: the decoded weights; the scores of the artifact (on --data or, without, on seeded documents);
+    and, unless the program only evaluates, the artifact and the scores of a whole toy run from random weights.
+    """
+    plain = gather(args.run_dir, args.source, found.parts.tokenizer).parts
+    with tempfile.TemporaryDirectory(prefix="prove_") as name:
+        room, rows = Path(name), []
+        sources = []
+        for kind, text in (("plain", plain.source), ("special", found.parts.source)):
+            (room / kind).mkdir()
+            sources.append(room / kind / SPLIT_SOURCE)
+            sources[-1].write_bytes(text)
+        data = args.data or write_toy_data(room / "data", facts.values["vocab_size"], facts.values["eval_seq_len"] + 64)
+        env = clean_environment(room, data, args.tokenizer_path) | {"PRESET": str(args.run_dir.resolve())}
+        env |= {} if args.data else {"DEVICE": "cpu"}
+        model = args.run_dir / "model.bin"
+        try:
+            ours, theirs = (probe_weights(s, model, room, env) for s in reversed(sources))
+            rows.append(("decoded weights", bool(ours) and ours == theirs, f"{len(ours)} tensors, bit for bit"))
+            once = env | {"STAGES": "eval", "MODEL_PATH": str(model.resolve())}
+            ours, theirs = (scores_of(s, f"eval_{s.parent.name}", room, once) for s in reversed(sources))
+            rows += compare_scores(ours, theirs)
+            if not facts.eval_only:
+                toy = toy_environment(sources[0], room, env | {"DEVICE": "cpu"})
+                toy["DATA_PATH"] = str(write_toy_data(room / "toy", int(TOY["VOCAB_SIZE"]), 9000))
+                ours, theirs = (scores_of(s, f"toy_{s.parent.name}", room, toy) for s in reversed(sources))
+                blobs = [(room / f"toy_{s.parent.name}" / "model.bin").read_bytes() for s in sources]
+                rows.append(("toy run: model.bin", blobs[0] == blobs[1], f"{len(blobs[0]):,} bytes"))
+                rows += [(f"toy run: {k}", ok, note) for k, ok, note in compare_scores(ours, theirs)]
+        except RuntimeError as error:
+            raise UserError(f"the specialised program cannot be proven, nothing is written: {error}") from error
+    wrong = [f"{k} ({note})" for k, ok, note in rows if not ok]
+    if wrong:
+        raise UserError(f"the specialised program is not the plain one, nothing is written: {'; '.join(wrong)}")
+    return {"plain": plain, "proof": {k: note for k, _, note in rows}, "proof_data": str(args.data or "seeded"),
+            "eval_only": facts.eval_only}
+
+
+def print_specialised(report: dict[str, object]) -> None:
+    """What specialisation saved and how it was proven."""
+    rows = [(k, f"{v:,}") for k, v in report.items() if isinstance(v, int) and not isinstance(v, bool)]
+    print_table([("specialised", "count"), *rows])
+    print_table([("equal to the plain program", "detail"), *report["proof"].items()])
+    print()
+
+
+# +---------------------------------------------------------------------------------------------------------------+
 # | 8 COMMAND LINE                                                                                                |
 # +---------------------------------------------------------------------------------------------------------------+
 
@@ -783,6 +1295,11 @@ def add_pack_options(sub: argparse.ArgumentParser, source: Path) -> None:
     sub.add_argument("--tokenizer", choices=("uncounted", "embed"), default="uncounted",
                      help="leave it with the data, as the contest does, or let it travel (default uncounted)")
     sub.add_argument("--tokenizer-path", type=Path, help="default: TOKENIZER_PATH, else the one *.model in DATA_PATH")
+    sub.add_argument("--specialise", action="store_true",
+                     help="drop what this configuration cannot reach, and prove that nothing else changed")
+    sub.add_argument("--eval-only", action="store_true", help="with --specialise: drop training too (no submission)")
+    sub.add_argument("--data", type=Path, metavar="DATA_PATH",
+                     help="with --specialise: shards to prove it on (default: seeded documents)")
     sub.add_argument("--cap", type=positive, default=CAP_BYTES, help="decimal bytes allowed (default 16000000)")
 
 
