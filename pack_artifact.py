@@ -3,7 +3,8 @@
     python pack_artifact.py pack logs/demo_seed1337                     one self-extracting file, RUN_DIR/artifact.pyz
     python pack_artifact.py pack logs/demo_seed1337 --format split      train_gpt.py (text, base85) + model.bin
     python pack_artifact.py verify logs/demo_seed1337/artifact.pyz --run logs/demo_seed1337 --data data/sample
-    python pack_artifact.py inspect logs/demo_seed1337/artifact.pyz     what is in it, without running it
+    python pack_artifact.py pack logs/demo_seed1337 --specialise        the same without what this run cannot reach
+    python pack_artifact.py inspect logs/demo_seed1337/artifact.pyz     where its bytes are, without running it
 
 The one-file form runs by `python FILE` and by `torchrun FILE`. Its layout, from the first byte to the last:
 
@@ -18,7 +19,13 @@ The bootstrap checks the hash, writes the parts as real files (Triton refuses ke
 a folder of the user's cache that is named by the hash, each by rename so that eight ranks may do so at once, and
 replaces its own process by `python train_gpt.py` with STAGES=eval unless the environment says otherwise.
 
-Sections: 1 minify, 2 sections of the source, 3 codecs, 4 container, 5 bootstrap, 6 pack, 7 verify, 8 command line.
+pack --specialise also drops what the run's configuration cannot reach: entries of registries that nothing selects,
+branches that its knobs decide, definitions that nothing then uses, and the manual of the knobs. Numbers stay knobs; a knob
+that a decision rests on accepts its one value only. Nothing is written unless the specialised program has been run beside
+the plain one with equal weights, scores and (without --eval-only) a whole toy training.
+
+Sections: 1 minify, 2 specialise, 3 sections of the source, 4 codecs, 5 container, 6 bootstrap, 7 pack, 8 verify,
+9 inspect, 10 proof of a specialised program, 11 command line.
 """
 
 from __future__ import annotations
@@ -26,7 +33,10 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import fnmatch
 import hashlib
+import importlib.util
+import io
 import json
 import lzma
 import os
@@ -41,11 +51,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import brotli
 import numpy as np
 import python_minifier
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 CAP_BYTES = 16_000_000
 MAGIC = b"#coding:error-artifact-truncated\n"
@@ -490,7 +502,7 @@ def specialise(tree: ast.Module, facts: Facts, dropped: Dropped, folder: Folder)
 
 
 # +---------------------------------------------------------------------------------------------------------------+
-# | 2 SECTIONS OF THE SOURCE                                                                                      |
+# | 3 SECTIONS OF THE SOURCE                                                                                      |
 # +---------------------------------------------------------------------------------------------------------------+
 
 BANNER = re.compile(r"^# \+-+\+\n# \| *(?P<title>[^\n]*?) *\|\n# \+-+\+$", re.MULTILINE)
@@ -532,7 +544,7 @@ def minify_sections(
 
 
 # +---------------------------------------------------------------------------------------------------------------+
-# | 3 CODECS                                                                                                      |
+# | 4 CODECS                                                                                                      |
 # +---------------------------------------------------------------------------------------------------------------+
 
 # A codec is one byte: 255 is brotli, anything below is the property byte of a raw LZMA1 stream, (pb*5 + lp)*9 + lc.
@@ -562,7 +574,7 @@ def decompress(data: bytes, codec: int) -> bytes:
 
 
 # +---------------------------------------------------------------------------------------------------------------+
-# | 4 CONTAINER                                                                                                   |
+# | 5 CONTAINER                                                                                                   |
 # +---------------------------------------------------------------------------------------------------------------+
 
 
@@ -613,7 +625,7 @@ def decode_container(blob: bytes, name: str = "artifact") -> Parts:
 
 
 # +---------------------------------------------------------------------------------------------------------------+
-# | 5 BOOTSTRAP                                                                                                   |
+# | 6 BOOTSTRAP                                                                                                   |
 # +---------------------------------------------------------------------------------------------------------------+
 
 # Runs inside the artifact. @NAMES@ are filled in below; it is minified before it is stored.
@@ -792,7 +804,7 @@ def artifact_files(path: Path) -> list[Path]:
 
 
 # +---------------------------------------------------------------------------------------------------------------+
-# | 6 PACK                                                                                                        |
+# | 7 PACK                                                                                                        |
 # +---------------------------------------------------------------------------------------------------------------+
 
 
@@ -981,7 +993,7 @@ def pack(args: argparse.Namespace) -> int:
 
 
 # +---------------------------------------------------------------------------------------------------------------+
-# | 7 VERIFY                                                                                                      |
+# | 8 VERIFY                                                                                                      |
 # +---------------------------------------------------------------------------------------------------------------+
 
 Check = tuple[str, bool, str]  # what is compared, is it equal, detail
@@ -1114,19 +1126,216 @@ def verify(args: argparse.Namespace) -> int:
     return 0 if equal else 1
 
 
+# +---------------------------------------------------------------------------------------------------------------+
+# | 9 INSPECT                                                                                                     |
+# +---------------------------------------------------------------------------------------------------------------+
+
+PART_KINDS = (("q", "symbols"), ("s", "scales"), ("hs", "scales"), ("order", "row order"), ("lq*", "correction"))
+INK, MUTED, BAR, BOUND = "#1f2933", "#6b7785", "#627d98", "#d1495b"
+
+
+class Stream(NamedTuple):
+    """One compressed stream of a model blob: its coder, its bytes on disk, and the arrays in it by name."""
+
+    name: str
+    coder: str
+    size: int
+    arrays: dict[str, np.ndarray]
+
+
+def load_program(path: Path, name: str = "train_gpt") -> Any:
+    """The module of a train_gpt.py, plain or packed. Importing it has no effect. UserError when it does not import."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or not path.is_file():
+        raise UserError(f"no program {path}: give --source")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError, AttributeError) as error:
+        raise UserError(f"{path} cannot be imported: {error}") from error
+    return module
+
+
+def read_streams(program: Any, blob: bytes, name: str) -> list[Stream]:
+    """Streams of a model blob with their decoded arrays. UserError when it is foreign, damaged or of another version.
+
+    Which array lies in which stream, and the coder of each, the codec's own row of the program's CODECS says. A codec
+    that keeps its payload another way is shown as one stream.
+    """
+    try:
+        arrays = program.unpack_arrays(blob, name)
+    except program.UserError as error:
+        raise UserError(str(error).replace("\n", "; ")) from error
+    number, payload = program.HEAD.unpack_from(blob)[2], blob[program.HEAD.size :]
+    codec, layout = next((k, c) for k, c in program.CODECS.items() if c.number == number)
+    groups = getattr(layout, "groups", ())
+    head = struct.Struct(f"<B{1 + len(groups)}I")
+    count, *sizes = head.unpack_from(payload) if len(payload) >= head.size else (0,)
+    if count != 1 + len(groups) or head.size + sum(sizes) != len(payload):
+        return [Stream(codec, codec, len(payload), arrays)]
+    stored = program.unpack_payload(payload, layout)
+    split: list[dict[str, np.ndarray]] = [{} for _ in sizes]
+    for key, array in stored.items():
+        split[layout.stream_of(key)][key] = array
+    index = [[key, array.dtype.str, array.shape] for key, array in stored.items()]
+    text = json.dumps(index, separators=(",", ":")).encode()
+    split[0]["index"] = np.frombuffer(text, np.uint8)
+    names = ["rest", *(re.sub(r"^blocks\.\*\.|\.weight.*$", "", g) for g in groups)]
+    coders = [layout.coder, *[layout.group_coder] * len(groups)]
+    return [Stream(*row) for row in zip(names, coders, sizes, split, strict=True) if row[2]]
+
+
+def entropy_bits(array: np.ndarray) -> float:
+    """Bits of an array at the order-0 entropy of its bytes, each significance of a wider item on its own."""
+    planes = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T
+    total = 0.0
+    for plane in planes:
+        counts = np.bincount(plane, minlength=1)
+        counts = counts[counts > 0]
+        total -= float((counts * np.log2(counts / len(plane))).sum()) if len(plane) else 0.0
+    return total
+
+
+def tensor_class(key: str) -> tuple[str, str]:
+    """Class of a stored array and the kind of part that it is: 'blocks.3.attn.q.weight:gptq:s' -> attn.q, scales."""
+    tensor, _, rest = key.partition(":")
+    part = rest.rpartition(":")[2]
+    kind = next((kind for pattern, kind in PART_KINDS if fnmatch.fnmatchcase(part, pattern)), "other")
+    name = re.sub(r"\d+", "*", tensor).removeprefix("blocks.*.").removesuffix(".weight")
+    return name, kind
+
+
+def stream_rows(streams: list[Stream]) -> list[dict[str, object]]:
+    """Bytes, order-0 bound and symbols of each stream."""
+    rows = []
+    for s in streams:
+        bound, items = sum(map(entropy_bits, s.arrays.values())) / 8, sum(a.size for a in s.arrays.values())
+        rows.append({"stream": s.name, "coder": s.coder, "bytes": s.size, "items": items,
+                     "bits_per_item": 8 * s.size / max(1, items), "bound": round(bound),
+                     "over_bound": s.size / bound - 1 if bound else 0.0})
+    return rows
+
+
+def class_rows(streams: list[Stream]) -> list[dict[str, object]]:
+    """Bytes by tensor class and kind of part. A stream's bytes are shared out by the entropy of the arrays in it."""
+    shares: dict[tuple[str, str], list[float]] = {}
+    for s in streams:
+        bits = {key: entropy_bits(array) for key, array in s.arrays.items()}
+        scale = s.size / max(1e-9, sum(bits.values()))
+        for key, array in s.arrays.items():
+            row = shares.setdefault(tensor_class(key), [0.0, 0.0, 0.0, 0.0])
+            for i, value in enumerate((1, array.size, bits[key] * scale, bits[key] / 8)):
+                row[i] += value
+    return [
+        {"class": name, "part": kind, "arrays": int(count), "items": int(items), "bytes": round(size),
+         "bits_per_item": 8 * size / max(1, items), "bound": round(bound)}
+        for (name, kind), (count, items, size, bound) in sorted(shares.items(), key=lambda row: -row[1][2])
+    ]
+
+
+def packed_sections(parts: Parts, source: Path) -> list[Section]:
+    """The packed source cut by the sections that its definitions have in the plain program; what neither names goes to
+    the section before it."""
+    text, plain = parts.source.decode(), source.read_text(encoding="utf-8")
+    home = {}
+    titles = ["(before the first banner)"]
+    for section in minify_sections(plain, str(source)):
+        titles += [section.title] * (section.title not in titles)
+        for node in parse_source(section.minified, section.title).body:
+            home |= dict.fromkeys(defined_names(node) - home.keys(), section.title)
+    lines = text.splitlines(keepends=True)
+    starts = np.concatenate(([0], np.cumsum([len(line) for line in lines]))).tolist()
+    found, here, edges = dict.fromkeys(titles, ""), titles[0], []
+    for node in parse_source(text, "packed source").body:
+        line = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        prefix = len(lines[node.lineno - 1].encode()[: node.col_offset].decode())
+        edges.append((starts[line - 1] + (prefix if line == node.lineno else 0), node))
+    for (begin, node), (end, _) in zip(edges, [*edges[1:], (len(text), None)], strict=True):
+        here = next((home[n] for n in sorted(defined_names(node)) if n in home), here)
+        found[here] += text[begin:end]
+    return [Section(title, "", piece) for title, piece in found.items() if piece]
+
+
+def print_rows(rows: list[dict[str, object]], formats: dict[str, str]) -> None:
+    """A table of dicts: the columns and their formats."""
+    print_table([tuple(formats), *(tuple(format(r[k], f) for k, f in formats.items()) for r in rows)])
+    print()
+
+
+def draw_inspection(report: dict[str, Any], path: Path) -> None:
+    """Three panels of bars: streams with their entropy bound, tensor classes, sections of the code."""
+    figure = Figure(figsize=(15, 6), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (("streams", "stream", "Streams, red: order-0 entropy"), ("classes", "class", "Tensor classes"),
+              ("sections", "section", "Sections of the code"))  # fmt: skip
+    for ax, (key, label, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        rows = report[key][:16]
+        ax.set_title(title, loc="left", color=INK)
+        names = [f"{row[label]} {row.get('part', '')}".strip() for row in rows]
+        ax.barh(range(len(rows)), [row["bytes"] / 1e3 for row in rows], color=BAR)
+        if key == "streams":
+            for place, row in enumerate(rows):
+                ax.plot([row["bound"] / 1e3] * 2, [place - 0.4, place + 0.4], color=BOUND)
+        ax.set_yticks(range(len(rows)), names, fontsize=8, color=INK)
+        ax.invert_yaxis()
+        ax.set_xlabel("kB (1 kB = 1,000 bytes)", color=MUTED)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{report['file']}: {report['bytes_total']:,} of {CAP_BYTES:,} bytes", color=INK)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    replace_file(path, buffer.getvalue())
+
+
+def read_any(path: Path) -> tuple[Parts | None, int, bytes, list[Path]]:
+    """Parts (None for a bare blob), codec of the code, model blob and files of an artifact, a run folder or a blob."""
+    if path.is_dir() and not (path / SPLIT_SOURCE).is_file():
+        path = next((path / n for n in ("artifact.pyz", SPLIT_MODEL) if (path / n).is_file()), path / SPLIT_MODEL)
+    if path.suffix == ".bin":
+        return None, BROTLI_CODEC, read_input(path, "model blob"), [path]
+    container = read_container(path)
+    parts = decode_container(container, str(path))
+    return parts, container[32], parts.weights, artifact_files(path)
+
+
 def inspect(args: argparse.Namespace) -> int:
-    """Subcommand `inspect`: sizes of the parts of a packed file, after its hash has been checked."""
-    parts = read_artifact(args.file)
-    files = artifact_files(args.file)
-    rows = [(f.name, f"{f.stat().st_size:,}") for f in files]
-    rows += [(k, f"{len(getattr(parts, k)):,}") for k in ("source", "config", "tokenizer", "weights")]
-    print(f"preset {parts.preset}; hash matches; sizes of the files, then of their parts when extracted")
-    print_table([("part", "bytes"), *rows])
+    """Subcommand `inspect`: where the bytes of an artifact are, after its hashes have been checked."""
+    parts, codec, blob, files = read_any(args.file)
+    streams = read_streams(load_program(args.source), blob, str(files[-1]))
+    total = sum(f.stat().st_size for f in files)
+    report: dict[str, Any] = {
+        "file": args.file.name, "bytes_total": total, "cap": CAP_BYTES, "headroom": CAP_BYTES - total,
+        "bytes_model": len(blob), "bytes_code": total - len(blob), "streams": stream_rows(streams),
+        "classes": class_rows(streams), "sections": [],
+    }
+    symbols = [row for row in report["classes"] if row["part"] == "symbols"]
+    weights = sum(row["items"] for row in symbols) or 1
+    report["bits_per_weight"] = 8 * len(blob) / weights
+    report["quantised_weights"] = sum(row["items"] for row in symbols)
+    report["over_bound"] = sum(r["bytes"] for r in report["streams"]) / max(1, sum(r["bound"] for r in report["streams"])) - 1
+    if parts is not None:
+        sizes = size_by_part(parts, codec, dict.fromkeys(map(str, files), b""), total)
+        print(f"preset {parts.preset}; hashes match")
+        print_rows([{"part": k, "bytes": v} for k, v in (sizes | {"total": total}).items()], {"part": "", "bytes": ","})
+        rows = section_rows(packed_sections(parts, args.source), codec, sizes["code"])
+        report["sections"] = [{"section": r["section"], "minified": r["minified"], "bytes": r["compressed"]} for r in rows]
+        report["parts"] = sizes
+    print_rows(report["streams"], {"stream": "", "coder": "", "bytes": ",", "items": ",", "bits_per_item": ".3f",
+                                   "bound": ",", "over_bound": "+.2%"})  # fmt: skip
+    print_rows(report["classes"], {"class": "", "part": "", "arrays": ",", "items": ",", "bytes": ",",
+                                   "bits_per_item": ".3f", "bound": ","})  # fmt: skip
+    if report["sections"]:
+        print_rows(report["sections"], {"section": "", "minified": ",", "bytes": ","})
+    print(f"{report['quantised_weights']:,} quantised weights, {report['bits_per_weight']:.3f} bits per weight with all "
+          f"that the model needs; the streams are {report['over_bound']:+.2%} of their order-0 entropy")
+    if args.png:
+        draw_inspection(report, args.png)
+        print(f"picture: {args.png}")
+    print("INSPECT " + json.dumps(report))
     return 0
 
 
 # +---------------------------------------------------------------------------------------------------------------+
-# | 8 PROOF OF A SPECIALISED PROGRAM                                                                              |
+# | 10 PROOF OF A SPECIALISED PROGRAM                                                                             |
 # +---------------------------------------------------------------------------------------------------------------+
 
 # Numbers that make any record small enough for seconds on one core. Depth is apart: a record may list its layers.
@@ -1259,7 +1468,7 @@ def print_specialised(report: dict[str, object]) -> None:
 
 
 # +---------------------------------------------------------------------------------------------------------------+
-# | 8 COMMAND LINE                                                                                                |
+# | 11 COMMAND LINE                                                                                               |
 # +---------------------------------------------------------------------------------------------------------------+
 
 EPILOG = """examples:
@@ -1330,8 +1539,11 @@ def command_line() -> argparse.ArgumentParser:
 
     add_pack_options(add(pack, "write the artifact of a run, and its true size into the run's result.json"), source)
     add_verify_options(add(verify, "run the artifact alone in an empty directory; compare with the run"), source)
-    sub = add(inspect, "check a packed file's hash and print the sizes of its parts, without running it")
-    sub.add_argument("file", type=Path, metavar="FILE", help="the packed file or, for the split form, its folder")
+    sub = add(inspect, "check every byte of an artifact and print where its bytes are, without running it")
+    sub.add_argument("file", type=Path, metavar="FILE",
+                     help="the packed file, the folder of the split form, a run folder, or a bare model.bin")
+    sub.add_argument("--source", type=Path, default=source, help="program that reads the model blob (default: beside)")
+    sub.add_argument("--png", type=Path, metavar="PICTURE", help="draw the tables too")
     return parser
 
 
