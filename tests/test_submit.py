@@ -1,0 +1,230 @@
+"""From logs to a submission: one configuration or none, the statistics against scipy's own numbers, the leaderboard."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from scipy import stats
+
+from records import submit
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = {42: 1.05989, 0: 1.06124, 1234: 1.06210}  # per-seed scores of a published record
+NATS = 2.1883 / 1.06108  # nats per token of one bit per byte, on that data
+
+LOG = """run x, preset records/x, stages train,quantize,eval, files in logs/x
+knobs that are not default:
+  DATA_PATH=data/caseops  (environment)
+  EVAL=phased_lora  (records/x)
+  SEED={seed}  (environment)
+parameters 35945671
+source sha256 abc
+python 3.12.1, torch 2.13.0+cu130, numpy 2.4.6, sentencepiece 0.2.3; 8 x cuda, NVIDIA H100 80GB HBM3, activations torch.bfloat16, compile True, threads 8
+RESULT {result}
+"""
+
+
+def result_of(seed: int, bpb: float, **changes: Any) -> dict[str, Any]:
+    result = {
+        "preset": "records/x", "seed": seed, "val_loss": bpb * NATS, "val_bpb": bpb, "tokens_scored": 47_851_520,
+        "bytes_scored": 151_074_499, "legal": True, "source_sha256": "abc", "train_seconds": 596.0 + seed % 3,
+        "train_steps": 4900 + seed % 7, "eval_seconds": 455.5, "bytes_code": 33_000, "bytes_total": 15_950_000 + seed,
+        "stages": {"pre_quant": {"val_bpb": bpb + 0.004}, "quantized": {"val_bpb": bpb + 0.0125}, "final": {}},
+    }  # fmt: skip
+    return result | changes
+
+
+def write_run(folder: Path, seed: int, bpb: float, knobs: str = "EVAL=phased_lora\n", **changes: Any) -> Path:
+    run = folder / f"x_seed{seed}"
+    run.mkdir()
+    result = result_of(seed, bpb, **changes)
+    (run / "result.json").write_text(json.dumps(result))
+    (run / "record.env").write_text(knobs + f"SEED={seed}\n")
+    (run / "log.txt").write_text(LOG.format(seed=seed, result=json.dumps(result)))
+    return run
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    folder = tmp_path / "records" / "track_10min_16mb" / "2026-05-01_Ours"
+    folder.mkdir(parents=True)
+    (folder / "record.env").write_text("EVAL=phased_lora\n")
+    (folder / "README.md").write_text(f"# Ours\n\nWhy.\n\n{submit.BEGIN}\nold\n{submit.END}\n\n## After\n")
+    (folder / "submission.json").write_text(json.dumps({"name": "Ours", "author": "A", "val_bpb": None, "seeds": []}))
+    return folder
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    rows = {str(s): {"val_bpb": b, "val_loss": b * NATS} for s, b in PUBLISHED.items()}
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps({"name": "PR 1855", "val_bpb": 1.06108, "seed_results": rows}))
+    return path
+
+
+def runs_of(tmp_path: Path, shift: float) -> list[str]:
+    return [str(write_run(tmp_path, seed, bpb + shift)) for seed, bpb in PUBLISHED.items()]
+
+
+def test_a_submission_from_three_seeds(record: Path, theirs: Path, tmp_path: Path) -> None:
+    runs = runs_of(tmp_path, -0.004)
+    assert submit.main([str(record), "--runs", *runs, "--against", str(theirs), "--blurb", "Said now."]) == 0
+    found = json.loads((record / "submission.json").read_text())
+    ours, other = np.array(list(PUBLISHED.values())) - 0.004, np.array(list(PUBLISHED.values()))
+    assert found["name"] == "Ours" and found["author"] == "A" and found["blurb"] == "Said now."
+    assert found["val_bpb"] == pytest.approx(ours.mean()) and found["val_bpb_std"] == pytest.approx(ours.std(ddof=1))
+    assert found["seeds"] == [0, 42, 1234] and set(found["seed_results"]) == {"0", "42", "1234"}
+    assert found["bytes_total"] == 15_951_234 and found["hardware"] == "8 x cuda, NVIDIA H100 80GB HBM3"
+    assert found["pytorch_version"] == "2.13.0+cu130" and all(found["compliance"].values())
+    row = found["seed_results"]["42"]
+    assert row["train_wallclock_ms"] == 596_000 and row["step_avg_ms"] == pytest.approx(596_000 / row["steps"])
+    c = found["comparison"]
+    assert c["welch_p_bpb"] == pytest.approx(stats.ttest_ind(ours, other, equal_var=False, alternative="less").pvalue)
+    assert c["delta_nats_per_token"] == pytest.approx(-0.004 * NATS) and c["common_seeds"] == ["0", "1234", "42"]
+    margin = stats.ttest_ind(ours * NATS, other * NATS - 0.005, equal_var=False, alternative="less").pvalue
+    assert c["welch_p_margin"] == pytest.approx(margin)
+    assert c["progression"] is True and c["readme_rule"] is bool(margin < 0.01) is False
+    readme = (record / "README.md").read_text()
+    assert "old" not in readme and readme.startswith("# Ours\n\nWhy.") and readme.endswith("## After\n")
+    assert f"**{ours.mean():.5f}**" in readme and "Progression at p < 0.25: yes" in readme
+    assert matplotlib.image.imread(record / "seeds.png").shape[:2] == (480, 840)
+
+
+def test_writing_again_changes_nothing(record: Path, tmp_path: Path) -> None:
+    runs = runs_of(tmp_path, 0.0)
+    assert submit.main([str(record), "--runs", *runs]) == 0
+    before = {path.name: path.read_bytes() for path in record.iterdir()}
+    assert submit.main([str(record), "--runs", *reversed(runs)]) == 0
+    after = {path.name: path.read_bytes() for path in record.iterdir()}
+    assert before.keys() == after.keys() and before["README.md"] == after["README.md"]
+    assert json.loads(before["submission.json"])["seed_results"] == json.loads(after["submission.json"])["seed_results"]
+
+
+def test_logs_alone_are_enough(record: Path, tmp_path: Path) -> None:
+    runs, logs = runs_of(tmp_path, 0.0), []
+    for run in runs:
+        logs.append(str(shutil.copy(Path(run) / "log.txt", tmp_path / f"{Path(run).name}.log")))
+    assert submit.main([str(record), "--runs", *runs]) == 0
+    rows = json.loads((record / "submission.json").read_text())["seed_results"]
+    assert submit.main([str(record), "--runs", *logs]) == 0
+    assert json.loads((record / "submission.json").read_text())["seed_results"] == rows
+    assert submit.read_run(Path(logs[0])).knobs == {"EVAL": "phased_lora"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"knobs": "EVAL=phased_lora\nTTT_LORA_RANK=80\n"}, "not one configuration: TTT_LORA_RANK (default and 80)"),
+        ({"source_sha256": "other"}, "ran different sources"),
+        ({"tokens_scored": 1}, "scored different data (tokens_scored)"),
+        ({"stages": {}}, "no final score"),
+    ],
+)
+def test_seeds_of_different_things_are_refused(
+    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in record.iterdir()}
+    runs = [write_run(tmp_path, 1, 1.06), write_run(tmp_path, 2, 1.06, **change)]
+    assert submit.main([str(record), "--runs", *map(str, runs)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in record.iterdir()} == before
+
+
+def test_one_seed_twice_another_machine_and_broken_files_are_refused(
+    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*runs: Path) -> str:
+        assert submit.main([str(record), "--runs", *map(str, runs)]) == 2
+        return capsys.readouterr().err
+
+    one, two = write_run(tmp_path, 1, 1.06), write_run(tmp_path, 2, 1.06)
+    assert "a seed of its own" in refused(one, one)
+    log = (two / "log.txt").read_text()
+    (two / "log.txt").write_text(log.replace("8 x cuda", "1 x cuda"))
+    assert "different machines" in refused(one, two)
+    assert "give a run folder or its log" in refused(tmp_path / "nowhere")
+    (two / "result.json").write_text("{")
+    assert "not JSON" in refused(two)
+    (record / "README.md").write_text(f"# x\n{submit.BEGIN}\n")
+    assert "both or none" in refused(one)
+
+
+def test_statistics_where_little_is_known() -> None:
+    one = {"seed_results": {"1": {"val_bpb": 1.05, "val_loss": 2.1}}, "val_bpb": 1.05}
+    mean_only = {"comparison_baseline_bpb": 1.06}
+    found = submit.compare(one, mean_only, "x")
+    assert found["delta_bpb"] == pytest.approx(-0.01) and found["welch_p_bpb"] is None
+    assert found["progression"] is None and found["readme_rule"] is None and found["delta_nats_per_token"] is None
+    two = {"seed_results": {"1": {"val_bpb": 1.05}, "2": {"val_bpb": 1.052}}}
+    p = stats.ttest_1samp([1.05, 1.052], 1.06, alternative="less").pvalue
+    assert submit.compare(two, mean_only, "x")["welch_p_bpb"] == pytest.approx(p)
+    with pytest.raises(submit.UserError, match="no val_bpb"):
+        submit.compare(one, {"name": "empty"}, "empty")
+    assert submit.welch([1.0, 1.0], [2.0, 2.0]) is None and submit.spread([1.0]) is None
+
+
+def test_paired_needs_common_seeds_and_sees_what_welch_does_not() -> None:
+    rng = np.random.default_rng(3)
+    theirs = {str(s): float(x) for s, x in enumerate(rng.normal(1.06, 0.002, 6))}
+    ours = {s: x - 0.0005 + float(rng.normal(0, 1e-4)) for s, x in theirs.items()}
+    assert submit.paired(ours, theirs) < 0.01 < submit.welch(list(ours.values()), list(theirs.values()))
+    expected = stats.ttest_rel(list(ours.values()), list(theirs.values()), alternative="less").pvalue
+    assert submit.paired(ours, theirs) == pytest.approx(expected)
+    assert submit.paired(ours, {"other": 1.0}) is None
+
+
+def test_readme_rule_is_the_margin_and_not_the_difference() -> None:
+    theirs = {str(s): {"val_loss": 2.19 + 0.001 * s, "val_bpb": 1.0} for s in range(3)}
+    for shift, verdict in ((-0.0049, False), (-0.006, False), (-0.015, True)):
+        rows = {s: {"val_loss": row["val_loss"] + shift, "val_bpb": 0.9} for s, row in theirs.items()}
+        found = submit.compare({"seed_results": rows}, {"seed_results": theirs}, "x")
+        assert found["readme_rule"] is verdict and math.isclose(found["delta_nats_per_token"], shift, rel_tol=1e-9)
+
+
+def test_numbers_over_the_limits_are_not_called_compliant(record: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path, 1, 1.0, bytes_total=16_000_001, train_seconds=601.2, eval_seconds=617.0, legal=False)
+    assert submit.main([str(record), "--runs", str(run)]) == 0
+    found = json.loads((record / "submission.json").read_text())["compliance"]
+    assert [k for k, v in found.items() if v] == ["no_slot"]
+
+
+def test_leaderboard_of_records(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = tmp_path / "records"
+    board = ["--leaderboard", "--records", str(records)]
+    assert submit.main([*board, "--check"]) == 1 and "out of date" in capsys.readouterr().err
+    assert submit.main(board) == 0 and submit.main([*board, "--check"]) == 0
+    text = (records / "README.md").read_text()
+    assert "[Ours](track_10min_16mb/2026-05-01_Ours) | - | not run at full size | - | - | - | not judged |" in text
+    assert submit.main([str(record), "--runs", *runs_of(tmp_path, 0.0)]) == 0
+    verdict = {"legal": False, "scale": "toy", "checks": [{"name": "C1 token", "status": "FAIL"}]}
+    (record / "verdict.json").write_text(json.dumps(verdict))
+    assert "judged before record.env changed" in submit.leaderboard(records)
+    digest = submit.hashlib.sha256((record / "record.env").read_bytes()).hexdigest()
+    (record / "verdict.json").write_text(json.dumps(verdict | {"record_sha256": digest}))
+    text = submit.leaderboard(records)
+    assert "1.06108 ± 0.00111 (3 seeds) | 15,951,234 | 596.7 | 455.5 | NOT legal (toy size; C1 token) |" in text
+    assert submit.main([*board, "--check"]) == 1
+
+
+def test_the_committed_leaderboard_is_up_to_date() -> None:
+    assert submit.main(["--leaderboard", "--check"]) == 0
+
+
+def test_every_records_template_can_be_filled_in(tmp_path: Path) -> None:
+    for source in sorted((ROOT / "records" / "track_10min_16mb").glob("*/record.env")):
+        folder = tmp_path / source.parent.name
+        shutil.copytree(source.parent, folder)
+        (tmp_path / source.parent.name / "runs").mkdir()
+        run = write_run(folder / "runs", 7, 1.2)
+        assert submit.main([str(folder), "--runs", str(run)]) == 0
+        filled = json.loads((folder / "submission.json").read_text())
+        template = json.loads((source.parent / "submission.json").read_text())
+        assert template.keys() <= filled.keys() and filled["val_bpb"] == 1.2 and filled["name"] == template["name"]
