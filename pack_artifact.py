@@ -20,9 +20,9 @@ a folder of the user's cache that is named by the hash, each by rename so that e
 replaces its own process by `python train_gpt.py` with STAGES=eval unless the environment says otherwise.
 
 pack --specialise also drops what the run's configuration cannot reach: entries of registries that nothing selects,
-branches that its knobs decide, definitions that nothing then uses, and the manual of the knobs. Numbers stay knobs; a knob
-that a decision rests on accepts its one value only. Nothing is written unless the specialised program has been run beside
-the plain one with equal weights, scores and (without --eval-only) a whole toy training.
+branches that its knobs decide, definitions that nothing then uses, and the manual of the knobs. Numbers stay knobs; a
+knob that a decision rests on accepts its one value only. Nothing is written unless the specialised program has been
+run beside the plain one with equal weights, equal scores and (without --eval-only) an equal whole toy training.
 
 Sections: 1 minify, 2 specialise, 3 sections of the source, 4 codecs, 5 container, 6 bootstrap, 7 pack, 8 verify,
 9 inspect, 10 proof of a specialised program, 11 command line.
@@ -212,9 +212,10 @@ class Facts:
 
 @dataclass
 class Dropped:
-    """What specialisation took out, by kind."""
+    """What specialisation took out, by kind; entries as (registry, key), and all keys that a registry had."""
 
-    entries: list[str] = field(default_factory=list)
+    entries: list[tuple[str, str]] = field(default_factory=list)
+    keys: dict[str, set[str]] = field(default_factory=dict)
     branches: list[str] = field(default_factory=list)
     definitions: list[str] = field(default_factory=list)
     frozen: set[str] = field(default_factory=set)
@@ -363,6 +364,7 @@ def prune_registries(tree: ast.Module, facts: Facts, dropped: Dropped) -> bool:
     body = [n for n in tree.body if n is not config_class(tree)]
     before = len(dropped.entries)
     for name, table in tables.items():
+        dropped.keys.setdefault(name, {k.value for k in table.keys})
         literal = {n.slice.value for n in ast.walk(tree) if isinstance(n, ast.Subscript)
                    and isinstance(n.value, ast.Name) and n.value.id == name and isinstance(n.slice, ast.Constant)}
         axis = axis_of(tree, name, table, facts)
@@ -375,7 +377,7 @@ def prune_registries(tree: ast.Module, facts: Facts, dropped: Dropped) -> bool:
             live = chosen | literal | literal_words(body, {id(k) for k in table.keys})
         if live is not None:
             kept = [(k, v) for k, v in zip(table.keys, table.values, strict=True) if k.value in live]
-            dropped.entries += [f"{name}[{k.value!r}]" for k in table.keys if k.value not in live]
+            dropped.entries += [(name, k.value) for k in table.keys if k.value not in live]
             table.keys, table.values = [k for k, _ in kept], [v for _, v in kept]
     return len(dropped.entries) > before
 
@@ -452,7 +454,6 @@ def keep(node: ast.stmt, live: set[str], dropped: Dropped) -> bool:
 
 def bare_knobs(tree: ast.Module, facts: Facts, dropped: Dropped) -> None:
     """Take the manual out of the knobs, and let each accept only values that the program still knows how to serve."""
-    gone = {entry.split("['")[1][:-2] for entry in dropped.entries}
     for node in config_class(tree).body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
             continue
@@ -465,6 +466,8 @@ def bare_knobs(tree: ast.Module, facts: Facts, dropped: Dropped) -> None:
         elif name in dropped.frozen:
             allowed = (value or ("none",)) if isinstance(value, tuple) else (value,)
         elif name not in facts.free:
+            tables = {t for t, keys in dropped.keys.items() if keys <= {"none", *allowed} or {*allowed} - {"none"} <= keys}
+            gone = {key for table, key in dropped.entries if table in tables}
             allowed = tuple(c for c in allowed if c not in gone)
         if allowed:
             options["choices"] = ast.Tuple([ast.Constant(c) for c in allowed], ast.Load())
@@ -1311,13 +1314,15 @@ def inspect(args: argparse.Namespace) -> int:
     weights = sum(row["items"] for row in symbols) or 1
     report["bits_per_weight"] = 8 * len(blob) / weights
     report["quantised_weights"] = sum(row["items"] for row in symbols)
-    report["over_bound"] = sum(r["bytes"] for r in report["streams"]) / max(1, sum(r["bound"] for r in report["streams"])) - 1
+    stored, bound = (sum(row[key] for row in report["streams"]) for key in ("bytes", "bound"))
+    report["over_bound"] = stored / max(1, bound) - 1
     if parts is not None:
         sizes = size_by_part(parts, codec, dict.fromkeys(map(str, files), b""), total)
         print(f"preset {parts.preset}; hashes match")
         print_rows([{"part": k, "bytes": v} for k, v in (sizes | {"total": total}).items()], {"part": "", "bytes": ","})
         rows = section_rows(packed_sections(parts, args.source), codec, sizes["code"])
-        report["sections"] = [{"section": r["section"], "minified": r["minified"], "bytes": r["compressed"]} for r in rows]
+        report["sections"] = [{k: r[n] for k, n in (("section", "section"), ("minified", "minified"),
+                                                    ("bytes", "compressed"))} for r in rows]  # fmt: skip
         report["parts"] = sizes
     print_rows(report["streams"], {"stream": "", "coder": "", "bytes": ",", "items": ",", "bits_per_item": ".3f",
                                    "bound": ",", "over_bound": "+.2%"})  # fmt: skip
@@ -1325,8 +1330,8 @@ def inspect(args: argparse.Namespace) -> int:
                                    "bits_per_item": ".3f", "bound": ","})  # fmt: skip
     if report["sections"]:
         print_rows(report["sections"], {"section": "", "minified": ",", "bytes": ","})
-    print(f"{report['quantised_weights']:,} quantised weights, {report['bits_per_weight']:.3f} bits per weight with all "
-          f"that the model needs; the streams are {report['over_bound']:+.2%} of their order-0 entropy")
+    print(f"{report['quantised_weights']:,} quantised weights, {report['bits_per_weight']:.3f} bits per weight with "
+          f"all that the model needs; the streams are {report['over_bound']:+.2%} off their order-0 entropy")
     if args.png:
         draw_inspection(report, args.png)
         print(f"picture: {args.png}")
@@ -1364,7 +1369,8 @@ except module.UserError as error:
     sys.exit("error: " + str(error).replace("\\n", "; "))
 fields = dataclasses.fields(cfg)
 print("FACTS " + json.dumps({"values": {f.name: getattr(cfg, f.name) for f in fields}, "free": module.LOCAL_KNOBS,
-    "choices": {f.name: f.metadata["choices"] for f in fields}, "words": sorted(set(re.findall(r"\\w+", " ".join(names))))}))
+    "choices": {f.name: f.metadata["choices"] for f in fields},
+    "words": sorted(set(re.findall(r"\\w+", " ".join(names))))}))
 """
 
 
@@ -1402,21 +1408,34 @@ def write_toy_data(folder: Path, vocab: int, tokens: int) -> Path:
     return folder
 
 
-def toy_environment(source: Path, room: Path, env: dict[str, str]) -> dict[str, str]:
-    """`env` with the numbers of a toy; the preset's own depth where its lists of layers need it. RuntimeError."""
-    for numbers in (TOY | TOY_DEPTH, TOY):
-        small = env | numbers
-        command = [sys.executable, str(source), "--explain"]
-        done = subprocess.run(command, cwd=room, env=small, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return small
-    raise RuntimeError(f"the preset has no toy size: {done.stderr.strip()[-300:]}")
+# Decodes the weights by the code in argv[1] and then runs it: argv[3] lists the runs, each by the environments that it may
+# have, of which the first that the program accepts is taken.
+PROVE = PROBE + """
+import os
+for choices in json.loads(sys.argv[3]):
+    for environ in choices:
+        try:
+            module.load_config(environ)
+            break
+        except module.UserError as error:
+            problem = error
+    else:
+        sys.exit(f"error: the preset has no toy size: {problem}")
+    os.environ.clear()
+    os.environ.update(environ)
+    if module.main([]):
+        sys.exit(1)
+"""
 
 
-def scores_of(source: Path, folder: str, room: Path, env: dict[str, str]) -> dict[str, object]:
-    """result.json of one run of a program. RuntimeError when it fails."""
-    run_child([sys.executable, str(source)], room, env | {"ARTIFACT_DIR": folder}, quiet=True)
-    return read_result(room / folder)
+def run_program(source: Path, model: Path, runs: list[list[dict[str, str]]], room: Path, env: dict[str, str]) -> str:
+    """Weights and runs of one program in one process. RuntimeError with the program's own words when it fails."""
+    named = [[e | {"ARTIFACT_DIR": f"{source.parent.name}_{i}"} for e in choices] for i, choices in enumerate(runs)]
+    command = [sys.executable, "-c", PROVE, str(source), str(model.resolve()), json.dumps(named)]
+    done = subprocess.run(command, cwd=room, env=env, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1].removeprefix("error: "))
+    return next(line for line in done.stdout.splitlines() if line.startswith("TENSORS "))
 
 
 def prove(args: argparse.Namespace, facts: Facts, found: Gathered) -> dict[str, object]:
@@ -1427,8 +1446,7 @@ def prove(args: argparse.Namespace, facts: Facts, found: Gathered) -> dict[str, 
     """
     plain = gather(args.run_dir, args.source, found.parts.tokenizer).parts
     with tempfile.TemporaryDirectory(prefix="prove_") as name:
-        room, rows = Path(name), []
-        sources = []
+        room, sources = Path(name), []
         for kind, text in (("plain", plain.source), ("special", found.parts.source)):
             (room / kind).mkdir()
             sources.append(room / kind / SPLIT_SOURCE)
@@ -1437,19 +1455,21 @@ def prove(args: argparse.Namespace, facts: Facts, found: Gathered) -> dict[str, 
         env = clean_environment(room, data, args.tokenizer_path) | {"PRESET": str(args.run_dir.resolve())}
         env |= {} if args.data else {"DEVICE": "cpu"}
         model = args.run_dir / "model.bin"
+        runs = [[env | {"STAGES": "eval", "MODEL_PATH": str(model.resolve())}]]
+        if not facts.eval_only:
+            toy = env | {"DATA_PATH": str(write_toy_data(room / "toy", int(TOY["VOCAB_SIZE"]), 9000)), "DEVICE": "cpu"}
+            runs.append([toy | TOY | TOY_DEPTH, toy | TOY])
         try:
-            ours, theirs = (probe_weights(s, model, room, env) for s in reversed(sources))
-            rows.append(("decoded weights", bool(ours) and ours == theirs, f"{len(ours)} tensors, bit for bit"))
-            once = env | {"STAGES": "eval", "MODEL_PATH": str(model.resolve())}
-            ours, theirs = (scores_of(s, f"eval_{s.parent.name}", room, once) for s in reversed(sources))
-            rows += compare_scores(ours, theirs)
-            if not facts.eval_only:
-                toy = toy_environment(sources[0], room, env | {"DEVICE": "cpu"})
-                toy["DATA_PATH"] = str(write_toy_data(room / "toy", int(TOY["VOCAB_SIZE"]), 9000))
-                ours, theirs = (scores_of(s, f"toy_{s.parent.name}", room, toy) for s in reversed(sources))
-                blobs = [(room / f"toy_{s.parent.name}" / "model.bin").read_bytes() for s in sources]
-                rows.append(("toy run: model.bin", blobs[0] == blobs[1], f"{len(blobs[0]):,} bytes"))
-                rows += [(f"toy run: {k}", ok, note) for k, ok, note in compare_scores(ours, theirs)]
+            weights = [run_program(s, model, runs, room, env) for s in sources]
+            count = len(json.loads(weights[0].removeprefix("TENSORS ")))
+            rows = [("decoded weights", count > 0 and weights[0] == weights[1], f"{count} tensors, bit for bit")]
+            for i, word in enumerate(("", "toy run: ")[: len(runs)]):
+                ours, theirs = (room / f"{kind}_{i}" for kind in ("special", "plain"))
+                found_rows = compare_scores(read_result(ours), read_result(theirs))
+                if i:
+                    blobs = [(folder / "model.bin").read_bytes() for folder in (ours, theirs)]
+                    found_rows.insert(0, ("model.bin", blobs[0] == blobs[1], f"{len(blobs[0]):,} bytes"))
+                rows += [(word + k, ok, note) for k, ok, note in found_rows]
         except RuntimeError as error:
             raise UserError(f"the specialised program cannot be proven, nothing is written: {error}") from error
     wrong = [f"{k} ({note})" for k, ok, note in rows if not ok]

@@ -3234,9 +3234,18 @@ def unpack_payload(payload: bytes, layout: Codec) -> Arrays:
     return arrays
 
 
+def as_array(name: str, tensor: Tensor) -> np.ndarray:
+    """A tensor's values for the artifact; UserError naming one that numpy has no type for."""
+    try:
+        return tensor.numpy()
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name}: a {tensor.dtype} tensor cannot be stored ({reason}); its scheme must encode it") from None
+
+
 def save_artifact(path: Path, parts: dict[str, Parts], codec: str) -> int:
     """Write the model blob atomically; its size in bytes."""
-    arrays = {f"{key}:{part}": tensor.numpy() for key, value in parts.items() for part, tensor in value.items()}
+    arrays = {f"{k}:{part}": as_array(f"{k}:{part}", t) for k, value in parts.items() for part, t in value.items()}
     blob = pack_arrays(arrays, codec)
     atomic_write(path, blob)
     return len(blob)

@@ -111,7 +111,8 @@ def refuse_mixed(runs: list[SeedRun]) -> None:
         if first.result.get("source_sha256") != run.result.get("source_sha256"):
             raise UserError(f"{first.name} and {run.name} ran different sources (source_sha256)")
         if first.machine != run.machine:
-            raise UserError(f"{first.name} and {run.name} ran on different machines: {first.machine!r}, {run.machine!r}")
+            machines = f"{first.machine!r}, {run.machine!r}"
+            raise UserError(f"{first.name} and {run.name} ran on different machines: {machines}")
         for key in ("tokens_scored", "bytes_scored"):
             if first.result.get(key) != run.result.get(key):
                 raise UserError(f"{first.name} and {run.name} scored different data ({key})")
@@ -262,8 +263,9 @@ def results_table(submission: dict[str, Any]) -> str:
     lines = ["| seed | val_bpb | val_loss | before quantisation | steps | train s | eval s | bytes |", "|---" * 8 + "|"]
     for seed, row in submission["seed_results"].items():
         seconds = None if row["train_wallclock_ms"] is None else row["train_wallclock_ms"] / 1e3
-        cells = (number(row["val_bpb"]), number(row["val_loss"]), number(row["pre_quant_val_bpb"]), number(row["steps"], 0),
-                 number(seconds, 1), number(row["eval_time_s"], 1), number(row["artifact_bytes"], 0))  # fmt: skip
+        scores = [number(row[key]) for key in ("val_bpb", "val_loss", "pre_quant_val_bpb")]
+        cells = (*scores, number(row["steps"], 0), number(seconds, 1), number(row["eval_time_s"], 1),
+                 number(row["artifact_bytes"], 0))  # fmt: skip
         lines.append(f"| {seed} | " + " | ".join(cells) + " |")
     lines.append(f"| **mean** | **{number(submission['val_bpb'])}** | **{number(submission['val_loss'])}** | | "
                  f"{number(submission['train_steps_mean'], 0)} | | {number(submission['eval_time_s_mean'], 1)} | "
@@ -274,10 +276,11 @@ def results_table(submission: dict[str, Any]) -> str:
     if found:
         word = {True: "yes", False: "no", None: "cannot be said"}
         lines += [
-            "", f"Against {found['against']}: {number(found['delta_bpb'])} bits per byte, {number(found['delta_nats_per_token'])} "
-            f"nats per token; Welch p = {number(found['welch_p_bpb'], 4)} and {number(found['welch_p_nats_per_token'], 4)}, paired "
-            f"p = {number(found['paired_p_bpb'], 4)} over {len(found['common_seeds'])} common seeds. 0.005 nats better at p < 0.01: "
-            f"{word[found['readme_rule']]}. Progression at p < 0.25: {word[found['progression']]}.",
+            "", f"Against {found['against']}: {number(found['delta_bpb'])} bits per byte, "
+            f"{number(found['delta_nats_per_token'])} nats per token; Welch p = {number(found['welch_p_bpb'], 4)} and "
+            f"{number(found['welch_p_nats_per_token'], 4)}, paired p = {number(found['paired_p_bpb'], 4)} over "
+            f"{len(found['common_seeds'])} common seeds. 0.005 nats better at p < 0.01: {word[found['readme_rule']]}. "
+            f"Progression at p < 0.25: {word[found['progression']]}.",
         ]  # fmt: skip
     return "\n".join(lines)
 
@@ -306,7 +309,8 @@ def draw(submission: dict[str, Any], theirs: dict[str, Any], path: Path) -> None
     other = scores_by_seed(theirs, "val_bpb") if theirs else {}
     if other:
         value = float(np.mean(list(other.values())))
-        ax.axhline(value, color=THEIRS, lw=1.2, ls="--", label=f"{theirs.get('name') or 'the other record'}: {value:.5f}")
+        name = theirs.get("name") or "the other record"
+        ax.axhline(value, color=THEIRS, lw=1.2, ls="--", label=f"{name}: {value:.5f}")
     ax.set_xticks(range(len(seeds)), seeds, color=INK)
     ax.set_xlabel("seed", color=MUTED)
     ax.set_ylabel("bits per byte (the axis does not start at 0)", color=MUTED)
@@ -391,14 +395,17 @@ def leaderboard_row(record: Path, records: Path) -> tuple[float, str]:
 
 def leaderboard(records: Path) -> str:
     """records/README.md: every record of every track, the best score first."""
-    lines = ["# Records", "", "Written by `python records/submit.py --leaderboard`; do not edit. \"Published\" is the score "
-             "of the system that a record follows, \"here\" is what was run with this code, \"legality\" is the word of",
-             "`python records/verify.py` (verdict.json in the record's folder; toy size: the preset's own program and knobs on a "
-             "small model).", ""]  # fmt: skip
+    lines = [
+        "# Records", "", "Written by `python records/submit.py --leaderboard`; do not edit. \"Published\" is the score of",
+        "the system that a record follows, \"here\" is what was run with this code, \"legality\" is the word of",
+        "`python records/verify.py` (verdict.json in the record's folder; toy size: the record's own knobs and program",
+        "on a small model).", "",
+    ]  # fmt: skip
     for track in sorted(p for p in records.glob("track_*") if p.is_dir()):
         rows = sorted(leaderboard_row(path.parent, records) for path in track.glob("*/record.env"))
-        lines += [f"## {track.name}", "", "| record | published val_bpb | here | bytes | train s | eval s | legality |",
-                  "|---" * 7 + "|", *(line for _, line in rows), ""]  # fmt: skip
+        head = "| record | published val_bpb | here | bytes | train s | eval s | legality |"
+        head = "| record | published val_bpb | here | bytes | train s | eval s | legality |"
+        lines += [f"## {track.name}", "", head, "|---" * 7 + "|", *(line for _, line in rows), ""]
     return "\n".join(lines)
 
 
@@ -425,7 +432,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path, nargs="?", metavar="RECORD", help="record folder to write into")
     parser.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="run folders or logs, one per seed")
-    parser.add_argument("--against", type=Path, metavar="RECORD", help="record folder or submission.json to compare with")
+    parser.add_argument("--against", type=Path, metavar="RECORD", help="record or submission.json to compare with")
     for name in ("author", "github_id", "name", "blurb", "date"):
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"{name} of submission.json (default: what it holds)")
     parser.add_argument("--leaderboard", action="store_true", help="write records/README.md")

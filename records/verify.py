@@ -14,9 +14,10 @@ What it asks (numbers of the contest's conditions, issue 1017):
       the target; the probabilities must sum to 1, and the score of a changed token must be the one foretold.
   C3  is every target scored before anything learns from it, C4 is each scored exactly once: by the judge's own ledger.
   bytes   the denominator again from the ids, through the tokenizer and the CaseOps decoder; canonical totals.
-  split   documents that training and validation share, by hash.       budget  600 s to train with Hessians, 600 s to score.
-  disk    the files' real size against the cap and against what is said.   claims  README and submission.json against
-          knobs, log and result.
+  split   documents that training and validation share, by hash.
+  budget  600 s to train with Hessians, 600 s to score.
+  disk    the files' real size against the cap and against what is said.
+  claims  README and submission.json against knobs, log and result.
 
 Verdict per check: pass, FAIL, n/a (nothing to ask), unknown (asked, and not answered). The last line of the output is
 `VERDICT {json}`; exit status 0 when nothing failed or stayed unknown, 1 otherwise, 2 for a wrong input.
@@ -87,7 +88,7 @@ def verdict_of(name: str, good: bool, detail: str) -> Check:
 class Subject:
     """What is judged: the program that scores, its configuration, the weights, and the papers around them.
 
-    folder: record or run folder, or None; result: result.json or {}; files: what would be submitted; scale: toy or full.
+    folder: record or run folder, or None; result: result.json or {}; files: what would be submitted; scale: toy, full.
     """
 
     kind: str
@@ -112,9 +113,9 @@ class Subject:
 class Tape:
     """Every score of one evaluation in the order of scoring, and the answers to the questions put on the way.
 
-    nll, unit, group: per stream position, its loss (float64 holds a float32 exactly), the number of the unit that scored
-    it and the document whose row it stood in (-1 where rows are windows of one stream). alternatives: position -> token
-    that is scored there instead, once, from the same state. probed: units whose whole distributions are summed.
+    nll, unit, group: per stream position, its loss (float64 holds a float32 exactly), the number of the unit that
+    scored it and the document whose row it stood in (-1 where rows are windows of one stream). alternatives: position
+    -> token that is scored there instead, once, from the same state. probed: units whose distributions are summed.
     """
 
     def __init__(self, length: int, alternatives: dict[int, int] | None = None, probed: tuple[int, ...] = ()) -> None:
@@ -356,7 +357,10 @@ def ledger_checks(bench: Bench, tape: Tape, score: Any, label: str) -> list[Chec
     loss = float(np.nansum(tape.nll[1:]) / max(1, (counts > 0).sum()))
     size = int(bench.val.bytes[1:].sum())
     equal = score.tokens == targets and score.bytes == size and math.isclose(loss, score.val_loss, rel_tol=1e-6)
-    sums = f"val_loss {score.val_loss:.8f}, from the single scores {loss:.8f}; {score.tokens:,} tokens, {score.bytes:,} of {size:,} bytes"
+    sums = (
+        f"val_loss {score.val_loss:.8f}, from the single scores {loss:.8f}; {score.tokens:,} tokens, "
+        f"{score.bytes:,} of {size:,} bytes"
+    )
     return [
         verdict_of(f"C3 score before update ({label})", tape.learnt_too_early == 0, early),
         verdict_of(f"C4 each target once ({label})", not twice and not never and tape.count[0] == 0, detail),
@@ -402,8 +406,8 @@ def examine(
         again = Tape(len(bench.val.tokens))
         bench.run(evaluate, bench.val.tokens, again)
         if len(repeated := differing(base, again, base.count > 0)):
-            return [*checks, Check(f"C1 repeat ({label})", UNKNOWN, f"{len(repeated):,} scores differ when it runs again: "
-                                   "not deterministic here, so bit equality says nothing; judge on a CPU")]  # fmt: skip
+            detail = f"{len(repeated):,} scores differ when it runs again: bit equality says nothing; judge on a CPU"
+            return [*checks, Check(f"C1 repeat ({label})", UNKNOWN, detail)]
         checks.append(Check(f"C3 scoring learns ({label})", FAIL, "asking for a score changes the scores after it"))
     if units:
         checks.append(sum_check(probed, bench.cfg.vocab_size, label))
@@ -420,22 +424,29 @@ def ledger_refusal(tape: Tape, label: str) -> list[Check]:
     return [verdict_of(f"C3 score before update ({label})", tape.learnt_too_early == 0, early)]
 
 
-ADAPTS = {"chunk_sgd": "weights adapt over the stream", "slot": "weights adapt over the stream",
-          "phased_lora": "weights adapt on documents already scored"}  # fmt: skip
+def across_documents(subject: Subject) -> str:
+    """Why documents depend on one another in the packed forward; '' when attention stays inside them."""
+    apart = subject.program.LOADERS[subject.cfg.loader].documents
+    return "" if apart else f"LOADER={subject.cfg.loader} reads across documents"
+
+
+# Why documents may depend on one another in the final evaluation, '' when they may not; not listed: as packed.
+NOT_APART: dict[str, Callable[[Subject], str]] = {
+    "chunk_sgd": lambda s: "weights adapt over the stream",
+    "slot": lambda s: "weights adapt over the stream",
+    "phased_lora": lambda s: "weights adapt on documents already scored",
+    "doc_lora": lambda s: "adapters go on from the document before" if s.cfg.ttt_warm_start_a else "",
+}
+CHUNKS_NEEDED = {"chunk_sgd": 2, "slot": 2}
 
 
 def legality(subject: Subject, val: Any, probes: int) -> list[Check]:
     """C1 to C4 of the final evaluator and of the packed forward that training and the earlier stages use."""
     bench = Bench(subject, val)
-    cfg, documents = subject.cfg, subject.program.LOADERS[subject.cfg.loader].documents
-    across = "" if documents else f"LOADER={cfg.loader} reads across documents"
-    carried = "adapters start from the document before (TTT_WARM_START_A=1)" if cfg.ttt_warm_start_a else ""
-    carried = carried if cfg.eval in ("doc_lora", "phased_lora") else ""
-    own_rows = cfg.eval in ("doc_lora", "phased_lora")
-    checks = examine(bench, bench.final, f"EVAL={cfg.eval}", probes,
-                     ADAPTS.get(cfg.eval, "") or carried or ("" if own_rows else across))  # fmt: skip
-    if bench.packed is not None and cfg.eval != "plain":
-        checks += examine(bench, bench.packed, "packed forward", 1, across)
+    checks = examine(bench, bench.final, f"EVAL={subject.cfg.eval}", probes,
+                     NOT_APART.get(subject.cfg.eval, across_documents)(subject))  # fmt: skip
+    if bench.packed not in (None, bench.final):
+        checks += examine(bench, bench.packed, "packed forward", 1, across_documents(subject))
     return checks
 
 
@@ -526,8 +537,9 @@ def byte_checks(subject: Subject, val: Any) -> list[Check]:
     wrong, wider = int(((difference < 0) & ~escaped).sum()), int(((difference > 0) & ~escaped).sum())
     words = int(word[-1]) + 1
     good = wrong <= FOLDED_ALLOWED * words and wider <= 0.5 * words if sidecar else wrong + wider == 0
-    checks.append(verdict_of("bytes per word", good, f"{'sidecar' if sidecar else 'tokenizer table'}: of {words:,} words {wrong:,} "
-                             f"have fewer bytes than their text, {wider:,} more (white space that was folded)"))  # fmt: skip
+    detail = f"{'sidecar' if sidecar else 'tokenizer table'}: of {words:,} words {wrong:,} have fewer bytes than their "
+    detail += f"text, {wider:,} more (white space that was folded)"
+    checks.append(verdict_of("bytes per word", good, detail))
     text, broken = decoded_bytes(processor, ids, subject.program.BOS_ID)
     good = abs(int(counted.sum()) - text) <= (SIDECAR_SLACK * text if sidecar else 0)
     checks.append(verdict_of("bytes of the decoded text", good, f"counted {int(counted.sum()):,}, decoded {text:,}"
@@ -562,8 +574,8 @@ def split_check(subject: Subject) -> Check:
         if digest in wanted:
             shared.add(digest)
     both = sum(digest in shared for digest in val)
-    return verdict_of("split", both <= OVERLAP_ALLOWED * len(val),
-                      f"{both:,} of {len(val):,} validation documents are in training ({count:,} documents)")  # fmt: skip
+    detail = f"{both:,} of {len(val):,} validation documents are in training ({count:,} documents)"
+    return verdict_of("split", both <= OVERLAP_ALLOWED * len(val), detail)
 
 
 # +---------------------------------------------------------------------------+
@@ -601,8 +613,8 @@ def budget_checks(subject: Subject) -> list[Check]:
     hessians = re.search(r"calibration: \d+ Hessians, ([\d.]+) s", log)
     if stop and hessians and isinstance(result.get("train_seconds"), int | float):
         told = float(stop[1]) + float(hessians[1])
-        checks.append(verdict_of("budget as logged", told <= float(result["train_seconds"]) + 0.5,
-                                 f"log {stop[1]} + {hessians[1]} s, result.json {result['train_seconds']:.1f} s"))  # fmt: skip
+        detail = f"log {stop[1]} + {hessians[1]} s, result.json {result['train_seconds']:.1f} s"
+        checks.append(verdict_of("budget as logged", told <= float(result["train_seconds"]) + 0.5, detail))
     return checks
 
 
@@ -640,12 +652,14 @@ class Claim(NamedTuple):
 CLAIMS = (
     Claim(r"BOS[- ](?:fix|mask)|mask\w* at document starts|with the document mask",
           lambda c, m: "smear" not in c.embed_extras or c.smear_bos_mask, "SMEAR_BOS_MASK=0"),
-    Claim(r"adapters? per document \(rank (\d+)", lambda c, m: c.ttt_lora_rank == int(m[1]), "TTT_LORA_RANK={c.ttt_lora_rank}"),
+    Claim(r"adapters? per document \(rank (\d+)", lambda c, m: c.ttt_lora_rank == int(m[1]),
+          "TTT_LORA_RANK={c.ttt_lora_rank}"),
     Claim(r"int(\d) matrices", lambda c, m: c.matrix_bits == int(m[1]), "MATRIX_BITS={c.matrix_bits}"),
     Claim(r"int(\d) embedding", lambda c, m: c.embed_bits == int(m[1]), "EMBED_BITS={c.embed_bits}"),
     Claim(r"per-group lrzip", lambda c, m: c.compressor == "pergroup", "COMPRESSOR={c.compressor}"),
     Claim(r"nothing carried from one\s+document to another",
-          lambda c, m: c.eval == "doc_lora" and not c.ttt_warm_start_a, "EVAL={c.eval}, TTT_WARM_START_A={c.ttt_warm_start_a:d}"),
+          lambda c, m: {"doc_lora": not c.ttt_warm_start_a}.get(c.eval, False),
+          "EVAL={c.eval}, TTT_WARM_START_A={c.ttt_warm_start_a:d}"),
     Claim(r"A warm-started", lambda c, m: c.ttt_warm_start_a, "TTT_WARM_START_A=0"),
 )  # fmt: skip
 COMPLIANCE: dict[str, Callable[[Subject, Any], bool]] = {
@@ -653,7 +667,7 @@ COMPLIANCE: dict[str, Callable[[Subject, Any], bool]] = {
     "train_under_600s_strict": lambda s, c: s.result.get("train_seconds", 0) <= BUDGET_SECONDS,
     "eval_under_600s": lambda s, c: s.result.get("eval_seconds", 0) <= BUDGET_SECONDS,
     "score_before_update": lambda s, c: s.result.get("legal", True) is True,
-    "no_slot": lambda s, c: c.eval != "slot",
+    "no_slot": lambda s, c: {"slot": False}.get(c.eval, True),
 }
 
 
@@ -707,8 +721,9 @@ def seed_checks(submission: dict[str, Any]) -> list[Check]:
     checks = [verdict_of("claims of the score", good and listed,
                          f"val_bpb {submission.get('val_bpb')}, mean of {len(scores)} seeds {mean:.8f}")]  # fmt: skip
     if largest:
-        checks.append(verdict_of("claims of the size", largest == submission.get("bytes_total") and largest <= CAP_BYTES,
-                                 f"bytes_total {submission.get('bytes_total')}, largest seed {largest}"))  # fmt: skip
+        good = largest == submission.get("bytes_total") and largest <= CAP_BYTES
+        detail = f"bytes_total {submission.get('bytes_total')}, largest seed {largest}"
+        checks.append(verdict_of("claims of the size", good, detail))
     return checks
 
 
@@ -885,7 +900,7 @@ def open_subject(args: argparse.Namespace, room: Path) -> Subject:
 def shortened(subject: Subject, val: Any, documents: int) -> Any:
     """The first documents of the stream: as many as asked for, but at least what two steps of adaptation need."""
     program, cfg = subject.program, subject.cfg
-    least = 2 * cfg.ttt_chunk_tokens + 1 if cfg.eval in ("chunk_sgd", "slot") else 0
+    least = CHUNKS_NEEDED.get(cfg.eval, 0) * getattr(cfg, "ttt_chunk_tokens", 0) + 1
     docs = program.val_documents(val.tokens)
     ends = [start + length for start, length in docs]
     enough = next((e for e in ends[documents - 1 :] if e > least), len(val.tokens)) if documents else len(val.tokens)

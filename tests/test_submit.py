@@ -26,7 +26,7 @@ knobs that are not default:
   SEED={seed}  (environment)
 parameters 35945671
 source sha256 abc
-python 3.12.1, torch 2.13.0+cu130, numpy 2.4.6, sentencepiece 0.2.3; 8 x cuda, NVIDIA H100 80GB HBM3, activations torch.bfloat16, compile True, threads 8
+python 3.12.1, torch 2.13.0+cu130, numpy 2.4.6; 8 x cuda, NVIDIA H100 80GB HBM3, activations torch.bfloat16, threads 8
 RESULT {result}
 """
 
@@ -210,7 +210,7 @@ def test_leaderboard_of_records(record: Path, tmp_path: Path, capsys: pytest.Cap
     digest = submit.hashlib.sha256((record / "record.env").read_bytes()).hexdigest()
     (record / "verdict.json").write_text(json.dumps(verdict | {"record_sha256": digest}))
     text = submit.leaderboard(records)
-    assert "1.06108 ± 0.00111 (3 seeds) | 15,951,234 | 596.7 | 455.5 | NOT legal (toy size; C1 token) |" in text
+    assert "1.06108 ± 0.00111 (3 seeds) | 15,951,234 | 596.3 | 455.5 | NOT legal (toy size; C1 token) |" in text
     assert submit.main([*board, "--check"]) == 1
 
 

@@ -1,8 +1,8 @@
 """The judge: every record of the repository passes at toy size, and every mistake that was published is caught.
 
-The mistakes are built here on purpose, each into the real program: a SLOT that fits on what it scores, a smear gate that
-reads over a document's start, a denominator that counts case operators, a score after adaptation, a tail that is scored
-twice, a wrapper that is counted but not shipped; and some that nobody published, so that no check is idle.
+The mistakes are built here on purpose, each into the real program: a SLOT that fits on what it scores, a smear gate
+that reads over a document's start, a denominator that counts case operators, a score after adaptation, a tail that is
+scored twice, a wrapper that is counted but not shipped; and some that nobody published, so that no check is idle.
 """
 
 from __future__ import annotations
