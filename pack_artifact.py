@@ -321,16 +321,15 @@ def registries(tree: ast.Module) -> dict[str, ast.Dict]:
     return found
 
 
-def axis_of(tree: ast.Module, name: str, table: ast.Dict, facts: Facts) -> str:
-    """The knob that chooses from a registry: it is the index somewhere, and its values cover the keys; else ''."""
-    keys, candidates = {k.value for k in table.keys}, set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == name:
-            candidates.add(node.slice.attr if isinstance(node.slice, ast.Attribute) else "")
-        if isinstance(node, ast.comprehension) and isinstance(node.iter, ast.Attribute):
-            candidates.add(node.iter.attr)
-    fits = sorted(c for c in candidates if c in facts.choices and c not in facts.free)
-    return next((c for c in fits if keys <= {"none", *facts.choices[c]} and keys & set(facts.choices[c])), "")
+def axis_of(tree: ast.Module, indices: list[ast.expr], table: ast.Dict, facts: Facts) -> str:
+    """The knob that chooses from a registry: it is an index of it, and its values cover the keys; else ''."""
+    keys = {k.value for k in table.keys}
+    fits = [f for f, c in facts.choices.items() if f not in facts.free and keys & {*c} and keys <= {"none", *c}]
+    if not fits:
+        return ""
+    iterated = (n.iter for n in ast.walk(tree) if isinstance(n, ast.comprehension))
+    named = {n.attr for n in (*indices, *iterated) if isinstance(n, ast.Attribute)}
+    return next((f for f in sorted(fits) if f in named), "")
 
 
 def only_indexed(tree: ast.Module, name: str) -> bool:
@@ -361,13 +360,14 @@ def prune_registries(tree: ast.Module, facts: Facts, dropped: Dropped) -> bool:
     tables = registries(tree)
     chosen = {w for v in facts.values.values() for w in (v if isinstance(v, tuple) else (v,)) if isinstance(w, str)}
     chosen |= {w for name in facts.free for w in facts.choices.get(name, ())} | facts.words
-    body = [n for n in tree.body if n is not config_class(tree)]
-    before = len(dropped.entries)
+    config = config_class(tree)
+    body, before = [n for n in tree.body if n is not config], len(dropped.entries)
+    subscripts = [n for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.value, ast.Name)]
     for name, table in tables.items():
         dropped.keys.setdefault(name, {k.value for k in table.keys})
-        literal = {n.slice.value for n in ast.walk(tree) if isinstance(n, ast.Subscript)
-                   and isinstance(n.value, ast.Name) and n.value.id == name and isinstance(n.slice, ast.Constant)}
-        axis = axis_of(tree, name, table, facts)
+        indices = [n.slice for n in subscripts if n.value.id == name]
+        literal = {n.value for n in indices if isinstance(n, ast.Constant)}
+        axis = axis_of(tree, indices, table, facts)
         live = None
         if axis:
             value = facts.values[axis]
@@ -466,7 +466,8 @@ def bare_knobs(tree: ast.Module, facts: Facts, dropped: Dropped) -> None:
         elif name in dropped.frozen:
             allowed = (value or ("none",)) if isinstance(value, tuple) else (value,)
         elif name not in facts.free:
-            tables = {t for t, keys in dropped.keys.items() if keys <= {"none", *allowed} or {*allowed} - {"none"} <= keys}
+            known = {"none", *allowed}
+            tables = {t for t, keys in dropped.keys.items() if keys <= known or known - {"none"} <= keys}
             gone = {key for table, key in dropped.entries if table in tables}
             allowed = tuple(c for c in allowed if c not in gone)
         if allowed:
@@ -1408,8 +1409,8 @@ def write_toy_data(folder: Path, vocab: int, tokens: int) -> Path:
     return folder
 
 
-# Decodes the weights by the code in argv[1] and then runs it: argv[3] lists the runs, each by the environments that it may
-# have, of which the first that the program accepts is taken.
+# Decodes the weights by the code in argv[1] and then runs it: argv[3] lists the runs, each by the environments that it
+# may have, of which the first that the program accepts is taken.
 PROVE = PROBE + """
 import os
 for choices in json.loads(sys.argv[3]):
@@ -1457,7 +1458,8 @@ def prove(args: argparse.Namespace, facts: Facts, found: Gathered) -> dict[str, 
         model = args.run_dir / "model.bin"
         runs = [[env | {"STAGES": "eval", "MODEL_PATH": str(model.resolve())}]]
         if not facts.eval_only:
-            toy = env | {"DATA_PATH": str(write_toy_data(room / "toy", int(TOY["VOCAB_SIZE"]), 9000)), "DEVICE": "cpu"}
+            documents = write_toy_data(room / "toy", int(TOY["VOCAB_SIZE"]), 2000)
+            toy = env | {"DATA_PATH": str(documents), "DEVICE": "cpu"}
             runs.append([toy | TOY | TOY_DEPTH, toy | TOY])
         try:
             weights = [run_program(s, model, runs, room, env) for s in sources]

@@ -3239,8 +3239,8 @@ def as_array(name: str, tensor: Tensor) -> np.ndarray:
     try:
         return tensor.numpy()
     except (TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: a {tensor.dtype} tensor cannot be stored ({reason}); its scheme must encode it") from None
+        why = str(error).splitlines()[0]
+        raise UserError(f"{name}: a {tensor.dtype} tensor cannot be stored ({why}); let its scheme encode it") from None
 
 
 def save_artifact(path: Path, parts: dict[str, Parts], codec: str) -> int:

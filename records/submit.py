@@ -396,8 +396,8 @@ def leaderboard_row(record: Path, records: Path) -> tuple[float, str]:
 def leaderboard(records: Path) -> str:
     """records/README.md: every record of every track, the best score first."""
     lines = [
-        "# Records", "", "Written by `python records/submit.py --leaderboard`; do not edit. \"Published\" is the score of",
-        "the system that a record follows, \"here\" is what was run with this code, \"legality\" is the word of",
+        "# Records", "", "Written by `python records/submit.py --leaderboard`; do not edit. \"Published\" is the score",
+        "of the system that a record follows, \"here\" is what was run with this code, \"legality\" is the word of",
         "`python records/verify.py` (verdict.json in the record's folder; toy size: the record's own knobs and program",
         "on a small model).", "",
     ]  # fmt: skip

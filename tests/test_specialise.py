@@ -150,14 +150,16 @@ def test_a_program_without_knobs_is_refused() -> None:
 def facts_of(record: Path, eval_only: bool = False) -> Facts:
     cfg = train_gpt.load_config({"PRESET": str(record)})
     fields = dataclasses.fields(cfg)
-    values, choices = ({f.name: get(f) for f in fields} for get in (lambda f: getattr(cfg, f.name), lambda f: f.metadata["choices"]))
-    return Facts(values, frozenset(train_gpt.LOCAL_KNOBS), choices, frozenset(("gptq", "lqer", "fp16", "int8_row")), eval_only)
+    values, choices = {f.name: getattr(cfg, f.name) for f in fields}, {f.name: f.metadata["choices"] for f in fields}
+    words = frozenset(("gptq", "lqer", "fp16", "int8_row"))
+    return Facts(values, frozenset(train_gpt.LOCAL_KNOBS), choices, words, eval_only)
 
 
 def child(source: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     knobs = {f.upper() for f in train_gpt.Config.__dataclass_fields__} | {"PRESET"}
     env = {k: v for k, v in os.environ.items() if k not in knobs} | environ
-    return subprocess.run([sys.executable, str(source), *arguments], env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(source), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
@@ -185,7 +187,7 @@ def test_every_record_specialises_explains_itself_and_refuses_what_it_dropped(re
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run, trained and scored."""
     run = tmp_path_factory.mktemp("special") / "run"
-    env = {key: value for key, value in TINY_RUN.items()} | {"DATA_PATH": str(tiny_data), "ARTIFACT_DIR": str(run)}
+    env = TINY_RUN | {"DATA_PATH": str(tiny_data), "ARTIFACT_DIR": str(run)}
     done = child(SOURCE, **env)
     assert done.returncode == 0, done.stderr
     return run
@@ -194,8 +196,9 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 TINY_RUN = {
     "VOCAB_SIZE": "320", "NUM_LAYERS": "4", "MODEL_DIM": "32", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "2.0",
     "ROPE_DIMS": "4", "LOOP_START": "1", "LOOP_END": "2", "NUM_LOOPS": "1", "PARALLEL_START_LAYER": "3",
-    "XSA_LAST_N": "4", "TRAIN_SEQ_LEN": "64", "EVAL_SEQ_LEN": "64", "TTT_EVAL_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "512",
-    "VAL_BATCH_TOKENS": "512", "BATCH_SLICES": "4", "ITERATIONS": "4", "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "1",
+    "XSA_LAST_N": "4", "TRAIN_SEQ_LEN": "64", "EVAL_SEQ_LEN": "64", "TTT_EVAL_SEQ_LEN": "64",
+    "TRAIN_BATCH_TOKENS": "512", "VAL_BATCH_TOKENS": "512", "BATCH_SLICES": "4", "ITERATIONS": "4",
+    "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "1",
     "GPTQ_CALIBRATION_BATCHES": "4", "TTT_LORA_RANK": "4", "TTT_CHUNK_SIZE": "16", "TTT_BATCH_SIZE": "3",
     "EMBED_EXTRAS": "smear", "REPAIR": "lqer", "DEVICE": "cpu", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
@@ -214,7 +217,8 @@ def test_packing_proves_reports_and_saves(
     found = report["specialised"]
     assert found["bytes_saved"] > 2500 and found["plain_bytes"] - found["bytes_saved"] == out.stat().st_size
     assert {"decoded weights", "val_bpb", "val_loss", "toy run: model.bin", "toy run: val_bpb"} <= found["proof"].keys()
-    assert found["proof"]["val_bpb"] == str(json.loads((trained / "result.json").read_text())["stages"]["final"]["val_bpb"])
+    final = json.loads((trained / "result.json").read_text())["stages"]["final"]
+    assert found["proof"]["val_bpb"] == str(final["val_bpb"])
     verify = ["verify", str(out), "--run", str(trained), "--data", str(tiny_data)]
     assert pack_artifact.main(verify) == 0 and '"equal": true' in capfd.readouterr().out
 
@@ -224,9 +228,10 @@ def test_an_artifact_that_only_evaluates_says_so(trained: Path, tiny_data: Path,
     options = ["--data", str(tiny_data), "--out", str(out)]
     assert pack(trained, "--specialise", "--eval-only", *options) == 0
     source = pack_artifact.read_artifact(out).source.decode()
-    assert not re.search(r"class (Trainer|Muon|Ema|HessianTap)\b|def (quantize|collect_hessians)\b", source)
+    assert not re.search(r"class (Trainer|Muon|Ema|HessianTap)\b|def (plain_units|collect_hessians)\b", source)
     (tmp_path / "train_gpt.py").write_text(source)
-    done = child(tmp_path / "train_gpt.py", PRESET=str(trained), DATA_PATH=str(tiny_data), ARTIFACT_DIR=str(tmp_path / "r"))
+    where = {"DATA_PATH": str(tiny_data), "ARTIFACT_DIR": str(tmp_path / "r")}
+    done = child(tmp_path / "train_gpt.py", PRESET=str(trained), **where)
     assert done.returncode == 2 and pack_artifact.EVAL_ONLY in done.stderr and "Traceback" not in done.stderr
     assert pack(trained, "--eval-only") == 2
 
@@ -270,10 +275,10 @@ def test_specialised_source_is_deterministic(trained: Path, tmp_path: Path) -> N
         "print(small, dropped.entries, dropped.branches, dropped.definitions, sorted(dropped.frozen))\n"
     )
     command = [sys.executable, "-c", program, str(ROOT), str(SOURCE), repr(facts_of(trained))]
-    texts = [
-        subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
-        for seed in ("1", "99")
-    ]
+    texts = []
+    for seed in ("1", "99"):
+        env = os.environ | {"PYTHONHASHSEED": seed}
+        texts.append(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
     assert texts[0] == texts[1] and len(texts[0]) > 50_000
 
 
