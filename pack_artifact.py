@@ -48,7 +48,8 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -321,28 +322,18 @@ def registries(tree: ast.Module) -> dict[str, ast.Dict]:
     return found
 
 
-def axis_of(tree: ast.Module, indices: list[ast.expr], table: ast.Dict, facts: Facts) -> str:
-    """The knob that chooses from a registry: it is an index of it, and its values cover the keys; else ''."""
+def axis_of(uses: list[ast.expr], table: ast.Dict, facts: Facts) -> str:
+    """The knob that chooses from a registry: it is among what indexes it, and its values cover the keys; else ''."""
     keys = {k.value for k in table.keys}
     fits = [f for f, c in facts.choices.items() if f not in facts.free and keys & {*c} and keys <= {"none", *c}]
-    if not fits:
-        return ""
-    iterated = (n.iter for n in ast.walk(tree) if isinstance(n, ast.comprehension))
-    named = {n.attr for n in (*indices, *iterated) if isinstance(n, ast.Attribute)}
+    named = {n.attr for n in uses if isinstance(n, ast.Attribute)}
     return next((f for f in sorted(fits) if f in named), "")
 
 
-def only_indexed(tree: ast.Module, name: str) -> bool:
-    """Whether a registry is used by nothing but `NAME[...]`, so that an entry nobody names is an entry nobody sees."""
-    indexed = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Subscript)}
-    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)]
-    return bool(uses) and all(id(n) in indexed for n in uses)
-
-
-def literal_words(nodes: list[ast.AST], skipped: set[int]) -> set[str]:
-    """Words of all string constants below `nodes` but those whose id is in `skipped`."""
-    constants = (n for node in nodes for n in ast.walk(node) if isinstance(n, ast.Constant) and id(n) not in skipped)
-    return {w for n in constants if isinstance(n.value, str) for w in (n.value, *WORD.findall(n.value))}
+def literal_words(nodes: Iterable[ast.AST]) -> Counter[str]:
+    """How often each string constant occurs below `nodes`, whole and word by word."""
+    constants = (n.value for node in nodes for n in ast.walk(node) if isinstance(n, ast.Constant))
+    return Counter(w for text in constants if isinstance(text, str) for w in {text, *WORD.findall(text)})
 
 
 def config_class(tree: ast.Module) -> ast.ClassDef:
@@ -362,19 +353,21 @@ def prune_registries(tree: ast.Module, facts: Facts, dropped: Dropped) -> bool:
     chosen |= {w for name in facts.free for w in facts.choices.get(name, ())} | facts.words
     config = config_class(tree)
     body, before = [n for n in tree.body if n is not config], len(dropped.entries)
-    subscripts = [n for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.value, ast.Name)]
+    nodes, words = list(ast.walk(tree)), literal_words(body)
+    subscripts = [n for n in nodes if isinstance(n, ast.Subscript) and isinstance(n.value, ast.Name)]
+    iterated = [n.iter for n in nodes if isinstance(n, ast.comprehension)]
     for name, table in tables.items():
         dropped.keys.setdefault(name, {k.value for k in table.keys})
         indices = [n.slice for n in subscripts if n.value.id == name]
         literal = {n.value for n in indices if isinstance(n, ast.Constant)}
-        axis = axis_of(tree, indices, table, facts)
+        axis = axis_of([*indices, *iterated], table, facts)
         live = None
         if axis:
             value = facts.values[axis]
             live = {*(value if isinstance(value, tuple) else (value,))} | literal | facts.words
             live |= set() if value else {"none"}
-        elif only_indexed(tree, name):
-            live = chosen | literal | literal_words(body, {id(k) for k in table.keys})
+        elif sum(isinstance(n, ast.Name) and n.id == name for n in nodes) == 1 + len(indices):  # used by index alone
+            live = chosen | literal | (words - literal_words(table.keys)).keys()
         if live is not None:
             kept = [(k, v) for k, v in zip(table.keys, table.values, strict=True) if k.value in live]
             dropped.entries += [(name, k.value) for k in table.keys if k.value not in live]
@@ -771,8 +764,6 @@ def read_container(path: Path) -> bytes:
         decode_container(blob, str(text))
         check_tail(data, end, str(text))
         return blob[: end - len(MAGIC)]
-    if data.startswith(MAGIC[:16]):
-        raise UserError(f"{text} was made by another version of the packer (or its first line is damaged): pack again")
     code, _, tail = data.rpartition(b"\n#")
     try:
         head = base64.b85decode(tail.strip())
@@ -800,7 +791,10 @@ def artifact_files(path: Path) -> list[Path]:
     if not path.is_file():
         raise UserError(f"no file {path}")
     with path.open("rb") as file:
-        single = file.read(len(MAGIC)) == MAGIC
+        head = file.read(len(MAGIC))
+    single = head == MAGIC
+    if not single and head.startswith(MAGIC[:16]):
+        raise UserError(f"{path} was made by another version of the packer (or its first line is damaged): pack again")
     files = [path] if single else [path, path.with_name(SPLIT_MODEL)]
     if not files[-1].is_file():
         raise UserError(f"{path} is not a one-file artifact, and there is no {files[-1]} beside it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import json
@@ -9,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -223,12 +223,27 @@ def test_packing_proves_reports_and_saves(
     assert pack_artifact.main(verify) == 0 and '"equal": true' in capfd.readouterr().out
 
 
-def test_an_artifact_that_only_evaluates_says_so(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "e.pyz"
-    options = ["--data", str(tiny_data), "--out", str(out)]
-    assert pack(trained, "--specialise", "--eval-only", *options) == 0
-    source = pack_artifact.read_artifact(out).source.decode()
+@pytest.fixture(scope="module")
+def plainly(trained: Path) -> pack_artifact.Gathered:
+    """What the plain pack of that run holds."""
+    return pack_artifact.gather(trained, SOURCE, b"")
+
+
+def arguments(run: Path, data: Path, **others: object) -> argparse.Namespace:
+    return argparse.Namespace(run_dir=run, source=SOURCE, data=data, tokenizer_path=None, **others)
+
+
+def test_an_artifact_that_only_evaluates_says_so(
+    trained: Path, tiny_data: Path, tmp_path: Path, plainly: pack_artifact.Gathered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(trained, tiny_data, eval_only=True)
+    facts = pack_artifact.known_facts(args)
+    found = pack_artifact.gather(trained, SOURCE, b"", facts)
+    source = found.parts.source.decode()
     assert not re.search(r"class (Trainer|Muon|Ema|HessianTap)\b|def (plain_units|collect_hessians)\b", source)
+    monkeypatch.setattr(pack_artifact, "gather", lambda *_: plainly)
+    proof = pack_artifact.prove(args, facts, found)["proof"]
+    assert {"decoded weights", "val_bpb"} <= proof.keys() and not any("toy" in name for name in proof)
     (tmp_path / "train_gpt.py").write_text(source)
     where = {"DATA_PATH": str(tiny_data), "ARTIFACT_DIR": str(tmp_path / "r")}
     done = child(tmp_path / "train_gpt.py", PRESET=str(trained), **where)
@@ -236,33 +251,36 @@ def test_an_artifact_that_only_evaluates_says_so(trained: Path, tiny_data: Path,
     assert pack(trained, "--eval-only") == 2
 
 
-def test_a_specialisation_that_changes_anything_is_not_written(
-    trained: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_specialisation_that_changes_anything_is_not_proven(
+    trained: Path, tiny_data: Path, plainly: pack_artifact.Gathered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = pack_artifact.specialise
+    """The plain program with one number changed stands for a specialiser that has made a mistake."""
+    monkeypatch.setattr(pack_artifact, "gather", lambda *_: plainly)
+    args, text = arguments(trained, tiny_data), plainly.parts.source.decode()
 
-    def wrong(change: Callable[[ast.Module], None]) -> None:
-        def broken(tree: ast.Module, *rest: object) -> ast.Module:
-            change(tree := right(tree, *rest))
-            return tree
+    def refusal(eval_only: bool, old: str, new: str) -> str:
+        assert text.count(old) == 1
+        parts = dataclasses.replace(plainly.parts, source=text.replace(old, new).encode())
+        with pytest.raises(pack_artifact.UserError, match="nothing is written") as caught:
+            pack_artifact.prove(args, facts_of(trained, eval_only), plainly._replace(parts=parts))
+        return str(caught.value)
 
-        monkeypatch.setattr(pack_artifact, "specialise", broken)
-        out = tmp_path / "wrong.pyz"
-        assert pack(trained, "--specialise", "--data", str(tiny_data), "--out", str(out)) == 2 and not out.exists()
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("error: the specialised program") and "nothing is written" in error
+    assert "val_bpb (artifact" in refusal(True, "eps=1e-10", "eps=1e-3")  # AdamW of the adapters
+    muon = str(train_gpt.COEFFICIENTS["polar_express"][0][0])
+    message = refusal(False, muon, "7.")  # the artifact itself scores the same, and only a training tells
+    assert "toy run: model.bin" in message and not re.search(r"(written:|;) val_bpb", message)
+    assert "cannot be proven" in refusal(True, "def load_artifact(", "def unload_artifact(")
 
-    def constant(old: float, new: float) -> Callable[[ast.Module], None]:
-        def change(tree: ast.Module) -> None:
-            hits = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value == old]
-            assert hits
-            for node in hits:
-                node.value = new
 
-        return change
+def test_an_unproven_artifact_is_not_written(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise pack_artifact.UserError("not proven")
 
-    wrong(constant(1e-10, 1e-3))  # AdamW of the adapters: the scores differ
-    wrong(constant(train_gpt.COEFFICIENTS["polar_express"][0][0], 7.0))  # Muon: only the toy training differs
+    monkeypatch.setattr(pack_artifact, "prove", refuse)
+    assert pack(trained, "--specialise", "--out", str(tmp_path / "x.pyz")) == 2
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == "error: not proven\n"
 
 
 def test_specialised_source_is_deterministic(trained: Path, tmp_path: Path) -> None:
