@@ -4,6 +4,7 @@
     python records/verify.py records/track_10min_16mb/<record>              a preset, shrunk to a toy and trained first
     python records/verify.py logs/<RUN_ID> [--data DATA_PATH]               a finished run
     python records/verify.py logs/<RUN_ID>/artifact.pyz --data DATA_PATH    a packed file, judged by its own program
+    python records/verify.py --all                                          every record, each with its verdict.json
 
 What it asks (numbers of the contest's conditions, issue 1017):
   C1  does a score depend on anything but the artifact and what was scored before? The real evaluator runs again and
@@ -446,7 +447,7 @@ def legality(subject: Subject, val: Any, probes: int) -> list[Check]:
     checks = examine(bench, bench.final, f"EVAL={subject.cfg.eval}", probes,
                      NOT_APART.get(subject.cfg.eval, across_documents)(subject))  # fmt: skip
     if bench.packed not in (None, bench.final):
-        checks += examine(bench, bench.packed, "packed forward", 1, across_documents(subject))
+        checks += examine(bench, bench.packed, "packed forward", 1, across_documents(subject), sums=False)
     return checks
 
 
@@ -947,7 +948,8 @@ def print_verdict(verdict: dict[str, Any]) -> None:
 def command_line() -> argparse.ArgumentParser:
     """All options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", type=Path, metavar="TARGET", help="record folder, run folder or packed file")
+    parser.add_argument("target", type=Path, nargs="?", metavar="TARGET", help="record folder, run folder, packed file")
+    parser.add_argument("--all", action="store_true", help="judge every record of every track, writing verdict.json")
     parser.add_argument("--data", type=Path, metavar="DATA_PATH", help="shards (default: DATA_PATH, or the log's)")
     parser.add_argument("--source", type=Path, default=ROOT / "train_gpt.py", help="program (default: the one here)")
     parser.add_argument("--documents", type=int, default=12, metavar="N",
@@ -957,9 +959,9 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str]) -> int:
-    """Entry point; returns the exit status."""
-    args, started = command_line().parse_args(argv), time.perf_counter()
+def judge_target(args: argparse.Namespace) -> int:
+    """Judge what the command line names and print the verdict: 0 legal, 1 not, 2 a wrong input."""
+    started = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(prefix="verify_") as name:
             subject = open_subject(args, Path(name))
@@ -975,8 +977,23 @@ def main(argv: list[str]) -> int:
     print_verdict(verdict)
     if args.out:
         pack_artifact.replace_file(args.out, json.dumps(verdict, indent=1).encode() + b"\n")
-    print("VERDICT " + json.dumps(verdict | {"seconds": round(time.perf_counter() - started, 1)}))
+    print("VERDICT " + json.dumps(verdict | {"seconds": round(time.perf_counter() - started, 1)}), flush=True)
     return 0 if verdict["legal"] else 1
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit status, with --all the worst."""
+    parser = command_line()
+    args = parser.parse_args(argv)
+    if args.all == (args.target is not None):
+        parser.error("give one record folder, run folder or packed file, or --all")
+    if not args.all:
+        return judge_target(args)
+    worst = 0
+    for path in sorted((ROOT / "records").glob("track_*/*/record.env")):
+        args.target, args.out = path.parent, path.with_name("verdict.json")
+        worst = max(worst, judge_target(args))
+    return worst
 
 
 if __name__ == "__main__":
