@@ -270,26 +270,78 @@ class Config:
     adam_eps: float = knob(1e-8, "AdamW epsilon", OPTIM, gt=0)
     grad_clip_norm: float = knob(0.3, "global norm limit of the averaged gradient; 0: none", OPTIM, ge=0)
     average: tuple[str, ...] = knob(
-        ("ema",), "weight average that is evaluated; none: the last iterate", OPTIM, choices=("ema",)
+        ("ema",),
+        "weight average that is evaluated; both: swa over snapshots of ema; none: the last iterate",
+        OPTIM,
+        choices=("ema", "swa"),
     )
     ema_decay: float = knob(0.9965, "decay of the weight average, per step", OPTIM, ge=0, le=1, when="AVERAGE=ema")
+    swa_every: int = knob(50, "steps between snapshots", OPTIM, gt=0, when="AVERAGE=swa")
+    swa_start_scale: float = knob(0.2, "LR multiplier under which snapshots are taken", OPTIM, gt=0, when="AVERAGE=swa")
 
     iterations: int = knob(20_000, "step limit", SCHED, gt=0)
     max_wallclock_seconds: float = knob(600.0, "training budget, seconds; 0: none, schedules follow steps", SCHED, ge=0)
     gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for calibration, seconds", SCHED, ge=0)
     warmup_steps: int = knob(20, "untimed compile warm-up steps per graph, rolled back", SCHED, ge=0)
     warmdown_frac: float = knob(0.75, "last fraction of the run with linear LR decay", SCHED, ge=0, le=1)
+    warmdown_iters: int = knob(
+        0, "steps of linear LR decay at the end, made time by the measured step time; 0: WARMDOWN_FRAC", SCHED, ge=0
+    )
     min_lr: float = knob(0.1, "floor of the LR multiplier", SCHED, ge=0, le=1)
+    qat: str = knob(
+        "none",
+        "how late training sees quantisation; ste: weights on the grid of MATRIX_QUANT, straight-through gradient; "
+        "noise: Gaussian noise of a fraction of the rounding error",
+        SCHED,
+        choices=("none", "ste", "noise"),
+    )
+    late_qat_threshold: float = knob(
+        0.15, "LR multiplier under which the rounding begins; over 1: from the start", SCHED, ge=0, when="QAT=ste"
+    )
+    qat_noise_start_frac: float = knob(
+        0.95, "fraction of the run at which the noise begins", SCHED, ge=0, le=1, when="QAT=noise"
+    )
+    qat_noise_mult: float = knob(0.05, "noise over the rounding error of uniform steps", SCHED, ge=0, when="QAT=noise")
+    qat_noise_every: int = knob(1, "steps from one noisy step to the next", SCHED, gt=0, when="QAT=noise")
+    qat_noise_patterns: tuple[str, ...] = knob(
+        ("attn.k.weight", "attn.o.weight"), "parts of the names of the noisy weights", SCHED, when="QAT=noise"
+    )
     train_log_every: int = knob(500, "steps between log lines", SCHED, gt=0)
     val_loss_every: int = knob(0, "steps between validations; 0: none", SCHED, ge=0)
 
-    matrix_quant: str = knob("gptq", "scheme of the matrices", QUANT, choices=("gptq", "rowwise"))
-    embed_quant: str = knob("gptq", "scheme of the embedding", QUANT, choices=("gptq", "rowwise"))
+    matrix_quant: str = knob(
+        "gptq",
+        "scheme of the matrices; gptq_lite: rounding with a clip search; row_quantile: clip at CLIP_QUANTILE",
+        QUANT,
+        choices=("gptq", "rowwise", "gptq_lite", "row_quantile"),
+    )
+    embed_quant: str = knob(
+        "gptq",
+        "scheme of the embedding and of the hash and value tables (which gptq rounds to nearest)",
+        QUANT,
+        choices=("gptq", "rowwise", "gptq_lite", "row_quantile"),
+    )
     matrix_bits: int = knob(6, "bits of the matrices", QUANT, ge=2, le=8)
     embed_bits: int = knob(7, "bits of the embedding", QUANT, ge=2, le=8)
     attn_clip_sigmas: float = knob(13.0, "clip of q, k, v, o rows, in standard deviations", QUANT, gt=0)
     mlp_clip_sigmas: float = knob(11.5, "clip of up, down rows, in standard deviations", QUANT, gt=0)
     embed_clip_sigmas: float = knob(14.0, "clip of embedding rows, in standard deviations", QUANT, gt=0)
+    clip_quantile: float = knob(
+        0.9999984, "quantile of a row's magnitudes that is its clip", QUANT, gt=0, le=1, when="EMBED_QUANT=row_quantile"
+    )
+    clip_floor: float = knob(
+        0.0,
+        "least clip of a row; 1 as published: rows of small weights share a step",
+        QUANT,
+        ge=0,
+        when="MATRIX_QUANT=gptq_lite|row_quantile",
+    )
+    clip_search_rows: bool = knob(
+        True,
+        "each row has its own best quantile; off: one for a matrix, as published",
+        QUANT,
+        when="MATRIX_QUANT=gptq_lite",
+    )
     gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
     gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
     gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
@@ -309,9 +361,9 @@ class Config:
     quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain", QUANT)
     compressor: str = knob(
         "brotli",
-        "layout and entropy coder of the artifact; pergroup needs the program lrzip",
+        "layout and entropy coder of the artifact; pergroup needs the program lrzip; lzma6: preset 6, as published",
         QUANT,
-        choices=("brotli", "lzma", "pergroup"),
+        choices=("brotli", "lzma", "pergroup", "lzma6"),
     )
 
     eval: str = knob(
@@ -489,6 +541,10 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "CASEOPS_ENABLED": "nothing: a byte sidecar in DATA_PATH is used when it is there",
     "TTT_EVAL_ONLY": "STAGES=eval",
     "EMA_ENABLED": "AVERAGE=ema",
+    "SWA_ENABLED": "AVERAGE=ema,swa (the published snapshots were never used)",
+    "QAT_ENABLED": "QAT=ste with LATE_QAT_THRESHOLD=2",
+    "QAT_NOISE_ENABLED": "QAT=noise",
+    "LZMA_PRESET": "COMPRESSOR=lzma6 (or COMPRESSOR=lzma: preset 9, extreme)",
     "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
     "LQER_ENABLED": "REPAIR=lqer (or REPAIR=none)",
     "LQER_SELECT": "REPAIR=lqer (the tensors of largest error are corrected)",
@@ -2162,6 +2218,11 @@ def lr_multiplier(fraction: float, warmdown_frac: float, floor: float) -> float:
     return max((1 - fraction) / warmdown_frac, floor)
 
 
+def warmdown_share(cfg: Config, fraction: float, step: int) -> float:
+    """Share of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
+    return cfg.warmdown_iters * fraction / max(step, 1) if cfg.warmdown_iters else cfg.warmdown_frac
+
+
 def muon_momentum(step: int, start: float, end: float, ramp_steps: int) -> float:
     """Linear warm-up of the momentum over ramp_steps."""
     return start + (end - start) * min(step / ramp_steps, 1.0) if ramp_steps > 0 else end
@@ -2321,29 +2382,119 @@ class Optimisers:
 
 
 class Ema:
-    """Exponential moving average of the weights, float32, started at the initial weights, without bias correction."""
+    """Exponential moving average of tensors (the live weights), float32, started at their initial values, without bias
+    correction."""
 
-    def __init__(self, cfg: Config, model: nn.Module) -> None:
-        self.decay, self.params = cfg.ema_decay, list(model.parameters())
-        self.shadow = [wide(p.detach()).clone() for p in self.params]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """After an optimiser step."""
-        torch._foreach_lerp_(self.shadow, [wide(p) for p in self.params], 1 - self.decay)
+    def __init__(self, cfg: Config, source: list[Tensor]) -> None:
+        self.decay, self.source = cfg.ema_decay, source
+        self.shadow = [wide(p.detach()).clone() for p in source]
 
     @torch.no_grad()
-    def store(self) -> None:
-        """Put the average into the model."""
-        torch._foreach_copy_(self.params, self.shadow)
+    def update(self, step: int, multiplier: float) -> None:
+        """After optimiser step number `step`, counted from 1, at an LR multiplier."""
+        torch._foreach_lerp_(self.shadow, [wide(p) for p in self.source], 1 - self.decay)
 
 
-AVERAGES = {"ema": Ema}
+class Swa:
+    """Mean of snapshots of tensors, float32: one every SWA_EVERY steps while the LR multiplier is under
+    SWA_START_SCALE (Izmailov et al. 2018). Before the first snapshot, and without any, the tensors themselves."""
+
+    def __init__(self, cfg: Config, source: list[Tensor]) -> None:
+        self.every, self.start, self.source, self.count = cfg.swa_every, cfg.swa_start_scale, source, 0
+        self.shadow = source
+
+    @torch.no_grad()
+    def update(self, step: int, multiplier: float) -> None:
+        """After optimiser step number `step`, counted from 1, at an LR multiplier."""
+        if multiplier >= self.start or step % self.every:
+            return
+        if not self.count:
+            self.shadow = [torch.zeros_like(wide(p.detach())) for p in self.source]
+        self.count += 1
+        torch._foreach_lerp_(self.shadow, [wide(p) for p in self.source], 1 / self.count)
+
+
+AVERAGES = {"ema": Ema, "swa": Swa}  # in this order: each averages what the one before it holds
+
+
+def averages_of(cfg: Config, params: list[Tensor]) -> list[Ema | Swa]:
+    """The chain of averages of AVERAGE; its last `shadow` is what training ends with."""
+    chain: list[Ema | Swa] = []
+    for average in (AVERAGES[name] for name in AVERAGES if name in cfg.average):
+        chain.append(average(cfg, chain[-1].shadow if chain else params))
+    return chain
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
 # | 08 TRAINING                                                                                                        |
 # +--------------------------------------------------------------------------------------------------------------------+
+
+
+class Ste:
+    """Quantisation-aware training: the forward pass sees the weights on the grid that they will be stored on, and their
+    gradient goes straight through to the weights (Bengio et al. 2013). For all that is stored in under 8 bits."""
+
+    def __init__(self, cfg: Config, model: nn.Module) -> None:
+        self.cfg, plan = cfg, quant_plan(cfg)
+        routed = [(p, rule_for(name, plan)) for name, p in model.named_parameters()]
+        self.jobs = [(p, rule) for p, rule in routed if rule.bits < 8 and SCHEMES[rule.scheme].steps is not None]
+        self.params = [p for p, _ in self.jobs]
+
+    def due(self, fraction: float, multiplier: float, step: int) -> bool:
+        """Whether this step trains so."""
+        return multiplier < self.cfg.late_qat_threshold
+
+    @torch.no_grad()
+    def values(self, step: int) -> list[Tensor]:
+        """What the forward pass of a step sees instead of self.params."""
+        return [
+            on_grid(p, SCHEMES[rule.scheme].steps(p, rule, self.cfg).float(), rule.bits).to(p.dtype)
+            for p, rule in self.jobs
+        ]
+
+
+class Noise:
+    """Quantisation-aware training by noise: Gaussian, of a fraction of the rounding error of each row's step, on
+    weights chosen by name, the same on every rank; the optimiser sees the weights without it."""
+
+    def __init__(self, cfg: Config, model: nn.Module) -> None:
+        self.cfg = cfg
+        chosen = {n: p for n, p in model.named_parameters() if any(part in n for part in cfg.qat_noise_patterns)}
+        if not chosen:
+            raise UserError(f"QAT_NOISE_PATTERNS={format_knob(cfg.qat_noise_patterns)} is in no name of a weight")
+        self.params = list(chosen.values())
+
+    def due(self, fraction: float, multiplier: float, step: int) -> bool:
+        """Whether this step trains so."""
+        return fraction >= self.cfg.qat_noise_start_frac and step % self.cfg.qat_noise_every == 0
+
+    @torch.no_grad()
+    def values(self, step: int) -> list[Tensor]:
+        """What the forward pass of a step sees instead of self.params."""
+        cfg, generator = self.cfg, torch.Generator(self.params[0].device)
+        generator.manual_seed(cfg.seed * 2**20 + step)
+        noisy = []
+        for p in self.params:
+            sigma = cfg.qat_noise_mult * sd_steps(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
+            draw = torch.randn(p.shape, generator=generator, device=p.device)
+            noisy.append((p + draw * sigma[:, None]).to(p.dtype))
+        return noisy
+
+
+QATS = {"none": None, "ste": Ste, "noise": Noise}
+
+
+@contextlib.contextmanager
+def displaced(params: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
+    """Within, the parameters hold other values, in place: a compiled graph reads them as it would the weights."""
+    kept = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        torch._foreach_copy_(params, values)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(params, kept)
 
 
 class TrainReport(NamedTuple):
@@ -2361,7 +2512,9 @@ class Trainer:
         self.cfg, self.runtime, self.model, self.metrics = cfg, runtime, model, metrics
         self.forward = compiled(runtime, model)
         self.optimisers = Optimisers(cfg, model, runtime)
-        self.averages = [AVERAGES[name](cfg, model) for name in cfg.average]
+        self.averages = averages_of(cfg, list(model.parameters()))
+        self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
+        self.rounding = self.rounded = False
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
         self.loss, self.noted = torch.zeros((), device=runtime.device), 0
@@ -2369,11 +2522,29 @@ class Trainer:
     def step(self, batches: list[Batch], multiplier: float, step: int) -> None:
         """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss."""
         self.loss = torch.zeros((), device=self.runtime.device)
-        for batch in batches:
-            loss = self.forward(*on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)) / len(batches)
-            loss.backward()
-            self.loss += loss.detach()
+        with displaced(self.qat.params, self.qat.values(step)) if self.rounding else contextlib.nullcontext():
+            for batch in batches:
+                loss = self.forward(*on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)) / len(batches)
+                loss.backward()
+                self.loss += loss.detach()
         self.optimisers.step(multiplier, step)
+
+    def multiplier(self, fraction: float, step: int) -> float:
+        """LR multiplier of a step."""
+        return lr_multiplier(fraction, warmdown_share(self.cfg, fraction, step), self.cfg.min_lr)
+
+    def advance(self, batches: list[Batch], fraction: float, step: int) -> None:
+        """Step number `step` (from 0) of the run with its schedules, and the averages after it."""
+        multiplier, before = self.multiplier(fraction, step), self.rounding
+        self.rounding = self.qat is not None and self.qat.due(fraction, multiplier, step)
+        if self.rounding and not before and not self.rounded:
+            self.runtime.log(
+                f"QAT={self.cfg.qat} on from step {step}, fraction {fraction:.3f}: {len(self.qat.params)} weights"
+            )
+        self.rounded |= self.rounding
+        self.step(batches, multiplier, step)
+        for average in self.averages:
+            average.update(step + 1, multiplier)
 
     def warm_up(self) -> None:
         """Compile every graph and let allocators settle, then take it all back: weights, moments and data order."""
@@ -2415,12 +2586,11 @@ class Trainer:
             f"step {step} train_loss {loss:.4f} {seconds:.1f} s {1e3 * seconds / step:.1f} ms/step "
             f"{tokens / seconds:,.0f} tok/s, about {max(left, 0):.0f} s left"
         )
-        multiplier = lr_multiplier(fraction, self.cfg.warmdown_frac, self.cfg.min_lr)
         self.note(
             {
                 "step": step,
                 "train_loss": loss,
-                "lr_mult": multiplier,
+                "lr_mult": self.multiplier(fraction, step),
                 "seconds": seconds,
                 "looping": self.model.route is self.model.routes[True],
             }
@@ -2431,6 +2601,20 @@ class Trainer:
         if self.metrics is not None:
             with self.metrics.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(record) + "\n")
+
+    def store_average(self) -> None:
+        """Put the weight average into the model."""
+        for average in self.averages:
+            if isinstance(average, Swa):
+                self.runtime.log(f"SWA: {average.count} snapshots")
+                if not average.count:
+                    self.runtime.log(
+                        "WARNING: no step was a multiple of SWA_EVERY with the LR multiplier under "
+                        "SWA_START_SCALE: SWA averages nothing; lower SWA_EVERY or raise SWA_START_SCALE"
+                    )
+        if self.averages:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.model.parameters()), self.averages[-1].shadow)
 
     def run(self, validate: Callable[[], Score]) -> TrainReport:
         """Train; afterwards the model holds the weight average. validate scores the live weights, clock stopped."""
@@ -2452,16 +2636,13 @@ class Trainer:
                     self.model.set_looping(True)
                     clock.expect_change()
                     log(f"looping on at step {step}, fraction {fraction:.3f}: {self.model.route}")
-                self.step(next(batches), lr_multiplier(fraction, cfg.warmdown_frac, cfg.min_lr), step)
-                for average in self.averages:
-                    average.update()
+                self.advance(next(batches), fraction, step)
                 step += 1
                 if step <= 5 or step % min(cfg.train_log_every, 10) == 0:
                     self.report(step, clock.fraction(step), time.perf_counter() - clock.started)
             seconds = clock.read()
         self.report(step, 1.0, seconds)
-        for average in self.averages:
-            average.store()
+        self.store_average()
         self.model.set_looping(loops(cfg))
         log(
             f"training stopped at step {step} after {seconds:.2f} s; weights: {'+'.join(cfg.average) or 'last iterate'}"
@@ -2498,11 +2679,17 @@ class QuantRule(NamedTuple):
     fine: tuple[int, ...] = ()
 
 
+TABLE_SCHEMES = {"gptq": "rowwise"}  # what becomes of tables, which have no input to calibrate on
+
+
 def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
     """The quantisation plan; the first matching rule counts, and the last matches everything."""
     gates = (QuantRule("blocks.*.attn.gate.weight", "int8_row", 8, 0.0),)
     return (
         QuantRule("tok_emb.weight", cfg.embed_quant, cfg.embed_bits, cfg.embed_clip_sigmas),
+        QuantRule(
+            "*.table.weight", TABLE_SCHEMES.get(cfg.embed_quant, cfg.embed_quant), cfg.embed_bits, cfg.embed_clip_sigmas
+        ),
         QuantRule("blocks.*.attn.[qkvo].weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
         QuantRule("blocks.*.mlp.*.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.mlp_clip_sigmas),
         *gates * cfg.gated_attn_quant_gate,
@@ -2600,8 +2787,41 @@ def row_bounds(ids: np.ndarray) -> Tensor:
 
 def row_scales(weight: Tensor, bits: int, clip: float) -> Tensor:
     """SD-clip step of each row, float16: clip * std / (2^(bits-1) - 1), at least the smallest float16 above 0."""
-    steps = clip * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
+    return storable(sd_steps(weight, bits, clip))
+
+
+def storable(steps: Tensor) -> Tensor:
+    """Row steps as float16, at least the smallest one above 0."""
     return steps.half().clamp_min(2.0**-24)
+
+
+def sd_steps(weight: Tensor, bits: int, clip: float) -> Tensor:
+    """Step of each row, float32, of a grid that reaches clip standard deviations."""
+    return clip * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
+
+
+def quantile_steps(weight: Tensor, bits: int, quantile: float, floor: float) -> Tensor:
+    """Step of each row, float32, of a grid that reaches a quantile of its magnitudes, and at least floor."""
+    top, magnitude = 2 ** (bits - 1) - 1, weight.float().abs()
+    clip = magnitude.amax(dim=1) if quantile == 1 else magnitude.quantile(quantile, dim=1)
+    return (clip.clamp_min(floor) / top).clamp_min(2.0**-24)
+
+
+def on_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The weight rounded to the grid with a step (rows,) for each row."""
+    return round_to_grid(weight, scale[:, None], bits) * scale[:, None]
+
+
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+
+
+def searched_scales(weight: Tensor, bits: int, floor: float = 0.0, by_row: bool = True) -> Tensor:
+    """Row steps, float16, of the older clip search ("GPTQ-lite"): clipped at the quantile of a row's magnitudes of
+    least squared error when rounding to nearest, for each row or (by_row off) the same one for a whole matrix."""
+    scales = torch.stack([storable(quantile_steps(weight, bits, q, floor)) for q in CLIP_QUANTILES])
+    errors = torch.stack([(weight - on_grid(weight, s.float(), bits)).square().sum(dim=1) for s in scales])
+    best = (errors if by_row else errors.sum(dim=1, keepdim=True).expand_as(errors)).argmin(dim=0)
+    return scales.gather(0, best[None])[0]
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -2656,11 +2876,12 @@ Parts = dict[str, Tensor]
 
 class Scheme(NamedTuple):
     """encode(weight, hessian, rule, cfg) -> parts, and decode(parts) -> float32 weight. repairable: integers of a
-    matrix, whose error a repair may correct."""
+    matrix, whose error a repair may correct. steps(weight, rule, cfg): row steps of the grid, for QAT."""
 
     encode: Callable[[Tensor, Tensor | None, QuantRule, Config], Parts]
     decode: Callable[[Parts], Tensor]
     repairable: bool = False
+    steps: Callable[[Tensor, QuantRule, Config], Tensor] | None = None
 
 
 def rounded_rows(weight: Tensor, scale: Tensor, bits: int) -> Parts:
@@ -2671,6 +2892,19 @@ def rounded_rows(weight: Tensor, scale: Tensor, bits: int) -> Parts:
 def encode_rowwise(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """Round to nearest with one step per row."""
     return rounded_rows(weight, row_scales(weight, rule.bits, rule.clip), rule.bits)
+
+
+def encode_clip_search(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
+    """Round to nearest with the clip of least squared error ("GPTQ-lite")."""
+    scale = searched_scales(weight.float(), rule.bits, cfg.clip_floor, cfg.clip_search_rows)
+    return rounded_rows(weight, scale, rule.bits)
+
+
+def encode_row_quantile(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
+    """Round to nearest, each row clipped at CLIP_QUANTILE of its magnitudes."""
+    return rounded_rows(
+        weight, storable(quantile_steps(weight, rule.bits, cfg.clip_quantile, cfg.clip_floor)), rule.bits
+    )
 
 
 def encode_int8_row(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
@@ -2710,9 +2944,18 @@ def decode_awq(parts: Parts) -> Tensor:
 
 
 SCHEMES = {
-    "gptq": Scheme(encode_gptq, decode_rows, repairable=True),
+    "gptq": Scheme(encode_gptq, decode_rows, True, lambda w, rule, cfg: row_scales(w, rule.bits, rule.clip)),
     "awq_lite": Scheme(encode_gptq, decode_awq, repairable=True),
-    "rowwise": Scheme(encode_rowwise, decode_rows, repairable=True),
+    "rowwise": Scheme(encode_rowwise, decode_rows, True, lambda w, rule, cfg: row_scales(w, rule.bits, rule.clip)),
+    "gptq_lite": Scheme(
+        encode_clip_search, decode_rows, True, lambda w, rule, cfg: quantile_steps(w, rule.bits, 1.0, cfg.clip_floor)
+    ),
+    "row_quantile": Scheme(
+        encode_row_quantile,
+        decode_rows,
+        True,
+        lambda w, rule, cfg: quantile_steps(w, rule.bits, cfg.clip_quantile, cfg.clip_floor),
+    ),
     "int8_row": Scheme(encode_int8_row, decode_rows),
     "fp16": Scheme(lambda w, hessian, rule, cfg: {"w": w.half()}, lambda parts: parts["w"].float()),
 }
@@ -2963,18 +3206,6 @@ def error_report(cfg: Config, reports: list[TensorReport], parts: dict[str, Part
     return lines
 
 
-def searched_scales(weight: Tensor, bits: int) -> Tensor:
-    """Row steps, float16, of the older clip search ("GPTQ-lite"): every row is clipped at the same quantile of its
-    magnitudes, the one of least squared error when rounding to nearest."""
-    top, best = 2 ** (bits - 1) - 1, (math.inf, torch.empty(0))
-    for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
-        scale = (weight.abs().quantile(q, dim=1) / top).half().clamp_min(2.0**-24)
-        step = scale.float()[:, None]
-        error = (weight - round_to_grid(weight, step, bits) * step).square().sum().item()
-        best = min(best, (error, scale), key=lambda pair: pair[0])
-    return best[1]
-
-
 def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> list[str]:
     """What AWQ-lite, and the clip search on the largest tensor of each class, would cost (bytes at order-0 entropy) and
     gain (Hessian-weighted error over the present one), measured by quantising those tensors again."""
@@ -3054,6 +3285,7 @@ CODERS = {
         need_brotli,
     ),
     "lzma": Coder(lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), lzma.decompress, lambda: None),
+    "lzma6": Coder(lambda raw: lzma.compress(raw, preset=6), lzma.decompress, lambda: None),
     # ZPAQ; -p 1: by default the block size, and so the bytes, depend on the number of processors
     "lrzip": Coder(lambda raw: run_lrzip(raw, "-z", "-L", "9", "-p", "1"), lambda b: run_lrzip(b, "-d"), need_lrzip),
 }
@@ -3101,6 +3333,7 @@ CODECS = {
     "brotli": Codec(1, "brotli", "brotli", ROLES),  # streams of their own: coded side by side on several processors
     "lzma": Codec(2, "lzma"),
     "pergroup": Codec(3, "brotli", "lrzip", ROLES, sorted_rows=ROLES[:2], sort_hidden=True),
+    "lzma6": Codec(4, "lzma6"),
 }
 
 

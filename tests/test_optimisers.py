@@ -269,19 +269,18 @@ def test_forget_returns_to_the_first_step() -> None:
 
 def test_ema_is_the_weighted_sum_of_the_iterates() -> None:
     model = nn.Linear(3, 2, bias=False)
-    ema = train_gpt.Ema(train_gpt.Config(ema_decay=0.75), model)
+    ema = train_gpt.Ema(train_gpt.Config(ema_decay=0.75), [model.weight])
     iterates = [model.weight.detach().clone()]
     for step in range(4):
         with torch.no_grad():
             model.weight.add_(step + 1.0)
-        ema.update()
+        ema.update(step + 1, 1.0)
         iterates.append(model.weight.detach().clone())
     shares = [0.75**4, *(0.25 * 0.75 ** (3 - step) for step in range(4))]
     assert sum(shares) == pytest.approx(1)
-    assert torch.equal(model.weight, iterates[-1])  # the live weights are left alone until store
-    ema.store()
+    assert torch.equal(model.weight, iterates[-1])  # the live weights are left alone
     expected = sum(share * w for share, w in zip(shares, iterates, strict=True))
-    torch.testing.assert_close(model.weight.detach(), expected)
+    torch.testing.assert_close(ema.shadow[0], expected)
 
 
 # The clock
