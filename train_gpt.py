@@ -160,9 +160,9 @@ class Config:
     vocab_size: int = knob(8192, "vocabulary, must equal the tokenizer's", DATA, ge=4, le=65536)
     loader: str = knob(
         "packed_docs",
-        "packed_docs: attention stays inside documents; stream: contiguous rows",
+        "packed_docs: attention stays inside documents; stream: contiguous rows; shuffled: rows in a random order",
         DATA,
-        choices=("packed_docs", "stream"),
+        choices=("packed_docs", "stream", "shuffled"),
     )
     train_batch_tokens: int = knob(786_432, "tokens of an optimiser step, over all ranks", DATA, gt=0)
     batch_slices: int = knob(
@@ -971,6 +971,79 @@ class ShardWalker:
         return np.concatenate(parts)
 
 
+class SequenceDeck:
+    """Sequences of `length` + 1 tokens of some pieces of the training text, each once, shuffled; then anew. Published
+    order (PR 1895): every piece gets a random phase and permutation, which is dealt from its end; the next sequence is
+    of a random piece, by how many each has left.
+    """
+
+    def __init__(self, pieces: list[np.ndarray], length: int, seed: int) -> None:
+        self.pieces, self.length = [piece for piece in pieces if len(piece) > length], length
+        self.rng, self.starts = np.random.Generator(np.random.PCG64(seed)), [np.empty(0, np.int64)]
+
+    def shuffle(self) -> None:
+        """Draw the starts of every piece's sequences, the next one last."""
+        self.starts = []
+        for piece in self.pieces:
+            phase = int(self.rng.integers(min(self.length, len(piece) - self.length)))
+            count = (len(piece) - 1 - phase) // self.length
+            self.starts.append(phase + self.length * self.rng.permutation(count))
+
+    def take(self) -> np.ndarray:
+        """The next sequence, (length + 1,) uint16."""
+        left = np.array([len(starts) for starts in self.starts])
+        if not left.any():
+            self.shuffle()
+            left = np.array([len(starts) for starts in self.starts])
+        i = int(self.rng.choice(len(left), p=left / left.sum()))
+        start, self.starts[i] = self.starts[i][-1], self.starts[i][:-1]
+        return self.pieces[i][start : start + self.length + 1]
+
+
+def walked_spans(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
+    """Of each step the spans of TRAIN_BATCH_TOKENS/BATCH_SLICES + 1 tokens of some slices, in the order of the text."""
+    span = cfg.train_batch_tokens // cfg.batch_slices + 1
+    walker = ShardWalker(list_shards(cfg.data_path, "train"), cfg.vocab_size, LOADERS[cfg.loader].documents)
+    while True:
+        tokens = walker.take(cfg.batch_slices * span).reshape(cfg.batch_slices, span)
+        yield [tokens[j] for j in slices]
+
+
+def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
+    """Of each step the rows (n, TRAIN_SEQ_LEN + 1) of some slices. Slice j deals the shards j, j + BATCH_SLICES, ... from
+    a deck of its own, so with 8 slices it is the published rank j. Too few shards for that are cut into equal pieces.
+    """
+    length, shards = cfg.train_seq_len, [read_shard(path) for path in list_shards(cfg.data_path, "train")]
+    pieces, cuts = [], -(-cfg.batch_slices // len(shards))
+    for shard in shards:
+        edges = [(len(shard) - 1) * i // cuts for i in range(cuts + 1)]  # a piece ends with the first target of the next
+        pieces += [shard[max(a, 0) : b + 1] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    decks = [SequenceDeck(pieces[j :: cfg.batch_slices], length, j) for j in range(cfg.batch_slices)]
+    if not all(deck.pieces for deck in decks):
+        raise UserError(
+            f"DATA_PATH={cfg.data_path}: {len(shards)} training shards, cut for BATCH_SLICES={cfg.batch_slices}, do not "
+            f"give each slice a sequence of TRAIN_SEQ_LEN={length}; lower one of these, or prepare more text"
+        )
+    while True:
+        batches = [
+            np.stack([deck.take() for _ in range(cfg.train_batch_tokens // cfg.batch_slices // length)])
+            for deck in (decks[j] for j in slices)
+        ]
+        highest = max(int(rows.max()) for rows in batches)
+        if highest >= cfg.vocab_size:
+            raise UserError(
+                f"DATA_PATH={cfg.data_path}: token id {highest} is outside VOCAB_SIZE={cfg.vocab_size}; the shards "
+                "were made with another tokenizer"
+            )
+        yield batches
+
+
+def rows_batch(rows: np.ndarray, seq_len: int) -> Batch:
+    """Rows of seq_len + 1 tokens as they are; attention runs across documents."""
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+
+
 def packed_docs_batch(span: np.ndarray, seq_len: int) -> Batch:
     """One row of all tokens; attention stays inside documents, and inside pieces of seq_len of a document."""
     ids = span[:-1]
@@ -989,29 +1062,32 @@ def as_row(tokens: np.ndarray) -> Tensor:
 
 
 class Loader(NamedTuple):
-    """A way to cut the training stream: make a micro-batch of a span; whether documents bound attention."""
+    """A way to cut the training text: each step's tokens of some slices, a micro-batch of those of one slice, and
+    whether documents bound attention."""
 
+    tokens: Callable[[Config, range], Iterator[list[np.ndarray]]]
     batch: Callable[[np.ndarray, int], Batch]
     documents: bool
 
 
-LOADERS = {"packed_docs": Loader(packed_docs_batch, True), "stream": Loader(stream_batch, False)}
+LOADERS = {
+    "packed_docs": Loader(walked_spans, packed_docs_batch, True),
+    "stream": Loader(walked_spans, stream_batch, False),
+    "shuffled": Loader(shuffled_rows, rows_batch, False),
+}
 
 
 def train_batches(cfg: Config, runtime: Runtime) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each optimiser step, for ever, prepared two steps ahead by a thread.
 
-    A step takes BATCH_SLICES spans of n + 1 tokens; span j goes to rank j mod world, so that every world size sees the
-    same tokens per step in the same order.
+    A step has BATCH_SLICES slices; slice j goes to rank j mod world, so that every world size sees the same tokens per
+    step in the same order.
     """
-    loader, slices = LOADERS[cfg.loader], cfg.batch_slices
-    span = cfg.train_batch_tokens // slices + 1
-    walker = ShardWalker(list_shards(cfg.data_path, "train"), cfg.vocab_size, loader.documents)
+    loader, mine = LOADERS[cfg.loader], range(runtime.rank, cfg.batch_slices, runtime.world)
 
     def steps() -> Iterator[list[Batch]]:
-        while True:
-            tokens = walker.take(slices * span).reshape(slices, span)
-            batches = [loader.batch(tokens[j], cfg.train_seq_len) for j in range(runtime.rank, slices, runtime.world)]
+        for parts in loader.tokens(cfg, mine):
+            batches = [loader.batch(tokens, cfg.train_seq_len) for tokens in parts]
             yield [pin(b) for b in batches] if runtime.device.type == "cuda" else batches
 
     return prefetch(steps(), depth=2)
