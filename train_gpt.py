@@ -307,7 +307,7 @@ class Config:
     qat_noise_mult: float = knob(0.05, "noise over the rounding error of uniform steps", SCHED, ge=0, when="QAT=noise")
     qat_noise_every: int = knob(1, "steps from one noisy step to the next", SCHED, gt=0, when="QAT=noise")
     qat_noise_patterns: tuple[str, ...] = knob(
-        ("attn.k.weight", "attn.o.weight"), "parts of the names of the noisy weights", SCHED, when="QAT=noise"
+        ("attn.k.weight", "attn.o.weight"), "parts or globs of the names of the noisy weights", SCHED, when="QAT=noise"
     )
     train_log_every: int = knob(500, "steps between log lines", SCHED, gt=0)
     val_loss_every: int = knob(0, "steps between validations; 0: none", SCHED, ge=0)
@@ -320,12 +320,28 @@ class Config:
     )
     embed_quant: str = knob(
         "gptq",
-        "scheme of the embedding and of the hash and value tables (which gptq rounds to nearest)",
+        "scheme of the embedding and of the hash and value tables (which gptq rounds to nearest); gptq_freqsplit: more "
+        "bits for frequent tokens",
         QUANT,
-        choices=("gptq", "rowwise", "gptq_lite", "row_quantile"),
+        choices=("gptq", "gptq_freqsplit", "rowwise", "gptq_lite", "row_quantile"),
     )
     matrix_bits: int = knob(6, "bits of the matrices", QUANT, ge=2, le=8)
+    matrix_bits_overrides: tuple[str, ...] = knob(
+        (), "other bits of some matrices: part or glob of a name, colon, bits; the first that fits counts", QUANT
+    )
     embed_bits: int = knob(7, "bits of the embedding", QUANT, ge=2, le=8)
+    embed_topk: int = knob(4025, "frequent tokens", QUANT, ge=1, when="EMBED_QUANT=gptq_freqsplit")
+    embed_top_bits: int = knob(8, "bits of their rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
+    embed_tail_bits: int = knob(7, "bits of the other rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
+    embed_freq_tokens: int = knob(
+        100_000_000, "first training tokens that are counted; 0: all", QUANT, ge=0, when="EMBED_QUANT=gptq_freqsplit"
+    )
+    rotate: str = knob(
+        "none",
+        "hadamard_vo: rotate each head's values before quantisation, and its output weights back",
+        QUANT,
+        choices=("none", "hadamard_vo"),
+    )
     attn_clip_sigmas: float = knob(13.0, "clip of q, k, v, o rows, in standard deviations", QUANT, gt=0)
     mlp_clip_sigmas: float = knob(11.5, "clip of up, down rows, in standard deviations", QUANT, gt=0)
     embed_clip_sigmas: float = knob(14.0, "clip of embedding rows, in standard deviations", QUANT, gt=0)
@@ -419,7 +435,10 @@ class Config:
     ttt_chunk_tokens: int = knob(
         32_768, "targets scored, then learnt, at a time", TTT, gt=0, when="EVAL=chunk_sgd|slot"
     )
-    ttt_epochs: int = knob(3, "SGD steps per chunk, each over the whole chunk", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_epochs: int = knob(3, "passes of SGD over a chunk", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_batch_seqs: int = knob(
+        0, "sequences of an SGD step, over all ranks; 0: the whole chunk", TTT, ge=0, when="EVAL=chunk_sgd|slot"
+    )
     ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", TTT, ge=0, when="EVAL=chunk_sgd|slot")
     ttt_momentum: float = knob(
         0.9, "momentum of chunk SGD, kept from chunk to chunk", TTT, ge=0, le=1, when="EVAL=chunk_sgd|slot"
@@ -430,6 +449,9 @@ class Config:
         "weights that chunk SGD trains: all, scalar (gains, gates, scales), or globs or parts of names, such as mlp",
         TTT,
         when="EVAL=chunk_sgd|slot",
+    )
+    gdn_ttt_lr_mult: float = knob(
+        1.0, "factor on TTT_LR for A_log, dt_bias, ba and taps of delta layers", TTT, ge=0, when="EVAL=chunk_sgd|slot"
     )
     slot_lr: float = knob(0.003, "learning rate of the fitted shift of the hidden state", TTT, ge=0, when="EVAL=slot")
     slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", TTT, ge=1, when="EVAL=slot")
@@ -531,6 +553,18 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
         "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is under EVAL_SEQ_LEN={c.eval_seq_len}: no sequence fits to learn from",
     ),
+    (
+        lambda c: any(not re.fullmatch(r"[^:]+:\s*[2-8]", item) for item in c.matrix_bits_overrides),
+        "MATRIX_BITS_OVERRIDES={c.matrix_bits_overrides} must be parts of names with 2 to 8 bits, as attn.o.weight:7",
+    ),
+    (
+        lambda c: c.rotate == "hadamard_vo" and (c.model_dim // c.num_heads).bit_count() != 1,
+        "ROTATE=hadamard_vo needs MODEL_DIM/NUM_HEADS to be a power of two; say ROTATE=none",
+    ),
+    (
+        lambda c: c.rotate == "hadamard_vo" and "value_embed" in c.attn_extras,
+        "ROTATE=hadamard_vo would not turn what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
+    ),
     (lambda c: not c.ttt_trainable, "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0"),
 )
 
@@ -554,11 +588,11 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "MATRIX_CLIP_SIGMAS": "ATTN_CLIP_SIGMAS and MLP_CLIP_SIGMAS",
     "SLOT_ENABLED": "EVAL=slot (as published: with SLOT_CAUSAL=0 and ALLOW_NONCAUSAL=1)",
     "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
-    "TTT_BATCH_SEQS": "nothing: a step of chunk SGD takes the whole chunk, BATCH_SLICES parts at a time",
     "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
     "VALUE_RESIDUAL": "ATTN_EXTRAS=xsa,value_residual",
     "VE_ENABLED": "ATTN_EXTRAS=xsa,value_embed",
     "GATED_ATTENTION": "ATTN_GATE=dense_bias",
+    "HADAMARD_VO_ROTATE": "ROTATE=hadamard_vo",
 }
 
 
@@ -1010,19 +1044,21 @@ def walked_spans(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
 
 
 def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
-    """Of each step the rows (n, TRAIN_SEQ_LEN + 1) of some slices. Slice j deals the shards j, j + BATCH_SLICES, ... from
-    a deck of its own, so with 8 slices it is the published rank j. Too few shards for that are cut into equal pieces.
+    """Of each step the rows (n, TRAIN_SEQ_LEN + 1) of some slices.
+
+    Slice j deals the shards j, j + BATCH_SLICES, ... from a deck of its own: with 8 slices it is the published rank j.
+    Shards that are too few for that are cut into equal pieces, each of which ends with the next one's first token.
     """
     length, shards = cfg.train_seq_len, [read_shard(path) for path in list_shards(cfg.data_path, "train")]
     pieces, cuts = [], -(-cfg.batch_slices // len(shards))
     for shard in shards:
-        edges = [(len(shard) - 1) * i // cuts for i in range(cuts + 1)]  # a piece ends with the first target of the next
+        edges = [(len(shard) - 1) * i // cuts for i in range(cuts + 1)]
         pieces += [shard[max(a, 0) : b + 1] for a, b in zip(edges[:-1], edges[1:], strict=True)]
     decks = [SequenceDeck(pieces[j :: cfg.batch_slices], length, j) for j in range(cfg.batch_slices)]
     if not all(deck.pieces for deck in decks):
         raise UserError(
-            f"DATA_PATH={cfg.data_path}: {len(shards)} training shards, cut for BATCH_SLICES={cfg.batch_slices}, do not "
-            f"give each slice a sequence of TRAIN_SEQ_LEN={length}; lower one of these, or prepare more text"
+            f"DATA_PATH={cfg.data_path}: {len(shards)} training shards do not give each of BATCH_SLICES="
+            f"{cfg.batch_slices} a sequence of TRAIN_SEQ_LEN={length}; lower one of these, or prepare more text"
         )
     while True:
         batches = [
@@ -2570,9 +2606,10 @@ class Noise:
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
-        chosen = {n: p for n, p in model.named_parameters() if any(part in n for part in cfg.qat_noise_patterns)}
+        matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
+        chosen = {n: p for n, p in matrices.items() if any(named(n, word) for word in cfg.qat_noise_patterns)}
         if not chosen:
-            raise UserError(f"QAT_NOISE_PATTERNS={format_knob(cfg.qat_noise_patterns)} is in no name of a weight")
+            raise UserError(f"QAT_NOISE_PATTERNS={format_knob(cfg.qat_noise_patterns)} is in no name of a matrix")
         self.params = list(chosen.values())
 
     def due(self, fraction: float, multiplier: float, step: int) -> bool:
@@ -2780,29 +2817,39 @@ def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple
 
 
 class QuantRule(NamedTuple):
-    """How tensors whose name matches a glob pattern are stored: scheme, bits, clip in row standard deviations, and the
-    first columns of the groups that AWQ-lite gives more bits."""
+    """How tensors whose name matches a glob pattern are stored: scheme, bits, clip in row standard deviations, the
+    first columns of the groups that AWQ-lite gives more bits, the rows that gptq_freqsplit gives more, and a further
+    part or glob of the name."""
 
     pattern: str
     scheme: str
     bits: int
     clip: float
     fine: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+    part: str = ""
 
 
-TABLE_SCHEMES = {"gptq": "rowwise"}  # what becomes of tables, which have no input to calibrate on
+# What becomes of tables, which have no input to calibrate on
+TABLE_SCHEMES = {"gptq": "rowwise", "gptq_freqsplit": "rowwise"}
 
 
 def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
     """The quantisation plan; the first matching rule counts, and the last matches everything."""
     gates = (QuantRule("blocks.*.attn.gate.weight", "int8_row", 8, 0.0),)
+    matrices = (
+        QuantRule("blocks.*.attn.[qkvoz].weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
+        QuantRule("blocks.*.attn.qkv.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
+        QuantRule("blocks.*.mlp.*.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.mlp_clip_sigmas),
+    )
+    embed_bits = {"gptq_freqsplit": cfg.embed_tail_bits}.get(cfg.embed_quant, cfg.embed_bits)
     return (
-        QuantRule("tok_emb.weight", cfg.embed_quant, cfg.embed_bits, cfg.embed_clip_sigmas),
+        QuantRule("tok_emb.weight", cfg.embed_quant, embed_bits, cfg.embed_clip_sigmas),
         QuantRule(
             "*.table.weight", TABLE_SCHEMES.get(cfg.embed_quant, cfg.embed_quant), cfg.embed_bits, cfg.embed_clip_sigmas
         ),
-        QuantRule("blocks.*.attn.[qkvo].weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
-        QuantRule("blocks.*.mlp.*.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.mlp_clip_sigmas),
+        *(rule._replace(part=part, bits=bits) for part, bits in bits_overrides(cfg) for rule in matrices),
+        *matrices,
         *gates * cfg.gated_attn_quant_gate,
         QuantRule("*", "fp16", 16, 0.0),
     )
@@ -2810,7 +2857,18 @@ def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
 
 def rule_for(name: str, plan: tuple[QuantRule, ...]) -> QuantRule:
     """The first rule that matches a tensor's name."""
-    return next(rule for rule in plan if fnmatch.fnmatchcase(name, rule.pattern))
+    return next(rule for rule in plan if fnmatch.fnmatchcase(name, rule.pattern) and named(name, rule.part))
+
+
+def named(name: str, word: str) -> bool:
+    """Whether a knob's word means a tensor: it is part of its name, or a glob of the whole."""
+    return word in name or fnmatch.fnmatchcase(name, word)
+
+
+def bits_overrides(cfg: Config) -> list[tuple[str, int]]:
+    """(part or glob of a name, bits) of MATRIX_BITS_OVERRIDES."""
+    pairs = (item.rpartition(":") for item in cfg.matrix_bits_overrides)
+    return [(part.strip(), int(bits)) for part, _, bits in pairs]
 
 
 FINER = {"gptq": "awq_lite"}  # scheme -> the same with more bits for some columns
@@ -2830,10 +2888,15 @@ def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
     return (hessian.diagonal().double() / count).sqrt() * weight.double().abs().mean(dim=0)
 
 
-def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> tuple[QuantRule, ...]:
-    """quant_plan after AWQ-lite's choice: a rule of its own for each tensor that holds one of the
-    AWQ_LITE_GROUP_TOP_K most salient groups of contiguous columns."""
-    plan, size, groups, chosen = quant_plan(cfg), cfg.awq_lite_group_size, [], {}
+def refined_plan(
+    cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor], counts: Tensor | None = None
+) -> tuple[QuantRule, ...]:
+    """quant_plan with the embedding's EMBED_TOPK most frequent rows (of equal ones the first), where tokens were
+    counted; and after AWQ-lite's choice: a rule of its own for each tensor that holds one of the AWQ_LITE_GROUP_TOP_K
+    most salient groups of contiguous columns."""
+    (embedding, *others), size, groups, chosen = quant_plan(cfg), cfg.awq_lite_group_size, [], {}
+    order = [] if counts is None else counts.sort(descending=True, stable=True).indices.tolist()
+    plan = (embedding._replace(rows=tuple(order[: cfg.embed_topk])), *others)
     for name in sorted(state.keys() & hessians.keys()) * cfg.awq_lite_enabled:
         rule = rule_for(name, plan)
         if rule.scheme in FINER and rule.bits < cfg.awq_lite_bits:
@@ -2848,10 +2911,17 @@ def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tens
 class HessianTap:
     """Accumulates X^T X (float32) of the inputs of every matrix, keyed by the weight's name: a taps listener.
 
-    q, k and v share their input, so they share one Hessian; looped layers sum over their passes.
+    q, k and v share their input, so they share one Hessian (in a delta layer qkv and z); looped layers sum over their
+    passes.
     """
 
-    SITES = {"q": ("attn.q", "attn.k", "attn.v"), "o": ("attn.o",), "up": ("mlp.up",), "down": ("mlp.down",)}
+    SITES = {
+        "q": ("attn.q", "attn.k", "attn.v"),
+        "qkv": ("attn.qkv", "attn.z"),
+        "o": ("attn.o",),
+        "up": ("mlp.up",),
+        "down": ("mlp.down",),
+    }
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, int], Tensor] = {}
@@ -2890,13 +2960,24 @@ def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> dict[str, Ten
     return tap.hessians(cfg.gptq_calibration_batches, runtime)
 
 
+def token_counts(cfg: Config, runtime: Runtime) -> Tensor:
+    """How often each id occurs in the first EMBED_FREQ_TOKENS training tokens, (V,) int64, counted by all ranks."""
+    counts, left = np.zeros(cfg.vocab_size, np.int64), cfg.embed_freq_tokens or sys.maxsize
+    for path in list_shards(cfg.data_path, "train"):
+        tokens = read_shard(path)[:left]
+        left -= len(tokens)
+        cuts = [len(tokens) * rank // runtime.world for rank in (runtime.rank, runtime.rank + 1)]
+        counts += np.bincount(tokens[slice(*cuts)], minlength=cfg.vocab_size)
+    return runtime.sum_(torch.from_numpy(counts))
+
+
 def row_bounds(ids: np.ndarray) -> Tensor:
     """Padded segment boundaries of rows (B, T): every row start and every document start, over B*T flattened tokens."""
     starts = np.union1d(np.flatnonzero(ids.reshape(-1) == BOS_ID), np.arange(0, ids.size, ids.shape[1]))
     return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, 0)))
 
 
-def row_scales(weight: Tensor, bits: int, clip: float) -> Tensor:
+def row_scales(weight: Tensor, bits: int | Tensor, clip: float) -> Tensor:
     """SD-clip step of each row, float16: clip * std / (2^(bits-1) - 1), at least the smallest float16 above 0."""
     return storable(sd_steps(weight, bits, clip))
 
@@ -2906,7 +2987,7 @@ def storable(steps: Tensor) -> Tensor:
     return steps.half().clamp_min(2.0**-24)
 
 
-def sd_steps(weight: Tensor, bits: int, clip: float) -> Tensor:
+def sd_steps(weight: Tensor, bits: int | Tensor, clip: float) -> Tensor:
     """Step of each row, float32, of a grid that reaches clip standard deviations."""
     return clip * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
 
@@ -2935,7 +3016,7 @@ def searched_scales(weight: Tensor, bits: int, floor: float = 0.0, by_row: bool 
     return scales.gather(0, best[None])[0]
 
 
-def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def round_to_grid(weight: Tensor, scale: Tensor, bits: int | Tensor) -> Tensor:
     """Nearest integer level within +-(2^(bits-1) - 1), as float32."""
     top = 2 ** (bits - 1) - 1
     return torch.clamp(torch.round(weight / scale), -top, top)
@@ -2950,12 +3031,19 @@ class Fine(NamedTuple):
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, damp: float, blocksize: int, fine: Fine | None = None
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    bits: int | Tensor,
+    damp: float,
+    blocksize: int,
+    fine: Fine | None = None,
 ) -> Tensor:
     """Integers (rows, cols) int8 of GPTQ with activation order (Frantar et al. 2023).
 
-    weight (rows, cols) float32, hessian (cols, cols), scale (rows,). Columns go in order of falling diagonal; the
-    rounding error of each is spread over the later ones through the Cholesky factor of the inverse Hessian.
+    weight (rows, cols) float32, hessian (cols, cols), scale (rows,), bits of all rows or (rows,). Columns go in order
+    of falling diagonal; the rounding error of each is spread over the later ones through the Cholesky factor of the
+    inverse Hessian.
     """
     H = hessian.float().clone()
     diagonal = H.diagonal()
@@ -2987,12 +3075,15 @@ Parts = dict[str, Tensor]
 
 class Scheme(NamedTuple):
     """encode(weight, hessian, rule, cfg) -> parts, and decode(parts) -> float32 weight. repairable: integers of a
-    matrix, whose error a repair may correct. steps(weight, rule, cfg): row steps of the grid, for QAT."""
+    matrix, whose error a repair may correct. steps(weight, rule, cfg): row steps of the grid, for QAT. hessian, counts:
+    what calibration has to collect for it."""
 
     encode: Callable[[Tensor, Tensor | None, QuantRule, Config], Parts]
     decode: Callable[[Parts], Tensor]
     repairable: bool = False
     steps: Callable[[Tensor, QuantRule, Config], Tensor] | None = None
+    hessian: bool = False
+    counts: bool = False
 
 
 def rounded_rows(weight: Tensor, scale: Tensor, bits: int) -> Parts:
@@ -3036,6 +3127,16 @@ def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Co
     return {"q": q, "s": scale} | extra
 
 
+def encode_freqsplit(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
+    """GPTQ with EMBED_TOP_BITS for the rows of frequent tokens; the row's step says to the decoder all it needs."""
+    if hessian is None or not rule.rows:
+        raise UserError("EMBED_QUANT=gptq_freqsplit has no Hessian or token counts; run STAGES=train,... again with it")
+    bits = torch.full((len(weight),), rule.bits, device=weight.device)
+    bits[list(rule.rows)] = cfg.embed_top_bits
+    scale = row_scales(weight, bits, rule.clip)
+    return {"q": gptq(weight, hessian, scale, bits, cfg.gptq_damp, cfg.gptq_blocksize), "s": scale}
+
+
 def fine_columns(groups: Tensor, cols: int) -> Tensor:
     """Column indices of AWQ-lite's groups, given as [columns of a group, first column, first column ...]."""
     size, *starts = groups.tolist()
@@ -3055,7 +3156,8 @@ def decode_awq(parts: Parts) -> Tensor:
 
 
 SCHEMES = {
-    "gptq": Scheme(encode_gptq, decode_rows, True, lambda w, rule, cfg: row_scales(w, rule.bits, rule.clip)),
+    "gptq": Scheme(encode_gptq, decode_rows, True, lambda w, rule, cfg: row_scales(w, rule.bits, rule.clip), True),
+    "gptq_freqsplit": Scheme(encode_freqsplit, decode_rows, True, hessian=True, counts=True),
     "awq_lite": Scheme(encode_gptq, decode_awq, repairable=True),
     "rowwise": Scheme(encode_rowwise, decode_rows, True, lambda w, rule, cfg: row_scales(w, rule.bits, rule.clip)),
     "gptq_lite": Scheme(
@@ -3168,12 +3270,19 @@ def share(runtime: Runtime, what: str, jobs: list[str], work: Callable[[str], di
     return runtime.gather(done)
 
 
-def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> dict[str, Parts]:
-    """'name:scheme' (or 'name:scheme+repair') -> parts of every tensor, on the CPU; the work is shared out by cost."""
+def quantize(
+    cfg: Config,
+    runtime: Runtime,
+    state: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+    counts: Tensor | None = None,
+) -> dict[str, Parts]:
+    """'name:scheme' (or 'name:scheme+repair') -> parts of every tensor, on the CPU; the work is shared out by cost.
+    counts: of the tokens, where a scheme asks for them."""
     bad = [name for name, w in state.items() if not torch.isfinite(w).all()]
     if bad:
         raise FloatingPointError(f"{bad[0]} holds values that are not finite; train again")
-    plan, device = refined_plan(cfg, state, hessians), runtime.device
+    plan, device = refined_plan(cfg, state, hessians, counts), runtime.device
 
     def encode(name: str) -> dict[str, Parts]:
         rule = rule_for(name, plan)
@@ -3234,6 +3343,40 @@ def sort_hidden(
         if down in hessians:
             hessians[down] = hessians[down][rows][:, rows]
     return state, hessians
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's orthogonal matrix of a power of two, symmetric, float64."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    return matrix / math.sqrt(size)
+
+
+def rotate_values(
+    cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same function with every head's values turned by a Hadamard matrix, which spreads outliers, and the columns
+    of `o` turned with them.
+
+    An output is a sum of values, so it turns too; XSA and value_residual see dot products and sums of values, gates and
+    sink a number per head. Done after calibration, so the Hessians of `o` turn as its inputs would. New dicts.
+    """
+    state, hessians, R = dict(state), dict(hessians), hadamard(cfg.model_dim // cfg.num_heads)
+
+    def turned(x: Tensor) -> Tensor:
+        """x with each head's block of columns times R."""
+        return (x.double().unflatten(-1, (-1, len(R))) @ R).flatten(-2).to(x.dtype)
+
+    for v in [name for name in state if fnmatch.fnmatchcase(name, "blocks.*.attn.v.weight")]:
+        o = v.replace(".v.", ".o.")
+        state[v], state[o] = turned(state[v].T).T.contiguous(), turned(state[o])
+        if o in hessians:
+            hessians[o] = turned(turned(hessians[o]).T)
+    return state, hessians
+
+
+ROTATIONS = {"none": lambda cfg, state, hessians: (state, hessians), "hadamard_vo": rotate_values}
 
 
 class TensorReport(NamedTuple):
@@ -3303,9 +3446,10 @@ def error_report(cfg: Config, reports: list[TensorReport], parts: dict[str, Part
     for rule in plan:
         mine = [r for r in reports if rule_for(r.name, plan) is rule]
         total = [sum(getattr(r, field) for r in mine) for field in TensorReport._fields[2:]]
+        label = rule.part or rule.pattern
         if mine:
             lines.append(
-                f"  {rule.pattern:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(mine):3} tensors "
+                f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(mine):3} tensors "
                 f"{total[0]:>11,} weights  relative error {ratio(total[1], total[2]):.3e}  weighted "
                 f"{ratio(total[3], total[4]):.3e}  {total[5]:,} bytes raw, {total[6]:,} at entropy"
             )
@@ -4238,16 +4382,16 @@ def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that TTT_TRAINABLE selects; UserError for a word that selects none."""
     names, chosen = dict(model.named_parameters()), set()
 
-    def named(word: str) -> set[str]:
+    def matching(word: str) -> set[str]:
         """Parameters with the word in their name, or whose name the glob matches."""
-        return {name for name in names if word in name or fnmatch.fnmatchcase(name, word)}
+        return {name for name in names if named(name, word)}
 
     def scalars(word: str) -> set[str]:
         """What SCALAR_LR trains."""
         return {n for row, params in route_parameters(model) if row.lr == "scalar_lr" for n in params}
 
     for word in cfg.ttt_trainable:
-        hits = {"all": lambda word: set(names), "scalar": scalars}.get(word, named)(word)
+        hits = {"all": lambda word: set(names), "scalar": scalars}.get(word, matching)(word)
         if not hits:
             some = ", ".join(sorted({re.sub(r"\d+", "*", name) for name in names}))
             raise UserError(f"TTT_TRAINABLE={word} matches no weight; say all, scalar, or parts or globs of: {some}")
@@ -4274,11 +4418,15 @@ class ChunkSgd:
         self.cfg, self.runtime, self.tokens, self.model = cfg, runtime, val.tokens, masters(model)
         self.num_chunks = -(-(len(val.tokens) - 1) // cfg.ttt_chunk_tokens)
         self.model.requires_grad_(False)
-        self.params = list(trainable(cfg, self.model).values())
+        chosen = trainable(cfg, self.model)
+        self.params = list(chosen.values())
         self.grads = torch.zeros(sum(p.numel() for p in self.params), dtype=self.params[0].dtype, device=runtime.device)
         for p, grad in zip(self.params, self.grads.split([p.numel() for p in self.params]), strict=True):
             p.requires_grad_(True).grad = grad.view_as(p)
-        self.optimiser = torch.optim.SGD(self.params, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
+        slow = {n: p for n, p in chosen.items() if re.search(r"attn\.(A_log|dt_bias|ba\.|taps)", n)}
+        groups = [([p for n, p in chosen.items() if n not in slow], 1.0), (list(slow.values()), cfg.gdn_ttt_lr_mult)]
+        rated = [{"params": params, "factor": factor} for params, factor in groups if params]
+        self.optimiser = torch.optim.SGD(rated, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         self.scorer = scorer(cfg, runtime, self.model)
 
     def warm_up(self) -> None:
@@ -4301,14 +4449,16 @@ class ChunkSgd:
         return self.scorer.score(unit) if len(unit.rows) else torch.empty(unit.ids.shape)
 
     def learn(self, unit: Unit, nll: Tensor) -> None:
-        """TTT_EPOCHS steps on the unit's span; momentum stays from chunk to chunk, the rate falls as a cosine."""
+        """TTT_EPOCHS passes over the unit's span; momentum stays from chunk to chunk, the rate falls as a cosine."""
         if not unit.span:
             return
         cfg, chunk = self.cfg, (unit.span.start - 1) // self.cfg.ttt_chunk_tokens
         rate = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / (self.num_chunks - 1)))
-        self.optimiser.param_groups[0]["lr"] = rate
-        for _ in range(cfg.ttt_epochs):
-            self.gradient(unit.span)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["factor"]
+        span, width = unit.span, cfg.ttt_batch_seqs * cfg.eval_seq_len or len(unit.span)
+        for start in [*range(span.start, span.stop, width)] * cfg.ttt_epochs:
+            self.gradient(range(start, min(start + width, span.stop)))
             if cfg.ttt_grad_clip > 0:
                 self.grads.mul_((cfg.ttt_grad_clip / (self.grads.norm() + 1e-6)).clamp(max=1.0))
             self.optimiser.step()
@@ -4422,8 +4572,8 @@ def adapt_chunks(
     """Score sliding windows chunk by chunk, with SGD on each chunk once it is scored. The model is left as it was."""
     learner, made = ChunkSgd(cfg, runtime, model, val, scorer), units(cfg, runtime, val)
     runtime.log(
-        f"chunk SGD: {learner.num_chunks} chunks of {cfg.ttt_chunk_tokens} targets, {cfg.ttt_epochs} steps on each but "
-        f"the last, {learner.grads.numel():,} weights in {len(learner.params)} tensors"
+        f"chunk SGD: {learner.num_chunks} chunks of {cfg.ttt_chunk_tokens} targets, {cfg.ttt_epochs} passes over each "
+        f"but the last, {learner.grads.numel():,} weights in {len(learner.params)} tensors"
     )
     learner.warm_up()
     meter = ByteMeter(val, runtime, cfg.allow_noncausal)
@@ -4537,9 +4687,11 @@ class Run:
                 "TIED_EMBED_LR or SCALAR_LR"
             )
         self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
-        hessians = collect_hessians(cfg, runtime, model) if "gptq" in (cfg.matrix_quant, cfg.embed_quant) else {}
+        schemes = [SCHEMES[name] for name in (cfg.matrix_quant, cfg.embed_quant)]
+        hessians = collect_hessians(cfg, runtime, model) if any(scheme.hessian for scheme in schemes) else {}
+        counted = {"token_counts": token_counts(cfg, runtime)} if any(scheme.counts for scheme in schemes) else {}
         seconds = trainer.clock.read()
-        self.save("hessians.pt", hessians)
+        self.save("hessians.pt", hessians | counted)
         self.log(f"calibration: {len(hessians)} Hessians, {seconds - report.seconds:.2f} s, inside the training budget")
         if 0 < cfg.max_wallclock_seconds < seconds:
             self.log(
@@ -4557,9 +4709,11 @@ class Run:
         state = self.load("model.pt")["model"]
         fill_model(self.model(), state, str(self.folder / "model.pt"))
         hessians = self.load("hessians.pt")
+        counts = hessians.pop("token_counts", None)
+        state, hessians = ROTATIONS[cfg.rotate](cfg, state, hessians)
         if CODECS[cfg.compressor].sort_hidden:
             state, hessians = sort_hidden(cfg, runtime, state, hessians)
-        parts = quantize(cfg, runtime, state, hessians)
+        parts = quantize(cfg, runtime, state, hessians, counts)
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
             self.report_errors(state, hessians, parts)
@@ -4622,11 +4776,17 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
     lines += [f"  of them not trained: {len(frozen)} tensors, {sum(frozen):,} weights"] * bool(frozen)
     lines.append("quantisation plan:")
     plan, tensors = quant_plan(cfg), model.state_dict()
+    for part, _ in bits_overrides(cfg):
+        if not any(rule_for(name, plan).part == part for name in tensors):
+            raise UserError(f"MATRIX_BITS_OVERRIDES={part} is in no name of a matrix (or of none that is left for it)")
     for rule in plan:
         matched = [t for name, t in tensors.items() if rule_for(name, plan) is rule]
+        if rule.part and not matched:
+            continue
         size = sum(t.numel() * rule.bits / 8 + (2 * t.size(0) if rule.clip else 0) for t in matched)
+        label = rule.part or rule.pattern
         lines.append(
-            f"  {rule.pattern:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(matched):3} tensors "
+            f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(matched):3} tensors "
             f"{size:>12,.0f} bytes before entropy coding"
         )
     return "\n".join(lines)

@@ -168,7 +168,7 @@ def test_text_becomes_the_annotated_type(name: str, text: str, value: object) ->
         ("MATRIX_LR", "fast"),
         ("SMEAR_BOS_MASK", "true"),
         ("SMEAR_BOS_MASK", "yes"),
-        ("LOADER", "shuffled"),
+        ("LOADER", "shuffle"),
         ("STAGES", "train,test"),
         ("ATTN_EXTRAS", "xsa,sink"),
         ("VE_LAYERS", "9,last"),
