@@ -958,6 +958,15 @@ class Batch(NamedTuple):
         return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
 
 
+def check_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
+    """UserError for training tokens of another vocabulary."""
+    if tokens.size and tokens.max() >= vocab_size:
+        raise UserError(
+            f"{where}: token id {tokens.max()} is outside VOCAB_SIZE={vocab_size}; the shards were made with another "
+            "tokenizer"
+        )
+
+
 class ShardWalker:
     """A cursor over the training shards, in order, again from the first after the last: no randomness.
 
@@ -977,11 +986,7 @@ class ShardWalker:
         self.index = (self.index + 1) % len(self.paths)
         path = self.paths[self.index]
         self.tokens = np.array(read_shard(path))
-        if len(self.tokens) and self.tokens.max() >= self.vocab_size:
-            raise UserError(
-                f"{path}: token id {self.tokens.max()} is outside VOCAB_SIZE={self.vocab_size}; the shards were "
-                "made with another tokenizer"
-            )
+        check_ids(self.tokens, self.vocab_size, path)
         starts = np.flatnonzero(self.tokens == BOS_ID)
         self.position = int(starts[0]) if self.whole_docs and len(starts) else 0
 
@@ -1065,12 +1070,7 @@ def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
             np.stack([deck.take() for _ in range(cfg.train_batch_tokens // cfg.batch_slices // length)])
             for deck in (decks[j] for j in slices)
         ]
-        highest = max(int(rows.max()) for rows in batches)
-        if highest >= cfg.vocab_size:
-            raise UserError(
-                f"DATA_PATH={cfg.data_path}: token id {highest} is outside VOCAB_SIZE={cfg.vocab_size}; the shards "
-                "were made with another tokenizer"
-            )
+        check_ids(np.concatenate(batches), cfg.vocab_size, f"DATA_PATH={cfg.data_path}")
         yield batches
 
 
@@ -2871,6 +2871,7 @@ def bits_overrides(cfg: Config) -> list[tuple[str, int]]:
     return [(part.strip(), int(bits)) for part, _, bits in pairs]
 
 
+COUNTS = "token_counts"  # the name of token_counts among the Hessians
 FINER = {"gptq": "awq_lite"}  # scheme -> the same with more bits for some columns
 
 
@@ -2888,14 +2889,12 @@ def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
     return (hessian.diagonal().double() / count).sqrt() * weight.double().abs().mean(dim=0)
 
 
-def refined_plan(
-    cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor], counts: Tensor | None = None
-) -> tuple[QuantRule, ...]:
+def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> tuple[QuantRule, ...]:
     """quant_plan with the embedding's EMBED_TOPK most frequent rows (of equal ones the first), where tokens were
     counted; and after AWQ-lite's choice: a rule of its own for each tensor that holds one of the AWQ_LITE_GROUP_TOP_K
     most salient groups of contiguous columns."""
     (embedding, *others), size, groups, chosen = quant_plan(cfg), cfg.awq_lite_group_size, [], {}
-    order = [] if counts is None else counts.sort(descending=True, stable=True).indices.tolist()
+    order = hessians.get(COUNTS, torch.zeros(0)).sort(descending=True, stable=True).indices.tolist()
     plan = (embedding._replace(rows=tuple(order[: cfg.embed_topk])), *others)
     for name in sorted(state.keys() & hessians.keys()) * cfg.awq_lite_enabled:
         rule = rule_for(name, plan)
@@ -3270,19 +3269,12 @@ def share(runtime: Runtime, what: str, jobs: list[str], work: Callable[[str], di
     return runtime.gather(done)
 
 
-def quantize(
-    cfg: Config,
-    runtime: Runtime,
-    state: dict[str, Tensor],
-    hessians: dict[str, Tensor],
-    counts: Tensor | None = None,
-) -> dict[str, Parts]:
-    """'name:scheme' (or 'name:scheme+repair') -> parts of every tensor, on the CPU; the work is shared out by cost.
-    counts: of the tokens, where a scheme asks for them."""
+def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> dict[str, Parts]:
+    """'name:scheme' (or 'name:scheme+repair') -> parts of every tensor, on the CPU; the work is shared out by cost."""
     bad = [name for name, w in state.items() if not torch.isfinite(w).all()]
     if bad:
         raise FloatingPointError(f"{bad[0]} holds values that are not finite; train again")
-    plan, device = refined_plan(cfg, state, hessians, counts), runtime.device
+    plan, device = refined_plan(cfg, state, hessians), runtime.device
 
     def encode(name: str) -> dict[str, Parts]:
         rule = rule_for(name, plan)
@@ -3473,7 +3465,9 @@ def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tens
     probes = [
         (f"AWQ-lite from columns {r.fine}", r.pattern, "awq_lite", encode(r.pattern, r)) for r in refined if r.fine
     ]
-    for rule, name in {rule_for(n, plan): n for n in sorted(hessians, key=lambda n: (state[n].numel(), n))}.items():
+    for rule, name in {
+        rule_for(n, plan): n for n in sorted(hessians.keys() & state, key=lambda n: (state[n].numel(), n))
+    }.items():
         clipped = rounded_rows(state[name], searched_scales(state[name].float(), rule.bits), rule.bits)
         probes.append(("clip search", name, "rowwise", clipped))
     for what, name, scheme, then in probes:
@@ -4689,10 +4683,11 @@ class Run:
         self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
         schemes = [SCHEMES[name] for name in (cfg.matrix_quant, cfg.embed_quant)]
         hessians = collect_hessians(cfg, runtime, model) if any(scheme.hessian for scheme in schemes) else {}
-        counted = {"token_counts": token_counts(cfg, runtime)} if any(scheme.counts for scheme in schemes) else {}
+        hessians |= {COUNTS: token_counts(cfg, runtime)} if any(scheme.counts for scheme in schemes) else {}
         seconds = trainer.clock.read()
-        self.save("hessians.pt", hessians | counted)
-        self.log(f"calibration: {len(hessians)} Hessians, {seconds - report.seconds:.2f} s, inside the training budget")
+        self.save("hessians.pt", hessians)
+        collected = len(hessians.keys() - {COUNTS})
+        self.log(f"calibration: {collected} Hessians, {seconds - report.seconds:.2f} s, inside the training budget")
         if 0 < cfg.max_wallclock_seconds < seconds:
             self.log(
                 f"WARNING: training with calibration took {seconds:.2f} s, over MAX_WALLCLOCK_SECONDS="
@@ -4709,11 +4704,10 @@ class Run:
         state = self.load("model.pt")["model"]
         fill_model(self.model(), state, str(self.folder / "model.pt"))
         hessians = self.load("hessians.pt")
-        counts = hessians.pop("token_counts", None)
         state, hessians = ROTATIONS[cfg.rotate](cfg, state, hessians)
         if CODECS[cfg.compressor].sort_hidden:
             state, hessians = sort_hidden(cfg, runtime, state, hessians)
-        parts = quantize(cfg, runtime, state, hessians, counts)
+        parts = quantize(cfg, runtime, state, hessians)
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
             self.report_errors(state, hessians, parts)

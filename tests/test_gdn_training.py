@@ -56,7 +56,9 @@ def write_shards(folder: Path, *shards: np.ndarray) -> Path:
 def muon_history(golden: rules.Entry, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Weights and momentum of each matrix after each step, weights in at least float32, iterations in dtype."""
     c, wide, history = golden.config, max(dtype, torch.float32, key=lambda d: d.itemsize), {}
-    cfg = Config(muon_wd=c["weight_decay"], muon_row_normalize=c["row_normalize"], muon_coefficients="polar_express_safe")
+    cfg = Config(
+        muon_wd=c["weight_decay"], muon_row_normalize=c["row_normalize"], muon_coefficients="polar_express_safe"
+    )
     for name, shape in c["matrices"].items():
         weight = nn.Parameter(rules.fill("hash", f"muon.w.{c['key']}.{name}", tuple(shape), c["weight_amp"]).to(wide))
         muon, history[name] = train_gpt.Muon([weight], cfg, rules.runtime(dtype)), []
@@ -126,9 +128,7 @@ def plain_iterations(x: Tensor, coefficients: str, steps: int) -> Tensor:
 def spectrum(rows: int, cols: int, decades: float, seed: int) -> Tensor:
     """A random (1, rows, cols) matrix whose singular values fall over some decades, float64."""
     generator = torch.Generator().manual_seed(seed)
-    u, v = (
-        torch.linalg.qr(torch.randn(n, rows, generator=generator, dtype=torch.float64)).Q for n in (rows, cols)
-    )
+    u, v = (torch.linalg.qr(torch.randn(n, rows, generator=generator, dtype=torch.float64)).Q for n in (rows, cols))
     return (u * torch.logspace(0, -decades, rows, dtype=torch.float64) @ v.T)[None]
 
 
@@ -347,7 +347,7 @@ def test_frequent_rows(golden: rules.Entry, tmp_path: Path) -> None:
     counts = train_gpt.token_counts(cfg, rules.runtime())
     assert int(counts.sum()) == want["scanned_tokens"] and counts[:16].tolist() == want["counts_first16"]
     assert int(counts.square().sum()) == want["counts_sum_squares"]
-    rule = train_gpt.rule_for("tok_emb.weight", train_gpt.refined_plan(cfg, {}, {}, counts))
+    rule = train_gpt.rule_for("tok_emb.weight", train_gpt.refined_plan(cfg, {}, {train_gpt.COUNTS: counts}))
     assert (rule.scheme, rule.bits, len(rule.rows)) == ("gptq_freqsplit", c["tail_bits"], c["topk"])
     if "top_ids_sorted_by_id" in want:
         assert sorted(rule.rows) == want["top_ids_sorted_by_id"]
@@ -363,7 +363,7 @@ def test_bits_by_pattern(golden: rules.Entry) -> None:
     c = golden.config
     cfg = train_gpt.load_config(
         {
-            "MATRIX_BITS_OVERRIDES": c["overrides"].replace("attn.proj.weight", " , blocks.[2-9].attn.o.weight").replace(":", ": "),
+            "MATRIX_BITS_OVERRIDES": c["overrides"].replace("attn.proj.weight:", " , blocks.[2-9].attn.o.weight: "),
             "MATRIX_BITS": str(c["matrix_bits"]), "EMBED_BITS": str(c["embed_bits"]),
         }
     )  # fmt: skip
