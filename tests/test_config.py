@@ -170,7 +170,7 @@ def test_text_becomes_the_annotated_type(name: str, text: str, value: object) ->
         ("SMEAR_BOS_MASK", "yes"),
         ("LOADER", "shuffle"),
         ("STAGES", "train,test"),
-        ("ATTN_EXTRAS", "xsa,sink"),
+        ("ATTN_EXTRAS", "xsa,sinks"),
         ("VE_LAYERS", "9,last"),
         ("VE_LAYERS", "9,9"),
         ("AVERAGE", "ema,ema"),
