@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -690,3 +691,69 @@ def test_chunk_sgd_follows_the_published_trajectory(
     assert sum(not torch.equal(after[name], own[name]) for name in own) == want["changed"]
     for name, checks in want.get("after", {}).items():
         rules.assert_checks(after[name], checks, rel=1e-7)
+
+
+# The record, and whole runs
+
+
+RECORD_FOLDER = Path(__file__).resolve().parents[1] / "records" / "track_10min_16mb" / "2026-04-28_GDN_Hybrid_PR1895"
+
+
+def test_the_record_has_the_published_parts() -> None:
+    """35,896,408 parameters in groups of 1, 66 and 57 tensors, with the taps (in none there) 60; stored as there."""
+    cfg = train_gpt.load_config({"PRESET": str(RECORD_FOLDER)})
+    with torch.device("meta"):
+        model = train_gpt.GPT(cfg)
+    sizes: dict[str, list[int]] = {}
+    for row, params in train_gpt.route_parameters(model):
+        sizes.setdefault(row.lr, []).extend(p.numel() for p in params.values())
+    assert sum(map(sum, sizes.values())) == 35_896_408
+    assert {lr: len(n) for lr, n in sizes.items()} == {"tied_embed_lr": 1, "matrix_lr": 66, "scalar_lr": 57 + 3}
+    assert sum(sizes["matrix_lr"]) == 31_666_176 and sum(sizes["scalar_lr"]) == 32_856 + 3 * 1024
+    chosen = train_gpt.trainable(cfg, model)
+    assert (len(chosen), sum(p.numel() for p in chosen.values())) == (33, 23_795_200)
+    with torch.device("meta"):
+        noisy = train_gpt.Noise(cfg, model).params
+    assert sorted(tuple(p.shape) for p in noisy) == [(256, 512)] * 8 + [(512, 512)] * 8
+    stored = {name: train_gpt.rule_for(name, train_gpt.quant_plan(cfg)) for name in model.state_dict()}
+    whole = [p for name, p in model.named_parameters() if stored[name].scheme == "fp16"]
+    levels = [p for name, p in model.named_parameters() if stored[name].scheme != "fp16"]
+    assert sum(p.numel() for p in levels) == 35_848_192 and sum(len(p) for p in levels) == 53_184
+    assert sum(p.numel() for p in whole) == 48_216
+    assert [stored[f"blocks.{i}.attn.o.weight"].bits for i in range(11)] == [6, 6, *[7] * 8, 6]
+
+
+HYBRID = {
+    "MIXERS": "G A*3 G", "GDN_HEAD_DIM": 8, "ATTN_EXTRAS": "xsa,sink", "PARALLEL_LANES": 1, "LOADER": "shuffled",
+    "MUON_COEFFICIENTS": "polar_express_safe", "QAT": "noise", "QAT_NOISE_START_FRAC": 0.5, "ROTATE": "hadamard_vo",
+    "MATRIX_BITS_OVERRIDES": "blocks.[1-3].attn.o.weight:7", "EMBED_QUANT": "gptq_freqsplit", "EMBED_TOPK": 100,
+    "EMBED_FREQ_TOKENS": 4000, "EVAL": "chunk_sgd", "EVAL_STRIDE": 16, "TTT_CHUNK_TOKENS": 192, "TTT_LR": 0.1,
+    "TTT_TRAINABLE": "mlp",
+}  # fmt: skip
+
+
+def test_two_processes_are_one_and_quantising_can_be_resumed(run_gpt: Callable, tmp_path: Path) -> None:
+    results, counts = [], []
+    for ranks, stages, more in ((1, "train,quantize,eval", {}), (1, "quantize,eval", {"EMBED_TOPK": 20}),
+                                (2, "train,quantize,eval", {})):  # fmt: skip
+        done = run_gpt(ranks=ranks, STAGES=stages, **HYBRID | more)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((tmp_path / "run" / "result.json").read_text()))
+        counts.append(torch.load(tmp_path / "run" / "hessians.pt", weights_only=True)[train_gpt.COUNTS])
+    one, coarser, two = results
+    assert all(torch.equal(c, counts[0]) for c in counts) and int(counts[0].sum()) == 4000
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+    assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3) and one["legal"] and two["legal"]
+    assert coarser["stages"]["quantized"] != one["stages"]["quantized"], "EMBED_TOPK may change after the training"
+    blob = train_gpt.load_artifact(tmp_path / "run" / "model.bin")
+    trained = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["model"]
+    assert blob.keys() == trained.keys() and blob["blocks.0.attn.taps"].shape == trained["blocks.0.attn.taps"].shape
+    v = "blocks.2.attn.v.weight"
+    turned = train_gpt.rotate_values(Config(model_dim=32, num_heads=4), trained, {})[0]
+    assert (blob[v] - turned[v]).norm() < 0.2 * (blob[v] - trained[v]).norm(), "the artifact holds rotated values"
+
+
+def test_without_counts_the_split_is_a_user_error() -> None:
+    cfg = Config(embed_quant="gptq_freqsplit")
+    with pytest.raises(UserError, match=r"gptq_freqsplit has no Hessian or token counts; run STAGES=train"):
+        train_gpt.quantize(cfg, rules.runtime(), {"tok_emb.weight": torch.ones(4, 4)}, {"tok_emb.weight": torch.eye(4)})
