@@ -3282,7 +3282,10 @@ def row_bounds(ids: np.ndarray) -> Tensor:
     return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, 0)))
 
 
-def row_scales(weight: Tensor, bits: int | Tensor, clip: float) -> Tensor:
+Bits = int | Tensor  # of all rows, or of each (rows,)
+
+
+def row_scales(weight: Tensor, bits: Bits, clip: float) -> Tensor:
     """SD-clip step of each row, float16: clip * std / (2^(bits-1) - 1), at least the smallest float16 above 0."""
     return storable(sd_steps(weight, bits, clip))
 
@@ -3292,7 +3295,7 @@ def storable(steps: Tensor) -> Tensor:
     return steps.half().clamp_min(2.0**-24)
 
 
-def sd_steps(weight: Tensor, bits: int | Tensor, clip: float) -> Tensor:
+def sd_steps(weight: Tensor, bits: Bits, clip: float) -> Tensor:
     """Step of each row, float32, of a grid that reaches clip standard deviations."""
     return clip * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
 
@@ -3321,7 +3324,7 @@ def searched_scales(weight: Tensor, bits: int, floor: float = 0.0, by_row: bool 
     return scales.gather(0, best[None])[0]
 
 
-def round_to_grid(weight: Tensor, scale: Tensor, bits: int | Tensor) -> Tensor:
+def round_to_grid(weight: Tensor, scale: Tensor, bits: Bits) -> Tensor:
     """Nearest integer level within +-(2^(bits-1) - 1), as float32."""
     top = 2 ** (bits - 1) - 1
     return torch.clamp(torch.round(weight / scale), -top, top)
@@ -3336,13 +3339,7 @@ class Fine(NamedTuple):
 
 
 def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    scale: Tensor,
-    bits: int | Tensor,
-    damp: float,
-    blocksize: int,
-    fine: Fine | None = None,
+    weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits, damp: float, blocksize: int, fine: Fine | None = None
 ) -> Tensor:
     """Integers (rows, cols) int8 of GPTQ with activation order (Frantar et al. 2023).
 
@@ -4676,17 +4673,9 @@ def evaluate_phased_lora(cfg: Config, runtime: Runtime, model: GPT, val: ValData
 def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that TTT_TRAINABLE selects; UserError for a word that selects none."""
     names, chosen = dict(model.named_parameters()), set()
-
-    def matching(word: str) -> set[str]:
-        """Parameters with the word in their name, or whose name the glob matches."""
-        return {name for name in names if named(name, word)}
-
-    def scalars(word: str) -> set[str]:
-        """What SCALAR_LR trains."""
-        return {n for row, params in route_parameters(model) if row.lr == "scalar_lr" for n in params}
-
+    scalars = {n for row, params in route_parameters(model) if row.lr == "scalar_lr" for n in params}
     for word in cfg.ttt_trainable:
-        hits = {"all": lambda word: set(names), "scalar": scalars}.get(word, matching)(word)
+        hits = {"all": set(names), "scalar": scalars}.get(word) or {n for n in names if named(n, word)}
         if not hits:
             some = ", ".join(sorted({re.sub(r"\d+", "*", name) for name in names}))
             raise UserError(f"TTT_TRAINABLE={word} matches no weight; say all, scalar, or parts or globs of: {some}")
