@@ -235,6 +235,9 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"STAGES": "train,eval"}, "STAGES must be a suffix"),
     ({"EVAL": "slot", "SLOT_CAUSAL": "0"}, "ALLOW_NONCAUSAL=1"),
     ({"EVAL": "chunk_sgd", "TTT_CHUNK_TOKENS": "2047"}, "TTT_CHUNK_TOKENS=2047"),
+    ({"MATRIX_BITS_OVERRIDES": "attn.o.weight"}, "attn.o.weight:7"),
+    ({"ROTATE": "hadamard_vo", "MODEL_DIM": "384"}, "power of two"),
+    ({"ROTATE": "hadamard_vo", "ATTN_EXTRAS": "value_embed"}, "ATTN_EXTRAS=value_embed"),
     ({"TTT_TRAINABLE": ""}, "TTT_TRAINABLE is empty"),
 )
 

@@ -467,10 +467,7 @@ def test_the_first_override_that_fits_counts_and_keeps_scheme_and_clip() -> None
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"MATRIX_BITS_OVERRIDES": "attn.o"}, "must be parts of names with 2 to 8 bits"),
         ({"MATRIX_BITS_OVERRIDES": "attn.o:9"}, "must be parts of names with 2 to 8 bits"),
-        ({"ROTATE": "hadamard_vo", "MODEL_DIM": "384"}, "needs MODEL_DIM/NUM_HEADS to be a power of two"),
-        ({"ROTATE": "hadamard_vo", "ATTN_EXTRAS": "value_embed"}, "ATTN_EXTRAS=value_embed adds to the values"),
         ({"HADAMARD_VO_ROTATE": "1"}, "say ROTATE=hadamard_vo"),
         ({"EMBED_TOPK": "0"}, "EMBED_TOPK=0 must be at least 1"),
     ],
