@@ -1878,7 +1878,7 @@ def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
 
 
 def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.size(-1) dims of each head by tables (T, ...) or (B, T, ...); the rest passes through."""
+    """Rotate the first 2 * cos.size(-1) dims of each head, by tables of (T) or (B, T); the rest passes through."""
     half = cos.size(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     a, b, rest = x_BTHd.split([half, half, x_BTHd.size(-1) - 2 * half], dim=-1)

@@ -649,7 +649,7 @@ def test_the_published_convolution_is_not_trained(trained: bool) -> None:
 
 @pytest.mark.parametrize(
     ("text", "letters"),
-    [("", "A" * 5), ("G A*3 G", "GAAAG"), ("A*5", "A" * 5), (" GGAAA ", "GGAAA"), ("G*2A*3", "GGAAA"), ("G*5", "G" * 5)],
+    [("", "A" * 5), ("G A*3 G", "GAAAG"), ("A*5", "A" * 5), (" GGAAA", "GGAAA"), ("G*2A*3", "GGAAA"), ("G*5", "G" * 5)],
 )
 def test_mixers_are_written_out(text: str, letters: str) -> None:
     cfg = train_gpt.Config(**TOY | {"mixers": text})
