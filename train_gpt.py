@@ -1369,6 +1369,11 @@ class Seq(NamedTuple):
 Attend = Callable[[Tensor, Tensor, Tensor, Seq, Tensor | None], Tensor]
 
 
+def segments(cu: Tensor, total: int) -> Tensor:
+    """Number, from 1, of the segment that each of `total` tokens lies in."""
+    return torch.searchsorted(cu, torch.arange(total, device=cu.device).to(cu.dtype), right=True)
+
+
 def segment_mask(cu: Tensor, total: int, band: int) -> Tensor:
     """(total/band, 1, band, width) bool: a query sees the keys of its own segment up to itself.
 
@@ -1378,7 +1383,7 @@ def segment_mask(cu: Tensor, total: int, band: int) -> Tensor:
     query = torch.arange(total, device=cu.device).view(-1, band, 1)
     first = query[:, :1] - (band if total > band else 0)
     key = first + torch.arange(2 * band if total > band else band, device=cu.device)
-    segment = torch.searchsorted(cu, torch.arange(total, device=cu.device).to(cu.dtype), right=True)
+    segment = segments(cu, total)
     same = segment[query] == segment[key.clamp_min(0)]
     return (same & (key <= query) & (key >= 0)).unsqueeze(1)
 
@@ -1418,10 +1423,13 @@ def with_sink(k: Tensor, v: Tensor, cu: Tensor, sink: Tensor) -> tuple[Tensor, T
 
     torch's varlen attention returns a log-sum-exp but no gradient through it, so the sink is a key here.
     """
-    token, segments = torch.arange(len(k), device=k.device), torch.arange(len(cu), device=k.device)
-    place = token + torch.searchsorted(cu, token.to(cu.dtype), right=True)
+    place = torch.arange(len(k), device=k.device) + segments(cu, len(k))
     keys = sink.to(k.dtype).repeat(len(k) + len(cu) - 1, 1, 1).index_copy(0, place, k)
-    return keys, torch.zeros_like(keys).index_copy(0, place, v), cu + segments.to(cu.dtype)
+    return (
+        keys,
+        torch.zeros_like(keys).index_copy(0, place, v),
+        cu + torch.arange(len(cu), device=k.device).to(cu.dtype),
+    )
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
@@ -1988,9 +1996,9 @@ def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
 
 
 def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.size(-1) dims of each head; the rest passes through."""
+    """Rotate the first 2 * cos.size(-1) dims of each head, by tables of (T) or (B, T); the rest passes through."""
     half = cos.size(-1)
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     a, b, rest = x_BTHd.split([half, half, x_BTHd.size(-1) - 2 * half], dim=-1)
     turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
     return torch.cat([turned.to(x_BTHd.dtype), rest], dim=-1)
@@ -2500,6 +2508,7 @@ class GPT(nn.Module):
             cfg.tied_embed_init_std,
         )
         self.dtype, self.masked, self.rotary = dtype, attend is masked_attention, ROTARIES[cfg.rope_dtype]
+        self.anchored = "sink" in cfg.attn_extras or cfg.rope_dtype != "fp32"  # else only distances matter
         self.first_id = (BOS_ID if cfg.gdn_bos_reset else -1) if "G" in mixer_letters(cfg) else None
         self.cross_entropy = kernels.cross_entropy
 
@@ -2524,8 +2533,13 @@ class GPT(nn.Module):
             mask = segment_mask(cu, total, max_len if max_len > 0 and total % max_len == 0 else total)
         dims, base, reference = self.rope
         stretched = stretched_base(base, dims, max_len or length, reference)
-        tables = self.rotary if stretched == base else rotary_tables  # published: a stretched table is float32
-        return Seq(cu, max_len, *tables(length, dims, stretched, device), mask)
+        rotary = self.rotary if stretched == base else rotary_tables  # published: a stretched table is float32
+        cos, sin = rotary(length if cu is None or not self.anchored else total, dims, stretched, device)
+        if cu is not None and self.anchored:
+            token = torch.arange(total, device=device)
+            position = (token - cu[segments(cu, total) - 1]).view(rows, length)
+            cos, sin = cos[position], sin[position]
+        return Seq(cu, max_len, cos, sin, mask)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, D): the embedding with what adds to it, normed, then what acts on the normed."""

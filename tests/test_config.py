@@ -221,6 +221,8 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"NUM_HEADS": "8", "NUM_KV_HEADS": "3"}, "NUM_KV_HEADS=3"),
     ({"ROPE_DIMS": "15"}, "ROPE_DIMS=15"),
     ({"LOOP_START": "5", "LOOP_END": "4"}, "LOOP_START=5..LOOP_END=4"),
+    ({"MIXERS": "G*2 A*8"}, "MIXERS='G*2 A*8' does not give NUM_LAYERS=11"),
+    ({"GDN_QK_HEADS": "3"}, "GDN_QK_HEADS=3"),
     ({"GATE_WINDOW": "513"}, "GATE_WINDOW=513"),
     ({"ATTN_EXTRAS": "value_embed", "VE_LAYERS": "3,11"}, "VE_LAYERS=(3, 11)"),
     ({"ROPE_REFERENCE_LEN": "1024", "ROPE_DIMS": "2"}, "ROPE_REFERENCE_LEN=1024"),
