@@ -8,12 +8,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gdn_rules
 import golden_rules as rules
-import ngram_rules as ngram
 import numpy as np
 import pytest
 import torch
@@ -54,70 +54,28 @@ def write_shards(folder: Path, *shards: np.ndarray) -> Path:
 # The model of the golden numbers
 
 
-GDN_NAMES = {  # last parts of our names in a delta layer, and of a sink -> the published ones
-    "attn.qkv.weight": "attn.qkv_proj.weight", "attn.ba.weight": "attn.ba_proj.weight",
-    "attn.z.weight": "attn.z_proj.weight", "attn.o.weight": "attn.o_proj.weight", "attn.taps": "attn.conv1d.weight",
-    "attn.sink": "attn.k_sink",
-}  # fmt: skip
-KINDS = (  # ends of published names -> class of the amplitude; all other matrices are of class matrix
-    ("attn_scale", "scale"), ("mlp_scale", "scale"), ("skip_weights", "scale"), ("resid_mix", "scale"),
-    ("q_gain", "scale"), ("skip_gates", "gate"), ("k_sink", "gate"), ("conv1d.weight", "conv"), ("A_log", "A_log"),
-    ("dt_bias", "dt_bias"), ("tok_emb.weight", "tok_emb"),
-)  # fmt: skip
-
-
-def published_name(name: str, model: train_gpt.GPT) -> str:
-    """The published name of one of our tensors; the output of a delta layer has another than that of attention."""
-    block, _, last = name.removeprefix("blocks.").partition(".")
-    delta = block.isdigit() and hasattr(model.blocks[int(block)].attn, "taps")
-    if last in GDN_NAMES and (delta or last == "attn.sink"):
-        return f"blocks.{block}.{GDN_NAMES[last]}"
-    return rules.canonical(name)
-
-
-def published_value(c: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
-    kind = next((kind for end, kind in KINDS if name.endswith(end)), "matrix")
-    base = c["qk_gain_init"] if name.endswith("q_gain") else c["bases"].get(kind, 0.0)
-    if name.endswith(("attn_scale", "mlp_scale", "skip_weights")):
-        base = 1.0
-    value = rules.fill(c["fill"], name, shape, c["amps"][kind], base)
-    return value + torch.tensor([[1.0], [0.0]]) if name.endswith("resid_mix") else value
-
-
 def model_config(c: dict[str, Any], **knobs: Any) -> Config:
-    """The Config of an entry's model: one stream, attention in the middle, delta nets around it."""
-    first, last = c["full_attention_start"], c["full_attention_end"] + 1
-    heads = dict(zip(("gdn_head_dim", "gdn_qk_heads", "gdn_v_heads"), c["gdn"], strict=True))
-    return Config(
-        **{
-            "vocab_size": c["V"], "model_dim": c["D"], "num_heads": c["H"], "num_kv_heads": c["K"],
-            "num_layers": c["L"], "mlp_mult": c["mlp_mult"], "rope_dims": c["rope_dims"], "rope_base": c["rope_base"],
-            "num_loops": c["num_loops"], "loop_start": c["loop_start"], "loop_end": c["loop_end"],
-            "parallel_start_layer": max(0, c["parallel_residual_start"]), "parallel_lanes": 1,
-            "xsa_last_n": c["xsa_last_n"], "skip_gates_enabled": c["skip_gates_enabled"],
-            "logit_softcap": c["logit_softcap"], "qk_gain_init": c["qk_gain_init"], "ln_scale": c["ln_scale"],
-            "attn_extras": ("xsa", "sink"), "gdn_bos_reset": False, "loader": "shuffled", "batch_slices": 1,
-            "mixers": f"G*{first} A*{last - first} G*{c['L'] - last}",
-        }
-        | heads
-        | knobs
-    )  # fmt: skip
+    """The Config of an entry's model, on rows of the text as they are."""
+    return gdn_rules.model_config(c, **{"loader": "shuffled", "batch_slices": 1} | knobs)
 
 
-def build(c: dict[str, Any], **knobs: Any) -> train_gpt.GPT:
+def build(c: dict[str, Any]) -> train_gpt.GPT:
     """The filled float64 model of an entry, on its route."""
-    model = train_gpt.GPT(model_config(c, **knobs), dtype=torch.float64).double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(published_value(c, published_name(name, model), tuple(parameter.shape)))
+    model = gdn_rules.build(c)
     model.set_looping(c["loop_on"])
     return model
+
+
+def published(c: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of an entry's model by their published names."""
+    letters = train_gpt.mixer_letters(model_config(c))
+    return {gdn_rules.published_name(name, letters): tensor for name, tensor in tensors.items()}
 
 
 @pytest.fixture
 def exact_rope(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotary tables in float64, as the golden numbers were made."""
-    monkeypatch.setattr(train_gpt, "rotary_tables", ngram.exact_tables)
+    monkeypatch.setattr(train_gpt, "rotary_tables", gdn_rules.exact_tables)
 
 
 def golden_stream(c: dict[str, Any], targets: int) -> train_gpt.ValData:
@@ -519,15 +477,14 @@ def test_bytes_are_sorted_by_significance_as_published(golden: rules.Entry) -> N
 def test_rotation_of_the_golden_model(golden: rules.Entry) -> None:
     c = golden.config
     model, cfg = build(c), model_config(c, rotate="hadamard_vo")
-    names = {published_name(name, model): name for name in model.state_dict()}
-    before = model.state_dict()
-    state, _ = train_gpt.ROTATIONS[cfg.rotate](cfg, before, {})
-    changed = {n for n, ours in names.items() if not torch.equal(state[ours], before[ours])}
+    turned, _ = train_gpt.ROTATIONS[cfg.rotate](cfg, model.state_dict(), {})
+    state, before = published(c, turned), published(c, model.state_dict())
+    changed = {name for name in before if not torch.equal(state[name], before[name])}
     assert changed == set(golden.expected["changed_tensors"])
     for name, want in golden.expected.items():
         if name != "changed_tensors":
-            rules.assert_checks(state[names[name]], {key: want[key] for key in ("sum", "l2", "wsum")})
-            assert state[names[name]].flatten()[:4].tolist() == pytest.approx(want["first4"], rel=1e-7)
+            rules.assert_checks(state[name], {key: want[key] for key in ("sum", "l2", "wsum")})
+            assert state[name].flatten()[:4].tolist() == pytest.approx(want["first4"], rel=1e-7)
 
 
 @pytest.mark.parametrize("loop_on", [False, True])
@@ -573,7 +530,7 @@ def test_hessians_of_the_golden_model(golden: rules.Entry, exact_rope: None) -> 
     with torch.no_grad():
         for ids in stream.view(c["batches"], c["rows"], c["T"]):
             model(ids, None, None, tap)
-    found = {published_name(name, model): H for name, H in tap.hessians(c["batches"]).items()}
+    found = published(c, tap.hessians(c["batches"]))
     assert set(golden.expected["names"]) <= set(found) and not any("ba_proj" in name for name in found)
     assert all(f"blocks.0.attn.{n}_proj.weight" in found for n in ("qkv", "z", "o"))
     for name, want in golden.expected["hessians"].items():
@@ -683,8 +640,7 @@ def test_chunk_sgd_follows_the_published_trajectory(
     assert norms == pytest.approx(want["steps"], rel=1e-7)
     rates = [group["lr"] for group in learner.optimiser.param_groups]
     assert rates == pytest.approx(want["learning_rate_per_trained_chunk"][-1], rel=1e-7, abs=1e-15)
-    after = {published_name(name, model): p for name, p in learner.model.named_parameters()}
-    own = {published_name(name, model): p for name, p in model.named_parameters()}
+    after, own = (published(c, m.state_dict()) for m in (learner.model, model))
     assert sum(not torch.equal(after[name], own[name]) for name in own) == want["changed"]
     for name, checks in want.get("after", {}).items():
         rules.assert_checks(after[name], checks, rel=1e-7)
