@@ -1640,14 +1640,15 @@ def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float)
 
 
 def operator(launch: Callable | None = None, shapes: Callable | None = None) -> Callable[[Callable], Callable]:
-    """Decorator that makes of a plain twin the operator train_gpt::<its name>, which a compiled graph keeps whole.
+    """Decorator that makes of a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
 
     On a GPU `launch` runs in its place, if given; while tracing, `shapes` or else the twin says what comes out. The
-    plain function stays reachable as `.twin`.
+    plain function stays reachable as `.twin`. Of two operators of one name torch keeps the younger: hence the module's
+    name in it, for a process may hold several copies of this program (the judge's, a packed one's).
     """
 
     def register(twin: Callable) -> Callable:
-        op = torch.library.custom_op(f"train_gpt::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
+        op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
         op.register_kernel("cuda")(launch or twin)
         op.register_fake(shapes or twin)
         op.twin = twin
