@@ -11,12 +11,11 @@ from typing import Any
 import golden_rules as rules
 import numpy as np
 import torch
-from ngram_rules import exact_tables
+from ngram_rules import exact_tables as exact_tables
 from torch import Tensor, nn
 
 import train_gpt
 
-__all__ = ["GOLDEN", "build", "exact_tables", "fill_module", "model_config", "published_name", "published_value"]
 GOLDEN = json.loads((Path(__file__).resolve().parent / "golden" / "gdn_model.json").read_text(encoding="utf-8"))
 DELTA = {"qkv.weight": "qkv_proj.weight", "ba.weight": "ba_proj.weight", "z.weight": "z_proj.weight"}
 DELTA |= {"o.weight": "o_proj.weight", "taps": "conv1d.weight"}  # our name in a delta net -> the published one
@@ -86,3 +85,16 @@ def build(config: dict[str, Any], **knobs: Any) -> train_gpt.GPT:
     """The filled float64 model of a golden entry."""
     cfg = model_config(config, **knobs)
     return fill_module(config, train_gpt.GPT(cfg, dtype=torch.float64), "", train_gpt.mixer_letters(cfg))
+
+
+def recurrence(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule from its definition, token by token: forget, predict, correct, read."""
+    outputs = []
+    for q_t, k_t, v_t, g_t, b_t, first in zip(*(x.unbind(1) for x in (q, k, v, g, beta, starts)), strict=True):
+        state = torch.where(first[:, None, None, None], 0.0, state * g_t[..., None, None].exp())
+        missed = v_t - torch.einsum("bhkv,bhk->bhv", state, k_t)
+        state = state + k_t[..., None] * (b_t[..., None] * missed)[..., None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q_t) * q.size(-1) ** -0.5)
+    return torch.stack(outputs, dim=1), state

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gdn_rules
@@ -13,7 +16,7 @@ import golden_rules as rules
 import pytest
 import torch
 import torch.nn.functional as F
-from gdn_rules import GOLDEN, exact_tables
+from gdn_rules import GOLDEN, exact_tables, recurrence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -49,19 +52,6 @@ def assert_gradients(found: dict[str, Tensor], expected: dict[str, dict[str, flo
 
 
 # The rule
-
-
-def recurrence(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gated delta rule from its definition, token by token: forget, predict, correct, read."""
-    outputs = []
-    for t in range(v.size(1)):
-        state = torch.where(starts[:, t, None, None, None], 0.0, state * g[:, t, :, None, None].exp())
-        missed = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
-        state = state + k[:, t, :, :, None] * (beta[:, t, :, None] * missed)[:, :, None]
-        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]) * q.size(-1) ** -0.5)
-    return torch.stack(outputs, dim=1), state
 
 
 def draw(T: int, decay: float, seed: int = 0, sizes: tuple[int, ...] = (2, 3, 8, 6)) -> tuple[Tensor, ...]:
@@ -687,3 +677,18 @@ def test_adapters_on_delta_nets() -> None:
         lora.B["qkv_0"][1].normal_(generator=torch.Generator().manual_seed(1))
     adapted = model(ids, taps=lora)
     assert torch.equal(adapted[0], plain[0]) and not torch.allclose(adapted[1], plain[1])
+
+
+def test_a_run_with_delta_nets(run_gpt: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
+    done = run_gpt(
+        MIXERS="G A*3 G", ATTN_EXTRAS="xsa,sink", PARALLEL_LANES=1, ROPE_DTYPE="bf16", GDN_HEAD_DIM=8,
+        GDN_CONV_TRAINED=0, ATTN_GATE="none", EMBED_EXTRAS="none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["legal"] and list(result["stages"]) == ["pre_quant", "quantized", "final"]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "fused_gdn_enabled: plain" in log and "attention beside MLP in slots" in log
+    assert "MIXERS=G A*3 G" in (tmp_path / "run" / "record.env").read_text()
+    taps = train_gpt.load_artifact(tmp_path / "run" / "model.bin")["blocks.4.attn.taps"]
+    assert taps.shape == (64, 2) and 0.5 < taps.abs().max() <= 0.5**0.5
