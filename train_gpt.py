@@ -647,8 +647,8 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "VE_ENABLED": "ATTN_EXTRAS=xsa,value_embed",
     "GATED_ATTENTION": "ATTN_GATE=dense_bias",
     "HADAMARD_VO_ROTATE": "ROTATE=hadamard_vo",
-    "FULL_ATTENTION_START": "MIXERS=G*2 A*8 G (a letter for each layer)",
-    "FULL_ATTENTION_END": "MIXERS=G*2 A*8 G (a letter for each layer)",
+    "FULL_ATTENTION_START": "MIXERS: a letter for each layer, such as G*2 A*8 G",
+    "FULL_ATTENTION_END": "MIXERS: a letter for each layer, such as G*2 A*8 G",
     "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER with PARALLEL_LANES=1",
 }
 

@@ -288,6 +288,12 @@ def test_only_suffixes_of_the_stages(stages: str) -> None:
 # record.env of a run
 
 
+FORMED = {  # knobs whose text has a form of its own, and texts of it that are legal
+    "mixers": ("", "A*11", "G*2 A*8 G"),
+    "matrix_bits_overrides": ((), ("mlp:7",), ("attn.o.weight:7", "blocks.[2-9].*:5")),
+}
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
     """Legal configurations with some knobs changed, none of them local to a machine."""
@@ -298,6 +304,8 @@ def configs(draw: st.DrawFn) -> Config:
             continue
         if field.type == "bool":
             values[field.name] = draw(st.booleans())
+        elif field.name in FORMED:
+            values[field.name] = draw(st.sampled_from(FORMED[field.name]))
         elif field.type.startswith("tuple"):
             integers = field.type == "tuple[int, ...]"
             some = range(11) if integers else m["choices"] or ("mlp", "skips")
