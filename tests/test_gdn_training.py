@@ -681,7 +681,7 @@ HYBRID = {
     "MUON_COEFFICIENTS": "polar_express_safe", "QAT": "noise", "QAT_NOISE_START_FRAC": 0.5, "ROTATE": "hadamard_vo",
     "MATRIX_BITS_OVERRIDES": "blocks.[1-3].attn.o.weight:7", "EMBED_QUANT": "gptq_freqsplit", "EMBED_TOPK": 100,
     "EMBED_FREQ_TOKENS": 4000, "EVAL": "chunk_sgd", "EVAL_STRIDE": 16, "TTT_CHUNK_TOKENS": 192, "TTT_LR": 0.1,
-    "TTT_TRAINABLE": "mlp",
+    "TTT_EPOCHS": 1, "TTT_TRAINABLE": "mlp", "ITERATIONS": 4,
 }  # fmt: skip
 
 
