@@ -1276,17 +1276,21 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | N
     A sink (K, d) is one more key, with value 0, that every query sees: y sigmoid(logsumexp(logits) - its logit).
     """
     if seq.mask is None:
-        return causal_attention(q, k, v, None, sink)
+        return causal_attention(q, k, v, seq, sink)
     blocks, _, band, width = seq.mask.shape
     flat_q, flat_k, flat_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
     if width > band:
         flat_k, flat_v = (torch.cat([F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), t], dim=1) for t in (flat_k, flat_v))
-    return causal_attention(flat_q, flat_k, flat_v, seq.mask, sink).reshape(q.shape)
+    return exact_attention(flat_q, flat_k, flat_v, seq.mask, sink).reshape(q.shape)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sink: Tensor | None = None) -> Tensor:
-    """Attention by SDPA where a mask (B, 1, T, keys) allows it; without one, causal inside each row. Else as
-    masked_attention."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
+    """Causal attention inside each row, by SDPA. Shapes as masked_attention."""
+    return exact_attention(q, k, v, None, sink)
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> Tensor:
+    """Attention by SDPA where a mask (B, 1, T, keys) allows it; without one, causal inside each row."""
     if sink is not None:
         k = torch.cat([sink.to(k.dtype).expand(len(k), 1, -1, -1), k], dim=1)
         v = F.pad(v, (0, 0, 0, 0, 1, 0))
@@ -1319,7 +1323,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | No
     keys than queries, causality counts from the segments' ends."""
     cu, longest = seq.cu, seq.max_len
     if cu is None and sink is None:
-        return causal_attention(q, k, v)
+        return causal_attention(q, k, v, seq)
     if cu is None:
         cu, longest = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.size(1), q.size(1)
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
