@@ -2838,6 +2838,39 @@ class Fine(NamedTuple):
     scale: Tensor
 
 
+def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a damped Hessian (cols, cols): the order of its columns by falling diagonal, the upper Cholesky factor of its
+    inverse in that order, and which columns have no input at all."""
+    H = hessian.float().clone()
+    diagonal = H.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    diagonal += damp * diagonal.mean()
+    order = torch.argsort(diagonal, descending=True)
+    H = H[order][:, order]
+    return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True), dead
+
+
+def feed_back(
+    W: Tensor, Hinv: Tensor, blocksize: int, rounder: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """GPTQ's loop (Frantar et al. 2023): levels (..., rows, cols) of W, column by column; W itself is used up.
+
+    rounder(column (..., rows), j) gives levels and the weights that they stand for; the error is spread over the later
+    columns through Hinv (..., cols, cols), to those of other blocks of columns at the end of a block.
+    """
+    Q = torch.empty_like(W)
+    for start in range(0, W.size(-1), blocksize):
+        stop = min(start + blocksize, W.size(-1))
+        errors = torch.empty_like(W[..., start:stop])
+        for j in range(start, stop):
+            Q[..., j], value = rounder(W[..., j], j)
+            errors[..., j - start] = (W[..., j] - value) / Hinv[..., j, j, None]
+            W[..., j:stop] -= errors[..., j - start, None] * Hinv[..., j, None, j:stop]
+        W[..., stop:] -= errors @ Hinv[..., start:stop, stop:]
+    return Q
+
+
 def gptq(
     weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, damp: float, blocksize: int, fine: Fine | None = None
 ) -> Tensor:
@@ -2846,29 +2879,73 @@ def gptq(
     weight (rows, cols) float32, hessian (cols, cols), scale (rows,). Columns go in order of falling diagonal; the
     rounding error of each is spread over the later ones through the Cholesky factor of the inverse Hessian.
     """
-    H = hessian.float().clone()
-    diagonal = H.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1
-    diagonal += damp * diagonal.mean()
-    order = torch.argsort(diagonal, descending=True)
+    order, Hinv, dead = inverse_factor(hessian, damp)
     W = weight.float().clone()
     W[:, dead] = 0
-    W, H = W[:, order].contiguous(), H[order][:, order]
-    Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     finer = set(fine.columns.tolist()) if fine is not None else set()
     grids = [(fine.scale.float(), fine.bits) if c in finer else (scale.float(), bits) for c in order.tolist()]
-    Q = torch.empty_like(W)
-    for start in range(0, W.size(1), blocksize):
-        stop = min(start + blocksize, W.size(1))
-        errors = torch.empty_like(W[:, start:stop])
-        for j in range(start, stop):
-            step, width = grids[j]
-            Q[:, j] = round_to_grid(W[:, j], step, width)
-            errors[:, j - start] = (W[:, j] - Q[:, j] * step) / Hinv[j, j]
-            W[:, j:stop] -= errors[:, j - start, None] * Hinv[j, j:stop]
-        W[:, stop:] -= errors @ Hinv[start:stop, stop:]
-    return Q[:, torch.argsort(order)].to(torch.int8)
+
+    def nearest(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        step, width = grids[j]
+        levels = round_to_grid(column, step, width)
+        return levels, levels * step
+
+    return feed_back(W[:, order].contiguous(), Hinv, blocksize, nearest)[:, torch.argsort(order)].to(torch.int8)
+
+
+TCQ_CODES = {4: (5, 2), 8: (13, 2), 16: (25, 4), 32: (41, 4), 64: (97, 20)}  # states -> taps of the two subset bits
+
+
+def trellis(states: int) -> Tensor:
+    """Subset of the integers (j mod 4) for each state and branch, (states, 2); state s goes by branch b to
+    (2 s + b) mod states. The codes are Ungerboeck's (1982) for amplitude modulation, as a shift register; the low bit
+    of a subset, its parity, is the same for both branches of a state."""
+    register = torch.arange(2 * states)
+    high, low = (sum(register >> i & 1 for i in range(7) if taps >> i & 1) % 2 for taps in TCQ_CODES[states])
+    return (2 * high + low).view(states, 2)
+
+
+class Viterbi:
+    """The best path through the trellis for many sequences at once (Marcellin and Fischer 1990): of all the integer
+    sequences that are one, that of least squared error. Each starts in state 0 and ends anywhere.
+
+    Sequences side by side make every step of the two loops over rows a few operations on (states, sequences).
+    """
+
+    def __init__(self, states: int, real: Tensor, top: Tensor) -> None:
+        """real (rows, sequences): 0 where a sequence has ended before; top (sequences,): their largest integers."""
+        rows, count = real.shape
+        self.real, self.half, self.subset = real[:, None], states // 2 * count, trellis(states).flatten().to(top.device)
+        self.offset = torch.arange(4.0, device=top.device)[:, None]
+        self.low, self.high = ((-top - self.offset) / 4).ceil(), ((top - self.offset) / 4).floor()
+        self.sums = real.new_empty(rows, 2 * states, count)  # of a path's cost, by last state and branch
+        self.best = real.new_empty(states, count)
+        branches = self.sums.view(rows, 2, states, count)  # the two ways into each next state
+        self.steps = [(s.view(2, states // 2, 2, count), *s) for s in branches.unbind()]
+        self.path = torch.empty(rows + 1, count, dtype=torch.int32, device=top.device)  # state * count + sequence
+        self.back = torch.empty(rows, states * count, dtype=torch.int32, device=top.device)
+        self.moves = list(zip(self.back.unbind(), self.path[1:].unbind(), self.path[:-1].unbind(), strict=True))[::-1]
+        state = torch.arange(states * count, dtype=torch.int32, device=top.device)
+        self.column, self.base = state[:count], state // (2 * count) * count + state % count
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The integers, float32 (rows, sequences), nearest to x (rows, sequences)."""
+        points = (x[:, None] - self.offset).mul_(0.25).round_().clamp_(self.low, self.high).mul_(4).add_(self.offset)
+        costs = (points - x[:, None]).square_().mul_(self.real)
+        torch.index_select(costs, 1, self.subset, out=self.sums)
+        rows, count = x.shape
+        before = self.best.fill_(math.inf).view(2, -1, 1, count)
+        self.best[0] = 0
+        for branches, upper, lower in self.steps:
+            branches += before
+            torch.minimum(upper, lower, out=self.best)
+        upper, lower = self.sums.view(rows, 2, -1).unbind(1)
+        torch.add(self.base, lower < upper, alpha=self.half, out=self.back)
+        self.path[-1] = self.best.argmin(dim=0).int() * count + self.column
+        for back, after, here in self.moves:
+            torch.index_select(back, 0, after, out=here)
+        state = self.path // count
+        return points.gather(1, self.subset[(2 * state[:-1] + state[1:] % 2).long()][:, None])[:, 0]
 
 
 Parts = dict[str, Tensor]
