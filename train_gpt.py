@@ -342,6 +342,9 @@ class Config:
         QUANT,
         when="MATRIX_QUANT=gptq_lite",
     )
+    scale_step: float = knob(
+        0.0, "row steps are stored as whole multiples of this in log2, such as 0.02; 0: as float16", QUANT, ge=0, le=1
+    )
     gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
     gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
     gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
@@ -514,6 +517,10 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda c: c.awq_lite_enabled and c.awq_lite_bits <= min(c.matrix_bits, c.embed_bits),
         "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
+    ),
+    (
+        lambda c: 0 < c.scale_step < 0.005,
+        "SCALE_STEP={c.scale_step} is too fine for 16 bits; say 0 (float16) or at least 0.005",
     ),
     (
         lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
@@ -2785,14 +2792,37 @@ def row_bounds(ids: np.ndarray) -> Tensor:
     return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, 0)))
 
 
-def row_scales(weight: Tensor, bits: int, clip: float) -> Tensor:
-    """SD-clip step of each row, float16: clip * std / (2^(bits-1) - 1), at least the smallest float16 above 0."""
-    return storable(sd_steps(weight, bits, clip))
+def row_scales(weight: Tensor, bits: int, clip: float, base_step: float = 0.0) -> Tensor:
+    """SD-clip step of each row, float32, as it is stored: clip * std / (2^(bits-1) - 1), at least 2^-24."""
+    return scale_values(stored_scales(sd_steps(weight, bits, clip), base_step))
+
+
+def ruled_scales(weight: Tensor, rule: QuantRule, cfg: Config) -> Tensor:
+    """row_scales of a rule of the plan."""
+    return row_scales(weight, rule.bits, rule.clip, cfg.scale_step)
 
 
 def storable(steps: Tensor) -> Tensor:
     """Row steps as float16, at least the smallest one above 0."""
     return steps.half().clamp_min(2.0**-24)
+
+
+def log_scales(steps: Tensor, base_step: float) -> Tensor:
+    """Row steps as int16, in multiples of base_step of their log2."""
+    return (steps.double().clamp_min(2.0**-24).log2() / base_step).round().to(torch.int16)
+
+
+def stored_scales(steps: Tensor, base_step: float, key: str = "s") -> Parts:
+    """The parts that hold row steps under a key: float16, or (base_step over 0) log_scales and their base step `ss`."""
+    if base_step == 0:
+        return {key: storable(steps)}
+    return {key: log_scales(steps, base_step), "ss": torch.tensor([base_step], device=steps.device)}
+
+
+def scale_values(parts: Parts, key: str = "s") -> Tensor:
+    """Row steps (rows,) float32 of stored_scales: what a decoder multiplies by, and so what a quantiser divides by."""
+    stored = parts[key]
+    return stored.float() if stored.is_floating_point() else (stored.double() * parts["ss"].double()).exp2().float()
 
 
 def sd_steps(weight: Tensor, bits: int, clip: float) -> Tensor:
@@ -2961,27 +2991,27 @@ class Scheme(NamedTuple):
     steps: Callable[[Tensor, QuantRule, Config], Tensor] | None = None
 
 
-def rounded_rows(weight: Tensor, scale: Tensor, bits: int) -> Parts:
+def rounded_rows(weight: Tensor, steps: Tensor, bits: int, base_step: float = 0.0) -> Parts:
     """Nearest levels of a grid with one step per row."""
-    return {"q": round_to_grid(weight.float(), scale.float()[:, None], bits).to(torch.int8), "s": scale}
+    parts = stored_scales(steps, base_step)
+    return {"q": round_to_grid(weight.float(), scale_values(parts)[:, None], bits).to(torch.int8)} | parts
 
 
 def encode_rowwise(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """Round to nearest with one step per row."""
-    return rounded_rows(weight, row_scales(weight, rule.bits, rule.clip), rule.bits)
+    return rounded_rows(weight, sd_steps(weight, rule.bits, rule.clip), rule.bits, cfg.scale_step)
 
 
 def encode_clip_search(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """Round to nearest with the clip of least squared error ("GPTQ-lite")."""
     scale = searched_scales(weight.float(), rule.bits, cfg.clip_floor, cfg.clip_search_rows)
-    return rounded_rows(weight, scale, rule.bits)
+    return rounded_rows(weight, scale, rule.bits, cfg.scale_step)
 
 
 def encode_row_quantile(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """Round to nearest, each row clipped at CLIP_QUANTILE of its magnitudes."""
-    return rounded_rows(
-        weight, storable(quantile_steps(weight, rule.bits, cfg.clip_quantile, cfg.clip_floor)), rule.bits
-    )
+    steps = quantile_steps(weight, rule.bits, cfg.clip_quantile, cfg.clip_floor)
+    return rounded_rows(weight, steps, rule.bits, cfg.scale_step)
 
 
 def encode_int8_row(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
@@ -2993,13 +3023,14 @@ def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Co
     """GPTQ with one step per row; AWQ-lite's columns, if the rule names any, have a finer step `hs`."""
     if hessian is None:
         raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
-    scale, extra, fine = row_scales(weight, rule.bits, rule.clip), {}, None
+    parts, fine = stored_scales(sd_steps(weight, rule.bits, rule.clip), cfg.scale_step), None
     if rule.fine:
-        extra = {"hc": torch.tensor([cfg.awq_lite_group_size, *rule.fine], dtype=torch.int32)}
-        extra["hs"] = row_scales(weight, cfg.awq_lite_bits, rule.clip)
-        fine = Fine(fine_columns(extra["hc"], weight.size(1)), cfg.awq_lite_bits, extra["hs"])
-    q = gptq(weight, hessian, scale, rule.bits, cfg.gptq_damp, cfg.gptq_blocksize, fine)
-    return {"q": q, "s": scale} | extra
+        parts["hc"] = torch.tensor([cfg.awq_lite_group_size, *rule.fine], dtype=torch.int32)
+        parts |= stored_scales(sd_steps(weight, cfg.awq_lite_bits, rule.clip), cfg.scale_step, "hs")
+        columns = fine_columns(parts["hc"], weight.size(1))
+        fine = Fine(columns, cfg.awq_lite_bits, scale_values(parts, "hs"))
+    q = gptq(weight, hessian, scale_values(parts), rule.bits, cfg.gptq_damp, cfg.gptq_blocksize, fine)
+    return {"q": q} | parts
 
 
 def fine_columns(groups: Tensor, cols: int) -> Tensor:
@@ -3010,20 +3041,20 @@ def fine_columns(groups: Tensor, cols: int) -> Tensor:
 
 def decode_rows(parts: Parts) -> Tensor:
     """q * s."""
-    return parts["q"].float() * parts["s"].float()[:, None]
+    return parts["q"].float() * scale_values(parts)[:, None]
 
 
 def decode_awq(parts: Parts) -> Tensor:
     """q * s, and q * hs in AWQ-lite's columns."""
     weight, columns = decode_rows(parts), fine_columns(parts["hc"], parts["q"].size(1))
-    weight[:, columns] = parts["q"][:, columns].float() * parts["hs"].float()[:, None]
+    weight[:, columns] = parts["q"][:, columns].float() * scale_values(parts, "hs")[:, None]
     return weight
 
 
 SCHEMES = {
-    "gptq": Scheme(encode_gptq, decode_rows, True, lambda w, rule, cfg: row_scales(w, rule.bits, rule.clip)),
+    "gptq": Scheme(encode_gptq, decode_rows, True, ruled_scales),
     "awq_lite": Scheme(encode_gptq, decode_awq, repairable=True),
-    "rowwise": Scheme(encode_rowwise, decode_rows, True, lambda w, rule, cfg: row_scales(w, rule.bits, rule.clip)),
+    "rowwise": Scheme(encode_rowwise, decode_rows, True, ruled_scales),
     "gptq_lite": Scheme(
         encode_clip_search, decode_rows, True, lambda w, rule, cfg: quantile_steps(w, rule.bits, 1.0, cfg.clip_floor)
     ),
