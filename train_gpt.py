@@ -311,15 +311,16 @@ class Config:
 
     matrix_quant: str = knob(
         "gptq",
-        "scheme of the matrices; gptq_lite: rounding with a clip search; row_quantile: clip at CLIP_QUANTILE",
+        "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; gptq_lite: rounding with a clip "
+        "search; row_quantile: clip at CLIP_QUANTILE",
         QUANT,
-        choices=("gptq", "rowwise", "gptq_lite", "row_quantile"),
+        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
     )
     embed_quant: str = knob(
         "gptq",
-        "scheme of the embedding and of the hash and value tables (which gptq rounds to nearest)",
+        "scheme of the embedding and of the hash and value tables (which gptq and gptq_tcq round to nearest)",
         QUANT,
-        choices=("gptq", "rowwise", "gptq_lite", "row_quantile"),
+        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
     )
     matrix_bits: int = knob(6, "bits of the matrices", QUANT, ge=2, le=8)
     embed_bits: int = knob(7, "bits of the embedding", QUANT, ge=2, le=8)
@@ -348,6 +349,14 @@ class Config:
     gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
     gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
     gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
+    tcq_states: int = knob(8, "states of the trellis: 4, 8, 16, 32 or 64", QUANT, ge=4, le=64, when="gptq_tcq")
+    tcq_chunk_rows: int = knob(
+        1024, "rows after which the trellis starts again in state 0", QUANT, ge=16, le=2048, when="gptq_tcq"
+    )
+    tcq_column_beta: float = knob(
+        0.0, "steps of a column go with its GPTQ error per input to this power; 0: the same", QUANT, ge=0, le=1,
+        when="gptq_tcq",
+    )
     gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
     repair: str = knob("none", "lqer: low-rank correction of the worst tensors", QUANT, choices=("none", "lqer"))
     lqer_rank: int = knob(4, "rank of the correction", QUANT, ge=1, when="REPAIR=lqer")
@@ -534,6 +543,11 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
         "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is under EVAL_SEQ_LEN={c.eval_seq_len}: no sequence fits to learn from",
+    ),
+    (lambda c: c.tcq_states not in TCQ_CODES, "TCQ_STATES={c.tcq_states} is none of 4, 8, 16, 32, 64"),
+    (
+        lambda c: ("gptq_tcq", 8) in ((c.matrix_quant, c.matrix_bits), (c.embed_quant, c.embed_bits)),
+        "gptq_tcq stores points of a grid twice as fine in 8 bits; MATRIX_BITS and EMBED_BITS may be at most 7 with it",
     ),
     (lambda c: not c.ttt_trainable, "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0"),
 )
@@ -2686,7 +2700,7 @@ class QuantRule(NamedTuple):
     fine: tuple[int, ...] = ()
 
 
-TABLE_SCHEMES = {"gptq": "rowwise"}  # what becomes of tables, which have no input to calibrate on
+TABLE_SCHEMES = {"gptq": "rowwise", "gptq_tcq": "rowwise"}  # what becomes of tables, which have no input to calibrate on
 
 
 def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
@@ -2983,12 +2997,14 @@ Parts = dict[str, Tensor]
 
 class Scheme(NamedTuple):
     """encode(weight, hessian, rule, cfg) -> parts, and decode(parts) -> float32 weight. repairable: integers of a
-    matrix, whose error a repair may correct. steps(weight, rule, cfg): row steps of the grid, for QAT."""
+    matrix, whose error a repair may correct. steps(weight, rule, cfg): row steps of the grid, for QAT.
+    together(weights, hessians, rules, cfg): encode of several matrices of equal width at once, to the same parts."""
 
     encode: Callable[[Tensor, Tensor | None, QuantRule, Config], Parts]
     decode: Callable[[Parts], Tensor]
     repairable: bool = False
     steps: Callable[[Tensor, QuantRule, Config], Tensor] | None = None
+    together: Callable[[list[Tensor], list[Tensor | None], list[QuantRule], Config], list[Parts]] | None = None
 
 
 def rounded_rows(weight: Tensor, steps: Tensor, bits: int, base_step: float = 0.0) -> Parts:
@@ -3019,10 +3035,15 @@ def encode_int8_row(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg
     return rounded_rows(weight, (weight.float().abs().amax(dim=1) / 127).half().clamp_min(2.0**-24), 8)
 
 
-def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """GPTQ with one step per row; AWQ-lite's columns, if the rule names any, have a finer step `hs`."""
+def need_hessian(hessian: Tensor | None) -> None:
+    """UserError when there is none."""
     if hessian is None:
         raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
+
+
+def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
+    """GPTQ with one step per row; AWQ-lite's columns, if the rule names any, have a finer step `hs`."""
+    need_hessian(hessian)
     parts, fine = stored_scales(sd_steps(weight, rule.bits, rule.clip), cfg.scale_step), None
     if rule.fine:
         parts["hc"] = torch.tensor([cfg.awq_lite_group_size, *rule.fine], dtype=torch.int32)
@@ -3031,6 +3052,54 @@ def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Co
         fine = Fine(columns, cfg.awq_lite_bits, scale_values(parts, "hs"))
     q = gptq(weight, hessian, scale_values(parts), rule.bits, cfg.gptq_damp, cfg.gptq_blocksize, fine)
     return {"q": q} | parts
+
+
+COLUMN_STEP = 0.125  # of the log2 of column factors: finer ones cost more bytes than they save
+TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; 1/12 of a scalar quantiser's step, less 1.1 dB
+
+
+def encode_tcq(
+    weights: list[Tensor], hessians: list[Tensor | None], rules: list[QuantRule], cfg: Config
+) -> list[Parts]:
+    """GPTQ by trellis-coded quantisation, of matrices of equal width side by side: the rows of a GPTQ column do not
+    depend on one another, so in each the best path is searched, by chunks of TCQ_CHUNK_ROWS rows.
+
+    q are points of a grid twice as fine as a scalar quantiser's of this rate, of which a state of the trellis allows
+    every other one; s is that finer step of a row, c (log2) what the step of a column is over it, t the trellis.
+    """
+    length, found, orders, jobs = min(cfg.tcq_chunk_rows, max(map(len, weights))), [], [], []
+    for weight, hessian, rule in zip(weights, hessians, rules, strict=True):
+        need_hessian(hessian)
+        order, Hinv, dead = inverse_factor(hessian, cfg.gptq_damp)
+        tilt = Hinv.diagonal().log2() * cfg.tcq_column_beta / COLUMN_STEP
+        codes = (tilt - tilt.mean()).round().clamp(-127, 127).to(torch.int8)
+        parts = stored_scales(sd_steps(weight, rule.bits, rule.clip) / 2, cfg.scale_step)
+        parts["t"] = torch.tensor([cfg.tcq_states, cfg.tcq_chunk_rows], dtype=torch.int32)
+        parts |= {"c": codes[torch.argsort(order)]} if cfg.tcq_column_beta > 0 else {}
+        count = -(-len(weight) // length)
+        pad = count * length - len(weight)
+        W = F.pad(torch.where(dead, 0.0, weight.float())[:, order], (0, 0, 0, pad)).view(count, length, -1)
+        step = F.pad(scale_values(parts), (0, pad), value=1.0).view(count, length)
+        real = F.pad(torch.ones_like(weight[:, 0], dtype=torch.float32), (0, pad)).view(count, length)
+        factor = (COLUMN_STEP * codes.float()).exp2().expand(count, -1)
+        top = torch.full((count,), 2.0**rule.bits - 2, device=weight.device)
+        jobs.append((W.transpose(1, 2), Hinv.expand(count, -1, -1), step, real, factor, top))
+        found.append(parts)
+        orders.append(order)
+    W, Hinv, step, real, factor, top = (torch.cat(part) for part in zip(*jobs, strict=True))
+    search, rows = Viterbi(cfg.tcq_states, real.T.contiguous(), top), real.sum(dim=1)
+
+    def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        scale = step * factor[:, j, None]
+        x = (column / scale).T.contiguous()
+        power = x.square().sum(dim=0) / rows
+        points = search(x * (power / (power + TCQ_ERROR))).T  # shrunk: by rate and distortion, for Gaussian weights
+        return points, points * scale
+
+    W = feed_back(W.transpose(1, 2), Hinv, cfg.gptq_blocksize, on_trellis)
+    for parts, order, weight, Q in zip(found, orders, weights, W.split([len(j[0]) for j in jobs]), strict=True):
+        parts["q"] = Q.flatten(0, 1)[: len(weight), torch.argsort(order)].to(torch.int8)
+    return found
 
 
 def fine_columns(groups: Tensor, cols: int) -> Tensor:
@@ -3044,6 +3113,12 @@ def decode_rows(parts: Parts) -> Tensor:
     return parts["q"].float() * scale_values(parts)[:, None]
 
 
+def decode_tcq(parts: Parts) -> Tensor:
+    """q * s * (column factor); the trellis is nothing but the coder's context."""
+    weight = decode_rows(parts)
+    return weight * (COLUMN_STEP * parts["c"].float()).exp2() if "c" in parts else weight
+
+
 def decode_awq(parts: Parts) -> Tensor:
     """q * s, and q * hs in AWQ-lite's columns."""
     weight, columns = decode_rows(parts), fine_columns(parts["hc"], parts["q"].size(1))
@@ -3053,6 +3128,13 @@ def decode_awq(parts: Parts) -> Tensor:
 
 SCHEMES = {
     "gptq": Scheme(encode_gptq, decode_rows, True, ruled_scales),
+    "gptq_tcq": Scheme(
+        lambda w, hessian, rule, cfg: encode_tcq([w], [hessian], [rule], cfg)[0],
+        decode_tcq,
+        True,
+        ruled_scales,
+        encode_tcq,
+    ),
     "awq_lite": Scheme(encode_gptq, decode_awq, repairable=True),
     "rowwise": Scheme(encode_rowwise, decode_rows, True, ruled_scales),
     "gptq_lite": Scheme(
@@ -3156,7 +3238,7 @@ def decode(key: str, parts: Parts) -> Tensor:
     return sum((REPAIRS[name].decode(parts) for name in repairs), SCHEMES[scheme].decode(parts))
 
 
-def share(runtime: Runtime, what: str, jobs: list[str], work: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+def share(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """The union of work(job) over all jobs, dealt out to the ranks in turn."""
     mine, done, started = jobs[runtime.rank :: runtime.world], {}, time.perf_counter()
     for count, job in enumerate(mine):
@@ -3172,13 +3254,26 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
         raise FloatingPointError(f"{bad[0]} holds values that are not finite; train again")
     plan, device = refined_plan(cfg, state, hessians), runtime.device
 
-    def encode(name: str) -> dict[str, Parts]:
-        rule = rule_for(name, plan)
-        hessian = hessians[name].to(device) if name in hessians else None
-        parts = SCHEMES[rule.scheme].encode(state[name].to(device), hessian, rule, cfg)
-        return {f"{name}:{rule.scheme}": {key: part.cpu() for key, part in parts.items()}}
+    def encode(names: list[str]) -> dict[str, Parts]:
+        rules = [rule_for(name, plan) for name in names]
+        weights = [state[name].to(device) for name in names]
+        inputs = [hessians[name].to(device) if name in hessians else None for name in names]
+        scheme = SCHEMES[rules[0].scheme]
+        if scheme.together is not None:
+            encoded = scheme.together(weights, inputs, rules, cfg)
+        else:
+            encoded = [scheme.encode(weights[0], inputs[0], rules[0], cfg)]
+        return {
+            f"{name}:{rule.scheme}": {key: part.cpu() for key, part in parts.items()}
+            for name, rule, parts in zip(names, rules, encoded, strict=True)
+        }
 
-    jobs = sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n))
+    groups: dict[Any, list[str]] = {}
+    for name in sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n)):
+        scheme = rule_for(name, plan).scheme
+        groups.setdefault(name if SCHEMES[scheme].together is None else (scheme, state[name].size(-1)), []).append(name)
+    shares = [names[rank :: runtime.world] for names in groups.values() for rank in range(runtime.world)]
+    jobs = [names for names in shares if names]
     whole = repaired(cfg, runtime, state, share(runtime, "quantising", jobs, encode))
     return {key: whole[key] for key in sorted(whole)}
 
@@ -4534,7 +4629,8 @@ class Run:
                 "TIED_EMBED_LR or SCALAR_LR"
             )
         self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
-        hessians = collect_hessians(cfg, runtime, model) if "gptq" in (cfg.matrix_quant, cfg.embed_quant) else {}
+        calibrated = {"gptq", "gptq_tcq"} & {cfg.matrix_quant, cfg.embed_quant}
+        hessians = collect_hessians(cfg, runtime, model) if calibrated else {}
         seconds = trainer.clock.read()
         self.save("hessians.pt", hessians)
         self.log(f"calibration: {len(hessians)} Hessians, {seconds - report.seconds:.2f} s, inside the training budget")
