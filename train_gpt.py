@@ -3505,32 +3505,46 @@ def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
 
 
-def rans_model(heads: np.ndarray, levels: np.ndarray, tables: Callable, row: Callable) -> list[np.ndarray]:
+def rans_priors(matrices: list[np.ndarray]) -> np.ndarray:
+    """What rans_model is told of each matrix, (matrices, 3): 64 times its mean magnitude; how far its columns' mean
+    magnitudes are like those of the matrix as wide before it, in sixteenths; how many rows' worth that guess is."""
+    past, told = {}, []
+    for matrix in matrices:
+        sums = np.abs(matrix, dtype=np.int16).sum(axis=0)
+        own = (sums + 1) / (sums + 1).mean() if len(sums) else np.ones(1)
+        others = past.get(len(sums), own**0)
+        spread, like = min((np.log(own / (1 + w / 16 * (others - 1))).var(), w) for w in range(17))
+        noise = 0.57 / max(1, len(matrix))  # variance of the log of a mean of magnitudes
+        told.append([64 * int(sums.sum()) // max(1, matrix.size), like, math.ceil(0.57 / max(0.003, spread - noise))])
+        past[len(sums)] = own
+    return np.array(told, int).reshape(-1, 3)
+
+
+def rans_model(heads: np.ndarray, priors: np.ndarray, tables: Callable, row: Callable) -> list[np.ndarray]:
     """The matrices of heads (matrices, 4), integers by integers from row(matrix, row, table of each column).
 
-    What is known of a symbol before it is coded: the mean square of its column so far, in 64 classes four to an octave
-    (at first that of the same column in the last matrix as wide, scaled to the matrix's own level, thrice its mean
-    square), and the parity that the state of its trellis allows. Each such context has a histogram of all that was
-    seen in it, which begins as a bell. Every few rows tables(freq) is given those in use, (contexts, 256) that sum to
-    2^RANS_BITS. Level -128 stands for what has no frequency there: an escape. Integers only: the same on any machine.
+    What is known of a symbol before it is coded: the mean magnitude of its column so far, in 128 classes, 12 to an
+    octave, and the parity that the state of its trellis allows. Each such context has a histogram of all that was seen in it,
+    which begins as a bell. Every few rows tables(freq) is given those in use, (contexts, 256) that sum to 2^RANS_BITS.
+    Level -128 stands for what has no frequency there: an escape. Integers only: the same on any machine.
     """
-    edges, values, found, past, unit = [8], np.arange(-128, 128), [], {}, 1 << RANS_BITS
-    while len(edges) < 64:
-        edges.append(edges[-1] * 1189 // 1000 + 1)
-    edges = np.array(edges)
-    bell = np.maximum(0, 12 * edges[:, None, None] - 256 * values**2) ** 2
+    edges, values, found, past, unit = [256], np.arange(-128, 128), [], {}, 1 << RANS_BITS
+    while len(edges) < 128:
+        edges.append(edges[-1] * 1059463 // 1000000)
+    edges = np.array(edges)  # in 4096ths
+    bell = np.maximum(0, 19 * 256 - (values * 2**16 // edges[:, None, None]) ** 2) ** 2
     bell = bell * np.stack([values < 128, values % 2 == 0, values % 2 == 1])  # all levels, even ones, odd ones
-    counts = bell * 2000 // np.maximum(1, bell.sum(axis=2, keepdims=True))
+    counts = bell * 1000 // np.maximum(1, bell.sum(axis=2, keepdims=True))
     counts[:, :, 0] = 1
-    for number, (rows, cols, states, chunk) in enumerate(heads.tolist()):
+    for (rows, cols, states, chunk), (level, like, seen) in zip(heads.tolist(), priors.tolist(), strict=True):
         subsets = trellis(states).numpy() if states else np.zeros((1, 2), int)
         follow = (2 * np.arange(len(subsets))[:, None] + (subsets[:, 1:] == np.arange(4))) % len(subsets)
         kinds, state, Q = np.array([1, 2] if states else [0, 0]), np.zeros(cols, int), np.empty((rows, cols), np.int8)
-        sums, seen, done = past.get(cols, np.ones(cols, int)), 16, 0
-        sums = sums * (seen * int(levels[number]) * cols // 3) // max(1, sums.sum())
-        while done < rows:
+        sums, done = past.get(cols, np.ones(cols, int)), 0
+        sums = (64 * cols * sums // max(1, sums.sum()) * like + 64 * (16 - like)) * (seen * level) // 2**16
+        while done < rows and cols:
             block = Q[done : done + max(2, min(64, done // 8))]
-            used, table = np.unique(np.searchsorted(edges[1:], sums * 256 // seen, "right"), return_inverse=True)
+            used, table = np.unique(np.searchsorted(edges[1:], sums * 4096 // seen, "right"), return_inverse=True)
             some = counts[used][:, kinds].reshape(-1, 256)
             freq = some * (unit - (some > 0).sum(axis=1, keepdims=True)) // some.sum(axis=1, keepdims=True)
             freq = np.maximum(freq, some > 0)
@@ -3539,12 +3553,12 @@ def rans_model(heads: np.ndarray, levels: np.ndarray, tables: Callable, row: Cal
             for line in block:
                 if states and done % chunk == 0:
                     state[:] = 0
-                line[:] = row(number, done, 2 * table + (subsets[state, 0] & 1 if states else 0))
+                line[:] = row(len(found), done, 2 * table + (subsets[state, 0] & 1 if states else 0))
                 state = follow[state, line & 3] if states else state
                 done += 1
             wide = block.astype(int)
-            np.add.at(counts, (used[table], kinds[wide & 1], wide + 128), 16)
-            sums, seen = sums + (wide**2).sum(axis=0), seen + len(block)
+            np.add.at(counts, (used[table], kinds[wide & 1], wide + 128), 8)
+            sums, seen = sums + np.abs(wide).sum(axis=0), seen + len(block)
         past[cols] = sums
         found.append(Q)
     return found
@@ -3562,7 +3576,7 @@ class RansTables:
 
 def rans_encode(raw: bytes) -> bytes:
     """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame: RANS_INFO, heads, then words of 16
-    bits: the matrices' levels, states of the lanes, what the lanes read.
+    bits: rans_priors, states of the lanes, what the lanes read.
 
     A lane, one of up to RANS_LANES side by side, holds a state of 32 bits and codes every so manieth column. As the
     decoder gives back in reverse what the encoder was given, the encoder goes from the last row to the first.
@@ -3574,7 +3588,7 @@ def rans_encode(raw: bytes) -> bytes:
         matrices.append(np.frombuffer(raw, np.int8, rows * cols, at + RANS_HEAD.size).reshape(rows, cols))
         at += RANS_HEAD.size + rows * cols
     heads = np.array(heads, np.uint32).reshape(-1, 4)
-    levels = [3 * int(np.square(m, dtype=np.int32).sum(dtype=int)) // max(1, m.size) for m in matrices]
+    priors = rans_priors(matrices)
 
     def row(number: int, index: int, table: np.ndarray) -> np.ndarray:
         line = matrices[number][index]
@@ -3587,7 +3601,7 @@ def rans_encode(raw: bytes) -> bytes:
             log.append((*pair[:, part], line[part][lost[part]].view(np.uint8)))
         return line
 
-    rans_model(heads, np.array(levels), tables, row)
+    rans_model(heads, priors, tables, row)
     x = np.full(min(RANS_LANES, heads[:, 1].max(initial=0)), 1 << 16, np.uint32)
     words = []
     for freq, start, lost in reversed(log):
@@ -3597,7 +3611,7 @@ def rans_encode(raw: bytes) -> bytes:
         mine[full] >>= 16
         mine[:] = (mine // freq << RANS_BITS) + mine % freq + start
     packed = zlib.compress(heads.tobytes(), 9)
-    words = np.concatenate([levels, x >> 16, x & 0xFFFF, *words[::-1]])
+    words = np.concatenate([priors.ravel(), x >> 16, x & 0xFFFF, *words[::-1]])
     return RANS_INFO.pack(len(heads), len(packed), len(x)) + packed + words.astype("<u2").tobytes()
 
 
@@ -3607,7 +3621,7 @@ def rans_decode(blob: bytes) -> bytes:
     at = RANS_INFO.size + size
     heads = np.frombuffer(zlib.decompress(blob[RANS_INFO.size : at]), "<u4").reshape(count, 4)
     words, tables = np.frombuffer(blob, "<u2", offset=at).astype(np.uint32), RansTables()
-    levels, high, low, words = np.split(words, np.cumsum([count, lanes, lanes]))
+    priors, high, low, words = np.split(words, np.cumsum([3 * count, lanes, lanes]))
     x, at, mask = high << 16 | low, 0, (1 << RANS_BITS) - 1
 
     def take(number: int) -> np.ndarray:
@@ -3630,7 +3644,7 @@ def rans_decode(blob: bytes) -> bytes:
     def row(number: int, index: int, table: np.ndarray) -> np.ndarray:
         return np.concatenate([lane_row(table[a : a + RANS_LANES]) for a in range(0, len(table), RANS_LANES)])
 
-    matrices = rans_model(heads, levels, tables, row)
+    matrices = rans_model(heads, priors.reshape(-1, 3), tables, row)
     if at != len(words) or (x != 1 << 16).any():
         raise ValueError("the lanes do not end where they began")
     return b"".join(head.tobytes() + Q.tobytes() for head, Q in zip(heads, matrices, strict=True))
