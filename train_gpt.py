@@ -3547,24 +3547,26 @@ def rans_model(heads: np.ndarray, priors: np.ndarray, tables: Callable, step: Ca
     bell = bell * np.stack([values < 128, values % 2 == 0, values % 2 == 1])  # all levels, even ones, odd ones
     counts = bell * 1000 // np.maximum(1, bell.sum(axis=2, keepdims=True))
     counts[:, :, 0] = 1
+
     for (rows, cols, states, chunk), told in zip(heads.tolist(), priors.tolist(), strict=True):
         level, like, seen, high, low, loose = told
         subsets = trellis(states).numpy() if states else np.zeros((1, 2), int)
         follow = (2 * np.arange(len(subsets))[:, None] + (subsets[:, 1:] == np.arange(4))) % len(subsets)
-        kinds, state, Q = np.array([1, 2] if states else [0, 0]), np.zeros(cols, int), np.empty((rows, cols), np.int8)
-        starts, keys, due = [0], [], 0
+        kinds, state, flat = np.array([1, 2] if states else [0]), np.zeros(cols, int), np.empty(rows * cols, np.int8)
+        starts, seen_in, due = [0], [], 0
         while cols - starts[-1] > 16:
             starts.append(starts[-1] + (cols - starts[-1]) // 4)
         bounds, groups = np.array([*starts, cols]), len(starts)
         delay, left = np.repeat(np.arange(groups), np.diff(bounds)), cols - bounds[:-1]
+        origin = np.arange(cols) - delay * cols
         sums = past.get(cols, np.ones(cols, int))
         sums = (64 * cols * sums // max(1, sums.sum()) * like + 64 * (16 - like)) * (seen * level) // 2**16
         squares, spent = sums**2 * 11 // (7 * seen), np.zeros(groups + 1, int)
         for t in range((rows + groups - 1) * (rows > 0 and cols > 0)):
             if t == due:
                 due += max(2, min(64, t // 8))
-                np.add.at(counts.reshape(-1), np.concatenate([[0], *keys]), 8)
-                keys, count = [], seen + np.maximum(0, t - delay)
+                counts += rans_learn(seen_in, counts.shape)
+                seen_in, count = [], seen + np.maximum(0, t - delay)
                 fine, power = np.searchsorted(edges, sums * 2**16 // count), squares * 64 // count
                 used = np.arange(max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3) + 1)
                 tables(rans_frequencies(counts[used][:, kinds].reshape(-1, 256), unit))
@@ -3574,22 +3576,29 @@ def rans_model(heads: np.ndarray, priors: np.ndarray, tables: Callable, step: Ca
             part = slice(bounds[first], bounds[last])
             more = pull * (64 * (high * 2**16 + low - spent[:-1]) - rest) // rest
             shift = np.searchsorted(edges, 2**16 + more) - 192 >> 1
-            context = np.clip(fine[part] + shift[delay[part]] >> 2, used[0], used[-1])
-            row = t - delay[part]
-            here = np.where(row % chunk, state[part], 0) if states else state[part]
-            places = row * cols + np.arange(part.start, part.stop)
-            line = step(len(found), places, 2 * (context - used[0]) + (subsets[here, 0] & 1))
-            Q.reshape(-1)[places] = line
+            context = np.minimum(np.maximum(fine[part] + shift[delay[part]] >> 2, used[0]), used[-1])
+            places, table = origin[part] + t * cols, (context - used[0]) * len(kinds)
+            if states:
+                here = np.where((t - delay[part]) % chunk, state[part], 0)
+                table += subsets[here, 0] & 1
+            line = flat[places] = step(len(found), places, table)
             wide = line.astype(int)
-            state[part] = follow[here, wide & 3]
-            keys.append((3 * context + kinds[wide & 1]) * 256 + wide + 128)
+            if states:
+                state[part] = follow[here, wide & 3]
+            seen_in.append((3 * context + kinds[wide % len(kinds)]) * 256 + wide + 128)
             sums[part] += np.abs(wide)
-            squares[part] += wide**2
-            spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(wide**2, bounds[first:last] - part.start)
-        np.add.at(counts.reshape(-1), np.concatenate([[0], *keys]), 8)
+            wide *= wide
+            squares[part] += wide
+            spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(wide, bounds[first:last] - part.start)
+        counts += rans_learn(seen_in, counts.shape)
         past[cols] = sums
-        found.append(Q)
+        found.append(flat)
     return found
+
+
+def rans_learn(places: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """What histograms of a shape gain by symbols at places in them."""
+    return 8 * np.bincount(np.concatenate([*places, np.zeros(0, int)]), minlength=math.prod(shape)).reshape(shape)
 
 
 def rans_frequencies(counts: np.ndarray, unit: int) -> np.ndarray:
@@ -3608,7 +3617,6 @@ class RansTables:
         """The tables from now on."""
         self.freq = freq.astype(np.uint32).ravel()
         self.start = (freq.cumsum(axis=1) - freq).astype(np.uint32).ravel()
-        self.slots = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(freq)), self.freq)  # 2^RANS_BITS a table
 
 
 def rans_encode(raw: bytes) -> bytes:
@@ -3658,7 +3666,12 @@ def rans_decode(blob: bytes) -> bytes:
     heads = np.frombuffer(zlib.decompress(blob[RANS_INFO.size : at]), "<u4").reshape(count, 4)
     words, tables = np.frombuffer(blob, "<u2", offset=at).astype(np.uint32), RansTables()
     priors, high, low, words = np.split(words, np.cumsum([6 * count, lanes, lanes]))
-    x, at, mask = high << 16 | low, 0, (1 << RANS_BITS) - 1
+    x, at, keys, mask = high << 16 | low, 0, None, (1 << RANS_BITS) - 1
+
+    def renew(freq: np.ndarray) -> None:
+        nonlocal keys
+        tables(freq)
+        keys = np.repeat(np.arange(freq.size, dtype=np.uint16), tables.freq)  # 2^RANS_BITS a table
 
     def take(number: int) -> np.ndarray:
         nonlocal at
@@ -3668,19 +3681,19 @@ def rans_decode(blob: bytes) -> bytes:
     def lane_step(table: np.ndarray) -> np.ndarray:
         mine = x[: len(table)]
         slot = mine & mask
-        level = tables.slots[(table << RANS_BITS) + slot]
-        key = 256 * table + level
+        key = keys[(table << RANS_BITS) + slot]
         mine[:] = tables.freq[key] * (mine >> RANS_BITS) + slot - tables.start[key]
-        low = np.flatnonzero(mine < 1 << 16)
+        low = (mine < 1 << 16).nonzero()[0]
         mine[low] = mine[low] << 16 | take(len(low))
-        line, lost = (level - 128).view(np.int8), np.flatnonzero(level == 0)
+        line = (key - 128).astype(np.int8)
+        lost = (line == -128).nonzero()[0]
         line[lost] = take(len(lost)).astype(np.int8)
         return line
 
     def step(number: int, places: np.ndarray, table: np.ndarray) -> np.ndarray:
         return np.concatenate([lane_step(table[a : a + RANS_LANES]) for a in range(0, len(table), RANS_LANES)])
 
-    matrices = rans_model(heads, priors.reshape(-1, 6), tables, step)
+    matrices = rans_model(heads, priors.reshape(-1, 6), renew, step)
     if at != len(words) or (x != 1 << 16).any():
         raise ValueError("the lanes do not end where they began")
     return b"".join(head.tobytes() + Q.tobytes() for head, Q in zip(heads, matrices, strict=True))
