@@ -2910,7 +2910,7 @@ def feed_back(
         for j in range(start, stop):
             Q[..., j], value = rounder(W[..., j], j)
             errors[..., j - start] = (W[..., j] - value) / Hinv[..., j, j, None]
-            W[..., j:stop] -= errors[..., j - start, None] * Hinv[..., j, None, j:stop]
+            W[..., j:stop].addcmul_(errors[..., j - start, None], Hinv[..., j, None, j:stop], value=-1)
         W[..., stop:] -= errors @ Hinv[..., start:stop, stop:]
     return Q
 
