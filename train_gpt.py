@@ -373,9 +373,10 @@ class Config:
     quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain", QUANT)
     compressor: str = knob(
         "brotli",
-        "layout and entropy coder of the artifact; pergroup needs the program lrzip; lzma6: preset 6, as published",
+        "layout and entropy coder of the artifact; pergroup needs the program lrzip; lzma6: preset 6, as published; "
+        "rans: adaptive coder of this program, made for integer matrices",
         QUANT,
-        choices=("brotli", "lzma", "pergroup", "lzma6"),
+        choices=("brotli", "lzma", "pergroup", "lzma6", "rans"),
     )
 
     eval: str = knob(
@@ -3444,11 +3445,18 @@ Arrays = dict[str, np.ndarray]
 
 
 class Coder(NamedTuple):
-    """An entropy coder, bytes <-> bytes. need raises UserError when what it runs on is not installed."""
+    """An entropy coder, bytes <-> bytes. need raises UserError when what it runs on is not installed.
+
+    frame(array, trellis or None) and unframe(bytes, dtype, shape): how an array lies in what is coded, after `head`
+    bytes about it.
+    """
 
     encode: Callable[[bytes], bytes]
     decode: Callable[[bytes], bytes]
     need: Callable[[], Any]
+    frame: Callable[[np.ndarray, np.ndarray | None], bytes] = lambda array, trellis: shuffle_bytes(array)
+    unframe: Callable[[bytes, str, tuple[int, ...]], np.ndarray] = lambda *args: unshuffle_bytes(*args)
+    head: int = 0
 
 
 def need_brotli() -> Any:
@@ -3481,6 +3489,153 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
         return target.read_bytes()
 
 
+RANS_BITS, RANS_LANES = 14, 512
+RANS_HEAD = struct.Struct("<4I")  # rows, columns, states of the trellis (0: none), rows after which it starts again
+RANS_INFO = struct.Struct("<3I")  # matrices, bytes of their heads as packed, lanes
+
+
+def rans_frame(array: np.ndarray, trellis: np.ndarray | None) -> bytes:
+    """The bytes of an array, row by row, after a RANS_HEAD. What is no matrix of int8 is a row of bytes."""
+    rows, cols = array.shape if array.ndim == 2 and array.itemsize == 1 else (1, array.nbytes)
+    return RANS_HEAD.pack(rows, cols, *([0, 0] if trellis is None else trellis.tolist())) + array.tobytes()
+
+
+def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The array of rans_frame."""
+    return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
+
+
+def rans_model(heads: np.ndarray, levels: np.ndarray, tables: Callable, row: Callable) -> list[np.ndarray]:
+    """The matrices of heads (matrices, 4), integers by integers from row(matrix, row, table of each column).
+
+    What is known of a symbol before it is coded: the mean square of its column so far, in 64 classes four to an octave
+    (at first that of the same column in the last matrix as wide, scaled to the matrix's own level, thrice its mean
+    square), and the parity that the state of its trellis allows. Each such context has a histogram of all that was
+    seen in it, which begins as a bell. Every few rows tables(freq) is given those in use, (contexts, 256) that sum to
+    2^RANS_BITS. Level -128 stands for what has no frequency there: an escape. Integers only: the same on any machine.
+    """
+    edges, values, found, past, unit = [8], np.arange(-128, 128), [], {}, 1 << RANS_BITS
+    while len(edges) < 64:
+        edges.append(edges[-1] * 1189 // 1000 + 1)
+    edges = np.array(edges)
+    bell = np.maximum(0, 12 * edges[:, None, None] - 256 * values**2) ** 2
+    bell = bell * np.stack([values < 128, values % 2 == 0, values % 2 == 1])  # all levels, even ones, odd ones
+    counts = bell * 2000 // np.maximum(1, bell.sum(axis=2, keepdims=True))
+    counts[:, :, 0] = 1
+    for number, (rows, cols, states, chunk) in enumerate(heads.tolist()):
+        subsets = trellis(states).numpy() if states else np.zeros((1, 2), int)
+        follow = (2 * np.arange(len(subsets))[:, None] + (subsets[:, 1:] == np.arange(4))) % len(subsets)
+        kinds, state, Q = np.array([1, 2] if states else [0, 0]), np.zeros(cols, int), np.empty((rows, cols), np.int8)
+        sums, seen, done = past.get(cols, np.ones(cols, int)), 16, 0
+        sums = sums * (seen * int(levels[number]) * cols // 3) // max(1, sums.sum())
+        while done < rows:
+            block = Q[done : done + max(2, min(64, done // 8))]
+            used, table = np.unique(np.searchsorted(edges[1:], sums * 256 // seen, "right"), return_inverse=True)
+            some = counts[used][:, kinds].reshape(-1, 256)
+            freq = some * (unit - (some > 0).sum(axis=1, keepdims=True)) // some.sum(axis=1, keepdims=True)
+            freq = np.maximum(freq, some > 0)
+            freq[np.arange(len(freq)), freq.argmax(axis=1)] += unit - freq.sum(axis=1)
+            tables(freq)
+            for line in block:
+                if states and done % chunk == 0:
+                    state[:] = 0
+                line[:] = row(number, done, 2 * table + (subsets[state, 0] & 1 if states else 0))
+                state = follow[state, line & 3] if states else state
+                done += 1
+            wide = block.astype(int)
+            np.add.at(counts, (used[table], kinds[wide & 1], wide + 128), 16)
+            sums, seen = sums + (wide**2).sum(axis=0), seen + len(block)
+        past[cols] = sums
+        found.append(Q)
+    return found
+
+
+class RansTables:
+    """The frequency and the start of each level, by 256 * table + level + 128."""
+
+    def __call__(self, freq: np.ndarray) -> None:
+        """The tables from now on."""
+        self.freq = freq.astype(np.uint32).ravel()
+        self.start = (freq.cumsum(axis=1) - freq).astype(np.uint32).ravel()
+        self.slots = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(freq)), self.freq)  # 2^RANS_BITS a table
+
+
+def rans_encode(raw: bytes) -> bytes:
+    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame: RANS_INFO, heads, then words of 16
+    bits: the matrices' levels, states of the lanes, what the lanes read.
+
+    A lane, one of up to RANS_LANES side by side, holds a state of 32 bits and codes every so manieth column. As the
+    decoder gives back in reverse what the encoder was given, the encoder goes from the last row to the first.
+    """
+    heads, matrices, at, log, tables = [], [], 0, [], RansTables()
+    while at < len(raw):
+        rows, cols, *_ = head = RANS_HEAD.unpack_from(raw, at)
+        heads.append(head)
+        matrices.append(np.frombuffer(raw, np.int8, rows * cols, at + RANS_HEAD.size).reshape(rows, cols))
+        at += RANS_HEAD.size + rows * cols
+    heads = np.array(heads, np.uint32).reshape(-1, 4)
+    levels = [3 * int(np.square(m, dtype=np.int32).sum(dtype=int)) // max(1, m.size) for m in matrices]
+
+    def row(number: int, index: int, table: np.ndarray) -> np.ndarray:
+        line = matrices[number][index]
+        key = 256 * table + line + 128
+        lost = (tables.freq[key] == 0) | (line == -128)
+        key[lost] &= -256
+        pair = np.stack([tables.freq[key], tables.start[key]])
+        for a in range(0, len(line), RANS_LANES):
+            part = slice(a, a + RANS_LANES)
+            log.append((*pair[:, part], line[part][lost[part]].view(np.uint8)))
+        return line
+
+    rans_model(heads, np.array(levels), tables, row)
+    x = np.full(min(RANS_LANES, heads[:, 1].max(initial=0)), 1 << 16, np.uint32)
+    words = []
+    for freq, start, lost in reversed(log):
+        mine = x[: len(freq)]
+        full = mine >> (32 - RANS_BITS) >= freq
+        words += [lost, mine[full] & 0xFFFF]
+        mine[full] >>= 16
+        mine[:] = (mine // freq << RANS_BITS) + mine % freq + start
+    packed = zlib.compress(heads.tobytes(), 9)
+    words = np.concatenate([levels, x >> 16, x & 0xFFFF, *words[::-1]])
+    return RANS_INFO.pack(len(heads), len(packed), len(x)) + packed + words.astype("<u2").tobytes()
+
+
+def rans_decode(blob: bytes) -> bytes:
+    """The inverse of rans_encode; ValueError or IndexError when it is none of its results."""
+    count, size, lanes = RANS_INFO.unpack_from(blob)
+    at = RANS_INFO.size + size
+    heads = np.frombuffer(zlib.decompress(blob[RANS_INFO.size : at]), "<u4").reshape(count, 4)
+    words, tables = np.frombuffer(blob, "<u2", offset=at).astype(np.uint32), RansTables()
+    levels, high, low, words = np.split(words, np.cumsum([count, lanes, lanes]))
+    x, at, mask = high << 16 | low, 0, (1 << RANS_BITS) - 1
+
+    def take(number: int) -> np.ndarray:
+        nonlocal at
+        at += number
+        return words[at - number : at]
+
+    def lane_row(table: np.ndarray) -> np.ndarray:
+        mine = x[: len(table)]
+        slot = mine & mask
+        level = tables.slots[(table << RANS_BITS) + slot]
+        key = 256 * table + level
+        mine[:] = tables.freq[key] * (mine >> RANS_BITS) + slot - tables.start[key]
+        low = np.flatnonzero(mine < 1 << 16)
+        mine[low] = mine[low] << 16 | take(len(low))
+        line, lost = (level - 128).view(np.int8), np.flatnonzero(level == 0)
+        line[lost] = take(len(lost)).astype(np.int8)
+        return line
+
+    def row(number: int, index: int, table: np.ndarray) -> np.ndarray:
+        return np.concatenate([lane_row(table[a : a + RANS_LANES]) for a in range(0, len(table), RANS_LANES)])
+
+    matrices = rans_model(heads, levels, tables, row)
+    if at != len(words) or (x != 1 << 16).any():
+        raise ValueError("the lanes do not end where they began")
+    return b"".join(head.tobytes() + Q.tobytes() for head, Q in zip(heads, matrices, strict=True))
+
+
 CODERS = {
     "brotli": Coder(
         lambda raw: need_brotli().compress(raw, quality=11, lgwin=24),
@@ -3491,6 +3646,7 @@ CODERS = {
     "lzma6": Coder(lambda raw: lzma.compress(raw, preset=6), lzma.decompress, lambda: None),
     # ZPAQ; -p 1: by default the block size, and so the bytes, depend on the number of processors
     "lrzip": Coder(lambda raw: run_lrzip(raw, "-z", "-L", "9", "-p", "1"), lambda b: run_lrzip(b, "-d"), need_lrzip),
+    "rans": Coder(rans_encode, rans_decode, lambda: None, rans_frame, rans_unframe, RANS_HEAD.size),
 }
 
 
@@ -3508,6 +3664,7 @@ class Codec(NamedTuple):
     groups: tuple[str, ...] = ()
     sorted_rows: tuple[str, ...] = ()
     sort_hidden: bool = False
+    by_layer: bool = False  # the arrays of a layer lie together, and not those of a role
 
     def stream_of(self, name: str) -> int:
         """The stream of an array."""
@@ -3537,6 +3694,7 @@ CODECS = {
     "lzma": Codec(2, "lzma"),
     "pergroup": Codec(3, "brotli", "lrzip", ROLES, sorted_rows=ROLES[:2], sort_hidden=True),
     "lzma6": Codec(4, "lzma6"),
+    "rans": Codec(5, "brotli", "rans", ("*:q",), by_layer=True),
 }
 
 
@@ -3600,17 +3758,21 @@ def pack_arrays(arrays: Arrays, codec: str) -> bytes:
     as u32, then JSON): name, dtype and shape of each array in storage order.
     """
 
-    def role(name: str) -> tuple[str, list[int]]:
-        return re.sub(r"\d+", "", name), [int(n) for n in re.findall(r"\d+", name)]
-
     layout = CODECS[codec]
+
+    def role(name: str) -> tuple[Any, ...]:
+        key = re.sub(r"\d+", "", name), [int(n) for n in re.findall(r"\d+", name)]
+        return key[::-1] if layout.by_layer else key
+
     arrays = sort_rows(arrays, layout.sorted_rows)
     names = sorted(arrays, key=role)
     index = json.dumps([[n, arrays[n].dtype.str, arrays[n].shape] for n in names], separators=(",", ":")).encode()
     raws = [[struct.pack("<I", len(index)), index], *([] for _ in layout.groups)]
+    coders = layout.coders()
     for name in names:
-        raws[layout.stream_of(name)].append(shuffle_bytes(arrays[name]))
-    streams = in_parallel([coder.encode for coder in layout.coders()], [b"".join(raw) for raw in raws])
+        i, trellis = layout.stream_of(name), arrays.get(f"{name.rpartition(':')[0]}:t")
+        raws[i].append(coders[i].frame(arrays[name], trellis))
+    streams = in_parallel([coder.encode for coder in coders], [b"".join(raw) for raw in raws])
     payload = struct.pack(f"<B{len(streams)}I", len(streams), *map(len, streams)) + b"".join(streams)
     return seal(layout.number, payload)
 
@@ -3662,8 +3824,9 @@ def unpack_payload(payload: bytes, layout: Codec) -> Arrays:
     (length,) = struct.unpack_from("<I", raws[0])
     arrays, positions = {}, [4 + length, *(0 for _ in layout.groups)]
     for name, dtype, shape in json.loads(raws[0][4 : 4 + length]):
-        i, size = layout.stream_of(name), np.dtype(dtype).itemsize * math.prod(shape)
-        arrays[name] = unshuffle_bytes(raws[i][positions[i] : positions[i] + size], dtype, tuple(shape))
+        i = layout.stream_of(name)
+        size = coders[i].head + np.dtype(dtype).itemsize * math.prod(shape)
+        arrays[name] = coders[i].unframe(raws[i][positions[i] : positions[i] + size], dtype, tuple(shape))
         positions[i] += size
     if ends[-1] != len(payload) or positions != list(map(len, raws)):
         raise ValueError("the index does not account for all bytes")
