@@ -3518,49 +3518,100 @@ def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
 
 
-def rans_model(heads: np.ndarray, levels: np.ndarray, tables: Callable, row: Callable) -> list[np.ndarray]:
-    """The matrices of heads (matrices, 4), integers by integers from row(matrix, row, table of each column).
+def rans_priors(matrices: list[np.ndarray]) -> np.ndarray:
+    """What rans_model is told of each matrix, (matrices, 6): 64 times its mean magnitude; how far its columns' mean
+    magnitudes are like those of the matrix as wide before it, in sixteenths; how many rows' worth that guess is; a
+    row's sum of squares, in two words, and how far from certain that is, half a variance as of so many columns."""
+    past, told = {}, []
+    for matrix in matrices:
+        squares, sums = np.square(matrix, dtype=np.float64), np.abs(matrix, dtype=np.int16).sum(axis=0)
+        if not sums.any():
+            told.append([0, 0, 1, 0, 0, 0])
+            continue
+        own = (sums + 1) / (sums + 1).mean()
+        others = past.get(len(sums), own**0)
+        spread, like = min((np.log(own / (1 + w / 16 * (others - 1))).var(), w) for w in range(17))
+        noise = 0.57 / len(matrix)  # variance of the log of a mean of magnitudes
+        free, bound = squares.var(axis=0).sum() + 1e-9, squares.sum(axis=1).var()
+        loose = 2 * len(sums) * bound / max(free - bound, bound / 99)
+        strength = math.ceil(0.57 / max(0.003, spread - noise))
+        power = divmod(round(squares.sum() / len(matrix)), 2**16)
+        told.append([64 * int(sums.sum()) // matrix.size, like, strength, *power, min(65535, int(loose))])
+        past[len(sums)] = own
+    return np.array(told, int).reshape(-1, 6)
 
-    What is known of a symbol before it is coded: the mean square of its column so far, in 64 classes four to an octave
-    (at first that of the same column in the last matrix as wide, scaled to the matrix's own level, thrice its mean
-    square), and the parity that the state of its trellis allows. Each such context has a histogram of all that was
-    seen in it, which begins as a bell. Every few rows tables(freq) is given those in use, (contexts, 256) that sum to
-    2^RANS_BITS. Level -128 stands for what has no frequency there: an escape. Integers only: the same on any machine.
+
+def rans_model(heads: np.ndarray, priors: np.ndarray, tables: Callable, step: Callable) -> list[np.ndarray]:
+    """The matrices of heads (matrices, 4), integers by integers from step(matrix, places in it, table of each place).
+
+    What is known of a symbol before it is coded is a class, 12 to an octave: the mean magnitude of its column so far,
+    times what the columns on its left leave to the others of a row's sum of squares (the row's step came from its
+    standard deviation, so that sum is hardly news). And the parity that the state of its trellis allows. Each such
+    context has a histogram of all that was seen in it, which begins as a bell. Groups of columns, each a quarter of
+    those that remain, are coded each a row behind the group on its left, so that a step codes a symbol of every column.
+    Every few steps tables(freq) is given the contexts in use, (contexts, 256) that sum to 2^RANS_BITS. Level -128
+    stands for what has no frequency there: an escape. Integers only: the same on any machine.
     """
-    edges, values, found, past, unit = [8], np.arange(-128, 128), [], {}, 1 << RANS_BITS
-    while len(edges) < 64:
-        edges.append(edges[-1] * 1189 // 1000 + 1)
-    edges = np.array(edges)
-    bell = np.maximum(0, 12 * edges[:, None, None] - 256 * values**2) ** 2
+    edges, values, found, past, unit = [4096], np.arange(-128, 128), [], {}, 1 << RANS_BITS
+    while len(edges) < 512:
+        edges.append(edges[-1] * 1014545335 // 10**9)
+    edges = np.array(edges)  # 2^(i / 48) / 16, in 2^16ths
+    bell = np.maximum(0, 19 * 256 - (values * 2**20 // edges[2::4, None, None]) ** 2) ** 2
     bell = bell * np.stack([values < 128, values % 2 == 0, values % 2 == 1])  # all levels, even ones, odd ones
-    counts = bell * 2000 // np.maximum(1, bell.sum(axis=2, keepdims=True))
+    counts = bell * 1000 // np.maximum(1, bell.sum(axis=2, keepdims=True))
     counts[:, :, 0] = 1
-    for number, (rows, cols, states, chunk) in enumerate(heads.tolist()):
+    for (rows, cols, states, chunk), told in zip(heads.tolist(), priors.tolist(), strict=True):
+        level, like, seen, high, low, loose = told
         subsets = trellis(states).numpy() if states else np.zeros((1, 2), int)
         follow = (2 * np.arange(len(subsets))[:, None] + (subsets[:, 1:] == np.arange(4))) % len(subsets)
         kinds, state, Q = np.array([1, 2] if states else [0, 0]), np.zeros(cols, int), np.empty((rows, cols), np.int8)
-        sums, seen, done = past.get(cols, np.ones(cols, int)), 16, 0
-        sums = sums * (seen * int(levels[number]) * cols // 3) // max(1, sums.sum())
-        while done < rows:
-            block = Q[done : done + max(2, min(64, done // 8))]
-            used, table = np.unique(np.searchsorted(edges[1:], sums * 256 // seen, "right"), return_inverse=True)
-            some = counts[used][:, kinds].reshape(-1, 256)
-            freq = some * (unit - (some > 0).sum(axis=1, keepdims=True)) // some.sum(axis=1, keepdims=True)
-            freq = np.maximum(freq, some > 0)
-            freq[np.arange(len(freq)), freq.argmax(axis=1)] += unit - freq.sum(axis=1)
-            tables(freq)
-            for line in block:
-                if states and done % chunk == 0:
-                    state[:] = 0
-                line[:] = row(number, done, 2 * table + (subsets[state, 0] & 1 if states else 0))
-                state = follow[state, line & 3] if states else state
-                done += 1
-            wide = block.astype(int)
-            np.add.at(counts, (used[table], kinds[wide & 1], wide + 128), 16)
-            sums, seen = sums + (wide**2).sum(axis=0), seen + len(block)
+        starts, keys, due = [0], [], 0
+        while cols - starts[-1] > 16:
+            starts.append(starts[-1] + (cols - starts[-1]) // 4)
+        bounds, groups = np.array([*starts, cols]), len(starts)
+        delay, left = np.repeat(np.arange(groups), np.diff(bounds)), cols - bounds[:-1]
+        sums = past.get(cols, np.ones(cols, int))
+        sums = (64 * cols * sums // max(1, sums.sum()) * like + 64 * (16 - like)) * (seen * level) // 2**16
+        squares, spent = sums**2 * 11 // (7 * seen), np.zeros(groups + 1, int)
+        for t in range((rows + groups - 1) * (rows > 0 and cols > 0)):
+            if t == due:
+                due += max(2, min(64, t // 8))
+                np.add.at(counts.reshape(-1), np.concatenate([[0], *keys]), 8)
+                keys, count = [], seen + np.maximum(0, t - delay)
+                fine, power = np.searchsorted(edges, sums * 2**16 // count), squares * 64 // count
+                used = np.arange(max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3) + 1)
+                tables(rans_frequencies(counts[used][:, kinds].reshape(-1, 256), unit))
+                rest = np.maximum(1, power[::-1].cumsum()[::-1][bounds[:-1]])
+                pull = (left << 17) // (2 * left + loose)
+            first, last = max(0, t - rows + 1), min(t + 1, groups)
+            part = slice(bounds[first], bounds[last])
+            more = pull * (64 * (high * 2**16 + low - spent[:-1]) - rest) // rest
+            shift = np.searchsorted(edges, 2**16 + more) - 192 >> 1
+            context = np.clip(fine[part] + shift[delay[part]] >> 2, used[0], used[-1])
+            row = t - delay[part]
+            here = np.where(row % chunk, state[part], 0) if states else state[part]
+            places = row * cols + np.arange(part.start, part.stop)
+            line = step(len(found), places, 2 * (context - used[0]) + (subsets[here, 0] & 1))
+            Q.reshape(-1)[places] = line
+            wide = line.astype(int)
+            state[part] = follow[here, wide & 3]
+            keys.append((3 * context + kinds[wide & 1]) * 256 + wide + 128)
+            sums[part] += np.abs(wide)
+            squares[part] += wide**2
+            spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(wide**2, bounds[first:last] - part.start)
+        np.add.at(counts.reshape(-1), np.concatenate([[0], *keys]), 8)
         past[cols] = sums
         found.append(Q)
     return found
+
+
+def rans_frequencies(counts: np.ndarray, unit: int) -> np.ndarray:
+    """Integers in proportion to counts (contexts, 256) that sum to unit; what was seen has at least 1."""
+    some = counts > 0
+    freq = counts * (unit - some.sum(axis=1, keepdims=True)) // counts.sum(axis=1, keepdims=True)
+    freq = np.maximum(freq, some)
+    freq[np.arange(len(freq)), freq.argmax(axis=1)] += unit - freq.sum(axis=1)
+    return freq
 
 
 class RansTables:
@@ -3575,22 +3626,22 @@ class RansTables:
 
 def rans_encode(raw: bytes) -> bytes:
     """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame: RANS_INFO, heads, then words of 16
-    bits: the matrices' levels, states of the lanes, what the lanes read.
+    bits: rans_priors, states of the lanes, what the lanes read.
 
-    A lane, one of up to RANS_LANES side by side, holds a state of 32 bits and codes every so manieth column. As the
-    decoder gives back in reverse what the encoder was given, the encoder goes from the last row to the first.
+    A lane, one of up to RANS_LANES side by side, holds a state of 32 bits. As the decoder gives back in reverse what
+    the encoder was given, the encoder goes from the last step to the first.
     """
-    heads, matrices, at, log, tables = [], [], 0, [], RansTables()
+    heads, matrices, at, log, tables, words = [], [], 0, [], RansTables(), []
     while at < len(raw):
-        rows, cols, *_ = head = RANS_HEAD.unpack_from(raw, at)
-        heads.append(head)
-        matrices.append(np.frombuffer(raw, np.int8, rows * cols, at + RANS_HEAD.size).reshape(rows, cols))
-        at += RANS_HEAD.size + rows * cols
-    heads = np.array(heads, np.uint32).reshape(-1, 4)
-    levels = [3 * int(np.square(m, dtype=np.int32).sum(dtype=int)) // max(1, m.size) for m in matrices]
+        heads.append(RANS_HEAD.unpack_from(raw, at))
+        size, at = math.prod(heads[-1][:2]), at + RANS_HEAD.size
+        matrices.append(np.frombuffer(raw, np.int8, size, at).reshape(heads[-1][:2]))
+        at += size
+    heads = np.array(heads, "<u4").reshape(-1, 4)
+    priors = rans_priors(matrices)
 
-    def row(number: int, index: int, table: np.ndarray) -> np.ndarray:
-        line = matrices[number][index]
+    def step(number: int, places: np.ndarray, table: np.ndarray) -> np.ndarray:
+        line = matrices[number].reshape(-1)[places]
         key = 256 * table + line + 128
         lost = (tables.freq[key] == 0) | (line == -128)
         key[lost] &= -256
@@ -3600,9 +3651,8 @@ def rans_encode(raw: bytes) -> bytes:
             log.append((*pair[:, part], line[part][lost[part]].view(np.uint8)))
         return line
 
-    rans_model(heads, np.array(levels), tables, row)
+    rans_model(heads, priors, tables, step)
     x = np.full(min(RANS_LANES, heads[:, 1].max(initial=0)), 1 << 16, np.uint32)
-    words = []
     for freq, start, lost in reversed(log):
         mine = x[: len(freq)]
         full = mine >> (32 - RANS_BITS) >= freq
@@ -3610,17 +3660,17 @@ def rans_encode(raw: bytes) -> bytes:
         mine[full] >>= 16
         mine[:] = (mine // freq << RANS_BITS) + mine % freq + start
     packed = zlib.compress(heads.tobytes(), 9)
-    words = np.concatenate([levels, x >> 16, x & 0xFFFF, *words[::-1]])
+    words = np.concatenate([priors.ravel(), x >> 16, x & 0xFFFF, *words[::-1]])
     return RANS_INFO.pack(len(heads), len(packed), len(x)) + packed + words.astype("<u2").tobytes()
 
 
 def rans_decode(blob: bytes) -> bytes:
-    """The inverse of rans_encode; ValueError or IndexError when it is none of its results."""
+    """The inverse of rans_encode; some ordinary exception when it is none of its results."""
     count, size, lanes = RANS_INFO.unpack_from(blob)
     at = RANS_INFO.size + size
     heads = np.frombuffer(zlib.decompress(blob[RANS_INFO.size : at]), "<u4").reshape(count, 4)
     words, tables = np.frombuffer(blob, "<u2", offset=at).astype(np.uint32), RansTables()
-    levels, high, low, words = np.split(words, np.cumsum([count, lanes, lanes]))
+    priors, high, low, words = np.split(words, np.cumsum([6 * count, lanes, lanes]))
     x, at, mask = high << 16 | low, 0, (1 << RANS_BITS) - 1
 
     def take(number: int) -> np.ndarray:
@@ -3628,7 +3678,7 @@ def rans_decode(blob: bytes) -> bytes:
         at += number
         return words[at - number : at]
 
-    def lane_row(table: np.ndarray) -> np.ndarray:
+    def lane_step(table: np.ndarray) -> np.ndarray:
         mine = x[: len(table)]
         slot = mine & mask
         level = tables.slots[(table << RANS_BITS) + slot]
@@ -3640,10 +3690,10 @@ def rans_decode(blob: bytes) -> bytes:
         line[lost] = take(len(lost)).astype(np.int8)
         return line
 
-    def row(number: int, index: int, table: np.ndarray) -> np.ndarray:
-        return np.concatenate([lane_row(table[a : a + RANS_LANES]) for a in range(0, len(table), RANS_LANES)])
+    def step(number: int, places: np.ndarray, table: np.ndarray) -> np.ndarray:
+        return np.concatenate([lane_step(table[a : a + RANS_LANES]) for a in range(0, len(table), RANS_LANES)])
 
-    matrices = rans_model(heads, levels, tables, row)
+    matrices = rans_model(heads, priors.reshape(-1, 6), tables, step)
     if at != len(words) or (x != 1 << 16).any():
         raise ValueError("the lanes do not end where they began")
     return b"".join(head.tobytes() + Q.tobytes() for head, Q in zip(heads, matrices, strict=True))
