@@ -349,13 +349,19 @@ class Config:
     gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
     gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
     gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
-    tcq_states: int = knob(8, "states of the trellis: 4, 8, 16, 32 or 64", QUANT, ge=4, le=64, when="gptq_tcq")
+    tcq_states: int = knob(
+        8, "states of the trellis: 4, 8, 16, 32 or 64", QUANT, ge=4, le=64, when="MATRIX_QUANT=gptq_tcq"
+    )
     tcq_chunk_rows: int = knob(
-        1024, "rows after which the trellis starts again in state 0", QUANT, ge=16, le=2048, when="gptq_tcq"
+        1024, "rows between starts of the trellis", QUANT, ge=16, le=2048, when="MATRIX_QUANT=gptq_tcq"
     )
     tcq_column_beta: float = knob(
-        0.0, "steps of a column go with its GPTQ error per input to this power; 0: the same", QUANT, ge=0, le=1,
-        when="gptq_tcq",
+        0.0,
+        "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this power",
+        QUANT,
+        ge=0,
+        le=1,
+        when="MATRIX_QUANT=gptq_tcq",
     )
     gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
     repair: str = knob("none", "lqer: low-rank correction of the worst tensors", QUANT, choices=("none", "lqer"))
@@ -549,6 +555,11 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda c: ("gptq_tcq", 8) in ((c.matrix_quant, c.matrix_bits), (c.embed_quant, c.embed_bits)),
         "gptq_tcq stores points of a grid twice as fine in 8 bits; MATRIX_BITS and EMBED_BITS may be at most 7 with it",
+    ),
+    (
+        lambda c: "gptq_tcq" in (c.matrix_quant, c.embed_quant) and c.compressor != "rans",
+        "COMPRESSOR={c.compressor} does not know the trellis and would spend a bit more per weight; with gptq_tcq say "
+        "COMPRESSOR=rans",
     ),
     (lambda c: not c.ttt_trainable, "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0"),
 )
@@ -2701,7 +2712,7 @@ class QuantRule(NamedTuple):
     fine: tuple[int, ...] = ()
 
 
-TABLE_SCHEMES = {"gptq": "rowwise", "gptq_tcq": "rowwise"}  # what becomes of tables, which have no input to calibrate on
+TABLE_SCHEMES = {"gptq": "rowwise", "gptq_tcq": "rowwise"}  # of tables, which have no input to calibrate on
 
 
 def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
@@ -2911,7 +2922,7 @@ def feed_back(
         for j in range(start, stop):
             Q[..., j], value = rounder(W[..., j], j)
             errors[..., j - start] = (W[..., j] - value) / Hinv[..., j, j, None]
-            W[..., j:stop] -= errors[..., j - start, None] * Hinv[..., j, None, j:stop]
+            W[..., j:stop].addcmul_(errors[..., j - start, None], Hinv[..., j, None, j:stop], value=-1)
         W[..., stop:] -= errors @ Hinv[..., start:stop, stop:]
     return Q
 
@@ -3344,12 +3355,14 @@ class TensorReport(NamedTuple):
 
 
 def entropy_bytes(parts: Parts) -> int:
-    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy."""
+    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy, given their parity if they are
+    from a trellis, whose state says it."""
     total = sum(part.nbytes for part in parts.values())
     if "q" in parts:
-        counts = torch.bincount(parts["q"].flatten().long() + 128).double()
-        share_of = counts[counts > 0] / parts["q"].numel()
-        total += int(-(share_of * share_of.log2()).sum().item() * parts["q"].numel() / 8) - parts["q"].numel()
+        levels = torch.bincount(parts["q"].flatten().long() + 128, minlength=256).double()
+        counts = levels.view(128, 2).T if "t" in parts else levels[None]
+        lengths = torch.where(counts > 0, counts.sum(dim=1, keepdim=True) / counts, 1.0).log2()
+        total += int((counts * lengths).sum().item() / 8) - parts["q"].numel()
     return total
 
 
