@@ -7,7 +7,8 @@ of states, and for a scalar quantiser. R: weights, input Hessians and squared ou
 transformer (--inputs: an archive with L.role.W, .H, .G): bytes of the whole file at equal error of each tensor's
 output (weighted by the Hessian; `Fisher`: by the gradients of its rows too), over GPTQ with row steps of 12 standard
 deviations and lrzip. T: seconds to quantise, encode and decode the contest model (36 million random heavy-tailed
-weights), by the clock and of processor time, which other programs on the machine do not lengthen. Prints tables in Markdown, then one line of JSON.
+weights), by the clock and of processor time, which other programs on the machine do not lengthen. Prints tables in
+Markdown, then one line of JSON.
 """
 
 from __future__ import annotations
