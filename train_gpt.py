@@ -2949,7 +2949,8 @@ def gptq(
     return feed_back(W[:, order].contiguous(), Hinv, blocksize, nearest)[:, torch.argsort(order)].to(torch.int8)
 
 
-TCQ_CODES = {4: (5, 2), 8: (13, 2), 16: (25, 4), 32: (41, 4), 64: (97, 20)}  # states -> taps of the two subset bits
+# states -> taps of the two subset bits; one state is no trellis
+TCQ_CODES = {1: (64, 64), 4: (5, 2), 8: (13, 2), 16: (25, 4), 32: (41, 4), 64: (97, 20)}
 
 
 def trellis(states: int) -> Tensor:
@@ -3503,14 +3504,13 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
 
 
 RANS_BITS, RANS_LANES = 14, 512
-RANS_HEAD = struct.Struct("<4I")  # rows, columns, states of the trellis (0: none), rows after which it starts again
-RANS_INFO = struct.Struct("<3I")  # matrices, bytes of their heads as packed, lanes
+RANS_HEAD = struct.Struct("<4i")  # rows, columns, states of the trellis (1: none), rows after which it starts again
 
 
 def rans_frame(array: np.ndarray, trellis: np.ndarray | None) -> bytes:
     """The bytes of an array, row by row, after a RANS_HEAD. What is no matrix of int8 is a row of bytes."""
     rows, cols = array.shape if array.ndim == 2 and array.itemsize == 1 else (1, array.nbytes)
-    return RANS_HEAD.pack(rows, cols, *([0, 0] if trellis is None else trellis.tolist())) + array.tobytes()
+    return RANS_HEAD.pack(rows, cols, *([1, 1] if trellis is None else trellis.tolist())) + array.tobytes()
 
 
 def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -3518,185 +3518,170 @@ def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
 
 
-def rans_priors(matrices: list[np.ndarray]) -> np.ndarray:
-    """What rans_model is told of each matrix, (matrices, 6): 64 times its mean magnitude; how far its columns' mean
-    magnitudes are like those of the matrix as wide before it, in sixteenths; how many rows' worth that guess is; a
-    row's sum of squares, in two words, and how far from certain that is, half a variance as of so many columns."""
+def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
+    """What rans_model is told of each matrix: 64 times its mean magnitude; how far its columns' mean magnitudes are
+    like those of the matrix as wide before it, in sixteenths; how many rows' worth that guess is; a row's sum of
+    squares, and how far from certain that is, half a variance as of so many columns."""
     past, told = {}, []
     for matrix in matrices:
         squares, sums = np.square(matrix, dtype=np.float64), np.abs(matrix, dtype=np.int16).sum(axis=0)
         if not sums.any():
-            told.append([0, 0, 1, 0, 0, 0])
+            told.append([0, 0, 1, 0, 0])
             continue
         own = (sums + 1) / (sums + 1).mean()
         others = past.get(len(sums), own**0)
         spread, like = min((np.log(own / (1 + w / 16 * (others - 1))).var(), w) for w in range(17))
         noise = 0.57 / len(matrix)  # variance of the log of a mean of magnitudes
-        free, bound = squares.var(axis=0).sum() + 1e-9, squares.sum(axis=1).var()
-        loose = 2 * len(sums) * bound / max(free - bound, bound / 99)
         strength = math.ceil(0.57 / max(0.003, spread - noise))
-        power = divmod(round(squares.sum() / len(matrix)), 2**16)
-        told.append([64 * int(sums.sum()) // matrix.size, like, strength, *power, min(65535, int(loose))])
+        free, bound = squares.var(axis=0).sum() + 1e-9, squares.sum(axis=1).var()
+        loose = min(2.0**30, 2 * len(sums) * bound / max(free - bound, bound / 2**20 + 1e-9))
+        told.append([64 * int(sums.sum()) // matrix.size, like, strength, squares.sum() / len(matrix), loose])
         past[len(sums)] = own
-    return np.array(told, int).reshape(-1, 6)
+    return [list(map(int, row)) for row in told]
 
 
-def rans_model(heads: np.ndarray, priors: np.ndarray, tables: Callable, step: Callable) -> list[np.ndarray]:
-    """The matrices of heads (matrices, 4), integers by integers from step(matrix, places in it, table of each place).
+def rans_model(heads: np.ndarray, step: Callable) -> list[np.ndarray]:
+    """The matrices, flat, of heads (matrices, 9: RANS_HEAD and rans_priors), integers by integers from
+    step(matrix, places in it, table of each place, tables).
 
     What is known of a symbol before it is coded is a class, 12 to an octave: the mean magnitude of its column so far,
     times what the columns on its left leave to the others of a row's sum of squares (the row's step came from its
     standard deviation, so that sum is hardly news). And the parity that the state of its trellis allows. Each such
     context has a histogram of all that was seen in it, which begins as a bell. Groups of columns, each a quarter of
     those that remain, are coded each a row behind the group on its left, so that a step codes a symbol of every column.
-    Every few steps tables(freq) is given the contexts in use, (contexts, 256) that sum to 2^RANS_BITS. Level -128
-    stands for what has no frequency there: an escape. Integers only: the same on any machine.
+
+    Tables, made anew every few steps: frequency and start of each level, by 256 * table + level + 128, and that key of
+    each of 2^RANS_BITS slots. Level -128 stands for what has no frequency there: an escape. Integers only: the same on
+    any machine.
     """
-    edges, values, found, past, unit = [4096], np.arange(-128, 128), [], {}, 1 << RANS_BITS
+    edges, values, found, past = [4096], np.arange(-128, 128), [], {}
     while len(edges) < 512:
         edges.append(edges[-1] * 1014545335 // 10**9)
     edges = np.array(edges)  # 2^(i / 48) / 16, in 2^16ths
-    bell = np.maximum(0, 19 * 256 - (values * 2**20 // edges[2::4, None, None]) ** 2) ** 2
-    bell = bell * np.stack([values < 128, values % 2 == 0, values % 2 == 1])  # all levels, even ones, odd ones
-    counts = bell * 1000 // np.maximum(1, bell.sum(axis=2, keepdims=True))
+    allowed = np.stack([values < 128, values % 2 == 0, values % 2 == 1])  # all levels, even ones, odd ones
+    counts = np.maximum(0, 4864 - (values * 2**20 // edges[2::4, None, None]) ** 2) * allowed
     counts[:, :, 0] = 1
-    for (rows, cols, states, chunk), told in zip(heads.tolist(), priors.tolist(), strict=True):
-        level, like, seen, high, low, loose = told
-        subsets = trellis(states).numpy() if states else np.zeros((1, 2), int)
-        follow = (2 * np.arange(len(subsets))[:, None] + (subsets[:, 1:] == np.arange(4))) % len(subsets)
-        kinds, state, Q = np.array([1, 2] if states else [0, 0]), np.zeros(cols, int), np.empty((rows, cols), np.int8)
-        starts, keys, due = [0], [], 0
-        while cols - starts[-1] > 16:
-            starts.append(starts[-1] + (cols - starts[-1]) // 4)
-        bounds, groups = np.array([*starts, cols]), len(starts)
-        delay, left = np.repeat(np.arange(groups), np.diff(bounds)), cols - bounds[:-1]
+    for rows, cols, states, chunk, level, like, seen, energy, loose in heads.tolist():
+        subsets = trellis(states).numpy()
+        follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states
+        kinds, state, bounds, due = np.array([1, 2] if states > 1 else [0]), np.zeros(cols, int), [0], 0
+        while cols - bounds[-1] > 16:
+            bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
+        starts, bounds = np.array(bounds), np.array([*bounds, cols])
+        delay, left = np.repeat(np.arange(len(starts)), np.diff(bounds)), cols - starts
+        origin, spent, flat = np.arange(cols) - delay * cols, np.zeros(len(bounds), int), np.empty(rows * cols, np.int8)
         sums = past.get(cols, np.ones(cols, int))
         sums = (64 * cols * sums // max(1, sums.sum()) * like + 64 * (16 - like)) * (seen * level) // 2**16
-        squares, spent = sums**2 * 11 // (7 * seen), np.zeros(groups + 1, int)
-        for t in range((rows + groups - 1) * (rows > 0 and cols > 0)):
+        squares = sums**2 * 11 // (7 * seen)
+        for t in range((rows + len(left) - 1) * (flat.size > 0)):
             if t == due:
                 due += max(2, min(64, t // 8))
-                np.add.at(counts.reshape(-1), np.concatenate([[0], *keys]), 8)
-                keys, count = [], seen + np.maximum(0, t - delay)
+                count = seen + np.maximum(0, t - delay)
                 fine, power = np.searchsorted(edges, sums * 2**16 // count), squares * 64 // count
-                used = np.arange(max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3) + 1)
-                tables(rans_frequencies(counts[used][:, kinds].reshape(-1, 256), unit))
-                rest = np.maximum(1, power[::-1].cumsum()[::-1][bounds[:-1]])
-                pull = (left << 17) // (2 * left + loose)
-            first, last = max(0, t - rows + 1), min(t + 1, groups)
+                rest = np.maximum(1, power[::-1].cumsum()[::-1][starts])
+                low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
+                tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
+            first, last = max(0, t - rows + 1), min(t + 1, len(left))
             part = slice(bounds[first], bounds[last])
-            more = pull * (64 * (high * 2**16 + low - spent[:-1]) - rest) // rest
+            more = (left << 17) // (2 * left + loose) * (64 * (energy - spent[:-1]) - rest) // rest
             shift = np.searchsorted(edges, 2**16 + more) - 192 >> 1
-            context = np.clip(fine[part] + shift[delay[part]] >> 2, used[0], used[-1])
-            row = t - delay[part]
-            here = np.where(row % chunk, state[part], 0) if states else state[part]
-            places = row * cols + np.arange(part.start, part.stop)
-            line = step(len(found), places, 2 * (context - used[0]) + (subsets[here, 0] & 1))
-            Q.reshape(-1)[places] = line
+            context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
+            places, table = origin[part] + t * cols, (context - low) * len(kinds)
+            here = np.where((t - delay[part]) % chunk, state[part], 0)
+            table += subsets[here, 0] & 1
+            line = flat[places] = step(len(found), places, table, tables)
             wide = line.astype(int)
             state[part] = follow[here, wide & 3]
-            keys.append((3 * context + kinds[wide & 1]) * 256 + wide + 128)
+            np.add.at(counts.reshape(-1), (3 * context + kinds[wide % len(kinds)]) * 256 + wide + 128, 1024)
             sums[part] += np.abs(wide)
-            squares[part] += wide**2
-            spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(wide**2, bounds[first:last] - part.start)
-        np.add.at(counts.reshape(-1), np.concatenate([[0], *keys]), 8)
+            wide *= wide
+            squares[part] += wide
+            spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(wide, starts[first:last] - part.start)
         past[cols] = sums
-        found.append(Q)
+        found.append(flat)
     return found
 
 
-def rans_frequencies(counts: np.ndarray, unit: int) -> np.ndarray:
-    """Integers in proportion to counts (contexts, 256) that sum to unit; what was seen has at least 1."""
-    some = counts > 0
-    freq = counts * (unit - some.sum(axis=1, keepdims=True)) // counts.sum(axis=1, keepdims=True)
-    freq = np.maximum(freq, some)
-    freq[np.arange(len(freq)), freq.argmax(axis=1)] += unit - freq.sum(axis=1)
-    return freq
-
-
-class RansTables:
-    """The frequency and the start of each level, by 256 * table + level + 128."""
-
-    def __call__(self, freq: np.ndarray) -> None:
-        """The tables from now on."""
-        self.freq = freq.astype(np.uint32).ravel()
-        self.start = (freq.cumsum(axis=1) - freq).astype(np.uint32).ravel()
-        self.slots = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(freq)), self.freq)  # 2^RANS_BITS a table
+def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frequencies in proportion to counts (contexts, 256), at least 1 for what was seen; starts; keys of slots."""
+    some, total = counts > 0, 1 << RANS_BITS
+    freq = np.maximum(some, counts * (total - some.sum(1, keepdims=True)) // counts.sum(1, keepdims=True))
+    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
+    keys = np.repeat(np.arange(freq.size, dtype=np.uint16), freq.ravel())
+    return freq.astype(np.uint32).ravel(), (freq.cumsum(1) - freq).astype(np.uint32).ravel(), keys
 
 
 def rans_encode(raw: bytes) -> bytes:
-    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame: RANS_INFO, heads, then words of 16
-    bits: rans_priors, states of the lanes, what the lanes read.
+    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame: what rans_model is told, by zlib,
+    then words of 16 bits: states of the lanes, what the lanes read.
 
     A lane, one of up to RANS_LANES side by side, holds a state of 32 bits. As the decoder gives back in reverse what
     the encoder was given, the encoder goes from the last step to the first.
     """
-    heads, matrices, at, log, tables, words = [], [], 0, [], RansTables(), []
+    heads, matrices, at, log, words = [], [], 0, [], []
     while at < len(raw):
         heads.append(RANS_HEAD.unpack_from(raw, at))
         size, at = math.prod(heads[-1][:2]), at + RANS_HEAD.size
         matrices.append(np.frombuffer(raw, np.int8, size, at).reshape(heads[-1][:2]))
         at += size
-    heads = np.array(heads, "<u4").reshape(-1, 4)
-    priors = rans_priors(matrices)
 
-    def step(number: int, places: np.ndarray, table: np.ndarray) -> np.ndarray:
+    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
+        """The levels at these places, which are noted."""
         line = matrices[number].reshape(-1)[places]
         key = 256 * table + line + 128
-        lost = (tables.freq[key] == 0) | (line == -128)
+        lost = (tables[0][key] == 0) | (line == -128)
         key[lost] &= -256
-        pair = np.stack([tables.freq[key], tables.start[key]])
-        for a in range(0, len(line), RANS_LANES):
-            part = slice(a, a + RANS_LANES)
-            log.append((*pair[:, part], line[part][lost[part]].view(np.uint8)))
+        freq, start = tables[0][key], tables[1][key]
+        for part in (slice(a, a + RANS_LANES) for a in range(0, len(line), RANS_LANES)):
+            log.append((freq[part], start[part], line[part][lost[part]].view(np.uint8) ^ 128))
         return line
 
-    rans_model(heads, priors, tables, step)
-    x = np.full(min(RANS_LANES, heads[:, 1].max(initial=0)), 1 << 16, np.uint32)
+    told = np.array([[*a, *b] for a, b in zip(heads, rans_priors(matrices), strict=True)], "<i4").reshape(-1, 9)
+    rans_model(told, step)
+    x = np.full(min(RANS_LANES, told[:, 1].max()), 1 << 16, np.uint32)
     for freq, start, lost in reversed(log):
         mine = x[: len(freq)]
         full = mine >> (32 - RANS_BITS) >= freq
         words += [lost, mine[full] & 0xFFFF]
         mine[full] >>= 16
         mine[:] = (mine // freq << RANS_BITS) + mine % freq + start
-    packed = zlib.compress(heads.tobytes(), 9)
-    words = np.concatenate([priors.ravel(), x >> 16, x & 0xFFFF, *words[::-1]])
-    return RANS_INFO.pack(len(heads), len(packed), len(x)) + packed + words.astype("<u2").tobytes()
+    words = np.concatenate([x >> 16, x & 0xFFFF, *words[::-1]])
+    return zlib.compress(told.tobytes(), 9) + words.astype("<u2").tobytes()
 
 
 def rans_decode(blob: bytes) -> bytes:
     """The inverse of rans_encode; some ordinary exception when it is none of its results."""
-    count, size, lanes = RANS_INFO.unpack_from(blob)
-    at = RANS_INFO.size + size
-    heads = np.frombuffer(zlib.decompress(blob[RANS_INFO.size : at]), "<u4").reshape(count, 4)
-    words, tables = np.frombuffer(blob, "<u2", offset=at).astype(np.uint32), RansTables()
-    priors, high, low, words = np.split(words, np.cumsum([6 * count, lanes, lanes]))
-    x, at, mask = high << 16 | low, 0, (1 << RANS_BITS) - 1
+    unzip = zlib.decompressobj()
+    told = np.frombuffer(unzip.decompress(blob), "<i4").reshape(-1, 9)
+    words = np.frombuffer(unzip.unused_data, "<u2").astype(np.uint32)
+    at = min(RANS_LANES, told[:, 1].max())
+    x, words, at = words[:at] << 16 | words[at : 2 * at], words[2 * at :], 0
 
-    def take(number: int) -> np.ndarray:
+    def fill(array: np.ndarray, where: np.ndarray) -> None:
+        """Shift a word into each of the chosen places."""
         nonlocal at
-        at += number
-        return words[at - number : at]
+        (places,) = where.nonzero()
+        at += len(places)
+        array[places] = (array[places] << 16) + words[at - len(places) : at]
 
-    def lane_step(table: np.ndarray) -> np.ndarray:
-        mine = x[: len(table)]
-        slot = mine & mask
-        level = tables.slots[(table << RANS_BITS) + slot]
-        key = 256 * table + level
-        mine[:] = tables.freq[key] * (mine >> RANS_BITS) + slot - tables.start[key]
-        low = np.flatnonzero(mine < 1 << 16)
-        mine[low] = mine[low] << 16 | take(len(low))
-        line, lost = (level - 128).view(np.int8), np.flatnonzero(level == 0)
-        line[lost] = take(len(lost)).astype(np.int8)
-        return line
+    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
+        """The levels at these places."""
+        freq, start, keys = tables
+        for a in range(0, len(table), RANS_LANES):
+            part = table[a : a + RANS_LANES]
+            mine = x[: len(part)]
+            slot = mine & (1 << RANS_BITS) - 1
+            part[:] = key = keys[(part << RANS_BITS) + slot]
+            mine[:] = freq[key] * (mine >> RANS_BITS) + slot - start[key]
+            fill(mine, mine < 1 << 16)
+            part &= 255
+            fill(part, part == 0)
+        return (table - 128).astype(np.int8)
 
-    def step(number: int, places: np.ndarray, table: np.ndarray) -> np.ndarray:
-        return np.concatenate([lane_step(table[a : a + RANS_LANES]) for a in range(0, len(table), RANS_LANES)])
-
-    matrices = rans_model(heads, priors.reshape(-1, 6), tables, step)
+    matrices = rans_model(told, step)
     if at != len(words) or (x != 1 << 16).any():
-        raise ValueError("the lanes do not end where they began")
-    return b"".join(head.tobytes() + Q.tobytes() for head, Q in zip(heads, matrices, strict=True))
+        raise ValueError("lanes out of step")
+    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(told, matrices, strict=True))
 
 
 CODERS = {
