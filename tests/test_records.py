@@ -29,7 +29,13 @@ TOY = {
     "VE_LAYERS": "1,3", "VE_DIM": "16", "BIGRAM_VOCAB_SIZE": "128", "TRIGRAM_VOCAB_SIZE": "96",
     "TTT_CHUNK_TOKENS": "512", "EVAL_STRIDE": "32", "WARMDOWN_ITERS": "8", "SWA_EVERY": "2",
 }  # fmt: skip
-PARAMETERS = {"PR1934": 35_945_671, "PR1915": 35_945_671, "PR1182": 27_108_468, "PR1150": 25_768_028, "rANS": 35_945_671}
+PARAMETERS = {
+    "PR1934": 35_945_671,
+    "PR1915": 35_945_671,
+    "PR1182": 27_108_468,
+    "PR1150": 25_768_028,
+    "rANS": 35_945_671,
+}
 
 
 @pytest.fixture(scope="session")

@@ -93,18 +93,18 @@ class Bench:
 
 
 def compare(points: list[Point], curve: str) -> list[dict[str, float]]:
-    """At each point of the first curve: what another curve saves in bytes at that val_bpb, and in val_bpb at those
-    bytes; not a number where that curve does not reach so far."""
+    """At each point of the first curve that another one reaches: what that saves in bytes at the same val_bpb, and in
+    val_bpb at the same bytes."""
     base, other = ([p for p in points if p.curve == name and p.excess > 0] for name in (points[0].curve, curve))
     other.sort(key=lambda p: p.bytes)
     sizes, logs = [float(p.bytes) for p in other], [math.log2(p.excess) for p in other]
-    nothing, found = math.nan, []
+    found = []
     for p in base:
         want = math.log2(p.excess)
-        at_score = float(np.interp(-want, [-x for x in logs], sizes, nothing, nothing))
-        at_bytes = 2 ** float(np.interp(p.bytes, sizes, logs, nothing, nothing))
-        found.append({"clip": p.clip, "bytes": p.bytes - at_score, "val_bpb": p.excess - at_bytes})
-        found[-1]["share"] = found[-1]["bytes"] / p.bytes
+        if other and logs[-1] <= want <= logs[0] and sizes[0] <= p.bytes <= sizes[-1]:
+            saved = p.bytes - float(np.interp(-want, [-x for x in logs], sizes))
+            found.append({"clip": p.clip, "bytes": saved, "share": saved / p.bytes})
+            found[-1]["val_bpb"] = p.excess - 2 ** float(np.interp(p.bytes, sizes, logs))
     return found
 
 
@@ -135,7 +135,8 @@ def main() -> None:
     print(f"float32: val_bpb {bench.float_bpb:.5f} on {args.tokens:,} tokens\n", flush=True)
     print("| quantiser, coder | clip | bytes | val_bpb | over float32 | seconds |\n|---|---|---|---|---|---|")
     for curve in args.curves:
-        for clip in args.clips:
+        coarser = [] if curve == args.curves[0] else [1.25 * args.clips[-1]]  # so that it reaches the first one's last
+        for clip in args.clips + coarser:
             p = bench.point(curve, clip)
             points.append(p)
             cells = curve, f"{clip:g}", f"{p.bytes:,}", f"{p.val_bpb:.5f}", f"{p.excess:+.5f}", f"{p.seconds:.0f}"
