@@ -186,6 +186,7 @@ def test_without_feedback_a_column_is_the_search_s_result() -> None:
     x = W / train_gpt.scale_values(parts)[:, None]
     power = x.square().mean(dim=0)
     assert torch.equal(parts["q"].float(), search(x * (power / (power + train_gpt.TCQ_ERROR)), 16))
+    assert torch.equal(train_gpt.SCHEMES["gptq_tcq"].steps(W, RULE, cfg), 2 * train_gpt.scale_values(parts)), "for QAT"
 
 
 def test_column_steps_follow_the_cholesky_diagonal_and_keep_their_mean() -> None:
