@@ -3269,6 +3269,7 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
     plan, device = refined_plan(cfg, state, hessians), runtime.device
 
     def encode(names: list[str]) -> dict[str, Parts]:
+        """The parts of the tensors of a job."""
         rules = [rule_for(name, plan) for name in names]
         weights = [state[name].to(device) for name in names]
         inputs = [hessians[name].to(device) if name in hessians else None for name in names]
