@@ -299,8 +299,8 @@ def configs(draw: st.DrawFn) -> Config:
             integers = field.type == "tuple[int, ...]"
             some = range(11) if integers else m["choices"] or ("mlp", "skips")
             values[field.name] = tuple(draw(st.lists(st.sampled_from(some), unique=True)))
-        elif m["choices"]:
-            values[field.name] = draw(st.sampled_from(m["choices"]))
+        elif field.type == "str":
+            values[field.name] = draw(st.sampled_from(m["choices"] or ("", "G*2 A*8 G")))
         elif field.type == "float":
             top = m["le"] if m["le"] is not None else 1e6
             values[field.name] = draw(st.floats((low or 0.0) + 1e-9, top))
