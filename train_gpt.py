@@ -356,16 +356,17 @@ class Config:
 
     matrix_quant: str = knob(
         "gptq",
-        "scheme of the matrices; gptq_lite: rounding with a clip search; row_quantile: clip at CLIP_QUANTILE",
+        "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; gptq_lite: rounding with a clip "
+        "search; row_quantile: clip at CLIP_QUANTILE",
         QUANT,
-        choices=("gptq", "rowwise", "gptq_lite", "row_quantile"),
+        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
     )
     embed_quant: str = knob(
         "gptq",
-        "scheme of the embedding and of the hash and value tables (which gptq rounds to nearest); gptq_freqsplit: more "
-        "bits for frequent tokens",
+        "scheme of the embedding and of the hash and value tables (which all gptq round to nearest); gptq_freqsplit: "
+        "more bits for frequent tokens",
         QUANT,
-        choices=("gptq", "gptq_freqsplit", "rowwise", "gptq_lite", "row_quantile"),
+        choices=("gptq", "gptq_freqsplit", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
     )
     matrix_bits: int = knob(6, "bits of the matrices", QUANT, ge=2, le=8)
     matrix_bits_overrides: tuple[str, ...] = knob(
@@ -403,9 +404,26 @@ class Config:
         QUANT,
         when="MATRIX_QUANT=gptq_lite",
     )
+    scale_step: float = knob(
+        0.0, "row steps are stored as whole multiples of this in log2, such as 0.02; 0: as float16", QUANT, ge=0, le=1
+    )
     gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
     gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
     gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
+    tcq_states: int = knob(
+        8, "states of the trellis: 4, 8, 16, 32 or 64", QUANT, ge=4, le=64, when="MATRIX_QUANT=gptq_tcq"
+    )
+    tcq_chunk_rows: int = knob(
+        1024, "rows between starts of the trellis", QUANT, ge=16, le=2048, when="MATRIX_QUANT=gptq_tcq"
+    )
+    tcq_column_beta: float = knob(
+        0.0,
+        "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this power",
+        QUANT,
+        ge=0,
+        le=1,
+        when="MATRIX_QUANT=gptq_tcq",
+    )
     gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
     repair: str = knob("none", "lqer: low-rank correction of the worst tensors", QUANT, choices=("none", "lqer"))
     lqer_rank: int = knob(4, "rank of the correction", QUANT, ge=1, when="REPAIR=lqer")
@@ -422,9 +440,10 @@ class Config:
     quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain", QUANT)
     compressor: str = knob(
         "brotli",
-        "layout and entropy coder of the artifact; pergroup needs the program lrzip; lzma6: preset 6, as published",
+        "layout and entropy coder of the artifact; pergroup needs the program lrzip; lzma6: preset 6, as published; "
+        "rans: adaptive coder of this program, made for integer matrices",
         QUANT,
-        choices=("brotli", "lzma", "pergroup", "lzma6"),
+        choices=("brotli", "lzma", "pergroup", "lzma6", "rans"),
     )
 
     eval: str = knob(
@@ -595,6 +614,10 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
     ),
     (
+        lambda c: 0 < c.scale_step < 0.005,
+        "SCALE_STEP={c.scale_step} is too fine for 16 bits; say 0 (float16) or at least 0.005",
+    ),
+    (
         lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
         "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval",
     ),
@@ -618,6 +641,19 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda c: c.rotate == "hadamard_vo" and "value_embed" in c.attn_extras,
         "ROTATE=hadamard_vo would not turn what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
+    ),
+    (lambda c: c.tcq_states not in TCQ_CODES, "TCQ_STATES={c.tcq_states} is none of 4, 8, 16, 32, 64"),
+    (
+        lambda c: (
+            ("gptq_tcq", 8) in ((c.matrix_quant, c.matrix_bits), (c.embed_quant, c.embed_bits))
+            or (c.matrix_quant == "gptq_tcq" and any(item.endswith("8") for item in c.matrix_bits_overrides))
+        ),
+        "gptq_tcq stores points of a grid twice as fine in 8 bits; MATRIX_BITS and EMBED_BITS may be at most 7 with it",
+    ),
+    (
+        lambda c: "gptq_tcq" in (c.matrix_quant, c.embed_quant) and c.compressor != "rans",
+        "COMPRESSOR={c.compressor} does not know the trellis and would spend a bit more per weight; with gptq_tcq say "
+        "COMPRESSOR=rans",
     ),
     (lambda c: not c.ttt_trainable, "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0"),
 )
@@ -643,13 +679,13 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "SLOT_ENABLED": "EVAL=slot (as published: with SLOT_CAUSAL=0 and ALLOW_NONCAUSAL=1)",
     "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
     "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
+    "FULL_ATTENTION_START": "MIXERS (published: G*2 A*8 G)",
+    "FULL_ATTENTION_END": "MIXERS (published: G*2 A*8 G)",
+    "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER and PARALLEL_LANES=1",
     "VALUE_RESIDUAL": "ATTN_EXTRAS=xsa,value_residual",
     "VE_ENABLED": "ATTN_EXTRAS=xsa,value_embed",
     "GATED_ATTENTION": "ATTN_GATE=dense_bias",
     "HADAMARD_VO_ROTATE": "ROTATE=hadamard_vo",
-    "FULL_ATTENTION_START": "MIXERS: a letter for each layer, such as G*2 A*8 G",
-    "FULL_ATTENTION_END": "MIXERS: a letter for each layer, such as G*2 A*8 G",
-    "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER with PARALLEL_LANES=1",
 }
 
 
@@ -1394,17 +1430,21 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | N
     A sink (K, d) is one more key, with value 0, that every query sees: y sigmoid(logsumexp(logits) - its logit).
     """
     if seq.mask is None:
-        return causal_attention(q, k, v, None, sink)
+        return causal_attention(q, k, v, seq, sink)
     blocks, _, band, width = seq.mask.shape
     flat_q, flat_k, flat_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
     if width > band:
         flat_k, flat_v = (torch.cat([F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), t], dim=1) for t in (flat_k, flat_v))
-    return causal_attention(flat_q, flat_k, flat_v, seq.mask, sink).reshape(q.shape)
+    return exact_attention(flat_q, flat_k, flat_v, seq.mask, sink).reshape(q.shape)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sink: Tensor | None = None) -> Tensor:
-    """Attention by SDPA where a mask (B, 1, T, keys) allows it; without one, causal inside each row. Else as
-    masked_attention."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
+    """Causal attention inside each row, by SDPA. Shapes as masked_attention."""
+    return exact_attention(q, k, v, None, sink)
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> Tensor:
+    """Attention by SDPA where a mask (B, 1, T, keys) allows it; without one, causal inside each row."""
     if sink is not None:
         k = torch.cat([sink.to(k.dtype).expand(len(k), 1, -1, -1), k], dim=1)
         v = F.pad(v, (0, 0, 0, 0, 1, 0))
@@ -1437,7 +1477,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | No
     keys than queries, causality counts from the segments' ends."""
     cu, longest = seq.cu, seq.max_len
     if cu is None and sink is None:
-        return causal_attention(q, k, v)
+        return causal_attention(q, k, v, seq)
     if cu is None:
         cu, longest = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.size(1), q.size(1)
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
@@ -3154,8 +3194,8 @@ class QuantRule(NamedTuple):
     part: str = ""
 
 
-# What becomes of tables, which have no input to calibrate on
-TABLE_SCHEMES = {"gptq": "rowwise", "gptq_freqsplit": "rowwise"}
+# Of tables, which have no input to calibrate on
+TABLE_SCHEMES = {"gptq": "rowwise", "gptq_tcq": "rowwise", "gptq_freqsplit": "rowwise"}
 
 
 def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
@@ -3303,14 +3343,37 @@ def row_bounds(ids: np.ndarray) -> Tensor:
 Bits = int | Tensor  # of all rows, or of each (rows,)
 
 
-def row_scales(weight: Tensor, bits: Bits, clip: float) -> Tensor:
-    """SD-clip step of each row, float16: clip * std / (2^(bits-1) - 1), at least the smallest float16 above 0."""
-    return storable(sd_steps(weight, bits, clip))
+def row_scales(weight: Tensor, bits: Bits, clip: float, base_step: float = 0.0) -> Tensor:
+    """SD-clip step of each row, float32, as it is stored: clip * std / (2^(bits-1) - 1), at least 2^-24."""
+    return scale_values(stored_scales(sd_steps(weight, bits, clip), base_step))
+
+
+def ruled_scales(weight: Tensor, rule: QuantRule, cfg: Config) -> Tensor:
+    """row_scales of a rule of the plan."""
+    return row_scales(weight, rule.bits, rule.clip, cfg.scale_step)
 
 
 def storable(steps: Tensor) -> Tensor:
     """Row steps as float16, at least the smallest one above 0."""
     return steps.half().clamp_min(2.0**-24)
+
+
+def log_scales(steps: Tensor, base_step: float) -> Tensor:
+    """Row steps as int16, in multiples of base_step of their log2."""
+    return (steps.double().clamp_min(2.0**-24).log2() / base_step).round().to(torch.int16)
+
+
+def stored_scales(steps: Tensor, base_step: float, key: str = "s") -> Parts:
+    """The parts that hold row steps under a key: float16, or (base_step over 0) log_scales and their base step `ss`."""
+    if base_step == 0:
+        return {key: storable(steps)}
+    return {key: log_scales(steps, base_step), "ss": torch.tensor([base_step], device=steps.device)}
+
+
+def scale_values(parts: Parts, key: str = "s") -> Tensor:
+    """Row steps (rows,) float32 of stored_scales: what a decoder multiplies by, and so what a quantiser divides by."""
+    stored = parts[key]
+    return stored.float() if stored.is_floating_point() else (stored.double() * parts["ss"].double()).exp2().float()
 
 
 def sd_steps(weight: Tensor, bits: Bits, clip: float) -> Tensor:
@@ -3356,6 +3419,39 @@ class Fine(NamedTuple):
     scale: Tensor
 
 
+def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a damped Hessian (cols, cols): the order of its columns by falling diagonal, the upper Cholesky factor of its
+    inverse in that order, and which columns have no input at all."""
+    H = hessian.float().clone()
+    diagonal = H.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    diagonal += damp * diagonal.mean()
+    order = torch.argsort(diagonal, descending=True)
+    H = H[order][:, order]
+    return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True), dead
+
+
+def feed_back(
+    W: Tensor, Hinv: Tensor, blocksize: int, rounder: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """GPTQ's loop (Frantar et al. 2023): levels (..., rows, cols) of W, column by column; W itself is used up.
+
+    rounder(column (..., rows), j) gives levels and the weights that they stand for; the error is spread over the later
+    columns through Hinv (..., cols, cols), to those of other blocks of columns at the end of a block.
+    """
+    Q = torch.empty_like(W)
+    for start in range(0, W.size(-1), blocksize):
+        stop = min(start + blocksize, W.size(-1))
+        errors = torch.empty_like(W[..., start:stop])
+        for j in range(start, stop):
+            Q[..., j], value = rounder(W[..., j], j)
+            errors[..., j - start] = (W[..., j] - value) / Hinv[..., j, j, None]
+            W[..., j:stop].addcmul_(errors[..., j - start, None], Hinv[..., j, None, j:stop], value=-1)
+        W[..., stop:] -= errors @ Hinv[..., start:stop, stop:]
+    return Q
+
+
 def gptq(
     weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits, damp: float, blocksize: int, fine: Fine | None = None
 ) -> Tensor:
@@ -3365,29 +3461,74 @@ def gptq(
     of falling diagonal; the rounding error of each is spread over the later ones through the Cholesky factor of the
     inverse Hessian.
     """
-    H = hessian.float().clone()
-    diagonal = H.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1
-    diagonal += damp * diagonal.mean()
-    order = torch.argsort(diagonal, descending=True)
+    order, Hinv, dead = inverse_factor(hessian, damp)
     W = weight.float().clone()
     W[:, dead] = 0
-    W, H = W[:, order].contiguous(), H[order][:, order]
-    Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     finer = set(fine.columns.tolist()) if fine is not None else set()
     grids = [(fine.scale.float(), fine.bits) if c in finer else (scale.float(), bits) for c in order.tolist()]
-    Q = torch.empty_like(W)
-    for start in range(0, W.size(1), blocksize):
-        stop = min(start + blocksize, W.size(1))
-        errors = torch.empty_like(W[:, start:stop])
-        for j in range(start, stop):
-            step, width = grids[j]
-            Q[:, j] = round_to_grid(W[:, j], step, width)
-            errors[:, j - start] = (W[:, j] - Q[:, j] * step) / Hinv[j, j]
-            W[:, j:stop] -= errors[:, j - start, None] * Hinv[j, j:stop]
-        W[:, stop:] -= errors @ Hinv[start:stop, stop:]
-    return Q[:, torch.argsort(order)].to(torch.int8)
+
+    def nearest(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        step, width = grids[j]
+        levels = round_to_grid(column, step, width)
+        return levels, levels * step
+
+    return feed_back(W[:, order].contiguous(), Hinv, blocksize, nearest)[:, torch.argsort(order)].to(torch.int8)
+
+
+# states -> taps of the two subset bits; one state is no trellis
+TCQ_CODES = {1: (64, 64), 4: (5, 2), 8: (13, 2), 16: (25, 4), 32: (41, 4), 64: (97, 20)}
+
+
+def trellis(states: int) -> Tensor:
+    """Subset of the integers (j mod 4) for each state and branch, (states, 2); state s goes by branch b to
+    (2 s + b) mod states. The codes are Ungerboeck's (1982) for amplitude modulation, as a shift register; the low bit
+    of a subset, its parity, is the same for both branches of a state."""
+    register = torch.arange(2 * states)
+    high, low = (sum(register >> i & 1 for i in range(7) if taps >> i & 1) % 2 for taps in TCQ_CODES[states])
+    return (2 * high + low).view(states, 2)
+
+
+class Viterbi:
+    """The best path through the trellis for many sequences at once (Marcellin and Fischer 1990): of all the integer
+    sequences that are one, that of least squared error. Each starts in state 0 and ends anywhere.
+
+    Sequences side by side make every step of the two loops over rows a few operations on (states, sequences).
+    """
+
+    def __init__(self, states: int, real: Tensor, top: Tensor) -> None:
+        """real (rows, sequences): 0 where a sequence has ended before; top (sequences,): their largest integers."""
+        rows, count = real.shape
+        self.real, self.half, self.subset = real[:, None], states // 2 * count, trellis(states).flatten().to(top.device)
+        self.offset = torch.arange(4.0, device=top.device)[:, None]
+        self.low, self.high = ((-top - self.offset) / 4).ceil(), ((top - self.offset) / 4).floor()
+        self.sums = real.new_empty(rows, 2 * states, count)  # of a path's cost, by last state and branch
+        self.best = real.new_empty(states, count)
+        branches = self.sums.view(rows, 2, states, count)  # the two ways into each next state
+        self.steps = [(s.view(2, states // 2, 2, count), *s) for s in branches.unbind()]
+        self.path = torch.empty(rows + 1, count, dtype=torch.int32, device=top.device)  # state * count + sequence
+        self.back = torch.empty(rows, states * count, dtype=torch.int32, device=top.device)
+        self.moves = list(zip(self.back.unbind(), self.path[1:].unbind(), self.path[:-1].unbind(), strict=True))[::-1]
+        state = torch.arange(states * count, dtype=torch.int32, device=top.device)
+        self.column, self.base = state[:count], state // (2 * count) * count + state % count
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The integers, float32 (rows, sequences), nearest to x (rows, sequences)."""
+        points = (x[:, None] - self.offset).mul_(0.25).round_().clamp_(self.low, self.high).mul_(4).add_(self.offset)
+        costs = (points - x[:, None]).square_().mul_(self.real)
+        torch.index_select(costs, 1, self.subset, out=self.sums)
+        rows, count = x.shape
+        before = self.best.fill_(math.inf).view(2, -1, 1, count)
+        self.best[0] = 0
+        for branches, upper, lower in self.steps:
+            branches += before
+            torch.minimum(upper, lower, out=self.best)
+        upper, lower = self.sums.view(rows, 2, -1).unbind(1)
+        torch.add(self.base, lower < upper, alpha=self.half, out=self.back)
+        self.path[-1] = self.best.argmin(dim=0).int() * count + self.column
+        for back, after, here in self.moves:
+            torch.index_select(back, 0, after, out=here)
+        state = self.path // count
+        return points.gather(1, self.subset[(2 * state[:-1] + state[1:] % 2).long()][:, None])[:, 0]
 
 
 Parts = dict[str, Tensor]
@@ -3395,38 +3536,40 @@ Parts = dict[str, Tensor]
 
 class Scheme(NamedTuple):
     """encode(weight, hessian, rule, cfg) -> parts, and decode(parts) -> float32 weight. repairable: integers of a
-    matrix, whose error a repair may correct. steps(weight, rule, cfg): row steps of the grid, for QAT. hessian, counts:
-    what calibration has to collect for it."""
+    matrix, whose error a repair may correct. steps(weight, rule, cfg): row steps of the grid, for QAT.
+    together(weights, hessians, rules, cfg): encode of several matrices of equal width at once, to the same parts.
+    hessian, counts: what calibration has to collect for it."""
 
     encode: Callable[[Tensor, Tensor | None, QuantRule, Config], Parts]
     decode: Callable[[Parts], Tensor]
     repairable: bool = False
     steps: Callable[[Tensor, QuantRule, Config], Tensor] | None = None
+    together: Callable[[list[Tensor], list[Tensor | None], list[QuantRule], Config], list[Parts]] | None = None
     hessian: bool = False
     counts: bool = False
 
 
-def rounded_rows(weight: Tensor, scale: Tensor, bits: int) -> Parts:
+def rounded_rows(weight: Tensor, steps: Tensor, bits: int, base_step: float = 0.0) -> Parts:
     """Nearest levels of a grid with one step per row."""
-    return {"q": round_to_grid(weight.float(), scale.float()[:, None], bits).to(torch.int8), "s": scale}
+    parts = stored_scales(steps, base_step)
+    return {"q": round_to_grid(weight.float(), scale_values(parts)[:, None], bits).to(torch.int8)} | parts
 
 
 def encode_rowwise(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """Round to nearest with one step per row."""
-    return rounded_rows(weight, row_scales(weight, rule.bits, rule.clip), rule.bits)
+    return rounded_rows(weight, sd_steps(weight, rule.bits, rule.clip), rule.bits, cfg.scale_step)
 
 
 def encode_clip_search(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """Round to nearest with the clip of least squared error ("GPTQ-lite")."""
     scale = searched_scales(weight.float(), rule.bits, cfg.clip_floor, cfg.clip_search_rows)
-    return rounded_rows(weight, scale, rule.bits)
+    return rounded_rows(weight, scale, rule.bits, cfg.scale_step)
 
 
 def encode_row_quantile(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """Round to nearest, each row clipped at CLIP_QUANTILE of its magnitudes."""
-    return rounded_rows(
-        weight, storable(quantile_steps(weight, rule.bits, cfg.clip_quantile, cfg.clip_floor)), rule.bits
-    )
+    steps = quantile_steps(weight, rule.bits, cfg.clip_quantile, cfg.clip_floor)
+    return rounded_rows(weight, steps, rule.bits, cfg.scale_step)
 
 
 def encode_int8_row(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
@@ -3434,17 +3577,71 @@ def encode_int8_row(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg
     return rounded_rows(weight, (weight.float().abs().amax(dim=1) / 127).half().clamp_min(2.0**-24), 8)
 
 
-def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """GPTQ with one step per row; AWQ-lite's columns, if the rule names any, have a finer step `hs`."""
+def need_hessian(hessian: Tensor | None) -> None:
+    """UserError when there is none."""
     if hessian is None:
         raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
-    scale, extra, fine = row_scales(weight, rule.bits, rule.clip), {}, None
+
+
+def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
+    """GPTQ with one step per row; AWQ-lite's columns, if the rule names any, have a finer step `hs`."""
+    need_hessian(hessian)
+    parts, fine = stored_scales(sd_steps(weight, rule.bits, rule.clip), cfg.scale_step), None
     if rule.fine:
-        extra = {"hc": torch.tensor([cfg.awq_lite_group_size, *rule.fine], dtype=torch.int32)}
-        extra["hs"] = row_scales(weight, cfg.awq_lite_bits, rule.clip)
-        fine = Fine(fine_columns(extra["hc"], weight.size(1)), cfg.awq_lite_bits, extra["hs"])
-    q = gptq(weight, hessian, scale, rule.bits, cfg.gptq_damp, cfg.gptq_blocksize, fine)
-    return {"q": q, "s": scale} | extra
+        parts["hc"] = torch.tensor([cfg.awq_lite_group_size, *rule.fine], dtype=torch.int32)
+        parts |= stored_scales(sd_steps(weight, cfg.awq_lite_bits, rule.clip), cfg.scale_step, "hs")
+        columns = fine_columns(parts["hc"], weight.size(1))
+        fine = Fine(columns, cfg.awq_lite_bits, scale_values(parts, "hs"))
+    q = gptq(weight, hessian, scale_values(parts), rule.bits, cfg.gptq_damp, cfg.gptq_blocksize, fine)
+    return {"q": q} | parts
+
+
+COLUMN_STEP = 0.125  # of the log2 of column factors: finer ones cost more bytes than they save
+TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; 1/12 of a scalar quantiser's step, less 1.1 dB
+
+
+def encode_tcq(
+    weights: list[Tensor], hessians: list[Tensor | None], rules: list[QuantRule], cfg: Config
+) -> list[Parts]:
+    """GPTQ by trellis-coded quantisation, of matrices of equal width side by side: the rows of a GPTQ column do not
+    depend on one another, so in each the best path is searched, by chunks of TCQ_CHUNK_ROWS rows.
+
+    q are points of a grid twice as fine as a scalar quantiser's of this rate, of which a state of the trellis allows
+    every other one; s is that finer step of a row, c (log2) what the step of a column is over it, t the trellis.
+    """
+    length, found, orders, jobs = min(cfg.tcq_chunk_rows, max(map(len, weights))), [], [], []
+    for weight, hessian, rule in zip(weights, hessians, rules, strict=True):
+        need_hessian(hessian)
+        order, Hinv, dead = inverse_factor(hessian, cfg.gptq_damp)
+        tilt = Hinv.diagonal().log2() * cfg.tcq_column_beta / COLUMN_STEP
+        codes = (tilt - tilt.mean()).round().clamp(-127, 127).to(torch.int8)
+        parts = stored_scales(sd_steps(weight, rule.bits, rule.clip) / 2, cfg.scale_step)
+        parts["t"] = torch.tensor([cfg.tcq_states, cfg.tcq_chunk_rows], dtype=torch.int32)
+        parts |= {"c": codes[torch.argsort(order)]} if cfg.tcq_column_beta > 0 else {}
+        count = -(-len(weight) // length)
+        pad = count * length - len(weight)
+        W = F.pad(torch.where(dead, 0.0, weight.float())[:, order], (0, 0, 0, pad)).view(count, length, -1)
+        step = F.pad(scale_values(parts), (0, pad), value=1.0).view(count, length)
+        real = F.pad(torch.ones_like(weight[:, 0], dtype=torch.float32), (0, pad)).view(count, length)
+        factor = (COLUMN_STEP * codes.float()).exp2().expand(count, -1)
+        top = torch.full((count,), 2.0**rule.bits - 2, device=weight.device)
+        jobs.append((W.transpose(1, 2), Hinv.expand(count, -1, -1), step, real, factor, top))
+        found.append(parts)
+        orders.append(order)
+    W, Hinv, step, real, factor, top = (torch.cat(part) for part in zip(*jobs, strict=True))
+    search, rows = Viterbi(cfg.tcq_states, real.T.contiguous(), top), real.sum(dim=1)
+
+    def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        scale = step * factor[:, j, None]
+        x = (column / scale).T.contiguous()
+        power = x.square().sum(dim=0) / rows
+        points = search(x * (power / (power + TCQ_ERROR))).T  # shrunk: by rate and distortion, for Gaussian weights
+        return points, points * scale
+
+    W = feed_back(W.transpose(1, 2), Hinv, cfg.gptq_blocksize, on_trellis)
+    for parts, order, weight, Q in zip(found, orders, weights, W.split([len(j[0]) for j in jobs]), strict=True):
+        parts["q"] = Q.flatten(0, 1)[: len(weight), torch.argsort(order)].to(torch.int8)
+    return found
 
 
 def encode_freqsplit(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
@@ -3453,8 +3650,8 @@ def encode_freqsplit(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cf
         raise UserError("EMBED_QUANT=gptq_freqsplit has no Hessian or token counts; run STAGES=train,... again with it")
     bits = torch.full((len(weight),), rule.bits, device=weight.device)
     bits[list(rule.rows)] = cfg.embed_top_bits
-    scale = row_scales(weight, bits, rule.clip)
-    return {"q": gptq(weight, hessian, scale, bits, cfg.gptq_damp, cfg.gptq_blocksize), "s": scale}
+    parts = stored_scales(sd_steps(weight, bits, rule.clip), cfg.scale_step)
+    return {"q": gptq(weight, hessian, scale_values(parts), bits, cfg.gptq_damp, cfg.gptq_blocksize)} | parts
 
 
 def fine_columns(groups: Tensor, cols: int) -> Tensor:
@@ -3465,21 +3662,35 @@ def fine_columns(groups: Tensor, cols: int) -> Tensor:
 
 def decode_rows(parts: Parts) -> Tensor:
     """q * s."""
-    return parts["q"].float() * parts["s"].float()[:, None]
+    return parts["q"].float() * scale_values(parts)[:, None]
+
+
+def decode_tcq(parts: Parts) -> Tensor:
+    """q * s * (column factor); the trellis is nothing but the coder's context."""
+    weight = decode_rows(parts)
+    return weight * (COLUMN_STEP * parts["c"].float()).exp2() if "c" in parts else weight
 
 
 def decode_awq(parts: Parts) -> Tensor:
     """q * s, and q * hs in AWQ-lite's columns."""
     weight, columns = decode_rows(parts), fine_columns(parts["hc"], parts["q"].size(1))
-    weight[:, columns] = parts["q"][:, columns].float() * parts["hs"].float()[:, None]
+    weight[:, columns] = parts["q"][:, columns].float() * scale_values(parts, "hs")[:, None]
     return weight
 
 
 SCHEMES = {
-    "gptq": Scheme(encode_gptq, decode_rows, True, lambda w, rule, cfg: row_scales(w, rule.bits, rule.clip), True),
+    "gptq": Scheme(encode_gptq, decode_rows, True, ruled_scales, hessian=True),
     "gptq_freqsplit": Scheme(encode_freqsplit, decode_rows, True, hessian=True, counts=True),
+    "gptq_tcq": Scheme(
+        lambda w, hessian, rule, cfg: encode_tcq([w], [hessian], [rule], cfg)[0],
+        decode_tcq,
+        True,
+        ruled_scales,
+        encode_tcq,
+        hessian=True,
+    ),
     "awq_lite": Scheme(encode_gptq, decode_awq, repairable=True),
-    "rowwise": Scheme(encode_rowwise, decode_rows, True, lambda w, rule, cfg: row_scales(w, rule.bits, rule.clip)),
+    "rowwise": Scheme(encode_rowwise, decode_rows, True, ruled_scales),
     "gptq_lite": Scheme(
         encode_clip_search, decode_rows, True, lambda w, rule, cfg: quantile_steps(w, rule.bits, 1.0, cfg.clip_floor)
     ),
@@ -3581,7 +3792,7 @@ def decode(key: str, parts: Parts) -> Tensor:
     return sum((REPAIRS[name].decode(parts) for name in repairs), SCHEMES[scheme].decode(parts))
 
 
-def share(runtime: Runtime, what: str, jobs: list[str], work: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+def share(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """The union of work(job) over all jobs, dealt out to the ranks in turn."""
     mine, done, started = jobs[runtime.rank :: runtime.world], {}, time.perf_counter()
     for count, job in enumerate(mine):
@@ -3597,13 +3808,27 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
         raise FloatingPointError(f"{bad[0]} holds values that are not finite; train again")
     plan, device = refined_plan(cfg, state, hessians), runtime.device
 
-    def encode(name: str) -> dict[str, Parts]:
-        rule = rule_for(name, plan)
-        hessian = hessians[name].to(device) if name in hessians else None
-        parts = SCHEMES[rule.scheme].encode(state[name].to(device), hessian, rule, cfg)
-        return {f"{name}:{rule.scheme}": {key: part.cpu() for key, part in parts.items()}}
+    def encode(names: list[str]) -> dict[str, Parts]:
+        """The parts of the tensors of a job."""
+        rules = [rule_for(name, plan) for name in names]
+        weights = [state[name].to(device) for name in names]
+        inputs = [hessians[name].to(device) if name in hessians else None for name in names]
+        scheme = SCHEMES[rules[0].scheme]
+        if scheme.together is not None:
+            encoded = scheme.together(weights, inputs, rules, cfg)
+        else:
+            encoded = [scheme.encode(weights[0], inputs[0], rules[0], cfg)]
+        return {
+            f"{name}:{rule.scheme}": {key: part.cpu() for key, part in parts.items()}
+            for name, rule, parts in zip(names, rules, encoded, strict=True)
+        }
 
-    jobs = sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n))
+    groups: dict[Any, list[str]] = {}
+    for name in sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n)):
+        scheme = rule_for(name, plan).scheme
+        groups.setdefault(name if SCHEMES[scheme].together is None else (scheme, state[name].size(-1)), []).append(name)
+    shares = [names[rank :: runtime.world] for names in groups.values() for rank in range(runtime.world)]
+    jobs = [names for names in shares if names]
     whole = repaired(cfg, runtime, state, share(runtime, "quantising", jobs, encode))
     return {key: whole[key] for key in sorted(whole)}
 
@@ -3707,12 +3932,14 @@ class TensorReport(NamedTuple):
 
 
 def entropy_bytes(parts: Parts) -> int:
-    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy."""
+    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy, given their parity if they are
+    from a trellis, whose state says it."""
     total = sum(part.nbytes for part in parts.values())
     if "q" in parts:
-        counts = torch.bincount(parts["q"].flatten().long() + 128).double()
-        share_of = counts[counts > 0] / parts["q"].numel()
-        total += int(-(share_of * share_of.log2()).sum().item() * parts["q"].numel() / 8) - parts["q"].numel()
+        levels = torch.bincount(parts["q"].flatten().long() + 128, minlength=256).double()
+        counts = levels.view(128, 2).T if "t" in parts else levels[None]
+        lengths = torch.where(counts > 0, counts.sum(dim=1, keepdim=True) / counts, 1.0).log2()
+        total += int((counts * lengths).sum().item() / 8) - parts["q"].numel()
     return total
 
 
@@ -3811,11 +4038,18 @@ Arrays = dict[str, np.ndarray]
 
 
 class Coder(NamedTuple):
-    """An entropy coder, bytes <-> bytes. need raises UserError when what it runs on is not installed."""
+    """An entropy coder, bytes <-> bytes. need raises UserError when what it runs on is not installed.
+
+    frame(array, trellis or None) and unframe(bytes, dtype, shape): how an array lies in what is coded, after `head`
+    bytes about it.
+    """
 
     encode: Callable[[bytes], bytes]
     decode: Callable[[bytes], bytes]
     need: Callable[[], Any]
+    frame: Callable[[np.ndarray, np.ndarray | None], bytes] = lambda array, trellis: shuffle_bytes(array)
+    unframe: Callable[[bytes, str, tuple[int, ...]], np.ndarray] = lambda *args: unshuffle_bytes(*args)
+    head: int = 0
 
 
 def need_brotli() -> Any:
@@ -3848,6 +4082,187 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
         return target.read_bytes()
 
 
+RANS_BITS, RANS_LANES = 14, 512
+RANS_HEAD = struct.Struct("<4i")  # rows, columns, states of the trellis (1: none), rows after which it starts again
+
+
+def rans_frame(array: np.ndarray, trellis: np.ndarray | None) -> bytes:
+    """The bytes of an array, row by row, after a RANS_HEAD. What is no matrix of int8 is a row of bytes."""
+    rows, cols = array.shape if array.ndim == 2 and array.itemsize == 1 else (1, array.nbytes)
+    return RANS_HEAD.pack(rows, cols, *([1, 1] if trellis is None else trellis.tolist())) + array.tobytes()
+
+
+def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The array of rans_frame."""
+    return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
+
+
+def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
+    """What rans_model is told of each matrix: 64 times its mean magnitude; how far its columns' mean magnitudes are
+    like those of the matrix as wide before it, in sixteenths; how many rows' worth that guess is; a row's sum of
+    squares, and how far from certain that is, half a variance as of so many columns."""
+    past, told = {}, []
+    for matrix in matrices:
+        squares, sums = np.square(matrix, dtype=np.float64), np.abs(matrix, dtype=np.int16).sum(axis=0)
+        if not sums.any():
+            told.append([0, 0, 1, 0, 0])
+            continue
+        own = (sums + 1) / (sums + 1).mean()
+        others = past.get(len(sums), own**0)
+        spread, like = min((np.log(own / (1 + w / 16 * (others - 1))).var(), w) for w in range(17))
+        noise = 0.57 / len(matrix)  # variance of the log of a mean of magnitudes
+        strength = math.ceil(0.57 / max(0.003, spread - noise))
+        free, bound = squares.var(axis=0).sum() + 1e-9, squares.sum(axis=1).var()
+        loose = min(2.0**30, 2 * len(sums) * bound / max(free - bound, bound / 2**20 + 1e-9))
+        told.append([64 * int(sums.sum()) // matrix.size, like, strength, squares.sum() / len(matrix), loose])
+        past[len(sums)] = own
+    return [list(map(int, row)) for row in told]
+
+
+def rans_model(heads: np.ndarray, step: Callable) -> list[np.ndarray]:
+    """The matrices, flat, of heads (matrices, 9: RANS_HEAD and rans_priors), integers by integers from
+    step(matrix, places in it, table of each place, tables).
+
+    What is known of a symbol before it is coded is a class, 12 to an octave: the mean magnitude of its column so far,
+    times what the columns on its left leave to the others of a row's sum of squares (the row's step came from its
+    standard deviation, so that sum is hardly news). And the parity that the state of its trellis allows. Each such
+    context has a histogram of all that was seen in it, which begins as a bell. Groups of columns, each a quarter of
+    those that remain, are coded each a row behind the group on its left, so that a step codes a symbol of every column.
+
+    Tables, made anew every few steps: frequency and start of each level, by 256 * table + level + 128, and that key of
+    each of 2^RANS_BITS slots. Level -128 stands for what has no frequency there: an escape. Integers only: the same on
+    any machine.
+    """
+    edges, values, found, past = [4096], np.arange(-128, 128), [], {}
+    while len(edges) < 512:
+        edges.append(edges[-1] * 1014545335 // 10**9)
+    edges = np.array(edges)  # 2^(i / 48) / 16, in 2^16ths
+    allowed = np.stack([values < 128, values % 2 == 0, values % 2 == 1])  # all levels, even ones, odd ones
+    counts = np.maximum(0, 4864 - (values * 2**20 // edges[2::4, None, None]) ** 2) * allowed
+    counts[:, :, 0] = 1
+    for rows, cols, states, chunk, level, like, seen, energy, loose in heads.tolist():
+        subsets = trellis(states).numpy()
+        follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states
+        kinds, state, bounds, due = np.array([1, 2] if states > 1 else [0]), np.zeros(cols, int), [0], 0
+        while cols - bounds[-1] > 16:
+            bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
+        starts, bounds = np.array(bounds), np.array([*bounds, cols])
+        delay, left = np.repeat(np.arange(len(starts)), np.diff(bounds)), cols - starts
+        origin, spent, flat = np.arange(cols) - delay * cols, np.zeros(len(bounds), int), np.empty(rows * cols, np.int8)
+        sums = past.get(cols, np.ones(cols, int))
+        sums = (64 * cols * sums // max(1, sums.sum()) * like + 64 * (16 - like)) * (seen * level) // 2**16
+        squares = sums**2 * 11 // (7 * seen)
+        for t in range((rows + len(left) - 1) * (flat.size > 0)):
+            if t == due:
+                due += max(2, min(64, t // 8))
+                count = seen + np.maximum(0, t - delay)
+                fine, power = np.searchsorted(edges, sums * 2**16 // count), squares * 64 // count
+                rest = np.maximum(1, power[::-1].cumsum()[::-1][starts])
+                low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
+                tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
+            first, last = max(0, t - rows + 1), min(t + 1, len(left))
+            part = slice(bounds[first], bounds[last])
+            more = (left << 17) // (2 * left + loose) * (64 * (energy - spent[:-1]) - rest) // rest
+            shift = np.searchsorted(edges, 2**16 + more) - 192 >> 1
+            context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
+            places, table = origin[part] + t * cols, (context - low) * len(kinds)
+            here = np.where((t - delay[part]) % chunk, state[part], 0)
+            table += subsets[here, 0] & 1
+            line = flat[places] = step(len(found), places, table, tables)
+            wide = line.astype(int)
+            state[part] = follow[here, wide & 3]
+            np.add.at(counts.reshape(-1), (3 * context + kinds[wide % len(kinds)]) * 256 + wide + 128, 1024)
+            sums[part] += np.abs(wide)
+            wide *= wide
+            squares[part] += wide
+            spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(wide, starts[first:last] - part.start)
+        past[cols] = sums
+        found.append(flat)
+    return found
+
+
+def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frequencies in proportion to counts (contexts, 256), at least 1 for what was seen; starts; keys of slots."""
+    some, total = counts > 0, 1 << RANS_BITS
+    freq = np.maximum(some, counts * (total - some.sum(1, keepdims=True)) // counts.sum(1, keepdims=True))
+    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
+    keys = np.repeat(np.arange(freq.size, dtype=np.uint16), freq.ravel())
+    return freq.astype(np.uint32).ravel(), (freq.cumsum(1) - freq).astype(np.uint32).ravel(), keys
+
+
+def rans_encode(raw: bytes) -> bytes:
+    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame: what rans_model is told, by zlib,
+    then words of 16 bits: states of the lanes, what the lanes read.
+
+    A lane, one of up to RANS_LANES side by side, holds a state of 32 bits. As the decoder gives back in reverse what
+    the encoder was given, the encoder goes from the last step to the first.
+    """
+    heads, matrices, at, log, words = [], [], 0, [], []
+    while at < len(raw):
+        heads.append(RANS_HEAD.unpack_from(raw, at))
+        size, at = math.prod(heads[-1][:2]), at + RANS_HEAD.size
+        matrices.append(np.frombuffer(raw, np.int8, size, at).reshape(heads[-1][:2]))
+        at += size
+
+    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
+        """The levels at these places, which are noted."""
+        line = matrices[number].reshape(-1)[places]
+        key = 256 * table + line + 128
+        lost = (tables[0][key] == 0) | (line == -128)
+        key[lost] &= -256
+        freq, start = tables[0][key], tables[1][key]
+        for part in (slice(a, a + RANS_LANES) for a in range(0, len(line), RANS_LANES)):
+            log.append((freq[part], start[part], line[part][lost[part]].view(np.uint8) ^ 128))
+        return line
+
+    told = np.array([[*a, *b] for a, b in zip(heads, rans_priors(matrices), strict=True)], "<i4").reshape(-1, 9)
+    rans_model(told, step)
+    x = np.full(min(RANS_LANES, told[:, 1].max()), 1 << 16, np.uint32)
+    for freq, start, lost in reversed(log):
+        mine = x[: len(freq)]
+        full = mine >> (32 - RANS_BITS) >= freq
+        words += [lost, mine[full] & 0xFFFF]
+        mine[full] >>= 16
+        mine[:] = (mine // freq << RANS_BITS) + mine % freq + start
+    words = np.concatenate([x >> 16, x & 0xFFFF, *words[::-1]])
+    return zlib.compress(told.tobytes(), 9) + words.astype("<u2").tobytes()
+
+
+def rans_decode(blob: bytes) -> bytes:
+    """The inverse of rans_encode; some ordinary exception when it is none of its results."""
+    unzip = zlib.decompressobj()
+    told = np.frombuffer(unzip.decompress(blob), "<i4").reshape(-1, 9)
+    words = np.frombuffer(unzip.unused_data, "<u2").astype(np.uint32)
+    at = min(RANS_LANES, told[:, 1].max())
+    x, words, at = words[:at] << 16 | words[at : 2 * at], words[2 * at :], 0
+
+    def fill(array: np.ndarray, where: np.ndarray) -> None:
+        """Shift a word into each of the chosen places."""
+        nonlocal at
+        (places,) = where.nonzero()
+        at += len(places)
+        array[places] = (array[places] << 16) + words[at - len(places) : at]
+
+    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
+        """The levels at these places."""
+        freq, start, keys = tables
+        for a in range(0, len(table), RANS_LANES):
+            part = table[a : a + RANS_LANES]
+            mine = x[: len(part)]
+            slot = mine & (1 << RANS_BITS) - 1
+            part[:] = key = keys[(part << RANS_BITS) + slot]
+            mine[:] = freq[key] * (mine >> RANS_BITS) + slot - start[key]
+            fill(mine, mine < 1 << 16)
+            part &= 255
+            fill(part, part == 0)
+        return (table - 128).astype(np.int8)
+
+    matrices = rans_model(told, step)
+    if at != len(words) or (x != 1 << 16).any():
+        raise ValueError("lanes out of step")
+    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(told, matrices, strict=True))
+
+
 CODERS = {
     "brotli": Coder(
         lambda raw: need_brotli().compress(raw, quality=11, lgwin=24),
@@ -3858,6 +4273,7 @@ CODERS = {
     "lzma6": Coder(lambda raw: lzma.compress(raw, preset=6), lzma.decompress, lambda: None),
     # ZPAQ; -p 1: by default the block size, and so the bytes, depend on the number of processors
     "lrzip": Coder(lambda raw: run_lrzip(raw, "-z", "-L", "9", "-p", "1"), lambda b: run_lrzip(b, "-d"), need_lrzip),
+    "rans": Coder(rans_encode, rans_decode, lambda: None, rans_frame, rans_unframe, RANS_HEAD.size),
 }
 
 
@@ -3875,6 +4291,7 @@ class Codec(NamedTuple):
     groups: tuple[str, ...] = ()
     sorted_rows: tuple[str, ...] = ()
     sort_hidden: bool = False
+    by_layer: bool = False  # the arrays of a layer lie together, and not those of a role
 
     def stream_of(self, name: str) -> int:
         """The stream of an array."""
@@ -3904,6 +4321,7 @@ CODECS = {
     "lzma": Codec(2, "lzma"),
     "pergroup": Codec(3, "brotli", "lrzip", ROLES, sorted_rows=ROLES[:2], sort_hidden=True),
     "lzma6": Codec(4, "lzma6"),
+    "rans": Codec(5, "brotli", "rans", ("*:q",), by_layer=True),
 }
 
 
@@ -3967,17 +4385,21 @@ def pack_arrays(arrays: Arrays, codec: str) -> bytes:
     as u32, then JSON): name, dtype and shape of each array in storage order.
     """
 
-    def role(name: str) -> tuple[str, list[int]]:
-        return re.sub(r"\d+", "", name), [int(n) for n in re.findall(r"\d+", name)]
-
     layout = CODECS[codec]
+
+    def role(name: str) -> tuple[Any, ...]:
+        key = re.sub(r"\d+", "", name), [int(n) for n in re.findall(r"\d+", name)]
+        return key[::-1] if layout.by_layer else key
+
     arrays = sort_rows(arrays, layout.sorted_rows)
     names = sorted(arrays, key=role)
     index = json.dumps([[n, arrays[n].dtype.str, arrays[n].shape] for n in names], separators=(",", ":")).encode()
     raws = [[struct.pack("<I", len(index)), index], *([] for _ in layout.groups)]
+    coders = layout.coders()
     for name in names:
-        raws[layout.stream_of(name)].append(shuffle_bytes(arrays[name]))
-    streams = in_parallel([coder.encode for coder in layout.coders()], [b"".join(raw) for raw in raws])
+        i, trellis = layout.stream_of(name), arrays.get(f"{name.rpartition(':')[0]}:t")
+        raws[i].append(coders[i].frame(arrays[name], trellis))
+    streams = in_parallel([coder.encode for coder in coders], [b"".join(raw) for raw in raws])
     payload = struct.pack(f"<B{len(streams)}I", len(streams), *map(len, streams)) + b"".join(streams)
     return seal(layout.number, payload)
 
@@ -4029,8 +4451,9 @@ def unpack_payload(payload: bytes, layout: Codec) -> Arrays:
     (length,) = struct.unpack_from("<I", raws[0])
     arrays, positions = {}, [4 + length, *(0 for _ in layout.groups)]
     for name, dtype, shape in json.loads(raws[0][4 : 4 + length]):
-        i, size = layout.stream_of(name), np.dtype(dtype).itemsize * math.prod(shape)
-        arrays[name] = unshuffle_bytes(raws[i][positions[i] : positions[i] + size], dtype, tuple(shape))
+        i = layout.stream_of(name)
+        size = coders[i].head + np.dtype(dtype).itemsize * math.prod(shape)
+        arrays[name] = coders[i].unframe(raws[i][positions[i] : positions[i] + size], dtype, tuple(shape))
         positions[i] += size
     if ends[-1] != len(payload) or positions != list(map(len, raws)):
         raise ValueError("the index does not account for all bytes")

@@ -234,12 +234,16 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"GPTQ_RESERVE_SECONDS": "600"}, "GPTQ_RESERVE_SECONDS=600"),
     ({"AWQ_LITE_ENABLED": "1", "MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise"}, "AWQ_LITE_ENABLED=1"),
     ({"AWQ_LITE_ENABLED": "1", "AWQ_LITE_BITS": "6"}, "AWQ_LITE_BITS=6"),
+    ({"SCALE_STEP": "1e-9"}, "SCALE_STEP=1e-09"),
     ({"STAGES": "train,eval"}, "STAGES must be a suffix"),
     ({"EVAL": "slot", "SLOT_CAUSAL": "0"}, "ALLOW_NONCAUSAL=1"),
     ({"EVAL": "chunk_sgd", "TTT_CHUNK_TOKENS": "2047"}, "TTT_CHUNK_TOKENS=2047"),
     ({"MATRIX_BITS_OVERRIDES": "attn.o.weight"}, "attn.o.weight:7"),
     ({"ROTATE": "hadamard_vo", "MODEL_DIM": "384"}, "power of two"),
     ({"ROTATE": "hadamard_vo", "ATTN_EXTRAS": "value_embed"}, "ATTN_EXTRAS=value_embed"),
+    ({"TCQ_STATES": "5"}, "TCQ_STATES=5"),
+    ({"MATRIX_QUANT": "gptq_tcq", "MATRIX_BITS": "8", "COMPRESSOR": "rans"}, "may be at most 7"),
+    ({"MATRIX_QUANT": "gptq_tcq"}, "COMPRESSOR=brotli"),
     ({"TTT_TRAINABLE": ""}, "TTT_TRAINABLE is empty"),
 )
 
@@ -289,7 +293,6 @@ def test_only_suffixes_of_the_stages(stages: str) -> None:
 
 
 FORMED = {  # knobs whose text has a form of its own, and texts of it that are legal
-    "mixers": ("", "A*11", "G*2 A*8 G"),
     "matrix_bits_overrides": ((), ("mlp:7",), ("attn.o.weight:7", "blocks.[2-9].*:5")),
 }
 
@@ -310,8 +313,8 @@ def configs(draw: st.DrawFn) -> Config:
             integers = field.type == "tuple[int, ...]"
             some = range(11) if integers else m["choices"] or ("mlp", "skips")
             values[field.name] = tuple(draw(st.lists(st.sampled_from(some), unique=True)))
-        elif m["choices"]:
-            values[field.name] = draw(st.sampled_from(m["choices"]))
+        elif field.type == "str":
+            values[field.name] = draw(st.sampled_from(m["choices"] or ("", "G*2 A*8 G")))
         elif field.type == "float":
             top = m["le"] if m["le"] is not None else 1e6
             values[field.name] = draw(st.floats((low or 0.0) + 1e-9, top))
