@@ -159,7 +159,15 @@ def bar_q(args: argparse.Namespace) -> list[Row]:
         coded = {key: part for key, part in parts.items() if key in "qt"}
         bits = 8 * packed({f"blocks.0.mlp.up.weight:{scheme}": coded}, "rans") / W.numel()
         entropy, gap = 8 * train_gpt.entropy_bytes(coded) / W.numel(), bits + error.log2().item() / 2
-        rows.append({"states": states if states > 1 else "scalar", "bits": bits, "at entropy": entropy, "gap": gap, "seconds": seconds})
+        rows.append(
+            {
+                "states": states if states > 1 else "scalar",
+                "bits": bits,
+                "at entropy": entropy,
+                "gap": gap,
+                "seconds": seconds,
+            }
+        )
     table(f"Q: standard normal weights, chunks of {args.chunk_rows} rows; gap to the bound in bits", rows)
     return rows
 
