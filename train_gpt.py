@@ -1455,14 +1455,15 @@ def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float)
 
 
 def operator(launch: Callable) -> Callable[[Callable], Callable]:
-    """Decorator that makes of a plain twin the operator train_gpt::<its name>, which a compiled graph keeps whole.
+    """Decorator that makes of a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
 
     On a GPU `launch` runs in its place; on the CPU, and for shapes while tracing, the twin itself. The plain function
-    stays reachable as `.twin`.
+    stays reachable as `.twin`. Of two operators of one name torch keeps the younger: hence the module's name in it, for
+    a process may hold several copies of this program (the judge's, a packed one's).
     """
 
     def register(twin: Callable) -> Callable:
-        op = torch.library.custom_op(f"train_gpt::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
+        op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
         op.register_kernel("cuda")(launch)
         op.register_fake(twin)
         op.twin = twin
@@ -3268,6 +3269,7 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
     plan, device = refined_plan(cfg, state, hessians), runtime.device
 
     def encode(names: list[str]) -> dict[str, Parts]:
+        """The parts of the tensors of a job."""
         rules = [rule_for(name, plan) for name in names]
         weights = [state[name].to(device) for name in names]
         inputs = [hessians[name].to(device) if name in hessians else None for name in names]
