@@ -77,6 +77,11 @@ try:  # CUDA builds of torch on Linux bring it; without it the plain twins run
 except ImportError:
     triton = tl = TensorDescriptor = None
 
+try:  # flash-linear-attention; without it the gated delta rule is the plain twin on a GPU too
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+except ImportError:
+    chunk_gated_delta_rule = None
+
 try:  # torch >= 2.13 names
     from torch.distributed import all_gather_single as all_gather
     from torch.distributed import reduce_scatter_single as reduce_scatter
@@ -149,6 +154,13 @@ class Config:
         RUN,
         choices=("auto", "1", "0"),
     )
+    fused_gdn_enabled: str = knob(
+        "auto",
+        "flash-linear-attention's gated delta rule; auto: on a GPU in bf16 where it is installed",
+        RUN,
+        choices=("auto", "1", "0"),
+        when="MIXERS=G",
+    )
     compute_dtype: str = knob(
         "auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", RUN, choices=("auto", "bf16", "fp32")
     )
@@ -174,20 +186,42 @@ class Config:
     model_dim: int = knob(512, "width of the residual stream", MODEL, gt=0)
     num_heads: int = knob(8, "query heads", MODEL, gt=0)
     num_kv_heads: int = knob(4, "key/value heads (GQA)", MODEL, gt=0)
+    mixers: str = knob(
+        "", "mixer of each layer, A attention, G gated delta net, such as G*2 A*8 G; empty: attention everywhere", MODEL
+    )
+    gdn_head_dim: int = knob(64, "width of a delta net's heads", MODEL, gt=0, when="MIXERS=G")
+    gdn_qk_heads: int = knob(2, "query and key heads of a delta net", MODEL, gt=0, when="MIXERS=G")
+    gdn_v_heads: int = knob(4, "value heads of a delta net", MODEL, gt=0, when="MIXERS=G")
+    gdn_conv_trained: bool = knob(
+        True, "off: training leaves the convolution's taps as they were drawn, as published", MODEL, when="MIXERS=G"
+    )
+    gdn_bos_reset: bool = knob(
+        True,
+        "state and convolution start afresh at a document's first token too, not only with rows and attention "
+        "segments; off as published",
+        MODEL,
+        when="MIXERS=G",
+    )
     mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", MODEL, gt=0)
     mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", MODEL, ge=0)
     tied_embed_init_std: float = knob(0.005, "std of the embedding at init", MODEL, gt=0)
     logit_softcap: float = knob(30.0, "c of c*tanh(logits/c)", MODEL, gt=0)
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", MODEL, gt=1)
     rope_dims: int = knob(16, "leading dims of a head that rotate", MODEL, ge=0)
+    rope_dtype: str = knob(
+        "fp32",
+        "dtype of rotary frequencies, positions and tables; bf16, as PR 1895: positions over 256 are rounded",
+        MODEL,
+        choices=("fp32", "bf16"),
+    )
     qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", MODEL, gt=0)
     ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)", MODEL)
     attn_extras: tuple[str, ...] = knob(
         ("xsa",),
         "xsa: remove each head output's part along its own value; value_residual: mix in the first slot's values; "
-        "value_embed: add a value of the token itself",
+        "value_embed: add a value of the token itself; sink: a learnt key with value 0 in front of every context",
         MODEL,
-        choices=("xsa", "value_residual", "value_embed"),
+        choices=("xsa", "value_residual", "value_embed", "sink"),
     )
     xsa_last_n: int = knob(11, "layers with XSA, counted from the last", MODEL, ge=0, when="ATTN_EXTRAS=xsa")
     attn_gate: str = knob(
@@ -227,7 +261,15 @@ class Config:
     enable_looping_at: float = knob(
         0.35, "fraction of the run at which looping starts", MODEL, ge=0, le=1, when="NUM_LOOPS>0"
     )
-    parallel_start_layer: int = knob(8, "decoder layers from here on run in two lanes; 0: none", MODEL, ge=0)
+    parallel_start_layer: int = knob(8, "layers from here on run in parallel; 0: none", MODEL, ge=0)
+    parallel_lanes: int = knob(
+        2,
+        "2: decoder layers keep two learnt lanes, one for attention and one for the MLP; 1: attention and MLP read and "
+        "extend one stream side by side",
+        MODEL,
+        ge=1,
+        le=2,
+    )
     parallel_final_lane: str = knob("mean", "what the two lanes end as", MODEL, choices=("mean", "mlp", "attn"))
     bigram_vocab_size: int = knob(2048, "rows of the bigram table", MODEL, gt=1, when="EMBED_EXTRAS=bigram")
     bigram_dim: int = knob(128, "width of the bigram table", MODEL, gt=0, when="EMBED_EXTRAS=bigram")
@@ -473,6 +515,7 @@ LOCAL_KNOBS = (
     "attention",
     "fused_ce_enabled",
     "fused_mlp_enabled",
+    "fused_gdn_enabled",
     "compute_dtype",
     "compile",
     "data_path",
@@ -493,10 +536,21 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         lambda c: c.num_loops > 0 and not c.loop_start <= c.loop_end < c.num_layers,
         "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be a range of layers below NUM_LAYERS={c.num_layers}",
     ),
+    (
+        lambda c: len(mixer_letters(c)) != c.num_layers,
+        "MIXERS={c.mixers!r} does not give NUM_LAYERS={c.num_layers} layers a mixer each, A or G, such as G*2 A*8 G",
+    ),
+    (
+        lambda c: c.gdn_v_heads % c.gdn_qk_heads != 0,
+        "GDN_V_HEADS={c.gdn_v_heads} is not a multiple of GDN_QK_HEADS={c.gdn_qk_heads}",
+    ),
     (lambda c: c.gate_window > c.model_dim, "GATE_WINDOW={c.gate_window} is over MODEL_DIM={c.model_dim}"),
     (
-        lambda c: "value_embed" in c.attn_extras and not set(c.ve_layers) <= set(range(c.num_layers)),
-        "VE_LAYERS={c.ve_layers} must be layers below NUM_LAYERS={c.num_layers}",
+        lambda c: (
+            "value_embed" in c.attn_extras
+            and not {*c.ve_layers} <= {i for i, letter in enumerate(mixer_letters(c)) if letter == "A"}
+        ),
+        "VE_LAYERS={c.ve_layers} must be layers below NUM_LAYERS={c.num_layers}, and have attention",
     ),
     (
         lambda c: c.rope_reference_len > 0 and c.rope_dims == 2,
@@ -586,10 +640,22 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
     "TTT_BATCH_SEQS": "nothing: a step of chunk SGD takes the whole chunk, BATCH_SLICES parts at a time",
     "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
+    "FULL_ATTENTION_START": "MIXERS (published: G*2 A*8 G)",
+    "FULL_ATTENTION_END": "MIXERS (published: G*2 A*8 G)",
+    "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER and PARALLEL_LANES=1",
     "VALUE_RESIDUAL": "ATTN_EXTRAS=xsa,value_residual",
     "VE_ENABLED": "ATTN_EXTRAS=xsa,value_embed",
     "GATED_ATTENTION": "ATTN_GATE=dense_bias",
 }
+
+
+def mixer_letters(cfg: Config) -> str:
+    """The mixer of each layer as a letter: MIXERS written out, G*2 A as GGA; empty when it is not of that form."""
+    if not cfg.mixers:
+        return "A" * cfg.num_layers
+    if not re.fullmatch(r"(\s*[AG](\*\d{1,3})?)+\s*", cfg.mixers):
+        return ""
+    return "".join(letter * int(count or 1) for letter, count in re.findall(r"([AG])(?:\*(\d+))?", cfg.mixers))
 
 
 def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
@@ -1207,16 +1273,23 @@ def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
 
 class Seq(NamedTuple):
     """What a batch's attention sees: segment boundaries over the flattened B*T tokens (or None), the longest segment,
-    rotary cos and sin (T, rope_dims/2) float32, and the masked twin's mask (see segment_mask) or None."""
+    rotary cos and sin (T, rope_dims/2) float32, the masked twin's mask (see segment_mask) or None, and for recurrent
+    mixers where (B, T) their state starts afresh, beside row starts."""
 
     cu: Tensor | None
     max_len: int
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
+    starts: Tensor | None = None
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Seq], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Seq, Tensor | None], Tensor]
+
+
+def segments(cu: Tensor, total: int) -> Tensor:
+    """Number, from 1, of the segment that each of `total` tokens lies in."""
+    return torch.searchsorted(cu, torch.arange(total, device=cu.device).to(cu.dtype), right=True)
 
 
 def segment_mask(cu: Tensor, total: int, band: int) -> Tensor:
@@ -1228,45 +1301,79 @@ def segment_mask(cu: Tensor, total: int, band: int) -> Tensor:
     query = torch.arange(total, device=cu.device).view(-1, band, 1)
     first = query[:, :1] - (band if total > band else 0)
     key = first + torch.arange(2 * band if total > band else band, device=cu.device)
-    segment = torch.searchsorted(cu, torch.arange(total, device=cu.device).to(cu.dtype), right=True)
+    segment = segments(cu, total)
     same = segment[query] == segment[key.clamp_min(0)]
     return (same & (key <= query) & (key >= 0)).unsqueeze(1)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
-    """Exact causal attention with a mask, on any device: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
+    """Exact causal attention with a mask, on any device: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d).
+
+    A sink (K, d) is one more key, with value 0, that every query sees: y sigmoid(logsumexp(logits) - its logit).
+    """
     if seq.mask is None:
-        return causal_attention(q, k, v, seq)
+        return causal_attention(q, k, v, seq, sink)
     blocks, _, band, width = seq.mask.shape
     flat_q, flat_k, flat_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
     if width > band:
         flat_k, flat_v = (torch.cat([F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), t], dim=1) for t in (flat_k, flat_v))
-    heads_first = (t.transpose(1, 2) for t in (flat_q, flat_k, flat_v))
-    y = F.scaled_dot_product_attention(*heads_first, attn_mask=seq.mask, enable_gqa=True)
-    return y.transpose(1, 2).reshape(q.shape)
+    return exact_attention(flat_q, flat_k, flat_v, seq.mask, sink).reshape(q.shape)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
     """Causal attention inside each row, by SDPA. Shapes as masked_attention."""
-    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True)
+    return exact_attention(q, k, v, None, sink)
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> Tensor:
+    """Attention by SDPA where a mask (B, 1, T, keys) allows it; without one, causal inside each row."""
+    if sink is not None:
+        k = torch.cat([sink.to(k.dtype).expand(len(k), 1, -1, -1), k], dim=1)
+        v = F.pad(v, (0, 0, 0, 0, 1, 0))
+        seen = q.new_ones(q.size(1), k.size(1), dtype=torch.bool).tril(1) if mask is None else mask
+        mask = seen if mask is None else F.pad(mask, (1, 0), value=True)
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
 
 
 VARLEN_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
-    """Flash attention over segments (varlen), or over rows when there are none. Shapes as masked_attention."""
-    if seq.cu is None:
+def with_sink(k: Tensor, v: Tensor, cu: Tensor, sink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k and v (N, K, d) of segments, each with the sink's key and value 0 in front, and the boundaries among them.
+
+    torch's varlen attention returns a log-sum-exp but no gradient through it, so the sink is a key here.
+    """
+    place = torch.arange(len(k), device=k.device) + segments(cu, len(k))
+    keys = sink.to(k.dtype).repeat(len(k) + len(cu) - 1, 1, 1).index_copy(0, place, k)
+    return (
+        keys,
+        torch.zeros_like(keys).index_copy(0, place, v),
+        cu + torch.arange(len(cu), device=k.device).to(cu.dtype),
+    )
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
+    """Flash attention over segments (varlen), or over rows when there are none. Shapes as masked_attention; with more
+    keys than queries, causality counts from the segments' ends."""
+    cu, longest = seq.cu, seq.max_len
+    if cu is None and sink is None:
         return causal_attention(q, k, v, seq)
+    if cu is None:
+        cu, longest = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.size(1), q.size(1)
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
+    cu_k = cu
+    if sink is not None:
+        flat_k, flat_v, cu_k = with_sink(flat_k, flat_v, cu, sink)
     options: dict[str, Any] = {"window_size": (-1, 0)}
     if VARLEN_HAS_GQA:
         options["enable_gqa"] = True
     else:
         groups = q.size(2) // k.size(2)
         flat_k, flat_v = (t.repeat_interleave(groups, dim=1) for t in (flat_k, flat_v))
-    return varlen_attn(flat_q, flat_k, flat_v, seq.cu, seq.cu, seq.max_len, seq.max_len, **options).view_as(q)
+    longest_k = longest if sink is None else longest + 1
+    return varlen_attn(flat_q, flat_k, flat_v, cu, cu_k, longest, longest_k, **options).view_as(q)
 
 
 def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
@@ -1454,18 +1561,18 @@ def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float)
     return dpre
 
 
-def operator(launch: Callable) -> Callable[[Callable], Callable]:
+def operator(launch: Callable | None = None, shapes: Callable | None = None) -> Callable[[Callable], Callable]:
     """Decorator that makes of a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
 
-    On a GPU `launch` runs in its place; on the CPU, and for shapes while tracing, the twin itself. The plain function
-    stays reachable as `.twin`. Of two operators of one name torch keeps the younger: hence the module's name in it, for
-    a process may hold several copies of this program (the judge's, a packed one's).
+    On a GPU `launch` runs in its place, if given; while tracing, `shapes` or else the twin says what comes out. The
+    plain function stays reachable as `.twin`. Of two operators of one name torch keeps the younger: hence the module's
+    name in it, for a process may hold several copies of this program (the judge's, a packed one's).
     """
 
     def register(twin: Callable) -> Callable:
         op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
-        op.register_kernel("cuda")(launch)
-        op.register_fake(twin)
+        op.register_kernel("cuda")(launch or twin)
+        op.register_fake(shapes or twin)
         op.twin = twin
         return op
 
@@ -1559,11 +1666,139 @@ def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     return FusedMLP.apply(m.flatten(0, -2), up, down, slope).view_as(m)
 
 
+def unit(x: Tensor) -> Tensor:
+    """x over its length, in at least float32."""
+    x = wide(x)
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def states_like(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
+    """An empty result of chunk_states."""
+    return b.new_empty(len(a) + 1, *first.shape)
+
+
+@operator(shapes=states_like)
+def chunk_states(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
+    """S_0 = first (..., K, V), S_{i+1} = a_i S_i + b_i of a (n, ..., K, K), b (n, ..., K, V) -> all S, (n + 1, ...)."""
+    states = [first]
+    for a_i, b_i in zip(a, b, strict=True):
+        states.append(b_i + a_i @ states[-1])
+    return torch.stack(states)
+
+
+class ChunkStates(torch.autograd.Function):
+    """chunk_states, one operator each way: gradients run through the same recurrence backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, first: Tensor) -> Tensor:
+        states = chunk_states(a, b, first)
+        ctx.save_for_backward(a, states)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, states = ctx.saved_tensors
+        total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1].clone()).flip(0)
+        return total[1:] @ states[:-1].mT, total[1:], total[0]
+
+
+def chunked_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule (Yang et al. 2024) of q and k (B, T, H, K), v (B, T, H, V), log decay g and beta (B, T, H).
+
+    S <- e^g S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q / sqrt(K), from `state` (B, H, K, V) and, at tokens that
+    start (B, T), from 0. Returns all o (B, T, H, V) and the last S. Inside a chunk the writes X are a triangular system
+    (WY form), and a chunk is an affine map of the state before it.
+    """
+    T, K, V = v.size(1), k.size(-1), v.size(-1)
+
+    def cut(x: Tensor) -> Tensor:
+        """(B, T, H, ...) -> (n, B, H, chunk, ...), filled up with zeros, which write and forget nothing."""
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -T % chunk)).unflatten(1, (-1, chunk))
+        return x.movedim(1, 0).movedim(3, 2)
+
+    q, k, v, g, beta = (cut(x) for x in (q * K**-0.5, k, v, g, beta.unsqueeze(-1)))
+    age, total = cut(starts[..., None].int()).cumsum(-1), g.cumsum(-1)  # restarted in every chunk
+    same = (age[..., :, None] == age[..., None, :]).tril()
+    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~same, -math.inf).exp()  # masked first: no inf
+    carried = total.masked_fill(age > 0, -math.inf).exp().unsqueeze(-1)  # what is left of the state before the chunk
+    system = (beta * (k @ k.mT) * decay).tril(-1)
+    right = torch.cat([beta * v, beta * carried * k], dim=-1)
+    U, W = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split([V, K], dim=-1)
+    out = (k * decay[..., -1, :, None]).mT
+    keep = carried[..., -1:, :] * torch.eye(K, dtype=k.dtype, device=k.device) - out @ W
+    states = ChunkStates.apply(keep, out @ U, state)
+    S = states[:-1]
+    o = (carried * q) @ S + (q @ k.mT * decay) @ (U - W @ S)
+    return o.movedim(2, 3).movedim(0, 1).flatten(1, 2)[:, :T], states[-1]
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """chunked_delta_rule of unit queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
+    o, last = chunked_delta_rule(unit(q), unit(k), wide(v), wide(g), wide(beta), starts, wide(state))
+    return o.to(v.dtype), last
+
+
+FORGET = -104.0  # a log decay whose exponential is 0 in float32
+
+
+def fla_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty results of fla_rule."""
+    return v.new_empty(v.shape), state.new_empty(state.shape)
+
+
+@operator(shapes=fla_shapes)
+def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """delta_rule without starts, by flash-linear-attention."""
+    return chunk_gated_delta_rule(
+        q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+
+
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@operator(shapes=lambda *args: tuple(x.new_empty(x.shape) for x in args[2:]))
+def fla_rule_back(
+    go: Tensor, gs: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+) -> Six:
+    """Gradients of fla_rule's inputs from those of its outputs; the forward runs again."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
+    with torch.enable_grad():
+        return torch.autograd.grad(fla_rule.twin(*inputs), inputs, (go, gs))
+
+
+class FusedDeltaRule(torch.autograd.Function):
+    """fla_rule with its gradients, an operator each: the library's own function would break a compiled graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*inputs)
+        return fla_rule(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, go: Tensor, gs: Tensor) -> Six:
+        return fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors)
+
+
+def fused_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """delta_rule by flash-linear-attention's kernels, chunks of 64 tokens. A start is a decay to nothing."""
+    g = wide(g).masked_fill(starts[..., None], FORGET)
+    return FusedDeltaRule.apply(*(x.contiguous() for x in (q, k, v, g, beta, state)))
+
+
 class Kernels(NamedTuple):
-    """What the model computes its loss with, and its MLPs where nobody taps inside (None: always the plain twin)."""
+    """What the model computes its loss with, its MLPs where nobody taps inside (None: always the plain twin), and its
+    delta nets."""
 
     cross_entropy: Callable[[Tensor, Tensor, float], Tensor]
     mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None
+    delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = delta_rule
 
 
 PLAIN = Kernels(softcapped_cross_entropy, None)
@@ -1581,6 +1816,12 @@ def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
             fused_mlp,
             None,
         ),
+        "fused_gdn_enabled": (
+            ", COMPUTE_DTYPE=bf16 and flash-linear-attention",
+            here and runtime.dtype == torch.bfloat16 and chunk_gated_delta_rule is not None,
+            fused_delta_rule,
+            delta_rule,
+        ),
     }
     chosen = []
     for name, (needs, usable, fused, plain) in table.items():
@@ -1597,7 +1838,8 @@ def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
 
 
 class Site(NamedTuple):
-    """Where a tap listens: the name (q k v o up down head; attn mlp for whole sublayers), the slot and the layer."""
+    """Where a tap listens: the name (q k v o up down head, or qkv for q k v of a delta net; attn mlp for whole
+    sublayers), the slot and the layer."""
 
     name: str
     slot: int
@@ -1630,8 +1872,15 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(wide(x), (x.size(-1),), eps=RMS_EPS).to(x.dtype)
 
 
+INITS: dict[str, Callable] = {
+    "orthogonal": nn.init.orthogonal_,
+    "zero": lambda w, generator: nn.init.zeros_(w),
+    "uniform": lambda w, generator: nn.init.uniform_(w, -(w.size(1) ** -0.5), w.size(1) ** -0.5, generator=generator),
+}
+
+
 class Linear(nn.Module):
-    """y = x W^T with W (out, in) kept in dtype and cast to x's at use; no bias. init: orthogonal or zero."""
+    """y = x W^T with W (out, in) kept in dtype and cast to x's at use; no bias. init: a key of INITS."""
 
     def __init__(self, d_in: int, d_out: int, init: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -1640,19 +1889,27 @@ class Linear(nn.Module):
 
     def reset(self, generator: torch.Generator) -> None:
         """Initial weights."""
-        {"orthogonal": nn.init.orthogonal_, "zero": lambda w, generator: nn.init.zeros_(w)}[self.init](
-            self.weight, generator=generator
-        )
+        INITS[self.init](self.weight, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def rotary_tables(length: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, dims/2), float32, of RoPE (Su et al. 2021); pairs are dims (m, m + dims/2)."""
+def rotary_tables(
+    length: int, dims: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, dims/2), float32, of RoPE (Su et al. 2021); pairs are dims (m, m + dims/2). Frequencies,
+    positions, angles and results are rounded to dtype."""
     frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
-    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency
-    return angle.cos(), angle.sin()
+    position = torch.arange(length, dtype=torch.float32, device=device).to(dtype)
+    angle = position[:, None] * frequency.to(dtype)
+    return angle.cos().float(), angle.sin().float()
+
+
+ROTARIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # values of ROPE_DTYPE
+    "fp32": lambda *shape: rotary_tables(*shape),
+    "bf16": lambda *shape: rotary_tables(*shape, torch.bfloat16),
+}
 
 
 def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
@@ -1662,9 +1919,9 @@ def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
 
 
 def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.size(-1) dims of each head; the rest passes through."""
+    """Rotate the first 2 * cos.size(-1) dims of each head, by tables of (T) or (B, T); the rest passes through."""
     half = cos.size(-1)
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     a, b, rest = x_BTHd.split([half, half, x_BTHd.size(-1) - 2 * half], dim=-1)
     turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
     return torch.cat([turned.to(x_BTHd.dtype), rest], dim=-1)
@@ -1903,33 +2160,80 @@ class ValueMix(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention: QK norm, partial RoPE, query gain, then XSA and gate on the head outputs."""
 
-    def __init__(self, cfg: Config, layer: int, attend: Attend) -> None:
+    INPUTS = ("q", "k", "v")  # the matrices that read the normed input, and their sites
+
+    def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
         D, head = cfg.model_dim, cfg.model_dim // cfg.num_heads
         self.q, self.o = Linear(D, D, "orthogonal"), Linear(D, D, "zero")
         self.k, self.v = (Linear(D, cfg.num_kv_heads * head, "orthogonal") for _ in range(2))
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
+        self.sink = nn.Parameter(torch.empty(cfg.num_kv_heads, head)) if "sink" in cfg.attn_extras else None
         self.gate = GATES[cfg.attn_gate](cfg)
         self.values = ValueMix(cfg, layer)
         self.xsa = "xsa" in cfg.attn_extras and layer >= cfg.num_layers - cfg.xsa_last_n
         self.attend, self.head_dim, self.gain_init = attend, head, cfg.qk_gain_init
 
     def reset(self, generator: torch.Generator) -> None:
-        """Initial gains."""
+        """Initial gains, and a sink whose logit is 0."""
         nn.init.constant_(self.q_gain, self.gain_init)
+        if self.sink is not None:
+            nn.init.zeros_(self.sink)
 
     def forward(self, n: Tensor, seq: Seq, tap: SlotTap, values: Values) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
         raw_q, raw_k, raw_v = tap("q", n, self.q(n)), tap("k", n, self.k(n)), tap("v", n, self.v(n))
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, self.values(raw_v, values)))
         q, k = rotate(rms_norm(q), seq.cos, seq.sin), rotate(rms_norm(k), seq.cos, seq.sin)
-        y = self.attend(q * self.q_gain.to(q.dtype)[:, None], k, v, seq)
+        y = self.attend(q * self.q_gain.to(q.dtype)[:, None], k, v, seq, self.sink)
         if self.xsa:
             y = exclusive(y, v)
         if self.gate is not None:
             y = y * self.gate(n, raw_q)
         y = y.flatten(2)
         return tap("attn", n, tap("o", y, self.o(y)))
+
+
+class DeltaNet(nn.Module):
+    """Gated delta net (Yang et al. 2024) as in PR 1895: a convolution over two tokens, ELU + 1 queries and keys, SiLU
+    values, a decay and a write strength per head, a SiLU gate on the outputs, and no norm on them."""
+
+    INPUTS = ("qkv",)
+
+    def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
+        super().__init__()
+        D, d, value_heads = cfg.model_dim, cfg.gdn_head_dim, cfg.gdn_v_heads
+        self.widths, self.head_dim = [cfg.gdn_qk_heads * d] * 2 + [value_heads * d], d
+        self.qkv, self.ba = Linear(D, sum(self.widths), "orthogonal"), Linear(D, 2 * value_heads, "uniform")
+        self.z, self.o = Linear(D, value_heads * d, "orthogonal"), Linear(value_heads * d, D, "zero")
+        self.taps = nn.Parameter(torch.empty(sum(self.widths), 2), requires_grad=cfg.gdn_conv_trained)
+        self.A_log, self.dt_bias = (nn.Parameter(torch.empty(value_heads)) for _ in range(2))
+        self.groups, self.rule = value_heads // cfg.gdn_qk_heads, kernels.delta_rule
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Taps in +-sqrt(1/2); decay rates log-uniform: A in 1..8, steps (softplus of dt_bias) in 0.001..0.1."""
+        nn.init.uniform_(self.taps, -(0.5**0.5), 0.5**0.5, generator=generator)
+        nn.init.uniform_(self.A_log, 0, math.log(8), generator=generator)
+        dt = nn.init.uniform_(self.dt_bias, math.log(1e-3), math.log(0.1), generator=generator).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def forward(self, n: Tensor, seq: Seq, tap: SlotTap, values: Values) -> Tensor:
+        """(B, T, D) normed input -> (B, T, D)."""
+        p, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
+        before = F.pad(p[:, :-1], (0, 0, 1, 0)).masked_fill(seq.starts[..., None], 0)
+        parts = (taps[:, 1] * p + taps[:, 0] * before).split(self.widths, dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
+        q, k = ((F.elu(x) + 1).repeat_interleave(self.groups, dim=2) for x in (q, k))
+        b, a = wide(self.ba(n)).chunk(2, dim=-1)
+        g = -self.A_log.exp() * F.softplus(a + self.dt_bias)
+        state = g.new_zeros(len(n), g.size(-1), self.head_dim, self.head_dim)
+        y, _ = self.rule(q, k, F.silu(v), g, torch.sigmoid(b), seq.starts, state)
+        y = y.flatten(2) * F.silu(self.z(n))
+        return tap("attn", n, tap("o", y, self.o(y)))
+
+
+MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
 
 
 class MLP(nn.Module):
@@ -1950,11 +2254,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer. Sequential: attention then MLP on one stream that also mixes in x0; or two lanes side by side."""
+    """A layer: a mixer, attention or another, then an MLP on one stream that also mixes in x0; or both side by side, on
+    one stream or in two lanes."""
 
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
-        self.attn, self.mlp = Attention(cfg, layer, attend), MLP(cfg, kernels)
+        self.attn, self.mlp = MIXERS[mixer_letters(cfg)[layer]](cfg, layer, attend, kernels), MLP(cfg, kernels)
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(cfg.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
         self.input_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
@@ -1975,11 +2280,11 @@ class Block(nn.Module):
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
-    def forward(self, x: Tensor, x0: Tensor, seq: Seq, tap: SlotTap, values: Values) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, x0: Tensor, seq: Seq, tap: SlotTap, values: Values, abreast: bool) -> Tensor:
+        """(B, T, D) -> (B, T, D). abreast: the MLP reads what attention reads, not what it adds."""
         u = self.mix(x, x0)
         y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), seq, tap, values)
-        return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(y), tap)
+        return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(u if abreast else y), tap)
 
     def branches(
         self, lane0: Tensor, lane1: Tensor, x0: Tensor, seq: Seq, tap: SlotTap, values: Values
@@ -2039,22 +2344,25 @@ class Lanes(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """The order of layer executions as data. Per slot: layer, skip row and source slot (-1: none), two lanes or one."""
+    """The order of layer executions as data. Per slot: layer, skip row and source slot (-1: none), two lanes or one,
+    and on one, whether attention and MLP stand abreast."""
 
     layers: tuple[int, ...]
     num_encoder: int
     skip_row: tuple[int, ...]
     skip_source: tuple[int, ...]
     parallel: tuple[bool, ...]
+    abreast: tuple[bool, ...]
 
     def __str__(self) -> str:
         """One line for people."""
         skips = " ".join(f"{i}<-{s}" for i, s in enumerate(self.skip_source) if s >= 0)
         lanes = [i for i, p in enumerate(self.parallel) if p]
+        beside = "  attention beside MLP in slots " + " ".join(str(i) for i, p in enumerate(self.abreast) if p)
         return (
             f"layers {' '.join(map(str, self.layers[: self.num_encoder]))} | "
             f"{' '.join(map(str, self.layers[self.num_encoder :]))}  skips (slot<-slot) {skips}  "
-            f"two lanes from slot {lanes[0] if lanes else 'none'}"
+            f"two lanes from slot {lanes[0] if lanes else 'none'}{beside * any(self.abreast)}"
         )
 
 
@@ -2070,11 +2378,20 @@ def plan_route(cfg: Config, looping: bool) -> Route:
     skip = [-1] * encoder + [j if j < min(rows, encoder) else -1 for j in range(len(layers) - encoder)]
     source = [encoder - 1 - j if j >= 0 else -1 for j in skip]
     start = cfg.parallel_start_layer
-    parallel, on = [], False
+    parallel, on, two = [], False, cfg.parallel_lanes == 2
     for slot, layer in enumerate(layers):
-        on = on or (slot >= encoder and 0 < start <= layer)
+        on = on or (two and slot >= encoder and 0 < start <= layer)
         parallel.append(on)
-    return Route(tuple(layers), encoder, tuple(skip), tuple(source), tuple(parallel))
+    abreast = tuple(not two and 0 < start <= layer for layer in layers)
+    return Route(tuple(layers), encoder, tuple(skip), tuple(source), tuple(parallel), abreast)
+
+
+def state_starts(ids: Tensor, cu: Tensor | None, first_id: int) -> Tensor:
+    """(B, T) bool: tokens where a recurrent state starts afresh, those of first_id and those that start a segment."""
+    starts = (ids == first_id).flatten()
+    if cu is not None:  # F.pad: boundaries include the end
+        starts = F.pad(starts, (0, 1)).index_fill(0, cu.long(), True)[:-1]
+    return starts.view(ids.shape)
 
 
 def loops(cfg: Config) -> bool:
@@ -2113,7 +2430,9 @@ class GPT(nn.Module):
             (cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len),
             cfg.tied_embed_init_std,
         )
-        self.dtype, self.masked = dtype, attend is masked_attention
+        self.dtype, self.masked, self.rotary = dtype, attend is masked_attention, ROTARIES[cfg.rope_dtype]
+        self.anchored = "sink" in cfg.attn_extras or cfg.rope_dtype != "fp32"  # else only distances matter
+        self.first_id = (BOS_ID if cfg.gdn_bos_reset else -1) if "G" in mixer_letters(cfg) else None
         self.cross_entropy = kernels.cross_entropy
 
     def reset(self, seed: int) -> GPT:
@@ -2136,8 +2455,14 @@ class GPT(nn.Module):
         if cu is not None and self.masked:
             mask = segment_mask(cu, total, max_len if max_len > 0 and total % max_len == 0 else total)
         dims, base, reference = self.rope
-        tables = rotary_tables(length, dims, stretched_base(base, dims, max_len or length, reference), device)
-        return Seq(cu, max_len, *tables, mask)
+        stretched = stretched_base(base, dims, max_len or length, reference)
+        rotary = self.rotary if stretched == base else rotary_tables  # published: a stretched table is float32
+        cos, sin = rotary(length if cu is None or not self.anchored else total, dims, stretched, device)
+        if cu is not None and self.anchored:
+            token = torch.arange(total, device=device)
+            position = (token - cu[segments(cu, total) - 1]).view(rows, length)
+            cos, sin = cos[position], sin[position]
+        return Seq(cu, max_len, cos, sin, mask)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, D): the embedding with what adds to it, normed, then what acts on the normed."""
@@ -2152,6 +2477,7 @@ class GPT(nn.Module):
     def trunk(self, ids: Tensor, seq: Seq | None = None, taps: Taps | None = None) -> Tensor:
         """(B, T) ids -> (B, T, D) normed hidden states before the head. seq None: plain causal rows."""
         seq = self.plan(ids.size(1), ids.device) if seq is None else seq
+        seq = seq if self.first_id is None else seq._replace(starts=state_starts(ids, seq.cu, self.first_id))
         x0 = x = self.embed(ids)
         values = Values(None, None) if self.value_embed is None else self.value_embed(ids, self.dtype)
         lanes, outputs, route = (x,), [], self.route
@@ -2163,7 +2489,7 @@ class GPT(nn.Module):
                 pair = (lane0, lanes[-1])
                 lanes = self.lanes(pair, block.branches(*pair, x0, seq, tap, values), layer)
             else:
-                lanes = (block(lane0, x0, seq, tap, values),)
+                lanes = (block(lane0, x0, seq, tap, values, route.abreast[slot]),)
             outputs.append(lanes[0])
         return rms_norm(self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0])
 
@@ -2218,9 +2544,10 @@ OPTIM_TABLE = (
         "tied_embed_lr",
         "embed_wd",
     ),
-    OptimRow(r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))\.weight", "muon", "matrix_lr", "muon_wd"),
+    OptimRow(r"blocks\.\d+\.(attn\.([qkvoz]|qkv|ba)|mlp\.(up|down))\.weight", "muon", "matrix_lr", "muon_wd"),
     OptimRow(
-        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain|attn\.gate\.(weight|bias)|attn\.values\.lambdas)",
+        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|sink|gate\.(weight|bias)|values\.lambdas)|"
+        r"attn\.(taps|A_log|dt_bias))",
         "adamw",
         "scalar_lr",
         "adam_wd",
@@ -4265,17 +4592,12 @@ class BatchedLoRA(nn.Module):
 def lora_sites(cfg: Config, model: GPT) -> list[tuple[str, int, tuple[int, int]]]:
     """(site, slot, (out, in)) of every adapter on the model's current route."""
     D, V = cfg.model_dim, cfg.vocab_size
-    sites = []
+    used, sites = {"k": cfg.ttt_k_lora, "attn": cfg.ttt_o_lora, "mlp": cfg.ttt_mlp_lora}, []
     for slot, layer in enumerate(model.route.layers):
-        kv = tuple(model.blocks[layer].attn.k.weight.shape)
-        options = (
-            ("q", True, (D, D)),
-            ("k", cfg.ttt_k_lora, kv),
-            ("v", True, kv),
-            ("attn", cfg.ttt_o_lora, (D, D)),
-            ("mlp", cfg.ttt_mlp_lora, (D, D)),
-        )
-        sites += [(name, slot, shape) for name, used, shape in options if used]
+        attn = model.blocks[layer].attn
+        shapes = {name: tuple(getattr(attn, name).weight.shape) for name in attn.INPUTS}
+        shapes |= {"attn": (D, D), "mlp": (D, D)}
+        sites += [(name, slot, shape) for name, shape in shapes.items() if used.get(name, True)]
     return [*sites, ("head", 0, (V, D))]
 
 
