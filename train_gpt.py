@@ -4075,7 +4075,8 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.lrz", Path(folder) / "out"
         source.write_bytes(data)
-        command = [program, "-Q", "-f", *flags, "-o", str(target), str(source)]
+        # -N 0: by default it runs at the lowest priority, and starves on a busy machine
+        command = [program, "-Q", "-f", "-N", "0", *flags, "-o", str(target), str(source)]
         done = subprocess.run(command, capture_output=True, env={"LRZIP": "NOCONFIG", "TMPDIR": folder}, check=False)
         if done.returncode != 0 or not target.is_file():
             raise UserError(f"lrzip {' '.join(flags)} failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
