@@ -4225,27 +4225,35 @@ class CarryLora:
         self.columns = (self.ring + 1) * self.size
         self.buckets = [b for b in (256, 512, 1024, 2048, 4096) if b < self.columns] + [self.columns]
         self.forward = compiled(runtime, model)
-        on_gpu = runtime.device.type == "cuda"
-        self.update = launch_adamw_rows if on_gpu and triton is not None else adamw_rows
-        self.graphing, self.graphs, self.num_rows = on_gpu, {}, 0
+        self.on_gpu, self.num_rows = runtime.device.type == "cuda", 0
+        self.update = launch_adamw_rows if self.on_gpu and triton is not None else adamw_rows
 
     def allocate(self, rows: int) -> None:
-        """State of `rows` documents at once."""
+        """State of `rows` documents at once, and the programs that work on it."""
         cfg, model, device = self.cfg, self.model, self.runtime.device
-        self.num_rows, self.graphs, self.lora = rows, {}, None
+        self.num_rows, self.lora = rows, None
         heads = (len(model.route.layers), 2, rows, self.columns, cfg.num_kv_heads, cfg.model_dim // cfg.num_heads)
         self.cache = torch.zeros(heads, dtype=model.dtype, device=device)
         self.history = torch.zeros(rows, self.columns + self.size, dtype=torch.int64, device=device)
         self.inputs = torch.zeros(rows, 2 + 2 * self.size, dtype=torch.int64, device=device)
-        if cfg.ttt_lora_lr == 0:
-            return
-        self.lora, self.some = BatchedLoRA(cfg, model, rows), BatchedLoRA(cfg, model, 1)
+        if cfg.ttt_lora_lr > 0:
+            self.equip(BatchedLoRA(cfg, model, rows))
+        self.programs = self.captured() if self.on_gpu else {}
+        self.runtime.log(
+            f"carry: {rows} documents side by side, chunks of {self.size}, {self.ring} of them kept, "
+            f"{'CUDA graphs' if self.programs else 'eager'}"
+        )
+
+    def equip(self, lora: BatchedLoRA) -> None:
+        """Adapters with their optimiser's state, a document's in each row of a few buffers."""
+        self.lora, self.some = lora, BatchedLoRA(self.cfg, self.model, 1)
         self.bound = torch.cat([a.new_full((a[0].numel(),), a.size(-1) ** -0.5) for a in self.lora.A.values()])
-        entries = sum(p[0].numel() for p in self.lora.parameters())
-        self.adapters = self.bound.new_zeros(rows, entries)
-        self.live = self.adapters.to(model.dtype)  # what computes: the same tensor unless the dtypes differ
-        self.second, self.steps = torch.zeros_like(self.adapters), self.bound.new_zeros(rows, 1, dtype=torch.float64)
-        self.lora.share(self.live)
+        entries = sum(p[0].numel() for p in lora.parameters())
+        self.adapters = self.bound.new_zeros(self.num_rows, entries)
+        self.live = self.adapters.to(self.model.dtype)  # what computes: the same tensor unless the dtypes differ
+        self.second = torch.zeros_like(self.adapters)
+        self.steps = torch.zeros(self.num_rows, 1, dtype=torch.float64, device=self.bound.device)
+        lora.share(self.live)
 
     @torch.no_grad()
     def renew(self, row: int, doc: int) -> None:
@@ -4316,19 +4324,17 @@ class CarryLora:
             self.model.trunk(self.recall(at, index), seq, taps)
             self.keep(carry.new, at, index)
 
-    def program(self, bucket: int) -> tuple[Callable, Callable]:
-        """losses and step of a bucket: CUDA graphs where they can be captured, else as they are."""
-        if self.graphing and bucket not in self.graphs:
-            try:
-                self.graphs[bucket] = self.capture(bucket)
-            except RuntimeError as error:
-                self.graphing = False
-                self.runtime.log(f"carry: no CUDA graph ({str(error).splitlines()[0][:100]}); runs eagerly")
-        return self.graphs.get(bucket) or (lambda: self.losses(bucket), self.step)
+    def captured(self) -> dict[int, tuple[Callable, Callable]]:
+        """losses and step of every bucket as CUDA graphs; none where they cannot be captured, which the log says."""
+        try:
+            return {bucket: self.capture(bucket) for bucket in self.buckets}
+        except RuntimeError as error:
+            self.runtime.log(f"carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
+            return {}
 
     def capture(self, bucket: int) -> tuple[Callable, Callable]:
         """Two graphs that share their memory: the first keeps what the second's backward needs, so they always run in
-        turn. The adapters that are trained here are renewed before they count."""
+        turn. What is trained here is renewed before it counts."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), torch.set_grad_enabled(self.lora is not None):
@@ -4353,10 +4359,8 @@ class CarryLora:
 
     def warm_up(self) -> None:
         """Compile and capture every bucket, on zeros, outside the evaluation clock."""
-        if self.runtime.device.type == "cuda":
+        if self.on_gpu:
             self.allocate(self.cfg.ttt_batch_size)
-            for bucket in self.buckets:
-                self.program(bucket)
 
     def score(self, unit: Unit) -> Tensor:
         """(rows, chunk) nats; what the chunk leaves is kept."""
@@ -4364,14 +4368,15 @@ class CarryLora:
             self.allocate(len(unit.docs))
         learns = np.isin(np.arange(self.num_rows), unit.learn_rows)
         table = torch.from_numpy(np.column_stack((unit.begin, learns, unit.ids, unit.targets)))
-        self.inputs.copy_(table.pin_memory() if self.inputs.is_cuda else table, non_blocking=True)
+        self.inputs.copy_(table.pin_memory() if self.on_gpu else table, non_blocking=True)
         for row in np.flatnonzero((unit.begin == 0) & (np.array(unit.docs) >= 0)) if self.lora is not None else ():
             self.renew(int(row), unit.docs[row])
         if self.cfg.ttt_carry_refresh > 0:
             self.refresh(unit.begin)
-        self.bucket = next(b for b in self.buckets if b >= min(unit.begin.max(), self.columns))
+        bucket = next(b for b in self.buckets if b >= min(unit.begin.max(), self.columns))
+        self.program = self.programs.get(bucket, (lambda: self.losses(bucket), self.step))
         with torch.set_grad_enabled(self.lora is not None and bool(len(unit.learn_rows))):
-            nll, new, at = self.program(self.bucket)[0]()
+            nll, new, at = self.program[0]()
         self.keep(new, at, torch.arange(self.num_rows, device=at.device))
         return nll
 
@@ -4379,7 +4384,7 @@ class CarryLora:
         """TTT_GRAD_STEPS updates on the scored chunk; the first uses the graph of the score itself."""
         if self.lora is None or not len(unit.learn_rows):
             return
-        losses, step = self.program(self.bucket)
+        losses, step = self.program
         for number in range(self.cfg.ttt_grad_steps):
             step(nll if number == 0 else losses()[0])
 

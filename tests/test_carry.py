@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import golden_rules as rules
 import numpy as np
@@ -30,7 +29,7 @@ BASE = {
     "bigram_vocab_size": 64, "bigram_dim": 8, "trigram_vocab_size": 48, "trigram_dim": 8, "ve_layers": (0, 2),
     "ve_dim": 6, "ttt_lora_rank": 3, "ttt_lora_alpha": 4.5, "ttt_lora_lr": 0.01, "ttt_chunk_size": CHUNK,
     "ttt_eval_seq_len": 96, "ttt_batch_size": 4, "ttt_context": "carry", "batch_slices": 1, "eval_seq_len": 24,
-    "global_ttt_chunk_tokens": 32,
+    "eval_stride": 8, "global_ttt_chunk_tokens": 32, "train_seq_len": 1024,
 }  # fmt: skip
 STRUCTURES = {
     "loops, lanes, XSA, sparse gate, smear": {},
@@ -132,7 +131,7 @@ def test_without_learning_it_is_one_forward_pass(structure: str, recompute: int)
 def test_without_learning_the_ring_is_a_band_of_whole_chunks(structure: str, window: int) -> None:
     found = score(structure=structure, ttt_lora_lr=0.0, ttt_eval_seq_len=window)
     expected = in_one_pass(structure, banded(window // CHUNK - 1), window)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 if window < 48 else 1e-5)  # angles: float64 far out
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # the one pass has float32 angles
 
 
 def test_no_adapters_are_made_when_nothing_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,12 +171,11 @@ def chunks(which: int) -> np.ndarray:
     return np.concatenate(list(spans))
 
 
-def test_first_chunks_are_the_models_and_the_first_step_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_chunks_are_the_models_and_the_first_step_the_published_one() -> None:
     """The second chunk differs, by what it attends to: keys and values of the first one, from before the step."""
     carried, published, base = usual(), usual(ttt_context="recompute"), usual(ttt_lora_lr=0.0)
     np.testing.assert_allclose(carried[chunks(0)], base[chunks(0)], rtol=0, atol=EXACT)
-    gap = np.abs(published - base)[chunks(1)].mean()
-    assert 0 < np.abs(carried - published)[chunks(1)].mean() < 0.5 * gap
+    assert np.abs(carried - published)[chunks(1)].max() > 1e-4
     one = score(ttt_carry_recompute=CHUNK)
     np.testing.assert_allclose(one[chunks(1)], published[chunks(1)], rtol=0, atol=EXACT)
     np.testing.assert_allclose(first_steps("carry"), first_steps("recompute"), rtol=0, atol=1e-15)
@@ -258,7 +256,7 @@ def test_a_later_token_leaves_earlier_scores_and_other_documents_bit_equal(varia
 def peek(learner: train_gpt.CarryLora, unit: train_gpt.Unit) -> Tensor:
     """A learner that trains on a chunk before it scores it."""
     learner.learn(unit, honest_score(learner, unit))
-    return learner.losses(learner.bucket)[0]
+    return learner.program[0]()[0]
 
 
 def no_renewal(learner: train_gpt.CarryLora, row: int, doc: int) -> None:
@@ -365,7 +363,7 @@ def test_two_processes_adapt_as_one(tiny_data: object, tmp_path: object) -> None
     folder = tmp_path / "run"
     knobs = {"TTT_CONTEXT": "carry", "EVAL": "phased_lora", "TTT_BATCH_SIZE": 2, "PHASED_TTT_PREFIX_DOCS": 4,
              "PHASED_TTT_NUM_PHASES": 2, "GLOBAL_TTT_LR": 0.05, "GLOBAL_TTT_CHUNK_TOKENS": 128}  # fmt: skip
-    one = test_runs.launch(test_runs.environment(tiny_data, folder, **knobs), folder)
+    one = test_runs.call(test_runs.environment(tiny_data, folder, **knobs), folder)
     assert one.code == 0 and one.out.count("global steps") == 2, one.err
     two = test_runs.launch(test_runs.environment(tiny_data, folder, STAGES="eval", **knobs), folder, ranks=2)
     assert two.code == 0, two.err
@@ -383,10 +381,9 @@ def test_adamw_rows_is_torchs_adamw_with_a_clock_for_each_row() -> None:
     live = p.float()
     rows = [torch.nn.Parameter(row.clone()) for row in start]
     theirs = [torch.optim.AdamW([r], lr=0.01, betas=(0.0, 0.99), eps=1e-10, weight_decay=0.5) for r in rows]
-    for row, optimiser, age in zip(rows, theirs, ages[:, 0].int().tolist(), strict=True):
-        optimiser.state[row] = {
-            "step": torch.tensor(float(age)), "exp_avg": torch.zeros(40).double(), "exp_avg_sq": torch.zeros(40).double()
-        }  # fmt: skip
+    for row, optimiser, age in zip(rows, theirs, ages[:, 0], strict=True):
+        moments = {name: torch.zeros_like(row) for name in ("exp_avg", "exp_avg_sq")}
+        optimiser.state[row] = {"step": age.clone(), **moments}
     for _ in range(4):
         g = torch.randn(3, 40, generator=generator, dtype=torch.float64)
         ages = ages + 1
@@ -430,13 +427,24 @@ def test_what_carry_cannot_do_is_a_sentence(knobs: dict, words: str) -> None:
 
 def test_bf16_keeps_float32_masters() -> None:
     """Steps of 1e-4 vanish in bf16 beside entries of 0.1."""
-    found = score(dtype=torch.bfloat16, ttt_lora_lr=1e-4, ttt_chunk_size=CHUNK)
+    found = score(dtype=torch.bfloat16, ttt_lora_lr=1e-4)
     base = score(dtype=torch.bfloat16, ttt_lora_lr=0.0)
     assert np.isfinite(found).all() and np.abs(found - base).max() > 0
-    learner = train_gpt.CarryLora(config(), rules.runtime(torch.bfloat16), model_of(next(iter(STRUCTURES)), torch.bfloat16))
+    model = model_of(next(iter(STRUCTURES)), torch.bfloat16)
+    learner = train_gpt.CarryLora(config(), rules.runtime(torch.bfloat16), model)
     learner.allocate(1)
     assert learner.adapters.dtype == torch.float32 and learner.live.dtype == torch.bfloat16
     assert {p.dtype for p in learner.lora.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here a capture succeeds")
+def test_where_nothing_can_be_captured_the_log_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    runtime = dataclasses.replace(rules.runtime(torch.float64), log=train_gpt.Log(None, False))
+    learner = train_gpt.CarryLora(config(), runtime, model_of(next(iter(STRUCTURES))))
+    learner.on_gpu = True
+    learner.allocate(2)
+    said = capsys.readouterr().out
+    assert learner.programs == {} and "carry: no CUDA graphs (" in said and "11 of them kept, eager" in said
 
 
 @pytest.mark.gpu
@@ -450,15 +458,9 @@ def test_captured_graphs_are_the_eager_loop(compile: bool, monkeypatch: pytest.M
     model = train_gpt.GPT(cfg).cuda()
     model.load_state_dict(model_of(next(iter(STRUCTURES)), torch.float32).state_dict())
     model.set_looping(True)
-    honest: Callable = train_gpt.CarryLora.__init__
-
-    def eager(learner: train_gpt.CarryLora, *args: object) -> None:
-        honest(learner, *args)
-        learner.graphing = False
-
-    for name, start in (("graphs", honest), ("eager", eager)):
+    for name, captured in (("graphs", train_gpt.CarryLora.captured), ("eager", lambda learner: {})):
         with monkeypatch.context() as patch:
-            patch.setattr(train_gpt.CarryLora, "__init__", start)
+            patch.setattr(train_gpt.CarryLora, "captured", captured)
             scores = test_ttt.record_nll(patch)
             val = train_gpt.ValData(ids, np.ones(len(ids), np.int32))
             train_gpt.evaluate_doc_lora(cfg, runtime, model, val)
