@@ -52,6 +52,13 @@ def real_documents(val: train_gpt.ValData, count: int, shortest: int, longest: i
     return train_gpt.ValData(val.tokens[where], val.bytes[where])
 
 
+def read_weights(path: str) -> dict[str, torch.Tensor]:
+    """Weights of an artifact, or of a run before quantisation."""
+    if path.endswith(".pt"):
+        return torch.load(path, map_location="cpu", weights_only=True)["model"]
+    return train_gpt.load_artifact(path)
+
+
 def token_counts(cfg: train_gpt.Config, val: train_gpt.ValData) -> dict[str, float]:
     """Tokens per prediction: forward and backward of rows that learn, without padding; all that is computed with
     gradient, padding included; and computed without gradient. Kept: as published, finished rows stay in their batch."""
@@ -93,7 +100,8 @@ class Recorder(train_gpt.ByteMeter):
 def measure(cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torch.Tensor] | None) -> dict[str, object]:
     """One evaluation of a stream: the row that is printed, without its name. No state: random weights."""
     runtime = train_gpt.Runtime.start(cfg, {})
-    model = train_gpt.GPT(cfg, train_gpt.choose_attention(cfg, runtime), runtime.dtype, choose(cfg, runtime))
+    parts = train_gpt.choose_attention(cfg, runtime), runtime.dtype, train_gpt.choose_kernels(cfg, runtime)
+    model = train_gpt.GPT(cfg, *parts)
     model.load_state_dict(state or train_gpt.GPT(cfg).reset(cfg.seed).state_dict())
     model.to(runtime.device).set_looping(train_gpt.loops(cfg))
     if state is not None:
@@ -118,11 +126,6 @@ def measure(cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torc
     return row
 
 
-def choose(cfg: train_gpt.Config, runtime: train_gpt.Runtime) -> train_gpt.Kernels:
-    """The kernels of a run."""
-    return train_gpt.choose_kernels(cfg, runtime)
-
-
 def compare(rows: list[dict[str, object]], draws: int = 4000) -> None:
     """The table of some rows."""
     base = next(row for row in rows if row["context"] == "recompute")
@@ -145,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=int, default=64, help="documents")
     parser.add_argument("--mean", type=float, default=957.0, help="mean length of random documents, tokens")
-    parser.add_argument("--model", default="", help="artifact of a trained model")
+    parser.add_argument("--model", default="", help="trained weights: model.bin, or model.pt")
     parser.add_argument("--shortest", type=int, default=192, help="predictions of the shortest real document")
     parser.add_argument("--longest", type=int, default=1200, help="predictions at which real documents are cut")
     parser.add_argument("--variants", nargs="*", default=["TTT_CONTEXT=recompute", "TTT_CONTEXT=carry"])
@@ -161,7 +164,7 @@ def main() -> None:
         usual = {"EVAL": "doc_lora", "TTT_CONTEXT": "carry"} if args.model else {}
         cfg = train_gpt.load_config(knobs | usual | changes)
         if args.model:
-            state, val = train_gpt.load_artifact(args.model), train_gpt.load_val(cfg)
+            state, val = read_weights(args.model), train_gpt.load_val(cfg)
             val = real_documents(val, args.docs, args.shortest, args.longest)
         else:
             state, val = None, random_documents(cfg.vocab_size, args.docs, args.mean)
