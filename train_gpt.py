@@ -1450,21 +1450,19 @@ def adamw_rows_kernel(
     v: tl.tensor,
     live: tl.tensor,
     g: tl.tensor,
-    correction: tl.tensor,
+    root: tl.tensor,
+    rates: tl.tuple,
     count: int,
-    lr: float,
-    beta2: float,
-    decay: float,
-    eps: float,
     BLOCK: tl.constexpr,
 ) -> None:
     """adamw_rows of one block of one row: each value is read and written once."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    lr, beta2, decay, eps = rates
     inside, place = column < count, row * count + column
     grad = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
     second = beta2 * tl.load(v + place, mask=inside, other=0.0) + (1 - beta2) * grad * grad
-    step = grad / (tl.sqrt(second) / tl.load(correction + row) + eps)
-    weight = decay * tl.load(p + place, mask=inside, other=0.0) - lr * step
+    step = lr * grad / (tl.sqrt(second) / tl.load(root + row) + eps)
+    weight = (1 - lr * decay) * tl.load(p + place, mask=inside, other=0.0) - step
     tl.store(v + place, second, mask=inside)
     tl.store(p + place, weight, mask=inside)
     tl.store(live + place, weight.to(live.dtype.element_ty), mask=inside)
@@ -1517,25 +1515,21 @@ def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float)
     return dpre
 
 
-ADAPTER_EPS = 1e-10  # of the adapters' AdamW, as published
+Rates = tuple[float, float, float, float]  # learning rate, beta2, weight decay, epsilon of AdamW
 
 
-def launch_adamw_rows(
-    p: Tensor, v: Tensor, live: Tensor, g: Tensor, correction: Tensor, lr: float, beta2: float, decay: float
-) -> None:
+def launch_adamw_rows(p: Tensor, v: Tensor, live: Tensor, g: Tensor, root: Tensor, rates: Rates) -> None:
     """adamw_rows through Triton."""
     grid = (p.size(0), -(-p.size(1) // CE_BLOCK))
-    adamw_rows_kernel[grid](p, v, live, g, correction, p.size(1), lr, beta2, 1 - lr * decay, ADAPTER_EPS, CE_BLOCK)
+    adamw_rows_kernel[grid](p, v, live, g, root, rates, p.size(1), CE_BLOCK)
 
 
-def adamw_rows(
-    p: Tensor, v: Tensor, live: Tensor, g: Tensor, correction: Tensor, lr: float, beta2: float, decay: float
-) -> None:
+def adamw_rows(p: Tensor, v: Tensor, live: Tensor, g: Tensor, root: Tensor, rates: Rates) -> None:
     """AdamW without a first moment, in place: weights p and second moments v (rows, n), gradients g in any dtype, the
     root of each row's bias correction (rows, 1); live: a copy of p that computes, or p itself."""
-    g = g.to(p.dtype)
+    (lr, beta2, decay, eps), g = rates, g.to(p.dtype)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    p.mul_(1 - lr * decay).addcdiv_(g, (v.sqrt() / correction).add_(ADAPTER_EPS), value=-lr)
+    p.mul_(1 - lr * decay).addcdiv_(g, (v.sqrt() / root).add_(eps), value=-lr)
     live.copy_(p)
 
 
@@ -4302,9 +4296,9 @@ class CarryLora:
         grads = torch.autograd.grad(loss, list(self.lora.parameters()))
         flat, cfg = torch.cat([g.flatten(1) for g in grads], dim=1), self.cfg
         self.steps += 1
-        correction = (1 - cfg.ttt_beta2**self.steps).sqrt().to(self.second.dtype)
-        rates = (cfg.ttt_lora_lr, cfg.ttt_beta2, cfg.ttt_weight_decay)
-        self.update(self.adapters, self.second, self.live, flat, correction, *rates)
+        root = (1 - cfg.ttt_beta2**self.steps).sqrt().to(self.second.dtype)
+        rates = (cfg.ttt_lora_lr, cfg.ttt_beta2, cfg.ttt_weight_decay, 1e-10)
+        self.update(self.adapters, self.second, self.live, flat, root, rates)
 
     @torch.no_grad()
     def refresh(self, begin: np.ndarray) -> None:

@@ -387,7 +387,7 @@ def test_adamw_rows_is_torchs_adamw_with_a_clock_for_each_row() -> None:
     for _ in range(4):
         g = torch.randn(3, 40, generator=generator, dtype=torch.float64)
         ages = ages + 1
-        train_gpt.adamw_rows(p, v, live, g, (1 - 0.99 ** ages.double()).sqrt(), 0.01, 0.99, 0.5)
+        train_gpt.adamw_rows(p, v, live, g, (1 - 0.99 ** ages.double()).sqrt(), (0.01, 0.99, 0.5, 1e-10))
         for row, optimiser, grad in zip(rows, theirs, g, strict=True):
             row.grad = grad.clone()
             optimiser.step()

@@ -104,11 +104,11 @@ def mlp_errors(name: str) -> dict[str, float]:
 
 
 def adamw_errors(rows: int, count: int, dtype: torch.dtype) -> dict[str, float]:
-    g, correction = noise(5, rows, count, dtype=dtype), torch.linspace(0.1, 0.9, rows)[:, None]
+    g, root, rates = noise(5, rows, count, dtype=dtype), torch.linspace(0.1, 0.9, rows)[:, None], (0.1, 0.99, 0.5, 1e-6)
     state = [noise(6, rows, count), noise(7, rows, count).square(), torch.empty(rows, count, dtype=dtype)]
     plain = [s.clone() for s in state]
-    train_gpt.launch_adamw_rows(*state, g, correction, 0.1, 0.99, 0.5)
-    train_gpt.adamw_rows(*plain, g, correction, 0.1, 0.99, 0.5)
+    train_gpt.launch_adamw_rows(*state, g, root, rates)
+    train_gpt.adamw_rows(*plain, g, root, rates)
     return {what: relative(*pair) for what, *pair in zip(("p", "v", "live"), state, plain, strict=True)}
 
 
@@ -180,9 +180,8 @@ def ahead_of_time(name: str, program: object = train_gpt) -> dict[str, object]:
     signature, constants, options = {
         "softcap_ce_kernel": (columns | {"loss": "*fp32"}, {"BLOCK": program.CE_BLOCK}, {}),
         "adamw_rows_kernel": (
-            dict.fromkeys(("p", "v", "correction"), "*fp32")
-            | {"live": "*bf16", "g": "*bf16", "count": "i32"}
-            | dict.fromkeys(("lr", "beta2", "decay", "eps"), "fp32"),
+            dict.fromkeys(("p", "v", "root"), "*fp32")
+            | {"live": "*bf16", "g": "*bf16", "count": "i32", "rates": ("fp32",) * 4},
             {"BLOCK": program.CE_BLOCK},
             {},
         ),
