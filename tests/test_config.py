@@ -235,6 +235,9 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"STAGES": "train,eval"}, "STAGES must be a suffix"),
     ({"EVAL": "slot", "SLOT_CAUSAL": "0"}, "ALLOW_NONCAUSAL=1"),
     ({"EVAL": "chunk_sgd", "TTT_CHUNK_TOKENS": "2047"}, "TTT_CHUNK_TOKENS=2047"),
+    ({"TTT_CONTEXT": "carry", "TTT_CHUNK_SIZE": "1025"}, "half of TTT_EVAL_SEQ_LEN=2048"),
+    ({"TTT_CONTEXT": "carry", "TTT_WARM_START_A": "1"}, "TTT_WARM_START_A=0"),
+    ({"TTT_CONTEXT": "carry", "TTT_BETA1": "0.5"}, "TTT_BETA1=0.5"),
     ({"TTT_TRAINABLE": ""}, "TTT_TRAINABLE is empty"),
 )
 
