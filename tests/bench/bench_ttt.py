@@ -48,7 +48,7 @@ def real_documents(val: train_gpt.ValData, count: int, shortest: int, longest: i
     docs = [d for d in train_gpt.val_documents(val.tokens) if d[1] > shortest]
     chosen = [docs[i] for i in np.linspace(0, len(docs) - 1, min(count, len(docs))).astype(int)]
     spans = [np.arange(start, start + min(length - 1, longest)) for start, length in chosen]
-    where = np.append(np.concatenate(spans), chosen[0][0])  # a last start, for the last document to predict
+    where = np.concatenate(spans)
     return train_gpt.ValData(val.tokens[where], val.bytes[where])
 
 
