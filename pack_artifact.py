@@ -37,6 +37,7 @@ import fnmatch
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import lzma
 import os
@@ -1142,7 +1143,9 @@ class Stream(NamedTuple):
 
 
 def load_program(path: Path, name: str = "train_gpt") -> Any:
-    """The module of a train_gpt.py, plain or packed. Importing it has no effect. UserError when it does not import."""
+    """The module of a train_gpt.py, plain or packed, under a name that no other module has: its operators are
+    registered with torch under it. Importing has no effect. UserError when it does not import."""
+    name = next(free for i in itertools.count(1) if (free := f"{name}_{i}") not in sys.modules)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or not path.is_file():
         raise UserError(f"no program {path}: give --source")

@@ -1534,14 +1534,15 @@ def adamw_rows(p: Tensor, v: Tensor, live: Tensor, g: Tensor, root: Tensor, rate
 
 
 def operator(launch: Callable) -> Callable[[Callable], Callable]:
-    """Decorator that makes of a plain twin the operator train_gpt::<its name>, which a compiled graph keeps whole.
+    """Decorator that makes of a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
 
     On a GPU `launch` runs in its place; on the CPU, and for shapes while tracing, the twin itself. The plain function
-    stays reachable as `.twin`.
+    stays reachable as `.twin`. Of two operators of one name torch keeps the younger: hence the module's name in it, for
+    a process may hold several copies of this program (the judge's, a packed one's).
     """
 
     def register(twin: Callable) -> Callable:
-        op = torch.library.custom_op(f"train_gpt::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
+        op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
         op.register_kernel("cuda")(launch)
         op.register_fake(twin)
         op.twin = twin

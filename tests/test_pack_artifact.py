@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -559,3 +560,12 @@ def test_header_layout_is_the_documented_one() -> None:
     codec, n_code, n_tokenizer, n_weights = struct.unpack_from("<B3I", blob, 32)
     assert (codec, n_weights) == (255, 7) and len(blob) == 45 + n_code + n_tokenizer + 7
     assert hashlib.sha256(blob[32:]).digest() == blob[:32] and blob.endswith(b"weights")
+
+
+def test_copies_of_the_program_have_operators_of_their_own() -> None:
+    """Under one name torch frees the older operator, whose handle then points nowhere: wrong results, or a crash."""
+    z, targets = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 0, 7])
+    copies = [pack_artifact.load_program(ROOT / "train_gpt.py") for _ in range(2)]
+    assert len({str(copy.softcap_ce._opoverload) for copy in copies}) == 2
+    first, second = (copy.fused_cross_entropy(z, targets, 30.0) for copy in copies)
+    assert torch.equal(first, second)
