@@ -4312,11 +4312,9 @@ class CarryLora:
             index, first = (torch.from_numpy(a).to(self.runtime.device) for a in (rows, start))
             at = first[:, None] + torch.arange(int((begin[rows] - start).max()), device=first.device)
             carry = Carry((first == 0)[:, None, None], None, None, None, [])
-            if self.lora is not None:
-                self.some.share(self.live[index])
-            taps = None if self.lora is None else self.some
+            self.some.share(self.live[index])
             seq = self.model.plan_carry(at, self.cfg.ttt_eval_seq_len, carry)
-            self.model.trunk(self.recall(at, index), seq, taps)
+            self.model.trunk(self.recall(at, index), seq, self.some)
             self.keep(carry.new, at, index)
 
     def captured(self) -> dict[int, tuple[Callable, Callable]]:
@@ -4364,10 +4362,11 @@ class CarryLora:
         learns = np.isin(np.arange(self.num_rows), unit.learn_rows)
         table = torch.from_numpy(np.column_stack((unit.begin, learns, unit.ids, unit.targets)))
         self.inputs.copy_(table.pin_memory() if self.on_gpu else table, non_blocking=True)
-        for row in np.flatnonzero((unit.begin == 0) & (np.array(unit.docs) >= 0)) if self.lora is not None else ():
-            self.renew(int(row), unit.docs[row])
-        if self.cfg.ttt_carry_refresh > 0:
-            self.refresh(unit.begin)
+        if self.lora is not None:
+            for row in np.flatnonzero((unit.begin == 0) & (np.array(unit.docs) >= 0)):
+                self.renew(row, unit.docs[row])
+            if self.cfg.ttt_carry_refresh > 0:
+                self.refresh(unit.begin)
         bucket = next(b for b in self.buckets if b >= min(unit.begin.max(), self.columns))
         self.program = self.programs.get(bucket, (lambda: self.losses(bucket), self.step))
         with torch.set_grad_enabled(self.lora is not None and bool(len(unit.learn_rows))):
