@@ -13,7 +13,8 @@ TTT_CONTEXT=recompute and one for carry.
 With --model: a really trained model (tests/bench/small_model.py makes FOLDER) on real documents, every k-th of the
 validation stream, cut to --longest predictions. Each variant is a list of knobs over TTT_CONTEXT=carry; its row goes to
 --out when it is done, so that several processes can fill one file. --compare makes the table: bits per byte and the
-difference to the first recomputing variant, with a 95 % interval by bootstrap over the documents, 4,000 draws.
+difference to the recomputing variant of the same learning rate (else to the first one), with a 95 % interval by
+bootstrap over the documents, 4,000 draws.
 """
 
 from __future__ import annotations
@@ -128,19 +129,19 @@ def measure(cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torc
 
 def compare(rows: list[dict[str, object]], draws: int = 4000) -> None:
     """The table of some rows."""
-    base = next(row for row in rows if row["context"] == "recompute")
-    picks = np.random.default_rng(0).integers(0, base["docs"], (draws, base["docs"]))
-    size = np.array(base["doc_bytes"])[picks].sum(1) * np.log(2)
-    print("| variant | bpb | difference to recompute [95 %] | grad-tokens / prediction (padded) | seconds | ratio |")
+    bases = [row for row in rows if row["context"] == "recompute"]
+    picks = np.random.default_rng(0).integers(0, rows[0]["docs"], (draws, rows[0]["docs"]))
+    size = np.array(rows[0]["doc_bytes"])[picks].sum(1) * np.log(2)
+    print("| variant | bpb | difference to recompute [95 %] | of lr | grad-tokens / prediction (padded) | seconds |")
     print("|---|---|---|---|---|---|")
     for row in rows:
-        assert row["doc_bytes"] == base["doc_bytes"], "rows of different documents"
+        assert row["doc_bytes"] == rows[0]["doc_bytes"], "rows of different documents"
+        base = next((b for b in bases if b["lr"] == row["lr"]), bases[0])
         gaps = (np.array(row["doc_nats"]) - np.array(base["doc_nats"]))[picks].sum(1) / size
         low, high = np.quantile(gaps, [0.025, 0.975])
         work = f"{row['grad_tokens_per_prediction']:.2f} ({row['grad_tokens_padded_per_prediction']:.2f})"
-        gap = f"{row['bpb'] - base['bpb']:+.5f} [{low:+.5f}, {high:+.5f}]"
-        ratio = base["seconds"] / row["seconds"]
-        print(f"| {row['variant']} | {row['bpb']:.5f} | {gap} | {work} | {row['seconds']:.0f} | {ratio:.2f} |")
+        gap = f"{row['bpb'] - base['bpb']:+.5f} [{low:+.5f}, {high:+.5f}] | {base['lr']:g}"
+        print(f"| {row['variant']} | {row['bpb']:.5f} | {gap} | {work} | {row['seconds']:.0f} |")
 
 
 def main() -> None:
