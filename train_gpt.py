@@ -4218,9 +4218,10 @@ class CarryLora:
         self.ring = cfg.ttt_eval_seq_len // self.size - 1  # chunks within reach
         self.again = min(cfg.ttt_carry_recompute // self.size, self.ring) * self.size
         self.columns = (self.ring + 1) * self.size
-        self.buckets = [b for b in (256, 512, 1024, 2048, 4096) if b < self.columns] + [self.columns]
         self.forward = compiled(runtime, model)
         self.on_gpu, self.num_rows = runtime.device.type == "cuda", 0
+        widths = (256, 512, 1024, 2048, 4096) if self.on_gpu else range(self.size, self.columns, self.size)
+        self.buckets = [*(w for w in widths if w < self.columns), self.columns]  # few, where each is compiled
         self.update = launch_adamw_rows if self.on_gpu and triton is not None else adamw_rows
 
     def allocate(self, rows: int) -> None:
