@@ -1129,7 +1129,7 @@ def verify(args: argparse.Namespace) -> int:
 # | 9 INSPECT                                                                                                     |
 # +---------------------------------------------------------------------------------------------------------------+
 
-PART_KINDS = (("q", "symbols"), ("s", "scales"), ("hs", "scales"), ("order", "row order"), ("lq*", "correction"))
+PART_KINDS = (("q", "symbols"), ("s", "scales"), ("[hs]s", "scales"), ("order", "row order"), ("lq*", "correction"))
 INK, MUTED, BAR, BOUND = "#1f2933", "#6b7785", "#627d98", "#d1495b"
 
 

@@ -77,6 +77,11 @@ try:  # CUDA builds of torch on Linux bring it; without it the plain twins run
 except ImportError:
     triton = tl = TensorDescriptor = None
 
+try:  # flash-linear-attention; without it the gated delta rule is the plain twin on a GPU too
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+except ImportError:
+    chunk_gated_delta_rule = None
+
 try:  # torch >= 2.13 names
     from torch.distributed import all_gather_single as all_gather
     from torch.distributed import reduce_scatter_single as reduce_scatter
@@ -115,6 +120,7 @@ def knob(
 
 RUN, DATA, MODEL, OPTIM, SCHED = "run", "data", "model", "optimisers", "training schedule"
 QUANT, EVALUATION, TTT = "quantisation and artifact", "evaluation", "test-time training"
+CARRY = "TTT_CONTEXT=carry"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -149,6 +155,13 @@ class Config:
         RUN,
         choices=("auto", "1", "0"),
     )
+    fused_gdn_enabled: str = knob(
+        "auto",
+        "flash-linear-attention's gated delta rule; auto: on a GPU in bf16 where it is installed",
+        RUN,
+        choices=("auto", "1", "0"),
+        when="MIXERS=G",
+    )
     compute_dtype: str = knob(
         "auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", RUN, choices=("auto", "bf16", "fp32")
     )
@@ -174,20 +187,42 @@ class Config:
     model_dim: int = knob(512, "width of the residual stream", MODEL, gt=0)
     num_heads: int = knob(8, "query heads", MODEL, gt=0)
     num_kv_heads: int = knob(4, "key/value heads (GQA)", MODEL, gt=0)
+    mixers: str = knob(
+        "", "mixer of each layer, A attention, G gated delta net, such as G*2 A*8 G; empty: attention everywhere", MODEL
+    )
+    gdn_head_dim: int = knob(64, "width of a delta net's heads", MODEL, gt=0, when="MIXERS=G")
+    gdn_qk_heads: int = knob(2, "query and key heads of a delta net", MODEL, gt=0, when="MIXERS=G")
+    gdn_v_heads: int = knob(4, "value heads of a delta net", MODEL, gt=0, when="MIXERS=G")
+    gdn_conv_trained: bool = knob(
+        True, "off: training leaves the convolution's taps as they were drawn, as published", MODEL, when="MIXERS=G"
+    )
+    gdn_bos_reset: bool = knob(
+        True,
+        "state and convolution start afresh at a document's first token too, not only with rows and attention "
+        "segments; off as published",
+        MODEL,
+        when="MIXERS=G",
+    )
     mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", MODEL, gt=0)
     mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", MODEL, ge=0)
     tied_embed_init_std: float = knob(0.005, "std of the embedding at init", MODEL, gt=0)
     logit_softcap: float = knob(30.0, "c of c*tanh(logits/c)", MODEL, gt=0)
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", MODEL, gt=1)
     rope_dims: int = knob(16, "leading dims of a head that rotate", MODEL, ge=0)
+    rope_dtype: str = knob(
+        "fp32",
+        "dtype of rotary frequencies, positions and tables; bf16, as PR 1895: positions over 256 are rounded",
+        MODEL,
+        choices=("fp32", "bf16"),
+    )
     qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", MODEL, gt=0)
     ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)", MODEL)
     attn_extras: tuple[str, ...] = knob(
         ("xsa",),
         "xsa: remove each head output's part along its own value; value_residual: mix in the first slot's values; "
-        "value_embed: add a value of the token itself",
+        "value_embed: add a value of the token itself; sink: a learnt key with value 0 in front of every context",
         MODEL,
-        choices=("xsa", "value_residual", "value_embed"),
+        choices=("xsa", "value_residual", "value_embed", "sink"),
     )
     xsa_last_n: int = knob(11, "layers with XSA, counted from the last", MODEL, ge=0, when="ATTN_EXTRAS=xsa")
     attn_gate: str = knob(
@@ -227,7 +262,15 @@ class Config:
     enable_looping_at: float = knob(
         0.35, "fraction of the run at which looping starts", MODEL, ge=0, le=1, when="NUM_LOOPS>0"
     )
-    parallel_start_layer: int = knob(8, "decoder layers from here on run in two lanes; 0: none", MODEL, ge=0)
+    parallel_start_layer: int = knob(8, "layers from here on run in parallel; 0: none", MODEL, ge=0)
+    parallel_lanes: int = knob(
+        2,
+        "2: decoder layers keep two learnt lanes, one for attention and one for the MLP; 1: attention and MLP read and "
+        "extend one stream side by side",
+        MODEL,
+        ge=1,
+        le=2,
+    )
     parallel_final_lane: str = knob("mean", "what the two lanes end as", MODEL, choices=("mean", "mlp", "attn"))
     bigram_vocab_size: int = knob(2048, "rows of the bigram table", MODEL, gt=1, when="EMBED_EXTRAS=bigram")
     bigram_dim: int = knob(128, "width of the bigram table", MODEL, gt=0, when="EMBED_EXTRAS=bigram")
@@ -311,15 +354,16 @@ class Config:
 
     matrix_quant: str = knob(
         "gptq",
-        "scheme of the matrices; gptq_lite: rounding with a clip search; row_quantile: clip at CLIP_QUANTILE",
+        "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; gptq_lite: rounding with a clip "
+        "search; row_quantile: clip at CLIP_QUANTILE",
         QUANT,
-        choices=("gptq", "rowwise", "gptq_lite", "row_quantile"),
+        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
     )
     embed_quant: str = knob(
         "gptq",
-        "scheme of the embedding and of the hash and value tables (which gptq rounds to nearest)",
+        "scheme of the embedding and of the hash and value tables (which gptq and gptq_tcq round to nearest)",
         QUANT,
-        choices=("gptq", "rowwise", "gptq_lite", "row_quantile"),
+        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
     )
     matrix_bits: int = knob(6, "bits of the matrices", QUANT, ge=2, le=8)
     embed_bits: int = knob(7, "bits of the embedding", QUANT, ge=2, le=8)
@@ -342,9 +386,26 @@ class Config:
         QUANT,
         when="MATRIX_QUANT=gptq_lite",
     )
+    scale_step: float = knob(
+        0.0, "row steps are stored as whole multiples of this in log2, such as 0.02; 0: as float16", QUANT, ge=0, le=1
+    )
     gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
     gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
     gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
+    tcq_states: int = knob(
+        8, "states of the trellis: 4, 8, 16, 32 or 64", QUANT, ge=4, le=64, when="MATRIX_QUANT=gptq_tcq"
+    )
+    tcq_chunk_rows: int = knob(
+        1024, "rows between starts of the trellis", QUANT, ge=16, le=2048, when="MATRIX_QUANT=gptq_tcq"
+    )
+    tcq_column_beta: float = knob(
+        0.0,
+        "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this power",
+        QUANT,
+        ge=0,
+        le=1,
+        when="MATRIX_QUANT=gptq_tcq",
+    )
     gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
     repair: str = knob("none", "lqer: low-rank correction of the worst tensors", QUANT, choices=("none", "lqer"))
     lqer_rank: int = knob(4, "rank of the correction", QUANT, ge=1, when="REPAIR=lqer")
@@ -361,9 +422,10 @@ class Config:
     quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain", QUANT)
     compressor: str = knob(
         "brotli",
-        "layout and entropy coder of the artifact; pergroup needs the program lrzip; lzma6: preset 6, as published",
+        "layout and entropy coder of the artifact; pergroup needs the program lrzip; lzma6: preset 6, as published; "
+        "rans: adaptive coder of this program, made for integer matrices",
         QUANT,
-        choices=("brotli", "lzma", "pergroup", "lzma6"),
+        choices=("brotli", "lzma", "pergroup", "lzma6", "rans"),
     )
 
     eval: str = knob(
@@ -414,18 +476,10 @@ class Config:
         when="EVAL=doc_lora|phased_lora",
     )
     ttt_carry_recompute: int = knob(
-        0,
-        "last tokens, in whole chunks, that run again with gradient before each chunk",
-        TTT,
-        ge=0,
-        when="TTT_CONTEXT=carry",
+        0, "tokens before a chunk, whole chunks of them, that run again with gradient", TTT, ge=0, when=CARRY
     )
     ttt_carry_refresh: int = knob(
-        0,
-        "chunks after which all kept keys and values are made anew, without gradient; 0: never",
-        TTT,
-        ge=0,
-        when="TTT_CONTEXT=carry",
+        0, "chunks after which what is kept is made anew, without gradient; 0: never", TTT, ge=0, when=CARRY
     )
     phased_ttt_prefix_docs: int = knob(
         2000, "scored documents by which the last global update is made", TTT, ge=0, when="EVAL=phased_lora"
@@ -477,6 +531,7 @@ LOCAL_KNOBS = (
     "attention",
     "fused_ce_enabled",
     "fused_mlp_enabled",
+    "fused_gdn_enabled",
     "compute_dtype",
     "compile",
     "data_path",
@@ -497,10 +552,21 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         lambda c: c.num_loops > 0 and not c.loop_start <= c.loop_end < c.num_layers,
         "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be a range of layers below NUM_LAYERS={c.num_layers}",
     ),
+    (
+        lambda c: len(mixer_letters(c)) != c.num_layers,
+        "MIXERS={c.mixers!r} does not give NUM_LAYERS={c.num_layers} layers a mixer each, A or G, such as G*2 A*8 G",
+    ),
+    (
+        lambda c: c.gdn_v_heads % c.gdn_qk_heads != 0,
+        "GDN_V_HEADS={c.gdn_v_heads} is not a multiple of GDN_QK_HEADS={c.gdn_qk_heads}",
+    ),
     (lambda c: c.gate_window > c.model_dim, "GATE_WINDOW={c.gate_window} is over MODEL_DIM={c.model_dim}"),
     (
-        lambda c: "value_embed" in c.attn_extras and not set(c.ve_layers) <= set(range(c.num_layers)),
-        "VE_LAYERS={c.ve_layers} must be layers below NUM_LAYERS={c.num_layers}",
+        lambda c: (
+            "value_embed" in c.attn_extras
+            and not {*c.ve_layers} <= {i for i, letter in enumerate(mixer_letters(c)) if letter == "A"}
+        ),
+        "VE_LAYERS={c.ve_layers} must be layers below NUM_LAYERS={c.num_layers}, and have attention",
     ),
     (
         lambda c: c.rope_reference_len > 0 and c.rope_dims == 2,
@@ -539,6 +605,10 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
     ),
     (
+        lambda c: 0 < c.scale_step < 0.005,
+        "SCALE_STEP={c.scale_step} is too fine for 16 bits; say 0 (float16) or at least 0.005",
+    ),
+    (
         lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
         "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval",
     ),
@@ -562,8 +632,24 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "TTT_WARM_START_A=0",
     ),
     (
-        lambda c: c.ttt_context == "carry" and c.ttt_beta1 != 0,
-        "TTT_CONTEXT=carry keeps no first moment (memory traffic is its cost): TTT_BETA1={c.ttt_beta1} must be 0",
+        lambda c: c.ttt_context == "carry" and "G" in mixer_letters(c),
+        "TTT_CONTEXT=carry keeps keys and values; a gated delta net has a state in their place, which is not kept: say "
+        "TTT_CONTEXT=recompute, or MIXERS without G",
+    ),
+    (
+        lambda c: c.ttt_context == "carry" and ("sink" in c.attn_extras or c.rope_dtype != "fp32"),
+        "TTT_CONTEXT=carry counts positions on beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
+        "depend on more than distances, have learnt nothing: say TTT_CONTEXT=recompute",
+    ),
+    (lambda c: c.tcq_states not in TCQ_CODES, "TCQ_STATES={c.tcq_states} is none of 4, 8, 16, 32, 64"),
+    (
+        lambda c: ("gptq_tcq", 8) in ((c.matrix_quant, c.matrix_bits), (c.embed_quant, c.embed_bits)),
+        "gptq_tcq stores points of a grid twice as fine in 8 bits; MATRIX_BITS and EMBED_BITS may be at most 7 with it",
+    ),
+    (
+        lambda c: "gptq_tcq" in (c.matrix_quant, c.embed_quant) and c.compressor != "rans",
+        "COMPRESSOR={c.compressor} does not know the trellis and would spend a bit more per weight; with gptq_tcq say "
+        "COMPRESSOR=rans",
     ),
     (lambda c: not c.ttt_trainable, "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0"),
 )
@@ -590,10 +676,22 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
     "TTT_BATCH_SEQS": "nothing: a step of chunk SGD takes the whole chunk, BATCH_SLICES parts at a time",
     "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
+    "FULL_ATTENTION_START": "MIXERS (published: G*2 A*8 G)",
+    "FULL_ATTENTION_END": "MIXERS (published: G*2 A*8 G)",
+    "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER and PARALLEL_LANES=1",
     "VALUE_RESIDUAL": "ATTN_EXTRAS=xsa,value_residual",
     "VE_ENABLED": "ATTN_EXTRAS=xsa,value_embed",
     "GATED_ATTENTION": "ATTN_GATE=dense_bias",
 }
+
+
+def mixer_letters(cfg: Config) -> str:
+    """The mixer of each layer as a letter: MIXERS written out, G*2 A as GGA; empty when it is not of that form."""
+    if not cfg.mixers:
+        return "A" * cfg.num_layers
+    if not re.fullmatch(r"(\s*[AG](\*\d{1,3})?)+\s*", cfg.mixers):
+        return ""
+    return "".join(letter * int(count or 1) for letter, count in re.findall(r"([AG])(?:\*(\d+))?", cfg.mixers))
 
 
 def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
@@ -1211,18 +1309,25 @@ def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
 
 class Seq(NamedTuple):
     """What a batch's attention sees: segment boundaries over the flattened B*T tokens (or None), the longest segment,
-    rotary cos and sin (T, rope_dims/2) float32, or (B, T, rope_dims/2); the masked twin's mask (see segment_mask) or
-    None; and, where rows are parts of documents, what is kept of the parts before them."""
+    rotary cos and sin (T, rope_dims/2) float32, the masked twin's mask (see segment_mask) or None, for recurrent mixers
+    where (B, T) their state starts afresh, beside row starts, and where rows are parts of documents, what is kept of
+    the parts before them."""
 
     cu: Tensor | None
     max_len: int
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
+    starts: Tensor | None = None
     carry: Carry | None = None
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Seq], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Seq, Tensor | None], Tensor]
+
+
+def segments(cu: Tensor, total: int) -> Tensor:
+    """Number, from 1, of the segment that each of `total` tokens lies in."""
+    return torch.searchsorted(cu, torch.arange(total, device=cu.device).to(cu.dtype), right=True)
 
 
 def segment_mask(cu: Tensor, total: int, band: int) -> Tensor:
@@ -1234,27 +1339,39 @@ def segment_mask(cu: Tensor, total: int, band: int) -> Tensor:
     query = torch.arange(total, device=cu.device).view(-1, band, 1)
     first = query[:, :1] - (band if total > band else 0)
     key = first + torch.arange(2 * band if total > band else band, device=cu.device)
-    segment = torch.searchsorted(cu, torch.arange(total, device=cu.device).to(cu.dtype), right=True)
+    segment = segments(cu, total)
     same = segment[query] == segment[key.clamp_min(0)]
     return (same & (key <= query) & (key >= 0)).unsqueeze(1)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
-    """Exact causal attention with a mask, on any device: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
+    """Exact causal attention with a mask, on any device: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d).
+
+    A sink (K, d) is one more key, with value 0, that every query sees: y sigmoid(logsumexp(logits) - its logit).
+    """
     if seq.mask is None:
-        return causal_attention(q, k, v, seq)
+        return causal_attention(q, k, v, seq, sink)
     blocks, _, band, width = seq.mask.shape
     flat_q, flat_k, flat_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
     if width > band:
         flat_k, flat_v = (torch.cat([F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), t], dim=1) for t in (flat_k, flat_v))
-    heads_first = (t.transpose(1, 2) for t in (flat_q, flat_k, flat_v))
-    y = F.scaled_dot_product_attention(*heads_first, attn_mask=seq.mask, enable_gqa=True)
-    return y.transpose(1, 2).reshape(q.shape)
+    return exact_attention(flat_q, flat_k, flat_v, seq.mask, sink).reshape(q.shape)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
     """Causal attention inside each row, by SDPA. Shapes as masked_attention."""
-    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True)
+    return exact_attention(q, k, v, None, sink)
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> Tensor:
+    """Attention by SDPA where a mask (B, 1, T, keys) allows it; without one, causal inside each row."""
+    if sink is not None:
+        k = torch.cat([sink.to(k.dtype).expand(len(k), 1, -1, -1), k], dim=1)
+        v = F.pad(v, (0, 0, 0, 0, 1, 0))
+        seen = q.new_ones(q.size(1), k.size(1), dtype=torch.bool).tril(1) if mask is None else mask
+        mask = seen if mask is None else F.pad(mask, (1, 0), value=True)
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
 
 
@@ -1272,7 +1389,7 @@ class Carry(NamedTuple):
     cells: Tensor | None
     new: list[Tensor]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
         """An Attend for the slot whose turn it is. The queries of a key/value group lie side by side: a GPU's tiles
         are fuller, and no key is copied for them. The cache itself is copied, so it may be written before a backward.
 
@@ -1292,18 +1409,40 @@ class Carry(NamedTuple):
 VARLEN_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq) -> Tensor:
-    """Flash attention over segments (varlen), or over rows when there are none. Shapes as masked_attention."""
-    if seq.cu is None:
+def with_sink(k: Tensor, v: Tensor, cu: Tensor, sink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k and v (N, K, d) of segments, each with the sink's key and value 0 in front, and the boundaries among them.
+
+    torch's varlen attention returns a log-sum-exp but no gradient through it, so the sink is a key here.
+    """
+    place = torch.arange(len(k), device=k.device) + segments(cu, len(k))
+    keys = sink.to(k.dtype).repeat(len(k) + len(cu) - 1, 1, 1).index_copy(0, place, k)
+    return (
+        keys,
+        torch.zeros_like(keys).index_copy(0, place, v),
+        cu + torch.arange(len(cu), device=k.device).to(cu.dtype),
+    )
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
+    """Flash attention over segments (varlen), or over rows when there are none. Shapes as masked_attention; with more
+    keys than queries, causality counts from the segments' ends."""
+    cu, longest = seq.cu, seq.max_len
+    if cu is None and sink is None:
         return causal_attention(q, k, v, seq)
+    if cu is None:
+        cu, longest = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.size(1), q.size(1)
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
+    cu_k = cu
+    if sink is not None:
+        flat_k, flat_v, cu_k = with_sink(flat_k, flat_v, cu, sink)
     options: dict[str, Any] = {"window_size": (-1, 0)}
     if VARLEN_HAS_GQA:
         options["enable_gqa"] = True
     else:
         groups = q.size(2) // k.size(2)
         flat_k, flat_v = (t.repeat_interleave(groups, dim=1) for t in (flat_k, flat_v))
-    return varlen_attn(flat_q, flat_k, flat_v, seq.cu, seq.cu, seq.max_len, seq.max_len, **options).view_as(q)
+    longest_k = longest if sink is None else longest + 1
+    return varlen_attn(flat_q, flat_k, flat_v, cu, cu_k, longest, longest_k, **options).view_as(q)
 
 
 def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
@@ -1444,30 +1583,6 @@ def leaky_square_back_kernel(
             dpre.store([row, column + half * (C // 2)], (halves(total)[half] * factor).to(dpre.dtype))
 
 
-@kernel
-def adamw_rows_kernel(
-    p: tl.tensor,
-    v: tl.tensor,
-    live: tl.tensor,
-    g: tl.tensor,
-    root: tl.tensor,
-    rates: tl.tuple,
-    count: int,
-    BLOCK: tl.constexpr,
-) -> None:
-    """adamw_rows of one block of one row: each value is read and written once."""
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    lr, beta2, decay, eps = rates
-    inside, place = column < count, row * count + column
-    grad = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
-    second = beta2 * tl.load(v + place, mask=inside, other=0.0) + (1 - beta2) * grad * grad
-    step = lr * grad / (tl.sqrt(second) / tl.load(root + row) + eps)
-    weight = (1 - lr * decay) * tl.load(p + place, mask=inside, other=0.0) - step
-    tl.store(v + place, second, mask=inside)
-    tl.store(p + place, weight, mask=inside)
-    tl.store(live + place, weight.to(live.dtype.element_ty), mask=inside)
-
-
 CE_BLOCK, MLP_TILE = 1024, (128, 256, 64)  # columns of a softcapped row at a time; rows, columns, depth of a tile
 
 
@@ -1515,36 +1630,18 @@ def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float)
     return dpre
 
 
-Rates = tuple[float, float, float, float]  # learning rate, beta2, weight decay, epsilon of AdamW
-
-
-def launch_adamw_rows(p: Tensor, v: Tensor, live: Tensor, g: Tensor, root: Tensor, rates: Rates) -> None:
-    """adamw_rows through Triton."""
-    grid = (p.size(0), -(-p.size(1) // CE_BLOCK))
-    adamw_rows_kernel[grid](p, v, live, g, root, rates, p.size(1), CE_BLOCK)
-
-
-def adamw_rows(p: Tensor, v: Tensor, live: Tensor, g: Tensor, root: Tensor, rates: Rates) -> None:
-    """AdamW without a first moment, in place: weights p and second moments v (rows, n), gradients g in any dtype, the
-    root of each row's bias correction (rows, 1); live: a copy of p that computes, or p itself."""
-    (lr, beta2, decay, eps), g = rates, g.to(p.dtype)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    p.mul_(1 - lr * decay).addcdiv_(g, (v.sqrt() / root).add_(eps), value=-lr)
-    live.copy_(p)
-
-
-def operator(launch: Callable) -> Callable[[Callable], Callable]:
+def operator(launch: Callable | None = None, shapes: Callable | None = None) -> Callable[[Callable], Callable]:
     """Decorator that makes of a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
 
-    On a GPU `launch` runs in its place; on the CPU, and for shapes while tracing, the twin itself. The plain function
-    stays reachable as `.twin`. Of two operators of one name torch keeps the younger: hence the module's name in it, for
-    a process may hold several copies of this program (the judge's, a packed one's).
+    On a GPU `launch` runs in its place, if given; while tracing, `shapes` or else the twin says what comes out. The
+    plain function stays reachable as `.twin`. Of two operators of one name torch keeps the younger: hence the module's
+    name in it, for a process may hold several copies of this program (the judge's, a packed one's).
     """
 
     def register(twin: Callable) -> Callable:
         op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
-        op.register_kernel("cuda")(launch)
-        op.register_fake(twin)
+        op.register_kernel("cuda")(launch or twin)
+        op.register_fake(shapes or twin)
         op.twin = twin
         return op
 
@@ -1638,11 +1735,139 @@ def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     return FusedMLP.apply(m.flatten(0, -2), up, down, slope).view_as(m)
 
 
+def unit(x: Tensor) -> Tensor:
+    """x over its length, in at least float32."""
+    x = wide(x)
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def states_like(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
+    """An empty result of chunk_states."""
+    return b.new_empty(len(a) + 1, *first.shape)
+
+
+@operator(shapes=states_like)
+def chunk_states(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
+    """S_0 = first (..., K, V), S_{i+1} = a_i S_i + b_i of a (n, ..., K, K), b (n, ..., K, V) -> all S, (n + 1, ...)."""
+    states = [first]
+    for a_i, b_i in zip(a, b, strict=True):
+        states.append(b_i + a_i @ states[-1])
+    return torch.stack(states)
+
+
+class ChunkStates(torch.autograd.Function):
+    """chunk_states, one operator each way: gradients run through the same recurrence backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, first: Tensor) -> Tensor:
+        states = chunk_states(a, b, first)
+        ctx.save_for_backward(a, states)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, states = ctx.saved_tensors
+        total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1].clone()).flip(0)
+        return total[1:] @ states[:-1].mT, total[1:], total[0]
+
+
+def chunked_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule (Yang et al. 2024) of q and k (B, T, H, K), v (B, T, H, V), log decay g and beta (B, T, H).
+
+    S <- e^g S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q / sqrt(K), from `state` (B, H, K, V) and, at tokens that
+    start (B, T), from 0. Returns all o (B, T, H, V) and the last S. Inside a chunk the writes X are a triangular system
+    (WY form), and a chunk is an affine map of the state before it.
+    """
+    T, K, V = v.size(1), k.size(-1), v.size(-1)
+
+    def cut(x: Tensor) -> Tensor:
+        """(B, T, H, ...) -> (n, B, H, chunk, ...), filled up with zeros, which write and forget nothing."""
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -T % chunk)).unflatten(1, (-1, chunk))
+        return x.movedim(1, 0).movedim(3, 2)
+
+    q, k, v, g, beta = (cut(x) for x in (q * K**-0.5, k, v, g, beta.unsqueeze(-1)))
+    age, total = cut(starts[..., None].int()).cumsum(-1), g.cumsum(-1)  # restarted in every chunk
+    same = (age[..., :, None] == age[..., None, :]).tril()
+    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~same, -math.inf).exp()  # masked first: no inf
+    carried = total.masked_fill(age > 0, -math.inf).exp().unsqueeze(-1)  # what is left of the state before the chunk
+    system = (beta * (k @ k.mT) * decay).tril(-1)
+    right = torch.cat([beta * v, beta * carried * k], dim=-1)
+    U, W = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split([V, K], dim=-1)
+    out = (k * decay[..., -1, :, None]).mT
+    keep = carried[..., -1:, :] * torch.eye(K, dtype=k.dtype, device=k.device) - out @ W
+    states = ChunkStates.apply(keep, out @ U, state)
+    S = states[:-1]
+    o = (carried * q) @ S + (q @ k.mT * decay) @ (U - W @ S)
+    return o.movedim(2, 3).movedim(0, 1).flatten(1, 2)[:, :T], states[-1]
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """chunked_delta_rule of unit queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
+    o, last = chunked_delta_rule(unit(q), unit(k), wide(v), wide(g), wide(beta), starts, wide(state))
+    return o.to(v.dtype), last
+
+
+FORGET = -104.0  # a log decay whose exponential is 0 in float32
+
+
+def fla_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty results of fla_rule."""
+    return v.new_empty(v.shape), state.new_empty(state.shape)
+
+
+@operator(shapes=fla_shapes)
+def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """delta_rule without starts, by flash-linear-attention."""
+    return chunk_gated_delta_rule(
+        q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+
+
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@operator(shapes=lambda *args: tuple(x.new_empty(x.shape) for x in args[2:]))
+def fla_rule_back(
+    go: Tensor, gs: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+) -> Six:
+    """Gradients of fla_rule's inputs from those of its outputs; the forward runs again."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
+    with torch.enable_grad():
+        return torch.autograd.grad(fla_rule.twin(*inputs), inputs, (go, gs))
+
+
+class FusedDeltaRule(torch.autograd.Function):
+    """fla_rule with its gradients, an operator each: the library's own function would break a compiled graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*inputs)
+        return fla_rule(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, go: Tensor, gs: Tensor) -> Six:
+        return fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors)
+
+
+def fused_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """delta_rule by flash-linear-attention's kernels, chunks of 64 tokens. A start is a decay to nothing."""
+    g = wide(g).masked_fill(starts[..., None], FORGET)
+    return FusedDeltaRule.apply(*(x.contiguous() for x in (q, k, v, g, beta, state)))
+
+
 class Kernels(NamedTuple):
-    """What the model computes its loss with, and its MLPs where nobody taps inside (None: always the plain twin)."""
+    """What the model computes its loss with, its MLPs where nobody taps inside (None: always the plain twin), and its
+    delta nets."""
 
     cross_entropy: Callable[[Tensor, Tensor, float], Tensor]
     mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None
+    delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = delta_rule
 
 
 PLAIN = Kernels(softcapped_cross_entropy, None)
@@ -1660,6 +1885,12 @@ def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
             fused_mlp,
             None,
         ),
+        "fused_gdn_enabled": (
+            ", COMPUTE_DTYPE=bf16 and flash-linear-attention",
+            here and runtime.dtype == torch.bfloat16 and chunk_gated_delta_rule is not None,
+            fused_delta_rule,
+            delta_rule,
+        ),
     }
     chosen = []
     for name, (needs, usable, fused, plain) in table.items():
@@ -1676,7 +1907,8 @@ def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
 
 
 class Site(NamedTuple):
-    """Where a tap listens: the name (q k v o up down head; attn mlp for whole sublayers), the slot and the layer."""
+    """Where a tap listens: the name (q k v o up down head, or qkv for q k v of a delta net; attn mlp for whole
+    sublayers), the slot and the layer."""
 
     name: str
     slot: int
@@ -1709,8 +1941,15 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(wide(x), (x.size(-1),), eps=RMS_EPS).to(x.dtype)
 
 
+INITS: dict[str, Callable] = {
+    "orthogonal": nn.init.orthogonal_,
+    "zero": lambda w, generator: nn.init.zeros_(w),
+    "uniform": lambda w, generator: nn.init.uniform_(w, -(w.size(1) ** -0.5), w.size(1) ** -0.5, generator=generator),
+}
+
+
 class Linear(nn.Module):
-    """y = x W^T with W (out, in) kept in dtype and cast to x's at use; no bias. init: orthogonal or zero."""
+    """y = x W^T with W (out, in) kept in dtype and cast to x's at use; no bias. init: a key of INITS."""
 
     def __init__(self, d_in: int, d_out: int, init: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -1719,19 +1958,27 @@ class Linear(nn.Module):
 
     def reset(self, generator: torch.Generator) -> None:
         """Initial weights."""
-        {"orthogonal": nn.init.orthogonal_, "zero": lambda w, generator: nn.init.zeros_(w)}[self.init](
-            self.weight, generator=generator
-        )
+        INITS[self.init](self.weight, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def rotary_tables(length: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, dims/2), float32, of RoPE (Su et al. 2021); pairs are dims (m, m + dims/2)."""
+def rotary_tables(
+    length: int, dims: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, dims/2), float32, of RoPE (Su et al. 2021); pairs are dims (m, m + dims/2). Frequencies,
+    positions, angles and results are rounded to dtype."""
     frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
-    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency
-    return angle.cos(), angle.sin()
+    position = torch.arange(length, dtype=torch.float32, device=device).to(dtype)
+    angle = position[:, None] * frequency.to(dtype)
+    return angle.cos().float(), angle.sin().float()
+
+
+ROTARIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # values of ROPE_DTYPE
+    "fp32": lambda *shape: rotary_tables(*shape),
+    "bf16": lambda *shape: rotary_tables(*shape, torch.bfloat16),
+}
 
 
 def rotary_at(at: Tensor, dims: int, base: float, trained: int) -> tuple[Tensor, Tensor]:
@@ -1750,7 +1997,7 @@ def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
 
 
 def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.size(-1) dims of each head; the rest passes through."""
+    """Rotate the first 2 * cos.size(-1) dims of each head, by tables of (T) or (B, T); the rest passes through."""
     half = cos.size(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     a, b, rest = x_BTHd.split([half, half, x_BTHd.size(-1) - 2 * half], dim=-1)
@@ -1995,20 +2242,25 @@ class ValueMix(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention: QK norm, partial RoPE, query gain, then XSA and gate on the head outputs."""
 
-    def __init__(self, cfg: Config, layer: int, attend: Attend) -> None:
+    INPUTS = ("q", "k", "v")  # the matrices that read the normed input, and their sites
+
+    def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
         D, head = cfg.model_dim, cfg.model_dim // cfg.num_heads
         self.q, self.o = Linear(D, D, "orthogonal"), Linear(D, D, "zero")
         self.k, self.v = (Linear(D, cfg.num_kv_heads * head, "orthogonal") for _ in range(2))
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
+        self.sink = nn.Parameter(torch.empty(cfg.num_kv_heads, head)) if "sink" in cfg.attn_extras else None
         self.gate = GATES[cfg.attn_gate](cfg)
         self.values = ValueMix(cfg, layer)
         self.xsa = "xsa" in cfg.attn_extras and layer >= cfg.num_layers - cfg.xsa_last_n
         self.attend, self.head_dim, self.gain_init = attend, head, cfg.qk_gain_init
 
     def reset(self, generator: torch.Generator) -> None:
-        """Initial gains."""
+        """Initial gains, and a sink whose logit is 0."""
         nn.init.constant_(self.q_gain, self.gain_init)
+        if self.sink is not None:
+            nn.init.zeros_(self.sink)
 
     def forward(self, n: Tensor, seq: Seq, tap: SlotTap, values: Values) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
@@ -2016,13 +2268,55 @@ class Attention(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, self.values(raw_v, values)))
         q, k = rotate(rms_norm(q), seq.cos, seq.sin), rotate(rms_norm(k), seq.cos, seq.sin)
         attend = self.attend if seq.carry is None else seq.carry.attend
-        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, seq)
+        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, seq, self.sink)
         if self.xsa:
             y = exclusive(y, v)
         if self.gate is not None:
             y = y * self.gate(n, raw_q)
         y = y.flatten(2)
         return tap("attn", n, tap("o", y, self.o(y)))
+
+
+class DeltaNet(nn.Module):
+    """Gated delta net (Yang et al. 2024) as in PR 1895: a convolution over two tokens, ELU + 1 queries and keys, SiLU
+    values, a decay and a write strength per head, a SiLU gate on the outputs, and no norm on them."""
+
+    INPUTS = ("qkv",)
+
+    def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
+        super().__init__()
+        D, d, value_heads = cfg.model_dim, cfg.gdn_head_dim, cfg.gdn_v_heads
+        self.widths, self.head_dim = [cfg.gdn_qk_heads * d] * 2 + [value_heads * d], d
+        self.qkv, self.ba = Linear(D, sum(self.widths), "orthogonal"), Linear(D, 2 * value_heads, "uniform")
+        self.z, self.o = Linear(D, value_heads * d, "orthogonal"), Linear(value_heads * d, D, "zero")
+        self.taps = nn.Parameter(torch.empty(sum(self.widths), 2), requires_grad=cfg.gdn_conv_trained)
+        self.A_log, self.dt_bias = (nn.Parameter(torch.empty(value_heads)) for _ in range(2))
+        self.groups, self.rule = value_heads // cfg.gdn_qk_heads, kernels.delta_rule
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Taps in +-sqrt(1/2); decay rates log-uniform: A in 1..8, steps (softplus of dt_bias) in 0.001..0.1."""
+        nn.init.uniform_(self.taps, -(0.5**0.5), 0.5**0.5, generator=generator)
+        nn.init.uniform_(self.A_log, 0, math.log(8), generator=generator)
+        dt = nn.init.uniform_(self.dt_bias, math.log(1e-3), math.log(0.1), generator=generator).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def forward(self, n: Tensor, seq: Seq, tap: SlotTap, values: Values) -> Tensor:
+        """(B, T, D) normed input -> (B, T, D)."""
+        p, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
+        before = F.pad(p[:, :-1], (0, 0, 1, 0)).masked_fill(seq.starts[..., None], 0)
+        parts = (taps[:, 1] * p + taps[:, 0] * before).split(self.widths, dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
+        q, k = ((F.elu(x) + 1).repeat_interleave(self.groups, dim=2) for x in (q, k))
+        b, a = wide(self.ba(n)).chunk(2, dim=-1)
+        g = -self.A_log.exp() * F.softplus(a + self.dt_bias)
+        state = g.new_zeros(len(n), g.size(-1), self.head_dim, self.head_dim)
+        y, _ = self.rule(q, k, F.silu(v), g, torch.sigmoid(b), seq.starts, state)
+        y = y.flatten(2) * F.silu(self.z(n))
+        return tap("attn", n, tap("o", y, self.o(y)))
+
+
+MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
 
 
 class MLP(nn.Module):
@@ -2043,11 +2337,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer. Sequential: attention then MLP on one stream that also mixes in x0; or two lanes side by side."""
+    """A layer: a mixer, attention or another, then an MLP on one stream that also mixes in x0; or both side by side, on
+    one stream or in two lanes."""
 
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
-        self.attn, self.mlp = Attention(cfg, layer, attend), MLP(cfg, kernels)
+        self.attn, self.mlp = MIXERS[mixer_letters(cfg)[layer]](cfg, layer, attend, kernels), MLP(cfg, kernels)
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(cfg.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
         self.input_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
@@ -2068,11 +2363,11 @@ class Block(nn.Module):
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
-    def forward(self, x: Tensor, x0: Tensor, seq: Seq, tap: SlotTap, values: Values) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, x0: Tensor, seq: Seq, tap: SlotTap, values: Values, abreast: bool) -> Tensor:
+        """(B, T, D) -> (B, T, D). abreast: the MLP reads what attention reads, not what it adds."""
         u = self.mix(x, x0)
         y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), seq, tap, values)
-        return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(y), tap)
+        return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(u if abreast else y), tap)
 
     def branches(
         self, lane0: Tensor, lane1: Tensor, x0: Tensor, seq: Seq, tap: SlotTap, values: Values
@@ -2132,22 +2427,25 @@ class Lanes(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """The order of layer executions as data. Per slot: layer, skip row and source slot (-1: none), two lanes or one."""
+    """The order of layer executions as data. Per slot: layer, skip row and source slot (-1: none), two lanes or one,
+    and on one, whether attention and MLP stand abreast."""
 
     layers: tuple[int, ...]
     num_encoder: int
     skip_row: tuple[int, ...]
     skip_source: tuple[int, ...]
     parallel: tuple[bool, ...]
+    abreast: tuple[bool, ...]
 
     def __str__(self) -> str:
         """One line for people."""
         skips = " ".join(f"{i}<-{s}" for i, s in enumerate(self.skip_source) if s >= 0)
         lanes = [i for i, p in enumerate(self.parallel) if p]
+        beside = "  attention beside MLP in slots " + " ".join(str(i) for i, p in enumerate(self.abreast) if p)
         return (
             f"layers {' '.join(map(str, self.layers[: self.num_encoder]))} | "
             f"{' '.join(map(str, self.layers[self.num_encoder :]))}  skips (slot<-slot) {skips}  "
-            f"two lanes from slot {lanes[0] if lanes else 'none'}"
+            f"two lanes from slot {lanes[0] if lanes else 'none'}{beside * any(self.abreast)}"
         )
 
 
@@ -2163,11 +2461,20 @@ def plan_route(cfg: Config, looping: bool) -> Route:
     skip = [-1] * encoder + [j if j < min(rows, encoder) else -1 for j in range(len(layers) - encoder)]
     source = [encoder - 1 - j if j >= 0 else -1 for j in skip]
     start = cfg.parallel_start_layer
-    parallel, on = [], False
+    parallel, on, two = [], False, cfg.parallel_lanes == 2
     for slot, layer in enumerate(layers):
-        on = on or (slot >= encoder and 0 < start <= layer)
+        on = on or (two and slot >= encoder and 0 < start <= layer)
         parallel.append(on)
-    return Route(tuple(layers), encoder, tuple(skip), tuple(source), tuple(parallel))
+    abreast = tuple(not two and 0 < start <= layer for layer in layers)
+    return Route(tuple(layers), encoder, tuple(skip), tuple(source), tuple(parallel), abreast)
+
+
+def state_starts(ids: Tensor, cu: Tensor | None, first_id: int) -> Tensor:
+    """(B, T) bool: tokens where a recurrent state starts afresh, those of first_id and those that start a segment."""
+    starts = (ids == first_id).flatten()
+    if cu is not None:  # F.pad: boundaries include the end
+        starts = F.pad(starts, (0, 1)).index_fill(0, cu.long(), True)[:-1]
+    return starts.view(ids.shape)
 
 
 def loops(cfg: Config) -> bool:
@@ -2207,7 +2514,9 @@ class GPT(nn.Module):
             (cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len),
             cfg.tied_embed_init_std,
         )
-        self.dtype, self.masked = dtype, attend is masked_attention
+        self.dtype, self.masked, self.rotary = dtype, attend is masked_attention, ROTARIES[cfg.rope_dtype]
+        self.anchored = "sink" in cfg.attn_extras or cfg.rope_dtype != "fp32"  # else only distances matter
+        self.first_id = (BOS_ID if cfg.gdn_bos_reset else -1) if "G" in mixer_letters(cfg) else None
         self.cross_entropy = kernels.cross_entropy
 
     def reset(self, seed: int) -> GPT:
@@ -2230,14 +2539,20 @@ class GPT(nn.Module):
         if cu is not None and self.masked:
             mask = segment_mask(cu, total, max_len if max_len > 0 and total % max_len == 0 else total)
         dims, base, reference = self.rope
-        tables = rotary_tables(length, dims, stretched_base(base, dims, max_len or length, reference), device)
-        return Seq(cu, max_len, *tables, mask)
+        stretched = stretched_base(base, dims, max_len or length, reference)
+        rotary = self.rotary if stretched == base else rotary_tables  # published: a stretched table is float32
+        cos, sin = rotary(length if cu is None or not self.anchored else total, dims, stretched, device)
+        if cu is not None and self.anchored:
+            token = torch.arange(total, device=device)
+            position = (token - cu[segments(cu, total) - 1]).view(rows, length)
+            cos, sin = cos[position], sin[position]
+        return Seq(cu, max_len, cos, sin, mask)
 
     def plan_carry(self, at: Tensor, max_len: int, carry: Carry) -> Seq:
         """The Seq of rows that are parts of documents, their tokens at positions `at` (B, T) of them."""
         dims, base, reference = self.rope
         base = stretched_base(base, dims, max_len, reference)
-        return Seq(None, max_len, *rotary_at(at, dims, base, max_len), None, carry)
+        return Seq(None, max_len, *rotary_at(at, dims, base, max_len), None, carry=carry)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, D): the embedding with what adds to it, normed, then what acts on the normed."""
@@ -2252,6 +2567,7 @@ class GPT(nn.Module):
     def trunk(self, ids: Tensor, seq: Seq | None = None, taps: Taps | None = None) -> Tensor:
         """(B, T) ids -> (B, T, D) normed hidden states before the head. seq None: plain causal rows."""
         seq = self.plan(ids.size(1), ids.device) if seq is None else seq
+        seq = seq if self.first_id is None else seq._replace(starts=state_starts(ids, seq.cu, self.first_id))
         x = self.embed(ids)
         if seq.carry is not None:
             ids = ids[:, self.reach :]
@@ -2267,7 +2583,7 @@ class GPT(nn.Module):
                 pair = (lane0, lanes[-1])
                 lanes = self.lanes(pair, block.branches(*pair, x0, seq, tap, values), layer)
             else:
-                lanes = (block(lane0, x0, seq, tap, values),)
+                lanes = (block(lane0, x0, seq, tap, values, route.abreast[slot]),)
             outputs.append(lanes[0])
         x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
         if seq.carry is not None and seq.carry.cells is not None:
@@ -2325,9 +2641,10 @@ OPTIM_TABLE = (
         "tied_embed_lr",
         "embed_wd",
     ),
-    OptimRow(r"blocks\.\d+\.(attn\.[qkvo]|mlp\.(up|down))\.weight", "muon", "matrix_lr", "muon_wd"),
+    OptimRow(r"blocks\.\d+\.(attn\.([qkvoz]|qkv|ba)|mlp\.(up|down))\.weight", "muon", "matrix_lr", "muon_wd"),
     OptimRow(
-        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain|attn\.gate\.(weight|bias)|attn\.values\.lambdas)",
+        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|sink|gate\.(weight|bias)|values\.lambdas)|"
+        r"attn\.(taps|A_log|dt_bias))",
         "adamw",
         "scalar_lr",
         "adam_wd",
@@ -2820,7 +3137,7 @@ class QuantRule(NamedTuple):
     fine: tuple[int, ...] = ()
 
 
-TABLE_SCHEMES = {"gptq": "rowwise"}  # what becomes of tables, which have no input to calibrate on
+TABLE_SCHEMES = {"gptq": "rowwise", "gptq_tcq": "rowwise"}  # of tables, which have no input to calibrate on
 
 
 def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
@@ -2926,14 +3243,37 @@ def row_bounds(ids: np.ndarray) -> Tensor:
     return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, 0)))
 
 
-def row_scales(weight: Tensor, bits: int, clip: float) -> Tensor:
-    """SD-clip step of each row, float16: clip * std / (2^(bits-1) - 1), at least the smallest float16 above 0."""
-    return storable(sd_steps(weight, bits, clip))
+def row_scales(weight: Tensor, bits: int, clip: float, base_step: float = 0.0) -> Tensor:
+    """SD-clip step of each row, float32, as it is stored: clip * std / (2^(bits-1) - 1), at least 2^-24."""
+    return scale_values(stored_scales(sd_steps(weight, bits, clip), base_step))
+
+
+def ruled_scales(weight: Tensor, rule: QuantRule, cfg: Config) -> Tensor:
+    """row_scales of a rule of the plan."""
+    return row_scales(weight, rule.bits, rule.clip, cfg.scale_step)
 
 
 def storable(steps: Tensor) -> Tensor:
     """Row steps as float16, at least the smallest one above 0."""
     return steps.half().clamp_min(2.0**-24)
+
+
+def log_scales(steps: Tensor, base_step: float) -> Tensor:
+    """Row steps as int16, in multiples of base_step of their log2."""
+    return (steps.double().clamp_min(2.0**-24).log2() / base_step).round().to(torch.int16)
+
+
+def stored_scales(steps: Tensor, base_step: float, key: str = "s") -> Parts:
+    """The parts that hold row steps under a key: float16, or (base_step over 0) log_scales and their base step `ss`."""
+    if base_step == 0:
+        return {key: storable(steps)}
+    return {key: log_scales(steps, base_step), "ss": torch.tensor([base_step], device=steps.device)}
+
+
+def scale_values(parts: Parts, key: str = "s") -> Tensor:
+    """Row steps (rows,) float32 of stored_scales: what a decoder multiplies by, and so what a quantiser divides by."""
+    stored = parts[key]
+    return stored.float() if stored.is_floating_point() else (stored.double() * parts["ss"].double()).exp2().float()
 
 
 def sd_steps(weight: Tensor, bits: int, clip: float) -> Tensor:
@@ -2979,6 +3319,39 @@ class Fine(NamedTuple):
     scale: Tensor
 
 
+def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a damped Hessian (cols, cols): the order of its columns by falling diagonal, the upper Cholesky factor of its
+    inverse in that order, and which columns have no input at all."""
+    H = hessian.float().clone()
+    diagonal = H.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    diagonal += damp * diagonal.mean()
+    order = torch.argsort(diagonal, descending=True)
+    H = H[order][:, order]
+    return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True), dead
+
+
+def feed_back(
+    W: Tensor, Hinv: Tensor, blocksize: int, rounder: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """GPTQ's loop (Frantar et al. 2023): levels (..., rows, cols) of W, column by column; W itself is used up.
+
+    rounder(column (..., rows), j) gives levels and the weights that they stand for; the error is spread over the later
+    columns through Hinv (..., cols, cols), to those of other blocks of columns at the end of a block.
+    """
+    Q = torch.empty_like(W)
+    for start in range(0, W.size(-1), blocksize):
+        stop = min(start + blocksize, W.size(-1))
+        errors = torch.empty_like(W[..., start:stop])
+        for j in range(start, stop):
+            Q[..., j], value = rounder(W[..., j], j)
+            errors[..., j - start] = (W[..., j] - value) / Hinv[..., j, j, None]
+            W[..., j:stop].addcmul_(errors[..., j - start, None], Hinv[..., j, None, j:stop], value=-1)
+        W[..., stop:] -= errors @ Hinv[..., start:stop, stop:]
+    return Q
+
+
 def gptq(
     weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, damp: float, blocksize: int, fine: Fine | None = None
 ) -> Tensor:
@@ -2987,29 +3360,74 @@ def gptq(
     weight (rows, cols) float32, hessian (cols, cols), scale (rows,). Columns go in order of falling diagonal; the
     rounding error of each is spread over the later ones through the Cholesky factor of the inverse Hessian.
     """
-    H = hessian.float().clone()
-    diagonal = H.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1
-    diagonal += damp * diagonal.mean()
-    order = torch.argsort(diagonal, descending=True)
+    order, Hinv, dead = inverse_factor(hessian, damp)
     W = weight.float().clone()
     W[:, dead] = 0
-    W, H = W[:, order].contiguous(), H[order][:, order]
-    Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     finer = set(fine.columns.tolist()) if fine is not None else set()
     grids = [(fine.scale.float(), fine.bits) if c in finer else (scale.float(), bits) for c in order.tolist()]
-    Q = torch.empty_like(W)
-    for start in range(0, W.size(1), blocksize):
-        stop = min(start + blocksize, W.size(1))
-        errors = torch.empty_like(W[:, start:stop])
-        for j in range(start, stop):
-            step, width = grids[j]
-            Q[:, j] = round_to_grid(W[:, j], step, width)
-            errors[:, j - start] = (W[:, j] - Q[:, j] * step) / Hinv[j, j]
-            W[:, j:stop] -= errors[:, j - start, None] * Hinv[j, j:stop]
-        W[:, stop:] -= errors @ Hinv[start:stop, stop:]
-    return Q[:, torch.argsort(order)].to(torch.int8)
+
+    def nearest(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        step, width = grids[j]
+        levels = round_to_grid(column, step, width)
+        return levels, levels * step
+
+    return feed_back(W[:, order].contiguous(), Hinv, blocksize, nearest)[:, torch.argsort(order)].to(torch.int8)
+
+
+# states -> taps of the two subset bits; one state is no trellis
+TCQ_CODES = {1: (64, 64), 4: (5, 2), 8: (13, 2), 16: (25, 4), 32: (41, 4), 64: (97, 20)}
+
+
+def trellis(states: int) -> Tensor:
+    """Subset of the integers (j mod 4) for each state and branch, (states, 2); state s goes by branch b to
+    (2 s + b) mod states. The codes are Ungerboeck's (1982) for amplitude modulation, as a shift register; the low bit
+    of a subset, its parity, is the same for both branches of a state."""
+    register = torch.arange(2 * states)
+    high, low = (sum(register >> i & 1 for i in range(7) if taps >> i & 1) % 2 for taps in TCQ_CODES[states])
+    return (2 * high + low).view(states, 2)
+
+
+class Viterbi:
+    """The best path through the trellis for many sequences at once (Marcellin and Fischer 1990): of all the integer
+    sequences that are one, that of least squared error. Each starts in state 0 and ends anywhere.
+
+    Sequences side by side make every step of the two loops over rows a few operations on (states, sequences).
+    """
+
+    def __init__(self, states: int, real: Tensor, top: Tensor) -> None:
+        """real (rows, sequences): 0 where a sequence has ended before; top (sequences,): their largest integers."""
+        rows, count = real.shape
+        self.real, self.half, self.subset = real[:, None], states // 2 * count, trellis(states).flatten().to(top.device)
+        self.offset = torch.arange(4.0, device=top.device)[:, None]
+        self.low, self.high = ((-top - self.offset) / 4).ceil(), ((top - self.offset) / 4).floor()
+        self.sums = real.new_empty(rows, 2 * states, count)  # of a path's cost, by last state and branch
+        self.best = real.new_empty(states, count)
+        branches = self.sums.view(rows, 2, states, count)  # the two ways into each next state
+        self.steps = [(s.view(2, states // 2, 2, count), *s) for s in branches.unbind()]
+        self.path = torch.empty(rows + 1, count, dtype=torch.int32, device=top.device)  # state * count + sequence
+        self.back = torch.empty(rows, states * count, dtype=torch.int32, device=top.device)
+        self.moves = list(zip(self.back.unbind(), self.path[1:].unbind(), self.path[:-1].unbind(), strict=True))[::-1]
+        state = torch.arange(states * count, dtype=torch.int32, device=top.device)
+        self.column, self.base = state[:count], state // (2 * count) * count + state % count
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The integers, float32 (rows, sequences), nearest to x (rows, sequences)."""
+        points = (x[:, None] - self.offset).mul_(0.25).round_().clamp_(self.low, self.high).mul_(4).add_(self.offset)
+        costs = (points - x[:, None]).square_().mul_(self.real)
+        torch.index_select(costs, 1, self.subset, out=self.sums)
+        rows, count = x.shape
+        before = self.best.fill_(math.inf).view(2, -1, 1, count)
+        self.best[0] = 0
+        for branches, upper, lower in self.steps:
+            branches += before
+            torch.minimum(upper, lower, out=self.best)
+        upper, lower = self.sums.view(rows, 2, -1).unbind(1)
+        torch.add(self.base, lower < upper, alpha=self.half, out=self.back)
+        self.path[-1] = self.best.argmin(dim=0).int() * count + self.column
+        for back, after, here in self.moves:
+            torch.index_select(back, 0, after, out=here)
+        state = self.path // count
+        return points.gather(1, self.subset[(2 * state[:-1] + state[1:] % 2).long()][:, None])[:, 0]
 
 
 Parts = dict[str, Tensor]
@@ -3017,35 +3435,37 @@ Parts = dict[str, Tensor]
 
 class Scheme(NamedTuple):
     """encode(weight, hessian, rule, cfg) -> parts, and decode(parts) -> float32 weight. repairable: integers of a
-    matrix, whose error a repair may correct. steps(weight, rule, cfg): row steps of the grid, for QAT."""
+    matrix, whose error a repair may correct. steps(weight, rule, cfg): row steps of the grid, for QAT.
+    together(weights, hessians, rules, cfg): encode of several matrices of equal width at once, to the same parts."""
 
     encode: Callable[[Tensor, Tensor | None, QuantRule, Config], Parts]
     decode: Callable[[Parts], Tensor]
     repairable: bool = False
     steps: Callable[[Tensor, QuantRule, Config], Tensor] | None = None
+    together: Callable[[list[Tensor], list[Tensor | None], list[QuantRule], Config], list[Parts]] | None = None
 
 
-def rounded_rows(weight: Tensor, scale: Tensor, bits: int) -> Parts:
+def rounded_rows(weight: Tensor, steps: Tensor, bits: int, base_step: float = 0.0) -> Parts:
     """Nearest levels of a grid with one step per row."""
-    return {"q": round_to_grid(weight.float(), scale.float()[:, None], bits).to(torch.int8), "s": scale}
+    parts = stored_scales(steps, base_step)
+    return {"q": round_to_grid(weight.float(), scale_values(parts)[:, None], bits).to(torch.int8)} | parts
 
 
 def encode_rowwise(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """Round to nearest with one step per row."""
-    return rounded_rows(weight, row_scales(weight, rule.bits, rule.clip), rule.bits)
+    return rounded_rows(weight, sd_steps(weight, rule.bits, rule.clip), rule.bits, cfg.scale_step)
 
 
 def encode_clip_search(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """Round to nearest with the clip of least squared error ("GPTQ-lite")."""
     scale = searched_scales(weight.float(), rule.bits, cfg.clip_floor, cfg.clip_search_rows)
-    return rounded_rows(weight, scale, rule.bits)
+    return rounded_rows(weight, scale, rule.bits, cfg.scale_step)
 
 
 def encode_row_quantile(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """Round to nearest, each row clipped at CLIP_QUANTILE of its magnitudes."""
-    return rounded_rows(
-        weight, storable(quantile_steps(weight, rule.bits, cfg.clip_quantile, cfg.clip_floor)), rule.bits
-    )
+    steps = quantile_steps(weight, rule.bits, cfg.clip_quantile, cfg.clip_floor)
+    return rounded_rows(weight, steps, rule.bits, cfg.scale_step)
 
 
 def encode_int8_row(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
@@ -3053,17 +3473,71 @@ def encode_int8_row(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg
     return rounded_rows(weight, (weight.float().abs().amax(dim=1) / 127).half().clamp_min(2.0**-24), 8)
 
 
-def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """GPTQ with one step per row; AWQ-lite's columns, if the rule names any, have a finer step `hs`."""
+def need_hessian(hessian: Tensor | None) -> None:
+    """UserError when there is none."""
     if hessian is None:
         raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
-    scale, extra, fine = row_scales(weight, rule.bits, rule.clip), {}, None
+
+
+def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
+    """GPTQ with one step per row; AWQ-lite's columns, if the rule names any, have a finer step `hs`."""
+    need_hessian(hessian)
+    parts, fine = stored_scales(sd_steps(weight, rule.bits, rule.clip), cfg.scale_step), None
     if rule.fine:
-        extra = {"hc": torch.tensor([cfg.awq_lite_group_size, *rule.fine], dtype=torch.int32)}
-        extra["hs"] = row_scales(weight, cfg.awq_lite_bits, rule.clip)
-        fine = Fine(fine_columns(extra["hc"], weight.size(1)), cfg.awq_lite_bits, extra["hs"])
-    q = gptq(weight, hessian, scale, rule.bits, cfg.gptq_damp, cfg.gptq_blocksize, fine)
-    return {"q": q, "s": scale} | extra
+        parts["hc"] = torch.tensor([cfg.awq_lite_group_size, *rule.fine], dtype=torch.int32)
+        parts |= stored_scales(sd_steps(weight, cfg.awq_lite_bits, rule.clip), cfg.scale_step, "hs")
+        columns = fine_columns(parts["hc"], weight.size(1))
+        fine = Fine(columns, cfg.awq_lite_bits, scale_values(parts, "hs"))
+    q = gptq(weight, hessian, scale_values(parts), rule.bits, cfg.gptq_damp, cfg.gptq_blocksize, fine)
+    return {"q": q} | parts
+
+
+COLUMN_STEP = 0.125  # of the log2 of column factors: finer ones cost more bytes than they save
+TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; 1/12 of a scalar quantiser's step, less 1.1 dB
+
+
+def encode_tcq(
+    weights: list[Tensor], hessians: list[Tensor | None], rules: list[QuantRule], cfg: Config
+) -> list[Parts]:
+    """GPTQ by trellis-coded quantisation, of matrices of equal width side by side: the rows of a GPTQ column do not
+    depend on one another, so in each the best path is searched, by chunks of TCQ_CHUNK_ROWS rows.
+
+    q are points of a grid twice as fine as a scalar quantiser's of this rate, of which a state of the trellis allows
+    every other one; s is that finer step of a row, c (log2) what the step of a column is over it, t the trellis.
+    """
+    length, found, orders, jobs = min(cfg.tcq_chunk_rows, max(map(len, weights))), [], [], []
+    for weight, hessian, rule in zip(weights, hessians, rules, strict=True):
+        need_hessian(hessian)
+        order, Hinv, dead = inverse_factor(hessian, cfg.gptq_damp)
+        tilt = Hinv.diagonal().log2() * cfg.tcq_column_beta / COLUMN_STEP
+        codes = (tilt - tilt.mean()).round().clamp(-127, 127).to(torch.int8)
+        parts = stored_scales(sd_steps(weight, rule.bits, rule.clip) / 2, cfg.scale_step)
+        parts["t"] = torch.tensor([cfg.tcq_states, cfg.tcq_chunk_rows], dtype=torch.int32)
+        parts |= {"c": codes[torch.argsort(order)]} if cfg.tcq_column_beta > 0 else {}
+        count = -(-len(weight) // length)
+        pad = count * length - len(weight)
+        W = F.pad(torch.where(dead, 0.0, weight.float())[:, order], (0, 0, 0, pad)).view(count, length, -1)
+        step = F.pad(scale_values(parts), (0, pad), value=1.0).view(count, length)
+        real = F.pad(torch.ones_like(weight[:, 0], dtype=torch.float32), (0, pad)).view(count, length)
+        factor = (COLUMN_STEP * codes.float()).exp2().expand(count, -1)
+        top = torch.full((count,), 2.0**rule.bits - 2, device=weight.device)
+        jobs.append((W.transpose(1, 2), Hinv.expand(count, -1, -1), step, real, factor, top))
+        found.append(parts)
+        orders.append(order)
+    W, Hinv, step, real, factor, top = (torch.cat(part) for part in zip(*jobs, strict=True))
+    search, rows = Viterbi(cfg.tcq_states, real.T.contiguous(), top), real.sum(dim=1)
+
+    def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        scale = step * factor[:, j, None]
+        x = (column / scale).T.contiguous()
+        power = x.square().sum(dim=0) / rows
+        points = search(x * (power / (power + TCQ_ERROR))).T  # shrunk: by rate and distortion, for Gaussian weights
+        return points, points * scale
+
+    W = feed_back(W.transpose(1, 2), Hinv, cfg.gptq_blocksize, on_trellis)
+    for parts, order, weight, Q in zip(found, orders, weights, W.split([len(j[0]) for j in jobs]), strict=True):
+        parts["q"] = Q.flatten(0, 1)[: len(weight), torch.argsort(order)].to(torch.int8)
+    return found
 
 
 def fine_columns(groups: Tensor, cols: int) -> Tensor:
@@ -3074,20 +3548,33 @@ def fine_columns(groups: Tensor, cols: int) -> Tensor:
 
 def decode_rows(parts: Parts) -> Tensor:
     """q * s."""
-    return parts["q"].float() * parts["s"].float()[:, None]
+    return parts["q"].float() * scale_values(parts)[:, None]
+
+
+def decode_tcq(parts: Parts) -> Tensor:
+    """q * s * (column factor); the trellis is nothing but the coder's context."""
+    weight = decode_rows(parts)
+    return weight * (COLUMN_STEP * parts["c"].float()).exp2() if "c" in parts else weight
 
 
 def decode_awq(parts: Parts) -> Tensor:
     """q * s, and q * hs in AWQ-lite's columns."""
     weight, columns = decode_rows(parts), fine_columns(parts["hc"], parts["q"].size(1))
-    weight[:, columns] = parts["q"][:, columns].float() * parts["hs"].float()[:, None]
+    weight[:, columns] = parts["q"][:, columns].float() * scale_values(parts, "hs")[:, None]
     return weight
 
 
 SCHEMES = {
-    "gptq": Scheme(encode_gptq, decode_rows, True, lambda w, rule, cfg: row_scales(w, rule.bits, rule.clip)),
+    "gptq": Scheme(encode_gptq, decode_rows, True, ruled_scales),
+    "gptq_tcq": Scheme(
+        lambda w, hessian, rule, cfg: encode_tcq([w], [hessian], [rule], cfg)[0],
+        decode_tcq,
+        True,
+        ruled_scales,
+        encode_tcq,
+    ),
     "awq_lite": Scheme(encode_gptq, decode_awq, repairable=True),
-    "rowwise": Scheme(encode_rowwise, decode_rows, True, lambda w, rule, cfg: row_scales(w, rule.bits, rule.clip)),
+    "rowwise": Scheme(encode_rowwise, decode_rows, True, ruled_scales),
     "gptq_lite": Scheme(
         encode_clip_search, decode_rows, True, lambda w, rule, cfg: quantile_steps(w, rule.bits, 1.0, cfg.clip_floor)
     ),
@@ -3189,7 +3676,7 @@ def decode(key: str, parts: Parts) -> Tensor:
     return sum((REPAIRS[name].decode(parts) for name in repairs), SCHEMES[scheme].decode(parts))
 
 
-def share(runtime: Runtime, what: str, jobs: list[str], work: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+def share(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """The union of work(job) over all jobs, dealt out to the ranks in turn."""
     mine, done, started = jobs[runtime.rank :: runtime.world], {}, time.perf_counter()
     for count, job in enumerate(mine):
@@ -3205,13 +3692,27 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
         raise FloatingPointError(f"{bad[0]} holds values that are not finite; train again")
     plan, device = refined_plan(cfg, state, hessians), runtime.device
 
-    def encode(name: str) -> dict[str, Parts]:
-        rule = rule_for(name, plan)
-        hessian = hessians[name].to(device) if name in hessians else None
-        parts = SCHEMES[rule.scheme].encode(state[name].to(device), hessian, rule, cfg)
-        return {f"{name}:{rule.scheme}": {key: part.cpu() for key, part in parts.items()}}
+    def encode(names: list[str]) -> dict[str, Parts]:
+        """The parts of the tensors of a job."""
+        rules = [rule_for(name, plan) for name in names]
+        weights = [state[name].to(device) for name in names]
+        inputs = [hessians[name].to(device) if name in hessians else None for name in names]
+        scheme = SCHEMES[rules[0].scheme]
+        if scheme.together is not None:
+            encoded = scheme.together(weights, inputs, rules, cfg)
+        else:
+            encoded = [scheme.encode(weights[0], inputs[0], rules[0], cfg)]
+        return {
+            f"{name}:{rule.scheme}": {key: part.cpu() for key, part in parts.items()}
+            for name, rule, parts in zip(names, rules, encoded, strict=True)
+        }
 
-    jobs = sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n))
+    groups: dict[Any, list[str]] = {}
+    for name in sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n)):
+        scheme = rule_for(name, plan).scheme
+        groups.setdefault(name if SCHEMES[scheme].together is None else (scheme, state[name].size(-1)), []).append(name)
+    shares = [names[rank :: runtime.world] for names in groups.values() for rank in range(runtime.world)]
+    jobs = [names for names in shares if names]
     whole = repaired(cfg, runtime, state, share(runtime, "quantising", jobs, encode))
     return {key: whole[key] for key in sorted(whole)}
 
@@ -3281,12 +3782,14 @@ class TensorReport(NamedTuple):
 
 
 def entropy_bytes(parts: Parts) -> int:
-    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy."""
+    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy, given their parity if they are
+    from a trellis, whose state says it."""
     total = sum(part.nbytes for part in parts.values())
     if "q" in parts:
-        counts = torch.bincount(parts["q"].flatten().long() + 128).double()
-        share_of = counts[counts > 0] / parts["q"].numel()
-        total += int(-(share_of * share_of.log2()).sum().item() * parts["q"].numel() / 8) - parts["q"].numel()
+        levels = torch.bincount(parts["q"].flatten().long() + 128, minlength=256).double()
+        counts = levels.view(128, 2).T if "t" in parts else levels[None]
+        lengths = torch.where(counts > 0, counts.sum(dim=1, keepdim=True) / counts, 1.0).log2()
+        total += int((counts * lengths).sum().item() / 8) - parts["q"].numel()
     return total
 
 
@@ -3382,11 +3885,18 @@ Arrays = dict[str, np.ndarray]
 
 
 class Coder(NamedTuple):
-    """An entropy coder, bytes <-> bytes. need raises UserError when what it runs on is not installed."""
+    """An entropy coder, bytes <-> bytes. need raises UserError when what it runs on is not installed.
+
+    frame(array, trellis or None) and unframe(bytes, dtype, shape): how an array lies in what is coded, after `head`
+    bytes about it.
+    """
 
     encode: Callable[[bytes], bytes]
     decode: Callable[[bytes], bytes]
     need: Callable[[], Any]
+    frame: Callable[[np.ndarray, np.ndarray | None], bytes] = lambda array, trellis: shuffle_bytes(array)
+    unframe: Callable[[bytes, str, tuple[int, ...]], np.ndarray] = lambda *args: unshuffle_bytes(*args)
+    head: int = 0
 
 
 def need_brotli() -> Any:
@@ -3419,6 +3929,187 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
         return target.read_bytes()
 
 
+RANS_BITS, RANS_LANES = 14, 512
+RANS_HEAD = struct.Struct("<4i")  # rows, columns, states of the trellis (1: none), rows after which it starts again
+
+
+def rans_frame(array: np.ndarray, trellis: np.ndarray | None) -> bytes:
+    """The bytes of an array, row by row, after a RANS_HEAD. What is no matrix of int8 is a row of bytes."""
+    rows, cols = array.shape if array.ndim == 2 and array.itemsize == 1 else (1, array.nbytes)
+    return RANS_HEAD.pack(rows, cols, *([1, 1] if trellis is None else trellis.tolist())) + array.tobytes()
+
+
+def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The array of rans_frame."""
+    return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
+
+
+def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
+    """What rans_model is told of each matrix: 64 times its mean magnitude; how far its columns' mean magnitudes are
+    like those of the matrix as wide before it, in sixteenths; how many rows' worth that guess is; a row's sum of
+    squares, and how far from certain that is, half a variance as of so many columns."""
+    past, told = {}, []
+    for matrix in matrices:
+        squares, sums = np.square(matrix, dtype=np.float64), np.abs(matrix, dtype=np.int16).sum(axis=0)
+        if not sums.any():
+            told.append([0, 0, 1, 0, 0])
+            continue
+        own = (sums + 1) / (sums + 1).mean()
+        others = past.get(len(sums), own**0)
+        spread, like = min((np.log(own / (1 + w / 16 * (others - 1))).var(), w) for w in range(17))
+        noise = 0.57 / len(matrix)  # variance of the log of a mean of magnitudes
+        strength = math.ceil(0.57 / max(0.003, spread - noise))
+        free, bound = squares.var(axis=0).sum() + 1e-9, squares.sum(axis=1).var()
+        loose = min(2.0**30, 2 * len(sums) * bound / max(free - bound, bound / 2**20 + 1e-9))
+        told.append([64 * int(sums.sum()) // matrix.size, like, strength, squares.sum() / len(matrix), loose])
+        past[len(sums)] = own
+    return [list(map(int, row)) for row in told]
+
+
+def rans_model(heads: np.ndarray, step: Callable) -> list[np.ndarray]:
+    """The matrices, flat, of heads (matrices, 9: RANS_HEAD and rans_priors), integers by integers from
+    step(matrix, places in it, table of each place, tables).
+
+    What is known of a symbol before it is coded is a class, 12 to an octave: the mean magnitude of its column so far,
+    times what the columns on its left leave to the others of a row's sum of squares (the row's step came from its
+    standard deviation, so that sum is hardly news). And the parity that the state of its trellis allows. Each such
+    context has a histogram of all that was seen in it, which begins as a bell. Groups of columns, each a quarter of
+    those that remain, are coded each a row behind the group on its left, so that a step codes a symbol of every column.
+
+    Tables, made anew every few steps: frequency and start of each level, by 256 * table + level + 128, and that key of
+    each of 2^RANS_BITS slots. Level -128 stands for what has no frequency there: an escape. Integers only: the same on
+    any machine.
+    """
+    edges, values, found, past = [4096], np.arange(-128, 128), [], {}
+    while len(edges) < 512:
+        edges.append(edges[-1] * 1014545335 // 10**9)
+    edges = np.array(edges)  # 2^(i / 48) / 16, in 2^16ths
+    allowed = np.stack([values < 128, values % 2 == 0, values % 2 == 1])  # all levels, even ones, odd ones
+    counts = np.maximum(0, 4864 - (values * 2**20 // edges[2::4, None, None]) ** 2) * allowed
+    counts[:, :, 0] = 1
+    for rows, cols, states, chunk, level, like, seen, energy, loose in heads.tolist():
+        subsets = trellis(states).numpy()
+        follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states
+        kinds, state, bounds, due = np.array([1, 2] if states > 1 else [0]), np.zeros(cols, int), [0], 0
+        while cols - bounds[-1] > 16:
+            bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
+        starts, bounds = np.array(bounds), np.array([*bounds, cols])
+        delay, left = np.repeat(np.arange(len(starts)), np.diff(bounds)), cols - starts
+        origin, spent, flat = np.arange(cols) - delay * cols, np.zeros(len(bounds), int), np.empty(rows * cols, np.int8)
+        sums = past.get(cols, np.ones(cols, int))
+        sums = (64 * cols * sums // max(1, sums.sum()) * like + 64 * (16 - like)) * (seen * level) // 2**16
+        squares = sums**2 * 11 // (7 * seen)
+        for t in range((rows + len(left) - 1) * (flat.size > 0)):
+            if t == due:
+                due += max(2, min(64, t // 8))
+                count = seen + np.maximum(0, t - delay)
+                fine, power = np.searchsorted(edges, sums * 2**16 // count), squares * 64 // count
+                rest = np.maximum(1, power[::-1].cumsum()[::-1][starts])
+                low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
+                tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
+            first, last = max(0, t - rows + 1), min(t + 1, len(left))
+            part = slice(bounds[first], bounds[last])
+            more = (left << 17) // (2 * left + loose) * (64 * (energy - spent[:-1]) - rest) // rest
+            shift = np.searchsorted(edges, 2**16 + more) - 192 >> 1
+            context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
+            places, table = origin[part] + t * cols, (context - low) * len(kinds)
+            here = np.where((t - delay[part]) % chunk, state[part], 0)
+            table += subsets[here, 0] & 1
+            line = flat[places] = step(len(found), places, table, tables)
+            wide = line.astype(int)
+            state[part] = follow[here, wide & 3]
+            np.add.at(counts.reshape(-1), (3 * context + kinds[wide % len(kinds)]) * 256 + wide + 128, 1024)
+            sums[part] += np.abs(wide)
+            wide *= wide
+            squares[part] += wide
+            spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(wide, starts[first:last] - part.start)
+        past[cols] = sums
+        found.append(flat)
+    return found
+
+
+def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frequencies in proportion to counts (contexts, 256), at least 1 for what was seen; starts; keys of slots."""
+    some, total = counts > 0, 1 << RANS_BITS
+    freq = np.maximum(some, counts * (total - some.sum(1, keepdims=True)) // counts.sum(1, keepdims=True))
+    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
+    keys = np.repeat(np.arange(freq.size, dtype=np.uint16), freq.ravel())
+    return freq.astype(np.uint32).ravel(), (freq.cumsum(1) - freq).astype(np.uint32).ravel(), keys
+
+
+def rans_encode(raw: bytes) -> bytes:
+    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame: what rans_model is told, by zlib,
+    then words of 16 bits: states of the lanes, what the lanes read.
+
+    A lane, one of up to RANS_LANES side by side, holds a state of 32 bits. As the decoder gives back in reverse what
+    the encoder was given, the encoder goes from the last step to the first.
+    """
+    heads, matrices, at, log, words = [], [], 0, [], []
+    while at < len(raw):
+        heads.append(RANS_HEAD.unpack_from(raw, at))
+        size, at = math.prod(heads[-1][:2]), at + RANS_HEAD.size
+        matrices.append(np.frombuffer(raw, np.int8, size, at).reshape(heads[-1][:2]))
+        at += size
+
+    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
+        """The levels at these places, which are noted."""
+        line = matrices[number].reshape(-1)[places]
+        key = 256 * table + line + 128
+        lost = (tables[0][key] == 0) | (line == -128)
+        key[lost] &= -256
+        freq, start = tables[0][key], tables[1][key]
+        for part in (slice(a, a + RANS_LANES) for a in range(0, len(line), RANS_LANES)):
+            log.append((freq[part], start[part], line[part][lost[part]].view(np.uint8) ^ 128))
+        return line
+
+    told = np.array([[*a, *b] for a, b in zip(heads, rans_priors(matrices), strict=True)], "<i4").reshape(-1, 9)
+    rans_model(told, step)
+    x = np.full(min(RANS_LANES, told[:, 1].max()), 1 << 16, np.uint32)
+    for freq, start, lost in reversed(log):
+        mine = x[: len(freq)]
+        full = mine >> (32 - RANS_BITS) >= freq
+        words += [lost, mine[full] & 0xFFFF]
+        mine[full] >>= 16
+        mine[:] = (mine // freq << RANS_BITS) + mine % freq + start
+    words = np.concatenate([x >> 16, x & 0xFFFF, *words[::-1]])
+    return zlib.compress(told.tobytes(), 9) + words.astype("<u2").tobytes()
+
+
+def rans_decode(blob: bytes) -> bytes:
+    """The inverse of rans_encode; some ordinary exception when it is none of its results."""
+    unzip = zlib.decompressobj()
+    told = np.frombuffer(unzip.decompress(blob), "<i4").reshape(-1, 9)
+    words = np.frombuffer(unzip.unused_data, "<u2").astype(np.uint32)
+    at = min(RANS_LANES, told[:, 1].max())
+    x, words, at = words[:at] << 16 | words[at : 2 * at], words[2 * at :], 0
+
+    def fill(array: np.ndarray, where: np.ndarray) -> None:
+        """Shift a word into each of the chosen places."""
+        nonlocal at
+        (places,) = where.nonzero()
+        at += len(places)
+        array[places] = (array[places] << 16) + words[at - len(places) : at]
+
+    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
+        """The levels at these places."""
+        freq, start, keys = tables
+        for a in range(0, len(table), RANS_LANES):
+            part = table[a : a + RANS_LANES]
+            mine = x[: len(part)]
+            slot = mine & (1 << RANS_BITS) - 1
+            part[:] = key = keys[(part << RANS_BITS) + slot]
+            mine[:] = freq[key] * (mine >> RANS_BITS) + slot - start[key]
+            fill(mine, mine < 1 << 16)
+            part &= 255
+            fill(part, part == 0)
+        return (table - 128).astype(np.int8)
+
+    matrices = rans_model(told, step)
+    if at != len(words) or (x != 1 << 16).any():
+        raise ValueError("lanes out of step")
+    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(told, matrices, strict=True))
+
+
 CODERS = {
     "brotli": Coder(
         lambda raw: need_brotli().compress(raw, quality=11, lgwin=24),
@@ -3429,6 +4120,7 @@ CODERS = {
     "lzma6": Coder(lambda raw: lzma.compress(raw, preset=6), lzma.decompress, lambda: None),
     # ZPAQ; -p 1: by default the block size, and so the bytes, depend on the number of processors
     "lrzip": Coder(lambda raw: run_lrzip(raw, "-z", "-L", "9", "-p", "1"), lambda b: run_lrzip(b, "-d"), need_lrzip),
+    "rans": Coder(rans_encode, rans_decode, lambda: None, rans_frame, rans_unframe, RANS_HEAD.size),
 }
 
 
@@ -3446,6 +4138,7 @@ class Codec(NamedTuple):
     groups: tuple[str, ...] = ()
     sorted_rows: tuple[str, ...] = ()
     sort_hidden: bool = False
+    by_layer: bool = False  # the arrays of a layer lie together, and not those of a role
 
     def stream_of(self, name: str) -> int:
         """The stream of an array."""
@@ -3475,6 +4168,7 @@ CODECS = {
     "lzma": Codec(2, "lzma"),
     "pergroup": Codec(3, "brotli", "lrzip", ROLES, sorted_rows=ROLES[:2], sort_hidden=True),
     "lzma6": Codec(4, "lzma6"),
+    "rans": Codec(5, "brotli", "rans", ("*:q",), by_layer=True),
 }
 
 
@@ -3538,17 +4232,21 @@ def pack_arrays(arrays: Arrays, codec: str) -> bytes:
     as u32, then JSON): name, dtype and shape of each array in storage order.
     """
 
-    def role(name: str) -> tuple[str, list[int]]:
-        return re.sub(r"\d+", "", name), [int(n) for n in re.findall(r"\d+", name)]
-
     layout = CODECS[codec]
+
+    def role(name: str) -> tuple[Any, ...]:
+        key = re.sub(r"\d+", "", name), [int(n) for n in re.findall(r"\d+", name)]
+        return key[::-1] if layout.by_layer else key
+
     arrays = sort_rows(arrays, layout.sorted_rows)
     names = sorted(arrays, key=role)
     index = json.dumps([[n, arrays[n].dtype.str, arrays[n].shape] for n in names], separators=(",", ":")).encode()
     raws = [[struct.pack("<I", len(index)), index], *([] for _ in layout.groups)]
+    coders = layout.coders()
     for name in names:
-        raws[layout.stream_of(name)].append(shuffle_bytes(arrays[name]))
-    streams = in_parallel([coder.encode for coder in layout.coders()], [b"".join(raw) for raw in raws])
+        i, trellis = layout.stream_of(name), arrays.get(f"{name.rpartition(':')[0]}:t")
+        raws[i].append(coders[i].frame(arrays[name], trellis))
+    streams = in_parallel([coder.encode for coder in coders], [b"".join(raw) for raw in raws])
     payload = struct.pack(f"<B{len(streams)}I", len(streams), *map(len, streams)) + b"".join(streams)
     return seal(layout.number, payload)
 
@@ -3600,8 +4298,9 @@ def unpack_payload(payload: bytes, layout: Codec) -> Arrays:
     (length,) = struct.unpack_from("<I", raws[0])
     arrays, positions = {}, [4 + length, *(0 for _ in layout.groups)]
     for name, dtype, shape in json.loads(raws[0][4 : 4 + length]):
-        i, size = layout.stream_of(name), np.dtype(dtype).itemsize * math.prod(shape)
-        arrays[name] = unshuffle_bytes(raws[i][positions[i] : positions[i] + size], dtype, tuple(shape))
+        i = layout.stream_of(name)
+        size = coders[i].head + np.dtype(dtype).itemsize * math.prod(shape)
+        arrays[name] = coders[i].unframe(raws[i][positions[i] : positions[i] + size], dtype, tuple(shape))
         positions[i] += size
     if ends[-1] != len(payload) or positions != list(map(len, raws)):
         raise ValueError("the index does not account for all bytes")
@@ -4001,17 +4700,12 @@ class BatchedLoRA(nn.Module):
 def lora_sites(cfg: Config, model: GPT) -> list[tuple[str, int, tuple[int, int]]]:
     """(site, slot, (out, in)) of every adapter on the model's current route."""
     D, V = cfg.model_dim, cfg.vocab_size
-    sites = []
+    used, sites = {"k": cfg.ttt_k_lora, "attn": cfg.ttt_o_lora, "mlp": cfg.ttt_mlp_lora}, []
     for slot, layer in enumerate(model.route.layers):
-        kv = tuple(model.blocks[layer].attn.k.weight.shape)
-        options = (
-            ("q", True, (D, D)),
-            ("k", cfg.ttt_k_lora, kv),
-            ("v", True, kv),
-            ("attn", cfg.ttt_o_lora, (D, D)),
-            ("mlp", cfg.ttt_mlp_lora, (D, D)),
-        )
-        sites += [(name, slot, shape) for name, used, shape in options if used]
+        attn = model.blocks[layer].attn
+        shapes = {name: tuple(getattr(attn, name).weight.shape) for name in attn.INPUTS}
+        shapes |= {"attn": (D, D), "mlp": (D, D)}
+        sites += [(name, slot, shape) for name, shape in shapes.items() if used.get(name, True)]
     return [*sites, ("head", 0, (V, D))]
 
 
@@ -4070,6 +4764,14 @@ def chunk_unit(
     return Unit(ids, targets, origin, rows, cols, None, learn, slice(width - size, width), indices, c == 0)
 
 
+def adapter_adamw(cfg: Config, parameters: Iterable[nn.Parameter], **options: bool) -> torch.optim.Optimizer:
+    """The optimiser of adapters."""
+    betas = (cfg.ttt_beta1, cfg.ttt_beta2)
+    return torch.optim.AdamW(
+        parameters, lr=cfg.ttt_lora_lr, betas=betas, eps=1e-10, weight_decay=cfg.ttt_weight_decay, **options
+    )
+
+
 class DocLora:
     """Per-document adapters: each chunk is scored, then learnt; every document starts from fresh adapters.
 
@@ -4125,15 +4827,7 @@ class DocLora:
 
     def new_optimiser(self) -> torch.optim.Optimizer:
         """AdamW over the adapters."""
-        cfg = self.cfg
-        return torch.optim.AdamW(
-            self.lora.parameters(),
-            lr=cfg.ttt_lora_lr,
-            betas=(cfg.ttt_beta1, cfg.ttt_beta2),
-            eps=1e-10,
-            weight_decay=cfg.ttt_weight_decay,
-            fused=self.runtime.device.type == "cuda",
-        )
+        return adapter_adamw(self.cfg, self.lora.parameters(), fused=self.runtime.device.type == "cuda")
 
     def losses(self, unit: Unit) -> Tensor:
         """(B, T) nats with the adapters as they are."""
@@ -4222,7 +4916,6 @@ class CarryLora:
         self.on_gpu, self.num_rows = runtime.device.type == "cuda", 0
         widths = (256, 512, 1024, 2048, 4096) if self.on_gpu else range(self.size, self.columns, self.size)
         self.buckets = [*(w for w in widths if w < self.columns), self.columns]  # few, where each is compiled
-        self.update = launch_adamw_rows if self.on_gpu and triton is not None else adamw_rows
 
     def allocate(self, rows: int) -> None:
         """State of `rows` documents at once, and the programs that work on it."""
@@ -4235,28 +4928,25 @@ class CarryLora:
         if cfg.ttt_lora_lr > 0:
             self.equip(BatchedLoRA(cfg, model, rows))
         self.programs = self.captured() if self.on_gpu else {}
-        self.runtime.log(
-            f"carry: {rows} documents side by side, chunks of {self.size}, {self.ring} of them kept, "
-            f"{'CUDA graphs' if self.programs else 'eager'}"
-        )
+        how = "CUDA graphs" if self.programs else "eager"
+        self.runtime.log(f"carry: {rows} documents abreast, {self.ring} chunks of {self.size} kept, {how}")
 
     def equip(self, lora: BatchedLoRA) -> None:
-        """Adapters with their optimiser's state, a document's in each row of a few buffers."""
-        self.lora, self.some = lora, BatchedLoRA(self.cfg, self.model, 1)
-        self.bound = torch.cat([a.new_full((a[0].numel(),), a.size(-1) ** -0.5) for a in self.lora.A.values()])
-        entries = sum(p[0].numel() for p in lora.parameters())
-        self.adapters = self.bound.new_zeros(self.num_rows, entries)
+        """Adapters, a document's in each row of one buffer, and their AdamW, to which a row is a parameter."""
+        cfg, self.lora, self.some = self.cfg, lora, BatchedLoRA(self.cfg, self.model, 1)
+        self.bound = torch.cat([a.new_full((a[0].numel(),), a.size(-1) ** -0.5) for a in lora.A.values()])
+        self.adapters = self.bound.new_zeros(self.num_rows, sum(p[0].numel() for p in lora.parameters()))
         self.live = self.adapters.to(self.model.dtype)  # what computes: the same tensor unless the dtypes differ
-        self.second = torch.zeros_like(self.adapters)
-        self.steps = torch.zeros(self.num_rows, 1, dtype=torch.float64, device=self.bound.device)
         lora.share(self.live)
+        self.rows, one = [nn.Parameter(row) for row in self.adapters], {"fused": True, "capturable": True}
+        self.optimiser = adapter_adamw(cfg, self.rows, **one if self.on_gpu else {})
 
     @torch.no_grad()
     def renew(self, row: int, doc: int) -> None:
         """Fresh adapters for a row's new document."""
         draws = self.lora.draw(self.cfg.seed, doc, len(self.bound))
-        for state in (self.adapters, self.second, self.steps):
-            state[row].zero_()
+        for state in (self.adapters[row], *self.optimiser.state[self.rows[row]].values()):
+            state.zero_()
         self.adapters[row, : len(self.bound)].copy_(draws).mul_(self.bound)
         self.live[row].copy_(self.adapters[row])
 
@@ -4296,11 +4986,11 @@ class CarryLora:
         """Gradient of each learning row's mean, and AdamW. Rows that do not learn end here: theirs is renewed."""
         loss = (nll.mean(dim=1) * self.inputs[:, 1].to(nll.dtype)).sum()
         grads = torch.autograd.grad(loss, list(self.lora.parameters()))
-        flat, cfg = torch.cat([g.flatten(1) for g in grads], dim=1), self.cfg
-        self.steps += 1
-        root = (1 - cfg.ttt_beta2**self.steps).sqrt().to(self.second.dtype)
-        rates = (cfg.ttt_lora_lr, cfg.ttt_beta2, cfg.ttt_weight_decay, 1e-10)
-        self.update(self.adapters, self.second, self.live, flat, root, rates)
+        flat = torch.cat([g.flatten(1) for g in grads], dim=1).to(self.adapters.dtype)
+        for row, gradient in zip(self.rows, flat, strict=True):
+            row.grad = gradient
+        self.optimiser.step()
+        self.live.copy_(self.adapters)
 
     @torch.no_grad()
     def refresh(self, begin: np.ndarray) -> None:
@@ -4824,7 +5514,8 @@ class Run:
                 "TIED_EMBED_LR or SCALAR_LR"
             )
         self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
-        hessians = collect_hessians(cfg, runtime, model) if "gptq" in (cfg.matrix_quant, cfg.embed_quant) else {}
+        calibrated = {"gptq", "gptq_tcq"} & {cfg.matrix_quant, cfg.embed_quant}
+        hessians = collect_hessians(cfg, runtime, model) if calibrated else {}
         seconds = trainer.clock.read()
         self.save("hessians.pt", hessians)
         self.log(f"calibration: {len(hessians)} Hessians, {seconds - report.seconds:.2f} s, inside the training budget")

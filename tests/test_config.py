@@ -170,7 +170,7 @@ def test_text_becomes_the_annotated_type(name: str, text: str, value: object) ->
         ("SMEAR_BOS_MASK", "yes"),
         ("LOADER", "shuffled"),
         ("STAGES", "train,test"),
-        ("ATTN_EXTRAS", "xsa,sink"),
+        ("ATTN_EXTRAS", "xsa,sinks"),
         ("VE_LAYERS", "9,last"),
         ("VE_LAYERS", "9,9"),
         ("AVERAGE", "ema,ema"),
@@ -221,6 +221,8 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"NUM_HEADS": "8", "NUM_KV_HEADS": "3"}, "NUM_KV_HEADS=3"),
     ({"ROPE_DIMS": "15"}, "ROPE_DIMS=15"),
     ({"LOOP_START": "5", "LOOP_END": "4"}, "LOOP_START=5..LOOP_END=4"),
+    ({"MIXERS": "G*2 A*8"}, "MIXERS='G*2 A*8' does not give NUM_LAYERS=11"),
+    ({"GDN_QK_HEADS": "3"}, "GDN_QK_HEADS=3"),
     ({"GATE_WINDOW": "513"}, "GATE_WINDOW=513"),
     ({"ATTN_EXTRAS": "value_embed", "VE_LAYERS": "3,11"}, "VE_LAYERS=(3, 11)"),
     ({"ROPE_REFERENCE_LEN": "1024", "ROPE_DIMS": "2"}, "ROPE_REFERENCE_LEN=1024"),
@@ -237,7 +239,8 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"EVAL": "chunk_sgd", "TTT_CHUNK_TOKENS": "2047"}, "TTT_CHUNK_TOKENS=2047"),
     ({"TTT_CONTEXT": "carry", "TTT_CHUNK_SIZE": "1025"}, "half of TTT_EVAL_SEQ_LEN=2048"),
     ({"TTT_CONTEXT": "carry", "TTT_WARM_START_A": "1"}, "TTT_WARM_START_A=0"),
-    ({"TTT_CONTEXT": "carry", "TTT_BETA1": "0.5"}, "TTT_BETA1=0.5"),
+    ({"TTT_CONTEXT": "carry", "MIXERS": "G*2 A*9"}, "MIXERS without G"),
+    ({"TTT_CONTEXT": "carry", "ATTN_EXTRAS": "sink"}, "ATTN_EXTRAS=sink"),
     ({"TTT_TRAINABLE": ""}, "TTT_TRAINABLE is empty"),
 )
 
@@ -300,8 +303,8 @@ def configs(draw: st.DrawFn) -> Config:
             integers = field.type == "tuple[int, ...]"
             some = range(11) if integers else m["choices"] or ("mlp", "skips")
             values[field.name] = tuple(draw(st.lists(st.sampled_from(some), unique=True)))
-        elif m["choices"]:
-            values[field.name] = draw(st.sampled_from(m["choices"]))
+        elif field.type == "str":
+            values[field.name] = draw(st.sampled_from(m["choices"] or ("", "G*2 A*8 G")))
         elif field.type == "float":
             top = m["le"] if m["le"] is not None else 1e6
             values[field.name] = draw(st.floats((low or 0.0) + 1e-9, top))

@@ -24,8 +24,9 @@ def random_heads(tokens: int, dim: int) -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.parametrize("sunk", [False, True])
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
-def test_flash_attention_over_segments_is_the_masked_twin(name: str) -> None:
+def test_flash_attention_over_segments_is_the_masked_twin(name: str, sunk: bool) -> None:
     runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None, True), torch.bfloat16)
     try:
         attend = train_gpt.choose_attention(train_gpt.Config(attention=name), runtime)
@@ -37,13 +38,34 @@ def test_flash_attention_over_segments_is_the_masked_twin(name: str) -> None:
     flash = train_gpt.Seq(cu, 256, cos, sin, None)
     exact = flash._replace(mask=train_gpt.segment_mask(cu, 1024, 256))
     q, k, v = random_heads(1024, 64)
+    sink = torch.randn(4, 64, generator=torch.Generator("cuda").manual_seed(2), device="cuda").requires_grad_()
+    leaves = (q, k, v, sink)[: 3 + sunk]
     weight = torch.randn(q.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
     results = []
     for function, seq in ((attend, flash), (train_gpt.masked_attention, exact)):
-        y = function(q, k, v, seq)
-        results.append([y.float(), *(g.float() for g in torch.autograd.grad((y * weight).sum(), (q, k, v)))])
+        y = function(q, k, v, seq, *leaves[3:])
+        results.append([y.float(), *(g.float() for g in torch.autograd.grad((y * weight).sum(), leaves))])
     for got, wanted in zip(*results, strict=True):
         assert (got - wanted).abs().max() <= 0.02 * wanted.abs().max()
+
+
+@pytest.mark.skipif(train_gpt.chunk_gated_delta_rule is None, reason="flash-linear-attention is not installed")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_delta_rule_is_the_twin(compiled: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape, options = (2, 300, 4, 64), {"generator": generator, "device": "cuda"}
+    q, k, v = (torch.randn(shape, **options).bfloat16() for _ in range(3))
+    g, beta = (torch.rand(shape[:3], **options) for _ in range(2))
+    inputs = [x.requires_grad_() for x in (torch.nn.functional.elu(q) + 1, k.relu() + 0.1, v, -0.3 * g, beta)]
+    starts, state = torch.rand(shape[:2], **options) < 0.01, torch.zeros(2, 4, 64, 64, device="cuda")
+    fused = torch.compile(train_gpt.fused_delta_rule, fullgraph=True) if compiled else train_gpt.fused_delta_rule
+    results = []
+    for rule in (fused, train_gpt.delta_rule):
+        o, last = rule(*inputs, starts, state)
+        gradients = torch.autograd.grad(o.float().square().sum() + last.square().sum(), inputs)
+        results.append([x.float() for x in (o, last, *gradients)])
+    for got, wanted in zip(*results, strict=True):
+        assert (got - wanted).norm() <= 0.03 * wanted.norm()
 
 
 def test_compiled_training_step_needs_one_graph_per_route(tiny_data: Path) -> None:

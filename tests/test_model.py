@@ -333,10 +333,12 @@ def test_every_site_counts() -> None:
 # Compilation
 
 
-def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, seq: train_gpt.Seq) -> Tensor:
+def attend_by_bounds(
+    q: Tensor, k: Tensor, v: Tensor, seq: train_gpt.Seq, sink: Tensor | None = None
+) -> Tensor:
     """A backend that reads the boundaries inside the graph, as flash attention does."""
     mask = train_gpt.segment_mask(seq.cu, q.size(0) * q.size(1), q.size(0) * q.size(1))
-    return train_gpt.masked_attention(q, k, v, seq._replace(mask=mask))
+    return train_gpt.masked_attention(q, k, v, seq._replace(mask=mask), sink)
 
 
 @pytest.mark.parametrize("attend", [train_gpt.masked_attention, attend_by_bounds])

@@ -1,0 +1,155 @@
+"""Bytes and seconds of the coders on integer matrices, side by side: lrzip by group, brotli, LZMA, zstd, order-0
+entropy and COMPRESSOR=rans; and the bytes that each of rans's halves adds to the packed program.
+
+    OMP_NUM_THREADS=1 python tests/bench/bench_compress.py NPZ_OR_GENERATOR ... [--scale 36e6] [--coders rans lrzip ...]
+
+An argument is a .npz of int8 matrices, named `<...>.<role>`, or `generator.py[:keyword=value ...]` with a function
+make(0, ...) that returns (name, matrix) pairs. The other coders are given one stream of the transposed matrices of
+each role, as the published scripts do it. `scaled` is the ratio to lrzip at --scale symbols: what of a file does not
+grow with the model, which are the states of rans's lanes, is counted once. Seconds are processor time of one core, per
+--scale symbols. A coder that is not installed says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import pack_artifact  # noqa: E402
+import train_gpt  # noqa: E402
+
+Matrices = list[tuple[str, np.ndarray]]
+ENCODER = {"rans_frame", "rans_priors", "rans_encode"}
+DECODER = {"rans_model", "rans_tables", "rans_decode", "rans_unframe"}
+
+
+def read(source: str) -> Matrices:
+    """The matrices of an argument."""
+    path, *options = source.split(":")
+    if path.endswith(".npz"):
+        with np.load(path) as file:
+            return [(name, file[name]) for name in file.files]
+    spec = importlib.util.spec_from_file_location("generator", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.make(0, **{k: ast.literal_eval(v) for k, v in (option.split("=") for option in options)})
+
+
+def zstd(*flags: str) -> Callable[[bytes], bytes]:
+    return lambda data: subprocess.run(["zstd", "-q", "-c", *flags], input=data, capture_output=True, check=True).stdout
+
+
+def role_streams(matrices: Matrices) -> list[bytes]:
+    """The bytes of each role's matrices, column by column."""
+    roles: dict[str, list[bytes]] = {}
+    for name, matrix in matrices:
+        roles.setdefault(name.rpartition(".")[2], []).append(matrix.T.tobytes())
+    return [b"".join(parts) for parts in roles.values()]
+
+
+def rans_streams(matrices: Matrices) -> list[bytes]:
+    return [b"".join(train_gpt.rans_frame(matrix, None) for _, matrix in matrices)]
+
+
+def spent() -> float:
+    """Processor seconds of this process and of the programs that it ran."""
+    return sum(os.times()[:4])
+
+
+def coder(name: str) -> tuple[Callable, Callable, Callable, bool]:
+    """Streams of matrices, encode, decode, and whether the coder is there."""
+    if name == "zstd":
+        return role_streams, zstd("--ultra", "-22"), zstd("-d"), shutil.which("zstd") is not None
+    row = train_gpt.CODERS[name]
+    try:
+        row.need()
+    except train_gpt.UserError:
+        return role_streams, row.encode, row.decode, False
+    return rans_streams if name == "rans" else role_streams, row.encode, row.decode, True
+
+
+def entropy(streams: list[bytes]) -> float:
+    """Bytes at the order-0 entropy of each stream."""
+    return sum(pack_artifact.entropy_bits(np.frombuffer(stream, np.uint8)) for stream in streams) / 8
+
+
+def measure(matrices: Matrices, coders: list[str], scale: float) -> list[dict[str, object]]:
+    """A row for each coder. Stops when decoding does not give back the bytes."""
+    symbols = sum(matrix.size for _, matrix in matrices)
+    rows: list[dict[str, object]] = [{"coder": "order-0 entropy", "bytes": round(entropy(role_streams(matrices)))}]
+    lanes = min(train_gpt.RANS_LANES, max(matrix.shape[1] for _, matrix in matrices))
+    fixed = {"rans": 4 * lanes}
+    for name in coders:
+        cut, encode, decode, there = coder(name)
+        if not there:
+            rows.append({"coder": name, "bytes": "not installed, not measured"})
+            continue
+        streams, begun = cut(matrices), spent()
+        packed = [encode(stream) for stream in streams]
+        middle = spent()
+        if [decode(blob) for blob in packed] != streams:
+            raise SystemExit(f"{name} does not give back what it was given")
+        seconds = (middle - begun, spent() - middle)
+        rows.append({"coder": name, "bytes": sum(map(len, packed)), "encode s": round(seconds[0] * scale / symbols, 2),
+                     "decode s": round(seconds[1] * scale / symbols, 2)})  # fmt: skip
+    yardstick = next((row["bytes"] for row in rows if row["coder"] == "lrzip" and "encode s" in row), None)
+    for row in rows:
+        if yardstick and isinstance(row["bytes"], int):
+            once = fixed.get(row["coder"], 0)
+            grown = (row["bytes"] - once) * scale / symbols + once
+            row["ratio"] = round(row["bytes"] / yardstick, 5)
+            row["scaled"] = round(grown / yardstick * symbols / scale, 5)
+    return rows
+
+
+def program_bytes(without: set[str]) -> int:
+    """Bytes of the program as packed (minified, LZMA) without some functions, and without the codec if the decoder is
+    among them."""
+    tree = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if getattr(node, "name", "") not in without]
+    if without & DECODER:
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and "RANS_" in ast.unparse(n.targets[0]))]
+        for table in (node for node in ast.walk(tree) if isinstance(node, ast.Dict)):
+            kept = [(k, v) for k, v in zip(table.keys, table.values, strict=True) if ast.unparse(k or v) != "'rans'"]
+            table.keys, table.values = [k for k, _ in kept], [v for _, v in kept]
+    text = pack_artifact.minify(ast.unparse(tree)).encode()
+    return min(len(pack_artifact.compress(text, codec)) for codec in pack_artifact.LZMA_CODECS)
+
+
+def main() -> None:
+    """Measure each input, then the code; a table of each, and all as one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+")
+    parser.add_argument("--scale", type=float, default=36e6)
+    parser.add_argument("--coders", nargs="+", default=["lrzip", "brotli", "lzma", "zstd", "rans"])
+    args = parser.parse_args()
+    found = {}
+    columns = ("coder", "bytes", "ratio", "scaled", "encode s", "decode s")
+    for source in args.inputs:
+        matrices = read(source)
+        found[Path(source).name] = rows = measure(matrices, args.coders, args.scale)
+        print(f"\n{Path(source).name}: {sum(matrix.size for _, matrix in matrices):,} symbols\n")
+        print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+        for row in rows:
+            print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |", flush=True)
+    whole, decoding, none = (program_bytes(without) for without in (set(), ENCODER, ENCODER | DECODER))
+    found["code"] = {"decoder": decoding - none, "encoder and decoder": whole - none}
+    print(f"\ncode: decoder {decoding - none:,} bytes of the packed program, with the encoder {whole - none:,}")
+    print("COMPRESS " + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Trellis-coded quantisation against its bars: gap to the rate-distortion bound, bytes saved at equal error, seconds.
+
+    OMP_NUM_THREADS=1 python tests/bench/bench_tcq.py [--bars Q R T] [--inputs weights_hessians.npz] [--threads 2]
+
+Q: standard normal weights at 3.4 bits: bits above the rate-distortion bound by the bytes of the coder, for each number
+of states, and for a scalar quantiser. R: weights, input Hessians and squared output gradients of a small trained
+transformer (--inputs: an archive with L.role.W, .H, .G): bytes of the whole file at equal error of each tensor's
+output (weighted by the Hessian; `Fisher`: by the gradients of its rows too), over GPTQ with row steps of 12 standard
+deviations and lrzip. T: seconds to quantise, encode and decode the contest model (36 million random heavy-tailed
+weights), by the clock and of processor time, which other programs on the machine do not lengthen. Prints tables in
+Markdown, then one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+
+import bench_quantize  # noqa: E402
+
+import train_gpt  # noqa: E402
+
+SITES = {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o", "up": "mlp.up", "down": "mlp.down"}
+Row = dict[str, object]
+
+
+class Layer(NamedTuple):
+    """A matrix with what its error is weighted by: input Hessian, squared gradients of its rows."""
+
+    W: Tensor
+    H: Tensor
+    G: Tensor
+
+    def error(self, decoded: Tensor, fisher: bool) -> float:
+        rows = ((self.W - decoded).double() @ self.H.double() * (self.W - decoded).double()).sum(dim=1)
+        return (rows * self.G.double() if fisher else rows).sum().item()
+
+
+class Setup(NamedTuple):
+    """A quantiser and a coder; fisher_rows: with row steps by gradients, which the program does not have."""
+
+    scheme: str
+    codec: str
+    cfg: train_gpt.Config
+    fisher_rows: bool = False
+
+
+def table(title: str, rows: list[Row]) -> None:
+    names = list(rows[0])
+    print(f"\n{title}\n\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    for row in rows:
+        print(f"| {' | '.join(f'{v:.4f}' if isinstance(v, float) else str(v) for v in row.values())} |")
+
+
+def packed(parts: dict[str, train_gpt.Parts], codec: str) -> int:
+    """Bytes of an artifact."""
+    arrays = {f"{key}:{name}": t.numpy() for key, value in parts.items() for name, t in value.items()}
+    return len(train_gpt.pack_arrays(arrays, codec))
+
+
+def encode(setup: Setup, layers: list[Layer], clips: list[float]) -> list[train_gpt.Parts]:
+    """The parts of matrices of any widths, each with a clip of its own."""
+    rules = [train_gpt.QuantRule("*", setup.scheme, 6, clip) for clip in clips]
+    together, found = train_gpt.SCHEMES[setup.scheme].together, [{}] * len(layers)
+    if together is None:
+        scheme = train_gpt.SCHEMES[setup.scheme]
+        return [scheme.encode(x.W, x.H, rule, setup.cfg) for x, rule in zip(layers, rules, strict=True)]
+    for width in {x.W.size(1) for x in layers}:
+        mine = [i for i, x in enumerate(layers) if x.W.size(1) == width]
+        lists = [layers[i].W for i in mine], [layers[i].H for i in mine], [rules[i] for i in mine]
+        for i, parts in zip(mine, together(*lists, setup.cfg), strict=True):
+            found[i] = parts
+    return found
+
+
+def with_fisher_rows(layers: list[Layer]) -> Callable:
+    """sd_steps, but for these matrices the steps go with the -1/2 power of the row's gradients, at the same mean."""
+    plain = train_gpt.sd_steps
+
+    def steps(weight: Tensor, bits: int, clip: float) -> Tensor:
+        G = next(x.G for x in layers if x.W is weight)
+        tilt = -0.5 * G.clamp_min(G.mean() / 1000).log()
+        return (plain(weight, bits, clip).log().mean() + tilt - tilt.mean()).exp()
+
+    return steps
+
+
+def at_equal_error(setup: Setup, layers: dict[str, Layer], want: dict[str, float], fisher: bool) -> Row:
+    """Bits per weight of the whole file when each tensor has the error that is wanted (within a percent, and the rest
+    by the slope of 6.02 dB a bit)."""
+    clips, weights = dict.fromkeys(layers, 12.0), sum(x.W.numel() for x in layers.values())
+    plain, decode = train_gpt.sd_steps, train_gpt.SCHEMES[setup.scheme].decode
+    train_gpt.sd_steps = with_fisher_rows(list(layers.values())) if setup.fisher_rows else plain
+    for _ in range(4):
+        found = encode(setup, list(layers.values()), list(clips.values()))
+        pairs = zip(layers, found, strict=True)
+        over = {n: layers[n].error(decode(parts), fisher) / want[n] if want else 1.0 for n, parts in pairs}
+        if max(abs(math.log(x)) for x in over.values()) < 0.01:
+            break
+        clips = {n: clips[n] / math.sqrt(over[n]) for n in layers}
+    train_gpt.sd_steps = plain
+    keys = (f"blocks.{n.split('.')[0]}.{SITES[n.split('.')[1]]}.weight:{setup.scheme}" for n in layers)
+    bits = 8 * packed(dict(zip(keys, found, strict=True)), setup.codec) / weights
+    bits += sum(x.W.numel() * math.log2(over[n]) / 2 for n, x in layers.items()) / weights
+    return {"bits": bits, "clip": math.exp(sum(map(math.log, clips.values())) / len(clips))}
+
+
+def read_layers(path: Path) -> dict[str, Layer]:
+    archive = np.load(path)
+    names = sorted({name[:-2] for name in archive.files})
+    return {n: Layer(*(torch.from_numpy(archive[f"{n}.{kind}"]) for kind in "WHG")) for n in names}
+
+
+def bar_r(args: argparse.Namespace) -> list[Row]:
+    """Bits saved at equal error."""
+    layers, base = read_layers(args.inputs), train_gpt.Config(scale_step=0.02)
+    reference = Setup("gptq", "pergroup", train_gpt.Config())
+    decoded = [train_gpt.decode_rows(p) for p in encode(reference, list(layers.values()), [12.0] * len(layers))]
+    setups = {"GPTQ, 12 deviations, lrzip": reference, "GPTQ, rANS": Setup("gptq", "rans", base)}
+    for states, beta, fisher in ((8, 0.0, 0), (8, 1.0, 0), (64, 1.0, 0), (8, 1.0, 1)):
+        cfg = train_gpt.Config(scale_step=0.02, tcq_states=states, tcq_column_beta=beta)
+        name = f"TCQ {states}, rANS" + f", column steps {beta:g}" * (beta > 0) + ", row steps by gradients" * fisher
+        setups[name] = Setup("gptq_tcq", "rans", cfg, bool(fisher))
+    rows: list[Row] = []
+    for name, setup in setups.items():
+        row: Row = {"what": name}
+        for kind, fisher in (("Hessian", False), ("Fisher", True)):
+            pairs = zip(layers, decoded, strict=True)
+            want = {n: layers[n].error(d, fisher) for n, d in pairs}
+            found = at_equal_error(setup, layers, want, fisher)
+            row |= {f"bits ({kind})": found["bits"], f"clip ({kind})": found["clip"]}
+            row[f"saved ({kind})"] = (rows[0] if rows else row)[f"bits ({kind})"] - found["bits"]
+        rows.append(row)
+    table("R: bits per weight of the whole file at equal error of every tensor", rows)
+    return rows
+
+
+def bar_q(args: argparse.Namespace) -> list[Row]:
+    """Bits above the rate-distortion bound."""
+    W, rows = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0)), []
+    for states in (0, *train_gpt.TCQ_CODES):
+        scheme = "gptq_tcq" if states else "rowwise"
+        rule = train_gpt.QuantRule("*", scheme, 6, 12.2)
+        cfg = train_gpt.Config(tcq_states=states or 8, tcq_chunk_rows=args.chunk_rows)
+        parts, seconds = bench_quantize.timed(train_gpt.SCHEMES[scheme].encode, W, torch.eye(W.size(1)), rule, cfg)
+        error = (train_gpt.SCHEMES[scheme].decode(parts) - W).square().mean() / W.square().mean()
+        coded = {key: part for key, part in parts.items() if key in "qt"}
+        bits = 8 * packed({f"blocks.0.mlp.up.weight:{scheme}": coded}, "rans") / W.numel()
+        entropy, gap = 8 * train_gpt.entropy_bytes(coded) / W.numel(), bits + error.log2().item() / 2
+        rows.append({"states": states or "scalar", "bits": bits, "at entropy": entropy, "gap": gap, "seconds": seconds})
+    table(f"Q: standard normal weights, chunks of {args.chunk_rows} rows; gap to the bound in bits", rows)
+    return rows
+
+
+def bar_t(args: argparse.Namespace) -> list[Row]:
+    """Seconds for the contest model."""
+    ours = {"MATRIX_QUANT": "gptq_tcq", "EMBED_QUANT": "gptq_tcq", "COMPRESSOR": "rans", "SCALE_STEP": "0.02"}
+    runtime, rows = train_gpt.Runtime(0, 1, torch.device("cpu"), train_gpt.Log(None, True)), []
+    for states in args.states:
+        knobs = {"TCQ_STATES": str(states), "TCQ_COLUMN_BETA": "1", "TCQ_CHUNK_ROWS": str(args.chunk_rows)}
+        cfg = train_gpt.load_config(bench_quantize.KNOBS | ours | knobs | {"REPAIR": "none"})
+        state = bench_quantize.random_weights(cfg, "student")
+        hessians = bench_quantize.synthetic_hessians(state)
+        start = time.process_time()
+        parts, quantise = bench_quantize.timed(train_gpt.quantize, cfg, runtime, state, hessians)
+        arrays = {f"{key}:{part}": t.numpy() for key, value in parts.items() for part, t in value.items()}
+        blob, pack = bench_quantize.timed(train_gpt.pack_arrays, arrays, "rans")
+        cpu = time.process_time() - start
+        restored, unpack = bench_quantize.timed(train_gpt.unpack_arrays, blob)
+        if any(restored[name].tobytes() != array.tobytes() for name, array in arrays.items()):
+            raise SystemExit("unpacking does not give back what was packed")
+        rows.append(
+            {"states": states, "quantise": quantise, "encode": pack, "sum": quantise + pack, "of processors": cpu}
+        )
+        rows[-1] |= {"decode": unpack, "bytes": len(blob)}
+    table(f"T: seconds for the contest model, {torch.get_num_threads()} threads", rows)
+    return rows
+
+
+def main() -> None:
+    """The bars that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bars", nargs="+", default=["Q", "T"], choices=("Q", "R", "T"))
+    parser.add_argument("--inputs", type=Path, help="archive of weights, Hessians and gradients, for R")
+    parser.add_argument("--states", nargs="+", type=int, default=[8], help="of bar T")
+    parser.add_argument("--chunk-rows", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    if "R" in args.bars and args.inputs is None:
+        parser.error("bar R needs --inputs")
+    torch.set_num_threads(args.threads)
+    print(json.dumps({bar: {"Q": bar_q, "R": bar_r, "T": bar_t}[bar](args) for bar in args.bars}))
+
+
+if __name__ == "__main__":
+    main()

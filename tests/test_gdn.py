@@ -1,0 +1,694 @@
+"""The hybrid of gated delta nets and attention (PR 1895): the delta rule, the mixers, the sink, the whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gdn_rules
+import golden_rules as rules
+import pytest
+import torch
+import torch.nn.functional as F
+from gdn_rules import GOLDEN, exact_tables, recurrence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import train_gpt
+
+FORWARD = [rules.Entry(e["name"], GOLDEN["base"] | e["config"], e["expected"]) for e in GOLDEN["forward"]]
+PUBLISHED = {
+    "mixers": "G*2 A*8 G", "mlp_mult": 4.125, "logit_softcap": 20.0, "qk_gain_init": 5.25, "parallel_lanes": 1,
+    "attn_extras": ("xsa", "sink"), "rope_dtype": "bf16", "gdn_conv_trained": False, "gdn_bos_reset": False,
+}  # fmt: skip
+TOY = {
+    "vocab_size": 97, "num_layers": 5, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0,
+    "rope_dims": 4, "mixers": "G A*3 G", "num_loops": 1, "loop_start": 1, "loop_end": 2, "parallel_start_layer": 3,
+    "parallel_lanes": 1, "attn_extras": ("xsa", "sink"), "gdn_head_dim": 8,
+}  # fmt: skip
+Rule = Callable[..., tuple[Tensor, Tensor]]
+
+
+def each(kind: str) -> pytest.MarkDecorator:
+    """One test per entry of a kind, as the argument `golden`."""
+    found = [rules.Entry(e["name"], e["config"], e["expected"]) for e in GOLDEN[kind]]
+    return pytest.mark.parametrize("golden", found, ids=[e.name for e in found])
+
+
+def close(value: Any, rel: float = rules.REL) -> Any:
+    return pytest.approx(value, rel=rel, abs=rel)
+
+
+def assert_gradients(found: dict[str, Tensor], expected: dict[str, dict[str, float]], rel: float = 1e-7) -> None:
+    for name, checks in expected.items():
+        rules.assert_checks(found[name], checks, rel)
+
+
+# The rule
+
+
+def draw(T: int, decay: float, seed: int = 0, sizes: tuple[int, ...] = (2, 3, 8, 6)) -> tuple[Tensor, ...]:
+    """Float64 inputs of the rule: unit keys as ELU + 1 gives them, log decays from -decay to 0, and a state."""
+    generator = torch.Generator().manual_seed(seed)
+    B, H, K, V = sizes
+    q, k = (train_gpt.unit(F.elu(torch.randn(B, T, H, K, generator=generator).double()) + 1) for _ in range(2))
+    v, state = (torch.randn(*shape, generator=generator).double() for shape in ((B, T, H, V), (B, H, K, V)))
+    g, beta = (torch.rand(B, T, H, generator=generator).double() for _ in range(2))
+    return q, k, v, -decay * g, beta, torch.zeros(B, T, dtype=torch.bool), state
+
+
+def differentiated(rule: Rule, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Outputs of a rule and the gradients of all inputs but the starts, of a weighted sum of the outputs."""
+    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    o, state = rule(*leaves)
+    loss = sum((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).cos()).sum() for y in (o, state))
+    return [o.detach(), state.detach(), *torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])]
+
+
+def assert_same_rule(rule: Rule, inputs: tuple[Tensor, ...]) -> None:
+    """A rule is the recurrence: values to 1e-11, gradients to 1e-9 of the largest."""
+    pairs = zip(differentiated(rule, inputs), differentiated(recurrence, inputs), strict=True)
+    for i, (got, wanted) in enumerate(pairs):
+        bound = (1e-11 if i < 2 else 1e-9) * wanted.abs().max().item()
+        torch.testing.assert_close(got, wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 64, 128])
+@pytest.mark.parametrize("decay", [0.1, 20.0])
+def test_chunked_rule_is_the_recurrence_for_every_chunk_length(chunk: int, decay: float) -> None:
+    assert_same_rule(functools.partial(train_gpt.chunked_delta_rule, chunk=chunk), draw(133, decay))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(T=st.integers(1, 40), chunk=st.integers(1, 24), decay=st.sampled_from([0.0, 0.5, 300.0]), data=st.data())
+def test_chunked_rule_is_the_recurrence_with_any_starts(T: int, chunk: int, decay: float, data: st.DataObject) -> None:
+    inputs = list(draw(T, decay, sizes=(2, 1, 3, 2)))
+    for row in inputs[5]:
+        row[data.draw(st.lists(st.integers(0, T - 1), max_size=8))] = True
+    assert_same_rule(functools.partial(train_gpt.chunked_delta_rule, chunk=chunk), tuple(inputs))
+
+
+def test_a_state_carried_across_a_split_changes_nothing() -> None:
+    q, k, v, g, beta, starts, state = draw(150, 0.3)
+    whole, last = train_gpt.chunked_delta_rule(q, k, v, g, beta, starts, state)
+    parts, passed = [], state
+    for span in (slice(0, 37), slice(37, 38), slice(38, 150)):
+        y, passed = train_gpt.chunked_delta_rule(*(x[:, span] for x in (q, k, v, g, beta, starts)), passed)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-11)
+    torch.testing.assert_close(passed, last, rtol=0, atol=1e-11)
+
+
+def test_nothing_crosses_a_start_not_even_a_tiny_gradient() -> None:
+    q, k, v, g, beta, starts, state = (x.requires_grad_(x.is_floating_point()) for x in draw(90, 0.01))
+    starts[:, 70] = True
+    o, _ = train_gpt.chunked_delta_rule(q, k, v, g, beta, starts, state)
+    *exact, decays, states = torch.autograd.grad(o[:, 70:].sum(), (q, k, v, beta, g, state))
+    assert not states.any() and not any(x[:, :70].any() or not x[:, 70:].any() for x in exact)
+    assert decays[:, :71].abs().max() < 1e-13 < decays[:, 71:].abs().max()  # sums of what cancels
+
+
+@pytest.mark.parametrize(("decay", "bound"), [(0.1, 2e-5), (20.0, 2e-5)])
+def test_single_precision_stays_close(decay: float, bound: float) -> None:
+    exact = draw(300, decay, sizes=(1, 2, 64, 64))
+    single = tuple(x.float() if x.is_floating_point() else x for x in exact)
+    got, wanted = differentiated(train_gpt.chunked_delta_rule, single), differentiated(recurrence, exact)
+    for x, y in zip(got[:2], wanted[:2], strict=True):
+        assert (x - y).norm() <= bound * y.norm()
+    for x, y in zip(got[2:], wanted[2:], strict=True):
+        assert torch.isfinite(x).all() and (x - y).norm() <= 10 * bound * y.norm()
+
+
+@each("gated_delta_rule")
+def test_rule_gives_the_published_numbers(golden: rules.Entry) -> None:
+    c, expected = golden.config, golden.expected
+    (B, T), repeat, shape = (c["B"], c["T"]), c["v_heads"] // c["q_heads"], {}
+    shape |= dict.fromkeys(("q", "k"), (B, T, c["q_heads"], c["key_dim"]))
+    shape |= {"v": (B, T, c["v_heads"], c["value_dim"])} | dict.fromkeys(("g", "beta"), (B, T, c["v_heads"]))
+    low, (base, amp) = -c["g_max_decay"] / 2, c["beta_fill"]
+    amps = dict.fromkeys(("q", "k"), (c["qk_fill_amp"], 0.0)) | {"v": (c["v_fill_amp"], 0.0)}
+    amps |= {"g": (-low, low), "beta": (amp, base)}
+    raw = {n: rules.fill("hash", f"gdr.{n}.{c['key']}", shape[n], *amps[n]).requires_grad_() for n in shape}
+    feature = {"elu1": (lambda x: F.elu(x) + 1, F.silu), "raw": (lambda x: x, lambda x: x)}[c["feature"]]
+    q, k = (feature[0](raw[n]).repeat_interleave(repeat, dim=2) * c["qk_post_factor"] for n in ("q", "k"))
+    sizes = (B, c["v_heads"], c["key_dim"], c["value_dim"])
+    state = rules.fill("hash", f"gdr.s0.{c['key']}", sizes, c["initial_state_amp"]).requires_grad_()
+    rule = train_gpt.delta_rule if c["l2norm_in_op"] else train_gpt.chunked_delta_rule
+    starts = torch.zeros(B, T, dtype=torch.bool)
+    o, last = rule(q, k, feature[1](raw["v"]), raw["g"], raw["beta"], starts, state)
+    assert q.size(-1) ** -0.5 == close(c["scale"])
+    rules.assert_checks(o, expected["output"])
+    rules.assert_checks(last, expected["final_state"])
+    assert o[0, 0, 0, :4].tolist() == close(expected["output_first_token_head0_first4"])
+    assert o[-1, -1, -1, :4].tolist() == close(expected["output_last_token_last_head_first4"])
+    assert last[-1, -1, 0, :4].tolist() == close(expected["final_state_last_head_row0_first4"])
+    weights = (rules.fill("hash", f"gdr.{n}.{c['key']}", x.shape, 1.0) for n, x in (("wo", o), ("ws", last)))
+    loss = sum((w * x).sum() for w, x in zip(weights, (o, last), strict=True))
+    assert loss.item() == close(expected["loss"])
+    raw["initial_state"] = state
+    gradients = torch.autograd.grad(loss, list(raw.values()))
+    assert_gradients(dict(zip(raw, gradients, strict=True)), expected["grad"])
+
+
+# Flash-linear-attention, imitated: a function with gradients of its own, which the operators call inside
+
+
+class Imitation(torch.autograd.Function):
+    """The rule of unnormed q and k on the CPU, its gradients written as a loop backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*inputs)
+        q, k, v, g, beta, state = inputs
+        starts = torch.zeros(g.shape[:2], dtype=torch.bool)
+        return recurrence(train_gpt.unit(q), train_gpt.unit(k), v, g, beta, starts, state)
+
+    @staticmethod
+    def backward(ctx: Any, go: Tensor, gs: Tensor) -> tuple[Tensor, ...]:
+        raw_q, raw_k, v, g, beta, state = ctx.saved_tensors
+        q, k, scale = train_gpt.unit(raw_q), train_gpt.unit(raw_k), raw_q.size(-1) ** -0.5
+        states, dq, dk, dv, dg, dbeta = [state], *(torch.empty_like(x) for x in (q, k, v, g, beta))
+        for t in range(v.size(1)):
+            starts = torch.zeros(len(v), 1, dtype=torch.bool)
+            states.append(recurrence(*(x[:, t : t + 1] for x in (q, k, v, g, beta)), starts, states[-1])[1])
+        for t in reversed(range(v.size(1))):
+            key, query, write = k[:, t, :, :, None], q[:, t, :, :, None], beta[:, t, :, None, None]
+            kept = states[t] * g[:, t, :, None, None].exp()
+            missed, out = v[:, t, :, None] - key.mT @ kept, scale * go[:, t, :, None]
+            gs = gs + query @ out
+            dq[:, t] = (states[t + 1] @ out.mT)[..., 0]
+            into = key.mT @ gs
+            dv[:, t], dbeta[:, t] = (write * into)[:, :, 0], (into * missed).sum((-1, -2))
+            dk[:, t] = (gs @ (write * missed).mT - kept @ (write * into).mT)[..., 0]
+            gs = gs - key @ (write * into)
+            dg[:, t] = (gs * kept).sum((-1, -2))
+            gs = gs * g[:, t, :, None, None].exp()
+        for raw, unit, grad in ((raw_q, q, dq), (raw_k, k, dk)):
+            grad.sub_(unit * (unit * grad).sum(-1, keepdim=True)).mul_(raw.square().sum(-1, keepdim=True).rsqrt())
+        return dq, dk, dv, dg, dbeta, gs
+
+
+def imitation(*inputs: Tensor, initial_state: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+    """Called like the library's function."""
+    assert options == {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    return Imitation.apply(*inputs, initial_state)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_rule_is_the_twin_with_gradients_that_the_library_gives(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_gpt, "chunk_gated_delta_rule", imitation)
+    q, k, v, g, beta, starts, state = draw(30, 0.3, sizes=(2, 2, 4, 3))
+    starts[0, 11] = starts[1, 20] = starts[1, 21] = True
+    inputs = (3 * q, k + 1, v, g, beta, starts, state)
+    fused = train_gpt.fused_delta_rule
+    fused = torch.compile(fused, fullgraph=True) if compiled else fused
+    pairs = zip(differentiated(fused, inputs), differentiated(train_gpt.delta_rule, inputs), strict=True)
+    for got, wanted in pairs:
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_which_rule_runs_is_chosen_once_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    log = type("Lines", (), {"__call__": lambda self, text: lines.append(text)})()
+    runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), log, torch.bfloat16)
+    cfg = train_gpt.Config(**PUBLISHED)
+    monkeypatch.setattr(train_gpt, "triton", object())
+    monkeypatch.setattr(train_gpt, "chunk_gated_delta_rule", None)
+    assert train_gpt.choose_kernels(cfg, runtime).delta_rule is train_gpt.delta_rule
+    with pytest.raises(train_gpt.UserError, match="FUSED_GDN_ENABLED=1 needs a GPU, triton, .*flash-linear-attention"):
+        train_gpt.choose_kernels(dataclasses.replace(cfg, fused_gdn_enabled="1"), runtime)
+    monkeypatch.setattr(train_gpt, "chunk_gated_delta_rule", imitation)
+    assert train_gpt.choose_kernels(cfg, runtime).delta_rule is train_gpt.fused_delta_rule
+    plain = train_gpt.choose_kernels(dataclasses.replace(cfg, fused_gdn_enabled="0"), runtime)
+    assert plain.delta_rule is train_gpt.delta_rule
+    assert [line for line in lines if "gdn" in line] == [
+        "fused_gdn_enabled: plain", "fused_gdn_enabled: fused", "fused_gdn_enabled: plain"
+    ]  # fmt: skip
+
+
+# Delta nets
+
+
+class Spy:
+    """A rule or a backend of attention that keeps what it was called with and what it gave."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        self.args, self.result = args, self.function(*args)
+        return self.result
+
+
+def mixer(config: dict[str, Any], layer: int, letters: str, knobs: dict[str, Any]) -> torch.nn.Module:
+    cfg = train_gpt.Config(model_dim=config["dim"], mixers=letters, num_layers=len(letters), **knobs)
+    made = train_gpt.MIXERS[letters[layer]](cfg, layer, train_gpt.masked_attention, train_gpt.PLAIN)
+    return gdn_rules.fill_module(config, made, config["weight_name_prefix"], letters)
+
+
+def delta_net(config: dict[str, Any]) -> train_gpt.DeltaNet:
+    heads = {"gdn_head_dim": config["head_dim"], "gdn_qk_heads": config["q_heads"], "gdn_v_heads": config["v_heads"]}
+    net = mixer(config, 0, "G", heads)
+    net.rule = Spy(net.rule)
+    return net
+
+
+def run_mixer(
+    net: torch.nn.Module, config: dict[str, Any], seq: train_gpt.Seq
+) -> tuple[Tensor, float, dict[str, Tensor], dict[str, Tensor]]:
+    """Output, loss, gradients and the inputs of tapped matrices of a mixer on the golden input."""
+    shape, sites = (config["B"], config["T"], config["dim"]), {}
+    x = rules.fill("hash", f"x.{config['key']}", shape, 1.0).requires_grad_()
+
+    def tap(name: str, inside: Tensor, y: Tensor) -> Tensor:
+        sites[name] = inside
+        return y
+
+    y = net(x, seq, tap, train_gpt.Values(None, None))
+    loss = (y * rules.fill("hash", f"w.{config['key']}", shape, 1.0)).sum()
+    loss.backward()
+    prefix, letters = config["weight_name_prefix"], "G" if isinstance(net, train_gpt.DeltaNet) else "AAAA"
+    names = {gdn_rules.published_name(prefix + n, letters)[len(prefix) :]: p for n, p in net.named_parameters()}
+    return y, loss.item(), {"x": x.grad} | {n: p.grad for n, p in names.items()}, sites
+
+
+MIXER_ENTRIES = [rules.Entry(e["name"], e["config"], e["expected"]) for e in GOLDEN["gdn_mixer"]]
+MIXER_ENTRIES += [rules.Entry(e["name"], e["config"], e["expected"]) for e in GOLDEN["gdn_mixer_reset"]]
+
+
+@pytest.mark.parametrize("golden", MIXER_ENTRIES, ids=lambda e: e.name)
+def test_delta_net_gives_the_published_numbers(golden: rules.Entry) -> None:
+    c, expected = golden.config, golden.expected
+    net, firsts = delta_net(c), c.get("reset_starts", [0])
+    starts = torch.zeros(c["B"], c["T"], dtype=torch.bool)
+    starts[:, [t for t in firsts if t]] = True
+    seq = train_gpt.Seq(None, 0, torch.empty(0), torch.empty(0), None, starts)
+    y, loss, gradients, sites = run_mixer(net, c, seq)
+    assert set(sites) == {"qkv", "o", "attn"} and sites["qkv"].shape == sites["attn"].shape
+    q, k, v, g, beta, _, state = net.rule.args
+    names = ("q_after_conv_elu_repeat", "k_after_conv_elu_repeat", "v_after_conv_silu", "log_decay_g", "beta")
+    for name, x in zip(names, (q, k, v, g, beta), strict=True):
+        rules.assert_checks(x, expected[name])
+    rules.assert_checks(net.rule.result[0], expected["delta_rule_output"])
+    for first, stop, checks in zip(firsts, [*firsts[1:], c["T"]], expected["final_states"], strict=True):
+        cut = (x[:, first:stop] for x in (q, k, v, g, beta, starts))
+        rules.assert_checks(train_gpt.delta_rule(*cut, state)[1], checks)
+    rules.assert_checks(net.rule.result[1], expected["final_states"][-1])
+    rules.assert_checks(y, expected["output"])
+    assert y[0, 0, :4].tolist() == close(expected["output_first4_pos0"])
+    assert y[-1, -1, :4].tolist() == close(expected["output_first4_last"])
+    assert g.exp().mean().item() == close(expected["mean_decay_factor"])
+    assert loss == close(expected["loss"])
+    assert_gradients(gradients, expected["grad"])
+    if len(firsts) > 1:
+        joined = run_mixer(net, c, seq._replace(starts=torch.zeros_like(starts)))[0]
+        assert (y - joined).norm().item() == close(expected["output_l2_difference_to_no_reset"], 1e-7)
+
+
+def test_column_1_of_the_taps_is_the_token_itself() -> None:
+    net = delta_net(MIXER_ENTRIES[0].config)
+    starts = torch.zeros(1, 6, dtype=torch.bool)
+    starts[0, 4] = True
+    seq = train_gpt.Seq(None, 0, torch.empty(0), torch.empty(0), None, starts)
+    x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        net(x, seq, train_gpt.untapped, train_gpt.Values(None, None))
+        kernel = net.taps.unsqueeze(1)  # (channels, 1, 2), as torch's convolution has it, the last column the newest
+        parts = (F.pad(net.qkv(x[:, s]).mT, (1, 0)) for s in (slice(0, 4), slice(4, 6)))
+        wanted = torch.cat([F.conv1d(part, kernel, groups=len(kernel)) for part in parts], dim=2).mT
+    torch.testing.assert_close(net.rule.args[2], F.silu(wanted[..., 32:]).unflatten(-1, (4, 8)), rtol=0, atol=1e-12)
+
+
+def test_initial_values() -> None:
+    cfg = train_gpt.Config(**PUBLISHED)
+    net = train_gpt.DeltaNet(cfg, 0, train_gpt.masked_attention, train_gpt.PLAIN)
+    seen = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        for module in (*net.children(), net):
+            module.reset(generator)
+        seen.append(torch.stack([net.A_log.exp(), F.softplus(net.dt_bias)]).detach())
+    A, dt = torch.stack(seen).unbind(1)
+    assert 1 <= A.min() < 1.2 and 6.5 < A.max() <= 8.001 and A.log().mean().item() == pytest.approx(1.04, abs=0.15)
+    assert 9.9e-4 <= dt.min() < 1.3e-3 and 0.07 < dt.max() <= 0.1001
+    assert dt.log().mean().item() == pytest.approx(math.log(0.01), abs=0.4)
+    for weight, bound in ((net.taps, 0.5**0.5), (net.ba.weight, 512**-0.5)):
+        assert 0.98 * bound < weight.abs().max() <= bound and abs(weight.mean()) < 0.1 * bound
+    assert not net.o.weight.any() and net.taps.shape == (512, 2) and net.ba.weight.shape == (8, 512)
+    torch.testing.assert_close(net.qkv.weight @ net.qkv.weight.T, torch.eye(512), rtol=0, atol=1e-4)
+    torch.testing.assert_close(net.z.weight @ net.z.weight.T, torch.eye(256), rtol=0, atol=1e-4)
+
+
+# The sink
+
+
+@each("sink_attention")
+def test_sink_attention_gives_the_published_numbers(golden: rules.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    c, expected = golden.config, golden.expected
+    heads = {
+        "num_heads": c["query_heads"], "num_kv_heads": c["kv_heads"], "rope_base": c["rope_base"],
+        "rope_dims": c["rope_dims"] or c["dim"] // c["query_heads"], "rope_reference_len": c["rope_reference_length"],
+        "attn_extras": ("xsa", "sink")[not c["xsa"] :], "vocab_size": 8, "num_loops": 0,
+    }  # fmt: skip
+    for dtype in ("float32", "bf16_as_published"):
+        made = {"rope_dtype": dtype[:4] if dtype != "float32" else "fp32"} | heads
+        model = train_gpt.GPT(train_gpt.Config(model_dim=c["dim"], num_layers=4, **made))
+        y, *_ = run_mixer(mixer(c, 3, "AAAA", heads), c, model.plan(c["T"], rules.CPU))
+        assert y.norm().item() == close(expected[f"output_l2_with_rope_{dtype}"], 1e-7)
+    monkeypatch.setattr(train_gpt, "rotary_tables", exact_tables)
+    net = mixer(c, 3, "AAAA", heads)
+    net.attend = Spy(net.attend)
+    model = train_gpt.GPT(train_gpt.Config(model_dim=c["dim"], num_layers=4, **heads))
+    y, loss, gradients, sites = run_mixer(net, c, model.plan(c["T"], rules.CPU))
+    rules.assert_checks(net.attend.result, expected["attention_before_xsa"])
+    rules.assert_checks(sites["o"], expected["attention_before_projection"])
+    rules.assert_checks(y, expected["output"])
+    assert y[0, 1, :4].tolist() == close(expected["output_first4_pos1"])
+    assert y[-1, -1, :4].tolist() == close(expected["output_first4_last"])
+    assert loss == close(expected["loss"])
+    assert_gradients(gradients, expected["grad"])
+    assert gradients["k_sink"].flatten()[:8].tolist() == close(expected["grad_k_sink_first8"])
+    assert gradients["q_gain"].tolist() == close(expected["grad_q_gain"])
+    open_share, _ = gated_attention(*net.attend.args[:3], net.sink)
+    wanted = expected["sink_probability"]
+    assert (1 - open_share).mean().item() == close(wanted["mean"])
+    assert (1 - open_share)[0].mean(0).tolist() == close(wanted["per_head_mean_batch0"])
+    assert (1 - open_share)[0, 0].tolist() == close(wanted["pos0_batch0"])
+
+
+def gated_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """Share (B, T, H) of a query's weight that its keys get, sigmoid(logsumexp - sink logit), and causal attention
+    without a sink times that share."""
+    groups, scale = q.size(2) // k.size(2), q.size(-1) ** -0.5
+    keys, values, sinks = (x.repeat_interleave(groups, dim=-2) for x in (k, v, sink))
+    logits = torch.einsum("bthd,bshd->btsh", q, keys) * scale
+    later = torch.ones(q.size(1), q.size(1), dtype=torch.bool).triu(1)
+    logits = logits.masked_fill(later[None, :, :, None], -math.inf)
+    share = torch.sigmoid(logits.logsumexp(2) - (q * sinks).sum(-1) * scale)
+    return share, share[..., None] * torch.einsum("btsh,bshd->bthd", logits.softmax(2), values)
+
+
+def heads(length: int, rows: int = 1, seed: int = 3) -> list[Tensor]:
+    """Float64 q (4 heads), k, v (2 heads) and a sink."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(rows, length, n, 8) for n in (4, 2, 2)] + [(2, 8)]
+    return [torch.randn(*shape, generator=generator).double().requires_grad_() for shape in shapes]
+
+
+def assert_sunk(attend: train_gpt.Attend, seq: train_gpt.Seq, bounds: list[int], rows: int) -> None:
+    """A backend's values and gradients are those of each segment's gated attention."""
+    leaves = heads(bounds[-1] // rows, rows)
+    q, k, v, sink = leaves
+    got = attend(q, k, v, seq, sink).flatten(0, 1)
+    spans = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    flat = [x.flatten(0, 1)[None] for x in (q, k, v)]
+    wanted = torch.cat([gated_attention(*(x[:, span] for x in flat), sink)[1][0] for span in spans])
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    weight = torch.linspace(-1, 1, got.numel(), dtype=got.dtype).view_as(got).sin()
+    pairs = ((torch.autograd.grad((y * weight).sum(), leaves, retain_graph=True)) for y in (got, wanted))
+    for x, y in zip(*pairs, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("cu", "band"), [(None, 0), ([0, 3, 4, 9, 16, 24, 24, 24], 8), ([0, 5, 24, 24], 24)])
+def test_a_sink_takes_its_share_in_the_masked_twin(cu: list[int] | None, band: int) -> None:
+    bounds = None if cu is None else torch.tensor(cu, dtype=torch.int32)
+    mask = None if cu is None else train_gpt.segment_mask(bounds, 24, band)
+    seq = train_gpt.Seq(bounds, band, torch.empty(0), torch.empty(0), mask)
+    assert_sunk(train_gpt.masked_attention, seq, cu or [0, 12, 24], 2 if cu is None else 1)
+
+
+def imitated_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
+) -> Tensor:
+    """Flash attention over segments as documented: query i of m sees the keys up to i + n - m of its segment's n."""
+    assert options["window_size"] == (-1, 0)
+    out, groups = [], q.size(1) // k.size(1)
+    for a, b, c, d in zip(*(x.tolist() for x in (cu_q, cu_q[1:], cu_k, cu_k[1:])), strict=False):
+        assert b - a <= max_q and d - c <= max_k
+        queries, keys, values = q[a:b], *(x[c:d].repeat_interleave(groups, dim=1) for x in (k, v))
+        seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - b + a)
+        logits = torch.einsum("thd,shd->hts", queries, keys) * q.size(-1) ** -0.5
+        weights = logits.masked_fill(~seen, -math.inf).softmax(-1)
+        out.append(torch.einsum("hts,shd->thd", weights, values))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("cu", [None, [0, 3, 4, 9, 16, 24, 24, 24]])
+def test_a_sink_is_a_key_before_each_segment_of_flash_attention(
+    cu: list[int] | None, gqa: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_gpt, "varlen_attn", imitated_varlen)
+    monkeypatch.setattr(train_gpt, "VARLEN_HAS_GQA", gqa)
+    bounds = None if cu is None else torch.tensor(cu, dtype=torch.int32)
+    seq = train_gpt.Seq(bounds, 8, torch.empty(0), torch.empty(0), None)
+    assert_sunk(train_gpt.flash_attention, seq, cu or [0, 12, 24], 2 if cu is None else 1)
+
+
+# The model
+
+
+@functools.lru_cache(maxsize=2)
+def filled(name: str) -> train_gpt.GPT:
+    """The model of a golden entry, made once for both of its routes."""
+    return gdn_rules.build(next(e.config for e in FORWARD if e.name.startswith(name)))
+
+
+@pytest.mark.parametrize("golden", FORWARD, ids=lambda e: e.name)
+def test_forward_and_gradients_give_the_published_numbers(golden: rules.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    c, expected, exact = golden.config, golden.expected, golden.config["rows"] * golden.config["T"] < 200
+    model, rel = filled(golden.name.partition("_loop_")[0]), rules.REL if exact else 1e-6
+    model.zero_grad(set_to_none=True)
+    model.set_looping(c["loop_on"])
+    count, V = c["rows"] * (c["T"] + 1), c["V"]
+    if c["token_rule"] == "linear":
+        place = torch.arange(c["rows"] * c["T"]).view(c["rows"], -1)
+        ids, targets = 7919 * place % V, (7919 * place + 4001) % V
+    else:
+        stream = torch.from_numpy(rules.tokens(V, count, [])).view(c["rows"], -1)
+        ids, targets = stream[:, :-1], stream[:, 1:]
+    if V < 8192:
+        with torch.no_grad():
+            assert model(ids, targets, reduction="none").sum().item() == close(
+                expected["nll_sum_with_rope_float32"], 1e-7
+            )
+    monkeypatch.setattr(train_gpt, "rotary_tables", exact_tables)
+    with torch.set_grad_enabled("grad_l2" in expected):
+        h = model.trunk(ids)
+        z = train_gpt.softcapped(model.tok_emb(h), c["logit_softcap"])
+        nll = F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none")
+    rules.assert_checks(h, expected["hidden"], rel)
+    assert h[0, 5, :4].tolist() == close(expected["hidden_row0_pos5_first4"], rel)
+    assert nll.sum().item() == close(expected["nll_sum"], rel)
+    assert nll[:8].tolist() == close(expected["nll_first8"], rel)
+    if "logits_row1_pos200_first4" in expected:
+        assert z[1, 200, :4].tolist() == close(expected["logits_row1_pos200_first4"], rel)
+        return
+    assert nll[-4:].tolist() == close(expected["nll_last4"])
+    rules.assert_checks(z, expected["logits"])
+    assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
+    route, encoder = list(model.route.layers), model.route.num_encoder
+    assert {"encoder": route[:encoder], "decoder": route[encoder:]} == expected["execution_order"]
+    nll.mean().backward()
+    letters = train_gpt.mixer_letters(gdn_rules.model_config(c))
+    gradients = {gdn_rules.published_name(n, letters): p.grad for n, p in model.named_parameters()}
+    for name, norm in expected["grad_l2"].items():
+        rules.assert_checks(gradients[name], {"l2": norm, "wsum": expected["grad_wsum"][name]}, 1e-7)
+    total = torch.stack([g.norm() for g in gradients.values() if g is not None]).norm()
+    assert total.item() == close(expected["grad_l2_total"], 1e-7)
+
+
+def test_bf16_rotary_tables_of_the_published_program() -> None:
+    golden = GOLDEN["rope_table"]
+    c, tables = golden["config"], {"published_bf16": train_gpt.ROTARIES["bf16"], "exact_float64": exact_tables}
+    for name, make in tables.items():
+        expected = golden["expected"][name]
+        for part, table in zip(("cos", "sin"), make(c["T"], c["rope_dims"], c["rope_base"], rules.CPU), strict=True):
+            assert table[c["positions"]].tolist() == [close(row, 1e-9) for row in expected[part]]
+            rules.assert_checks(table, expected[f"{part}_checks"])
+    assert train_gpt.ROTARIES["bf16"](8, 4, 1e4, rules.CPU)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("golden", [e for e in FORWARD if e.config["V"] < 8192][::3], ids=lambda e: e.name)
+def test_loss_with_the_published_rotary_tables(golden: rules.Entry) -> None:
+    c = golden.config
+    model = gdn_rules.build(c, rope_dtype="bf16")
+    model.set_looping(c["loop_on"])
+    stream = torch.from_numpy(rules.tokens(c["V"], c["rows"] * (c["T"] + 1), [])).view(c["rows"], -1)
+    with torch.no_grad():
+        nll = model(stream[:, :-1], stream[:, 1:], reduction="none").sum().item()
+    assert nll == close(golden.expected["nll_sum_with_rope_bf16_as_published"], 1e-7)
+
+
+def toy(seed: int = 5, looping: bool = True, **knobs: Any) -> train_gpt.GPT:
+    """A small model, none of its tensors zero."""
+    model = train_gpt.GPT(train_gpt.Config(**TOY | knobs)).reset(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.set_looping(looping)
+    return model
+
+
+def sample(rows: int, length: int, bos: list[int]) -> Tensor:
+    return torch.from_numpy(rules.tokens(97, rows * length, bos)).view(rows, length)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_documents_are_scored_as_if_alone(packed: bool) -> None:
+    """Plain rows of delta nets alone, since attention runs through; packed, all mixers, and positions start afresh."""
+    model = toy(**{} if packed else {"mixers": "G*5"})
+    bounds, ids = [0, 31, 32, 77, 140], sample(1, 140, [0, 31, 32, 77])
+    cu = torch.tensor([*bounds, 140, 140], dtype=torch.int32)
+    together = model(ids, seq=model.plan(140, rules.CPU, cu, 140) if packed else None)
+    for first, stop in zip(bounds, bounds[1:], strict=False):
+        alone = model(ids[:, first:stop])
+        torch.testing.assert_close(together[:, first:stop], alone, rtol=0, atol=2e-5)
+    through = toy(**{"gdn_bos_reset": False} | ({} if packed else {"mixers": "G*5"}))
+    crossing = through(ids, seq=through.plan(140, rules.CPU, cu, 140) if packed else None)
+    assert torch.allclose(crossing, together, atol=2e-5) is packed  # segments always bound the state, BOS when asked
+
+
+def test_a_cut_of_a_long_document_starts_the_state_afresh() -> None:
+    model, ids = toy(mixers="G*5"), sample(1, 96, [0])
+    cu = torch.from_numpy(train_gpt.pad_bounds(train_gpt.segment_bounds(torch.zeros(1, dtype=int).numpy(), 96, 32)))
+    got = model(ids, seq=model.plan(96, rules.CPU, cu, 32))
+    torch.testing.assert_close(got, model(ids.view(3, 32)).view(1, 96, 97), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("looping", [False, True])
+def test_a_later_token_changes_no_earlier_logit(looping: bool) -> None:
+    model, ids = toy(looping=looping), sample(2, 80, [3])
+    before = model(ids)
+    ids[:, 50] = 11
+    after = model(ids)
+    assert torch.equal(before[:, :50], after[:, :50])
+    assert not torch.isclose(before[:, 50:], after[:, 50:]).all(dim=-1).any()
+
+
+def test_a_compiled_model_gives_the_same_numbers() -> None:
+    model, ids = toy(), sample(2, 71, [0, 20])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # traced like a run's, without a C++ compiler
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        loss = run(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == 1 + sum(1 for _ in model.parameters())
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-6)
+
+
+def test_parallel_layers_on_one_stream_are_those_from_the_first_on() -> None:
+    cfg = train_gpt.Config(**TOY)
+    for looping in (False, True):
+        route = train_gpt.plan_route(cfg, looping)
+        assert route.abreast == tuple(layer >= 3 for layer in route.layers) and not any(route.parallel)
+        assert "beside" in str(route)
+    lanes = train_gpt.plan_route(dataclasses.replace(cfg, parallel_lanes=2), False)
+    assert any(lanes.parallel) and not any(lanes.abreast)
+    none = dataclasses.replace(cfg, parallel_start_layer=0)
+    assert not any(train_gpt.plan_route(none, True).abreast)
+    published = train_gpt.plan_route(train_gpt.Config(**PUBLISHED), True)
+    assert [slot for slot, on in enumerate(published.abreast) if on] == [14, 15, 16] and published.num_encoder == 8
+    assert toy().lanes is None and toy(parallel_lanes=2).lanes is not None
+
+
+# Parameters, groups, knobs
+
+
+def test_parameters_and_optimiser_groups_are_the_published_ones() -> None:
+    cfg = train_gpt.Config(**PUBLISHED)
+    assert train_gpt.count_parameters(cfg) == 35_896_408
+    with torch.device("meta"):
+        model = train_gpt.GPT(cfg)
+    groups: dict[tuple[str, str], list[Tensor]] = {}
+    for row, params in train_gpt.route_parameters(model):
+        groups.setdefault((row.optimiser, row.lr), []).extend(p for p in params.values() if p.requires_grad)
+    counts = {key: (len(params), sum(p.numel() for p in params)) for key, params in groups.items()}
+    assert counts == {
+        ("adamw", "tied_embed_lr"): (1, 4_194_304), ("muon", "matrix_lr"): (66, 31_666_176),
+        ("adamw", "scalar_lr"): (57, 32_856),
+    }  # fmt: skip
+    assert "of them not trained: 3 tensors, 3,072 weights" in train_gpt.explain(cfg, {})
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_published_convolution_is_not_trained(trained: bool) -> None:
+    cfg = train_gpt.Config(**TOY, gdn_conv_trained=trained)
+    model, ids = toy(gdn_conv_trained=trained), sample(2, 40, [0])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimisers = train_gpt.Optimisers(cfg, model, rules.runtime())
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    optimisers.step(1.0, 0)
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert still == (set() if trained else {"blocks.0.attn.taps", "blocks.4.attn.taps"})
+
+
+@pytest.mark.parametrize(
+    ("text", "letters"),
+    [("", "A" * 5), ("G A*3 G", "GAAAG"), ("A*5", "A" * 5), (" GGAAA", "GGAAA"), ("G*2A*3", "GGAAA"), ("G*5", "G" * 5)],
+)
+def test_mixers_are_written_out(text: str, letters: str) -> None:
+    cfg = train_gpt.Config(**TOY | {"mixers": text})
+    assert train_gpt.mixer_letters(cfg) == letters and not cfg.problems()
+    kinds = [type(block.attn) for block in train_gpt.GPT(cfg).blocks]
+    assert kinds == [train_gpt.MIXERS[letter] for letter in letters]
+
+
+@pytest.mark.parametrize("text", ["G*2 A*2", "G*2 A*4", "G,A*4", "GAAA?", "G*-1 A*6", "attention", "G*0", "g a*4"])
+def test_mixers_that_do_not_fit_are_one_line_with_name_value_and_layers(text: str) -> None:
+    (line,) = train_gpt.Config(**TOY | {"mixers": text}).problems()
+    assert line.startswith(f"MIXERS={text!r} ") and "NUM_LAYERS=5" in line
+
+
+def test_value_embeddings_need_attention() -> None:
+    extras = {"attn_extras": ("value_embed",), "ve_dim": 8}
+    assert not train_gpt.Config(**TOY | extras | {"ve_layers": (1, 3)}).problems()
+    for layers in ((0, 1), (-1,), (5,)):
+        assert "VE_LAYERS" in train_gpt.Config(**TOY | extras | {"ve_layers": layers}).problems()[0]
+
+
+def test_adapters_on_delta_nets() -> None:
+    cfg = train_gpt.Config(**TOY, ttt_lora_rank=2, ttt_k_lora=False)
+    model, ids = toy(), sample(2, 40, [0])
+    names = [name for name, slot, _ in train_gpt.lora_sites(cfg, model) if slot == 0]
+    assert names[:3] == ["qkv", "attn", "mlp"]
+    assert [n for n, slot, _ in train_gpt.lora_sites(cfg, model) if slot == 1] == ["q", "v", "attn", "mlp"]
+    lora = train_gpt.BatchedLoRA(cfg, model, 2)
+    lora.reset(1, (0, 1))
+    plain = model(ids)
+    assert torch.equal(model(ids, taps=lora), plain)
+    model(ids, ids, taps=lora).backward()
+    assert all(b.grad is not None and b.grad.abs().max() > 0 for b in lora.B.values())
+    with torch.no_grad():
+        lora.B["qkv_0"][1].normal_(generator=torch.Generator().manual_seed(1))
+    adapted = model(ids, taps=lora)
+    assert torch.equal(adapted[0], plain[0]) and not torch.allclose(adapted[1], plain[1])
+
+
+def test_a_run_with_delta_nets(run_gpt: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
+    done = run_gpt(
+        MIXERS="G A*3 G", ATTN_EXTRAS="xsa,sink", PARALLEL_LANES=1, ROPE_DTYPE="bf16", GDN_HEAD_DIM=8,
+        GDN_CONV_TRAINED=0, ATTN_GATE="none", EMBED_EXTRAS="none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["legal"] and list(result["stages"]) == ["pre_quant", "quantized", "final"]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "fused_gdn_enabled: plain" in log and "attention beside MLP in slots" in log
+    assert "MIXERS=G A*3 G" in (tmp_path / "run" / "record.env").read_text()
+    taps = train_gpt.load_artifact(tmp_path / "run" / "model.bin")["blocks.4.attn.taps"]
+    assert taps.shape == (64, 2) and 0.5 < taps.abs().max() <= 0.5**0.5
