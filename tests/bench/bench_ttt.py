@@ -13,7 +13,7 @@ TTT_CONTEXT=recompute and one for carry.
 With --model: a really trained model (tests/bench/small_model.py makes FOLDER) on real documents, every k-th of the
 validation stream, cut to --longest predictions. Each variant is a list of knobs over TTT_CONTEXT=carry; its row goes to
 --out when it is done, so that several processes can fill one file. --compare makes the table: bits per byte and the
-difference to the recomputing variant of the same learning rate (else to the first one), with a 95 % interval by
+difference to the recomputing variant of the same learning rate (else to the best one), with a 95 % interval by
 bootstrap over the documents, 4,000 draws.
 """
 
@@ -136,7 +136,7 @@ def compare(rows: list[dict[str, object]], draws: int = 4000) -> None:
     print("|---|---|---|---|---|---|")
     for row in rows:
         assert row["doc_bytes"] == rows[0]["doc_bytes"], "rows of different documents"
-        base = next((b for b in bases if b["lr"] == row["lr"]), bases[0])
+        base = next((b for b in bases if b["lr"] == row["lr"]), min(bases, key=lambda b: b["bpb"]))
         gaps = (np.array(row["doc_nats"]) - np.array(base["doc_nats"]))[picks].sum(1) / size
         low, high = np.quantile(gaps, [0.025, 0.975])
         work = f"{row['grad_tokens_per_prediction']:.2f} ({row['grad_tokens_padded_per_prediction']:.2f})"
