@@ -120,6 +120,7 @@ def knob(
 
 RUN, DATA, MODEL, OPTIM, SCHED = "run", "data", "model", "optimisers", "training schedule"
 QUANT, EVALUATION, TTT = "quantisation and artifact", "evaluation", "test-time training"
+CARRY = "TTT_CONTEXT=carry"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -484,6 +485,21 @@ class Config:
         when="EVAL=doc_lora|phased_lora",
     )
     ttt_order_audit: bool = knob(False, "write every batch's documents to the log file", TTT)
+    ttt_context: str = knob(
+        "recompute",
+        "how a chunk sees its document; recompute: the whole window runs again, with gradient, as published; carry: "
+        "only the chunk runs, over keys and values kept since earlier chunks ran (with TTT_LORA_LR=0: plain scoring, "
+        "each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in reach)",
+        TTT,
+        choices=("recompute", "carry"),
+        when="EVAL=doc_lora|phased_lora",
+    )
+    ttt_carry_recompute: int = knob(
+        0, "tokens before a chunk, whole chunks of them, that run again with gradient", TTT, ge=0, when=CARRY
+    )
+    ttt_carry_refresh: int = knob(
+        0, "chunks after which what is kept is made anew, without gradient; 0: never", TTT, ge=0, when=CARRY
+    )
     phased_ttt_prefix_docs: int = knob(
         2000, "scored documents by which the last global update is made", TTT, ge=0, when="EVAL=phased_lora"
     )
@@ -641,6 +657,26 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda c: c.rotate == "hadamard_vo" and "value_embed" in c.attn_extras,
         "ROTATE=hadamard_vo would not turn what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
+    ),
+    (
+        lambda c: c.ttt_context == "carry" and not 8 <= c.ttt_chunk_size <= c.ttt_eval_seq_len // 2,
+        "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} from 8 (embeddings look back, as far as the chunk "
+        "before) to half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+    ),
+    (
+        lambda c: c.ttt_context == "carry" and c.ttt_warm_start_a,
+        "TTT_CONTEXT=carry gives a row to the next document as soon as one ends, each from its own A: set "
+        "TTT_WARM_START_A=0",
+    ),
+    (
+        lambda c: c.ttt_context == "carry" and "G" in mixer_letters(c),
+        "TTT_CONTEXT=carry keeps keys and values; a gated delta net has a state in their place, which is not kept: say "
+        "TTT_CONTEXT=recompute, or MIXERS without G",
+    ),
+    (
+        lambda c: c.ttt_context == "carry" and ("sink" in c.attn_extras or c.rope_dtype != "fp32"),
+        "TTT_CONTEXT=carry counts positions on beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
+        "depend on more than distances, have learnt nothing: say TTT_CONTEXT=recompute",
     ),
     (lambda c: c.tcq_states not in TCQ_CODES, "TCQ_STATES={c.tcq_states} is none of 4, 8, 16, 32, 64"),
     (
@@ -1391,8 +1427,9 @@ def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
 
 class Seq(NamedTuple):
     """What a batch's attention sees: segment boundaries over the flattened B*T tokens (or None), the longest segment,
-    rotary cos and sin (T, rope_dims/2) float32, the masked twin's mask (see segment_mask) or None, and for recurrent
-    mixers where (B, T) their state starts afresh, beside row starts."""
+    rotary cos and sin (T, rope_dims/2) float32, the masked twin's mask (see segment_mask) or None, for recurrent mixers
+    where (B, T) their state starts afresh, beside row starts, and where rows are parts of documents, what is kept of
+    the parts before them."""
 
     cu: Tensor | None
     max_len: int
@@ -1400,6 +1437,7 @@ class Seq(NamedTuple):
     sin: Tensor
     mask: Tensor | None
     starts: Tensor | None = None
+    carry: Carry | None = None
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Seq, Tensor | None], Tensor]
@@ -1453,6 +1491,37 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: 
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
+
+
+class Carry(NamedTuple):
+    """What a forward pass over parts of documents has of the parts before; its ids begin with GPT.reach earlier tokens.
+
+    first: (B, 1, 1) bool, rows that begin with their document, before which nothing counts. cache: (slots, 2, B, C, K,
+    d), keys and values of earlier tokens, or None; mask: (B, 1, H/K * T, C + T), what is added to the scores, its own
+    tokens last. cells: (B, n) columns that the head gets; None: all. new: what the slots leave, in turn: k, v, k, ...
+    """
+
+    first: Tensor
+    cache: Tensor | None
+    mask: Tensor | None
+    cells: Tensor | None
+    new: list[Tensor]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
+        """An Attend for the slot whose turn it is. The queries of a key/value group lie side by side: a GPU's tiles
+        are fuller, and no key is copied for them. The cache itself is copied, so it may be written before a backward.
+
+        Queries are the last of the keys (bottom-right alignment). Flash attention with seqused_k would read only the
+        columns in use; a mask reads all of a bucket and is exact everywhere.
+        """
+        slot = len(self.new) // 2
+        self.new.extend((k.detach(), v.detach()))
+        if self.cache is None:
+            return causal_attention(q, k, v, seq)
+        k, v = (torch.cat((old, x), dim=1).transpose(1, 2) for old, x in zip(self.cache[slot], (k, v), strict=True))
+        rows = q.unflatten(2, (k.size(1), -1)).permute(0, 2, 3, 1, 4)  # (B, K, H/K, T, d)
+        y = F.scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=self.mask)
+        return y.view(rows.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 VARLEN_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -2030,6 +2099,15 @@ ROTARIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # values of ROPE_
 }
 
 
+def rotary_at(at: Tensor, dims: int, base: float, trained: int) -> tuple[Tensor, Tensor]:
+    """The rows of rotary_tables at positions (B, T), float32 (B, T, dims/2). From position `trained` on the angles are
+    float64: whatever a model has seen is as it saw it, and far positions do not lose the fraction of their angle."""
+    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=at.device) / max(dims, 1))
+    near, far = (at.to(f.dtype).unsqueeze(-1) * f for f in (frequency, frequency.double()))
+    inside = (at < trained).unsqueeze(-1)
+    return torch.where(inside, near.cos(), far.cos().float()), torch.where(inside, near.sin(), far.sin().float())
+
+
 def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
     """The rotary base of contexts of `span` tokens: over a reference length (0: none) it grows so that the lowest
     frequency turns as far as at the reference (NTK-aware scaling, bloc97 2023)."""
@@ -2152,7 +2230,7 @@ class HashEmbedding(Projected):
 
     def __init__(self, cfg: Config, order: int, rows: int, dim: int, trained: bool = True) -> None:
         super().__init__(Table(rows, dim, 0.0, cfg), cfg.model_dim, 0.05)
-        self.multipliers, self.rows = self.MULTIPLIERS[:order], rows
+        self.multipliers, self.rows, self.reach = self.MULTIPLIERS[:order], rows, order - 1
         self.first_id = BOS_ID if cfg.hash_bos_mask else -1
         self.requires_grad_(trained)
 
@@ -2172,6 +2250,8 @@ class HashEmbedding(Projected):
 
 class Smear(nn.Module):
     """e_t + lambda * sigmoid(w . e_t[:window]) * e_{t-1}, not into a document's first token when masked."""
+
+    reach = 1  # tokens that are looked back at
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -2197,6 +2277,8 @@ class ChannelSmear(nn.Module):
 
     The published gate (PR 1182) works on the normed embedding, whose first position blends with zeros.
     """
+
+    reach = 1
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -2303,7 +2385,8 @@ class Attention(nn.Module):
         raw_q, raw_k, raw_v = tap("q", n, self.q(n)), tap("k", n, self.k(n)), tap("v", n, self.v(n))
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, self.values(raw_v, values)))
         q, k = rotate(rms_norm(q), seq.cos, seq.sin), rotate(rms_norm(k), seq.cos, seq.sin)
-        y = self.attend(q * self.q_gain.to(q.dtype)[:, None], k, v, seq, self.sink)
+        attend = self.attend if seq.carry is None else seq.carry.attend
+        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, seq, self.sink)
         if self.xsa:
             y = exclusive(y, v)
         if self.gate is not None:
@@ -2537,6 +2620,7 @@ class GPT(nn.Module):
         super().__init__()
         self.tok_emb = Linear(cfg.model_dim, cfg.vocab_size, "zero", STORED_DTYPES[cfg.embed_dtype])
         self.embed_extras = nn.ModuleDict({n: make(cfg) for n, make in EMBED_EXTRAS.items() if n in cfg.embed_extras})
+        self.reach = sum(extra.reach for extra in self.embed_extras.values())
         self.value_embed = ValueEmbedding(cfg) if "value_embed" in cfg.attn_extras else None
         self.blocks = nn.ModuleList(Block(cfg, i, attend, kernels) for i in range(cfg.num_layers))
         self.skips = Skips(num_skip_rows(cfg), cfg.model_dim, cfg.skip_gates_enabled)
@@ -2582,6 +2666,12 @@ class GPT(nn.Module):
             cos, sin = cos[position], sin[position]
         return Seq(cu, max_len, cos, sin, mask)
 
+    def plan_carry(self, at: Tensor, max_len: int, carry: Carry) -> Seq:
+        """The Seq of rows that are parts of documents, their tokens at positions `at` (B, T) of them."""
+        dims, base, reference = self.rope
+        base = stretched_base(base, dims, max_len, reference)
+        return Seq(None, max_len, *rotary_at(at, dims, base, max_len), None, carry=carry)
+
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, D): the embedding with what adds to it, normed, then what acts on the normed."""
         x = F.embedding(ids, self.tok_emb.weight).to(self.dtype)
@@ -2596,7 +2686,11 @@ class GPT(nn.Module):
         """(B, T) ids -> (B, T, D) normed hidden states before the head. seq None: plain causal rows."""
         seq = self.plan(ids.size(1), ids.device) if seq is None else seq
         seq = seq if self.first_id is None else seq._replace(starts=state_starts(ids, seq.cu, self.first_id))
-        x0 = x = self.embed(ids)
+        x = self.embed(ids)
+        if seq.carry is not None:
+            ids = ids[:, self.reach :]
+            x = torch.where(seq.carry.first, self.embed(ids), x[:, self.reach :])
+        x0 = x
         values = Values(None, None) if self.value_embed is None else self.value_embed(ids, self.dtype)
         lanes, outputs, route = (x,), [], self.route
         for slot, layer in enumerate(route.layers):
@@ -2609,7 +2703,10 @@ class GPT(nn.Module):
             else:
                 lanes = (block(lane0, x0, seq, tap, values, route.abreast[slot]),)
             outputs.append(lanes[0])
-        return rms_norm(self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0])
+        x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
+        if seq.carry is not None and seq.carry.cells is not None:
+            x = x.gather(1, seq.carry.cells.unsqueeze(-1).expand(-1, -1, x.size(-1)))
+        return rms_norm(x)
 
     def forward(
         self,
@@ -4526,6 +4623,7 @@ class Unit(NamedTuple):
     learnt once they are scored. docs, fresh: for adapters per document, which document a row is, and whether it begins.
     cells: of the B*T flattened ones, those that need the head, the scored ones first; None: all. fit: those whose
     targets the score itself is fitted on. span: stream positions of targets that all ranks then learn together.
+    begin: for rows that go on where they were (docs of -1 are idle), tokens of their documents before them.
     """
 
     ids: np.ndarray
@@ -4541,6 +4639,7 @@ class Unit(NamedTuple):
     cells: np.ndarray | None = None
     fit: np.ndarray = np.empty(0, np.int64)
     span: range = range(0)
+    begin: np.ndarray = np.empty(0, np.int64)
 
     def scored(self) -> np.ndarray:
         """Stream positions of the scored targets."""
@@ -4823,14 +4922,23 @@ class BatchedLoRA(nn.Module):
     def reset(self, seed: int, docs: tuple[int, ...]) -> None:
         """Fresh adapters: row i is document docs[i], whose A depends on the seed and the document alone."""
         sizes = [a[0].numel() for a in self.A.values()]
-        device = next(iter(self.A.values())).device
         for row, doc in enumerate(docs):
-            mixed = int(np.random.SeedSequence((seed, doc)).generate_state(1)[0])  # torch's CPU seeds are 32 bits
-            generator = torch.Generator(device).manual_seed(mixed)
-            draws = torch.rand(sum(sizes), generator=generator, device=device).mul_(2).sub_(1).split(sizes)
-            for a, draw in zip(self.A.values(), draws, strict=True):
+            for a, draw in zip(self.A.values(), self.draw(seed, doc, sum(sizes)).split(sizes), strict=True):
                 a[row].copy_(draw.view_as(a[row])).mul_(a.size(-1) ** -0.5)
         torch._foreach_zero_(list(self.B.values()))
+
+    def draw(self, seed: int, doc: int, count: int) -> Tensor:
+        """All entries of a document's A before their bound: uniform in +-1, site after site."""
+        device = next(iter(self.A.values())).device
+        mixed = int(np.random.SeedSequence((seed, doc)).generate_state(1)[0])  # torch's CPU seeds are 32 bits
+        generator = torch.Generator(device).manual_seed(mixed)
+        return torch.rand(count, generator=generator, device=device).mul_(2).sub_(1)
+
+    def share(self, flat: Tensor) -> None:
+        """Make every adapter a view of flat (rows, entries): a row is a document's A of all sites, then its B."""
+        sizes = [p[0].numel() for p in self.parameters()]
+        for p, part in zip(self.parameters(), flat.split(sizes, dim=1), strict=True):
+            p.data = part.unflatten(1, p.shape[1:])
 
     def forward(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         key = f"{site.name}_{max(site.slot, 0)}"
@@ -4867,6 +4975,12 @@ def chunk_window(chunk: int, predictions: int, size: int, window: int) -> tuple[
     return start, stop - start, chunk * size - start, stop - chunk * size
 
 
+def batch_units(cfg: Config, val: ValData, docs: list[tuple[int, int]], batches: Iterator[list[int]]) -> Iterator[Unit]:
+    """The units of batches of documents, one batch after another."""
+    for batch in batches:
+        yield from chunk_units(cfg, val, docs, batch)
+
+
 def chunk_units(cfg: Config, val: ValData, docs: list[tuple[int, int]], batch: list[int]) -> Iterator[Unit]:
     """The units of a batch of documents: chunk after chunk, the rows side by side, right-padded with id 0.
 
@@ -4899,6 +5013,14 @@ def chunk_unit(
     rows, cols = np.concatenate(cells, axis=1)
     learn = np.flatnonzero(predictions > (c + 1) * size)
     return Unit(ids, targets, origin, rows, cols, None, learn, slice(width - size, width), indices, c == 0)
+
+
+def adapter_adamw(cfg: Config, parameters: Iterable[nn.Parameter], **options: bool) -> torch.optim.Optimizer:
+    """The optimiser of adapters."""
+    betas = (cfg.ttt_beta1, cfg.ttt_beta2)
+    return torch.optim.AdamW(
+        parameters, lr=cfg.ttt_lora_lr, betas=betas, eps=1e-10, weight_decay=cfg.ttt_weight_decay, **options
+    )
 
 
 class DocLora:
@@ -4956,15 +5078,7 @@ class DocLora:
 
     def new_optimiser(self) -> torch.optim.Optimizer:
         """AdamW over the adapters."""
-        cfg = self.cfg
-        return torch.optim.AdamW(
-            self.lora.parameters(),
-            lr=cfg.ttt_lora_lr,
-            betas=(cfg.ttt_beta1, cfg.ttt_beta2),
-            eps=1e-10,
-            weight_decay=cfg.ttt_weight_decay,
-            fused=self.runtime.device.type == "cuda",
-        )
+        return adapter_adamw(self.cfg, self.lora.parameters(), fused=self.runtime.device.type == "cuda")
 
     def losses(self, unit: Unit) -> Tensor:
         """(B, T) nats with the adapters as they are."""
@@ -4998,6 +5112,223 @@ class DocLora:
     def forget(self) -> None:
         """Drop every adapter: the weights under them have changed."""
         self.docs, self.lora, self.warm, self.optimiser = (), None, None, None
+
+
+def longest_first(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
+    """Documents one by one, so that the last rows to work have short ones and none waits long for another."""
+    return [[i] for i in sorted(range(len(docs)), key=lambda i: -docs[i][1])]
+
+
+def carried_units(
+    cfg: Config, val: ValData, docs: list[tuple[int, int]], batches: Iterator[list[int]]
+) -> Iterator[Unit]:
+    """The next chunk of each row's document, over and over; a row whose document has ended takes the next of the queue,
+    and is idle (document -1) once there is none."""
+    size, num_rows, queue = cfg.ttt_chunk_size, min(cfg.ttt_batch_size, len(docs)), (i for b in batches for i in b)
+    starts, predictions = np.array([d[0] for d in docs]), np.array([d[1] - 1 for d in docs])
+    doc, begin, cols = np.full(num_rows, -1), np.zeros(num_rows, np.int64), np.arange(size)
+    while True:
+        for row in np.flatnonzero(doc < 0):
+            doc[row], begin[row] = next(queue, -1), 0
+        if (doc < 0).all():
+            return
+        left = np.where(doc < 0, 0, predictions[doc] - begin)
+        origin, inside = np.where(doc < 0, 0, starts[doc] + begin) + 1, cols < left[:, None]
+        ids, targets = (
+            np.where(inside, val.tokens[np.where(inside, origin[:, None] + cols - 1 + i, 0)], 0) for i in (0, 1)
+        )
+        rows, columns = np.nonzero(inside)
+        learn, docs_now = np.flatnonzero(left > size), tuple(doc.tolist())
+        yield Unit(ids, targets, origin, rows, columns, None, learn, slice(0, size), docs_now, begin=begin.copy())
+        begin = begin + size
+        doc[left <= size] = -1
+
+
+class CarryLora:
+    """DocLora at a fraction of the work: a chunk attends to the keys and values that were kept when earlier chunks of
+    its document ran, under older adapters, and no gradient goes there (Transformer-XL's recurrence, Dai et al. 2019).
+
+    A row's state is its document's: adapters, second moments, steps, and a ring of whole chunks of rotated keys, values
+    and ids; rows are independent, so each goes through its documents at its own pace. The ring has one chunk more than
+    is in reach: what a chunk writes, it does not read, and scoring it again changes nothing. With TTT_LORA_LR=0 nothing
+    is learnt, and the model is scored as it is.
+
+    On a GPU, forward and backward with step are two CUDA graphs per bucket of cache columns; what a step reads lies in
+    static tensors, and the host waits for nothing.
+    """
+
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
+        self.cfg, self.runtime, self.model = cfg, runtime, model.requires_grad_(False)
+        self.size, self.reach = cfg.ttt_chunk_size, model.reach
+        self.ring = cfg.ttt_eval_seq_len // self.size - 1  # chunks within reach
+        self.again = min(cfg.ttt_carry_recompute // self.size, self.ring) * self.size
+        self.columns = (self.ring + 1) * self.size
+        self.forward = compiled(runtime, model)
+        self.on_gpu, self.num_rows = runtime.device.type == "cuda", 0
+        widths = (256, 512, 1024, 2048, 4096) if self.on_gpu else range(self.size, self.columns, self.size)
+        self.buckets = [*(w for w in widths if w < self.columns), self.columns]  # few, where each is compiled
+
+    def allocate(self, rows: int) -> None:
+        """State of `rows` documents at once, and the programs that work on it."""
+        cfg, model, device = self.cfg, self.model, self.runtime.device
+        self.num_rows, self.lora = rows, None
+        heads = (len(model.route.layers), 2, rows, self.columns, cfg.num_kv_heads, cfg.model_dim // cfg.num_heads)
+        self.cache = torch.zeros(heads, dtype=model.dtype, device=device)
+        self.history = torch.zeros(rows, self.columns + self.size, dtype=torch.int64, device=device)
+        self.inputs = torch.zeros(rows, 2 + 2 * self.size, dtype=torch.int64, device=device)
+        if cfg.ttt_lora_lr > 0:
+            self.equip(BatchedLoRA(cfg, model, rows))
+        self.programs = self.captured() if self.on_gpu else {}
+        how = "CUDA graphs" if self.programs else "eager"
+        self.runtime.log(f"carry: {rows} documents abreast, {self.ring} chunks of {self.size} kept, {how}")
+
+    def equip(self, lora: BatchedLoRA) -> None:
+        """Adapters, a document's in each row of one buffer, and their AdamW, to which a row is a parameter."""
+        cfg, self.lora, self.some = self.cfg, lora, BatchedLoRA(self.cfg, self.model, 1)
+        self.bound = torch.cat([a.new_full((a[0].numel(),), a.size(-1) ** -0.5) for a in lora.A.values()])
+        self.adapters = self.bound.new_zeros(self.num_rows, sum(p[0].numel() for p in lora.parameters()))
+        self.live = self.adapters.to(self.model.dtype)  # what computes: the same tensor unless the dtypes differ
+        lora.share(self.live)
+        self.rows, one = [nn.Parameter(row) for row in self.adapters], {"fused": True, "capturable": True}
+        self.optimiser = adapter_adamw(cfg, self.rows, **one if self.on_gpu else {})
+
+    @torch.no_grad()
+    def renew(self, row: int, doc: int) -> None:
+        """Fresh adapters for a row's new document."""
+        draws = self.lora.draw(self.cfg.seed, doc, len(self.bound))
+        for state in (self.adapters[row], *self.optimiser.state[self.rows[row]].values()):
+            state.zero_()
+        self.adapters[row, : len(self.bound)].copy_(draws).mul_(self.bound)
+        self.live[row].copy_(self.adapters[row])
+
+    def losses(self, bucket: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Of what `inputs` holds: (rows, chunk) nats, the keys and values that the slots leave, and their positions."""
+        size, device, model = self.size, self.runtime.device, self.model
+        begin, ids, targets = self.inputs[:, :1], self.inputs[:, 2 : 2 + size], self.inputs[:, 2 + size :]
+        chunk, width = torch.arange(size, device=device), self.again + size
+        self.history.scatter_(1, (begin + chunk) % self.history.size(1), ids)
+        first = (begin - self.again).clamp_min(0)
+        at = first + torch.arange(width, device=device)
+        kept = begin - 1 - (begin - 1 - torch.arange(bucket, device=device)) % self.columns  # position in each column
+        seen = (kept >= (begin - self.ring * size).clamp_min(0)) & (kept < first)
+        own = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        own = own.repeat(self.cfg.num_heads // self.cfg.num_kv_heads, 1)
+        rows = (self.num_rows, len(own), -1)
+        mask = torch.zeros((), dtype=model.dtype, device=device).where(
+            torch.cat((seen[:, None].expand(rows), own.expand(rows)), dim=2), -math.inf
+        )
+        cells = begin - first + chunk if self.again else None
+        carry = Carry((first == 0)[:, None], self.cache[:, :, :, :bucket], mask[:, None], cells, [])
+        seq = model.plan_carry(at, self.cfg.ttt_eval_seq_len, carry)
+        return self.forward(self.recall(at), targets, seq, self.lora, "none"), carry.new, at
+
+    def recall(self, at: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The ids at positions at (rows, T), and the `reach` before them."""
+        history = self.history if rows is None else self.history[rows]
+        before = at[:, :1] + torch.arange(-self.reach, 0, device=at.device)
+        return history.gather(1, torch.cat((before, at), dim=1) % history.size(1))
+
+    def keep(self, new: list[Tensor], at: Tensor, rows: Tensor) -> None:
+        """Store what a forward pass left."""
+        stacked = torch.stack(new).unflatten(0, (-1, 2))
+        self.cache[:, :, rows[:, None], at % self.columns] = stacked
+
+    def step(self, nll: Tensor) -> None:
+        """Gradient of each learning row's mean, and AdamW. Rows that do not learn end here: theirs is renewed."""
+        loss = (nll.mean(dim=1) * self.inputs[:, 1].to(nll.dtype)).sum()
+        grads = torch.autograd.grad(loss, list(self.lora.parameters()))
+        flat = torch.cat([g.flatten(1) for g in grads], dim=1).to(self.adapters.dtype)
+        for row, gradient in zip(self.rows, flat, strict=True):
+            row.grad = gradient
+        self.optimiser.step()
+        self.live.copy_(self.adapters)
+
+    @torch.no_grad()
+    def refresh(self, begin: np.ndarray) -> None:
+        """Keys and values of all tokens in reach anew, under the adapters as they are, of the rows that it is time for;
+        so many tokens are computed for each that it is done in parts."""
+        every = self.cfg.ttt_carry_refresh * self.size
+        due = np.flatnonzero((begin > 0) & (begin % every == 0))
+        for rows in (due[i : i + 8] for i in range(0, len(due), 8)):
+            start = np.maximum(begin[rows] - self.ring * self.size, 0)
+            index, first = (torch.from_numpy(a).to(self.runtime.device) for a in (rows, start))
+            at = first[:, None] + torch.arange(int((begin[rows] - start).max()), device=first.device)
+            carry = Carry((first == 0)[:, None, None], None, None, None, [])
+            self.some.share(self.live[index])
+            seq = self.model.plan_carry(at, self.cfg.ttt_eval_seq_len, carry)
+            self.model.trunk(self.recall(at, index), seq, self.some)
+            self.keep(carry.new, at, index)
+
+    def captured(self) -> dict[int, tuple[Callable, Callable]]:
+        """losses and step of every bucket as CUDA graphs; none where they cannot be captured, which the log says."""
+        try:
+            return {bucket: self.capture(bucket) for bucket in self.buckets}
+        except RuntimeError as error:
+            self.runtime.log(f"carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
+            return {}
+
+    def capture(self, bucket: int) -> tuple[Callable, Callable]:
+        """Two graphs that share their memory: the first keeps what the second's backward needs, so they always run in
+        turn. What is trained here is renewed before it counts."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.set_grad_enabled(self.lora is not None):
+            for _ in range(2):
+                nll, *_ = self.losses(bucket)
+                if self.lora is not None:
+                    self.step(nll)
+        torch.cuda.current_stream().wait_stream(side)
+        score, learn = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.set_grad_enabled(self.lora is not None):
+            with torch.cuda.graph(score):
+                result = self.losses(bucket)
+            if self.lora is not None:
+                with torch.cuda.graph(learn, pool=score.pool()):
+                    self.step(result[0])
+
+        def replay() -> tuple[Tensor, list[Tensor], Tensor]:
+            score.replay()
+            return result
+
+        return replay, lambda nll: learn.replay()
+
+    def warm_up(self) -> None:
+        """Compile and capture every bucket, on zeros, outside the evaluation clock."""
+        if self.on_gpu:
+            self.allocate(self.cfg.ttt_batch_size)
+
+    def score(self, unit: Unit) -> Tensor:
+        """(rows, chunk) nats; what the chunk leaves is kept."""
+        if self.num_rows != len(unit.docs):
+            self.allocate(len(unit.docs))
+        learns = np.isin(np.arange(self.num_rows), unit.learn_rows)
+        table = torch.from_numpy(np.column_stack((unit.begin, learns, unit.ids, unit.targets)))
+        self.inputs.copy_(table.pin_memory() if self.on_gpu else table, non_blocking=True)
+        if self.lora is not None:
+            for row in np.flatnonzero((unit.begin == 0) & (np.array(unit.docs) >= 0)):
+                self.renew(row, unit.docs[row])
+            if self.cfg.ttt_carry_refresh > 0:
+                self.refresh(unit.begin)
+        bucket = next(b for b in self.buckets if b >= min(unit.begin.max(), self.columns))
+        self.program = self.programs.get(bucket, (lambda: self.losses(bucket), self.step))
+        with torch.set_grad_enabled(self.lora is not None and bool(len(unit.learn_rows))):
+            nll, new, at = self.program[0]()
+        self.keep(new, at, torch.arange(self.num_rows, device=at.device))
+        return nll
+
+    def learn(self, unit: Unit, nll: Tensor) -> None:
+        """TTT_GRAD_STEPS updates on the scored chunk; the first uses the graph of the score itself."""
+        if self.lora is None or not len(unit.learn_rows):
+            return
+        losses, step = self.program
+        for number in range(self.cfg.ttt_grad_steps):
+            step(nll if number == 0 else losses()[0])
+
+    def after(self) -> None:
+        """Nothing: every document has ended."""
+
+    def forget(self) -> None:
+        """Nothing: documents that come begin afresh."""
 
 
 def phase_boundaries(prefix_docs: int, phases: int, documents: int) -> list[int]:
@@ -5071,23 +5402,42 @@ def watched(units: Iterable[Unit], meter: ByteMeter) -> Iterator[Unit]:
         runtime.log.progress("test-time training, tokens", done, total, meter.started)
 
 
+def taken(cfg: Config, runtime: Runtime, queue_id: str, batches: list[list[int]]) -> Iterator[list[int]]:
+    """This rank's batches of a queue that the ranks share, each when it is asked for."""
+    for ticket in runtime.take(queue_id, len(batches)):
+        if cfg.ttt_order_audit:
+            phase = queue_id.rpartition("/")[2]
+            runtime.log(f"order audit: phase {phase} batch {ticket} documents {batches[ticket]}", to_file_only=True)
+        yield batches[ticket]
+
+
+class Context(NamedTuple):
+    """A way in which adapters see their documents: the learner, how documents queue, and the units of those taken."""
+
+    learner: type[DocLora] | type[CarryLora]
+    batches: Callable[[list[tuple[int, int]], int], list[list[int]]]
+    units: Callable[[Config, ValData, list[tuple[int, int]], Iterator[list[int]]], Iterator[Unit]]
+
+
+TTT_CONTEXTS = {
+    "recompute": Context(DocLora, document_batches, batch_units),
+    "carry": Context(CarryLora, longest_first, carried_units),
+}
+
+
 def adapt_documents(cfg: Config, runtime: Runtime, model: GPT, val: ValData, boundaries: list[int]) -> Score:
     """Score with adapters that learn each document as it is read, and global updates between segments of documents.
 
     Batches come from a queue that the ranks share; with cold A the score does not depend on which rank takes which.
     """
-    docs = val_documents(val.tokens)
-    learner, trainer = DocLora(cfg, runtime, model), GlobalSgd(cfg, runtime, model)
+    context, docs = TTT_CONTEXTS[cfg.ttt_context], val_documents(val.tokens)
+    learner, trainer = context.learner(cfg, runtime, model), GlobalSgd(cfg, runtime, model)
     learner.warm_up()
-    segments = phase_segments(document_batches(docs, cfg.ttt_batch_size), boundaries)
+    segments = phase_segments(context.batches(docs, cfg.ttt_batch_size), boundaries)
     queue_id, meter = f"ttt {runtime.first_says(time.time())}", ByteMeter(val, runtime)  # a queue is used once
     for number, (batches, learnt) in enumerate(segments):
-        for ticket in runtime.take(f"{queue_id}/{number}", len(batches)):
-            if cfg.ttt_order_audit:
-                runtime.log(
-                    f"order audit: phase {number} batch {ticket} documents {batches[ticket]}", to_file_only=True
-                )
-            score_first(watched(chunk_units(cfg, val, docs, batches[ticket]), meter), learner, meter)
+        queue = taken(cfg, runtime, f"{queue_id}/{number}", batches)
+        score_first(watched(context.units(cfg, val, docs, queue), meter), learner, meter)
         if learnt:
             spans = [np.arange(docs[i][0], docs[i][0] + docs[i][1]) for i in learnt]
             meter.ledger.require_anywhere(np.concatenate([span[1:] for span in spans]), runtime)

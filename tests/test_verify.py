@@ -77,10 +77,11 @@ def with_learner(program: Any, make: Callable[..., Any], name: str) -> Callable[
 
 
 def one_of_each_evaluator() -> dict[str, Path]:
-    """The records that are said to be legal, one of each EVAL."""
+    """The records that are said to be legal, one of each EVAL and TTT_CONTEXT."""
     program = pack_artifact.load_program(ROOT / "train_gpt.py", "judged")
     legal = [r for r in RECORDS if json.loads((r / "verdict.json").read_text())["legal"]]
-    return {program.load_config({"PRESET": str(record)}).eval: record for record in reversed(legal)}
+    found = ((program.load_config({"PRESET": str(record)}), record) for record in reversed(legal))
+    return {f"{cfg.eval} {cfg.ttt_context}": record for cfg, record in found}
 
 
 EVALUATORS = one_of_each_evaluator()

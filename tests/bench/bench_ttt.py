@@ -1,9 +1,20 @@
-"""Test-time training: predictions per second, and tokens computed per token predicted.
+"""Test-time training: predictions per second, tokens computed per token predicted, and what it does to the score.
 
     PRESET=records/<...> python tests/bench/bench_ttt.py [--docs 64] [--mean 957]
+    PRESET=FOLDER DATA_PATH=FOLDER/data python tests/bench/bench_ttt.py --model FOLDER/run/model.bin --out rows.jsonl \\
+        --variants "TTT_LORA_LR=0" "TTT_CONTEXT=recompute" "TTT_CHUNK_SIZE=48" "TTT_CHUNK_SIZE=24 TTT_LORA_LR=2e-3"
+    python tests/bench/bench_ttt.py --compare rows.jsonl
 
-Random weights and random documents of log-normal length; knobs from the environment as for train_gpt.py. The counts of
-window tokens are exact for the given lengths; the seconds mean something on a GPU only. One JSON line.
+Without --model: random weights and random documents of log-normal length; knobs from the environment as for
+train_gpt.py. The counts of tokens are exact for the given lengths; the seconds mean something on a GPU only, where
+they are also projected to 50,000 documents on 8 of them. One JSON line for each variant; with no --variants, one for
+TTT_CONTEXT=recompute and one for carry.
+
+With --model: a really trained model (tests/bench/small_model.py makes FOLDER) on real documents, every k-th of the
+validation stream, cut to --longest predictions. Each variant is a list of knobs over TTT_CONTEXT=carry; its row goes to
+--out when it is done, so that several processes can fill one file. --compare makes the table: bits per byte and the
+difference to the recomputing variant of the same learning rate (else to the best one), with a 95 % interval by
+bootstrap over the documents, 4,000 draws.
 """
 
 from __future__ import annotations
@@ -21,6 +32,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt  # noqa: E402
 
+DOCUMENTS, GPUS = 50_000, 8  # of the contest's evaluation
+
 
 def random_documents(vocab: int, count: int, mean: float) -> train_gpt.ValData:
     """Documents of log-normal length (sigma 1, as of web text) with the given mean, each with its BOS."""
@@ -31,40 +44,136 @@ def random_documents(vocab: int, count: int, mean: float) -> train_gpt.ValData:
     return train_gpt.ValData(tokens, np.full(len(tokens), 3, np.int32))
 
 
-def window_tokens(cfg: train_gpt.Config, val: train_gpt.ValData) -> tuple[int, int]:
-    """Tokens of all forward passes: as published (finished rows kept to the end of their batch), and as run here."""
-    docs, kept, run = train_gpt.val_documents(val.tokens), 0, 0
-    for batch in train_gpt.document_batches(docs, cfg.ttt_batch_size):
-        for unit in train_gpt.chunk_units(cfg, val, docs, batch):
-            kept += len(batch) * unit.ids.shape[1]
-            run += unit.ids.size
-    return kept, run
+def real_documents(val: train_gpt.ValData, count: int, shortest: int, longest: int) -> train_gpt.ValData:
+    """`count` documents spread over a stream, of at least `shortest` predictions, cut to at most `longest`."""
+    docs = [d for d in train_gpt.val_documents(val.tokens) if d[1] > shortest]
+    chosen = [docs[i] for i in np.linspace(0, len(docs) - 1, min(count, len(docs))).astype(int)]
+    spans = [np.arange(start, start + min(length - 1, longest)) for start, length in chosen]
+    where = np.concatenate(spans)
+    return train_gpt.ValData(val.tokens[where], val.bytes[where])
+
+
+def read_weights(path: str) -> dict[str, torch.Tensor]:
+    """Weights of an artifact, or of a run before quantisation."""
+    if path.endswith(".pt"):
+        return torch.load(path, map_location="cpu", weights_only=True)["model"]
+    return train_gpt.load_artifact(path)
+
+
+def token_counts(cfg: train_gpt.Config, val: train_gpt.ValData) -> dict[str, float]:
+    """Tokens per prediction: forward and backward of rows that learn, without padding; all that is computed with
+    gradient, padding included; and computed without gradient. Kept: as published, finished rows stay in their batch."""
+    docs, context = train_gpt.val_documents(val.tokens), train_gpt.TTT_CONTEXTS[cfg.ttt_context]
+    batches, size = context.batches(docs, cfg.ttt_batch_size), cfg.ttt_chunk_size
+    ring, real, padded, kept, without = cfg.ttt_eval_seq_len // size - 1, 0, 0, 0, 0
+    again = min(cfg.ttt_carry_recompute // size, ring) * size
+    for unit in context.units(cfg, val, docs, iter(batches)):
+        learns = np.isin(np.arange(len(unit.docs)), unit.learn_rows)
+        carried = len(unit.begin) > 0
+        width = size + again if carried else unit.ids.shape[1]
+        seen = np.minimum(unit.begin, again) + size if carried else width
+        real += int((seen * learns).sum())
+        idle = cfg.ttt_lora_lr == 0 or not learns.any()
+        padded += 0 if idle else width * len(unit.docs)
+        without += width * len(unit.docs) if idle else 0
+        kept += width * (len(unit.docs) if carried else min(cfg.ttt_batch_size, len(docs)))
+        if carried and cfg.ttt_carry_refresh > 0:
+            due = (unit.begin > 0) & (unit.begin % (cfg.ttt_carry_refresh * size) == 0)
+            without += int(np.minimum(unit.begin, ring * size)[due].sum())
+    total = len(val.tokens) - 1
+    real = 0 if cfg.ttt_lora_lr == 0 else real
+    counts = {"grad_tokens": real, "grad_tokens_padded": padded, "other_tokens": without, "rows_kept": kept}
+    return {f"{name}_per_prediction": round(count / total, 3) for name, count in counts.items()}
+
+
+class Recorder(train_gpt.ByteMeter):
+    """A meter that also adds the nats of each document."""
+
+    nats: np.ndarray
+
+    def add(self, unit: train_gpt.Unit, nll: torch.Tensor) -> None:
+        """Count a unit's scored cells."""
+        super().add(unit, nll)
+        found = nll.detach()[unit.rows, unit.cols].double().cpu().numpy()
+        np.add.at(Recorder.nats, np.asarray(unit.docs)[unit.rows], found)
+
+
+def measure(cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torch.Tensor] | None) -> dict[str, object]:
+    """One evaluation of a stream: the row that is printed, without its name. No state: random weights."""
+    runtime = train_gpt.Runtime.start(cfg, {})
+    parts = train_gpt.choose_attention(cfg, runtime), runtime.dtype, train_gpt.choose_kernels(cfg, runtime)
+    model = train_gpt.GPT(cfg, *parts)
+    model.load_state_dict(state or train_gpt.GPT(cfg).reset(cfg.seed).state_dict())
+    model.to(runtime.device).set_looping(train_gpt.loops(cfg))
+    if state is not None:
+        train_gpt.ByteMeter = Recorder
+        Recorder.nats = np.zeros(len(train_gpt.val_documents(val.tokens)))
+    started = time.perf_counter()
+    score = train_gpt.EVALS[cfg.eval](cfg, runtime, model, val)
+    docs = train_gpt.val_documents(val.tokens)
+    row = {
+        "eval": cfg.eval, "context": cfg.ttt_context, "chunk": cfg.ttt_chunk_size, "lr": cfg.ttt_lora_lr,
+        "docs": len(docs), "predictions": score.tokens, "seconds": round(score.seconds, 2),
+        "seconds_with_compilation": round(time.perf_counter() - started, 2),
+        "predictions_per_second": round(score.tokens / score.seconds, 1), **token_counts(cfg, val),
+        "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu", "torch": torch.__version__,
+    }  # fmt: skip
+    if runtime.device.type == "cuda":
+        row["seconds_per_1000_docs"] = round(1000 * score.seconds / len(docs), 2)
+        row[f"seconds_{DOCUMENTS}_docs_{GPUS}_gpus"] = round(DOCUMENTS / GPUS * score.seconds / len(docs), 1)
+    if state is not None:
+        size = [int(val.bytes[start + 1 : start + length].sum()) for start, length in docs]
+        row |= {"bpb": score.val_bpb, "doc_nats": Recorder.nats.round(4).tolist(), "doc_bytes": size}
+    return row
+
+
+def compare(rows: list[dict[str, object]], draws: int = 4000) -> None:
+    """The table of some rows."""
+    bases = [row for row in rows if row["context"] == "recompute"]
+    picks = np.random.default_rng(0).integers(0, rows[0]["docs"], (draws, rows[0]["docs"]))
+    size = np.array(rows[0]["doc_bytes"])[picks].sum(1) * np.log(2)
+    print("| variant | bpb | difference to recompute [95 %] | of lr | grad-tokens / prediction (padded) | seconds |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        assert row["doc_bytes"] == rows[0]["doc_bytes"], "rows of different documents"
+        base = next((b for b in bases if b["lr"] == row["lr"]), min(bases, key=lambda b: b["bpb"]))
+        gaps = (np.array(row["doc_nats"]) - np.array(base["doc_nats"]))[picks].sum(1) / size
+        low, high = np.quantile(gaps, [0.025, 0.975])
+        work = f"{row['grad_tokens_per_prediction']:.2f} ({row['grad_tokens_padded_per_prediction']:.2f})"
+        gap = f"{row['bpb'] - base['bpb']:+.5f} [{low:+.5f}, {high:+.5f}] | {base['lr']:g}"
+        print(f"| {row['variant']} | {row['bpb']:.5f} | {gap} | {work} | {row['seconds']:.0f} |")
 
 
 def main() -> None:
-    """Measure one evaluation."""
+    """Measure the variants, or compare what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--docs", type=int, default=64)
-    parser.add_argument("--mean", type=float, default=957.0, help="mean document length, tokens")
+    parser.add_argument("--docs", type=int, default=64, help="documents")
+    parser.add_argument("--mean", type=float, default=957.0, help="mean length of random documents, tokens")
+    parser.add_argument("--model", default="", help="trained weights: model.bin, or model.pt")
+    parser.add_argument("--shortest", type=int, default=192, help="predictions of the shortest real document")
+    parser.add_argument("--longest", type=int, default=1200, help="predictions at which real documents are cut")
+    parser.add_argument("--variants", nargs="*", default=["TTT_CONTEXT=recompute", "TTT_CONTEXT=carry"])
+    parser.add_argument("--out", type=Path, help="file that rows are added to")
+    parser.add_argument("--compare", type=Path, help="print the table of such a file, and no more")
     args = parser.parse_args()
-    cfg = train_gpt.load_config(os.environ)
-    runtime = train_gpt.Runtime.start(cfg, {})
-    val = random_documents(cfg.vocab_size, args.docs, args.mean)
-    model = train_gpt.GPT(cfg, train_gpt.choose_attention(cfg, runtime), runtime.dtype).to(runtime.device)
-    model.load_state_dict(train_gpt.GPT(cfg).reset(cfg.seed).state_dict())
-    model.set_looping(train_gpt.loops(cfg))
-    kept, run = window_tokens(cfg, val)
-    started = time.perf_counter()
-    score = train_gpt.EVALS[cfg.eval](cfg, runtime, model, val)
-    row = {
-        "eval": cfg.eval, "docs": args.docs, "predictions": score.tokens, "seconds": round(score.seconds, 2),
-        "seconds_with_compilation": round(time.perf_counter() - started, 2),
-        "predictions_per_second": round(score.tokens / score.seconds, 1),
-        "window_tokens_per_prediction": round(run / score.tokens, 2),
-        "window_tokens_per_prediction_rows_kept": round(kept / score.tokens, 2),
-        "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu", "torch": torch.__version__,
-    }  # fmt: skip
-    print(json.dumps(row))
+    if args.compare:
+        compare([json.loads(line) for line in args.compare.read_text(encoding="utf-8").splitlines()])
+        return
+    knobs = {name: value for name, value in os.environ.items() if not args.model or name not in ("EVAL", "TTT_CONTEXT")}
+    for variant in args.variants:
+        changes = dict(change.split("=", 1) for change in variant.split())
+        usual = {"EVAL": "doc_lora", "TTT_CONTEXT": "carry"} if args.model else {}
+        cfg = train_gpt.load_config(knobs | usual | changes)
+        if args.model:
+            state, val = read_weights(args.model), train_gpt.load_val(cfg)
+            val = real_documents(val, args.docs, args.shortest, args.longest)
+        else:
+            state, val = None, random_documents(cfg.vocab_size, args.docs, args.mean)
+        row = {"variant": variant} | measure(cfg, val, state)
+        if args.out:
+            with args.out.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(row) + "\n")
+        print(json.dumps({k: v for k, v in row.items() if not k.startswith("doc_")}), flush=True)
 
 
 if __name__ == "__main__":
