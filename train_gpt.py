@@ -123,190 +123,116 @@ QUANT, EVALUATION, TTT = "quantisation and artifact", "evaluation", "test-time t
 CARRY = "TTT_CONTEXT=carry"
 
 
+# fmt: off  (tables of knobs and of sentences: a line each, or as few as hold it)
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Every knob of a run. A knob's environment variable is its name in capitals."""
 
     run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>", RUN)
     artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>", RUN)
-    stages: tuple[str, ...] = knob(
-        ("train", "quantize", "eval"),
-        "stages to run; a suffix resumes from files",
-        RUN,
-        choices=("train", "quantize", "eval"),
-    )
+    stages: tuple[str, ...] = knob(("train", "quantize", "eval"), "stages to run; a suffix resumes from files", RUN,
+        choices=("train", "quantize", "eval"))
     model_path: str = knob("", "artifact that STAGES=eval reads; empty: <run directory>/model.bin", RUN)
     device: str = knob("auto", "device; auto takes a GPU when there is one", RUN, choices=("auto", "cpu", "cuda"))
-    attention: str = knob(
-        "auto",
-        "attention backend; auto: the best flash attention installed on a GPU, the masked twin elsewhere",
-        RUN,
-        choices=("auto", "masked", "fa2", "fa3", "fa4"),
-    )
-    fused_ce_enabled: str = knob(
-        "auto",
-        "Triton kernels of the softcapped cross-entropy; auto: on a GPU where triton is installed",
-        RUN,
-        choices=("auto", "1", "0"),
-    )
-    fused_mlp_enabled: str = knob(
-        "auto",
-        "Triton kernels of the MLP where nothing listens inside it; auto: on a GPU in bf16 where triton is installed",
-        RUN,
-        choices=("auto", "1", "0"),
-    )
-    fused_gdn_enabled: str = knob(
-        "auto",
-        "flash-linear-attention's gated delta rule; auto: on a GPU in bf16 where it is installed",
-        RUN,
-        choices=("auto", "1", "0"),
-        when="MIXERS=G",
-    )
-    compute_dtype: str = knob(
-        "auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", RUN, choices=("auto", "bf16", "fp32")
-    )
+    attention: str = knob("auto", "attention backend; auto: the best flash attention installed on a GPU, the masked "
+        "twin elsewhere", RUN, choices=("auto", "masked", "fa2", "fa3", "fa4"))
+    fused_ce_enabled: str = knob("auto", "Triton kernels of the softcapped cross-entropy; auto: on a GPU where triton "
+        "is installed", RUN, choices=("auto", "1", "0"))
+    fused_mlp_enabled: str = knob("auto", "Triton kernels of the MLP where nothing listens inside it; auto: on a GPU "
+        "in bf16 where triton is installed", RUN, choices=("auto", "1", "0"))
+    fused_gdn_enabled: str = knob("auto", "flash-linear-attention's gated delta rule; auto: on a GPU in bf16 where it "
+        "is installed", RUN, choices=("auto", "1", "0"), when="MIXERS=G")
+    compute_dtype: str = knob("auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", RUN,
+        choices=("auto", "bf16", "fp32"))
     compile: str = knob("auto", "torch.compile; auto: on a GPU only", RUN, choices=("auto", "on", "off"))
     seed: int = knob(1337, "seed of initialisation and of the adapters", RUN, ge=0)
 
     data_path: str = knob("data/sp8192", "directory with the shards", DATA)
     tokenizer_path: str = knob("", "SentencePiece model; empty: the one *.model file in DATA_PATH", DATA)
     vocab_size: int = knob(8192, "vocabulary, must equal the tokenizer's", DATA, ge=4, le=65536)
-    loader: str = knob(
-        "packed_docs",
-        "packed_docs: attention stays inside documents; stream: contiguous rows; shuffled: rows in a random order",
-        DATA,
-        choices=("packed_docs", "stream", "shuffled"),
-    )
+    loader: str = knob("packed_docs", "packed_docs: attention stays inside documents; stream: contiguous rows; "
+        "shuffled: rows in a random order", DATA, choices=("packed_docs", "stream", "shuffled"))
     train_batch_tokens: int = knob(786_432, "tokens of an optimiser step, over all ranks", DATA, gt=0)
-    batch_slices: int = knob(
-        8, "micro-batches of an optimiser step, over all ranks; a multiple of the ranks", DATA, gt=0
-    )
+    batch_slices: int = knob(8, "micro-batches of an optimiser step, over all ranks; a multiple of the ranks", DATA,
+        gt=0)
     train_seq_len: int = knob(2048, "longest attention span in training, tokens", DATA, gt=1)
 
     num_layers: int = knob(11, "physical layers", MODEL, gt=0)
     model_dim: int = knob(512, "width of the residual stream", MODEL, gt=0)
     num_heads: int = knob(8, "query heads", MODEL, gt=0)
     num_kv_heads: int = knob(4, "key/value heads (GQA)", MODEL, gt=0)
-    mixers: str = knob(
-        "", "mixer of each layer, A attention, G gated delta net, such as G*2 A*8 G; empty: attention everywhere", MODEL
-    )
+    mixers: str = knob("", "mixer of each layer, A attention, G gated delta net, such as G*2 A*8 G; empty: attention "
+        "everywhere", MODEL)
     gdn_head_dim: int = knob(64, "width of a delta net's heads", MODEL, gt=0, when="MIXERS=G")
     gdn_qk_heads: int = knob(2, "query and key heads of a delta net", MODEL, gt=0, when="MIXERS=G")
     gdn_v_heads: int = knob(4, "value heads of a delta net", MODEL, gt=0, when="MIXERS=G")
-    gdn_conv_trained: bool = knob(
-        True, "off: training leaves the convolution's taps as they were drawn, as published", MODEL, when="MIXERS=G"
-    )
-    gdn_bos_reset: bool = knob(
-        True,
-        "state and convolution start afresh at a document's first token too, not only with rows and attention "
-        "segments; off as published",
-        MODEL,
-        when="MIXERS=G",
-    )
+    gdn_conv_trained: bool = knob(True, "off: training leaves the convolution's taps as they were drawn, as published",
+        MODEL, when="MIXERS=G")
+    gdn_bos_reset: bool = knob(True, "state and convolution start afresh at a document's first token too, not only "
+        "with rows and attention segments; off as published", MODEL, when="MIXERS=G")
     mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", MODEL, gt=0)
     mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", MODEL, ge=0)
     tied_embed_init_std: float = knob(0.005, "std of the embedding at init", MODEL, gt=0)
     logit_softcap: float = knob(30.0, "c of c*tanh(logits/c)", MODEL, gt=0)
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", MODEL, gt=1)
     rope_dims: int = knob(16, "leading dims of a head that rotate", MODEL, ge=0)
-    rope_dtype: str = knob(
-        "fp32",
-        "dtype of rotary frequencies, positions and tables; bf16, as PR 1895: positions over 256 are rounded",
-        MODEL,
-        choices=("fp32", "bf16"),
-    )
+    rope_dtype: str = knob("fp32", "dtype of rotary frequencies, positions and tables; bf16, as PR 1895: positions "
+        "over 256 are rounded", MODEL, choices=("fp32", "bf16"))
     qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", MODEL, gt=0)
     ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)", MODEL)
-    attn_extras: tuple[str, ...] = knob(
-        ("xsa",),
-        "xsa: remove each head output's part along its own value; value_residual: mix in the first slot's values; "
-        "value_embed: add a value of the token itself; sink: a learnt key with value 0 in front of every context",
-        MODEL,
-        choices=("xsa", "value_residual", "value_embed", "sink"),
-    )
+    attn_extras: tuple[str, ...] = knob(("xsa",), "xsa: remove each head output's part along its own value; "
+        "value_residual: mix in the first slot's values; value_embed: add a value of the token itself; sink: a learnt "
+        "key with value 0 in front of every context", MODEL, choices=("xsa", "value_residual", "value_embed", "sink"))
     xsa_last_n: int = knob(11, "layers with XSA, counted from the last", MODEL, ge=0, when="ATTN_EXTRAS=xsa")
-    attn_gate: str = knob(
-        "none",
-        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense, dense_bias: from the whole normed "
-        "input, half open or (by a bias of 4) nearly open at init",
-        MODEL,
-        choices=("none", "sparse", "dense", "dense_bias", "out"),
-    )
-    attn_out_gate_src: str = knob(
-        "proj",
-        "what ATTN_GATE=out reads: raw queries or the input",
-        MODEL,
-        choices=("proj", "input"),
-        when="ATTN_GATE=out",
-    )
+    attn_gate: str = knob("none", "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense, dense_bias: "
+        "from the whole normed input, half open or (by a bias of 4) nearly open at init", MODEL,
+        choices=("none", "sparse", "dense", "dense_bias", "out"))
+    attn_out_gate_src: str = knob("proj", "what ATTN_GATE=out reads: raw queries or the input", MODEL,
+        choices=("proj", "input"), when="ATTN_GATE=out")
     gated_attn_init_std: float = knob(0.01, "std of the dense gate at init", MODEL, ge=0, when="ATTN_GATE=dense")
-    embed_extras: tuple[str, ...] = knob(
-        (),
-        "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; smear: add a gated copy of the previous "
-        "token's embedding; smear_channel: blend with it channel by channel, after the norm (applied in this order)",
-        MODEL,
-        choices=("bigram", "trigram", "smear", "smear_channel"),
-    )
-    gate_window: int = knob(
-        12, "leading dims that gates read", MODEL, gt=0, when="ATTN_GATE=sparse or EMBED_EXTRAS=smear"
-    )
+    embed_extras: tuple[str, ...] = knob((), "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; "
+        "smear: add a gated copy of the previous token's embedding; smear_channel: blend with it channel by channel, "
+        "after the norm (applied in this order)", MODEL, choices=("bigram", "trigram", "smear", "smear_channel"))
+    gate_window: int = knob(12, "leading dims that gates read", MODEL, gt=0,
+        when="ATTN_GATE=sparse or EMBED_EXTRAS=smear")
     sparse_attn_gate_scale: float = knob(1.0, "factor inside the gate's sigmoid", MODEL, when="ATTN_GATE=sparse")
     sparse_attn_gate_init_std: float = knob(0.0, "std of the gate at init", MODEL, ge=0, when="ATTN_GATE=sparse")
-    smear_bos_mask: bool = knob(
-        True, "no smear into a document's first token", MODEL, when="EMBED_EXTRAS=smear|smear_channel"
-    )
+    smear_bos_mask: bool = knob(True, "no smear into a document's first token", MODEL,
+        when="EMBED_EXTRAS=smear|smear_channel")
     skip_gates_enabled: bool = knob(True, "sigmoid gates on the U-net skips", MODEL)
     num_loops: int = knob(2, "extra passes over the looped layers", MODEL, ge=0)
     loop_start: int = knob(3, "first looped layer", MODEL, ge=0, when="NUM_LOOPS>0")
     loop_end: int = knob(5, "last looped layer, inclusive", MODEL, ge=0, when="NUM_LOOPS>0")
-    enable_looping_at: float = knob(
-        0.35, "fraction of the run at which looping starts", MODEL, ge=0, le=1, when="NUM_LOOPS>0"
-    )
+    enable_looping_at: float = knob(0.35, "fraction of the run at which looping starts", MODEL, ge=0, le=1,
+        when="NUM_LOOPS>0")
     parallel_start_layer: int = knob(8, "layers from here on run in parallel; 0: none", MODEL, ge=0)
-    parallel_lanes: int = knob(
-        2,
-        "2: decoder layers keep two learnt lanes, one for attention and one for the MLP; 1: attention and MLP read and "
-        "extend one stream side by side",
-        MODEL,
-        ge=1,
-        le=2,
-    )
+    parallel_lanes: int = knob(2, "2: decoder layers keep two learnt lanes, one for attention and one for the MLP; 1: "
+        "attention and MLP read and extend one stream side by side", MODEL, ge=1, le=2)
     parallel_final_lane: str = knob("mean", "what the two lanes end as", MODEL, choices=("mean", "mlp", "attn"))
     bigram_vocab_size: int = knob(2048, "rows of the bigram table", MODEL, gt=1, when="EMBED_EXTRAS=bigram")
     bigram_dim: int = knob(128, "width of the bigram table", MODEL, gt=0, when="EMBED_EXTRAS=bigram")
     trigram_vocab_size: int = knob(1024, "rows of the trigram table", MODEL, gt=1, when="EMBED_EXTRAS=trigram")
     trigram_dim: int = knob(128, "width of the trigram table", MODEL, gt=0, when="EMBED_EXTRAS=trigram")
-    trigram_trained: bool = knob(
-        True, "off: training leaves the trigram as it was drawn, as published", MODEL, when="EMBED_EXTRAS=trigram"
-    )
-    hash_bos_mask: bool = knob(
-        True, "hashes do not reach over a document's first token", MODEL, when="EMBED_EXTRAS=bigram|trigram"
-    )
+    trigram_trained: bool = knob(True, "off: training leaves the trigram as it was drawn, as published", MODEL,
+        when="EMBED_EXTRAS=trigram")
+    hash_bos_mask: bool = knob(True, "hashes do not reach over a document's first token", MODEL,
+        when="EMBED_EXTRAS=bigram|trigram")
     ve_layers: tuple[int, ...] = knob((9, 10), "layers with value embeddings", MODEL, when="ATTN_EXTRAS=value_embed")
     ve_dim: int = knob(128, "width of the value embedding's table", MODEL, gt=0, when="ATTN_EXTRAS=value_embed")
-    rope_reference_len: int = knob(
-        0, "contexts of more tokens enlarge the rotary base (NTK); 0: never; published with 1024", MODEL, ge=0
-    )
+    rope_reference_len: int = knob(0, "contexts of more tokens enlarge the rotary base (NTK); 0: never; published with "
+        "1024", MODEL, ge=0)
 
     matrix_lr: float = knob(0.026, "learning rate of Muon", OPTIM, ge=0)
     tied_embed_lr: float = knob(0.03, "learning rate of the embedding", OPTIM, ge=0)
-    embed_dtype: str = knob(
-        "fp32",
-        "dtype of the embedding, its gradient and its AdamW moments; bf16: as published",
-        OPTIM,
-        choices=("fp32", "bf16"),
-    )
+    embed_dtype: str = knob("fp32", "dtype of the embedding, its gradient and its AdamW moments; bf16: as published",
+        OPTIM, choices=("fp32", "bf16"))
     scalar_lr: float = knob(0.02, "learning rate of gains, gates and scales", OPTIM, ge=0)
     muon_momentum: float = knob(0.97, "momentum after warm-up", OPTIM, ge=0, le=1)
     muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", OPTIM, ge=0, le=1)
     muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", OPTIM, ge=0)
     muon_backend_steps: int = knob(5, "orthogonalisation iterations", OPTIM, ge=1, le=10)
-    muon_coefficients: str = knob(
-        "polar_express",
-        "coefficient set of the orthogonalisation; polar_express_safe: with a safety factor of 1.05",
-        OPTIM,
-        choices=("polar_express", "polar_express_safe", "quintic"),
-    )
+    muon_coefficients: str = knob("polar_express", "coefficient set of the orthogonalisation; polar_express_safe: with "
+        "a safety factor of 1.05", OPTIM, choices=("polar_express", "polar_express_safe", "quintic"))
     muon_row_normalize: bool = knob(True, "unit-norm rows before the orthogonalisation", OPTIM)
     muon_wd: float = knob(0.095, "decoupled weight decay of Muon", OPTIM, ge=0)
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", OPTIM, ge=0)
@@ -315,12 +241,8 @@ class Config:
     beta2: float = knob(0.95, "AdamW beta2", OPTIM, ge=0, le=1)
     adam_eps: float = knob(1e-8, "AdamW epsilon", OPTIM, gt=0)
     grad_clip_norm: float = knob(0.3, "global norm limit of the averaged gradient; 0: none", OPTIM, ge=0)
-    average: tuple[str, ...] = knob(
-        ("ema",),
-        "weight average that is evaluated; both: swa over snapshots of ema; none: the last iterate",
-        OPTIM,
-        choices=("ema", "swa"),
-    )
+    average: tuple[str, ...] = knob(("ema",), "weight average that is evaluated; both: swa over snapshots of ema; "
+        "none: the last iterate", OPTIM, choices=("ema", "swa"))
     ema_decay: float = knob(0.9965, "decay of the weight average, per step", OPTIM, ge=0, le=1, when="AVERAGE=ema")
     swa_every: int = knob(50, "steps between snapshots", OPTIM, gt=0, when="AVERAGE=swa")
     swa_start_scale: float = knob(0.2, "LR multiplier under which snapshots are taken", OPTIM, gt=0, when="AVERAGE=swa")
@@ -330,108 +252,66 @@ class Config:
     gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for calibration, seconds", SCHED, ge=0)
     warmup_steps: int = knob(20, "untimed compile warm-up steps per graph, rolled back", SCHED, ge=0)
     warmdown_frac: float = knob(0.75, "last fraction of the run with linear LR decay", SCHED, ge=0, le=1)
-    warmdown_iters: int = knob(
-        0, "steps of linear LR decay at the end, made time by the measured step time; 0: WARMDOWN_FRAC", SCHED, ge=0
-    )
+    warmdown_iters: int = knob(0, "steps of linear LR decay at the end, made time by the measured step time; 0: "
+        "WARMDOWN_FRAC", SCHED, ge=0)
     min_lr: float = knob(0.1, "floor of the LR multiplier", SCHED, ge=0, le=1)
-    qat: str = knob(
-        "none",
-        "how late training sees quantisation; ste: weights on the grid of MATRIX_QUANT, straight-through gradient; "
-        "noise: Gaussian noise of a fraction of the rounding error",
-        SCHED,
-        choices=("none", "ste", "noise"),
-    )
-    late_qat_threshold: float = knob(
-        0.15, "LR multiplier under which the rounding begins; over 1: from the start", SCHED, ge=0, when="QAT=ste"
-    )
-    qat_noise_start_frac: float = knob(
-        0.95, "fraction of the run at which the noise begins", SCHED, ge=0, le=1, when="QAT=noise"
-    )
+    qat: str = knob("none", "how late training sees quantisation; ste: weights on the grid of MATRIX_QUANT, "
+        "straight-through gradient; noise: Gaussian noise of a fraction of the rounding error", SCHED,
+        choices=("none", "ste", "noise"))
+    late_qat_threshold: float = knob(0.15, "LR multiplier under which the rounding begins; over 1: from the start",
+        SCHED, ge=0, when="QAT=ste")
+    qat_noise_start_frac: float = knob(0.95, "fraction of the run at which the noise begins", SCHED, ge=0, le=1,
+        when="QAT=noise")
     qat_noise_mult: float = knob(0.05, "noise over the rounding error of uniform steps", SCHED, ge=0, when="QAT=noise")
     qat_noise_every: int = knob(1, "steps from one noisy step to the next", SCHED, gt=0, when="QAT=noise")
-    qat_noise_patterns: tuple[str, ...] = knob(
-        ("attn.k.weight", "attn.o.weight"), "parts or globs of the names of the noisy weights", SCHED, when="QAT=noise"
-    )
+    qat_noise_patterns: tuple[str, ...] = knob(("attn.k.weight", "attn.o.weight"), "parts or globs of the names of the "
+        "noisy weights", SCHED, when="QAT=noise")
     train_log_every: int = knob(500, "steps between log lines", SCHED, gt=0)
     val_loss_every: int = knob(0, "steps between validations; 0: none", SCHED, ge=0)
 
-    matrix_quant: str = knob(
-        "gptq",
-        "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; gptq_lite: rounding with a clip "
-        "search; row_quantile: clip at CLIP_QUANTILE",
-        QUANT,
-        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
-    )
-    embed_quant: str = knob(
-        "gptq",
-        "scheme of the embedding and of the hash and value tables (which all gptq round to nearest); gptq_freqsplit: "
-        "more bits for frequent tokens",
-        QUANT,
-        choices=("gptq", "gptq_freqsplit", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
-    )
+    matrix_quant: str = knob("gptq", "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; "
+        "gptq_lite: rounding with a clip search; row_quantile: clip at CLIP_QUANTILE", QUANT,
+        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"))
+    embed_quant: str = knob("gptq", "scheme of the embedding and of the hash and value tables (which all gptq round to "
+        "nearest); gptq_freqsplit: more bits for frequent tokens", QUANT,
+        choices=("gptq", "gptq_freqsplit", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"))
     matrix_bits: int = knob(6, "bits of the matrices", QUANT, ge=2, le=8)
-    matrix_bits_overrides: tuple[str, ...] = knob(
-        (), "other bits of some matrices: part or glob of a name, colon, bits; the first that fits counts", QUANT
-    )
+    matrix_bits_overrides: tuple[str, ...] = knob((), "other bits of some matrices: part or glob of a name, colon, "
+        "bits; the first that fits counts", QUANT)
     embed_bits: int = knob(7, "bits of the embedding", QUANT, ge=2, le=8)
     embed_topk: int = knob(4025, "frequent tokens", QUANT, ge=1, when="EMBED_QUANT=gptq_freqsplit")
     embed_top_bits: int = knob(8, "bits of their rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
     embed_tail_bits: int = knob(7, "bits of the other rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
-    embed_freq_tokens: int = knob(
-        100_000_000, "first training tokens that are counted; 0: all", QUANT, ge=0, when="EMBED_QUANT=gptq_freqsplit"
-    )
-    rotate: str = knob(
-        "none",
-        "hadamard_vo: rotate each head's values before quantisation, and its output weights back",
-        QUANT,
-        choices=("none", "hadamard_vo"),
-    )
+    embed_freq_tokens: int = knob(100_000_000, "first training tokens that are counted; 0: all", QUANT, ge=0,
+        when="EMBED_QUANT=gptq_freqsplit")
+    rotate: str = knob("none", "hadamard_vo: rotate each head's values before quantisation, and its output weights "
+        "back", QUANT, choices=("none", "hadamard_vo"))
     attn_clip_sigmas: float = knob(13.0, "clip of q, k, v, o rows, in standard deviations", QUANT, gt=0)
     mlp_clip_sigmas: float = knob(11.5, "clip of up, down rows, in standard deviations", QUANT, gt=0)
     embed_clip_sigmas: float = knob(14.0, "clip of embedding rows, in standard deviations", QUANT, gt=0)
-    clip_quantile: float = knob(
-        0.9999984, "quantile of a row's magnitudes that is its clip", QUANT, gt=0, le=1, when="EMBED_QUANT=row_quantile"
-    )
-    clip_floor: float = knob(
-        0.0,
-        "least clip of a row; 1 as published: rows of small weights share a step",
-        QUANT,
-        ge=0,
-        when="MATRIX_QUANT=gptq_lite|row_quantile",
-    )
-    clip_search_rows: bool = knob(
-        True,
-        "each row has its own best quantile; off: one for a matrix, as published",
-        QUANT,
-        when="MATRIX_QUANT=gptq_lite",
-    )
-    scale_step: float = knob(
-        0.0, "row steps are stored as whole multiples of this in log2, such as 0.02; 0: as float16", QUANT, ge=0, le=1
-    )
+    clip_quantile: float = knob(0.9999984, "quantile of a row's magnitudes that is its clip", QUANT, gt=0, le=1,
+        when="EMBED_QUANT=row_quantile")
+    clip_floor: float = knob(0.0, "least clip of a row; 1 as published: rows of small weights share a step", QUANT,
+        ge=0, when="MATRIX_QUANT=gptq_lite|row_quantile")
+    clip_search_rows: bool = knob(True, "each row has its own best quantile; off: one for a matrix, as published",
+        QUANT, when="MATRIX_QUANT=gptq_lite")
+    scale_step: float = knob(0.0, "row steps are stored as whole multiples of this in log2, such as 0.02; 0: as "
+        "float16", QUANT, ge=0, le=1)
     gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
     gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
     gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
-    tcq_states: int = knob(
-        8, "states of the trellis: 4, 8, 16, 32 or 64", QUANT, ge=4, le=64, when="MATRIX_QUANT=gptq_tcq"
-    )
-    tcq_chunk_rows: int = knob(
-        1024, "rows between starts of the trellis", QUANT, ge=16, le=2048, when="MATRIX_QUANT=gptq_tcq"
-    )
-    tcq_column_beta: float = knob(
-        0.0,
-        "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this power",
-        QUANT,
-        ge=0,
-        le=1,
-        when="MATRIX_QUANT=gptq_tcq",
-    )
+    tcq_states: int = knob(8, "states of the trellis: 4, 8, 16, 32 or 64", QUANT, ge=4, le=64,
+        when="MATRIX_QUANT=gptq_tcq")
+    tcq_chunk_rows: int = knob(1024, "rows between starts of the trellis", QUANT, ge=16, le=2048,
+        when="MATRIX_QUANT=gptq_tcq")
+    tcq_column_beta: float = knob(0.0, "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this "
+        "power", QUANT, ge=0, le=1, when="MATRIX_QUANT=gptq_tcq")
     gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
     repair: str = knob("none", "lqer: low-rank correction of the worst tensors", QUANT, choices=("none", "lqer"))
     lqer_rank: int = knob(4, "rank of the correction", QUANT, ge=1, when="REPAIR=lqer")
     lqer_top_k: int = knob(3, "tensors corrected, by Frobenius norm of the error", QUANT, ge=1, when="REPAIR=lqer")
-    lqer_asym_enabled: bool = knob(
-        True, "factors of 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each", QUANT, when="REPAIR=lqer"
-    )
+    lqer_asym_enabled: bool = knob(True, "factors of 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each",
+        QUANT, when="REPAIR=lqer")
     lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", QUANT, gt=0, when="LQER_ASYM_ENABLED=1")
     lqer_factor_bits: int = knob(4, "bits of symmetric factors", QUANT, ge=2, le=8, when="LQER_ASYM_ENABLED=0")
     awq_lite_enabled: bool = knob(False, "GPTQ with more bits for the most salient column groups", QUANT)
@@ -439,29 +319,19 @@ class Config:
     awq_lite_group_top_k: int = knob(1, "groups, over all tensors", QUANT, ge=1, when="AWQ_LITE_ENABLED=1")
     awq_lite_group_size: int = knob(64, "columns of a group", QUANT, gt=0, when="AWQ_LITE_ENABLED=1")
     quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain", QUANT)
-    compressor: str = knob(
-        "brotli",
-        "layout and entropy coder of the artifact; pergroup needs the program lrzip; lzma6: preset 6, as published; "
-        "rans: adaptive coder of this program, made for integer matrices",
-        QUANT,
-        choices=("brotli", "lzma", "pergroup", "lzma6", "rans"),
-    )
+    compressor: str = knob("brotli", "layout and entropy coder of the artifact; pergroup needs the program lrzip; "
+        "lzma6: preset 6, as published; rans: adaptive coder of this program, made for integer matrices", QUANT,
+        choices=("brotli", "lzma", "pergroup", "lzma6", "rans"))
 
-    eval: str = knob(
-        "doc_lora",
-        "how the final score is made",
-        EVALUATION,
-        choices=("plain", "sliding", "chunk_sgd", "slot", "doc_lora", "phased_lora"),
-    )
+    eval: str = knob("doc_lora", "how the final score is made", EVALUATION,
+        choices=("plain", "sliding", "chunk_sgd", "slot", "doc_lora", "phased_lora"))
     val_batch_tokens: int = knob(524_288, "tokens of an evaluation batch, over BATCH_SLICES", EVALUATION, gt=0)
-    eval_seq_len: int = knob(
-        2048, "longest context; the validation stream is cut to a multiple of it", EVALUATION, gt=1
-    )
+    eval_seq_len: int = knob(2048, "longest context; the validation stream is cut to a multiple of it", EVALUATION,
+        gt=1)
     eval_stride: int = knob(64, "tokens scored per window", EVALUATION, gt=0, when="EVAL=sliding|chunk_sgd|slot")
     eval_include_tail: bool = knob(False, "score the last partial window too (not the canonical count)", EVALUATION)
-    allow_noncausal: bool = knob(
-        False, "let a score be fitted on the targets that it scores; the result then says legal: false", EVALUATION
-    )
+    allow_noncausal: bool = knob(False, "let a score be fitted on the targets that it scores; the result then says "
+        "legal: false", EVALUATION)
 
     ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
     ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
@@ -470,74 +340,49 @@ class Config:
     ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", TTT, gt=1, when="EVAL=doc_lora|phased_lora")
     ttt_batch_size: int = knob(64, "documents adapted side by side", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
     ttt_grad_steps: int = knob(1, "updates per chunk", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
-    ttt_weight_decay: float = knob(
-        0.5, "decoupled weight decay of the adapters", TTT, ge=0, when="EVAL=doc_lora|phased_lora"
-    )
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", TTT, ge=0,
+        when="EVAL=doc_lora|phased_lora")
     ttt_beta1: float = knob(0.0, "AdamW beta1", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
     ttt_beta2: float = knob(0.99, "AdamW beta2", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
     ttt_k_lora: bool = knob(True, "adapters on keys", TTT, when="EVAL=doc_lora|phased_lora")
     ttt_o_lora: bool = knob(True, "adapters across the attention sublayer", TTT, when="EVAL=doc_lora|phased_lora")
     ttt_mlp_lora: bool = knob(True, "adapters across the MLP sublayer", TTT, when="EVAL=doc_lora|phased_lora")
-    ttt_warm_start_a: bool = knob(
-        False,
-        "keep each batch slot's A from its document before (the score then depends on the ranks)",
-        TTT,
-        when="EVAL=doc_lora|phased_lora",
-    )
+    ttt_warm_start_a: bool = knob(False, "keep each batch slot's A from its document before (the score then depends on "
+        "the ranks)", TTT, when="EVAL=doc_lora|phased_lora")
     ttt_order_audit: bool = knob(False, "write every batch's documents to the log file", TTT)
-    ttt_context: str = knob(
-        "recompute",
-        "how a chunk sees its document; recompute: the whole window runs again, with gradient, as published; carry: "
-        "only the chunk runs, over keys and values kept since earlier chunks ran (with TTT_LORA_LR=0: plain scoring, "
-        "each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in reach)",
-        TTT,
-        choices=("recompute", "carry"),
-        when="EVAL=doc_lora|phased_lora",
-    )
-    ttt_carry_recompute: int = knob(
-        0, "tokens before a chunk, whole chunks of them, that run again with gradient", TTT, ge=0, when=CARRY
-    )
-    ttt_carry_refresh: int = knob(
-        0, "chunks after which what is kept is made anew, without gradient; 0: never", TTT, ge=0, when=CARRY
-    )
-    phased_ttt_prefix_docs: int = knob(
-        2000, "scored documents by which the last global update is made", TTT, ge=0, when="EVAL=phased_lora"
-    )
+    ttt_context: str = knob("recompute", "how a chunk sees its document; recompute: the whole window runs again, with "
+        "gradient, as published; carry: only the chunk runs, over keys and values kept since earlier chunks ran (with "
+        "TTT_LORA_LR=0: plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in "
+        "reach)", TTT, choices=("recompute", "carry"), when="EVAL=doc_lora|phased_lora")
+    ttt_carry_recompute: int = knob(0, "tokens before a chunk, whole chunks of them, that run again with gradient", TTT,
+        ge=0, when=CARRY)
+    ttt_carry_refresh: int = knob(0, "chunks after which what is kept is made anew, without gradient; 0: never", TTT,
+        ge=0, when=CARRY)
+    phased_ttt_prefix_docs: int = knob(2000, "scored documents by which the last global update is made", TTT, ge=0,
+        when="EVAL=phased_lora")
     phased_ttt_num_phases: int = knob(3, "global updates", TTT, ge=1, when="EVAL=phased_lora")
     global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", TTT, ge=0, when="EVAL=phased_lora")
     global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", TTT, ge=0, le=1, when="EVAL=phased_lora")
     global_ttt_epochs: int = knob(1, "passes over the scored documents", TTT, ge=1, when="EVAL=phased_lora")
     global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", TTT, gt=0, when="EVAL=phased_lora")
     global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", TTT, ge=0, when="EVAL=phased_lora")
-    ttt_chunk_tokens: int = knob(
-        32_768, "targets scored, then learnt, at a time", TTT, gt=0, when="EVAL=chunk_sgd|slot"
-    )
+    ttt_chunk_tokens: int = knob(32_768, "targets scored, then learnt, at a time", TTT, gt=0,
+        when="EVAL=chunk_sgd|slot")
     ttt_epochs: int = knob(3, "passes of SGD over a chunk", TTT, ge=0, when="EVAL=chunk_sgd|slot")
-    ttt_batch_seqs: int = knob(
-        0, "sequences of an SGD step, over all ranks; 0: the whole chunk", TTT, ge=0, when="EVAL=chunk_sgd|slot"
-    )
+    ttt_batch_seqs: int = knob(0, "sequences of an SGD step, over all ranks; 0: the whole chunk", TTT, ge=0,
+        when="EVAL=chunk_sgd|slot")
     ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", TTT, ge=0, when="EVAL=chunk_sgd|slot")
-    ttt_momentum: float = knob(
-        0.9, "momentum of chunk SGD, kept from chunk to chunk", TTT, ge=0, le=1, when="EVAL=chunk_sgd|slot"
-    )
+    ttt_momentum: float = knob(0.9, "momentum of chunk SGD, kept from chunk to chunk", TTT, ge=0, le=1,
+        when="EVAL=chunk_sgd|slot")
     ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", TTT, ge=0, when="EVAL=chunk_sgd|slot")
-    ttt_trainable: tuple[str, ...] = knob(
-        ("all",),
-        "weights that chunk SGD trains: all, scalar (gains, gates, scales), or globs or parts of names, such as mlp",
-        TTT,
-        when="EVAL=chunk_sgd|slot",
-    )
-    gdn_ttt_lr_mult: float = knob(
-        1.0, "factor on TTT_LR for A_log, dt_bias, ba and taps of delta layers", TTT, ge=0, when="EVAL=chunk_sgd|slot"
-    )
+    ttt_trainable: tuple[str, ...] = knob(("all",), "weights that chunk SGD trains: all, scalar (gains, gates, "
+        "scales), or globs or parts of names, such as mlp", TTT, when="EVAL=chunk_sgd|slot")
+    gdn_ttt_lr_mult: float = knob(1.0, "factor on TTT_LR for A_log, dt_bias, ba and taps of delta layers", TTT, ge=0,
+        when="EVAL=chunk_sgd|slot")
     slot_lr: float = knob(0.003, "learning rate of the fitted shift of the hidden state", TTT, ge=0, when="EVAL=slot")
     slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", TTT, ge=1, when="EVAL=slot")
-    slot_causal: bool = knob(
-        True,
-        "fit on targets before the batch's first scored one; off: on those that it scores, as published (not legal)",
-        TTT,
-        when="EVAL=slot",
-    )
+    slot_causal: bool = knob(True, "fit on targets before the batch's first scored one; off: on those that it scores, "
+        "as published (not legal)", TTT, when="EVAL=slot")
 
     def problems(self) -> list[str]:
         """Everything wrong with these values, each as a sentence with the fix; empty when the run can start."""
@@ -547,44 +392,22 @@ class Config:
         return [message.format(c=self) for predicate, message in ILLEGAL if predicate(self)]
 
 
-LOCAL_KNOBS = (
-    "run_id",
-    "artifact_dir",
-    "stages",
-    "model_path",
-    "device",
-    "attention",
-    "fused_ce_enabled",
-    "fused_mlp_enabled",
-    "fused_gdn_enabled",
-    "compute_dtype",
-    "compile",
-    "data_path",
-    "tokenizer_path",
-)  # where a run happens, not what it is: not written to record.env
+# where a run happens, not what it is: not written to record.env
+LOCAL_KNOBS = ("run_id", "artifact_dir", "stages", "model_path", "device", "attention", "fused_ce_enabled",
+    "fused_mlp_enabled", "fused_gdn_enabled", "compute_dtype", "compile", "data_path", "tokenizer_path")
 
 ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.model_dim % c.num_heads != 0, "MODEL_DIM={c.model_dim} is not a multiple of NUM_HEADS={c.num_heads}"),
-    (
-        lambda c: c.num_heads % c.num_kv_heads != 0,
-        "NUM_HEADS={c.num_heads} is not a multiple of NUM_KV_HEADS={c.num_kv_heads}",
-    ),
-    (
-        lambda c: c.rope_dims % 2 == 1 or c.rope_dims > c.model_dim // c.num_heads,
-        "ROPE_DIMS={c.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS",
-    ),
-    (
-        lambda c: c.num_loops > 0 and not c.loop_start <= c.loop_end < c.num_layers,
-        "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be a range of layers below NUM_LAYERS={c.num_layers}",
-    ),
-    (
-        lambda c: len(mixer_letters(c)) != c.num_layers,
-        "MIXERS={c.mixers!r} does not give NUM_LAYERS={c.num_layers} layers a mixer each, A or G, such as G*2 A*8 G",
-    ),
-    (
-        lambda c: c.gdn_v_heads % c.gdn_qk_heads != 0,
-        "GDN_V_HEADS={c.gdn_v_heads} is not a multiple of GDN_QK_HEADS={c.gdn_qk_heads}",
-    ),
+    (lambda c: c.num_heads % c.num_kv_heads != 0,
+     "NUM_HEADS={c.num_heads} is not a multiple of NUM_KV_HEADS={c.num_kv_heads}"),
+    (lambda c: c.rope_dims % 2 == 1 or c.rope_dims > c.model_dim // c.num_heads,
+     "ROPE_DIMS={c.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS"),
+    (lambda c: c.num_loops > 0 and not c.loop_start <= c.loop_end < c.num_layers,
+     "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be a range of layers below NUM_LAYERS={c.num_layers}"),
+    (lambda c: len(mixer_letters(c)) != c.num_layers,
+     "MIXERS={c.mixers!r} does not give NUM_LAYERS={c.num_layers} layers a mixer each, A or G, such as G*2 A*8 G"),
+    (lambda c: c.gdn_v_heads % c.gdn_qk_heads != 0,
+     "GDN_V_HEADS={c.gdn_v_heads} is not a multiple of GDN_QK_HEADS={c.gdn_qk_heads}"),
     (lambda c: c.gate_window > c.model_dim, "GATE_WINDOW={c.gate_window} is over MODEL_DIM={c.model_dim}"),
     (
         lambda c: (
@@ -593,14 +416,10 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         ),
         "VE_LAYERS={c.ve_layers} must be layers below NUM_LAYERS={c.num_layers}, and have attention",
     ),
-    (
-        lambda c: c.rope_reference_len > 0 and c.rope_dims == 2,
-        "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS over 2: one frequency cannot be stretched",
-    ),
-    (
-        lambda c: c.train_batch_tokens % c.batch_slices != 0,
-        "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}",
-    ),
+    (lambda c: c.rope_reference_len > 0 and c.rope_dims == 2,
+     "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS over 2: one frequency cannot be stretched"),
+    (lambda c: c.train_batch_tokens % c.batch_slices != 0,
+     "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}"),
     (
         lambda c: (
             c.train_batch_tokens // c.batch_slices < c.train_seq_len
@@ -608,76 +427,44 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         ),
         "TRAIN_BATCH_TOKENS/BATCH_SLICES must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
     ),
-    (
-        lambda c: c.val_batch_tokens // c.batch_slices < c.eval_seq_len,
-        "VAL_BATCH_TOKENS/BATCH_SLICES must be at least EVAL_SEQ_LEN={c.eval_seq_len}; raise VAL_BATCH_TOKENS",
-    ),
+    (lambda c: c.val_batch_tokens // c.batch_slices < c.eval_seq_len,
+     "VAL_BATCH_TOKENS/BATCH_SLICES must be at least EVAL_SEQ_LEN={c.eval_seq_len}; raise VAL_BATCH_TOKENS"),
     (lambda c: c.eval_stride > c.eval_seq_len, "EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
-    (
-        lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
-        "TTT_CHUNK_SIZE={c.ttt_chunk_size} is over TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
-    ),
-    (
-        lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
-        "GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds} uses up MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}",
-    ),
-    (
-        lambda c: c.awq_lite_enabled and "gptq" not in (c.matrix_quant, c.embed_quant),
-        "AWQ_LITE_ENABLED=1 refines GPTQ; set MATRIX_QUANT=gptq or EMBED_QUANT=gptq",
-    ),
-    (
-        lambda c: c.awq_lite_enabled and c.awq_lite_bits <= min(c.matrix_bits, c.embed_bits),
-        "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
-    ),
-    (
-        lambda c: 0 < c.scale_step < 0.005,
-        "SCALE_STEP={c.scale_step} is too fine for 16 bits; say 0 (float16) or at least 0.005",
-    ),
-    (
-        lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
-        "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval",
-    ),
-    (
-        lambda c: c.eval == "slot" and not c.slot_causal and not c.allow_noncausal,
-        "SLOT_CAUSAL=0 fits on the targets that it scores, which the contest forbids; for study only, say "
-        "ALLOW_NONCAUSAL=1",
-    ),
-    (
-        lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
-        "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is under EVAL_SEQ_LEN={c.eval_seq_len}: no sequence fits to learn from",
-    ),
-    (
-        lambda c: any(not re.fullmatch(r"[^:]+:\s*[2-8]", item) for item in c.matrix_bits_overrides),
-        "MATRIX_BITS_OVERRIDES={c.matrix_bits_overrides} must be parts of names with 2 to 8 bits, as attn.o.weight:7",
-    ),
-    (
-        lambda c: c.rotate == "hadamard_vo" and (c.model_dim // c.num_heads).bit_count() != 1,
-        "ROTATE=hadamard_vo needs MODEL_DIM/NUM_HEADS to be a power of two; say ROTATE=none",
-    ),
-    (
-        lambda c: c.rotate == "hadamard_vo" and "value_embed" in c.attn_extras,
-        "ROTATE=hadamard_vo would not turn what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
-    ),
-    (
-        lambda c: c.ttt_context == "carry" and not 8 <= c.ttt_chunk_size <= c.ttt_eval_seq_len // 2,
-        "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} from 8 (embeddings look back, as far as the chunk "
-        "before) to half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
-    ),
-    (
-        lambda c: c.ttt_context == "carry" and c.ttt_warm_start_a,
-        "TTT_CONTEXT=carry gives a row to the next document as soon as one ends, each from its own A: set "
-        "TTT_WARM_START_A=0",
-    ),
-    (
-        lambda c: c.ttt_context == "carry" and "G" in mixer_letters(c),
-        "TTT_CONTEXT=carry keeps keys and values; a gated delta net has a state in their place, which is not kept: say "
-        "TTT_CONTEXT=recompute, or MIXERS without G",
-    ),
-    (
-        lambda c: c.ttt_context == "carry" and ("sink" in c.attn_extras or c.rope_dtype != "fp32"),
-        "TTT_CONTEXT=carry counts positions on beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
-        "depend on more than distances, have learnt nothing: say TTT_CONTEXT=recompute",
-    ),
+    (lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
+     "TTT_CHUNK_SIZE={c.ttt_chunk_size} is over TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}"),
+    (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
+     "GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds} uses up MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}"),
+    (lambda c: c.awq_lite_enabled and "gptq" not in (c.matrix_quant, c.embed_quant),
+     "AWQ_LITE_ENABLED=1 refines GPTQ; set MATRIX_QUANT=gptq or EMBED_QUANT=gptq"),
+    (lambda c: c.awq_lite_enabled and c.awq_lite_bits <= min(c.matrix_bits, c.embed_bits),
+     "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}"),
+    (lambda c: 0 < c.scale_step < 0.005,
+     "SCALE_STEP={c.scale_step} is too fine for 16 bits; say 0 (float16) or at least 0.005"),
+    (lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
+     "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval"),
+    (lambda c: c.eval == "slot" and not c.slot_causal and not c.allow_noncausal,
+     "SLOT_CAUSAL=0 fits on the targets that it scores, which the contest forbids; for study only, say "
+     "ALLOW_NONCAUSAL=1"),
+    (lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
+     "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is under EVAL_SEQ_LEN={c.eval_seq_len}: no sequence fits to learn from"),
+    (lambda c: any(not re.fullmatch(r"[^:]+:\s*[2-8]", item) for item in c.matrix_bits_overrides),
+     "MATRIX_BITS_OVERRIDES={c.matrix_bits_overrides} must be parts of names with 2 to 8 bits, as attn.o.weight:7"),
+    (lambda c: c.rotate == "hadamard_vo" and (c.model_dim // c.num_heads).bit_count() != 1,
+     "ROTATE=hadamard_vo needs MODEL_DIM/NUM_HEADS to be a power of two; say ROTATE=none"),
+    (lambda c: c.rotate == "hadamard_vo" and "value_embed" in c.attn_extras,
+     "ROTATE=hadamard_vo would not turn what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none"),
+    (lambda c: c.ttt_context == "carry" and not 8 <= c.ttt_chunk_size <= c.ttt_eval_seq_len // 2,
+     "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} from 8 (embeddings look back, as far as the chunk "
+     "before) to half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}"),
+    (lambda c: c.ttt_context == "carry" and c.ttt_warm_start_a,
+     "TTT_CONTEXT=carry gives a row to the next document as soon as one ends, each from its own A: set "
+     "TTT_WARM_START_A=0"),
+    (lambda c: c.ttt_context == "carry" and "G" in mixer_letters(c),
+     "TTT_CONTEXT=carry keeps keys and values; a gated delta net has a state in their place, which is not kept: say "
+     "TTT_CONTEXT=recompute, or MIXERS without G"),
+    (lambda c: c.ttt_context == "carry" and ("sink" in c.attn_extras or c.rope_dtype != "fp32"),
+     "TTT_CONTEXT=carry counts positions on beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
+     "depend on more than distances, have learnt nothing: say TTT_CONTEXT=recompute"),
     (lambda c: c.tcq_states not in TCQ_CODES, "TCQ_STATES={c.tcq_states} is none of 4, 8, 16, 32, 64"),
     (
         lambda c: (
@@ -686,14 +473,13 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         ),
         "gptq_tcq stores points of a grid twice as fine in 8 bits; MATRIX_BITS and EMBED_BITS may be at most 7 with it",
     ),
-    (
-        lambda c: "gptq_tcq" in (c.matrix_quant, c.embed_quant) and c.compressor != "rans",
-        "COMPRESSOR={c.compressor} does not know the trellis and would spend a bit more per weight; with gptq_tcq say "
-        "COMPRESSOR=rans",
-    ),
+    (lambda c: "gptq_tcq" in (c.matrix_quant, c.embed_quant) and c.compressor != "rans",
+     "COMPRESSOR={c.compressor} does not know the trellis and would spend a bit more per weight; with gptq_tcq say "
+     "COMPRESSOR=rans"),
     (lambda c: not c.ttt_trainable, "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0"),
 )
 
+# fmt: on
 RENAMED = {  # names that became values of an axis, or that the published scripts read without effect
     "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
     "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
@@ -2752,29 +2538,18 @@ class OptimRow(NamedTuple):
     wd: str
 
 
+# fmt: off
 OPTIM_TABLE = (
-    OptimRow(
-        r"tok_emb\.weight|(embed_extras\.(bigram|trigram)|value_embed)\.table\.weight",
-        "adamw",
-        "tied_embed_lr",
-        "embed_wd",
-    ),
+    OptimRow(r"tok_emb\.weight|(embed_extras\.(bigram|trigram)|value_embed)\.table\.weight",
+             "adamw", "tied_embed_lr", "embed_wd"),
     OptimRow(r"blocks\.\d+\.(attn\.([qkvoz]|qkv|ba)|mlp\.(up|down))\.weight", "muon", "matrix_lr", "muon_wd"),
-    OptimRow(
-        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|sink|gate\.(weight|bias)|values\.lambdas)|"
-        r"attn\.(taps|A_log|dt_bias))",
-        "adamw",
-        "scalar_lr",
-        "adam_wd",
-    ),
-    OptimRow(
-        r"(skips|lanes|embed_extras\.smear(_channel)?)\..+|"
-        r"(embed_extras\.(bigram|trigram)|value_embed)\.(scale|layer_scales|proj\.weight)",
-        "adamw",
-        "scalar_lr",
-        "adam_wd",
-    ),
+    OptimRow(r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|sink|gate\.(weight|bias)|values\.lambdas)|"
+             r"attn\.(taps|A_log|dt_bias))", "adamw", "scalar_lr", "adam_wd"),
+    OptimRow(r"(skips|lanes|embed_extras\.smear(_channel)?)\..+|"
+             r"(embed_extras\.(bigram|trigram)|value_embed)\.(scale|layer_scales|proj\.weight)",
+             "adamw", "scalar_lr", "adam_wd"),
 )
+# fmt: on
 
 
 def route_parameters(model: nn.Module) -> list[tuple[OptimRow, dict[str, nn.Parameter]]]:
