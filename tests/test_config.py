@@ -241,13 +241,13 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"MATRIX_BITS_OVERRIDES": "attn.o.weight"}, "attn.o.weight:7"),
     ({"ROTATE": "hadamard_vo", "MODEL_DIM": "384"}, "power of two"),
     ({"ROTATE": "hadamard_vo", "ATTN_EXTRAS": "value_embed"}, "ATTN_EXTRAS=value_embed"),
-    ({"TCQ_STATES": "5"}, "TCQ_STATES=5"),
-    ({"MATRIX_QUANT": "gptq_tcq", "MATRIX_BITS": "8", "COMPRESSOR": "rans"}, "may be at most 7"),
-    ({"MATRIX_QUANT": "gptq_tcq"}, "COMPRESSOR=brotli"),
     ({"TTT_CONTEXT": "carry", "TTT_CHUNK_SIZE": "1025"}, "half of TTT_EVAL_SEQ_LEN=2048"),
     ({"TTT_CONTEXT": "carry", "TTT_WARM_START_A": "1"}, "TTT_WARM_START_A=0"),
     ({"TTT_CONTEXT": "carry", "MIXERS": "G*2 A*9"}, "MIXERS without G"),
     ({"TTT_CONTEXT": "carry", "ATTN_EXTRAS": "sink"}, "ATTN_EXTRAS=sink"),
+    ({"TCQ_STATES": "5"}, "TCQ_STATES=5"),
+    ({"MATRIX_QUANT": "gptq_tcq", "MATRIX_BITS": "8", "COMPRESSOR": "rans"}, "may be at most 7"),
+    ({"MATRIX_QUANT": "gptq_tcq"}, "COMPRESSOR=brotli"),
     ({"TTT_TRAINABLE": ""}, "TTT_TRAINABLE is empty"),
 )
 
