@@ -305,7 +305,8 @@ class Config:
     tcq_chunk_rows: int = knob(1024, "rows between starts of the trellis", QUANT, ge=16, le=2048,
         when="MATRIX_QUANT=gptq_tcq")
     tcq_column_beta: float = knob(0.0, "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this "
-        "power", QUANT, ge=0, le=1, when="MATRIX_QUANT=gptq_tcq")
+        "power; gains by Hessian-weighted error, but lost val_bpb where it was tried: for study", QUANT, ge=0, le=1,
+        when="MATRIX_QUANT=gptq_tcq")
     gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
     repair: str = knob("none", "lqer: low-rank correction of the worst tensors", QUANT, choices=("none", "lqer"))
     lqer_rank: int = knob(4, "rank of the correction", QUANT, ge=1, when="REPAIR=lqer")

@@ -40,7 +40,7 @@ CURVES = {  # the first is what the others are compared with
     "GPTQ, rANS": GPTQ | {"compressor": "rans", "scale_step": 0.02},
     "TCQ 8, rANS": OURS,
     "TCQ 8, rANS, column steps": OURS | {"tcq_column_beta": 1.0},
-    "TCQ 64, rANS, column steps": OURS | {"tcq_column_beta": 1.0, "tcq_states": 64},
+    "TCQ 64, rANS": OURS | {"tcq_states": 64},
 }
 Weights = dict[str, Tensor]
 
