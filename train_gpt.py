@@ -123,187 +123,116 @@ QUANT, EVALUATION, TTT = "quantisation and artifact", "evaluation", "test-time t
 CARRY = "TTT_CONTEXT=carry"
 
 
+# fmt: off  (tables of knobs and of sentences: a line each, or as few as hold it)
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Every knob of a run. A knob's environment variable is its name in capitals."""
 
     run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>", RUN)
     artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>", RUN)
-    stages: tuple[str, ...] = knob(
-        ("train", "quantize", "eval"),
-        "stages to run; a suffix resumes from files",
-        RUN,
-        choices=("train", "quantize", "eval"),
-    )
+    stages: tuple[str, ...] = knob(("train", "quantize", "eval"), "stages to run; a suffix resumes from files", RUN,
+        choices=("train", "quantize", "eval"))
     model_path: str = knob("", "artifact that STAGES=eval reads; empty: <run directory>/model.bin", RUN)
     device: str = knob("auto", "device; auto takes a GPU when there is one", RUN, choices=("auto", "cpu", "cuda"))
-    attention: str = knob(
-        "auto",
-        "attention backend; auto: the best flash attention installed on a GPU, the masked twin elsewhere",
-        RUN,
-        choices=("auto", "masked", "fa2", "fa3", "fa4"),
-    )
-    fused_ce_enabled: str = knob(
-        "auto",
-        "Triton kernels of the softcapped cross-entropy; auto: on a GPU where triton is installed",
-        RUN,
-        choices=("auto", "1", "0"),
-    )
-    fused_mlp_enabled: str = knob(
-        "auto",
-        "Triton kernels of the MLP where nothing listens inside it; auto: on a GPU in bf16 where triton is installed",
-        RUN,
-        choices=("auto", "1", "0"),
-    )
-    fused_gdn_enabled: str = knob(
-        "auto",
-        "flash-linear-attention's gated delta rule; auto: on a GPU in bf16 where it is installed",
-        RUN,
-        choices=("auto", "1", "0"),
-        when="MIXERS=G",
-    )
-    compute_dtype: str = knob(
-        "auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", RUN, choices=("auto", "bf16", "fp32")
-    )
+    attention: str = knob("auto", "attention backend; auto: the best flash attention installed on a GPU, the masked "
+        "twin elsewhere", RUN, choices=("auto", "masked", "fa2", "fa3", "fa4"))
+    fused_ce_enabled: str = knob("auto", "Triton kernels of the softcapped cross-entropy; auto: on a GPU where triton "
+        "is installed", RUN, choices=("auto", "1", "0"))
+    fused_mlp_enabled: str = knob("auto", "Triton kernels of the MLP where nothing listens inside it; auto: on a GPU "
+        "in bf16 where triton is installed", RUN, choices=("auto", "1", "0"))
+    fused_gdn_enabled: str = knob("auto", "flash-linear-attention's gated delta rule; auto: on a GPU in bf16 where it "
+        "is installed", RUN, choices=("auto", "1", "0"), when="MIXERS=G")
+    compute_dtype: str = knob("auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", RUN,
+        choices=("auto", "bf16", "fp32"))
     compile: str = knob("auto", "torch.compile; auto: on a GPU only", RUN, choices=("auto", "on", "off"))
     seed: int = knob(1337, "seed of initialisation and of the adapters", RUN, ge=0)
 
     data_path: str = knob("data/sp8192", "directory with the shards", DATA)
     tokenizer_path: str = knob("", "SentencePiece model; empty: the one *.model file in DATA_PATH", DATA)
     vocab_size: int = knob(8192, "vocabulary, must equal the tokenizer's", DATA, ge=4, le=65536)
-    loader: str = knob(
-        "packed_docs",
-        "packed_docs: attention stays inside documents; stream: contiguous rows",
-        DATA,
-        choices=("packed_docs", "stream"),
-    )
+    loader: str = knob("packed_docs", "packed_docs: attention stays inside documents; stream: contiguous rows; "
+        "shuffled: rows in a random order", DATA, choices=("packed_docs", "stream", "shuffled"))
     train_batch_tokens: int = knob(786_432, "tokens of an optimiser step, over all ranks", DATA, gt=0)
-    batch_slices: int = knob(
-        8, "micro-batches of an optimiser step, over all ranks; a multiple of the ranks", DATA, gt=0
-    )
+    batch_slices: int = knob(8, "micro-batches of an optimiser step, over all ranks; a multiple of the ranks", DATA,
+        gt=0)
     train_seq_len: int = knob(2048, "longest attention span in training, tokens", DATA, gt=1)
 
     num_layers: int = knob(11, "physical layers", MODEL, gt=0)
     model_dim: int = knob(512, "width of the residual stream", MODEL, gt=0)
     num_heads: int = knob(8, "query heads", MODEL, gt=0)
     num_kv_heads: int = knob(4, "key/value heads (GQA)", MODEL, gt=0)
-    mixers: str = knob(
-        "", "mixer of each layer, A attention, G gated delta net, such as G*2 A*8 G; empty: attention everywhere", MODEL
-    )
+    mixers: str = knob("", "mixer of each layer, A attention, G gated delta net, such as G*2 A*8 G; empty: attention "
+        "everywhere", MODEL)
     gdn_head_dim: int = knob(64, "width of a delta net's heads", MODEL, gt=0, when="MIXERS=G")
     gdn_qk_heads: int = knob(2, "query and key heads of a delta net", MODEL, gt=0, when="MIXERS=G")
     gdn_v_heads: int = knob(4, "value heads of a delta net", MODEL, gt=0, when="MIXERS=G")
-    gdn_conv_trained: bool = knob(
-        True, "off: training leaves the convolution's taps as they were drawn, as published", MODEL, when="MIXERS=G"
-    )
-    gdn_bos_reset: bool = knob(
-        True,
-        "state and convolution start afresh at a document's first token too, not only with rows and attention "
-        "segments; off as published",
-        MODEL,
-        when="MIXERS=G",
-    )
+    gdn_conv_trained: bool = knob(True, "off: training leaves the convolution's taps as they were drawn, as published",
+        MODEL, when="MIXERS=G")
+    gdn_bos_reset: bool = knob(True, "state and convolution start afresh at a document's first token too, not only "
+        "with rows and attention segments; off as published", MODEL, when="MIXERS=G")
     mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", MODEL, gt=0)
     mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", MODEL, ge=0)
     tied_embed_init_std: float = knob(0.005, "std of the embedding at init", MODEL, gt=0)
     logit_softcap: float = knob(30.0, "c of c*tanh(logits/c)", MODEL, gt=0)
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", MODEL, gt=1)
     rope_dims: int = knob(16, "leading dims of a head that rotate", MODEL, ge=0)
-    rope_dtype: str = knob(
-        "fp32",
-        "dtype of rotary frequencies, positions and tables; bf16, as PR 1895: positions over 256 are rounded",
-        MODEL,
-        choices=("fp32", "bf16"),
-    )
+    rope_dtype: str = knob("fp32", "dtype of rotary frequencies, positions and tables; bf16, as PR 1895: positions "
+        "over 256 are rounded", MODEL, choices=("fp32", "bf16"))
     qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", MODEL, gt=0)
     ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)", MODEL)
-    attn_extras: tuple[str, ...] = knob(
-        ("xsa",),
-        "xsa: remove each head output's part along its own value; value_residual: mix in the first slot's values; "
-        "value_embed: add a value of the token itself; sink: a learnt key with value 0 in front of every context",
-        MODEL,
-        choices=("xsa", "value_residual", "value_embed", "sink"),
-    )
+    attn_extras: tuple[str, ...] = knob(("xsa",), "xsa: remove each head output's part along its own value; "
+        "value_residual: mix in the first slot's values; value_embed: add a value of the token itself; sink: a learnt "
+        "key with value 0 in front of every context", MODEL, choices=("xsa", "value_residual", "value_embed", "sink"))
     xsa_last_n: int = knob(11, "layers with XSA, counted from the last", MODEL, ge=0, when="ATTN_EXTRAS=xsa")
-    attn_gate: str = knob(
-        "none",
-        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense, dense_bias: from the whole normed "
-        "input, half open or (by a bias of 4) nearly open at init",
-        MODEL,
-        choices=("none", "sparse", "dense", "dense_bias", "out"),
-    )
-    attn_out_gate_src: str = knob(
-        "proj",
-        "what ATTN_GATE=out reads: raw queries or the input",
-        MODEL,
-        choices=("proj", "input"),
-        when="ATTN_GATE=out",
-    )
+    attn_gate: str = knob("none", "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense, dense_bias: "
+        "from the whole normed input, half open or (by a bias of 4) nearly open at init", MODEL,
+        choices=("none", "sparse", "dense", "dense_bias", "out"))
+    attn_out_gate_src: str = knob("proj", "what ATTN_GATE=out reads: raw queries or the input", MODEL,
+        choices=("proj", "input"), when="ATTN_GATE=out")
     gated_attn_init_std: float = knob(0.01, "std of the dense gate at init", MODEL, ge=0, when="ATTN_GATE=dense")
-    embed_extras: tuple[str, ...] = knob(
-        (),
-        "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; smear: add a gated copy of the previous "
-        "token's embedding; smear_channel: blend with it channel by channel, after the norm (applied in this order)",
-        MODEL,
-        choices=("bigram", "trigram", "smear", "smear_channel"),
-    )
-    gate_window: int = knob(
-        12, "leading dims that gates read", MODEL, gt=0, when="ATTN_GATE=sparse or EMBED_EXTRAS=smear"
-    )
+    embed_extras: tuple[str, ...] = knob((), "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; "
+        "smear: add a gated copy of the previous token's embedding; smear_channel: blend with it channel by channel, "
+        "after the norm (applied in this order)", MODEL, choices=("bigram", "trigram", "smear", "smear_channel"))
+    gate_window: int = knob(12, "leading dims that gates read", MODEL, gt=0,
+        when="ATTN_GATE=sparse or EMBED_EXTRAS=smear")
     sparse_attn_gate_scale: float = knob(1.0, "factor inside the gate's sigmoid", MODEL, when="ATTN_GATE=sparse")
     sparse_attn_gate_init_std: float = knob(0.0, "std of the gate at init", MODEL, ge=0, when="ATTN_GATE=sparse")
-    smear_bos_mask: bool = knob(
-        True, "no smear into a document's first token", MODEL, when="EMBED_EXTRAS=smear|smear_channel"
-    )
+    smear_bos_mask: bool = knob(True, "no smear into a document's first token", MODEL,
+        when="EMBED_EXTRAS=smear|smear_channel")
     skip_gates_enabled: bool = knob(True, "sigmoid gates on the U-net skips", MODEL)
     num_loops: int = knob(2, "extra passes over the looped layers", MODEL, ge=0)
     loop_start: int = knob(3, "first looped layer", MODEL, ge=0, when="NUM_LOOPS>0")
     loop_end: int = knob(5, "last looped layer, inclusive", MODEL, ge=0, when="NUM_LOOPS>0")
-    enable_looping_at: float = knob(
-        0.35, "fraction of the run at which looping starts", MODEL, ge=0, le=1, when="NUM_LOOPS>0"
-    )
+    enable_looping_at: float = knob(0.35, "fraction of the run at which looping starts", MODEL, ge=0, le=1,
+        when="NUM_LOOPS>0")
     parallel_start_layer: int = knob(8, "layers from here on run in parallel; 0: none", MODEL, ge=0)
-    parallel_lanes: int = knob(
-        2,
-        "2: decoder layers keep two learnt lanes, one for attention and one for the MLP; 1: attention and MLP read and "
-        "extend one stream side by side",
-        MODEL,
-        ge=1,
-        le=2,
-    )
+    parallel_lanes: int = knob(2, "2: decoder layers keep two learnt lanes, one for attention and one for the MLP; 1: "
+        "attention and MLP read and extend one stream side by side", MODEL, ge=1, le=2)
     parallel_final_lane: str = knob("mean", "what the two lanes end as", MODEL, choices=("mean", "mlp", "attn"))
     bigram_vocab_size: int = knob(2048, "rows of the bigram table", MODEL, gt=1, when="EMBED_EXTRAS=bigram")
     bigram_dim: int = knob(128, "width of the bigram table", MODEL, gt=0, when="EMBED_EXTRAS=bigram")
     trigram_vocab_size: int = knob(1024, "rows of the trigram table", MODEL, gt=1, when="EMBED_EXTRAS=trigram")
     trigram_dim: int = knob(128, "width of the trigram table", MODEL, gt=0, when="EMBED_EXTRAS=trigram")
-    trigram_trained: bool = knob(
-        True, "off: training leaves the trigram as it was drawn, as published", MODEL, when="EMBED_EXTRAS=trigram"
-    )
-    hash_bos_mask: bool = knob(
-        True, "hashes do not reach over a document's first token", MODEL, when="EMBED_EXTRAS=bigram|trigram"
-    )
+    trigram_trained: bool = knob(True, "off: training leaves the trigram as it was drawn, as published", MODEL,
+        when="EMBED_EXTRAS=trigram")
+    hash_bos_mask: bool = knob(True, "hashes do not reach over a document's first token", MODEL,
+        when="EMBED_EXTRAS=bigram|trigram")
     ve_layers: tuple[int, ...] = knob((9, 10), "layers with value embeddings", MODEL, when="ATTN_EXTRAS=value_embed")
     ve_dim: int = knob(128, "width of the value embedding's table", MODEL, gt=0, when="ATTN_EXTRAS=value_embed")
-    rope_reference_len: int = knob(
-        0, "contexts of more tokens enlarge the rotary base (NTK); 0: never; published with 1024", MODEL, ge=0
-    )
+    rope_reference_len: int = knob(0, "contexts of more tokens enlarge the rotary base (NTK); 0: never; published with "
+        "1024", MODEL, ge=0)
 
     matrix_lr: float = knob(0.026, "learning rate of Muon", OPTIM, ge=0)
     tied_embed_lr: float = knob(0.03, "learning rate of the embedding", OPTIM, ge=0)
-    embed_dtype: str = knob(
-        "fp32",
-        "dtype of the embedding, its gradient and its AdamW moments; bf16: as published",
-        OPTIM,
-        choices=("fp32", "bf16"),
-    )
+    embed_dtype: str = knob("fp32", "dtype of the embedding, its gradient and its AdamW moments; bf16: as published",
+        OPTIM, choices=("fp32", "bf16"))
     scalar_lr: float = knob(0.02, "learning rate of gains, gates and scales", OPTIM, ge=0)
     muon_momentum: float = knob(0.97, "momentum after warm-up", OPTIM, ge=0, le=1)
     muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", OPTIM, ge=0, le=1)
     muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", OPTIM, ge=0)
     muon_backend_steps: int = knob(5, "orthogonalisation iterations", OPTIM, ge=1, le=10)
-    muon_coefficients: str = knob(
-        "polar_express", "coefficient set of the orthogonalisation", OPTIM, choices=("polar_express", "quintic")
-    )
+    muon_coefficients: str = knob("polar_express", "coefficient set of the orthogonalisation; polar_express_safe: with "
+        "a safety factor of 1.05", OPTIM, choices=("polar_express", "polar_express_safe", "quintic"))
     muon_row_normalize: bool = knob(True, "unit-norm rows before the orthogonalisation", OPTIM)
     muon_wd: float = knob(0.095, "decoupled weight decay of Muon", OPTIM, ge=0)
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", OPTIM, ge=0)
@@ -312,12 +241,8 @@ class Config:
     beta2: float = knob(0.95, "AdamW beta2", OPTIM, ge=0, le=1)
     adam_eps: float = knob(1e-8, "AdamW epsilon", OPTIM, gt=0)
     grad_clip_norm: float = knob(0.3, "global norm limit of the averaged gradient; 0: none", OPTIM, ge=0)
-    average: tuple[str, ...] = knob(
-        ("ema",),
-        "weight average that is evaluated; both: swa over snapshots of ema; none: the last iterate",
-        OPTIM,
-        choices=("ema", "swa"),
-    )
+    average: tuple[str, ...] = knob(("ema",), "weight average that is evaluated; both: swa over snapshots of ema; "
+        "none: the last iterate", OPTIM, choices=("ema", "swa"))
     ema_decay: float = knob(0.9965, "decay of the weight average, per step", OPTIM, ge=0, le=1, when="AVERAGE=ema")
     swa_every: int = knob(50, "steps between snapshots", OPTIM, gt=0, when="AVERAGE=swa")
     swa_start_scale: float = knob(0.2, "LR multiplier under which snapshots are taken", OPTIM, gt=0, when="AVERAGE=swa")
@@ -327,92 +252,66 @@ class Config:
     gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for calibration, seconds", SCHED, ge=0)
     warmup_steps: int = knob(20, "untimed compile warm-up steps per graph, rolled back", SCHED, ge=0)
     warmdown_frac: float = knob(0.75, "last fraction of the run with linear LR decay", SCHED, ge=0, le=1)
-    warmdown_iters: int = knob(
-        0, "steps of linear LR decay at the end, made time by the measured step time; 0: WARMDOWN_FRAC", SCHED, ge=0
-    )
+    warmdown_iters: int = knob(0, "steps of linear LR decay at the end, made time by the measured step time; 0: "
+        "WARMDOWN_FRAC", SCHED, ge=0)
     min_lr: float = knob(0.1, "floor of the LR multiplier", SCHED, ge=0, le=1)
-    qat: str = knob(
-        "none",
-        "how late training sees quantisation; ste: weights on the grid of MATRIX_QUANT, straight-through gradient; "
-        "noise: Gaussian noise of a fraction of the rounding error",
-        SCHED,
-        choices=("none", "ste", "noise"),
-    )
-    late_qat_threshold: float = knob(
-        0.15, "LR multiplier under which the rounding begins; over 1: from the start", SCHED, ge=0, when="QAT=ste"
-    )
-    qat_noise_start_frac: float = knob(
-        0.95, "fraction of the run at which the noise begins", SCHED, ge=0, le=1, when="QAT=noise"
-    )
+    qat: str = knob("none", "how late training sees quantisation; ste: weights on the grid of MATRIX_QUANT, "
+        "straight-through gradient; noise: Gaussian noise of a fraction of the rounding error", SCHED,
+        choices=("none", "ste", "noise"))
+    late_qat_threshold: float = knob(0.15, "LR multiplier under which the rounding begins; over 1: from the start",
+        SCHED, ge=0, when="QAT=ste")
+    qat_noise_start_frac: float = knob(0.95, "fraction of the run at which the noise begins", SCHED, ge=0, le=1,
+        when="QAT=noise")
     qat_noise_mult: float = knob(0.05, "noise over the rounding error of uniform steps", SCHED, ge=0, when="QAT=noise")
     qat_noise_every: int = knob(1, "steps from one noisy step to the next", SCHED, gt=0, when="QAT=noise")
-    qat_noise_patterns: tuple[str, ...] = knob(
-        ("attn.k.weight", "attn.o.weight"), "parts of the names of the noisy weights", SCHED, when="QAT=noise"
-    )
+    qat_noise_patterns: tuple[str, ...] = knob(("attn.k.weight", "attn.o.weight"), "parts or globs of the names of the "
+        "noisy weights", SCHED, when="QAT=noise")
     train_log_every: int = knob(500, "steps between log lines", SCHED, gt=0)
     val_loss_every: int = knob(0, "steps between validations; 0: none", SCHED, ge=0)
 
-    matrix_quant: str = knob(
-        "gptq",
-        "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; gptq_lite: rounding with a clip "
-        "search; row_quantile: clip at CLIP_QUANTILE",
-        QUANT,
-        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
-    )
-    embed_quant: str = knob(
-        "gptq",
-        "scheme of the embedding and of the hash and value tables (which gptq and gptq_tcq round to nearest)",
-        QUANT,
-        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
-    )
+    matrix_quant: str = knob("gptq", "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; "
+        "gptq_lite: rounding with a clip search; row_quantile: clip at CLIP_QUANTILE", QUANT,
+        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"))
+    embed_quant: str = knob("gptq", "scheme of the embedding and of the hash and value tables (which all gptq round to "
+        "nearest); gptq_freqsplit: more bits for frequent tokens", QUANT,
+        choices=("gptq", "gptq_freqsplit", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"))
     matrix_bits: int = knob(6, "bits of the matrices", QUANT, ge=2, le=8)
+    matrix_bits_overrides: tuple[str, ...] = knob((), "other bits of some matrices: part or glob of a name, colon, "
+        "bits; the first that fits counts", QUANT)
     embed_bits: int = knob(7, "bits of the embedding", QUANT, ge=2, le=8)
+    embed_topk: int = knob(4025, "frequent tokens", QUANT, ge=1, when="EMBED_QUANT=gptq_freqsplit")
+    embed_top_bits: int = knob(8, "bits of their rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
+    embed_tail_bits: int = knob(7, "bits of the other rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
+    embed_freq_tokens: int = knob(100_000_000, "first training tokens that are counted; 0: all", QUANT, ge=0,
+        when="EMBED_QUANT=gptq_freqsplit")
+    rotate: str = knob("none", "hadamard_vo: rotate each head's values before quantisation, and its output weights "
+        "back", QUANT, choices=("none", "hadamard_vo"))
     attn_clip_sigmas: float = knob(13.0, "clip of q, k, v, o rows, in standard deviations", QUANT, gt=0)
     mlp_clip_sigmas: float = knob(11.5, "clip of up, down rows, in standard deviations", QUANT, gt=0)
     embed_clip_sigmas: float = knob(14.0, "clip of embedding rows, in standard deviations", QUANT, gt=0)
-    clip_quantile: float = knob(
-        0.9999984, "quantile of a row's magnitudes that is its clip", QUANT, gt=0, le=1, when="EMBED_QUANT=row_quantile"
-    )
-    clip_floor: float = knob(
-        0.0,
-        "least clip of a row; 1 as published: rows of small weights share a step",
-        QUANT,
-        ge=0,
-        when="MATRIX_QUANT=gptq_lite|row_quantile",
-    )
-    clip_search_rows: bool = knob(
-        True,
-        "each row has its own best quantile; off: one for a matrix, as published",
-        QUANT,
-        when="MATRIX_QUANT=gptq_lite",
-    )
-    scale_step: float = knob(
-        0.0, "row steps are stored as whole multiples of this in log2, such as 0.02; 0: as float16", QUANT, ge=0, le=1
-    )
+    clip_quantile: float = knob(0.9999984, "quantile of a row's magnitudes that is its clip", QUANT, gt=0, le=1,
+        when="EMBED_QUANT=row_quantile")
+    clip_floor: float = knob(0.0, "least clip of a row; 1 as published: rows of small weights share a step", QUANT,
+        ge=0, when="MATRIX_QUANT=gptq_lite|row_quantile")
+    clip_search_rows: bool = knob(True, "each row has its own best quantile; off: one for a matrix, as published",
+        QUANT, when="MATRIX_QUANT=gptq_lite")
+    scale_step: float = knob(0.0, "row steps are stored as whole multiples of this in log2, such as 0.02; 0: as "
+        "float16", QUANT, ge=0, le=1)
     gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
     gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
     gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
-    tcq_states: int = knob(
-        8, "states of the trellis: 4, 8, 16, 32 or 64", QUANT, ge=4, le=64, when="MATRIX_QUANT=gptq_tcq"
-    )
-    tcq_chunk_rows: int = knob(
-        1024, "rows between starts of the trellis", QUANT, ge=16, le=2048, when="MATRIX_QUANT=gptq_tcq"
-    )
-    tcq_column_beta: float = knob(
-        0.0,
-        "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this power",
-        QUANT,
-        ge=0,
-        le=1,
-        when="MATRIX_QUANT=gptq_tcq",
-    )
+    tcq_states: int = knob(8, "states of the trellis: 4, 8, 16, 32 or 64", QUANT, ge=4, le=64,
+        when="MATRIX_QUANT=gptq_tcq")
+    tcq_chunk_rows: int = knob(1024, "rows between starts of the trellis", QUANT, ge=16, le=2048,
+        when="MATRIX_QUANT=gptq_tcq")
+    tcq_column_beta: float = knob(0.0, "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this "
+        "power", QUANT, ge=0, le=1, when="MATRIX_QUANT=gptq_tcq")
     gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
     repair: str = knob("none", "lqer: low-rank correction of the worst tensors", QUANT, choices=("none", "lqer"))
     lqer_rank: int = knob(4, "rank of the correction", QUANT, ge=1, when="REPAIR=lqer")
     lqer_top_k: int = knob(3, "tensors corrected, by Frobenius norm of the error", QUANT, ge=1, when="REPAIR=lqer")
-    lqer_asym_enabled: bool = knob(
-        True, "factors of 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each", QUANT, when="REPAIR=lqer"
-    )
+    lqer_asym_enabled: bool = knob(True, "factors of 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each",
+        QUANT, when="REPAIR=lqer")
     lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", QUANT, gt=0, when="LQER_ASYM_ENABLED=1")
     lqer_factor_bits: int = knob(4, "bits of symmetric factors", QUANT, ge=2, le=8, when="LQER_ASYM_ENABLED=0")
     awq_lite_enabled: bool = knob(False, "GPTQ with more bits for the most salient column groups", QUANT)
@@ -420,29 +319,19 @@ class Config:
     awq_lite_group_top_k: int = knob(1, "groups, over all tensors", QUANT, ge=1, when="AWQ_LITE_ENABLED=1")
     awq_lite_group_size: int = knob(64, "columns of a group", QUANT, gt=0, when="AWQ_LITE_ENABLED=1")
     quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain", QUANT)
-    compressor: str = knob(
-        "brotli",
-        "layout and entropy coder of the artifact; pergroup needs the program lrzip; lzma6: preset 6, as published; "
-        "rans: adaptive coder of this program, made for integer matrices",
-        QUANT,
-        choices=("brotli", "lzma", "pergroup", "lzma6", "rans"),
-    )
+    compressor: str = knob("brotli", "layout and entropy coder of the artifact; pergroup needs the program lrzip; "
+        "lzma6: preset 6, as published; rans: adaptive coder of this program, made for integer matrices", QUANT,
+        choices=("brotli", "lzma", "pergroup", "lzma6", "rans"))
 
-    eval: str = knob(
-        "doc_lora",
-        "how the final score is made",
-        EVALUATION,
-        choices=("plain", "sliding", "chunk_sgd", "slot", "doc_lora", "phased_lora"),
-    )
+    eval: str = knob("doc_lora", "how the final score is made", EVALUATION,
+        choices=("plain", "sliding", "chunk_sgd", "slot", "doc_lora", "phased_lora"))
     val_batch_tokens: int = knob(524_288, "tokens of an evaluation batch, over BATCH_SLICES", EVALUATION, gt=0)
-    eval_seq_len: int = knob(
-        2048, "longest context; the validation stream is cut to a multiple of it", EVALUATION, gt=1
-    )
+    eval_seq_len: int = knob(2048, "longest context; the validation stream is cut to a multiple of it", EVALUATION,
+        gt=1)
     eval_stride: int = knob(64, "tokens scored per window", EVALUATION, gt=0, when="EVAL=sliding|chunk_sgd|slot")
     eval_include_tail: bool = knob(False, "score the last partial window too (not the canonical count)", EVALUATION)
-    allow_noncausal: bool = knob(
-        False, "let a score be fitted on the targets that it scores; the result then says legal: false", EVALUATION
-    )
+    allow_noncausal: bool = knob(False, "let a score be fitted on the targets that it scores; the result then says "
+        "legal: false", EVALUATION)
 
     ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
     ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
@@ -451,68 +340,49 @@ class Config:
     ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", TTT, gt=1, when="EVAL=doc_lora|phased_lora")
     ttt_batch_size: int = knob(64, "documents adapted side by side", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
     ttt_grad_steps: int = knob(1, "updates per chunk", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
-    ttt_weight_decay: float = knob(
-        0.5, "decoupled weight decay of the adapters", TTT, ge=0, when="EVAL=doc_lora|phased_lora"
-    )
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", TTT, ge=0,
+        when="EVAL=doc_lora|phased_lora")
     ttt_beta1: float = knob(0.0, "AdamW beta1", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
     ttt_beta2: float = knob(0.99, "AdamW beta2", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
     ttt_k_lora: bool = knob(True, "adapters on keys", TTT, when="EVAL=doc_lora|phased_lora")
     ttt_o_lora: bool = knob(True, "adapters across the attention sublayer", TTT, when="EVAL=doc_lora|phased_lora")
     ttt_mlp_lora: bool = knob(True, "adapters across the MLP sublayer", TTT, when="EVAL=doc_lora|phased_lora")
-    ttt_warm_start_a: bool = knob(
-        False,
-        "keep each batch slot's A from its document before (the score then depends on the ranks)",
-        TTT,
-        when="EVAL=doc_lora|phased_lora",
-    )
+    ttt_warm_start_a: bool = knob(False, "keep each batch slot's A from its document before (the score then depends on "
+        "the ranks)", TTT, when="EVAL=doc_lora|phased_lora")
     ttt_order_audit: bool = knob(False, "write every batch's documents to the log file", TTT)
-    ttt_context: str = knob(
-        "recompute",
-        "how a chunk sees its document; recompute: the whole window runs again, with gradient, as published; carry: "
-        "only the chunk runs, over keys and values kept since earlier chunks ran (with TTT_LORA_LR=0: plain scoring, "
-        "each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in reach)",
-        TTT,
-        choices=("recompute", "carry"),
-        when="EVAL=doc_lora|phased_lora",
-    )
-    ttt_carry_recompute: int = knob(
-        0, "tokens before a chunk, whole chunks of them, that run again with gradient", TTT, ge=0, when=CARRY
-    )
-    ttt_carry_refresh: int = knob(
-        0, "chunks after which what is kept is made anew, without gradient; 0: never", TTT, ge=0, when=CARRY
-    )
-    phased_ttt_prefix_docs: int = knob(
-        2000, "scored documents by which the last global update is made", TTT, ge=0, when="EVAL=phased_lora"
-    )
+    ttt_context: str = knob("recompute", "how a chunk sees its document; recompute: the whole window runs again, with "
+        "gradient, as published; carry: only the chunk runs, over keys and values kept since earlier chunks ran (with "
+        "TTT_LORA_LR=0: plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in "
+        "reach)", TTT, choices=("recompute", "carry"), when="EVAL=doc_lora|phased_lora")
+    ttt_carry_recompute: int = knob(0, "tokens before a chunk, whole chunks of them, that run again with gradient", TTT,
+        ge=0, when=CARRY)
+    ttt_carry_refresh: int = knob(0, "chunks after which what is kept is made anew, without gradient; 0: never", TTT,
+        ge=0, when=CARRY)
+    phased_ttt_prefix_docs: int = knob(2000, "scored documents by which the last global update is made", TTT, ge=0,
+        when="EVAL=phased_lora")
     phased_ttt_num_phases: int = knob(3, "global updates", TTT, ge=1, when="EVAL=phased_lora")
     global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", TTT, ge=0, when="EVAL=phased_lora")
     global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", TTT, ge=0, le=1, when="EVAL=phased_lora")
     global_ttt_epochs: int = knob(1, "passes over the scored documents", TTT, ge=1, when="EVAL=phased_lora")
     global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", TTT, gt=0, when="EVAL=phased_lora")
     global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", TTT, ge=0, when="EVAL=phased_lora")
-    ttt_chunk_tokens: int = knob(
-        32_768, "targets scored, then learnt, at a time", TTT, gt=0, when="EVAL=chunk_sgd|slot"
-    )
-    ttt_epochs: int = knob(3, "SGD steps per chunk, each over the whole chunk", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_chunk_tokens: int = knob(32_768, "targets scored, then learnt, at a time", TTT, gt=0,
+        when="EVAL=chunk_sgd|slot")
+    ttt_epochs: int = knob(3, "passes of SGD over a chunk", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_batch_seqs: int = knob(0, "sequences of an SGD step, over all ranks; 0: the whole chunk", TTT, ge=0,
+        when="EVAL=chunk_sgd|slot")
     ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", TTT, ge=0, when="EVAL=chunk_sgd|slot")
-    ttt_momentum: float = knob(
-        0.9, "momentum of chunk SGD, kept from chunk to chunk", TTT, ge=0, le=1, when="EVAL=chunk_sgd|slot"
-    )
+    ttt_momentum: float = knob(0.9, "momentum of chunk SGD, kept from chunk to chunk", TTT, ge=0, le=1,
+        when="EVAL=chunk_sgd|slot")
     ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", TTT, ge=0, when="EVAL=chunk_sgd|slot")
-    ttt_trainable: tuple[str, ...] = knob(
-        ("all",),
-        "weights that chunk SGD trains: all, scalar (gains, gates, scales), or globs or parts of names, such as mlp",
-        TTT,
-        when="EVAL=chunk_sgd|slot",
-    )
+    ttt_trainable: tuple[str, ...] = knob(("all",), "weights that chunk SGD trains: all, scalar (gains, gates, "
+        "scales), or globs or parts of names, such as mlp", TTT, when="EVAL=chunk_sgd|slot")
+    gdn_ttt_lr_mult: float = knob(1.0, "factor on TTT_LR for A_log, dt_bias, ba and taps of delta layers", TTT, ge=0,
+        when="EVAL=chunk_sgd|slot")
     slot_lr: float = knob(0.003, "learning rate of the fitted shift of the hidden state", TTT, ge=0, when="EVAL=slot")
     slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", TTT, ge=1, when="EVAL=slot")
-    slot_causal: bool = knob(
-        True,
-        "fit on targets before the batch's first scored one; off: on those that it scores, as published (not legal)",
-        TTT,
-        when="EVAL=slot",
-    )
+    slot_causal: bool = knob(True, "fit on targets before the batch's first scored one; off: on those that it scores, "
+        "as published (not legal)", TTT, when="EVAL=slot")
 
     def problems(self) -> list[str]:
         """Everything wrong with these values, each as a sentence with the fix; empty when the run can start."""
@@ -522,44 +392,22 @@ class Config:
         return [message.format(c=self) for predicate, message in ILLEGAL if predicate(self)]
 
 
-LOCAL_KNOBS = (
-    "run_id",
-    "artifact_dir",
-    "stages",
-    "model_path",
-    "device",
-    "attention",
-    "fused_ce_enabled",
-    "fused_mlp_enabled",
-    "fused_gdn_enabled",
-    "compute_dtype",
-    "compile",
-    "data_path",
-    "tokenizer_path",
-)  # where a run happens, not what it is: not written to record.env
+# where a run happens, not what it is: not written to record.env
+LOCAL_KNOBS = ("run_id", "artifact_dir", "stages", "model_path", "device", "attention", "fused_ce_enabled",
+    "fused_mlp_enabled", "fused_gdn_enabled", "compute_dtype", "compile", "data_path", "tokenizer_path")
 
 ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.model_dim % c.num_heads != 0, "MODEL_DIM={c.model_dim} is not a multiple of NUM_HEADS={c.num_heads}"),
-    (
-        lambda c: c.num_heads % c.num_kv_heads != 0,
-        "NUM_HEADS={c.num_heads} is not a multiple of NUM_KV_HEADS={c.num_kv_heads}",
-    ),
-    (
-        lambda c: c.rope_dims % 2 == 1 or c.rope_dims > c.model_dim // c.num_heads,
-        "ROPE_DIMS={c.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS",
-    ),
-    (
-        lambda c: c.num_loops > 0 and not c.loop_start <= c.loop_end < c.num_layers,
-        "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be a range of layers below NUM_LAYERS={c.num_layers}",
-    ),
-    (
-        lambda c: len(mixer_letters(c)) != c.num_layers,
-        "MIXERS={c.mixers!r} does not give NUM_LAYERS={c.num_layers} layers a mixer each, A or G, such as G*2 A*8 G",
-    ),
-    (
-        lambda c: c.gdn_v_heads % c.gdn_qk_heads != 0,
-        "GDN_V_HEADS={c.gdn_v_heads} is not a multiple of GDN_QK_HEADS={c.gdn_qk_heads}",
-    ),
+    (lambda c: c.num_heads % c.num_kv_heads != 0,
+     "NUM_HEADS={c.num_heads} is not a multiple of NUM_KV_HEADS={c.num_kv_heads}"),
+    (lambda c: c.rope_dims % 2 == 1 or c.rope_dims > c.model_dim // c.num_heads,
+     "ROPE_DIMS={c.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS"),
+    (lambda c: c.num_loops > 0 and not c.loop_start <= c.loop_end < c.num_layers,
+     "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be a range of layers below NUM_LAYERS={c.num_layers}"),
+    (lambda c: len(mixer_letters(c)) != c.num_layers,
+     "MIXERS={c.mixers!r} does not give NUM_LAYERS={c.num_layers} layers a mixer each, A or G, such as G*2 A*8 G"),
+    (lambda c: c.gdn_v_heads % c.gdn_qk_heads != 0,
+     "GDN_V_HEADS={c.gdn_v_heads} is not a multiple of GDN_QK_HEADS={c.gdn_qk_heads}"),
     (lambda c: c.gate_window > c.model_dim, "GATE_WINDOW={c.gate_window} is over MODEL_DIM={c.model_dim}"),
     (
         lambda c: (
@@ -568,14 +416,10 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         ),
         "VE_LAYERS={c.ve_layers} must be layers below NUM_LAYERS={c.num_layers}, and have attention",
     ),
-    (
-        lambda c: c.rope_reference_len > 0 and c.rope_dims == 2,
-        "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS over 2: one frequency cannot be stretched",
-    ),
-    (
-        lambda c: c.train_batch_tokens % c.batch_slices != 0,
-        "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}",
-    ),
+    (lambda c: c.rope_reference_len > 0 and c.rope_dims == 2,
+     "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS over 2: one frequency cannot be stretched"),
+    (lambda c: c.train_batch_tokens % c.batch_slices != 0,
+     "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}"),
     (
         lambda c: (
             c.train_batch_tokens // c.batch_slices < c.train_seq_len
@@ -583,77 +427,59 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         ),
         "TRAIN_BATCH_TOKENS/BATCH_SLICES must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
     ),
-    (
-        lambda c: c.val_batch_tokens // c.batch_slices < c.eval_seq_len,
-        "VAL_BATCH_TOKENS/BATCH_SLICES must be at least EVAL_SEQ_LEN={c.eval_seq_len}; raise VAL_BATCH_TOKENS",
-    ),
+    (lambda c: c.val_batch_tokens // c.batch_slices < c.eval_seq_len,
+     "VAL_BATCH_TOKENS/BATCH_SLICES must be at least EVAL_SEQ_LEN={c.eval_seq_len}; raise VAL_BATCH_TOKENS"),
     (lambda c: c.eval_stride > c.eval_seq_len, "EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
-    (
-        lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
-        "TTT_CHUNK_SIZE={c.ttt_chunk_size} is over TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
-    ),
-    (
-        lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
-        "GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds} uses up MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}",
-    ),
-    (
-        lambda c: c.awq_lite_enabled and "gptq" not in (c.matrix_quant, c.embed_quant),
-        "AWQ_LITE_ENABLED=1 refines GPTQ; set MATRIX_QUANT=gptq or EMBED_QUANT=gptq",
-    ),
-    (
-        lambda c: c.awq_lite_enabled and c.awq_lite_bits <= min(c.matrix_bits, c.embed_bits),
-        "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
-    ),
-    (
-        lambda c: 0 < c.scale_step < 0.005,
-        "SCALE_STEP={c.scale_step} is too fine for 16 bits; say 0 (float16) or at least 0.005",
-    ),
-    (
-        lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
-        "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval",
-    ),
-    (
-        lambda c: c.eval == "slot" and not c.slot_causal and not c.allow_noncausal,
-        "SLOT_CAUSAL=0 fits on the targets that it scores, which the contest forbids; for study only, say "
-        "ALLOW_NONCAUSAL=1",
-    ),
-    (
-        lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
-        "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is under EVAL_SEQ_LEN={c.eval_seq_len}: no sequence fits to learn from",
-    ),
-    (
-        lambda c: c.ttt_context == "carry" and not 8 <= c.ttt_chunk_size <= c.ttt_eval_seq_len // 2,
-        "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} from 8 (embeddings look back, as far as the chunk "
-        "before) to half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
-    ),
-    (
-        lambda c: c.ttt_context == "carry" and c.ttt_warm_start_a,
-        "TTT_CONTEXT=carry gives a row to the next document as soon as one ends, each from its own A: set "
-        "TTT_WARM_START_A=0",
-    ),
-    (
-        lambda c: c.ttt_context == "carry" and "G" in mixer_letters(c),
-        "TTT_CONTEXT=carry keeps keys and values; a gated delta net has a state in their place, which is not kept: say "
-        "TTT_CONTEXT=recompute, or MIXERS without G",
-    ),
-    (
-        lambda c: c.ttt_context == "carry" and ("sink" in c.attn_extras or c.rope_dtype != "fp32"),
-        "TTT_CONTEXT=carry counts positions on beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
-        "depend on more than distances, have learnt nothing: say TTT_CONTEXT=recompute",
-    ),
+    (lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
+     "TTT_CHUNK_SIZE={c.ttt_chunk_size} is over TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}"),
+    (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
+     "GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds} uses up MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}"),
+    (lambda c: c.awq_lite_enabled and "gptq" not in (c.matrix_quant, c.embed_quant),
+     "AWQ_LITE_ENABLED=1 refines GPTQ; set MATRIX_QUANT=gptq or EMBED_QUANT=gptq"),
+    (lambda c: c.awq_lite_enabled and c.awq_lite_bits <= min(c.matrix_bits, c.embed_bits),
+     "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}"),
+    (lambda c: 0 < c.scale_step < 0.005,
+     "SCALE_STEP={c.scale_step} is too fine for 16 bits; say 0 (float16) or at least 0.005"),
+    (lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
+     "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval"),
+    (lambda c: c.eval == "slot" and not c.slot_causal and not c.allow_noncausal,
+     "SLOT_CAUSAL=0 fits on the targets that it scores, which the contest forbids; for study only, say "
+     "ALLOW_NONCAUSAL=1"),
+    (lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
+     "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is under EVAL_SEQ_LEN={c.eval_seq_len}: no sequence fits to learn from"),
+    (lambda c: any(not re.fullmatch(r"[^:]+:\s*[2-8]", item) for item in c.matrix_bits_overrides),
+     "MATRIX_BITS_OVERRIDES={c.matrix_bits_overrides} must be parts of names with 2 to 8 bits, as attn.o.weight:7"),
+    (lambda c: c.rotate == "hadamard_vo" and (c.model_dim // c.num_heads).bit_count() != 1,
+     "ROTATE=hadamard_vo needs MODEL_DIM/NUM_HEADS to be a power of two; say ROTATE=none"),
+    (lambda c: c.rotate == "hadamard_vo" and "value_embed" in c.attn_extras,
+     "ROTATE=hadamard_vo would not turn what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none"),
+    (lambda c: c.ttt_context == "carry" and not 8 <= c.ttt_chunk_size <= c.ttt_eval_seq_len // 2,
+     "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} from 8 (embeddings look back, as far as the chunk "
+     "before) to half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}"),
+    (lambda c: c.ttt_context == "carry" and c.ttt_warm_start_a,
+     "TTT_CONTEXT=carry gives a row to the next document as soon as one ends, each from its own A: set "
+     "TTT_WARM_START_A=0"),
+    (lambda c: c.ttt_context == "carry" and "G" in mixer_letters(c),
+     "TTT_CONTEXT=carry keeps keys and values; a gated delta net has a state in their place, which is not kept: say "
+     "TTT_CONTEXT=recompute, or MIXERS without G"),
+    (lambda c: c.ttt_context == "carry" and ("sink" in c.attn_extras or c.rope_dtype != "fp32"),
+     "TTT_CONTEXT=carry counts positions on beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
+     "depend on more than distances, have learnt nothing: say TTT_CONTEXT=recompute"),
     (lambda c: c.tcq_states not in TCQ_CODES, "TCQ_STATES={c.tcq_states} is none of 4, 8, 16, 32, 64"),
     (
-        lambda c: ("gptq_tcq", 8) in ((c.matrix_quant, c.matrix_bits), (c.embed_quant, c.embed_bits)),
+        lambda c: (
+            ("gptq_tcq", 8) in ((c.matrix_quant, c.matrix_bits), (c.embed_quant, c.embed_bits))
+            or (c.matrix_quant == "gptq_tcq" and any(item.endswith("8") for item in c.matrix_bits_overrides))
+        ),
         "gptq_tcq stores points of a grid twice as fine in 8 bits; MATRIX_BITS and EMBED_BITS may be at most 7 with it",
     ),
-    (
-        lambda c: "gptq_tcq" in (c.matrix_quant, c.embed_quant) and c.compressor != "rans",
-        "COMPRESSOR={c.compressor} does not know the trellis and would spend a bit more per weight; with gptq_tcq say "
-        "COMPRESSOR=rans",
-    ),
+    (lambda c: "gptq_tcq" in (c.matrix_quant, c.embed_quant) and c.compressor != "rans",
+     "COMPRESSOR={c.compressor} does not know the trellis and would spend a bit more per weight; with gptq_tcq say "
+     "COMPRESSOR=rans"),
     (lambda c: not c.ttt_trainable, "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0"),
 )
 
+# fmt: on
 RENAMED = {  # names that became values of an axis, or that the published scripts read without effect
     "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
     "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
@@ -674,7 +500,6 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "MATRIX_CLIP_SIGMAS": "ATTN_CLIP_SIGMAS and MLP_CLIP_SIGMAS",
     "SLOT_ENABLED": "EVAL=slot (as published: with SLOT_CAUSAL=0 and ALLOW_NONCAUSAL=1)",
     "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
-    "TTT_BATCH_SEQS": "nothing: a step of chunk SGD takes the whole chunk, BATCH_SLICES parts at a time",
     "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
     "FULL_ATTENTION_START": "MIXERS (published: G*2 A*8 G)",
     "FULL_ATTENTION_END": "MIXERS (published: G*2 A*8 G)",
@@ -682,6 +507,7 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "VALUE_RESIDUAL": "ATTN_EXTRAS=xsa,value_residual",
     "VE_ENABLED": "ATTN_EXTRAS=xsa,value_embed",
     "GATED_ATTENTION": "ATTN_GATE=dense_bias",
+    "HADAMARD_VO_ROTATE": "ROTATE=hadamard_vo",
 }
 
 
@@ -1056,6 +882,15 @@ class Batch(NamedTuple):
         return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
 
 
+def check_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
+    """UserError for training tokens of another vocabulary."""
+    if tokens.size and tokens.max() >= vocab_size:
+        raise UserError(
+            f"{where}: token id {tokens.max()} is outside VOCAB_SIZE={vocab_size}; the shards were made with another "
+            "tokenizer"
+        )
+
+
 class ShardWalker:
     """A cursor over the training shards, in order, again from the first after the last: no randomness.
 
@@ -1075,11 +910,7 @@ class ShardWalker:
         self.index = (self.index + 1) % len(self.paths)
         path = self.paths[self.index]
         self.tokens = np.array(read_shard(path))
-        if len(self.tokens) and self.tokens.max() >= self.vocab_size:
-            raise UserError(
-                f"{path}: token id {self.tokens.max()} is outside VOCAB_SIZE={self.vocab_size}; the shards were "
-                "made with another tokenizer"
-            )
+        check_ids(self.tokens, self.vocab_size, path)
         starts = np.flatnonzero(self.tokens == BOS_ID)
         self.position = int(starts[0]) if self.whole_docs and len(starts) else 0
 
@@ -1103,6 +934,76 @@ class ShardWalker:
         return np.concatenate(parts)
 
 
+class SequenceDeck:
+    """Sequences of `length` + 1 tokens of some pieces of the training text, each once, shuffled; then anew. Published
+    order (PR 1895): every piece gets a random phase and permutation, which is dealt from its end; the next sequence is
+    of a random piece, by how many each has left.
+    """
+
+    def __init__(self, pieces: list[np.ndarray], length: int, seed: int) -> None:
+        self.pieces, self.length = [piece for piece in pieces if len(piece) > length], length
+        self.rng, self.starts = np.random.Generator(np.random.PCG64(seed)), [np.empty(0, np.int64)]
+
+    def shuffle(self) -> None:
+        """Draw the starts of every piece's sequences, the next one last."""
+        self.starts = []
+        for piece in self.pieces:
+            phase = int(self.rng.integers(min(self.length, len(piece) - self.length)))
+            count = (len(piece) - 1 - phase) // self.length
+            self.starts.append(phase + self.length * self.rng.permutation(count))
+
+    def take(self) -> np.ndarray:
+        """The next sequence, (length + 1,) uint16."""
+        left = np.array([len(starts) for starts in self.starts])
+        if not left.any():
+            self.shuffle()
+            left = np.array([len(starts) for starts in self.starts])
+        i = int(self.rng.choice(len(left), p=left / left.sum()))
+        start, self.starts[i] = self.starts[i][-1], self.starts[i][:-1]
+        return self.pieces[i][start : start + self.length + 1]
+
+
+def walked_spans(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
+    """Of each step the spans of TRAIN_BATCH_TOKENS/BATCH_SLICES + 1 tokens of some slices, in the order of the text."""
+    span = cfg.train_batch_tokens // cfg.batch_slices + 1
+    walker = ShardWalker(list_shards(cfg.data_path, "train"), cfg.vocab_size, LOADERS[cfg.loader].documents)
+    while True:
+        tokens = walker.take(cfg.batch_slices * span).reshape(cfg.batch_slices, span)
+        yield [tokens[j] for j in slices]
+
+
+def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
+    """Of each step the rows (n, TRAIN_SEQ_LEN + 1) of some slices.
+
+    Slice j deals the shards j, j + BATCH_SLICES, ... from a deck of its own: with 8 slices it is the published rank j.
+    Shards that are too few for that are cut into equal pieces, each of which ends with the next one's first token.
+    """
+    length, shards = cfg.train_seq_len, [read_shard(path) for path in list_shards(cfg.data_path, "train")]
+    pieces, cuts = [], -(-cfg.batch_slices // len(shards))
+    for shard in shards:
+        edges = [(len(shard) - 1) * i // cuts for i in range(cuts + 1)]
+        pieces += [shard[max(a, 0) : b + 1] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    decks = [SequenceDeck(pieces[j :: cfg.batch_slices], length, j) for j in range(cfg.batch_slices)]
+    if not all(deck.pieces for deck in decks):
+        raise UserError(
+            f"DATA_PATH={cfg.data_path}: {len(shards)} training shards do not give each of BATCH_SLICES="
+            f"{cfg.batch_slices} a sequence of TRAIN_SEQ_LEN={length}; lower one of these, or prepare more text"
+        )
+    while True:
+        batches = [
+            np.stack([deck.take() for _ in range(cfg.train_batch_tokens // cfg.batch_slices // length)])
+            for deck in (decks[j] for j in slices)
+        ]
+        check_ids(np.concatenate(batches), cfg.vocab_size, f"DATA_PATH={cfg.data_path}")
+        yield batches
+
+
+def rows_batch(rows: np.ndarray, seq_len: int) -> Batch:
+    """Rows of seq_len + 1 tokens as they are; attention runs across documents."""
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+
+
 def packed_docs_batch(span: np.ndarray, seq_len: int) -> Batch:
     """One row of all tokens; attention stays inside documents, and inside pieces of seq_len of a document."""
     ids = span[:-1]
@@ -1121,29 +1022,32 @@ def as_row(tokens: np.ndarray) -> Tensor:
 
 
 class Loader(NamedTuple):
-    """A way to cut the training stream: make a micro-batch of a span; whether documents bound attention."""
+    """A way to cut the training text: each step's tokens of some slices, a micro-batch of those of one slice, and
+    whether documents bound attention."""
 
+    tokens: Callable[[Config, range], Iterator[list[np.ndarray]]]
     batch: Callable[[np.ndarray, int], Batch]
     documents: bool
 
 
-LOADERS = {"packed_docs": Loader(packed_docs_batch, True), "stream": Loader(stream_batch, False)}
+LOADERS = {
+    "packed_docs": Loader(walked_spans, packed_docs_batch, True),
+    "stream": Loader(walked_spans, stream_batch, False),
+    "shuffled": Loader(shuffled_rows, rows_batch, False),
+}
 
 
 def train_batches(cfg: Config, runtime: Runtime) -> Iterator[list[Batch]]:
     """This rank's micro-batches of each optimiser step, for ever, prepared two steps ahead by a thread.
 
-    A step takes BATCH_SLICES spans of n + 1 tokens; span j goes to rank j mod world, so that every world size sees the
-    same tokens per step in the same order.
+    A step has BATCH_SLICES slices; slice j goes to rank j mod world, so that every world size sees the same tokens per
+    step in the same order.
     """
-    loader, slices = LOADERS[cfg.loader], cfg.batch_slices
-    span = cfg.train_batch_tokens // slices + 1
-    walker = ShardWalker(list_shards(cfg.data_path, "train"), cfg.vocab_size, loader.documents)
+    loader, mine = LOADERS[cfg.loader], range(runtime.rank, cfg.batch_slices, runtime.world)
 
     def steps() -> Iterator[list[Batch]]:
-        while True:
-            tokens = walker.take(slices * span).reshape(slices, span)
-            batches = [loader.batch(tokens[j], cfg.train_seq_len) for j in range(runtime.rank, slices, runtime.world)]
+        for parts in loader.tokens(cfg, mine):
+            batches = [loader.batch(tokens, cfg.train_seq_len) for tokens in parts]
             yield [pin(b) for b in batches] if runtime.device.type == "cuda" else batches
 
     return prefetch(steps(), depth=2)
@@ -2634,29 +2538,18 @@ class OptimRow(NamedTuple):
     wd: str
 
 
+# fmt: off
 OPTIM_TABLE = (
-    OptimRow(
-        r"tok_emb\.weight|(embed_extras\.(bigram|trigram)|value_embed)\.table\.weight",
-        "adamw",
-        "tied_embed_lr",
-        "embed_wd",
-    ),
+    OptimRow(r"tok_emb\.weight|(embed_extras\.(bigram|trigram)|value_embed)\.table\.weight",
+             "adamw", "tied_embed_lr", "embed_wd"),
     OptimRow(r"blocks\.\d+\.(attn\.([qkvoz]|qkv|ba)|mlp\.(up|down))\.weight", "muon", "matrix_lr", "muon_wd"),
-    OptimRow(
-        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|sink|gate\.(weight|bias)|values\.lambdas)|"
-        r"attn\.(taps|A_log|dt_bias))",
-        "adamw",
-        "scalar_lr",
-        "adam_wd",
-    ),
-    OptimRow(
-        r"(skips|lanes|embed_extras\.smear(_channel)?)\..+|"
-        r"(embed_extras\.(bigram|trigram)|value_embed)\.(scale|layer_scales|proj\.weight)",
-        "adamw",
-        "scalar_lr",
-        "adam_wd",
-    ),
+    OptimRow(r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|sink|gate\.(weight|bias)|values\.lambdas)|"
+             r"attn\.(taps|A_log|dt_bias))", "adamw", "scalar_lr", "adam_wd"),
+    OptimRow(r"(skips|lanes|embed_extras\.smear(_channel)?)\..+|"
+             r"(embed_extras\.(bigram|trigram)|value_embed)\.(scale|layer_scales|proj\.weight)",
+             "adamw", "scalar_lr", "adam_wd"),
 )
+# fmt: on
 
 
 def route_parameters(model: nn.Module) -> list[tuple[OptimRow, dict[str, nn.Parameter]]]:
@@ -2695,20 +2588,52 @@ COEFFICIENTS = {  # a, b, c of X <- a X + (b A + c A A) X with A = X X^T; the la
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
+    "polar_express_safe": tuple(  # the same paper's, of another accuracy, as the package gram-newton-schulz has them
+        (a / 1.05, b / 1.05**3, c / 1.05**5)
+        for a, b, c in (
+            (8.28721201814563, -23.595886519098837, 17.300387312530933),
+            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+            (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+            (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        )
+    ),
 }
 
 
 def orthogonalize(x: Tensor, coefficients: str, steps: int) -> Tensor:
-    """About U V^T of each matrix of x (k, rows, cols), by `steps` polynomial iterations in x's dtype."""
+    """About U V^T of each matrix of x (k, rows, cols), by `steps` polynomial iterations in x's dtype (see also
+    gram_iterations)."""
     triples = COEFFICIENTS[coefficients]
+    plan = [triples[min(i, len(triples) - 1)] for i in range(steps)]
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for i in range(steps):
-        a, b, c = triples[min(i, len(triples) - 1)]
+    if 3 * x.size(-2) < 2 * x.size(-1):  # five steps then cost less: 4 r^2 c + 14 r^3 against 10 r^2 c + 5 r^3
+        x = gram_iterations(x.half() if x.dtype == torch.bfloat16 else x, plan).to(x.dtype)
+        return x.mT if tall else x
+    for a, b, c in plan:
         A = x @ x.mT
         x = a * x + (b * A + c * A @ A) @ x
     return x.mT if tall else x
+
+
+def gram_iterations(x: Tensor, plan: list[tuple[float, float, float]]) -> Tensor:
+    """x (k, rows, cols) after the same polynomials, by products of (rows, rows) alone (Gram Newton-Schulz): x <- Q x,
+    where Q is the product of p = a I + b R + c R R, and R = x x^T is carried on as p R p.
+
+    Rounding grows in R, so it is computed afresh after two steps and then every three. In bfloat16 it still overshoots
+    on spectra of four decades, by half, which float16 does not: at norm 1 its range is ample.
+    """
+    cuts = [0, *range(2, len(plan), 3), len(plan)]
+    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        R, Q = x @ x.mT, None
+        for step, (a, b, c) in enumerate(plan[start:stop], start + 1):
+            p = torch.baddbmm(R, R, R, beta=b, alpha=c)
+            p.diagonal(dim1=-2, dim2=-1).add_(a)
+            Q, R = p if Q is None else p @ Q, p @ R @ p if step < stop else R
+        x = Q @ x
+    return x
 
 
 def muon_direction(grad: Tensor, buffer: Tensor, momentum: float, row_normalize: bool) -> Tensor:
@@ -2917,9 +2842,10 @@ class Noise:
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
-        chosen = {n: p for n, p in model.named_parameters() if any(part in n for part in cfg.qat_noise_patterns)}
+        matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
+        chosen = {n: p for n, p in matrices.items() if any(named(n, word) for word in cfg.qat_noise_patterns)}
         if not chosen:
-            raise UserError(f"QAT_NOISE_PATTERNS={format_knob(cfg.qat_noise_patterns)} is in no name of a weight")
+            raise UserError(f"QAT_NOISE_PATTERNS={format_knob(cfg.qat_noise_patterns)} is in no name of a matrix")
         self.params = list(chosen.values())
 
     def due(self, fraction: float, multiplier: float, step: int) -> bool:
@@ -3127,29 +3053,39 @@ def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple
 
 
 class QuantRule(NamedTuple):
-    """How tensors whose name matches a glob pattern are stored: scheme, bits, clip in row standard deviations, and the
-    first columns of the groups that AWQ-lite gives more bits."""
+    """How tensors whose name matches a glob pattern are stored: scheme, bits, clip in row standard deviations, the
+    first columns of the groups that AWQ-lite gives more bits, the rows that gptq_freqsplit gives more, and a further
+    part or glob of the name."""
 
     pattern: str
     scheme: str
     bits: int
     clip: float
     fine: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+    part: str = ""
 
 
-TABLE_SCHEMES = {"gptq": "rowwise", "gptq_tcq": "rowwise"}  # of tables, which have no input to calibrate on
+# Of tables, which have no input to calibrate on
+TABLE_SCHEMES = {"gptq": "rowwise", "gptq_tcq": "rowwise", "gptq_freqsplit": "rowwise"}
 
 
 def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
     """The quantisation plan; the first matching rule counts, and the last matches everything."""
     gates = (QuantRule("blocks.*.attn.gate.weight", "int8_row", 8, 0.0),)
+    matrices = (
+        QuantRule("blocks.*.attn.[qkvoz].weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
+        QuantRule("blocks.*.attn.qkv.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
+        QuantRule("blocks.*.mlp.*.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.mlp_clip_sigmas),
+    )
+    embed_bits = {"gptq_freqsplit": cfg.embed_tail_bits}.get(cfg.embed_quant, cfg.embed_bits)
     return (
-        QuantRule("tok_emb.weight", cfg.embed_quant, cfg.embed_bits, cfg.embed_clip_sigmas),
+        QuantRule("tok_emb.weight", cfg.embed_quant, embed_bits, cfg.embed_clip_sigmas),
         QuantRule(
             "*.table.weight", TABLE_SCHEMES.get(cfg.embed_quant, cfg.embed_quant), cfg.embed_bits, cfg.embed_clip_sigmas
         ),
-        QuantRule("blocks.*.attn.[qkvo].weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
-        QuantRule("blocks.*.mlp.*.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.mlp_clip_sigmas),
+        *(rule._replace(part=part, bits=bits) for part, bits in bits_overrides(cfg) for rule in matrices),
+        *matrices,
         *gates * cfg.gated_attn_quant_gate,
         QuantRule("*", "fp16", 16, 0.0),
     )
@@ -3157,9 +3093,21 @@ def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
 
 def rule_for(name: str, plan: tuple[QuantRule, ...]) -> QuantRule:
     """The first rule that matches a tensor's name."""
-    return next(rule for rule in plan if fnmatch.fnmatchcase(name, rule.pattern))
+    return next(rule for rule in plan if fnmatch.fnmatchcase(name, rule.pattern) and named(name, rule.part))
 
 
+def named(name: str, word: str) -> bool:
+    """Whether a knob's word means a tensor: it is part of its name, or a glob of the whole."""
+    return word in name or fnmatch.fnmatchcase(name, word)
+
+
+def bits_overrides(cfg: Config) -> list[tuple[str, int]]:
+    """(part or glob of a name, bits) of MATRIX_BITS_OVERRIDES."""
+    pairs = (item.rpartition(":") for item in cfg.matrix_bits_overrides)
+    return [(part.strip(), int(bits)) for part, _, bits in pairs]
+
+
+COUNTS = "token_counts"  # the name of token_counts among the Hessians
 FINER = {"gptq": "awq_lite"}  # scheme -> the same with more bits for some columns
 
 
@@ -3178,9 +3126,12 @@ def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
 
 
 def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> tuple[QuantRule, ...]:
-    """quant_plan after AWQ-lite's choice: a rule of its own for each tensor that holds one of the
-    AWQ_LITE_GROUP_TOP_K most salient groups of contiguous columns."""
-    plan, size, groups, chosen = quant_plan(cfg), cfg.awq_lite_group_size, [], {}
+    """quant_plan with the embedding's EMBED_TOPK most frequent rows (of equal ones the first), where tokens were
+    counted; and after AWQ-lite's choice: a rule of its own for each tensor that holds one of the AWQ_LITE_GROUP_TOP_K
+    most salient groups of contiguous columns."""
+    (embedding, *others), size, groups, chosen = quant_plan(cfg), cfg.awq_lite_group_size, [], {}
+    order = hessians.get(COUNTS, torch.zeros(0)).sort(descending=True, stable=True).indices.tolist()
+    plan = (embedding._replace(rows=tuple(order[: cfg.embed_topk])), *others)
     for name in sorted(state.keys() & hessians.keys()) * cfg.awq_lite_enabled:
         rule = rule_for(name, plan)
         if rule.scheme in FINER and rule.bits < cfg.awq_lite_bits:
@@ -3195,10 +3146,17 @@ def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tens
 class HessianTap:
     """Accumulates X^T X (float32) of the inputs of every matrix, keyed by the weight's name: a taps listener.
 
-    q, k and v share their input, so they share one Hessian; looped layers sum over their passes.
+    q, k and v share their input, so they share one Hessian (in a delta layer qkv and z); looped layers sum over their
+    passes.
     """
 
-    SITES = {"q": ("attn.q", "attn.k", "attn.v"), "o": ("attn.o",), "up": ("mlp.up",), "down": ("mlp.down",)}
+    SITES = {
+        "q": ("attn.q", "attn.k", "attn.v"),
+        "qkv": ("attn.qkv", "attn.z"),
+        "o": ("attn.o",),
+        "up": ("mlp.up",),
+        "down": ("mlp.down",),
+    }
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, int], Tensor] = {}
@@ -3237,13 +3195,27 @@ def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> dict[str, Ten
     return tap.hessians(cfg.gptq_calibration_batches, runtime)
 
 
+def token_counts(cfg: Config, runtime: Runtime) -> Tensor:
+    """How often each id occurs in the first EMBED_FREQ_TOKENS training tokens, (V,) int64, counted by all ranks."""
+    counts, left = np.zeros(cfg.vocab_size, np.int64), cfg.embed_freq_tokens or sys.maxsize
+    for path in list_shards(cfg.data_path, "train"):
+        tokens = read_shard(path)[:left]
+        left -= len(tokens)
+        cuts = [len(tokens) * rank // runtime.world for rank in (runtime.rank, runtime.rank + 1)]
+        counts += np.bincount(tokens[slice(*cuts)], minlength=cfg.vocab_size)
+    return runtime.sum_(torch.from_numpy(counts))
+
+
 def row_bounds(ids: np.ndarray) -> Tensor:
     """Padded segment boundaries of rows (B, T): every row start and every document start, over B*T flattened tokens."""
     starts = np.union1d(np.flatnonzero(ids.reshape(-1) == BOS_ID), np.arange(0, ids.size, ids.shape[1]))
     return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, 0)))
 
 
-def row_scales(weight: Tensor, bits: int, clip: float, base_step: float = 0.0) -> Tensor:
+Bits = int | Tensor  # of all rows, or of each (rows,)
+
+
+def row_scales(weight: Tensor, bits: Bits, clip: float, base_step: float = 0.0) -> Tensor:
     """SD-clip step of each row, float32, as it is stored: clip * std / (2^(bits-1) - 1), at least 2^-24."""
     return scale_values(stored_scales(sd_steps(weight, bits, clip), base_step))
 
@@ -3276,7 +3248,7 @@ def scale_values(parts: Parts, key: str = "s") -> Tensor:
     return stored.float() if stored.is_floating_point() else (stored.double() * parts["ss"].double()).exp2().float()
 
 
-def sd_steps(weight: Tensor, bits: int, clip: float) -> Tensor:
+def sd_steps(weight: Tensor, bits: Bits, clip: float) -> Tensor:
     """Step of each row, float32, of a grid that reaches clip standard deviations."""
     return clip * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
 
@@ -3305,7 +3277,7 @@ def searched_scales(weight: Tensor, bits: int, floor: float = 0.0, by_row: bool 
     return scales.gather(0, best[None])[0]
 
 
-def round_to_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def round_to_grid(weight: Tensor, scale: Tensor, bits: Bits) -> Tensor:
     """Nearest integer level within +-(2^(bits-1) - 1), as float32."""
     top = 2 ** (bits - 1) - 1
     return torch.clamp(torch.round(weight / scale), -top, top)
@@ -3353,12 +3325,13 @@ def feed_back(
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, damp: float, blocksize: int, fine: Fine | None = None
+    weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits, damp: float, blocksize: int, fine: Fine | None = None
 ) -> Tensor:
     """Integers (rows, cols) int8 of GPTQ with activation order (Frantar et al. 2023).
 
-    weight (rows, cols) float32, hessian (cols, cols), scale (rows,). Columns go in order of falling diagonal; the
-    rounding error of each is spread over the later ones through the Cholesky factor of the inverse Hessian.
+    weight (rows, cols) float32, hessian (cols, cols), scale (rows,), bits of all rows or (rows,). Columns go in order
+    of falling diagonal; the rounding error of each is spread over the later ones through the Cholesky factor of the
+    inverse Hessian.
     """
     order, Hinv, dead = inverse_factor(hessian, damp)
     W = weight.float().clone()
@@ -3436,13 +3409,16 @@ Parts = dict[str, Tensor]
 class Scheme(NamedTuple):
     """encode(weight, hessian, rule, cfg) -> parts, and decode(parts) -> float32 weight. repairable: integers of a
     matrix, whose error a repair may correct. steps(weight, rule, cfg): row steps of the grid, for QAT.
-    together(weights, hessians, rules, cfg): encode of several matrices of equal width at once, to the same parts."""
+    together(weights, hessians, rules, cfg): encode of several matrices of equal width at once, to the same parts.
+    hessian, counts: what calibration has to collect for it."""
 
     encode: Callable[[Tensor, Tensor | None, QuantRule, Config], Parts]
     decode: Callable[[Parts], Tensor]
     repairable: bool = False
     steps: Callable[[Tensor, QuantRule, Config], Tensor] | None = None
     together: Callable[[list[Tensor], list[Tensor | None], list[QuantRule], Config], list[Parts]] | None = None
+    hessian: bool = False
+    counts: bool = False
 
 
 def rounded_rows(weight: Tensor, steps: Tensor, bits: int, base_step: float = 0.0) -> Parts:
@@ -3540,6 +3516,16 @@ def encode_tcq(
     return found
 
 
+def encode_freqsplit(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
+    """GPTQ with EMBED_TOP_BITS for the rows of frequent tokens; the row's step says to the decoder all it needs."""
+    if hessian is None or not rule.rows:
+        raise UserError("EMBED_QUANT=gptq_freqsplit has no Hessian or token counts; run STAGES=train,... again with it")
+    bits = torch.full((len(weight),), rule.bits, device=weight.device)
+    bits[list(rule.rows)] = cfg.embed_top_bits
+    parts = stored_scales(sd_steps(weight, bits, rule.clip), cfg.scale_step)
+    return {"q": gptq(weight, hessian, scale_values(parts), bits, cfg.gptq_damp, cfg.gptq_blocksize)} | parts
+
+
 def fine_columns(groups: Tensor, cols: int) -> Tensor:
     """Column indices of AWQ-lite's groups, given as [columns of a group, first column, first column ...]."""
     size, *starts = groups.tolist()
@@ -3565,13 +3551,15 @@ def decode_awq(parts: Parts) -> Tensor:
 
 
 SCHEMES = {
-    "gptq": Scheme(encode_gptq, decode_rows, True, ruled_scales),
+    "gptq": Scheme(encode_gptq, decode_rows, True, ruled_scales, hessian=True),
+    "gptq_freqsplit": Scheme(encode_freqsplit, decode_rows, True, hessian=True, counts=True),
     "gptq_tcq": Scheme(
         lambda w, hessian, rule, cfg: encode_tcq([w], [hessian], [rule], cfg)[0],
         decode_tcq,
         True,
         ruled_scales,
         encode_tcq,
+        hessian=True,
     ),
     "awq_lite": Scheme(encode_gptq, decode_awq, repairable=True),
     "rowwise": Scheme(encode_rowwise, decode_rows, True, ruled_scales),
@@ -3767,6 +3755,40 @@ def sort_hidden(
     return state, hessians
 
 
+def hadamard(size: int) -> Tensor:
+    """Sylvester's orthogonal matrix of a power of two, symmetric, float64."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    return matrix / math.sqrt(size)
+
+
+def rotate_values(
+    cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same function with every head's values turned by a Hadamard matrix, which spreads outliers, and the columns
+    of `o` turned with them.
+
+    An output is a sum of values, so it turns too; XSA and value_residual see dot products and sums of values, gates and
+    sink a number per head. Done after calibration, so the Hessians of `o` turn as its inputs would. New dicts.
+    """
+    state, hessians, R = dict(state), dict(hessians), hadamard(cfg.model_dim // cfg.num_heads)
+
+    def turned(x: Tensor) -> Tensor:
+        """x with each head's block of columns times R."""
+        return (x.double().unflatten(-1, (-1, len(R))) @ R).flatten(-2).to(x.dtype)
+
+    for v in [name for name in state if fnmatch.fnmatchcase(name, "blocks.*.attn.v.weight")]:
+        o = v.replace(".v.", ".o.")
+        state[v], state[o] = turned(state[v].T).T.contiguous(), turned(state[o])
+        if o in hessians:
+            hessians[o] = turned(turned(hessians[o]).T)
+    return state, hessians
+
+
+ROTATIONS = {"none": lambda cfg, state, hessians: (state, hessians), "hadamard_vo": rotate_values}
+
+
 class TensorReport(NamedTuple):
     """What storing one tensor costs and loses; squared errors and powers, plain and weighted by the input Hessian."""
 
@@ -3836,9 +3858,10 @@ def error_report(cfg: Config, reports: list[TensorReport], parts: dict[str, Part
     for rule in plan:
         mine = [r for r in reports if rule_for(r.name, plan) is rule]
         total = [sum(getattr(r, field) for r in mine) for field in TensorReport._fields[2:]]
+        label = rule.part or rule.pattern
         if mine:
             lines.append(
-                f"  {rule.pattern:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(mine):3} tensors "
+                f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(mine):3} tensors "
                 f"{total[0]:>11,} weights  relative error {ratio(total[1], total[2]):.3e}  weighted "
                 f"{ratio(total[3], total[4]):.3e}  {total[5]:,} bytes raw, {total[6]:,} at entropy"
             )
@@ -3862,7 +3885,9 @@ def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tens
     probes = [
         (f"AWQ-lite from columns {r.fine}", r.pattern, "awq_lite", encode(r.pattern, r)) for r in refined if r.fine
     ]
-    for rule, name in {rule_for(n, plan): n for n in sorted(hessians, key=lambda n: (state[n].numel(), n))}.items():
+    for rule, name in {
+        rule_for(n, plan): n for n in sorted(hessians.keys() & state, key=lambda n: (state[n].numel(), n))
+    }.items():
         clipped = rounded_rows(state[name], searched_scales(state[name].float(), rule.bits), rule.bits)
         probes.append(("clip search", name, "rowwise", clipped))
     for what, name, scheme, then in probes:
@@ -3922,7 +3947,8 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.lrz", Path(folder) / "out"
         source.write_bytes(data)
-        command = [program, "-Q", "-f", *flags, "-o", str(target), str(source)]
+        # -N 0: by default it runs at the lowest priority, and starves on a busy machine
+        command = [program, "-Q", "-f", "-N", "0", *flags, "-o", str(target), str(source)]
         done = subprocess.run(command, capture_output=True, env={"LRZIP": "NOCONFIG", "TMPDIR": folder}, check=False)
         if done.returncode != 0 or not target.is_file():
             raise UserError(f"lrzip {' '.join(flags)} failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
@@ -5214,17 +5240,9 @@ def evaluate_phased_lora(cfg: Config, runtime: Runtime, model: GPT, val: ValData
 def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that TTT_TRAINABLE selects; UserError for a word that selects none."""
     names, chosen = dict(model.named_parameters()), set()
-
-    def named(word: str) -> set[str]:
-        """Parameters with the word in their name, or whose name the glob matches."""
-        return {name for name in names if word in name or fnmatch.fnmatchcase(name, word)}
-
-    def scalars(word: str) -> set[str]:
-        """What SCALAR_LR trains."""
-        return {n for row, params in route_parameters(model) if row.lr == "scalar_lr" for n in params}
-
+    scalars = {n for row, params in route_parameters(model) if row.lr == "scalar_lr" for n in params}
     for word in cfg.ttt_trainable:
-        hits = {"all": lambda word: set(names), "scalar": scalars}.get(word, named)(word)
+        hits = {"all": set(names), "scalar": scalars}.get(word) or {n for n in names if named(n, word)}
         if not hits:
             some = ", ".join(sorted({re.sub(r"\d+", "*", name) for name in names}))
             raise UserError(f"TTT_TRAINABLE={word} matches no weight; say all, scalar, or parts or globs of: {some}")
@@ -5251,11 +5269,15 @@ class ChunkSgd:
         self.cfg, self.runtime, self.tokens, self.model = cfg, runtime, val.tokens, masters(model)
         self.num_chunks = -(-(len(val.tokens) - 1) // cfg.ttt_chunk_tokens)
         self.model.requires_grad_(False)
-        self.params = list(trainable(cfg, self.model).values())
+        chosen = trainable(cfg, self.model)
+        self.params = list(chosen.values())
         self.grads = torch.zeros(sum(p.numel() for p in self.params), dtype=self.params[0].dtype, device=runtime.device)
         for p, grad in zip(self.params, self.grads.split([p.numel() for p in self.params]), strict=True):
             p.requires_grad_(True).grad = grad.view_as(p)
-        self.optimiser = torch.optim.SGD(self.params, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
+        slow = {n: p for n, p in chosen.items() if re.search(r"attn\.(A_log|dt_bias|ba\.|taps)", n)}
+        groups = [([p for n, p in chosen.items() if n not in slow], 1.0), (list(slow.values()), cfg.gdn_ttt_lr_mult)]
+        rated = [{"params": params, "factor": factor} for params, factor in groups if params]
+        self.optimiser = torch.optim.SGD(rated, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         self.scorer = scorer(cfg, runtime, self.model)
 
     def warm_up(self) -> None:
@@ -5278,14 +5300,16 @@ class ChunkSgd:
         return self.scorer.score(unit) if len(unit.rows) else torch.empty(unit.ids.shape)
 
     def learn(self, unit: Unit, nll: Tensor) -> None:
-        """TTT_EPOCHS steps on the unit's span; momentum stays from chunk to chunk, the rate falls as a cosine."""
+        """TTT_EPOCHS passes over the unit's span; momentum stays from chunk to chunk, the rate falls as a cosine."""
         if not unit.span:
             return
         cfg, chunk = self.cfg, (unit.span.start - 1) // self.cfg.ttt_chunk_tokens
         rate = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / (self.num_chunks - 1)))
-        self.optimiser.param_groups[0]["lr"] = rate
-        for _ in range(cfg.ttt_epochs):
-            self.gradient(unit.span)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["factor"]
+        span, width = unit.span, cfg.ttt_batch_seqs * cfg.eval_seq_len or len(unit.span)
+        for start in [*range(span.start, span.stop, width)] * cfg.ttt_epochs:
+            self.gradient(range(start, min(start + width, span.stop)))
             if cfg.ttt_grad_clip > 0:
                 self.grads.mul_((cfg.ttt_grad_clip / (self.grads.norm() + 1e-6)).clamp(max=1.0))
             self.optimiser.step()
@@ -5399,8 +5423,8 @@ def adapt_chunks(
     """Score sliding windows chunk by chunk, with SGD on each chunk once it is scored. The model is left as it was."""
     learner, made = ChunkSgd(cfg, runtime, model, val, scorer), units(cfg, runtime, val)
     runtime.log(
-        f"chunk SGD: {learner.num_chunks} chunks of {cfg.ttt_chunk_tokens} targets, {cfg.ttt_epochs} steps on each but "
-        f"the last, {learner.grads.numel():,} weights in {len(learner.params)} tensors"
+        f"chunk SGD: {learner.num_chunks} chunks of {cfg.ttt_chunk_tokens} targets, {cfg.ttt_epochs} passes over each "
+        f"but the last, {learner.grads.numel():,} weights in {len(learner.params)} tensors"
     )
     learner.warm_up()
     meter = ByteMeter(val, runtime, cfg.allow_noncausal)
@@ -5514,11 +5538,13 @@ class Run:
                 "TIED_EMBED_LR or SCALAR_LR"
             )
         self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
-        calibrated = {"gptq", "gptq_tcq"} & {cfg.matrix_quant, cfg.embed_quant}
-        hessians = collect_hessians(cfg, runtime, model) if calibrated else {}
+        schemes = [SCHEMES[name] for name in (cfg.matrix_quant, cfg.embed_quant)]
+        hessians = collect_hessians(cfg, runtime, model) if any(scheme.hessian for scheme in schemes) else {}
+        hessians |= {COUNTS: token_counts(cfg, runtime)} if any(scheme.counts for scheme in schemes) else {}
         seconds = trainer.clock.read()
         self.save("hessians.pt", hessians)
-        self.log(f"calibration: {len(hessians)} Hessians, {seconds - report.seconds:.2f} s, inside the training budget")
+        collected = len(hessians.keys() - {COUNTS})
+        self.log(f"calibration: {collected} Hessians, {seconds - report.seconds:.2f} s, inside the training budget")
         if 0 < cfg.max_wallclock_seconds < seconds:
             self.log(
                 f"WARNING: training with calibration took {seconds:.2f} s, over MAX_WALLCLOCK_SECONDS="
@@ -5535,6 +5561,7 @@ class Run:
         state = self.load("model.pt")["model"]
         fill_model(self.model(), state, str(self.folder / "model.pt"))
         hessians = self.load("hessians.pt")
+        state, hessians = ROTATIONS[cfg.rotate](cfg, state, hessians)
         if CODECS[cfg.compressor].sort_hidden:
             state, hessians = sort_hidden(cfg, runtime, state, hessians)
         parts = quantize(cfg, runtime, state, hessians)
@@ -5600,11 +5627,17 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
     lines += [f"  of them not trained: {len(frozen)} tensors, {sum(frozen):,} weights"] * bool(frozen)
     lines.append("quantisation plan:")
     plan, tensors = quant_plan(cfg), model.state_dict()
+    for part, _ in bits_overrides(cfg):
+        if not any(rule_for(name, plan).part == part for name in tensors):
+            raise UserError(f"MATRIX_BITS_OVERRIDES={part} is in no name of a matrix (or of none that is left for it)")
     for rule in plan:
         matched = [t for name, t in tensors.items() if rule_for(name, plan) is rule]
+        if rule.part and not matched:
+            continue
         size = sum(t.numel() * rule.bits / 8 + (2 * t.size(0) if rule.clip else 0) for t in matched)
+        label = rule.part or rule.pattern
         lines.append(
-            f"  {rule.pattern:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(matched):3} tensors "
+            f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(matched):3} tensors "
             f"{size:>12,.0f} bytes before entropy coding"
         )
     return "\n".join(lines)

@@ -279,7 +279,7 @@ def test_wrong_knobs_are_sentences(knobs: dict, message: str) -> None:
         config(**knobs)
 
 
-@pytest.mark.parametrize("name", ["SLOT_ENABLED", "TTT_FREEZE_BLOCKS", "TTT_BATCH_SEQS", "TTT_GDN_INCLUDE"])
+@pytest.mark.parametrize("name", ["SLOT_ENABLED", "TTT_FREEZE_BLOCKS", "TTT_GDN_INCLUDE"])
 def test_published_names_say_what_they_became(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} is not a knob here; say"):
         load_config({name: "1"})

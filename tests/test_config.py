@@ -168,7 +168,7 @@ def test_text_becomes_the_annotated_type(name: str, text: str, value: object) ->
         ("MATRIX_LR", "fast"),
         ("SMEAR_BOS_MASK", "true"),
         ("SMEAR_BOS_MASK", "yes"),
-        ("LOADER", "shuffled"),
+        ("LOADER", "shuffle"),
         ("STAGES", "train,test"),
         ("ATTN_EXTRAS", "xsa,sinks"),
         ("VE_LAYERS", "9,last"),
@@ -234,13 +234,20 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"GPTQ_RESERVE_SECONDS": "600"}, "GPTQ_RESERVE_SECONDS=600"),
     ({"AWQ_LITE_ENABLED": "1", "MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise"}, "AWQ_LITE_ENABLED=1"),
     ({"AWQ_LITE_ENABLED": "1", "AWQ_LITE_BITS": "6"}, "AWQ_LITE_BITS=6"),
+    ({"SCALE_STEP": "1e-9"}, "SCALE_STEP=1e-09"),
     ({"STAGES": "train,eval"}, "STAGES must be a suffix"),
     ({"EVAL": "slot", "SLOT_CAUSAL": "0"}, "ALLOW_NONCAUSAL=1"),
     ({"EVAL": "chunk_sgd", "TTT_CHUNK_TOKENS": "2047"}, "TTT_CHUNK_TOKENS=2047"),
+    ({"MATRIX_BITS_OVERRIDES": "attn.o.weight"}, "attn.o.weight:7"),
+    ({"ROTATE": "hadamard_vo", "MODEL_DIM": "384"}, "power of two"),
+    ({"ROTATE": "hadamard_vo", "ATTN_EXTRAS": "value_embed"}, "ATTN_EXTRAS=value_embed"),
     ({"TTT_CONTEXT": "carry", "TTT_CHUNK_SIZE": "1025"}, "half of TTT_EVAL_SEQ_LEN=2048"),
     ({"TTT_CONTEXT": "carry", "TTT_WARM_START_A": "1"}, "TTT_WARM_START_A=0"),
     ({"TTT_CONTEXT": "carry", "MIXERS": "G*2 A*9"}, "MIXERS without G"),
     ({"TTT_CONTEXT": "carry", "ATTN_EXTRAS": "sink"}, "ATTN_EXTRAS=sink"),
+    ({"TCQ_STATES": "5"}, "TCQ_STATES=5"),
+    ({"MATRIX_QUANT": "gptq_tcq", "MATRIX_BITS": "8", "COMPRESSOR": "rans"}, "may be at most 7"),
+    ({"MATRIX_QUANT": "gptq_tcq"}, "COMPRESSOR=brotli"),
     ({"TTT_TRAINABLE": ""}, "TTT_TRAINABLE is empty"),
 )
 
@@ -289,6 +296,11 @@ def test_only_suffixes_of_the_stages(stages: str) -> None:
 # record.env of a run
 
 
+FORMED = {  # knobs whose text has a form of its own, and texts of it that are legal
+    "matrix_bits_overrides": ((), ("mlp:7",), ("attn.o.weight:7", "blocks.[2-9].*:5")),
+}
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
     """Legal configurations with some knobs changed, none of them local to a machine."""
@@ -299,6 +311,8 @@ def configs(draw: st.DrawFn) -> Config:
             continue
         if field.type == "bool":
             values[field.name] = draw(st.booleans())
+        elif field.name in FORMED:
+            values[field.name] = draw(st.sampled_from(FORMED[field.name]))
         elif field.type.startswith("tuple"):
             integers = field.type == "tuple[int, ...]"
             some = range(11) if integers else m["choices"] or ("mlp", "skips")

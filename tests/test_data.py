@@ -223,7 +223,7 @@ def test_stream_batch_is_rows_without_bounds() -> None:
     assert batch.cu is None
 
 
-@pytest.mark.parametrize("loader", ["packed_docs", "stream"])
+@pytest.mark.parametrize("loader", ["packed_docs", "stream", "shuffled"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_world_sees_the_same_tokens_per_step(tiny_data: Path, loader: str, world: int) -> None:
     cfg = tiny(tiny_data, LOADER=loader)

@@ -29,12 +29,14 @@ TOY = {
     "VE_LAYERS": "1,3", "VE_DIM": "16", "BIGRAM_VOCAB_SIZE": "128", "TRIGRAM_VOCAB_SIZE": "96",
     "TTT_CHUNK_TOKENS": "512", "EVAL_STRIDE": "32", "WARMDOWN_ITERS": "8", "SWA_EVERY": "2",
 }  # fmt: skip
+OWN_TOY = {"PR1895": {"MIXERS": "G A*2 G", "GDN_HEAD_DIM": "16", "EMBED_TOPK": "200"}}  # mixers are listed by layer
 PARAMETERS = {
     "PR1934": 35_945_671,
     "PR1915": 35_945_671,
     "CarryTTT": 35_945_671,
     "PR1182": 27_108_468,
     "PR1150": 25_768_028,
+    "PR1895": 35_896_408,
     "rANS": 35_945_671,
 }
 
@@ -62,7 +64,8 @@ def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProces
 def test_a_record_runs_packs_and_verifies_at_toy_size(record: Path, caseops_sample: Path, tmp_path: Path) -> None:
     knobs = {f.upper() for f in train_gpt.Config.__dataclass_fields__}
     clean = {k: v for k, v in os.environ.items() if k not in knobs and k != "PRESET"}
-    env = clean | TOY | {"PRESET": str(record), "DATA_PATH": str(caseops_sample), "ARTIFACT_DIR": str(tmp_path)}
+    env = clean | TOY | OWN_TOY.get(record.name.split("_")[-1], {})
+    env |= {"PRESET": str(record), "DATA_PATH": str(caseops_sample), "ARTIFACT_DIR": str(tmp_path)}
     needs_lrzip = train_gpt.load_config({"PRESET": str(record)}).compressor == "pergroup"
     if needs_lrzip and shutil.which("lrzip") is None:  # a system binary: without it brotli carries the rest of the line
         env["COMPRESSOR"] = "brotli"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import train_gpt
 
-STATES = tuple(train_gpt.TCQ_CODES)
+STATES = tuple(train_gpt.TCQ_CODES)[1:]  # one state is no trellis
 CFG = train_gpt.Config()
 RULE = train_gpt.QuantRule("*", "gptq_tcq", 6, 12.0)
 

@@ -42,8 +42,9 @@ def random_weights(cfg: train_gpt.Config, kind: str) -> Weights:
 
 
 def synthetic_hessians(state: Weights) -> Weights:
-    """Weight name -> Hessian; layers share those of their input width."""
-    generator, by_width, found = torch.Generator().manual_seed(1), {}, {}
+    """Weight name -> Hessian; layers share those of their input width. Low ids are frequent tokens."""
+    generator, by_width = torch.Generator().manual_seed(1), {}
+    found = {train_gpt.COUNTS: torch.arange(len(state["tok_emb.weight"]), 0, -1)}
     for name, w in state.items():
         if w.dim() != 2 or w.numel() <= 2**16:
             continue
@@ -65,6 +66,7 @@ def measure(cfg: train_gpt.Config, runtime: train_gpt.Runtime, kind: str) -> str
     """Quantise, report, pack and unpack once; the numbers. Stops when unpacking does not give back the bits."""
     state = random_weights(cfg, kind)
     hessians, seconds = synthetic_hessians(state), {}
+    state, hessians = train_gpt.ROTATIONS[cfg.rotate](cfg, state, hessians)
     if train_gpt.CODECS[cfg.compressor].sort_hidden:
         (state, hessians), seconds["sort hidden"] = timed(train_gpt.sort_hidden, cfg, runtime, state, hessians)
     parts, seconds["quantise and repair"] = timed(train_gpt.quantize, cfg, runtime, state, hessians)

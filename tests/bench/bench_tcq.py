@@ -150,16 +150,24 @@ def bar_r(args: argparse.Namespace) -> list[Row]:
 def bar_q(args: argparse.Namespace) -> list[Row]:
     """Bits above the rate-distortion bound."""
     W, rows = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0)), []
-    for states in (0, *train_gpt.TCQ_CODES):
-        scheme = "gptq_tcq" if states else "rowwise"
+    for states in train_gpt.TCQ_CODES:
+        scheme = "gptq_tcq" if states > 1 else "rowwise"
         rule = train_gpt.QuantRule("*", scheme, 6, 12.2)
-        cfg = train_gpt.Config(tcq_states=states or 8, tcq_chunk_rows=args.chunk_rows)
+        cfg = train_gpt.Config(tcq_states=states, tcq_chunk_rows=args.chunk_rows)
         parts, seconds = bench_quantize.timed(train_gpt.SCHEMES[scheme].encode, W, torch.eye(W.size(1)), rule, cfg)
         error = (train_gpt.SCHEMES[scheme].decode(parts) - W).square().mean() / W.square().mean()
         coded = {key: part for key, part in parts.items() if key in "qt"}
         bits = 8 * packed({f"blocks.0.mlp.up.weight:{scheme}": coded}, "rans") / W.numel()
         entropy, gap = 8 * train_gpt.entropy_bytes(coded) / W.numel(), bits + error.log2().item() / 2
-        rows.append({"states": states or "scalar", "bits": bits, "at entropy": entropy, "gap": gap, "seconds": seconds})
+        rows.append(
+            {
+                "states": states if states > 1 else "scalar",
+                "bits": bits,
+                "at entropy": entropy,
+                "gap": gap,
+                "seconds": seconds,
+            }
+        )
     table(f"Q: standard normal weights, chunks of {args.chunk_rows} rows; gap to the bound in bits", rows)
     return rows
 
