@@ -161,7 +161,7 @@ def test_columns_are_paths_that_start_again_every_chunk(states: int, rows: int, 
     assert all(walk(column, states, chunk) for column in parts["q"].T.tolist())
     weight = train_gpt.SCHEMES["gptq_tcq"].decode(parts)
     assert weight.shape == W.shape and weight.dtype == torch.float32
-    assert (weight - W).norm() < 0.4 * W.norm()
+    assert weighted(weight - W, H) < 0.02 * weighted(W, H)  # feedback trades plain error for this one
 
 
 def test_error_at_equal_entropy_is_below_the_scalar_quantiser_s() -> None:
