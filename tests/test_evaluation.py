@@ -88,7 +88,7 @@ def per_target(monkeypatch: pytest.MonkeyPatch, evaluate: Callable[[], train_gpt
 
 def context_of(start: int, position: int, val: ValData, loader: str) -> int:
     """First token that the target at `position` may see in a row from `start`: the row's, or its document's."""
-    if loader == "stream":
+    if not train_gpt.LOADERS[loader].documents:
         return start
     begins = np.flatnonzero(val.tokens[start:position] == BOS_ID)
     return start + (int(begins[-1]) if len(begins) else 0)

@@ -68,6 +68,8 @@ def with_learner(program: Any, make: Callable[..., Any], name: str) -> Callable[
     def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(program, name, make)
+            context = program.TTT_CONTEXTS["recompute"]
+            patch.setitem(program.TTT_CONTEXTS, "recompute", context._replace(learner=program.DocLora))
             return (program.evaluate_plain if name == "Frozen" else program.evaluate_doc_lora)(cfg, runtime, model, val)
 
     return evaluate
@@ -289,7 +291,8 @@ def test_a_queue_ordered_by_the_text_is_caught(bench: verify.Bench, monkeypatch:
                 ([i] for i in range(len(docs))), key=lambda g: val.tokens[docs[g[0]][0] + 2 : docs[g[0]][0] + 9].sum()
             )
 
-        monkeypatch.setattr(program, "document_batches", batches)
+        context = program.TTT_CONTEXTS["recompute"]
+        monkeypatch.setitem(program.TTT_CONTEXTS, "recompute", context._replace(batches=batches))
         return program.evaluate_doc_lora(cfg, runtime, model, val)
 
     checks = examine(bench, evaluate)
