@@ -34,6 +34,7 @@ import argparse
 import ast
 import base64
 import fnmatch
+import functools
 import hashlib
 import importlib.util
 import io
@@ -179,12 +180,18 @@ def minify(text: str, name: str = "source", facts: Facts | None = None, dropped:
     folder = Folder(tree, facts, dropped) if facts and dropped else None  # looks at annotations
     tree = ast.fix_missing_locations(AnnotationStripper(functions_with_readers(tree)).visit(tree))
     tree = specialise(tree, facts, dropped, folder) if folder else tree
-    small = python_minifier.minify(
-        python_minifier.unparse(tree), remove_annotations=False, remove_literal_statements=True, hoist_literals=False,
-        rename_locals=True, preserve_locals=constexpr_names(tree), rename_globals=False, remove_asserts=False,
-    )
+    small = shrunk(python_minifier.unparse(tree), tuple(constexpr_names(tree)))
     parse_source(small, f"minified {name}")
     return small
+
+
+@functools.cache
+def shrunk(text: str, kept_locals: tuple[str, ...]) -> str:
+    """What python_minifier makes of a source. Ten seconds for this program, hence remembered."""
+    return python_minifier.minify(
+        text, remove_annotations=False, remove_literal_statements=True, hoist_literals=False, rename_locals=True,
+        preserve_locals=list(kept_locals), rename_globals=False, remove_asserts=False,
+    )
 
 
 # +---------------------------------------------------------------------------------------------------------------+

@@ -13,9 +13,10 @@ if [[ "$("$PY" -c 'import torch; print(torch.cuda.is_available())')" != True ]];
   marks=(-m "not gpu")
   echo "no CUDA device: tests marked gpu are left out"
 fi
-# one file to a process (its fixtures are shared), and one thread in each, or their threads wait for each other
+# a process for each processor, which take tests off one another's hands at the end (the slow files come last), and one
+# thread in each, or their threads wait for each other
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-options=(-q -n auto --dist loadfile ${marks[@]+"${marks[@]}"} "$@")
+options=(-q -n auto --dist worksteal ${marks[@]+"${marks[@]}"} "$@")
 printf 'pytest'
 printf ' %q' "${options[@]}"
 echo

@@ -13,6 +13,7 @@ from pydoc_data.topics import topics as TOPICS
 import prepare
 import pytest
 
+import pack_artifact
 import train_gpt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +74,7 @@ def test_a_record_runs_packs_and_verifies_at_toy_size(record: Path, caseops_samp
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["legal"] and list(result["stages"]) == ["pre_quant", "quantized", "final"]
     assert result["stages"]["final"]["val_bpb"] < result["stages"]["quantized"]["val_bpb"]
-    run(["pack_artifact.py", "pack", str(tmp_path)], clean)
+    assert pack_artifact.main(["pack", str(tmp_path)]) == 0
     where = ["--run", str(tmp_path), "--data", str(caseops_sample)]
     verified = run(["pack_artifact.py", "verify", str(tmp_path / "artifact.pyz"), *where], clean | {"DEVICE": "cpu"})
     assert '"equal": true' in verified.stdout
