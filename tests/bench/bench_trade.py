@@ -41,6 +41,7 @@ CURVES = {  # the first is what the others are compared with
     "TCQ 8, rANS": OURS,
     "TCQ 8, rANS, column steps": OURS | {"tcq_column_beta": 1.0},
     "TCQ 64, rANS": OURS | {"tcq_states": 64},
+    "TCQ 8, embedding GPTQ, rANS": OURS | {"embed_quant": "gptq"},
 }
 Weights = dict[str, Tensor]
 
