@@ -189,8 +189,14 @@ def minify(text: str, name: str = "source", facts: Facts | None = None, dropped:
 def shrunk(text: str, kept_locals: tuple[str, ...]) -> str:
     """What python_minifier makes of a source. Ten seconds for this program, hence remembered."""
     return python_minifier.minify(
-        text, remove_annotations=False, remove_literal_statements=True, hoist_literals=False, rename_locals=True,
-        preserve_locals=list(kept_locals), rename_globals=False, remove_asserts=False,
+        text,
+        remove_annotations=False,
+        remove_literal_statements=True,
+        hoist_literals=False,
+        rename_locals=True,
+        preserve_locals=list(kept_locals),
+        rename_globals=False,
+        remove_asserts=False,
     )
 
 
@@ -231,8 +237,11 @@ class Dropped:
 
     def counts(self) -> dict[str, int]:
         """How much of each."""
-        return {"registry entries": len(self.entries), "dead branches": len(self.branches),
-                "definitions": len(self.definitions)}
+        return {
+            "registry entries": len(self.entries),
+            "dead branches": len(self.branches),
+            "definitions": len(self.definitions),
+        }
 
 
 def knob_of(node: ast.expr) -> str:
@@ -249,9 +258,11 @@ class Folder(ast.NodeTransformer):
     knob that the program itself replaces, because there are then two Configs."""
 
     OPERATORS: dict[type, Callable[[object, object], bool]] = {
-        ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b,
-        ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
-    }  # fmt: skip
+        ast.Eq: lambda a, b: a == b,
+        ast.NotEq: lambda a, b: a != b,
+        ast.In: lambda a, b: a in b,
+        ast.NotIn: lambda a, b: a not in b,
+    }
 
     def __init__(self, tree: ast.Module, facts: Facts, dropped: Dropped) -> None:
         for arg in (n for n in ast.walk(tree) if isinstance(n, ast.arg) and n.arg == "cfg"):
@@ -417,8 +428,9 @@ def sweep(tree: ast.Module, dropped: Dropped) -> bool:
     By name alone, so it errs on the side of keeping: a local variable keeps a function of its name, an attribute of any
     object keeps every method of that name.
     """
-    pieces = [(set(), d, used_names(n)) for n in tree.body
-              if not isinstance(n, ast.ClassDef) and (d := defined_names(n))]  # (what is needed, one of these, uses)
+    pieces = [
+        (set(), d, used_names(n)) for n in tree.body if not isinstance(n, ast.ClassDef) and (d := defined_names(n))
+    ]  # (what is needed, one of these, uses)
     for owner in (n for n in tree.body if isinstance(n, ast.ClassDef)):
         own = [n for n in owner.body if not method_may_go(owner, n)]
         head = [*owner.bases, *owner.decorator_list, *(k.value for k in owner.keywords), *own]
@@ -636,7 +648,7 @@ def decode_container(blob: bytes, name: str = "artifact") -> Parts:
 # Runs inside the artifact. @NAMES@ are filled in below; it is minified before it is stored.
 # An existing file of the cache is compared with the artifact's bytes and replaced when it differs, so neither an
 # interrupted extraction nor an edited copy can ever be what is scored.
-BOOTSTRAP = '''
+BOOTSTRAP = """
 import hashlib, os, sys, tempfile
 me = os.path.abspath(@SELF@)
 env = os.environ
@@ -676,7 +688,7 @@ try:
 except (ImportError, OSError, ValueError) as error:
     print("error:", me, error, file=sys.stderr)
     sys.exit(2)
-'''
+"""
 READ_SINGLE = f'open(me, "rb").read()[{len(MAGIC)}:]'
 READ_SPLIT = (
     'base64.b85decode(open(me, "rb").read().split(b"\\n#")[-1].strip())[4:]'
@@ -695,7 +707,8 @@ def bootstrap_source(codec: int, split: bool, tokenizer: bool) -> bytes:
         "HEADER": str(HEADER.size),
         "FILTERS": f", FORMAT_RAW, None, {filters}" if filters else "",
         "TOKENIZER": 'env["TOKENIZER_PATH"] = put("tokenizer.model", decompress(blob[code:tokenizer]@FILTERS@))'
-        if tokenizer else "",
+        if tokenizer
+        else "",
     }
     values["TOKENIZER"] = values["TOKENIZER"].replace("@FILTERS@", values["FILTERS"])
     text = BOOTSTRAP
@@ -972,9 +985,16 @@ def pack(args: argparse.Namespace) -> int:
     written, total, finals = write_files(out, files, args.cap)
     sizes = size_by_part(parts, codec, files, total)
     report = {
-        "artifact": str(out), "format": args.format, "codec": "brotli" if codec == BROTLI_CODEC else f"lzma {codec}",
-        "fits": written, "cap": args.cap, "headroom": args.cap - total, "parts": sizes,
-        "bytes_code": total - len(parts.weights), "bytes_model": len(parts.weights), "bytes_total": total,
+        "artifact": str(out),
+        "format": args.format,
+        "codec": "brotli" if codec == BROTLI_CODEC else f"lzma {codec}",
+        "fits": written,
+        "cap": args.cap,
+        "headroom": args.cap - total,
+        "parts": sizes,
+        "bytes_code": total - len(parts.weights),
+        "bytes_model": len(parts.weights),
+        "bytes_total": total,
         "sha256": hashlib.sha256(b"".join(files.values())).hexdigest(),
         "tokenizer": args.tokenizer,
     }
@@ -993,8 +1013,11 @@ def pack(args: argparse.Namespace) -> int:
     print("PACK " + json.dumps(report | {"sections": rows}))
     if not written:
         by_part = ", ".join(f"{k} {v:,}" for k, v in sizes.items())
-        print(f"error: {total:,} bytes are {total - args.cap:,} over the cap of {args.cap:,} ({by_part}); "
-              f"nothing written to {out}", file=sys.stderr)
+        print(
+            f"error: {total:,} bytes are {total - args.cap:,} over the cap of {args.cap:,} ({by_part}); "
+            f"nothing written to {out}",
+            file=sys.stderr,
+        )
     return 0 if written else 1
 
 
@@ -1069,7 +1092,8 @@ def compare_weights(script: Path, args: argparse.Namespace, room: Path, env: dic
     wrong = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
     note = f"{len(ours)} tensors, bit for bit" if not wrong else f"{len(wrong)} differ: {', '.join(wrong[:3])}"
     return [
-        ("model.bin", same_blob, "byte for byte"), ("record.env", same_config, "byte for byte"),
+        ("model.bin", same_blob, "byte for byte"),
+        ("record.env", same_config, "byte for byte"),
         ("decoded weights", not wrong and bool(ours), note),
     ]
 
@@ -1120,13 +1144,25 @@ def verify(args: argparse.Namespace) -> int:
         rows += compare_scores(score, expected)
     equal = all(ok for _, ok, _ in rows)
     print()
-    print_table([("check", "equal", "detail"), *((k, "yes" if ok else "NO", note) for k, ok, note in rows)]
-                if rows else [("score", "value"), *((k, f"{score.get(k)}") for k in ("val_loss", "val_bpb"))])
-    print("VERIFY " + json.dumps({
-        "artifact": args.file.name, "equal": equal if args.run else None, "checks": {k: ok for k, ok, _ in rows},
-        "val_loss": score.get("val_loss"), "val_bpb": score.get("val_bpb"), "run_val_bpb": expected.get("val_bpb"),
-        "seconds": round(time.perf_counter() - started, 1),
-    }))
+    print_table(
+        [("check", "equal", "detail"), *((k, "yes" if ok else "NO", note) for k, ok, note in rows)]
+        if rows
+        else [("score", "value"), *((k, f"{score.get(k)}") for k in ("val_loss", "val_bpb"))]
+    )
+    print(
+        "VERIFY "
+        + json.dumps(
+            {
+                "artifact": args.file.name,
+                "equal": equal if args.run else None,
+                "checks": {k: ok for k, ok, _ in rows},
+                "val_loss": score.get("val_loss"),
+                "val_bpb": score.get("val_bpb"),
+                "run_val_bpb": expected.get("val_bpb"),
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+        )
+    )
     if not equal:
         print("error: the artifact is not the run: " + ", ".join(k for k, ok, _ in rows if not ok), file=sys.stderr)
     return 0 if equal else 1
@@ -1174,7 +1210,7 @@ def read_streams(program: Any, blob: bytes, name: str) -> list[Stream]:
         arrays = program.unpack_arrays(blob, name)
     except program.UserError as error:
         raise UserError(str(error).replace("\n", "; ")) from error
-    number, payload = program.HEAD.unpack_from(blob)[2], blob[program.HEAD.size :]
+    number, payload = program.ARTIFACT_HEADER.unpack_from(blob)[2], blob[program.ARTIFACT_HEADER.size :]
     codec, layout = next((k, c) for k, c in program.CODECS.items() if c.number == number)
     groups = getattr(layout, "groups", ())
     head = struct.Struct(f"<B{1 + len(groups)}I")
@@ -1218,9 +1254,17 @@ def stream_rows(streams: list[Stream]) -> list[dict[str, object]]:
     rows = []
     for s in streams:
         bound, items = sum(map(entropy_bits, s.arrays.values())) / 8, sum(a.size for a in s.arrays.values())
-        rows.append({"stream": s.name, "coder": s.coder, "bytes": s.size, "items": items,
-                     "bits_per_item": 8 * s.size / max(1, items), "bound": round(bound),
-                     "over_bound": s.size / bound - 1 if bound else 0.0})
+        rows.append(
+            {
+                "stream": s.name,
+                "coder": s.coder,
+                "bytes": s.size,
+                "items": items,
+                "bits_per_item": 8 * s.size / max(1, items),
+                "bound": round(bound),
+                "over_bound": s.size / bound - 1 if bound else 0.0,
+            }
+        )
     return rows
 
 
@@ -1235,8 +1279,15 @@ def class_rows(streams: list[Stream]) -> list[dict[str, object]]:
             for i, value in enumerate((1, array.size, bits[key] * scale, bits[key] / 8)):
                 row[i] += value
     return [
-        {"class": name, "part": kind, "arrays": int(count), "items": int(items), "bytes": round(size),
-         "bits_per_item": 8 * size / max(1, items), "bound": round(bound)}
+        {
+            "class": name,
+            "part": kind,
+            "arrays": int(count),
+            "items": int(items),
+            "bytes": round(size),
+            "bits_per_item": 8 * size / max(1, items),
+            "bound": round(bound),
+        }
         for (name, kind), (count, items, size, bound) in sorted(shares.items(), key=lambda row: -row[1][2])
     ]
 
@@ -1274,8 +1325,11 @@ def draw_inspection(report: dict[str, Any], path: Path) -> None:
     """Three panels of bars: streams with their entropy bound, tensor classes, sections of the code."""
     figure = Figure(figsize=(15, 6), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    panels = (("streams", "stream", "Streams, red: order-0 entropy"), ("classes", "class", "Tensor classes"),
-              ("sections", "section", "Sections of the code"))  # fmt: skip
+    panels = (
+        ("streams", "stream", "Streams, red: order-0 entropy"),
+        ("classes", "class", "Tensor classes"),
+        ("sections", "section", "Sections of the code"),
+    )
     for ax, (key, label, title) in zip(figure.subplots(1, 3), panels, strict=True):
         rows = report[key][:16]
         ax.set_title(title, loc="left", color=INK)
@@ -1311,9 +1365,15 @@ def inspect(args: argparse.Namespace) -> int:
     streams = read_streams(load_program(args.source), blob, str(files[-1]))
     total = sum(f.stat().st_size for f in files)
     report: dict[str, Any] = {
-        "file": args.file.name, "bytes_total": total, "cap": CAP_BYTES, "headroom": CAP_BYTES - total,
-        "bytes_model": len(blob), "bytes_code": total - len(blob), "streams": stream_rows(streams),
-        "classes": class_rows(streams), "sections": [],
+        "file": args.file.name,
+        "bytes_total": total,
+        "cap": CAP_BYTES,
+        "headroom": CAP_BYTES - total,
+        "bytes_model": len(blob),
+        "bytes_code": total - len(blob),
+        "streams": stream_rows(streams),
+        "classes": class_rows(streams),
+        "sections": [],
     }
     symbols = [row for row in report["classes"] if row["part"] == "symbols"]
     weights = sum(row["items"] for row in symbols) or 1
@@ -1326,17 +1386,33 @@ def inspect(args: argparse.Namespace) -> int:
         print(f"preset {parts.preset}; hashes match")
         print_rows([{"part": k, "bytes": v} for k, v in (sizes | {"total": total}).items()], {"part": "", "bytes": ","})
         rows = section_rows(packed_sections(parts, args.source), codec, sizes["code"])
-        report["sections"] = [{k: r[n] for k, n in (("section", "section"), ("minified", "minified"),
-                                                    ("bytes", "compressed"))} for r in rows]  # fmt: skip
+        report["sections"] = [
+            {k: r[n] for k, n in (("section", "section"), ("minified", "minified"), ("bytes", "compressed"))}
+            for r in rows
+        ]
         report["parts"] = sizes
-    print_rows(report["streams"], {"stream": "", "coder": "", "bytes": ",", "items": ",", "bits_per_item": ".3f",
-                                   "bound": ",", "over_bound": "+.2%"})  # fmt: skip
-    print_rows(report["classes"], {"class": "", "part": "", "arrays": ",", "items": ",", "bytes": ",",
-                                   "bits_per_item": ".3f", "bound": ","})  # fmt: skip
+    print_rows(
+        report["streams"],
+        {
+            "stream": "",
+            "coder": "",
+            "bytes": ",",
+            "items": ",",
+            "bits_per_item": ".3f",
+            "bound": ",",
+            "over_bound": "+.2%",
+        },
+    )
+    print_rows(
+        report["classes"],
+        {"class": "", "part": "", "arrays": ",", "items": ",", "bytes": ",", "bits_per_item": ".3f", "bound": ","},
+    )
     if report["sections"]:
         print_rows(report["sections"], {"section": "", "minified": ",", "bytes": ","})
-    print(f"{report['quantised_weights']:,} quantised weights, {report['bits_per_weight']:.3f} bits per weight with "
-          f"all that the model needs; the streams are {report['over_bound']:+.2%} off their order-0 entropy")
+    print(
+        f"{report['quantised_weights']:,} quantised weights, {report['bits_per_weight']:.3f} bits per weight with "
+        f"all that the model needs; the streams are {report['over_bound']:+.2%} off their order-0 entropy"
+    )
     if args.png:
         draw_inspection(report, args.png)
         print(f"picture: {args.png}")
@@ -1349,17 +1425,43 @@ def inspect(args: argparse.Namespace) -> int:
 # +---------------------------------------------------------------------------------------------------------------+
 
 # Numbers that make any record small enough for seconds on one core. Depth is apart: a record may list its layers.
-TOY_DEPTH = {"NUM_LAYERS": "4", "XSA_LAST_N": "4", "NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "2",
-             "PARALLEL_START_LAYER": "3"}  # fmt: skip
+TOY_DEPTH = {
+    "NUM_LAYERS": "4",
+    "XSA_LAST_N": "4",
+    "NUM_LOOPS": "1",
+    "LOOP_START": "1",
+    "LOOP_END": "2",
+    "PARALLEL_START_LAYER": "3",
+}
 TOY = {
-    "VOCAB_SIZE": "512", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "2.0", "ROPE_DIMS": "8",
-    "TRAIN_SEQ_LEN": "128", "EVAL_SEQ_LEN": "128", "EVAL_STRIDE": "32", "TRAIN_BATCH_TOKENS": "1024",
-    "VAL_BATCH_TOKENS": "1024", "BATCH_SLICES": "4", "ITERATIONS": "12", "MAX_WALLCLOCK_SECONDS": "0",
-    "WARMUP_STEPS": "1", "TRAIN_LOG_EVERY": "4", "EMA_DECAY": "0.5", "GPTQ_CALIBRATION_BATCHES": "4",
-    "TTT_LORA_RANK": "4", "TTT_LORA_ALPHA": "6", "TTT_LORA_LR": "0.003", "TTT_EVAL_SEQ_LEN": "96",
-    "TTT_BATCH_SIZE": "2", "PHASED_TTT_PREFIX_DOCS": "2", "PHASED_TTT_NUM_PHASES": "2",
-    "GLOBAL_TTT_CHUNK_TOKENS": "256", "TTT_CHUNK_TOKENS": "512",
-}  # fmt: skip
+    "VOCAB_SIZE": "512",
+    "MODEL_DIM": "64",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "MLP_MULT": "2.0",
+    "ROPE_DIMS": "8",
+    "TRAIN_SEQ_LEN": "128",
+    "EVAL_SEQ_LEN": "128",
+    "EVAL_STRIDE": "32",
+    "TRAIN_BATCH_TOKENS": "1024",
+    "VAL_BATCH_TOKENS": "1024",
+    "BATCH_SLICES": "4",
+    "ITERATIONS": "12",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "WARMUP_STEPS": "1",
+    "TRAIN_LOG_EVERY": "4",
+    "EMA_DECAY": "0.5",
+    "GPTQ_CALIBRATION_BATCHES": "4",
+    "TTT_LORA_RANK": "4",
+    "TTT_LORA_ALPHA": "6",
+    "TTT_LORA_LR": "0.003",
+    "TTT_EVAL_SEQ_LEN": "96",
+    "TTT_BATCH_SIZE": "2",
+    "PHASED_TTT_PREFIX_DOCS": "2",
+    "PHASED_TTT_NUM_PHASES": "2",
+    "GLOBAL_TTT_CHUNK_TOKENS": "256",
+    "TTT_CHUNK_TOKENS": "512",
+}
 
 # Prints what is known of a run: argv is the program, the run's folder and its model blob.
 FACTS = """
@@ -1415,7 +1517,9 @@ def write_toy_data(folder: Path, vocab: int, tokens: int) -> Path:
 
 # Decodes the weights by the code in argv[1] and then runs it: argv[3] lists the runs, each by the environments that it
 # may have, of which the first that the program accepts is taken.
-PROVE = PROBE + """
+PROVE = (
+    PROBE
+    + """
 import os
 for choices in json.loads(sys.argv[3]):
     for environ in choices:
@@ -1431,6 +1535,7 @@ for choices in json.loads(sys.argv[3]):
     if module.main([]):
         sys.exit(1)
 """
+)
 
 
 def run_program(source: Path, model: Path, runs: list[list[dict[str, str]]], room: Path, env: dict[str, str]) -> str:
@@ -1481,8 +1586,12 @@ def prove(args: argparse.Namespace, facts: Facts, found: Gathered) -> dict[str, 
     wrong = [f"{k} ({note})" for k, ok, note in rows if not ok]
     if wrong:
         raise UserError(f"the specialised program is not the plain one, nothing is written: {'; '.join(wrong)}")
-    return {"plain": plain, "proof": {k: note for k, _, note in rows}, "proof_data": str(args.data or "seeded"),
-            "eval_only": facts.eval_only}
+    return {
+        "plain": plain,
+        "proof": {k: note for k, _, note in rows},
+        "proof_data": str(args.data or "seeded"),
+        "eval_only": facts.eval_only,
+    }
 
 
 def print_specialised(report: dict[str, object]) -> None:
@@ -1525,16 +1634,31 @@ def add_pack_options(sub: argparse.ArgumentParser, source: Path) -> None:
     sub.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder with model.bin, record.env, result.json")
     sub.add_argument("--source", type=Path, default=source, help="program to pack (default: train_gpt.py beside this)")
     sub.add_argument("--out", type=Path, help="file, or folder when split (RUN_DIR/artifact.pyz, RUN_DIR/submission)")
-    sub.add_argument("--format", choices=("single", "split"), default="single",
-                     help="one self-extracting file, or the contest's two files (default single)")
-    sub.add_argument("--tokenizer", choices=("uncounted", "embed"), default="uncounted",
-                     help="leave it with the data, as the contest does, or let it travel (default uncounted)")
+    sub.add_argument(
+        "--format",
+        choices=("single", "split"),
+        default="single",
+        help="one self-extracting file, or the contest's two files (default single)",
+    )
+    sub.add_argument(
+        "--tokenizer",
+        choices=("uncounted", "embed"),
+        default="uncounted",
+        help="leave it with the data, as the contest does, or let it travel (default uncounted)",
+    )
     sub.add_argument("--tokenizer-path", type=Path, help="default: TOKENIZER_PATH, else the one *.model in DATA_PATH")
-    sub.add_argument("--specialise", action="store_true",
-                     help="drop what this configuration cannot reach, and prove that nothing else changed")
+    sub.add_argument(
+        "--specialise",
+        action="store_true",
+        help="drop what this configuration cannot reach, and prove that nothing else changed",
+    )
     sub.add_argument("--eval-only", action="store_true", help="with --specialise: drop training too (no submission)")
-    sub.add_argument("--data", type=Path, metavar="DATA_PATH",
-                     help="with --specialise: shards to prove it on (default: seeded documents)")
+    sub.add_argument(
+        "--data",
+        type=Path,
+        metavar="DATA_PATH",
+        help="with --specialise: shards to prove it on (default: seeded documents)",
+    )
     sub.add_argument("--cap", type=positive, default=CAP_BYTES, help="decimal bytes allowed (default 16000000)")
 
 
@@ -1552,22 +1676,33 @@ def command_line() -> argparse.ArgumentParser:
     """All subcommands and options."""
     parser = argparse.ArgumentParser(
         description="Pack a finished run into one self-extracting artifact under the size cap, and verify it.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{pack,verify,inspect}")
     source = Path(__file__).resolve().with_name("train_gpt.py")
 
     def add(call: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(call.__name__, help=text, description=text, epilog=EPILOG,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        """Count one part."""
+        sub = commands.add_parser(
+            call.__name__,
+            help=text,
+            description=text,
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         sub.set_defaults(call=call)
         return sub
 
     add_pack_options(add(pack, "write the artifact of a run, and its true size into the run's result.json"), source)
     add_verify_options(add(verify, "run the artifact alone in an empty directory; compare with the run"), source)
     sub = add(inspect, "check every byte of an artifact and print where its bytes are, without running it")
-    sub.add_argument("file", type=Path, metavar="FILE",
-                     help="the packed file, the folder of the split form, a run folder, or a bare model.bin")
+    sub.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="the packed file, the folder of the split form, a run folder, or a bare model.bin",
+    )
     sub.add_argument("--source", type=Path, default=source, help="program that reads the model blob (default: beside)")
     sub.add_argument("--png", type=Path, metavar="PICTURE", help="draw the tables too")
     return parser

@@ -14,10 +14,10 @@ result.json into its folder;
 STAGES=quantize,eval resumes from those files. What differs between systems is data: values of Config, rows of the
 tables (OPTIM_TABLE, quant_plan), keys into literal registries, and listeners at one seam (taps).
 
-Sections: 01 CONFIG, 02 RUNTIME, 03 DATA, 04 KERNELS, 05 MODEL PARTS, 06 MODEL, 07 OPTIMISERS, 08 TRAINING,
-09 QUANTISATION, 10 ARTIFACT, 11 EVALUATION, 12 TEST-TIME TRAINING, 13 MAIN.
+Sections: 01 CONFIG, 02 RUNTIME, 03 DATA, 04 ATTENTION, 05 KERNELS, 06 MODEL PARTS, 07 MODEL, 08 OPTIMISERS,
+09 TRAINING, 10 QUANTISATION, 11 ARTIFACT, 12 EVALUATION, 13 TEST-TIME TRAINING, 14 MAIN.
 Notation: B batch rows, T tokens of a row, D model width, H query heads, K key/value heads, V vocabulary, N all tokens.
-Nouns: Config, Runtime, Route, Seq, taps, QuantRule, Codec, ByteMeter, Learner.
+Nouns: Config, Runtime, Route, AttnMeta, taps, QuantRule, Codec, ByteMeter, Learner.
 """
 
 from __future__ import annotations
@@ -114,7 +114,15 @@ def knob(
     when: str = "",
 ) -> Any:
     """One field of Config: default, one-line doc with unit, group of --help, bounds, choices, and when it matters."""
-    meta = {"doc": doc, "group": group, "ge": ge, "gt": gt, "le": le, "choices": choices, "when": when}
+    meta = {
+        "doc": doc,
+        "group": group,
+        "ge": ge,
+        "gt": gt,
+        "le": le,
+        "choices": choices,
+        "when": when,
+    }
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -123,116 +131,229 @@ QUANT, EVALUATION, TTT = "quantisation and artifact", "evaluation", "test-time t
 CARRY = "TTT_CONTEXT=carry"
 
 
-# fmt: off  (tables of knobs and of sentences: a line each, or as few as hold it)
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Every knob of a run. A knob's environment variable is its name in capitals."""
 
     run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>", RUN)
     artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>", RUN)
-    stages: tuple[str, ...] = knob(("train", "quantize", "eval"), "stages to run; a suffix resumes from files", RUN,
-        choices=("train", "quantize", "eval"))
+    stages: tuple[str, ...] = knob(
+        ("train", "quantize", "eval"),
+        "stages to run; a suffix resumes from files",
+        RUN,
+        choices=("train", "quantize", "eval"),
+    )
     model_path: str = knob("", "artifact that STAGES=eval reads; empty: <run directory>/model.bin", RUN)
-    device: str = knob("auto", "device; auto takes a GPU when there is one", RUN, choices=("auto", "cpu", "cuda"))
-    attention: str = knob("auto", "attention backend; auto: the best flash attention installed on a GPU, the masked "
-        "twin elsewhere", RUN, choices=("auto", "masked", "fa2", "fa3", "fa4"))
-    fused_ce_enabled: str = knob("auto", "Triton kernels of the softcapped cross-entropy; auto: on a GPU where triton "
-        "is installed", RUN, choices=("auto", "1", "0"))
-    fused_mlp_enabled: str = knob("auto", "Triton kernels of the MLP where nothing listens inside it; auto: on a GPU "
-        "in bf16 where triton is installed", RUN, choices=("auto", "1", "0"))
-    fused_gdn_enabled: str = knob("auto", "flash-linear-attention's gated delta rule; auto: on a GPU in bf16 where it "
-        "is installed", RUN, choices=("auto", "1", "0"), when="MIXERS=G")
-    compute_dtype: str = knob("auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", RUN,
-        choices=("auto", "bf16", "fp32"))
+    device: str = knob(
+        "auto",
+        "device; auto takes a GPU when there is one",
+        RUN,
+        choices=("auto", "cpu", "cuda"),
+    )
+    attention: str = knob(
+        "auto",
+        "attention backend; auto: the best flash attention installed on a GPU, the masked twin elsewhere",
+        RUN,
+        choices=("auto", "masked", "fa2", "fa3", "fa4"),
+    )
+    fused_ce_enabled: str = knob(
+        "auto",
+        "Triton kernels of the softcapped cross-entropy; auto: on a GPU where triton is installed",
+        RUN,
+        choices=("auto", "1", "0"),
+    )
+    fused_mlp_enabled: str = knob(
+        "auto",
+        "Triton kernels of the MLP where nothing listens inside it; auto: on a GPU in bf16 where triton is installed",
+        RUN,
+        choices=("auto", "1", "0"),
+    )
+    fused_gdn_enabled: str = knob(
+        "auto",
+        "flash-linear-attention's gated delta rule; auto: on a GPU in bf16 where it is installed",
+        RUN,
+        choices=("auto", "1", "0"),
+        when="MIXERS=G",
+    )
+    compute_dtype: str = knob(
+        "auto",
+        "activation dtype; auto: bf16 on a GPU, fp32 elsewhere",
+        RUN,
+        choices=("auto", "bf16", "fp32"),
+    )
     compile: str = knob("auto", "torch.compile; auto: on a GPU only", RUN, choices=("auto", "on", "off"))
     seed: int = knob(1337, "seed of initialisation and of the adapters", RUN, ge=0)
 
     data_path: str = knob("data/sp8192", "directory with the shards", DATA)
     tokenizer_path: str = knob("", "SentencePiece model; empty: the one *.model file in DATA_PATH", DATA)
     vocab_size: int = knob(8192, "vocabulary, must equal the tokenizer's", DATA, ge=4, le=65536)
-    loader: str = knob("packed_docs", "packed_docs: attention stays inside documents; stream: contiguous rows; "
-        "shuffled: rows in a random order", DATA, choices=("packed_docs", "stream", "shuffled"))
+    loader: str = knob(
+        "packed_docs",
+        "packed_docs: attention stays inside documents; stream: contiguous rows; shuffled: rows in a random order",
+        DATA,
+        choices=("packed_docs", "stream", "shuffled"),
+    )
     train_batch_tokens: int = knob(786_432, "tokens of an optimiser step, over all ranks", DATA, gt=0)
-    batch_slices: int = knob(8, "micro-batches of an optimiser step, over all ranks; a multiple of the ranks", DATA,
-        gt=0)
+    batch_slices: int = knob(
+        8,
+        "micro-batches of an optimiser step, over all ranks; a multiple of the ranks",
+        DATA,
+        gt=0,
+    )
     train_seq_len: int = knob(2048, "longest attention span in training, tokens", DATA, gt=1)
 
     num_layers: int = knob(11, "physical layers", MODEL, gt=0)
     model_dim: int = knob(512, "width of the residual stream", MODEL, gt=0)
     num_heads: int = knob(8, "query heads", MODEL, gt=0)
     num_kv_heads: int = knob(4, "key/value heads (GQA)", MODEL, gt=0)
-    mixers: str = knob("", "mixer of each layer, A attention, G gated delta net, such as G*2 A*8 G; empty: attention "
-        "everywhere", MODEL)
+    mixers: str = knob(
+        "",
+        "mixer of each layer, A attention, G gated delta net, such as G*2 A*8 G; empty: attention everywhere",
+        MODEL,
+    )
     gdn_head_dim: int = knob(64, "width of a delta net's heads", MODEL, gt=0, when="MIXERS=G")
     gdn_qk_heads: int = knob(2, "query and key heads of a delta net", MODEL, gt=0, when="MIXERS=G")
     gdn_v_heads: int = knob(4, "value heads of a delta net", MODEL, gt=0, when="MIXERS=G")
-    gdn_conv_trained: bool = knob(True, "off: training leaves the convolution's taps as they were drawn, as published",
-        MODEL, when="MIXERS=G")
-    gdn_bos_reset: bool = knob(True, "state and convolution start afresh at a document's first token too, not only "
-        "with rows and attention segments; off as published", MODEL, when="MIXERS=G")
+    gdn_conv_trained: bool = knob(
+        True,
+        "off: training leaves the convolution's taps as they were drawn, as published",
+        MODEL,
+        when="MIXERS=G",
+    )
+    gdn_bos_reset: bool = knob(
+        True,
+        "state and convolution start afresh at a document's first token too, not only "
+        "with rows and attention segments; off as published",
+        MODEL,
+        when="MIXERS=G",
+    )
     mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", MODEL, gt=0)
     mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", MODEL, ge=0)
     tied_embed_init_std: float = knob(0.005, "std of the embedding at init", MODEL, gt=0)
     logit_softcap: float = knob(30.0, "c of c*tanh(logits/c)", MODEL, gt=0)
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", MODEL, gt=1)
     rope_dims: int = knob(16, "leading dims of a head that rotate", MODEL, ge=0)
-    rope_dtype: str = knob("fp32", "dtype of rotary frequencies, positions and tables; bf16, as PR 1895: positions "
-        "over 256 are rounded", MODEL, choices=("fp32", "bf16"))
+    rope_dtype: str = knob(
+        "fp32",
+        "dtype of rotary frequencies, positions and tables; bf16, as PR 1895: positions over 256 are rounded",
+        MODEL,
+        choices=("fp32", "bf16"),
+    )
     qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", MODEL, gt=0)
     ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)", MODEL)
-    attn_extras: tuple[str, ...] = knob(("xsa",), "xsa: remove each head output's part along its own value; "
+    attn_extras: tuple[str, ...] = knob(
+        ("xsa",),
+        "xsa: remove each head output's part along its own value; "
         "value_residual: mix in the first slot's values; value_embed: add a value of the token itself; sink: a learnt "
-        "key with value 0 in front of every context", MODEL, choices=("xsa", "value_residual", "value_embed", "sink"))
+        "key with value 0 in front of every context",
+        MODEL,
+        choices=("xsa", "value_residual", "value_embed", "sink"),
+    )
     xsa_last_n: int = knob(11, "layers with XSA, counted from the last", MODEL, ge=0, when="ATTN_EXTRAS=xsa")
-    attn_gate: str = knob("none", "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense, dense_bias: "
-        "from the whole normed input, half open or (by a bias of 4) nearly open at init", MODEL,
-        choices=("none", "sparse", "dense", "dense_bias", "out"))
-    attn_out_gate_src: str = knob("proj", "what ATTN_GATE=out reads: raw queries or the input", MODEL,
-        choices=("proj", "input"), when="ATTN_GATE=out")
+    attn_gate: str = knob(
+        "none",
+        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense, dense_bias: "
+        "from the whole normed input, half open or (by a bias of 4) nearly open at init",
+        MODEL,
+        choices=("none", "sparse", "dense", "dense_bias", "out"),
+    )
+    attn_out_gate_src: str = knob(
+        "proj",
+        "what ATTN_GATE=out reads: raw queries or the input",
+        MODEL,
+        choices=("proj", "input"),
+        when="ATTN_GATE=out",
+    )
     gated_attn_init_std: float = knob(0.01, "std of the dense gate at init", MODEL, ge=0, when="ATTN_GATE=dense")
-    embed_extras: tuple[str, ...] = knob((), "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; "
+    embed_extras: tuple[str, ...] = knob(
+        (),
+        "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; "
         "smear: add a gated copy of the previous token's embedding; smear_channel: blend with it channel by channel, "
-        "after the norm (applied in this order)", MODEL, choices=("bigram", "trigram", "smear", "smear_channel"))
-    gate_window: int = knob(12, "leading dims that gates read", MODEL, gt=0,
-        when="ATTN_GATE=sparse or EMBED_EXTRAS=smear")
+        "after the norm (applied in this order)",
+        MODEL,
+        choices=("bigram", "trigram", "smear", "smear_channel"),
+    )
+    gate_window: int = knob(
+        12,
+        "leading dims that gates read",
+        MODEL,
+        gt=0,
+        when="ATTN_GATE=sparse or EMBED_EXTRAS=smear",
+    )
     sparse_attn_gate_scale: float = knob(1.0, "factor inside the gate's sigmoid", MODEL, when="ATTN_GATE=sparse")
     sparse_attn_gate_init_std: float = knob(0.0, "std of the gate at init", MODEL, ge=0, when="ATTN_GATE=sparse")
-    smear_bos_mask: bool = knob(True, "no smear into a document's first token", MODEL,
-        when="EMBED_EXTRAS=smear|smear_channel")
+    smear_bos_mask: bool = knob(
+        True,
+        "no smear into a document's first token",
+        MODEL,
+        when="EMBED_EXTRAS=smear|smear_channel",
+    )
     skip_gates_enabled: bool = knob(True, "sigmoid gates on the U-net skips", MODEL)
     num_loops: int = knob(2, "extra passes over the looped layers", MODEL, ge=0)
     loop_start: int = knob(3, "first looped layer", MODEL, ge=0, when="NUM_LOOPS>0")
     loop_end: int = knob(5, "last looped layer, inclusive", MODEL, ge=0, when="NUM_LOOPS>0")
-    enable_looping_at: float = knob(0.35, "fraction of the run at which looping starts", MODEL, ge=0, le=1,
-        when="NUM_LOOPS>0")
+    enable_looping_at: float = knob(
+        0.35,
+        "fraction of the run at which looping starts",
+        MODEL,
+        ge=0,
+        le=1,
+        when="NUM_LOOPS>0",
+    )
     parallel_start_layer: int = knob(8, "layers from here on run in parallel; 0: none", MODEL, ge=0)
-    parallel_lanes: int = knob(2, "2: decoder layers keep two learnt lanes, one for attention and one for the MLP; 1: "
-        "attention and MLP read and extend one stream side by side", MODEL, ge=1, le=2)
+    parallel_lanes: int = knob(
+        2,
+        "2: decoder layers keep two learnt lanes, one for attention and one for the MLP; 1: "
+        "attention and MLP read and extend one stream side by side",
+        MODEL,
+        ge=1,
+        le=2,
+    )
     parallel_final_lane: str = knob("mean", "what the two lanes end as", MODEL, choices=("mean", "mlp", "attn"))
     bigram_vocab_size: int = knob(2048, "rows of the bigram table", MODEL, gt=1, when="EMBED_EXTRAS=bigram")
     bigram_dim: int = knob(128, "width of the bigram table", MODEL, gt=0, when="EMBED_EXTRAS=bigram")
     trigram_vocab_size: int = knob(1024, "rows of the trigram table", MODEL, gt=1, when="EMBED_EXTRAS=trigram")
     trigram_dim: int = knob(128, "width of the trigram table", MODEL, gt=0, when="EMBED_EXTRAS=trigram")
-    trigram_trained: bool = knob(True, "off: training leaves the trigram as it was drawn, as published", MODEL,
-        when="EMBED_EXTRAS=trigram")
-    hash_bos_mask: bool = knob(True, "hashes do not reach over a document's first token", MODEL,
-        when="EMBED_EXTRAS=bigram|trigram")
+    trigram_trained: bool = knob(
+        True,
+        "off: training leaves the trigram as it was drawn, as published",
+        MODEL,
+        when="EMBED_EXTRAS=trigram",
+    )
+    hash_bos_mask: bool = knob(
+        True,
+        "hashes do not reach over a document's first token",
+        MODEL,
+        when="EMBED_EXTRAS=bigram|trigram",
+    )
     ve_layers: tuple[int, ...] = knob((9, 10), "layers with value embeddings", MODEL, when="ATTN_EXTRAS=value_embed")
     ve_dim: int = knob(128, "width of the value embedding's table", MODEL, gt=0, when="ATTN_EXTRAS=value_embed")
-    rope_reference_len: int = knob(0, "contexts of more tokens enlarge the rotary base (NTK); 0: never; published with "
-        "1024", MODEL, ge=0)
+    rope_reference_len: int = knob(
+        0,
+        "contexts of more tokens enlarge the rotary base (NTK); 0: never; published with 1024",
+        MODEL,
+        ge=0,
+    )
 
     matrix_lr: float = knob(0.026, "learning rate of Muon", OPTIM, ge=0)
     tied_embed_lr: float = knob(0.03, "learning rate of the embedding", OPTIM, ge=0)
-    embed_dtype: str = knob("fp32", "dtype of the embedding, its gradient and its AdamW moments; bf16: as published",
-        OPTIM, choices=("fp32", "bf16"))
+    embed_dtype: str = knob(
+        "fp32",
+        "dtype of the embedding, its gradient and its AdamW moments; bf16: as published",
+        OPTIM,
+        choices=("fp32", "bf16"),
+    )
     scalar_lr: float = knob(0.02, "learning rate of gains, gates and scales", OPTIM, ge=0)
     muon_momentum: float = knob(0.97, "momentum after warm-up", OPTIM, ge=0, le=1)
     muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", OPTIM, ge=0, le=1)
     muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", OPTIM, ge=0)
     muon_backend_steps: int = knob(5, "orthogonalisation iterations", OPTIM, ge=1, le=10)
-    muon_coefficients: str = knob("polar_express", "coefficient set of the orthogonalisation; polar_express_safe: with "
-        "a safety factor of 1.05", OPTIM, choices=("polar_express", "polar_express_safe", "quintic"))
+    muon_coefficients: str = knob(
+        "polar_express",
+        "coefficient set of the orthogonalisation; polar_express_safe: with a safety factor of 1.05",
+        OPTIM,
+        choices=("polar_express", "polar_express_safe", "quintic"),
+    )
     muon_row_normalize: bool = knob(True, "unit-norm rows before the orthogonalisation", OPTIM)
     muon_wd: float = knob(0.095, "decoupled weight decay of Muon", OPTIM, ge=0)
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", OPTIM, ge=0)
@@ -241,8 +362,12 @@ class Config:
     beta2: float = knob(0.95, "AdamW beta2", OPTIM, ge=0, le=1)
     adam_eps: float = knob(1e-8, "AdamW epsilon", OPTIM, gt=0)
     grad_clip_norm: float = knob(0.3, "global norm limit of the averaged gradient; 0: none", OPTIM, ge=0)
-    average: tuple[str, ...] = knob(("ema",), "weight average that is evaluated; both: swa over snapshots of ema; "
-        "none: the last iterate", OPTIM, choices=("ema", "swa"))
+    average: tuple[str, ...] = knob(
+        ("ema",),
+        "weight average that is evaluated; both: swa over snapshots of ema; none: the last iterate",
+        OPTIM,
+        choices=("ema", "swa"),
+    )
     ema_decay: float = knob(0.9965, "decay of the weight average, per step", OPTIM, ge=0, le=1, when="AVERAGE=ema")
     swa_every: int = knob(50, "steps between snapshots", OPTIM, gt=0, when="AVERAGE=swa")
     swa_start_scale: float = knob(0.2, "LR multiplier under which snapshots are taken", OPTIM, gt=0, when="AVERAGE=swa")
@@ -252,67 +377,157 @@ class Config:
     gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for calibration, seconds", SCHED, ge=0)
     warmup_steps: int = knob(20, "untimed compile warm-up steps per graph, rolled back", SCHED, ge=0)
     warmdown_frac: float = knob(0.75, "last fraction of the run with linear LR decay", SCHED, ge=0, le=1)
-    warmdown_iters: int = knob(0, "steps of linear LR decay at the end, made time by the measured step time; 0: "
-        "WARMDOWN_FRAC", SCHED, ge=0)
+    warmdown_iters: int = knob(
+        0,
+        "steps of linear LR decay at the end, made time by the measured step time; 0: WARMDOWN_FRAC",
+        SCHED,
+        ge=0,
+    )
     min_lr: float = knob(0.1, "floor of the LR multiplier", SCHED, ge=0, le=1)
-    qat: str = knob("none", "how late training sees quantisation; ste: weights on the grid of MATRIX_QUANT, "
-        "straight-through gradient; noise: Gaussian noise of a fraction of the rounding error", SCHED,
-        choices=("none", "ste", "noise"))
-    late_qat_threshold: float = knob(0.15, "LR multiplier under which the rounding begins; over 1: from the start",
-        SCHED, ge=0, when="QAT=ste")
-    qat_noise_start_frac: float = knob(0.95, "fraction of the run at which the noise begins", SCHED, ge=0, le=1,
-        when="QAT=noise")
+    qat: str = knob(
+        "none",
+        "how late training sees quantisation; ste: weights on the grid of MATRIX_QUANT, "
+        "straight-through gradient; noise: Gaussian noise of a fraction of the rounding error",
+        SCHED,
+        choices=("none", "ste", "noise"),
+    )
+    late_qat_threshold: float = knob(
+        0.15,
+        "LR multiplier under which the rounding begins; over 1: from the start",
+        SCHED,
+        ge=0,
+        when="QAT=ste",
+    )
+    qat_noise_start_frac: float = knob(
+        0.95,
+        "fraction of the run at which the noise begins",
+        SCHED,
+        ge=0,
+        le=1,
+        when="QAT=noise",
+    )
     qat_noise_mult: float = knob(0.05, "noise over the rounding error of uniform steps", SCHED, ge=0, when="QAT=noise")
     qat_noise_every: int = knob(1, "steps from one noisy step to the next", SCHED, gt=0, when="QAT=noise")
-    qat_noise_patterns: tuple[str, ...] = knob(("attn.k.weight", "attn.o.weight"), "parts or globs of the names of the "
-        "noisy weights", SCHED, when="QAT=noise")
+    qat_noise_patterns: tuple[str, ...] = knob(
+        ("attn.k.weight", "attn.o.weight"),
+        "parts or globs of the names of the noisy weights",
+        SCHED,
+        when="QAT=noise",
+    )
     train_log_every: int = knob(500, "steps between log lines", SCHED, gt=0)
     val_loss_every: int = knob(0, "steps between validations; 0: none", SCHED, ge=0)
 
-    matrix_quant: str = knob("gptq", "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; "
-        "gptq_lite: rounding with a clip search; row_quantile: clip at CLIP_QUANTILE", QUANT,
-        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"))
-    embed_quant: str = knob("gptq", "scheme of the embedding and of the hash and value tables (which all gptq round to "
-        "nearest); gptq_freqsplit: more bits for frequent tokens", QUANT,
-        choices=("gptq", "gptq_freqsplit", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"))
+    matrix_quant: str = knob(
+        "gptq",
+        "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; "
+        "gptq_lite: rounding with a clip search; row_quantile: clip at CLIP_QUANTILE",
+        QUANT,
+        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
+    )
+    embed_quant: str = knob(
+        "gptq",
+        "scheme of the embedding and of the hash and value tables (which all gptq round to "
+        "nearest); gptq_freqsplit: more bits for frequent tokens",
+        QUANT,
+        choices=("gptq", "gptq_freqsplit", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
+    )
     matrix_bits: int = knob(6, "bits of the matrices", QUANT, ge=2, le=8)
-    matrix_bits_overrides: tuple[str, ...] = knob((), "other bits of some matrices: part or glob of a name, colon, "
-        "bits; the first that fits counts", QUANT)
+    matrix_bits_overrides: tuple[str, ...] = knob(
+        (),
+        "other bits of some matrices: part or glob of a name, colon, bits; the first that fits counts",
+        QUANT,
+    )
     embed_bits: int = knob(7, "bits of the embedding", QUANT, ge=2, le=8)
     embed_topk: int = knob(4025, "frequent tokens", QUANT, ge=1, when="EMBED_QUANT=gptq_freqsplit")
     embed_top_bits: int = knob(8, "bits of their rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
     embed_tail_bits: int = knob(7, "bits of the other rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
-    embed_freq_tokens: int = knob(100_000_000, "first training tokens that are counted; 0: all", QUANT, ge=0,
-        when="EMBED_QUANT=gptq_freqsplit")
-    rotate: str = knob("none", "hadamard_vo: rotate each head's values before quantisation, and its output weights "
-        "back", QUANT, choices=("none", "hadamard_vo"))
+    embed_freq_tokens: int = knob(
+        100_000_000,
+        "first training tokens that are counted; 0: all",
+        QUANT,
+        ge=0,
+        when="EMBED_QUANT=gptq_freqsplit",
+    )
+    rotate: str = knob(
+        "none",
+        "hadamard_vo: rotate each head's values before quantisation, and its output weights back",
+        QUANT,
+        choices=("none", "hadamard_vo"),
+    )
     attn_clip_sigmas: float = knob(13.0, "clip of q, k, v, o rows, in standard deviations", QUANT, gt=0)
     mlp_clip_sigmas: float = knob(11.5, "clip of up, down rows, in standard deviations", QUANT, gt=0)
     embed_clip_sigmas: float = knob(14.0, "clip of embedding rows, in standard deviations", QUANT, gt=0)
-    clip_quantile: float = knob(0.9999984, "quantile of a row's magnitudes that is its clip", QUANT, gt=0, le=1,
-        when="EMBED_QUANT=row_quantile")
-    clip_floor: float = knob(0.0, "least clip of a row; 1 as published: rows of small weights share a step", QUANT,
-        ge=0, when="MATRIX_QUANT=gptq_lite|row_quantile")
-    clip_search_rows: bool = knob(True, "each row has its own best quantile; off: one for a matrix, as published",
-        QUANT, when="MATRIX_QUANT=gptq_lite")
-    scale_step: float = knob(0.0, "row steps are stored as whole multiples of this in log2, such as 0.02; 0: as "
-        "float16", QUANT, ge=0, le=1)
+    clip_quantile: float = knob(
+        0.9999984,
+        "quantile of a row's magnitudes that is its clip",
+        QUANT,
+        gt=0,
+        le=1,
+        when="EMBED_QUANT=row_quantile",
+    )
+    clip_floor: float = knob(
+        0.0,
+        "least clip of a row; 1 as published: rows of small weights share a step",
+        QUANT,
+        ge=0,
+        when="MATRIX_QUANT=gptq_lite|row_quantile",
+    )
+    clip_search_rows: bool = knob(
+        True,
+        "each row has its own best quantile; off: one for a matrix, as published",
+        QUANT,
+        when="MATRIX_QUANT=gptq_lite",
+    )
+    scale_step: float = knob(
+        0.0,
+        "row steps are stored as whole multiples of this in log2, such as 0.02; 0: as float16",
+        QUANT,
+        ge=0,
+        le=1,
+    )
     gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
     gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
     gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
-    tcq_states: int = knob(8, "states of the trellis: 4, 8, 16, 32 or 64", QUANT, ge=4, le=64,
-        when="MATRIX_QUANT=gptq_tcq")
-    tcq_chunk_rows: int = knob(1024, "rows between starts of the trellis", QUANT, ge=16, le=2048,
-        when="MATRIX_QUANT=gptq_tcq")
-    tcq_column_beta: float = knob(0.0, "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this "
-        "power; gains by Hessian-weighted error, but lost val_bpb where it was tried: for study", QUANT, ge=0, le=1,
-        when="MATRIX_QUANT=gptq_tcq")
+    tcq_states: int = knob(
+        8,
+        "states of the trellis: 4, 8, 16, 32 or 64",
+        QUANT,
+        ge=4,
+        le=64,
+        when="MATRIX_QUANT=gptq_tcq",
+    )
+    tcq_chunk_rows: int = knob(
+        1024,
+        "rows between starts of the trellis",
+        QUANT,
+        ge=16,
+        le=2048,
+        when="MATRIX_QUANT=gptq_tcq",
+    )
+    tcq_column_beta: float = knob(
+        0.0,
+        "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this "
+        "power; gains by Hessian-weighted error, but lost val_bpb where it was tried: for study",
+        QUANT,
+        ge=0,
+        le=1,
+        when="MATRIX_QUANT=gptq_tcq",
+    )
     gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
-    repair: str = knob("none", "lqer: low-rank correction of the worst tensors", QUANT, choices=("none", "lqer"))
+    repair: str = knob(
+        "none",
+        "lqer: low-rank correction of the worst tensors",
+        QUANT,
+        choices=("none", "lqer"),
+    )
     lqer_rank: int = knob(4, "rank of the correction", QUANT, ge=1, when="REPAIR=lqer")
     lqer_top_k: int = knob(3, "tensors corrected, by Frobenius norm of the error", QUANT, ge=1, when="REPAIR=lqer")
-    lqer_asym_enabled: bool = knob(True, "factors of 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each",
-        QUANT, when="REPAIR=lqer")
+    lqer_asym_enabled: bool = knob(
+        True,
+        "factors of 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each",
+        QUANT,
+        when="REPAIR=lqer",
+    )
     lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", QUANT, gt=0, when="LQER_ASYM_ENABLED=1")
     lqer_factor_bits: int = knob(4, "bits of symmetric factors", QUANT, ge=2, le=8, when="LQER_ASYM_ENABLED=0")
     awq_lite_enabled: bool = knob(False, "GPTQ with more bits for the most salient column groups", QUANT)
@@ -320,19 +535,34 @@ class Config:
     awq_lite_group_top_k: int = knob(1, "groups, over all tensors", QUANT, ge=1, when="AWQ_LITE_ENABLED=1")
     awq_lite_group_size: int = knob(64, "columns of a group", QUANT, gt=0, when="AWQ_LITE_ENABLED=1")
     quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain", QUANT)
-    compressor: str = knob("brotli", "layout and entropy coder of the artifact; pergroup needs the program lrzip; "
-        "lzma6: preset 6, as published; rans: adaptive coder of this program, made for integer matrices", QUANT,
-        choices=("brotli", "lzma", "pergroup", "lzma6", "rans"))
+    compressor: str = knob(
+        "brotli",
+        "layout and entropy coder of the artifact; pergroup needs the program lrzip; "
+        "lzma6: preset 6, as published; rans: adaptive coder of this program, made for integer matrices",
+        QUANT,
+        choices=("brotli", "lzma", "pergroup", "lzma6", "rans"),
+    )
 
-    eval: str = knob("doc_lora", "how the final score is made", EVALUATION,
-        choices=("plain", "sliding", "chunk_sgd", "slot", "doc_lora", "phased_lora"))
+    eval: str = knob(
+        "doc_lora",
+        "how the final score is made",
+        EVALUATION,
+        choices=("plain", "sliding", "chunk_sgd", "slot", "doc_lora", "phased_lora"),
+    )
     val_batch_tokens: int = knob(524_288, "tokens of an evaluation batch, over BATCH_SLICES", EVALUATION, gt=0)
-    eval_seq_len: int = knob(2048, "longest context; the validation stream is cut to a multiple of it", EVALUATION,
-        gt=1)
+    eval_seq_len: int = knob(
+        2048,
+        "longest context; the validation stream is cut to a multiple of it",
+        EVALUATION,
+        gt=1,
+    )
     eval_stride: int = knob(64, "tokens scored per window", EVALUATION, gt=0, when="EVAL=sliding|chunk_sgd|slot")
     eval_include_tail: bool = knob(False, "score the last partial window too (not the canonical count)", EVALUATION)
-    allow_noncausal: bool = knob(False, "let a score be fitted on the targets that it scores; the result then says "
-        "legal: false", EVALUATION)
+    allow_noncausal: bool = knob(
+        False,
+        "let a score be fitted on the targets that it scores; the result then says legal: false",
+        EVALUATION,
+    )
 
     ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
     ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
@@ -341,49 +571,110 @@ class Config:
     ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", TTT, gt=1, when="EVAL=doc_lora|phased_lora")
     ttt_batch_size: int = knob(64, "documents adapted side by side", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
     ttt_grad_steps: int = knob(1, "updates per chunk", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
-    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", TTT, ge=0,
-        when="EVAL=doc_lora|phased_lora")
+    ttt_weight_decay: float = knob(
+        0.5,
+        "decoupled weight decay of the adapters",
+        TTT,
+        ge=0,
+        when="EVAL=doc_lora|phased_lora",
+    )
     ttt_beta1: float = knob(0.0, "AdamW beta1", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
     ttt_beta2: float = knob(0.99, "AdamW beta2", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
     ttt_k_lora: bool = knob(True, "adapters on keys", TTT, when="EVAL=doc_lora|phased_lora")
     ttt_o_lora: bool = knob(True, "adapters across the attention sublayer", TTT, when="EVAL=doc_lora|phased_lora")
     ttt_mlp_lora: bool = knob(True, "adapters across the MLP sublayer", TTT, when="EVAL=doc_lora|phased_lora")
-    ttt_warm_start_a: bool = knob(False, "keep each batch slot's A from its document before (the score then depends on "
-        "the ranks)", TTT, when="EVAL=doc_lora|phased_lora")
+    ttt_warm_start_a: bool = knob(
+        False,
+        "keep each batch slot's A from its document before (the score then depends on the ranks)",
+        TTT,
+        when="EVAL=doc_lora|phased_lora",
+    )
     ttt_order_audit: bool = knob(False, "write every batch's documents to the log file", TTT)
-    ttt_context: str = knob("recompute", "how a chunk sees its document; recompute: the whole window runs again, with "
+    ttt_context: str = knob(
+        "recompute",
+        "how a chunk sees its document; recompute: the whole window runs again, with "
         "gradient, as published; carry: only the chunk runs, over keys and values kept since earlier chunks ran (with "
         "TTT_LORA_LR=0: plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in "
-        "reach)", TTT, choices=("recompute", "carry"), when="EVAL=doc_lora|phased_lora")
-    ttt_carry_recompute: int = knob(0, "tokens before a chunk, whole chunks of them, that run again with gradient", TTT,
-        ge=0, when=CARRY)
-    ttt_carry_refresh: int = knob(0, "chunks after which what is kept is made anew, without gradient; 0: never", TTT,
-        ge=0, when=CARRY)
-    phased_ttt_prefix_docs: int = knob(2000, "scored documents by which the last global update is made", TTT, ge=0,
-        when="EVAL=phased_lora")
+        "reach)",
+        TTT,
+        choices=("recompute", "carry"),
+        when="EVAL=doc_lora|phased_lora",
+    )
+    ttt_carry_recompute: int = knob(
+        0,
+        "tokens before a chunk, whole chunks of them, that run again with gradient",
+        TTT,
+        ge=0,
+        when=CARRY,
+    )
+    ttt_carry_refresh: int = knob(
+        0,
+        "chunks after which what is kept is made anew, without gradient; 0: never",
+        TTT,
+        ge=0,
+        when=CARRY,
+    )
+    phased_ttt_prefix_docs: int = knob(
+        2000,
+        "scored documents by which the last global update is made",
+        TTT,
+        ge=0,
+        when="EVAL=phased_lora",
+    )
     phased_ttt_num_phases: int = knob(3, "global updates", TTT, ge=1, when="EVAL=phased_lora")
     global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", TTT, ge=0, when="EVAL=phased_lora")
     global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", TTT, ge=0, le=1, when="EVAL=phased_lora")
     global_ttt_epochs: int = knob(1, "passes over the scored documents", TTT, ge=1, when="EVAL=phased_lora")
     global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", TTT, gt=0, when="EVAL=phased_lora")
     global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", TTT, ge=0, when="EVAL=phased_lora")
-    ttt_chunk_tokens: int = knob(32_768, "targets scored, then learnt, at a time", TTT, gt=0,
-        when="EVAL=chunk_sgd|slot")
+    ttt_chunk_tokens: int = knob(
+        32_768, "targets scored, then learnt, at a time", TTT, gt=0, when="EVAL=chunk_sgd|slot"
+    )
     ttt_epochs: int = knob(3, "passes of SGD over a chunk", TTT, ge=0, when="EVAL=chunk_sgd|slot")
-    ttt_batch_seqs: int = knob(0, "sequences of an SGD step, over all ranks; 0: the whole chunk", TTT, ge=0,
-        when="EVAL=chunk_sgd|slot")
+    ttt_batch_seqs: int = knob(
+        0,
+        "sequences of an SGD step, over all ranks; 0: the whole chunk",
+        TTT,
+        ge=0,
+        when="EVAL=chunk_sgd|slot",
+    )
     ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", TTT, ge=0, when="EVAL=chunk_sgd|slot")
-    ttt_momentum: float = knob(0.9, "momentum of chunk SGD, kept from chunk to chunk", TTT, ge=0, le=1,
-        when="EVAL=chunk_sgd|slot")
+    ttt_momentum: float = knob(
+        0.9,
+        "momentum of chunk SGD, kept from chunk to chunk",
+        TTT,
+        ge=0,
+        le=1,
+        when="EVAL=chunk_sgd|slot",
+    )
     ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", TTT, ge=0, when="EVAL=chunk_sgd|slot")
-    ttt_trainable: tuple[str, ...] = knob(("all",), "weights that chunk SGD trains: all, scalar (gains, gates, "
-        "scales), or globs or parts of names, such as mlp", TTT, when="EVAL=chunk_sgd|slot")
-    gdn_ttt_lr_mult: float = knob(1.0, "factor on TTT_LR for A_log, dt_bias, ba and taps of delta layers", TTT, ge=0,
-        when="EVAL=chunk_sgd|slot")
-    slot_lr: float = knob(0.003, "learning rate of the fitted shift of the hidden state", TTT, ge=0, when="EVAL=slot")
+    ttt_trainable: tuple[str, ...] = knob(
+        ("all",),
+        "weights that chunk SGD trains: all, scalar (gains, gates, scales), or globs or parts of names, such as mlp",
+        TTT,
+        when="EVAL=chunk_sgd|slot",
+    )
+    gdn_ttt_lr_mult: float = knob(
+        1.0,
+        "factor on TTT_LR for A_log, dt_bias, ba and taps of delta layers",
+        TTT,
+        ge=0,
+        when="EVAL=chunk_sgd|slot",
+    )
+    slot_lr: float = knob(
+        0.003,
+        "learning rate of the fitted shift of the hidden state",
+        TTT,
+        ge=0,
+        when="EVAL=slot",
+    )
     slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", TTT, ge=1, when="EVAL=slot")
-    slot_causal: bool = knob(True, "fit on targets before the batch's first scored one; off: on those that it scores, "
-        "as published (not legal)", TTT, when="EVAL=slot")
+    slot_causal: bool = knob(
+        True,
+        "fit on targets before the batch's first scored one; off: on those that it scores, as published (not legal)",
+        TTT,
+        when="EVAL=slot",
+    )
 
     def problems(self) -> list[str]:
         """Everything wrong with these values, each as a sentence with the fix; empty when the run can start."""
@@ -394,22 +685,51 @@ class Config:
 
 
 # where a run happens, not what it is: not written to record.env
-LOCAL_KNOBS = ("run_id", "artifact_dir", "stages", "model_path", "device", "attention", "fused_ce_enabled",
-    "fused_mlp_enabled", "fused_gdn_enabled", "compute_dtype", "compile", "data_path", "tokenizer_path")
+LOCAL_KNOBS = (
+    "run_id",
+    "artifact_dir",
+    "stages",
+    "model_path",
+    "device",
+    "attention",
+    "fused_ce_enabled",
+    "fused_mlp_enabled",
+    "fused_gdn_enabled",
+    "compute_dtype",
+    "compile",
+    "data_path",
+    "tokenizer_path",
+)
 
 ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
-    (lambda c: c.model_dim % c.num_heads != 0, "MODEL_DIM={c.model_dim} is not a multiple of NUM_HEADS={c.num_heads}"),
-    (lambda c: c.num_heads % c.num_kv_heads != 0,
-     "NUM_HEADS={c.num_heads} is not a multiple of NUM_KV_HEADS={c.num_kv_heads}"),
-    (lambda c: c.rope_dims % 2 == 1 or c.rope_dims > c.model_dim // c.num_heads,
-     "ROPE_DIMS={c.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS"),
-    (lambda c: c.num_loops > 0 and not c.loop_start <= c.loop_end < c.num_layers,
-     "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be a range of layers below NUM_LAYERS={c.num_layers}"),
-    (lambda c: len(mixer_letters(c)) != c.num_layers,
-     "MIXERS={c.mixers!r} does not give NUM_LAYERS={c.num_layers} layers a mixer each, A or G, such as G*2 A*8 G"),
-    (lambda c: c.gdn_v_heads % c.gdn_qk_heads != 0,
-     "GDN_V_HEADS={c.gdn_v_heads} is not a multiple of GDN_QK_HEADS={c.gdn_qk_heads}"),
-    (lambda c: c.gate_window > c.model_dim, "GATE_WINDOW={c.gate_window} is over MODEL_DIM={c.model_dim}"),
+    (
+        lambda c: c.model_dim % c.num_heads != 0,
+        "MODEL_DIM={c.model_dim} is not a multiple of NUM_HEADS={c.num_heads}",
+    ),
+    (
+        lambda c: c.num_heads % c.num_kv_heads != 0,
+        "NUM_HEADS={c.num_heads} is not a multiple of NUM_KV_HEADS={c.num_kv_heads}",
+    ),
+    (
+        lambda c: c.rope_dims % 2 == 1 or c.rope_dims > c.model_dim // c.num_heads,
+        "ROPE_DIMS={c.rope_dims} must be even and at most MODEL_DIM/NUM_HEADS",
+    ),
+    (
+        lambda c: c.num_loops > 0 and not c.loop_start <= c.loop_end < c.num_layers,
+        "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be a range of layers below NUM_LAYERS={c.num_layers}",
+    ),
+    (
+        lambda c: len(mixer_letters(c)) != c.num_layers,
+        "MIXERS={c.mixers!r} does not give NUM_LAYERS={c.num_layers} layers a mixer each, A or G, such as G*2 A*8 G",
+    ),
+    (
+        lambda c: c.gdn_v_heads % c.gdn_qk_heads != 0,
+        "GDN_V_HEADS={c.gdn_v_heads} is not a multiple of GDN_QK_HEADS={c.gdn_qk_heads}",
+    ),
+    (
+        lambda c: c.gate_window > c.model_dim,
+        "GATE_WINDOW={c.gate_window} is over MODEL_DIM={c.model_dim}",
+    ),
     (
         lambda c: (
             "value_embed" in c.attn_extras
@@ -417,10 +737,14 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         ),
         "VE_LAYERS={c.ve_layers} must be layers below NUM_LAYERS={c.num_layers}, and have attention",
     ),
-    (lambda c: c.rope_reference_len > 0 and c.rope_dims == 2,
-     "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS over 2: one frequency cannot be stretched"),
-    (lambda c: c.train_batch_tokens % c.batch_slices != 0,
-     "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}"),
+    (
+        lambda c: c.rope_reference_len > 0 and c.rope_dims == 2,
+        "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS over 2: one frequency cannot be stretched",
+    ),
+    (
+        lambda c: c.train_batch_tokens % c.batch_slices != 0,
+        "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}",
+    ),
     (
         lambda c: (
             c.train_batch_tokens // c.batch_slices < c.train_seq_len
@@ -428,45 +752,83 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         ),
         "TRAIN_BATCH_TOKENS/BATCH_SLICES must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
     ),
-    (lambda c: c.val_batch_tokens // c.batch_slices < c.eval_seq_len,
-     "VAL_BATCH_TOKENS/BATCH_SLICES must be at least EVAL_SEQ_LEN={c.eval_seq_len}; raise VAL_BATCH_TOKENS"),
-    (lambda c: c.eval_stride > c.eval_seq_len, "EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
-    (lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
-     "TTT_CHUNK_SIZE={c.ttt_chunk_size} is over TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}"),
-    (lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
-     "GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds} uses up MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}"),
-    (lambda c: c.awq_lite_enabled and "gptq" not in (c.matrix_quant, c.embed_quant),
-     "AWQ_LITE_ENABLED=1 refines GPTQ; set MATRIX_QUANT=gptq or EMBED_QUANT=gptq"),
-    (lambda c: c.awq_lite_enabled and c.awq_lite_bits <= min(c.matrix_bits, c.embed_bits),
-     "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}"),
-    (lambda c: 0 < c.scale_step < 0.005,
-     "SCALE_STEP={c.scale_step} is too fine for 16 bits; say 0 (float16) or at least 0.005"),
-    (lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
-     "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval"),
-    (lambda c: c.eval == "slot" and not c.slot_causal and not c.allow_noncausal,
-     "SLOT_CAUSAL=0 fits on the targets that it scores, which the contest forbids; for study only, say "
-     "ALLOW_NONCAUSAL=1"),
-    (lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
-     "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is under EVAL_SEQ_LEN={c.eval_seq_len}: no sequence fits to learn from"),
-    (lambda c: any(not re.fullmatch(r"[^:]+:\s*[2-8]", item) for item in c.matrix_bits_overrides),
-     "MATRIX_BITS_OVERRIDES={c.matrix_bits_overrides} must be parts of names with 2 to 8 bits, as attn.o.weight:7"),
-    (lambda c: c.rotate == "hadamard_vo" and (c.model_dim // c.num_heads).bit_count() != 1,
-     "ROTATE=hadamard_vo needs MODEL_DIM/NUM_HEADS to be a power of two; say ROTATE=none"),
-    (lambda c: c.rotate == "hadamard_vo" and "value_embed" in c.attn_extras,
-     "ROTATE=hadamard_vo would not turn what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none"),
-    (lambda c: c.ttt_context == "carry" and not 8 <= c.ttt_chunk_size <= c.ttt_eval_seq_len // 2,
-     "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} from 8 (embeddings look back, as far as the chunk "
-     "before) to half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}"),
-    (lambda c: c.ttt_context == "carry" and c.ttt_warm_start_a,
-     "TTT_CONTEXT=carry gives a row to the next document as soon as one ends, each from its own A: set "
-     "TTT_WARM_START_A=0"),
-    (lambda c: c.ttt_context == "carry" and "G" in mixer_letters(c),
-     "TTT_CONTEXT=carry keeps keys and values; a gated delta net has a state in their place, which is not kept: say "
-     "TTT_CONTEXT=recompute, or MIXERS without G"),
-    (lambda c: c.ttt_context == "carry" and ("sink" in c.attn_extras or c.rope_dtype != "fp32"),
-     "TTT_CONTEXT=carry counts positions on beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
-     "depend on more than distances, have learnt nothing: say TTT_CONTEXT=recompute"),
-    (lambda c: c.tcq_states not in TCQ_CODES, "TCQ_STATES={c.tcq_states} is none of 4, 8, 16, 32, 64"),
+    (
+        lambda c: c.val_batch_tokens // c.batch_slices < c.eval_seq_len,
+        "VAL_BATCH_TOKENS/BATCH_SLICES must be at least EVAL_SEQ_LEN={c.eval_seq_len}; raise VAL_BATCH_TOKENS",
+    ),
+    (
+        lambda c: c.eval_stride > c.eval_seq_len,
+        "EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}",
+    ),
+    (
+        lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
+        "TTT_CHUNK_SIZE={c.ttt_chunk_size} is over TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+    ),
+    (
+        lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
+        "GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds} uses up MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}",
+    ),
+    (
+        lambda c: c.awq_lite_enabled and "gptq" not in (c.matrix_quant, c.embed_quant),
+        "AWQ_LITE_ENABLED=1 refines GPTQ; set MATRIX_QUANT=gptq or EMBED_QUANT=gptq",
+    ),
+    (
+        lambda c: c.awq_lite_enabled and c.awq_lite_bits <= min(c.matrix_bits, c.embed_bits),
+        "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
+    ),
+    (
+        lambda c: 0 < c.scale_step < 0.005,
+        "SCALE_STEP={c.scale_step} is too fine for 16 bits; say 0 (float16) or at least 0.005",
+    ),
+    (
+        lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
+        "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval",
+    ),
+    (
+        lambda c: c.eval == "slot" and not c.slot_causal and not c.allow_noncausal,
+        "SLOT_CAUSAL=0 fits on the targets that it scores, which the contest forbids; for study only, say "
+        "ALLOW_NONCAUSAL=1",
+    ),
+    (
+        lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
+        "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is under EVAL_SEQ_LEN={c.eval_seq_len}: no sequence fits to learn from",
+    ),
+    (
+        lambda c: any(not re.fullmatch(r"[^:]+:\s*[2-8]", item) for item in c.matrix_bits_overrides),
+        "MATRIX_BITS_OVERRIDES={c.matrix_bits_overrides} must be parts of names with 2 to 8 bits, as attn.o.weight:7",
+    ),
+    (
+        lambda c: c.rotate == "hadamard_vo" and (c.model_dim // c.num_heads).bit_count() != 1,
+        "ROTATE=hadamard_vo needs MODEL_DIM/NUM_HEADS to be a power of two; say ROTATE=none",
+    ),
+    (
+        lambda c: c.rotate == "hadamard_vo" and "value_embed" in c.attn_extras,
+        "ROTATE=hadamard_vo would not turn what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
+    ),
+    (
+        lambda c: c.ttt_context == "carry" and not 8 <= c.ttt_chunk_size <= c.ttt_eval_seq_len // 2,
+        "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} from 8 (embeddings look back, as far as the chunk "
+        "before) to half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+    ),
+    (
+        lambda c: c.ttt_context == "carry" and c.ttt_warm_start_a,
+        "TTT_CONTEXT=carry gives a row to the next document as soon as one ends, each from its own A: set "
+        "TTT_WARM_START_A=0",
+    ),
+    (
+        lambda c: c.ttt_context == "carry" and "G" in mixer_letters(c),
+        "TTT_CONTEXT=carry keeps keys and values; a gated delta net has a state in their place, which is not kept: say "
+        "TTT_CONTEXT=recompute, or MIXERS without G",
+    ),
+    (
+        lambda c: c.ttt_context == "carry" and ("sink" in c.attn_extras or c.rope_dtype != "fp32"),
+        "TTT_CONTEXT=carry counts positions on beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
+        "depend on more than distances, have learnt nothing: say TTT_CONTEXT=recompute",
+    ),
+    (
+        lambda c: c.tcq_states not in TCQ_CODES,
+        "TCQ_STATES={c.tcq_states} is none of 4, 8, 16, 32, 64",
+    ),
     (
         lambda c: (
             ("gptq_tcq", 8) in ((c.matrix_quant, c.matrix_bits), (c.embed_quant, c.embed_bits))
@@ -474,13 +836,17 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         ),
         "gptq_tcq stores points of a grid twice as fine in 8 bits; MATRIX_BITS and EMBED_BITS may be at most 7 with it",
     ),
-    (lambda c: "gptq_tcq" in (c.matrix_quant, c.embed_quant) and c.compressor != "rans",
-     "COMPRESSOR={c.compressor} does not know the trellis and would spend a bit more per weight; with gptq_tcq say "
-     "COMPRESSOR=rans"),
-    (lambda c: not c.ttt_trainable, "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0"),
+    (
+        lambda c: "gptq_tcq" in (c.matrix_quant, c.embed_quant) and c.compressor != "rans",
+        "COMPRESSOR={c.compressor} does not know the trellis and would spend a bit more per weight; with gptq_tcq say "
+        "COMPRESSOR=rans",
+    ),
+    (
+        lambda c: not c.ttt_trainable,
+        "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0",
+    ),
 )
 
-# fmt: on
 RENAMED = {  # names that became values of an axis, or that the published scripts read without effect
     "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
     "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
@@ -645,7 +1011,12 @@ def help_text() -> str:
             group = m["group"]
             lines.append(f"\n{group}")
         bounds = [f"{sign} {m[key]:g}" for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if m[key] is not None]
-        notes = "; ".join(filter(None, ["|".join(m["choices"]), " ".join(bounds), m["when"] and "when " + m["when"]]))
+        notes = "; ".join(
+            filter(
+                None,
+                ["|".join(m["choices"]), " ".join(bounds), m["when"] and "when " + m["when"]],
+            )
+        )
         lines.append(f"  {f.name.upper()}={format_knob(f.default)}\n      {m['doc']}{f' [{notes}]' if notes else ''}")
     return "\n".join(lines)
 
@@ -708,7 +1079,11 @@ class Runtime:
             torch.set_float32_matmul_precision("high")
         if world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
-        dtypes = {"auto": torch.bfloat16 if use_cuda else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
+        dtypes = {
+            "auto": torch.bfloat16 if use_cuda else torch.float32,
+            "bf16": torch.bfloat16,
+            "fp32": torch.float32,
+        }
         compiled = {"auto": use_cuda, "on": True, "off": False}[cfg.compile]
         return cls(rank, world, device, Log(log_path, rank != 0), dtypes[cfg.compute_dtype], compiled)
 
@@ -722,7 +1097,7 @@ class Runtime:
         """Wait for every rank."""
         self.sum_(torch.zeros(1))
 
-    def first_says(self, value: float) -> float:
+    def broadcast_from_rank0(self, value: float) -> float:
         """Rank 0's number on every rank, over the host network: the device is not synchronised."""
         tensor = torch.tensor([value], dtype=torch.float64)
         if self.world > 1:
@@ -737,7 +1112,7 @@ class Runtime:
         dist.all_gather_object(parts, items)
         return {key: value for part in parts for key, value in part.items()}
 
-    def take(self, queue_name: str, length: int) -> Iterator[int]:
+    def claim_tickets(self, queue_name: str, length: int) -> Iterator[int]:
         """Tickets 0 <= i < length of a queue that all ranks take from, through the process group's store."""
         if self.world == 1:
             yield from range(length)
@@ -768,7 +1143,13 @@ class Clock:
 
     def __init__(self, runtime: Runtime, budget: float, iterations: int) -> None:
         self.runtime, self.budget, self.iterations = runtime, budget, iterations
-        self.started, self.mark_step, self.mark_time, self.step_time, self.next_reading = 0.0, 0, 0.0, 0.0, 0
+        self.started, self.mark_step, self.mark_time, self.step_time, self.next_reading = (
+            0.0,
+            0,
+            0.0,
+            0.0,
+            0,
+        )
 
     def start(self, elapsed: float = 0.0) -> None:
         """Start, or go on after a pause, at `elapsed` seconds."""
@@ -778,7 +1159,7 @@ class Clock:
     def read(self) -> float:
         """Seconds of training so far, after a device sync; rank 0's, on every rank."""
         self.runtime.synchronize()
-        return self.runtime.first_says(time.perf_counter() - self.started)
+        return self.runtime.broadcast_from_rank0(time.perf_counter() - self.started)
 
     def fraction(self, step: int) -> float:
         """Fraction of the run done when step `step` begins: 1 and more means stop."""
@@ -810,6 +1191,11 @@ def atomic_save(path: Path, value: Any) -> None:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     atomic_write(path, buffer.getvalue())
+
+
+def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Callable:
+    """torch.compile of a whole function when the run compiles, else the function."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic) if runtime.compile else function
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -876,7 +1262,7 @@ class Batch(NamedTuple):
 
     ids: Tensor
     targets: Tensor
-    cu: Tensor | None
+    cu_seqlens: Tensor | None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; copies from pinned memory do not block."""
@@ -915,7 +1301,7 @@ class ShardWalker:
         starts = np.flatnonzero(self.tokens == BOS_ID)
         self.position = int(starts[0]) if self.whole_docs and len(starts) else 0
 
-    def take(self, count: int) -> np.ndarray:
+    def next_tokens(self, count: int) -> np.ndarray:
         """The next `count` tokens, uint16."""
         parts, missing, opened = [], count, 0
         while missing:
@@ -935,7 +1321,7 @@ class ShardWalker:
         return np.concatenate(parts)
 
 
-class SequenceDeck:
+class ShuffledSequences:
     """Sequences of `length` + 1 tokens of some pieces of the training text, each once, shuffled; then anew. Published
     order (PR 1895): every piece gets a random phase and permutation, which is dealt from its end; the next sequence is
     of a random piece, by how many each has left.
@@ -943,7 +1329,10 @@ class SequenceDeck:
 
     def __init__(self, pieces: list[np.ndarray], length: int, seed: int) -> None:
         self.pieces, self.length = [piece for piece in pieces if len(piece) > length], length
-        self.rng, self.starts = np.random.Generator(np.random.PCG64(seed)), [np.empty(0, np.int64)]
+        self.rng, self.starts = (
+            np.random.Generator(np.random.PCG64(seed)),
+            [np.empty(0, np.int64)],
+        )
 
     def shuffle(self) -> None:
         """Draw the starts of every piece's sequences, the next one last."""
@@ -953,7 +1342,7 @@ class SequenceDeck:
             count = (len(piece) - 1 - phase) // self.length
             self.starts.append(phase + self.length * self.rng.permutation(count))
 
-    def take(self) -> np.ndarray:
+    def next_sequence(self) -> np.ndarray:
         """The next sequence, (length + 1,) uint16."""
         left = np.array([len(starts) for starts in self.starts])
         if not left.any():
@@ -969,7 +1358,7 @@ def walked_spans(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
     span = cfg.train_batch_tokens // cfg.batch_slices + 1
     walker = ShardWalker(list_shards(cfg.data_path, "train"), cfg.vocab_size, LOADERS[cfg.loader].documents)
     while True:
-        tokens = walker.take(cfg.batch_slices * span).reshape(cfg.batch_slices, span)
+        tokens = walker.next_tokens(cfg.batch_slices * span).reshape(cfg.batch_slices, span)
         yield [tokens[j] for j in slices]
 
 
@@ -979,12 +1368,15 @@ def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
     Slice j deals the shards j, j + BATCH_SLICES, ... from a deck of its own: with 8 slices it is the published rank j.
     Shards that are too few for that are cut into equal pieces, each of which ends with the next one's first token.
     """
-    length, shards = cfg.train_seq_len, [read_shard(path) for path in list_shards(cfg.data_path, "train")]
+    length, shards = (
+        cfg.train_seq_len,
+        [read_shard(path) for path in list_shards(cfg.data_path, "train")],
+    )
     pieces, cuts = [], -(-cfg.batch_slices // len(shards))
     for shard in shards:
         edges = [(len(shard) - 1) * i // cuts for i in range(cuts + 1)]
         pieces += [shard[max(a, 0) : b + 1] for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    decks = [SequenceDeck(pieces[j :: cfg.batch_slices], length, j) for j in range(cfg.batch_slices)]
+    decks = [ShuffledSequences(pieces[j :: cfg.batch_slices], length, j) for j in range(cfg.batch_slices)]
     if not all(deck.pieces for deck in decks):
         raise UserError(
             f"DATA_PATH={cfg.data_path}: {len(shards)} training shards do not give each of BATCH_SLICES="
@@ -992,7 +1384,7 @@ def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
         )
     while True:
         batches = [
-            np.stack([deck.take() for _ in range(cfg.train_batch_tokens // cfg.batch_slices // length)])
+            np.stack([deck.next_sequence() for _ in range(cfg.train_batch_tokens // cfg.batch_slices // length)])
             for deck in (decks[j] for j in slices)
         ]
         check_ids(np.concatenate(batches), cfg.vocab_size, f"DATA_PATH={cfg.data_path}")
@@ -1170,7 +1562,10 @@ def load_val(cfg: Config) -> ValData:
 
     Cut to a multiple of EVAL_SEQ_LEN targets (the canonical count) unless EVAL_INCLUDE_TAIL.
     """
-    shards, sidecars = list_shards(cfg.data_path, "val"), list_shards(cfg.data_path, "val_bytes")
+    shards, sidecars = (
+        list_shards(cfg.data_path, "val"),
+        list_shards(cfg.data_path, "val_bytes"),
+    )
     tokens = np.concatenate([read_shard(path) for path in shards]).astype(np.int64)
     count = len(tokens) - 1 if cfg.eval_include_tail else (len(tokens) - 1) // cfg.eval_seq_len * cfg.eval_seq_len
     if count < 1:
@@ -1207,63 +1602,137 @@ def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
     return [(int(s), int(e - s)) for s, e in zip(starts, ends, strict=True)]
 
 
+def row_bounds(ids: np.ndarray) -> Tensor:
+    """Padded segment boundaries of rows (B, T): every row start and every document start, over B*T flattened tokens."""
+    starts = np.union1d(np.flatnonzero(ids.reshape(-1) == BOS_ID), np.arange(0, ids.size, ids.shape[1]))
+    return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, 0)))
+
+
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 04 KERNELS                                                                                                         |
+# | 04 ATTENTION                                                                                                       |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-class Seq(NamedTuple):
+def at_least_fp32(x: Tensor) -> Tensor:
+    """At least float32: norms, softmax and losses are never computed in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dim, no weight; computed wide, returned in x's dtype (no autocast)."""
+    return F.rms_norm(at_least_fp32(x), (x.size(-1),), eps=RMS_EPS).to(x.dtype)
+
+
+def rotary_tables(
+    length: int,
+    dims: int,
+    base: float,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, dims/2), float32, of RoPE (Su et al. 2021); pairs are dims (m, m + dims/2). Frequencies,
+    positions, angles and results are rounded to dtype."""
+    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
+    position = torch.arange(length, dtype=torch.float32, device=device).to(dtype)
+    angle = position[:, None] * frequency.to(dtype)
+    return angle.cos().float(), angle.sin().float()
+
+
+ROTARIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # values of ROPE_DTYPE
+    "fp32": lambda *shape: rotary_tables(*shape),
+    "bf16": lambda *shape: rotary_tables(*shape, torch.bfloat16),
+}
+
+
+def rotary_at(at: Tensor, dims: int, base: float, trained: int) -> tuple[Tensor, Tensor]:
+    """The rows of rotary_tables at positions (B, T), float32 (B, T, dims/2). From position `trained` on the angles are
+    float64: whatever a model has seen is as it saw it, and far positions do not lose the fraction of their angle."""
+    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=at.device) / max(dims, 1))
+    near, far = (at.to(f.dtype).unsqueeze(-1) * f for f in (frequency, frequency.double()))
+    inside = (at < trained).unsqueeze(-1)
+    return torch.where(inside, near.cos(), far.cos().float()), torch.where(inside, near.sin(), far.sin().float())
+
+
+def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
+    """The rotary base of contexts of `span` tokens: over a reference length (0: none) it grows so that the lowest
+    frequency turns as far as at the reference (NTK-aware scaling, bloc97 2023)."""
+    return base * (span / reference) ** (dims / (dims - 2)) if 0 < reference < span else base
+
+
+def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2 * cos.size(-1) dims of each head, by tables of (T) or (B, T); the rest passes through."""
+    half = cos.size(-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    a, b, rest = x_BTHd.split([half, half, x_BTHd.size(-1) - 2 * half], dim=-1)
+    turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+    return torch.cat([turned.to(x_BTHd.dtype), rest], dim=-1)
+
+
+def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
+    """XSA: each head's output without its component along the token's own value (of its key/value group)."""
+    B, T, H, d = y_BTHd.shape
+    K = v_BTKd.size(2)
+    own = F.normalize(at_least_fp32(v_BTKd), dim=-1, eps=1e-12).unsqueeze(3)
+    y = at_least_fp32(y_BTHd).view(B, T, K, H // K, d)
+    return (y - (y * own).sum(-1, keepdim=True) * own).view(B, T, H, d).to(y_BTHd.dtype)
+
+
+class AttnMeta(NamedTuple):
     """What a batch's attention sees: segment boundaries over the flattened B*T tokens (or None), the longest segment,
     rotary cos and sin (T, rope_dims/2) float32, the masked twin's mask (see segment_mask) or None, for recurrent mixers
     where (B, T) their state starts afresh, beside row starts, and where rows are parts of documents, what is kept of
     the parts before them."""
 
-    cu: Tensor | None
+    cu_seqlens: Tensor | None
     max_len: int
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
     starts: Tensor | None = None
-    carry: Carry | None = None
+    carry: KVCache | None = None
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Seq, Tensor | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, AttnMeta, Tensor | None], Tensor]
 
 
-def segments(cu: Tensor, total: int) -> Tensor:
+def segments(cu_seqlens: Tensor, total: int) -> Tensor:
     """Number, from 1, of the segment that each of `total` tokens lies in."""
-    return torch.searchsorted(cu, torch.arange(total, device=cu.device).to(cu.dtype), right=True)
+    return torch.searchsorted(
+        cu_seqlens,
+        torch.arange(total, device=cu_seqlens.device).to(cu_seqlens.dtype),
+        right=True,
+    )
 
 
-def segment_mask(cu: Tensor, total: int, band: int) -> Tensor:
+def segment_mask(cu_seqlens: Tensor, total: int, band: int) -> Tensor:
     """(total/band, 1, band, width) bool: a query sees the keys of its own segment up to itself.
 
     No segment is longer than `band`, so a block of `band` queries needs its own keys and those of the block before:
     width is 2 * band, or band when there is one block.
     """
-    query = torch.arange(total, device=cu.device).view(-1, band, 1)
+    query = torch.arange(total, device=cu_seqlens.device).view(-1, band, 1)
     first = query[:, :1] - (band if total > band else 0)
-    key = first + torch.arange(2 * band if total > band else band, device=cu.device)
-    segment = segments(cu, total)
+    key = first + torch.arange(2 * band if total > band else band, device=cu_seqlens.device)
+    segment = segments(cu_seqlens, total)
     same = segment[query] == segment[key.clamp_min(0)]
     return (same & (key <= query) & (key >= 0)).unsqueeze(1)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
     """Exact causal attention with a mask, on any device: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d).
 
     A sink (K, d) is one more key, with value 0, that every query sees: y sigmoid(logsumexp(logits) - its logit).
     """
-    if seq.mask is None:
-        return causal_attention(q, k, v, seq, sink)
-    blocks, _, band, width = seq.mask.shape
+    if meta.mask is None:
+        return causal_attention(q, k, v, meta, sink)
+    blocks, _, band, width = meta.mask.shape
     flat_q, flat_k, flat_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
     if width > band:
         flat_k, flat_v = (torch.cat([F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), t], dim=1) for t in (flat_k, flat_v))
-    return exact_attention(flat_q, flat_k, flat_v, seq.mask, sink).reshape(q.shape)
+    return exact_attention(flat_q, flat_k, flat_v, meta.mask, sink).reshape(q.shape)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
     """Causal attention inside each row, by SDPA. Shapes as masked_attention."""
     return exact_attention(q, k, v, None, sink)
 
@@ -1280,7 +1749,7 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: 
     return y.transpose(1, 2)
 
 
-class Carry(NamedTuple):
+class KVCache(NamedTuple):
     """What a forward pass over parts of documents has of the parts before; its ids begin with GPT.reach earlier tokens.
 
     first: (B, 1, 1) bool, rows that begin with their document, before which nothing counts. cache: (slots, 2, B, C, K,
@@ -1294,18 +1763,20 @@ class Carry(NamedTuple):
     cells: Tensor | None
     new: list[Tensor]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
         """An Attend for the slot whose turn it is. The queries of a key/value group lie side by side: a GPU's tiles
         are fuller, and no key is copied for them. The cache itself is copied, so it may be written before a backward.
 
         Queries are the last of the keys (bottom-right alignment). Flash attention with seqused_k would read only the
         columns in use; a mask reads all of a bucket and is exact everywhere.
         """
-        slot = len(self.new) // 2
+        execution = len(self.new) // 2
         self.new.extend((k.detach(), v.detach()))
         if self.cache is None:
-            return causal_attention(q, k, v, seq)
-        k, v = (torch.cat((old, x), dim=1).transpose(1, 2) for old, x in zip(self.cache[slot], (k, v), strict=True))
+            return causal_attention(q, k, v, meta)
+        k, v = (
+            torch.cat((old, x), dim=1).transpose(1, 2) for old, x in zip(self.cache[execution], (k, v), strict=True)
+        )
         rows = q.unflatten(2, (k.size(1), -1)).permute(0, 2, 3, 1, 4)  # (B, K, H/K, T, d)
         y = F.scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=self.mask)
         return y.view(rows.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)
@@ -1314,32 +1785,35 @@ class Carry(NamedTuple):
 VARLEN_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def with_sink(k: Tensor, v: Tensor, cu: Tensor, sink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_sink(k: Tensor, v: Tensor, cu_seqlens: Tensor, sink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """k and v (N, K, d) of segments, each with the sink's key and value 0 in front, and the boundaries among them.
 
     torch's varlen attention returns a log-sum-exp but no gradient through it, so the sink is a key here.
     """
-    place = torch.arange(len(k), device=k.device) + segments(cu, len(k))
-    keys = sink.to(k.dtype).repeat(len(k) + len(cu) - 1, 1, 1).index_copy(0, place, k)
+    place = torch.arange(len(k), device=k.device) + segments(cu_seqlens, len(k))
+    keys = sink.to(k.dtype).repeat(len(k) + len(cu_seqlens) - 1, 1, 1).index_copy(0, place, k)
     return (
         keys,
         torch.zeros_like(keys).index_copy(0, place, v),
-        cu + torch.arange(len(cu), device=k.device).to(cu.dtype),
+        cu_seqlens + torch.arange(len(cu_seqlens), device=k.device).to(cu_seqlens.dtype),
     )
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | None = None) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
     """Flash attention over segments (varlen), or over rows when there are none. Shapes as masked_attention; with more
     keys than queries, causality counts from the segments' ends."""
-    cu, longest = seq.cu, seq.max_len
-    if cu is None and sink is None:
-        return causal_attention(q, k, v, seq)
-    if cu is None:
-        cu, longest = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.size(1), q.size(1)
+    cu_seqlens, longest = meta.cu_seqlens, meta.max_len
+    if cu_seqlens is None and sink is None:
+        return causal_attention(q, k, v, meta)
+    if cu_seqlens is None:
+        cu_seqlens, longest = (
+            torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.size(1),
+            q.size(1),
+        )
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
-    cu_k = cu
+    cu_k = cu_seqlens
     if sink is not None:
-        flat_k, flat_v, cu_k = with_sink(flat_k, flat_v, cu, sink)
+        flat_k, flat_v, cu_k = with_sink(flat_k, flat_v, cu_seqlens, sink)
     options: dict[str, Any] = {"window_size": (-1, 0)}
     if VARLEN_HAS_GQA:
         options["enable_gqa"] = True
@@ -1347,7 +1821,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, seq: Seq, sink: Tensor | No
         groups = q.size(2) // k.size(2)
         flat_k, flat_v = (t.repeat_interleave(groups, dim=1) for t in (flat_k, flat_v))
     longest_k = longest if sink is None else longest + 1
-    return varlen_attn(flat_q, flat_k, flat_v, cu, cu_k, longest, longest_k, **options).view_as(q)
+    return varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, longest, longest_k, **options).view_as(q)
 
 
 def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
@@ -1373,9 +1847,17 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
         except (ImportError, RuntimeError, ValueError) as error:
             if wanted != "auto":
                 raise UserError(f"ATTENTION={wanted} is not usable here: {error}") from None
-            runtime.log(f"attention: {name} is not usable here ({str(error).splitlines()[0][:100]})", to_file_only=True)
+            runtime.log(
+                f"attention: {name} is not usable here ({str(error).splitlines()[0][:100]})",
+                to_file_only=True,
+            )
     runtime.log("attention: fa2, built into torch")
     return flash_attention
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 05 KERNELS                                                                                                         |
+# +--------------------------------------------------------------------------------------------------------------------+
 
 
 kernel = triton.jit if triton is not None else lambda function: function  # without triton they are never called
@@ -1383,7 +1865,13 @@ kernel = triton.jit if triton is not None else lambda function: function  # with
 
 @kernel
 def softcap_ce_kernel(
-    z: tl.tensor, targets: tl.tensor, loss: tl.tensor, lse: tl.tensor, softcap: float, vocab: int, BLOCK: tl.constexpr
+    z: tl.tensor,
+    targets: tl.tensor,
+    loss: tl.tensor,
+    lse: tl.tensor,
+    softcap: float,
+    vocab: int,
+    BLOCK: tl.constexpr,
 ) -> None:
     """loss and log-sum-exp of one row of logits z (N, vocab); every lane keeps its own running peak and sum.
 
@@ -1488,7 +1976,10 @@ def leaky_square_back_kernel(
             dpre.store([row, column + half * (C // 2)], (halves(total)[half] * factor).to(dpre.dtype))
 
 
-CE_BLOCK, MLP_TILE = 1024, (128, 256, 64)  # columns of a softcapped row at a time; rows, columns, depth of a tile
+CE_BLOCK, MLP_TILE = (
+    1024,
+    (128, 256, 64),
+)  # columns of a softcapped row at a time; rows, columns, depth of a tile
 
 
 def launch_softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
@@ -1521,7 +2012,12 @@ def launch_leaky_square(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Te
     """leaky_square through Triton."""
     R, C, K = MLP_TILE
     pre, post = (m.new_empty(m.size(0), up.size(0)) for _ in range(2))
-    blocks = (describe(m, R, K), describe(up, C, K), describe(pre, R, C // 2), describe(post, R, C // 2))
+    blocks = (
+        describe(m, R, K),
+        describe(up, C, K),
+        describe(pre, R, C // 2),
+        describe(post, R, C // 2),
+    )
     leaky_square_kernel[(num_programs(m),)](*blocks, slope, num_warps=8, num_stages=4)
     return pre, post
 
@@ -1530,7 +2026,12 @@ def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float)
     """leaky_square_back through Triton."""
     R, C, K = MLP_TILE
     dpre = torch.empty_like(pre)
-    blocks = (describe(g, R, K), describe(down, K, C), describe(pre, R, C // 2), describe(dpre, R, C // 2))
+    blocks = (
+        describe(g, R, K),
+        describe(down, K, C),
+        describe(pre, R, C // 2),
+        describe(dpre, R, C // 2),
+    )
     leaky_square_back_kernel[(num_programs(g),)](*blocks, slope, num_warps=8, num_stages=3)
     return dpre
 
@@ -1556,7 +2057,7 @@ def operator(launch: Callable | None = None, shapes: Callable | None = None) -> 
 @operator(launch_softcap_ce)
 def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy (N,) of softcapped logits z (N, V), nats, and the log-sum-exp (N,) of the backward; float32."""
-    y = 2 * softcap * torch.sigmoid(2 * wide(z) / softcap)
+    y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
     lse = y.logsumexp(1)
     return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
 
@@ -1564,7 +2065,7 @@ def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tens
 @operator(launch_softcap_ce_back)
 def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
     """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
-    s = torch.sigmoid(2 * wide(z) / softcap)
+    s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
     p = torch.exp(2 * softcap * s - lse[:, None])
     p.scatter_add_(1, targets[:, None], p.new_full((len(z), 1), -1.0))
     return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
@@ -1632,7 +2133,7 @@ def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
 
 def softcapped(z: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(z / softcap), in at least float32."""
-    return softcap * torch.tanh(wide(z) / softcap)
+    return softcap * torch.tanh(at_least_fp32(z) / softcap)
 
 
 def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
@@ -1640,9 +2141,9 @@ def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     return FusedMLP.apply(m.flatten(0, -2), up, down, slope).view_as(m)
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """x over its length, in at least float32."""
-    x = wide(x)
+    x = at_least_fp32(x)
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
@@ -1677,7 +2178,14 @@ class ChunkStates(torch.autograd.Function):
 
 
 def chunked_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor, chunk: int = 64
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    starts: Tensor,
+    state: Tensor,
+    chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """The gated delta rule (Yang et al. 2024) of q and k (B, T, H, K), v (B, T, H, V), log decay g and beta (B, T, H).
 
@@ -1693,7 +2201,10 @@ def chunked_delta_rule(
         return x.movedim(1, 0).movedim(3, 2)
 
     q, k, v, g, beta = (cut(x) for x in (q * K**-0.5, k, v, g, beta.unsqueeze(-1)))
-    age, total = cut(starts[..., None].int()).cumsum(-1), g.cumsum(-1)  # restarted in every chunk
+    age, total = (
+        cut(starts[..., None].int()).cumsum(-1),
+        g.cumsum(-1),
+    )  # restarted in every chunk
     same = (age[..., :, None] == age[..., None, :]).tril()
     decay = (total[..., :, None] - total[..., None, :]).masked_fill(~same, -math.inf).exp()  # masked first: no inf
     carried = total.masked_fill(age > 0, -math.inf).exp().unsqueeze(-1)  # what is left of the state before the chunk
@@ -1712,7 +2223,15 @@ def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """chunked_delta_rule of unit queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
-    o, last = chunked_delta_rule(unit(q), unit(k), wide(v), wide(g), wide(beta), starts, wide(state))
+    o, last = chunked_delta_rule(
+        l2_normalize(q),
+        l2_normalize(k),
+        at_least_fp32(v),
+        at_least_fp32(g),
+        at_least_fp32(beta),
+        starts,
+        at_least_fp32(state),
+    )
     return o.to(v.dtype), last
 
 
@@ -1728,7 +2247,14 @@ def fla_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
 def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """delta_rule without starts, by flash-linear-attention."""
     return chunk_gated_delta_rule(
-        q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+        q,
+        k,
+        v,
+        g,
+        beta,
+        initial_state=state,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
     )
 
 
@@ -1737,7 +2263,14 @@ Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @operator(shapes=lambda *args: tuple(x.new_empty(x.shape) for x in args[2:]))
 def fla_rule_back(
-    go: Tensor, gs: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+    go: Tensor,
+    gs: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
 ) -> Six:
     """Gradients of fla_rule's inputs from those of its outputs; the forward runs again."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
@@ -1762,7 +2295,7 @@ def fused_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """delta_rule by flash-linear-attention's kernels, chunks of 64 tokens. A start is a decay to nothing."""
-    g = wide(g).masked_fill(starts[..., None], FORGET)
+    g = at_least_fp32(g).masked_fill(starts[..., None], FORGET)
     return FusedDeltaRule.apply(*(x.contiguous() for x in (q, k, v, g, beta, state)))
 
 
@@ -1807,7 +2340,7 @@ def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 05 MODEL PARTS                                                                                                     |
+# | 06 MODEL PARTS                                                                                                     |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -1816,12 +2349,12 @@ class Site(NamedTuple):
     sublayers), the slot and the layer."""
 
     name: str
-    slot: int
+    execution: int
     layer: int
 
 
 Taps = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> output
-SlotTap = Callable[[str, Tensor, Tensor], Tensor]
+LayerTap = Callable[[str, Tensor, Tensor], Tensor]
 
 
 def untapped(name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -1829,21 +2362,11 @@ def untapped(name: str, x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-def bind(taps: Taps | None, slot: int, layer: int) -> SlotTap:
+def bind(taps: Taps | None, execution: int, layer: int) -> LayerTap:
     """The taps of one slot; without a listener the output passes through."""
     if taps is None:
         return untapped
-    return lambda name, x, y: taps(Site(name, slot, layer), x, y)
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least float32: norms, softmax and losses are never computed in half precision."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dim, no weight; computed wide, returned in x's dtype (no autocast)."""
-    return F.rms_norm(wide(x), (x.size(-1),), eps=RMS_EPS).to(x.dtype)
+    return lambda name, x, y: taps(Site(name, execution, layer), x, y)
 
 
 INITS: dict[str, Callable] = {
@@ -1869,56 +2392,6 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def rotary_tables(
-    length: int, dims: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, dims/2), float32, of RoPE (Su et al. 2021); pairs are dims (m, m + dims/2). Frequencies,
-    positions, angles and results are rounded to dtype."""
-    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
-    position = torch.arange(length, dtype=torch.float32, device=device).to(dtype)
-    angle = position[:, None] * frequency.to(dtype)
-    return angle.cos().float(), angle.sin().float()
-
-
-ROTARIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # values of ROPE_DTYPE
-    "fp32": lambda *shape: rotary_tables(*shape),
-    "bf16": lambda *shape: rotary_tables(*shape, torch.bfloat16),
-}
-
-
-def rotary_at(at: Tensor, dims: int, base: float, trained: int) -> tuple[Tensor, Tensor]:
-    """The rows of rotary_tables at positions (B, T), float32 (B, T, dims/2). From position `trained` on the angles are
-    float64: whatever a model has seen is as it saw it, and far positions do not lose the fraction of their angle."""
-    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=at.device) / max(dims, 1))
-    near, far = (at.to(f.dtype).unsqueeze(-1) * f for f in (frequency, frequency.double()))
-    inside = (at < trained).unsqueeze(-1)
-    return torch.where(inside, near.cos(), far.cos().float()), torch.where(inside, near.sin(), far.sin().float())
-
-
-def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
-    """The rotary base of contexts of `span` tokens: over a reference length (0: none) it grows so that the lowest
-    frequency turns as far as at the reference (NTK-aware scaling, bloc97 2023)."""
-    return base * (span / reference) ** (dims / (dims - 2)) if 0 < reference < span else base
-
-
-def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.size(-1) dims of each head, by tables of (T) or (B, T); the rest passes through."""
-    half = cos.size(-1)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    a, b, rest = x_BTHd.split([half, half, x_BTHd.size(-1) - 2 * half], dim=-1)
-    turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
-    return torch.cat([turned.to(x_BTHd.dtype), rest], dim=-1)
-
-
-def exclusive(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
-    """XSA: each head's output without its component along the token's own value (of its key/value group)."""
-    B, T, H, d = y_BTHd.shape
-    K = v_BTKd.size(2)
-    own = F.normalize(wide(v_BTKd), dim=-1, eps=1e-12).unsqueeze(3)
-    y = wide(y_BTHd).view(B, T, K, H // K, d)
-    return (y - (y * own).sum(-1, keepdim=True) * own).view(B, T, H, d).to(y_BTHd.dtype)
-
-
 class HeadGate(nn.Module):
     """factor * sigmoid(scale * (W source[:window] + b)) per head; source is the normed sublayer input or the raw
     queries; b only where its initial value is given."""
@@ -1935,7 +2408,13 @@ class HeadGate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape))
         self.bias = None if bias is None else nn.Parameter(torch.empty(shape[0]))
-        self.scale, self.factor, self.std, self.reads_q, self.bias_init = scale, factor, std, reads_q, bias
+        self.scale, self.factor, self.std, self.reads_q, self.bias_init = (
+            scale,
+            factor,
+            std,
+            reads_q,
+            bias,
+        )
 
     def reset(self, generator: torch.Generator) -> None:
         """Initial weights."""
@@ -1976,7 +2455,10 @@ class Table(nn.Module):
 
     def __init__(self, rows: int, dim: int, std: float, cfg: Config) -> None:
         super().__init__()
-        self.weight, self.std = nn.Parameter(torch.empty(rows, dim, dtype=STORED_DTYPES[cfg.embed_dtype])), std
+        self.weight, self.std = (
+            nn.Parameter(torch.empty(rows, dim, dtype=STORED_DTYPES[cfg.embed_dtype])),
+            std,
+        )
 
     def reset(self, generator: torch.Generator) -> None:
         """Initial weights."""
@@ -1992,7 +2474,10 @@ class Projected(nn.Module):
     def __init__(self, table: Table, width: int, scale: float) -> None:
         super().__init__()
         dim = table.weight.size(1)
-        self.table, self.proj = table, Linear(dim, width, "orthogonal") if dim != width else None
+        self.table, self.proj = (
+            table,
+            Linear(dim, width, "orthogonal") if dim != width else None,
+        )
         self.scale, self.scale_init = nn.Parameter(torch.empty(1)), scale
 
     def reset(self, generator: torch.Generator) -> None:
@@ -2013,7 +2498,11 @@ class HashEmbedding(Projected):
     count. With HASH_BOS_MASK a document's first token has none before it.
     """
 
-    MULTIPLIERS = (36313, 27191, 51497)  # of the token itself, the one before it, and the one before that
+    MULTIPLIERS = (
+        36313,
+        27191,
+        51497,
+    )  # of the token itself, the one before it, and the one before that
 
     def __init__(self, cfg: Config, order: int, rows: int, dim: int, trained: bool = True) -> None:
         super().__init__(Table(rows, dim, 0.0, cfg), cfg.model_dim, 0.05)
@@ -2090,7 +2579,7 @@ EMBED_EXTRAS: dict[str, Callable[[Config], nn.Module]] = {  # what acts on the e
 NORMED_EXTRAS = ("smear_channel",)  # those that act after the norm
 
 
-class Values:
+class ValueContext:
     """What the slots of one forward pass share about attention's values: the token's value embedding (B, T, K * d)
     with a scale per layer that takes it, and the first slot's values once that slot has run."""
 
@@ -2112,11 +2601,11 @@ class ValueEmbedding(Projected):
         super().reset(generator)
         nn.init.ones_(self.layer_scales)
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Values:
-        return Values(self.look_up(ids, dtype), self.layer_scales.to(dtype))
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> ValueContext:
+        return ValueContext(self.look_up(ids, dtype), self.layer_scales.to(dtype))
 
 
-class ValueMix(nn.Module):
+class ValueResidual(nn.Module):
     """How a layer takes part in Values: adds its share of the value embedding (layers in VE_LAYERS), then mixes with
     the first slot's values by two learnt factors (ResFormer, Zhou et al. 2024)."""
 
@@ -2131,7 +2620,7 @@ class ValueMix(nn.Module):
         if self.lambdas is not None:
             nn.init.constant_(self.lambdas, 0.5)
 
-    def forward(self, v: Tensor, values: Values) -> Tensor:
+    def forward(self, v: Tensor, values: ValueContext) -> Tensor:
         """(B, T, K * d) values of this slot -> the same, mixed. The first slot only leaves its values."""
         if self.scale_index is not None:
             v = v + values.scales[self.scale_index] * values.embedded
@@ -2157,7 +2646,7 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
         self.sink = nn.Parameter(torch.empty(cfg.num_kv_heads, head)) if "sink" in cfg.attn_extras else None
         self.gate = GATES[cfg.attn_gate](cfg)
-        self.values = ValueMix(cfg, layer)
+        self.values = ValueResidual(cfg, layer)
         self.xsa = "xsa" in cfg.attn_extras and layer >= cfg.num_layers - cfg.xsa_last_n
         self.attend, self.head_dim, self.gain_init = attend, head, cfg.qk_gain_init
 
@@ -2167,15 +2656,19 @@ class Attention(nn.Module):
         if self.sink is not None:
             nn.init.zeros_(self.sink)
 
-    def forward(self, n: Tensor, seq: Seq, tap: SlotTap, values: Values) -> Tensor:
+    def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        raw_q, raw_k, raw_v = tap("q", n, self.q(n)), tap("k", n, self.k(n)), tap("v", n, self.v(n))
+        raw_q, raw_k, raw_v = (
+            tap("q", n, self.q(n)),
+            tap("k", n, self.k(n)),
+            tap("v", n, self.v(n)),
+        )
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, self.values(raw_v, values)))
-        q, k = rotate(rms_norm(q), seq.cos, seq.sin), rotate(rms_norm(k), seq.cos, seq.sin)
-        attend = self.attend if seq.carry is None else seq.carry.attend
-        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, seq, self.sink)
+        q, k = rotate(rms_norm(q), meta.cos, meta.sin), rotate(rms_norm(k), meta.cos, meta.sin)
+        attend = self.attend if meta.carry is None else meta.carry.attend
+        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, meta, self.sink)
         if self.xsa:
-            y = exclusive(y, v)
+            y = remove_self_value(y, v)
         if self.gate is not None:
             y = y * self.gate(n, raw_q)
         y = y.flatten(2)
@@ -2192,8 +2685,14 @@ class DeltaNet(nn.Module):
         super().__init__()
         D, d, value_heads = cfg.model_dim, cfg.gdn_head_dim, cfg.gdn_v_heads
         self.widths, self.head_dim = [cfg.gdn_qk_heads * d] * 2 + [value_heads * d], d
-        self.qkv, self.ba = Linear(D, sum(self.widths), "orthogonal"), Linear(D, 2 * value_heads, "uniform")
-        self.z, self.o = Linear(D, value_heads * d, "orthogonal"), Linear(value_heads * d, D, "zero")
+        self.qkv, self.ba = (
+            Linear(D, sum(self.widths), "orthogonal"),
+            Linear(D, 2 * value_heads, "uniform"),
+        )
+        self.z, self.o = (
+            Linear(D, value_heads * d, "orthogonal"),
+            Linear(value_heads * d, D, "zero"),
+        )
         self.taps = nn.Parameter(torch.empty(sum(self.widths), 2), requires_grad=cfg.gdn_conv_trained)
         self.A_log, self.dt_bias = (nn.Parameter(torch.empty(value_heads)) for _ in range(2))
         self.groups, self.rule = value_heads // cfg.gdn_qk_heads, kernels.delta_rule
@@ -2206,17 +2705,17 @@ class DeltaNet(nn.Module):
         dt = nn.init.uniform_(self.dt_bias, math.log(1e-3), math.log(0.1), generator=generator).exp()
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
-    def forward(self, n: Tensor, seq: Seq, tap: SlotTap, values: Values) -> Tensor:
+    def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
         p, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
-        before = F.pad(p[:, :-1], (0, 0, 1, 0)).masked_fill(seq.starts[..., None], 0)
+        before = F.pad(p[:, :-1], (0, 0, 1, 0)).masked_fill(meta.starts[..., None], 0)
         parts = (taps[:, 1] * p + taps[:, 0] * before).split(self.widths, dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
         q, k = ((F.elu(x) + 1).repeat_interleave(self.groups, dim=2) for x in (q, k))
-        b, a = wide(self.ba(n)).chunk(2, dim=-1)
+        b, a = at_least_fp32(self.ba(n)).chunk(2, dim=-1)
         g = -self.A_log.exp() * F.softplus(a + self.dt_bias)
         state = g.new_zeros(len(n), g.size(-1), self.head_dim, self.head_dim)
-        y, _ = self.rule(q, k, F.silu(v), g, torch.sigmoid(b), seq.starts, state)
+        y, _ = self.rule(q, k, F.silu(v), g, torch.sigmoid(b), meta.starts, state)
         y = y.flatten(2) * F.silu(self.z(n))
         return tap("attn", n, tap("o", y, self.o(y)))
 
@@ -2230,10 +2729,13 @@ class MLP(nn.Module):
     def __init__(self, cfg: Config, kernels: Kernels) -> None:
         super().__init__()
         hidden = int(cfg.mlp_mult * cfg.model_dim)
-        self.up, self.down = Linear(cfg.model_dim, hidden, "orthogonal"), Linear(hidden, cfg.model_dim, "zero")
+        self.up, self.down = (
+            Linear(cfg.model_dim, hidden, "orthogonal"),
+            Linear(hidden, cfg.model_dim, "zero"),
+        )
         self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
-    def forward(self, m: Tensor, tap: SlotTap) -> Tensor:
+    def forward(self, m: Tensor, tap: LayerTap) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
         if self.fused is not None and tap is untapped:
             return self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
@@ -2247,7 +2749,10 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
-        self.attn, self.mlp = MIXERS[mixer_letters(cfg)[layer]](cfg, layer, attend, kernels), MLP(cfg, kernels)
+        self.attn, self.mlp = (
+            MIXERS[mixer_letters(cfg)[layer]](cfg, layer, attend, kernels),
+            MLP(cfg, kernels),
+        )
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(cfg.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
         self.input_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
@@ -2268,17 +2773,31 @@ class Block(nn.Module):
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
-    def forward(self, x: Tensor, x0: Tensor, seq: Seq, tap: SlotTap, values: Values, abreast: bool) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        meta: AttnMeta,
+        tap: LayerTap,
+        values: ValueContext,
+        parallel_block: bool,
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D). abreast: the MLP reads what attention reads, not what it adds."""
         u = self.mix(x, x0)
-        y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), seq, tap, values)
-        return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(u if abreast else y), tap)
+        y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), meta, tap, values)
+        return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(u if parallel_block else y), tap)
 
     def branches(
-        self, lane0: Tensor, lane1: Tensor, x0: Tensor, seq: Seq, tap: SlotTap, values: Values
+        self,
+        lane0: Tensor,
+        lane1: Tensor,
+        x0: Tensor,
+        meta: AttnMeta,
+        tap: LayerTap,
+        values: ValueContext,
     ) -> tuple[Tensor, Tensor]:
         """What attention (from lane 0 with x0) and MLP (from lane 1) would add, each (B, T, D)."""
-        a = self.attn_scale.to(lane0.dtype) * self.attn(self.norm(self.mix(lane0, x0)), seq, tap, values)
+        a = self.attn_scale.to(lane0.dtype) * self.attn(self.norm(self.mix(lane0, x0)), meta, tap, values)
         return a, self.mlp_scale.to(lane1.dtype) * self.mlp(self.norm(lane1), tap)
 
 
@@ -2326,7 +2845,7 @@ class Lanes(nn.Module):
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 06 MODEL                                                                                                           |
+# | 07 MODEL                                                                                                           |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -2340,17 +2859,17 @@ class Route:
     skip_row: tuple[int, ...]
     skip_source: tuple[int, ...]
     parallel: tuple[bool, ...]
-    abreast: tuple[bool, ...]
+    parallel_block: tuple[bool, ...]
 
     def __str__(self) -> str:
         """One line for people."""
         skips = " ".join(f"{i}<-{s}" for i, s in enumerate(self.skip_source) if s >= 0)
         lanes = [i for i, p in enumerate(self.parallel) if p]
-        beside = "  attention beside MLP in slots " + " ".join(str(i) for i, p in enumerate(self.abreast) if p)
+        beside = "  attention beside MLP in slots " + " ".join(str(i) for i, p in enumerate(self.parallel_block) if p)
         return (
             f"layers {' '.join(map(str, self.layers[: self.num_encoder]))} | "
             f"{' '.join(map(str, self.layers[self.num_encoder :]))}  skips (slot<-slot) {skips}  "
-            f"two lanes from slot {lanes[0] if lanes else 'none'}{beside * any(self.abreast)}"
+            f"two lanes from slot {lanes[0] if lanes else 'none'}{beside * any(self.parallel_block)}"
         )
 
 
@@ -2367,18 +2886,18 @@ def plan_route(cfg: Config, looping: bool) -> Route:
     source = [encoder - 1 - j if j >= 0 else -1 for j in skip]
     start = cfg.parallel_start_layer
     parallel, on, two = [], False, cfg.parallel_lanes == 2
-    for slot, layer in enumerate(layers):
-        on = on or (two and slot >= encoder and 0 < start <= layer)
+    for execution, layer in enumerate(layers):
+        on = on or (two and execution >= encoder and 0 < start <= layer)
         parallel.append(on)
-    abreast = tuple(not two and 0 < start <= layer for layer in layers)
-    return Route(tuple(layers), encoder, tuple(skip), tuple(source), tuple(parallel), abreast)
+    parallel_block = tuple(not two and 0 < start <= layer for layer in layers)
+    return Route(tuple(layers), encoder, tuple(skip), tuple(source), tuple(parallel), parallel_block)
 
 
-def state_starts(ids: Tensor, cu: Tensor | None, first_id: int) -> Tensor:
+def state_starts(ids: Tensor, cu_seqlens: Tensor | None, first_id: int) -> Tensor:
     """(B, T) bool: tokens where a recurrent state starts afresh, those of first_id and those that start a segment."""
     starts = (ids == first_id).flatten()
-    if cu is not None:  # F.pad: boundaries include the end
-        starts = F.pad(starts, (0, 1)).index_fill(0, cu.long(), True)[:-1]
+    if cu_seqlens is not None:  # F.pad: boundaries include the end
+        starts = F.pad(starts, (0, 1)).index_fill(0, cu_seqlens.long(), True)[:-1]
     return starts.view(ids.shape)
 
 
@@ -2419,7 +2938,11 @@ class GPT(nn.Module):
             (cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len),
             cfg.tied_embed_init_std,
         )
-        self.dtype, self.masked, self.rotary = dtype, attend is masked_attention, ROTARIES[cfg.rope_dtype]
+        self.dtype, self.masked, self.rotary = (
+            dtype,
+            attend is masked_attention,
+            ROTARIES[cfg.rope_dtype],
+        )
         self.anchored = "sink" in cfg.attn_extras or cfg.rope_dtype != "fp32"  # else only distances matter
         self.first_id = (BOS_ID if cfg.gdn_bos_reset else -1) if "G" in mixer_letters(cfg) else None
         self.cross_entropy = kernels.cross_entropy
@@ -2437,27 +2960,39 @@ class GPT(nn.Module):
         """Depth recurrence on or off: another route over the same weights."""
         self.route = self.routes[on]
 
-    def plan(self, length: int, device: torch.device, cu: Tensor | None = None, max_len: int = 0, rows: int = 1) -> Seq:
+    def plan(
+        self,
+        length: int,
+        device: torch.device,
+        cu_seqlens: Tensor | None = None,
+        max_len: int = 0,
+        rows: int = 1,
+    ) -> AttnMeta:
         """The Seq of rows of `length` tokens; cu: boundaries over the rows * length flattened tokens, row starts in it;
         max_len: no segment is longer (0: not known)."""
         total, mask = rows * length, None
-        if cu is not None and self.masked:
-            mask = segment_mask(cu, total, max_len if max_len > 0 and total % max_len == 0 else total)
+        if cu_seqlens is not None and self.masked:
+            mask = segment_mask(cu_seqlens, total, max_len if max_len > 0 and total % max_len == 0 else total)
         dims, base, reference = self.rope
         stretched = stretched_base(base, dims, max_len or length, reference)
         rotary = self.rotary if stretched == base else rotary_tables  # published: a stretched table is float32
-        cos, sin = rotary(length if cu is None or not self.anchored else total, dims, stretched, device)
-        if cu is not None and self.anchored:
+        cos, sin = rotary(
+            length if cu_seqlens is None or not self.anchored else total,
+            dims,
+            stretched,
+            device,
+        )
+        if cu_seqlens is not None and self.anchored:
             token = torch.arange(total, device=device)
-            position = (token - cu[segments(cu, total) - 1]).view(rows, length)
+            position = (token - cu_seqlens[segments(cu_seqlens, total) - 1]).view(rows, length)
             cos, sin = cos[position], sin[position]
-        return Seq(cu, max_len, cos, sin, mask)
+        return AttnMeta(cu_seqlens, max_len, cos, sin, mask)
 
-    def plan_carry(self, at: Tensor, max_len: int, carry: Carry) -> Seq:
+    def plan_carry(self, at: Tensor, max_len: int, carry: KVCache) -> AttnMeta:
         """The Seq of rows that are parts of documents, their tokens at positions `at` (B, T) of them."""
         dims, base, reference = self.rope
         base = stretched_base(base, dims, max_len, reference)
-        return Seq(None, max_len, *rotary_at(at, dims, base, max_len), None, carry=carry)
+        return AttnMeta(None, max_len, *rotary_at(at, dims, base, max_len), None, carry=carry)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, D): the embedding with what adds to it, normed, then what acts on the normed."""
@@ -2469,37 +3004,39 @@ class GPT(nn.Module):
             x = extra(ids, x) if name in NORMED_EXTRAS else x
         return x
 
-    def trunk(self, ids: Tensor, seq: Seq | None = None, taps: Taps | None = None) -> Tensor:
+    def trunk(self, ids: Tensor, meta: AttnMeta | None = None, taps: Taps | None = None) -> Tensor:
         """(B, T) ids -> (B, T, D) normed hidden states before the head. seq None: plain causal rows."""
-        seq = self.plan(ids.size(1), ids.device) if seq is None else seq
-        seq = seq if self.first_id is None else seq._replace(starts=state_starts(ids, seq.cu, self.first_id))
+        meta = self.plan(ids.size(1), ids.device) if meta is None else meta
+        meta = (
+            meta if self.first_id is None else meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
+        )
         x = self.embed(ids)
-        if seq.carry is not None:
+        if meta.carry is not None:
             ids = ids[:, self.reach :]
-            x = torch.where(seq.carry.first, self.embed(ids), x[:, self.reach :])
+            x = torch.where(meta.carry.first, self.embed(ids), x[:, self.reach :])
         x0 = x
-        values = Values(None, None) if self.value_embed is None else self.value_embed(ids, self.dtype)
+        values = ValueContext(None, None) if self.value_embed is None else self.value_embed(ids, self.dtype)
         lanes, outputs, route = (x,), [], self.route
-        for slot, layer in enumerate(route.layers):
-            lane0, block, tap = lanes[0], self.blocks[layer], bind(taps, slot, layer)
-            if route.skip_row[slot] >= 0:
-                lane0 = self.skips(lane0, outputs[route.skip_source[slot]], route.skip_row[slot])
-            if route.parallel[slot]:
+        for execution, layer in enumerate(route.layers):
+            lane0, block, tap = lanes[0], self.blocks[layer], bind(taps, execution, layer)
+            if route.skip_row[execution] >= 0:
+                lane0 = self.skips(lane0, outputs[route.skip_source[execution]], route.skip_row[execution])
+            if route.parallel[execution]:
                 pair = (lane0, lanes[-1])
-                lanes = self.lanes(pair, block.branches(*pair, x0, seq, tap, values), layer)
+                lanes = self.lanes(pair, block.branches(*pair, x0, meta, tap, values), layer)
             else:
-                lanes = (block(lane0, x0, seq, tap, values, route.abreast[slot]),)
+                lanes = (block(lane0, x0, meta, tap, values, route.parallel_block[execution]),)
             outputs.append(lanes[0])
         x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
-        if seq.carry is not None and seq.carry.cells is not None:
-            x = x.gather(1, seq.carry.cells.unsqueeze(-1).expand(-1, -1, x.size(-1)))
+        if meta.carry is not None and meta.carry.cells is not None:
+            x = x.gather(1, meta.carry.cells.unsqueeze(-1).expand(-1, -1, x.size(-1)))
         return rms_norm(x)
 
     def forward(
         self,
         ids: Tensor,
         targets: Tensor | None = None,
-        seq: Seq | None = None,
+        meta: AttnMeta | None = None,
         taps: Taps | None = None,
         reduction: str = "mean",
         cells: Tensor | None = None,
@@ -2507,7 +3044,7 @@ class GPT(nn.Module):
         """Softcapped logits (B, T, V) in at least float32; with targets (B, T) their cross-entropy in nats:
         a scalar for reduction="mean", (B, T) for "none". With cells (n,), indices into the B*T flattened positions,
         the head is computed there alone, and n stands in place of B, T."""
-        h = self.trunk(ids, seq, taps)
+        h = self.trunk(ids, meta, taps)
         if cells is not None:
             h = h.flatten(0, 1)[cells]
             targets = targets if targets is None else targets.flatten()[cells]
@@ -2525,8 +3062,20 @@ def count_parameters(cfg: Config) -> int:
         return sum(p.numel() for p in GPT(cfg).parameters())
 
 
+def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple[Tensor, Tensor, AttnMeta]:
+    """ids, targets and Seq of a batch on the device; the number of boundaries is a dynamic dimension of the graph."""
+    ids, targets, cu_seqlens = batch.to(runtime.device)
+    if cu_seqlens is not None and runtime.compile:
+        torch._dynamo.mark_dynamic(cu_seqlens, 0)
+    return (
+        ids,
+        targets,
+        model.plan(ids.size(1), ids.device, cu_seqlens, max_len, rows=ids.size(0)),
+    )
+
+
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 07 OPTIMISERS                                                                                                      |
+# | 08 OPTIMISERS                                                                                                      |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -2539,18 +3088,34 @@ class OptimRow(NamedTuple):
     wd: str
 
 
-# fmt: off
 OPTIM_TABLE = (
-    OptimRow(r"tok_emb\.weight|(embed_extras\.(bigram|trigram)|value_embed)\.table\.weight",
-             "adamw", "tied_embed_lr", "embed_wd"),
-    OptimRow(r"blocks\.\d+\.(attn\.([qkvoz]|qkv|ba)|mlp\.(up|down))\.weight", "muon", "matrix_lr", "muon_wd"),
-    OptimRow(r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|sink|gate\.(weight|bias)|values\.lambdas)|"
-             r"attn\.(taps|A_log|dt_bias))", "adamw", "scalar_lr", "adam_wd"),
-    OptimRow(r"(skips|lanes|embed_extras\.smear(_channel)?)\..+|"
-             r"(embed_extras\.(bigram|trigram)|value_embed)\.(scale|layer_scales|proj\.weight)",
-             "adamw", "scalar_lr", "adam_wd"),
+    OptimRow(
+        r"tok_emb\.weight|(embed_extras\.(bigram|trigram)|value_embed)\.table\.weight",
+        "adamw",
+        "tied_embed_lr",
+        "embed_wd",
+    ),
+    OptimRow(
+        r"blocks\.\d+\.(attn\.([qkvoz]|qkv|ba)|mlp\.(up|down))\.weight",
+        "muon",
+        "matrix_lr",
+        "muon_wd",
+    ),
+    OptimRow(
+        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|sink|gate\.(weight|bias)|values\.lambdas)|"
+        r"attn\.(taps|A_log|dt_bias))",
+        "adamw",
+        "scalar_lr",
+        "adam_wd",
+    ),
+    OptimRow(
+        r"(skips|lanes|embed_extras\.smear(_channel)?)\..+|"
+        r"(embed_extras\.(bigram|trigram)|value_embed)\.(scale|layer_scales|proj\.weight)",
+        "adamw",
+        "scalar_lr",
+        "adam_wd",
+    ),
 )
-# fmt: on
 
 
 def route_parameters(model: nn.Module) -> list[tuple[OptimRow, dict[str, nn.Parameter]]]:
@@ -2561,23 +3126,6 @@ def route_parameters(model: nn.Module) -> list[tuple[OptimRow, dict[str, nn.Para
         assert len(hits) == 1, f"{name} matches {len(hits)} rows of OPTIM_TABLE"
         hits[0][name] = parameter
     return [(row, params) for row, params in routed if params]
-
-
-def lr_multiplier(fraction: float, warmdown_frac: float, floor: float) -> float:
-    """1, then linear decay over the last warmdown_frac of the run, not under the floor."""
-    if fraction < 1 - warmdown_frac or warmdown_frac <= 0:
-        return 1.0
-    return max((1 - fraction) / warmdown_frac, floor)
-
-
-def warmdown_share(cfg: Config, fraction: float, step: int) -> float:
-    """Share of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
-    return cfg.warmdown_iters * fraction / max(step, 1) if cfg.warmdown_iters else cfg.warmdown_frac
-
-
-def muon_momentum(step: int, start: float, end: float, ramp_steps: int) -> float:
-    """Linear warm-up of the momentum over ramp_steps."""
-    return start + (end - start) * min(step / ramp_steps, 1.0) if ramp_steps > 0 else end
 
 
 COEFFICIENTS = {  # a, b, c of X <- a X + (b A + c A A) X with A = X X^T; the last triple repeats
@@ -2709,12 +3257,20 @@ class Optimisers:
         routed = [(row, [p for p in ps.values() if p.requires_grad]) for row, ps in route_parameters(model)]
         self.muon = Muon([p for row, ps in routed if row.optimiser == "muon" for p in ps], cfg, runtime)
         groups = [
-            {"params": ps, "weight_decay": getattr(cfg, row.wd), "base_lr": getattr(cfg, row.lr)}
+            {
+                "params": ps,
+                "weight_decay": getattr(cfg, row.wd),
+                "base_lr": getattr(cfg, row.lr),
+            }
             for row, ps in routed
             if row.optimiser == "adamw"
         ]
         self.adamw = torch.optim.AdamW(
-            groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=runtime.device.type == "cuda"
+            groups,
+            lr=0.0,
+            betas=(cfg.beta1, cfg.beta2),
+            eps=cfg.adam_eps,
+            fused=runtime.device.type == "cuda",
         )
         self.small = [p for group in self.adamw.param_groups for p in group["params"]]
 
@@ -2727,14 +3283,15 @@ class Optimisers:
         flat = self.runtime.sum_(torch.cat([p.grad.flatten() for p in self.small])) / self.runtime.world
         parts = flat.split([p.numel() for p in self.small])
         torch._foreach_copy_(
-            [p.grad for p in self.small], [x.view_as(p) for x, p in zip(parts, self.small, strict=True)]
+            [p.grad for p in self.small],
+            [x.view_as(p) for x, p in zip(parts, self.small, strict=True)],
         )
 
     def clip(self, shares: list[Tensor]) -> None:
         """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM; no host sync."""
         squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
         grads = [p.grad for p in self.small]
-        norm = (squares + torch.stack(torch._foreach_norm([wide(g) for g in grads])).square().sum()).sqrt()
+        norm = (squares + torch.stack(torch._foreach_norm([at_least_fp32(g) for g in grads])).square().sum()).sqrt()
         factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(shares, factor)
         for dtype in dict.fromkeys(g.dtype for g in grads):  # batched operations are fast on one dtype at a time
@@ -2752,7 +3309,10 @@ class Optimisers:
             group["lr"] = group["base_lr"] * multiplier
         self.adamw.step()
         momentum = muon_momentum(
-            step, cfg.muon_momentum_warmup_start, cfg.muon_momentum, cfg.muon_momentum_warmup_steps
+            step,
+            cfg.muon_momentum_warmup_start,
+            cfg.muon_momentum,
+            cfg.muon_momentum_warmup_steps,
         )
         self.muon.step(shares, cfg.matrix_lr * multiplier, momentum)
         for p in [*self.small, *(p for group in self.muon.groups for p in group)]:
@@ -2765,18 +3325,40 @@ class Optimisers:
             buffer.zero_()
 
 
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 09 TRAINING                                                                                                        |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+def lr_multiplier(fraction: float, warmdown_frac: float, floor: float) -> float:
+    """1, then linear decay over the last warmdown_frac of the run, not under the floor."""
+    if fraction < 1 - warmdown_frac or warmdown_frac <= 0:
+        return 1.0
+    return max((1 - fraction) / warmdown_frac, floor)
+
+
+def warmdown_share(cfg: Config, fraction: float, step: int) -> float:
+    """Share of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
+    return cfg.warmdown_iters * fraction / max(step, 1) if cfg.warmdown_iters else cfg.warmdown_frac
+
+
+def muon_momentum(step: int, start: float, end: float, ramp_steps: int) -> float:
+    """Linear warm-up of the momentum over ramp_steps."""
+    return start + (end - start) * min(step / ramp_steps, 1.0) if ramp_steps > 0 else end
+
+
 class Ema:
     """Exponential moving average of tensors (the live weights), float32, started at their initial values, without bias
     correction."""
 
     def __init__(self, cfg: Config, source: list[Tensor]) -> None:
         self.decay, self.source = cfg.ema_decay, source
-        self.shadow = [wide(p.detach()).clone() for p in source]
+        self.shadow = [at_least_fp32(p.detach()).clone() for p in source]
 
     @torch.no_grad()
     def update(self, step: int, multiplier: float) -> None:
         """After optimiser step number `step`, counted from 1, at an LR multiplier."""
-        torch._foreach_lerp_(self.shadow, [wide(p) for p in self.source], 1 - self.decay)
+        torch._foreach_lerp_(self.shadow, [at_least_fp32(p) for p in self.source], 1 - self.decay)
 
 
 class Swa:
@@ -2784,7 +3366,12 @@ class Swa:
     SWA_START_SCALE (Izmailov et al. 2018). Before the first snapshot, and without any, the tensors themselves."""
 
     def __init__(self, cfg: Config, source: list[Tensor]) -> None:
-        self.every, self.start, self.source, self.count = cfg.swa_every, cfg.swa_start_scale, source, 0
+        self.every, self.start, self.source, self.count = (
+            cfg.swa_every,
+            cfg.swa_start_scale,
+            source,
+            0,
+        )
         self.shadow = source
 
     @torch.no_grad()
@@ -2793,9 +3380,9 @@ class Swa:
         if multiplier >= self.start or step % self.every:
             return
         if not self.count:
-            self.shadow = [torch.zeros_like(wide(p.detach())) for p in self.source]
+            self.shadow = [torch.zeros_like(at_least_fp32(p.detach())) for p in self.source]
         self.count += 1
-        torch._foreach_lerp_(self.shadow, [wide(p) for p in self.source], 1 / self.count)
+        torch._foreach_lerp_(self.shadow, [at_least_fp32(p) for p in self.source], 1 / self.count)
 
 
 AVERAGES = {"ema": Ema, "swa": Swa}  # in this order: each averages what the one before it holds
@@ -2809,12 +3396,7 @@ def averages_of(cfg: Config, params: list[Tensor]) -> list[Ema | Swa]:
     return chain
 
 
-# +--------------------------------------------------------------------------------------------------------------------+
-# | 08 TRAINING                                                                                                        |
-# +--------------------------------------------------------------------------------------------------------------------+
-
-
-class Ste:
+class FakeQuantSTE:
     """Quantisation-aware training: the forward pass sees the weights on the grid that they will be stored on, and their
     gradient goes straight through to the weights (Bengio et al. 2013). For all that is stored in under 8 bits."""
 
@@ -2832,12 +3414,12 @@ class Ste:
     def values(self, step: int) -> list[Tensor]:
         """What the forward pass of a step sees instead of self.params."""
         return [
-            on_grid(p, SCHEMES[rule.scheme].steps(p, rule, self.cfg).float(), rule.bits).to(p.dtype)
+            fake_quantize(p, SCHEMES[rule.scheme].steps(p, rule, self.cfg).float(), rule.bits).to(p.dtype)
             for p, rule in self.jobs
         ]
 
 
-class Noise:
+class QuantNoise:
     """Quantisation-aware training by noise: Gaussian, of a fraction of the rounding error of each row's step, on
     weights chosen by name, the same on every rank; the optimiser sees the weights without it."""
 
@@ -2860,17 +3442,17 @@ class Noise:
         generator.manual_seed(cfg.seed * 2**20 + step)
         noisy = []
         for p in self.params:
-            sigma = cfg.qat_noise_mult * sd_steps(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
+            sigma = cfg.qat_noise_mult * sigma_clip_scale(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
             draw = torch.randn(p.shape, generator=generator, device=p.device)
             noisy.append((p + draw * sigma[:, None]).to(p.dtype))
         return noisy
 
 
-QATS = {"none": None, "ste": Ste, "noise": Noise}
+QATS = {"none": None, "ste": FakeQuantSTE, "noise": QuantNoise}
 
 
 @contextlib.contextmanager
-def displaced(params: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
+def temporarily_set(params: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
     """Within, the parameters hold other values, in place: a compiled graph reads them as it would the weights."""
     kept = [p.detach().clone() for p in params]
     with torch.no_grad():
@@ -2907,7 +3489,7 @@ class Trainer:
     def step(self, batches: list[Batch], multiplier: float, step: int) -> None:
         """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss."""
         self.loss = torch.zeros((), device=self.runtime.device)
-        with displaced(self.qat.params, self.qat.values(step)) if self.rounding else contextlib.nullcontext():
+        with temporarily_set(self.qat.params, self.qat.values(step)) if self.rounding else contextlib.nullcontext():
             for batch in batches:
                 loss = self.forward(*on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)) / len(batches)
                 loss.backward()
@@ -3035,21 +3617,8 @@ class Trainer:
         return TrainReport(step, seconds, self.mean_loss())
 
 
-def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Callable:
-    """torch.compile of a whole function when the run compiles, else the function."""
-    return torch.compile(function, fullgraph=True, dynamic=dynamic) if runtime.compile else function
-
-
-def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple[Tensor, Tensor, Seq]:
-    """ids, targets and Seq of a batch on the device; the number of boundaries is a dynamic dimension of the graph."""
-    ids, targets, cu = batch.to(runtime.device)
-    if cu is not None and runtime.compile:
-        torch._dynamo.mark_dynamic(cu, 0)
-    return ids, targets, model.plan(ids.size(1), ids.device, cu, max_len, rows=ids.size(0))
-
-
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 09 QUANTISATION                                                                                                    |
+# | 10 QUANTISATION                                                                                                    |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -3075,7 +3644,12 @@ def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
     """The quantisation plan; the first matching rule counts, and the last matches everything."""
     gates = (QuantRule("blocks.*.attn.gate.weight", "int8_row", 8, 0.0),)
     matrices = (
-        QuantRule("blocks.*.attn.[qkvoz].weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
+        QuantRule(
+            "blocks.*.attn.[qkvoz].weight",
+            cfg.matrix_quant,
+            cfg.matrix_bits,
+            cfg.attn_clip_sigmas,
+        ),
         QuantRule("blocks.*.attn.qkv.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
         QuantRule("blocks.*.mlp.*.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.mlp_clip_sigmas),
     )
@@ -3083,7 +3657,10 @@ def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
     return (
         QuantRule("tok_emb.weight", cfg.embed_quant, embed_bits, cfg.embed_clip_sigmas),
         QuantRule(
-            "*.table.weight", TABLE_SCHEMES.get(cfg.embed_quant, cfg.embed_quant), cfg.embed_bits, cfg.embed_clip_sigmas
+            "*.table.weight",
+            TABLE_SCHEMES.get(cfg.embed_quant, cfg.embed_quant),
+            cfg.embed_bits,
+            cfg.embed_clip_sigmas,
         ),
         *(rule._replace(part=part, bits=bits) for part, bits in bits_overrides(cfg) for rule in matrices),
         *matrices,
@@ -3130,7 +3707,12 @@ def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tens
     """quant_plan with the embedding's EMBED_TOPK most frequent rows (of equal ones the first), where tokens were
     counted; and after AWQ-lite's choice: a rule of its own for each tensor that holds one of the AWQ_LITE_GROUP_TOP_K
     most salient groups of contiguous columns."""
-    (embedding, *others), size, groups, chosen = quant_plan(cfg), cfg.awq_lite_group_size, [], {}
+    (embedding, *others), size, groups, chosen = (
+        quant_plan(cfg),
+        cfg.awq_lite_group_size,
+        [],
+        {},
+    )
     order = hessians.get(COUNTS, torch.zeros(0)).sort(descending=True, stable=True).indices.tolist()
     plan = (embedding._replace(rows=tuple(order[: cfg.embed_topk])), *others)
     for name in sorted(state.keys() & hessians.keys()) * cfg.awq_lite_enabled:
@@ -3189,9 +3771,13 @@ def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> dict[str, Ten
     documents = LOADERS[cfg.loader].documents
     for done, index in enumerate(mine):
         rows = calibration_rows(cfg, index)
-        batch = Batch(torch.from_numpy(rows), torch.from_numpy(rows), row_bounds(rows) if documents else None)
-        ids, _, seq = on_device(model, batch, runtime, cfg.train_seq_len)
-        model(ids, None, seq, tap)
+        batch = Batch(
+            torch.from_numpy(rows),
+            torch.from_numpy(rows),
+            row_bounds(rows) if documents else None,
+        )
+        ids, _, meta = on_device(model, batch, runtime, cfg.train_seq_len)
+        model(ids, None, meta, tap)
         runtime.log.progress("calibration", done + 1, len(mine), started)
     return tap.hessians(cfg.gptq_calibration_batches, runtime)
 
@@ -3207,18 +3793,12 @@ def token_counts(cfg: Config, runtime: Runtime) -> Tensor:
     return runtime.sum_(torch.from_numpy(counts))
 
 
-def row_bounds(ids: np.ndarray) -> Tensor:
-    """Padded segment boundaries of rows (B, T): every row start and every document start, over B*T flattened tokens."""
-    starts = np.union1d(np.flatnonzero(ids.reshape(-1) == BOS_ID), np.arange(0, ids.size, ids.shape[1]))
-    return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, 0)))
-
-
 Bits = int | Tensor  # of all rows, or of each (rows,)
 
 
 def row_scales(weight: Tensor, bits: Bits, clip: float, base_step: float = 0.0) -> Tensor:
     """SD-clip step of each row, float32, as it is stored: clip * std / (2^(bits-1) - 1), at least 2^-24."""
-    return scale_values(stored_scales(sd_steps(weight, bits, clip), base_step))
+    return scale_values(stored_scales(sigma_clip_scale(weight, bits, clip), base_step))
 
 
 def ruled_scales(weight: Tensor, rule: QuantRule, cfg: Config) -> Tensor:
@@ -3240,7 +3820,10 @@ def stored_scales(steps: Tensor, base_step: float, key: str = "s") -> Parts:
     """The parts that hold row steps under a key: float16, or (base_step over 0) log_scales and their base step `ss`."""
     if base_step == 0:
         return {key: storable(steps)}
-    return {key: log_scales(steps, base_step), "ss": torch.tensor([base_step], device=steps.device)}
+    return {
+        key: log_scales(steps, base_step),
+        "ss": torch.tensor([base_step], device=steps.device),
+    }
 
 
 def scale_values(parts: Parts, key: str = "s") -> Tensor:
@@ -3249,7 +3832,7 @@ def scale_values(parts: Parts, key: str = "s") -> Tensor:
     return stored.float() if stored.is_floating_point() else (stored.double() * parts["ss"].double()).exp2().float()
 
 
-def sd_steps(weight: Tensor, bits: Bits, clip: float) -> Tensor:
+def sigma_clip_scale(weight: Tensor, bits: Bits, clip: float) -> Tensor:
     """Step of each row, float32, of a grid that reaches clip standard deviations."""
     return clip * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
 
@@ -3261,7 +3844,7 @@ def quantile_steps(weight: Tensor, bits: int, quantile: float, floor: float) -> 
     return (clip.clamp_min(floor) / top).clamp_min(2.0**-24)
 
 
-def on_grid(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The weight rounded to the grid with a step (rows,) for each row."""
     return round_to_grid(weight, scale[:, None], bits) * scale[:, None]
 
@@ -3273,7 +3856,7 @@ def searched_scales(weight: Tensor, bits: int, floor: float = 0.0, by_row: bool 
     """Row steps, float16, of the older clip search ("GPTQ-lite"): clipped at the quantile of a row's magnitudes of
     least squared error when rounding to nearest, for each row or (by_row off) the same one for a whole matrix."""
     scales = torch.stack([storable(quantile_steps(weight, bits, q, floor)) for q in CLIP_QUANTILES])
-    errors = torch.stack([(weight - on_grid(weight, s.float(), bits)).square().sum(dim=1) for s in scales])
+    errors = torch.stack([(weight - fake_quantize(weight, s.float(), bits)).square().sum(dim=1) for s in scales])
     best = (errors if by_row else errors.sum(dim=1, keepdim=True).expand_as(errors)).argmin(dim=0)
     return scales.gather(0, best[None])[0]
 
@@ -3284,7 +3867,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, bits: Bits) -> Tensor:
     return torch.clamp(torch.round(weight / scale), -top, top)
 
 
-class Fine(NamedTuple):
+class HighBitColumns(NamedTuple):
     """Columns of a matrix with a grid of their own: their indices (n,), bits, and step of each row (rows,)."""
 
     columns: Tensor
@@ -3302,11 +3885,18 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor
     diagonal += damp * diagonal.mean()
     order = torch.argsort(diagonal, descending=True)
     H = H[order][:, order]
-    return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True), dead
+    return (
+        order,
+        torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True),
+        dead,
+    )
 
 
-def feed_back(
-    W: Tensor, Hinv: Tensor, blocksize: int, rounder: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+def gptq_columns(
+    W: Tensor,
+    Hinv: Tensor,
+    blocksize: int,
+    rounder: Callable[[Tensor, int], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """GPTQ's loop (Frantar et al. 2023): levels (..., rows, cols) of W, column by column; W itself is used up.
 
@@ -3326,7 +3916,13 @@ def feed_back(
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits, damp: float, blocksize: int, fine: Fine | None = None
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    bits: Bits,
+    damp: float,
+    blocksize: int,
+    fine: HighBitColumns | None = None,
 ) -> Tensor:
     """Integers (rows, cols) int8 of GPTQ with activation order (Frantar et al. 2023).
 
@@ -3345,7 +3941,7 @@ def gptq(
         levels = round_to_grid(column, step, width)
         return levels, levels * step
 
-    return feed_back(W[:, order].contiguous(), Hinv, blocksize, nearest)[:, torch.argsort(order)].to(torch.int8)
+    return gptq_columns(W[:, order].contiguous(), Hinv, blocksize, nearest)[:, torch.argsort(order)].to(torch.int8)
 
 
 # states -> taps of the two subset bits; one state is no trellis
@@ -3371,9 +3967,16 @@ class Viterbi:
     def __init__(self, states: int, real: Tensor, top: Tensor) -> None:
         """real (rows, sequences): 0 where a sequence has ended before; top (sequences,): their largest integers."""
         rows, count = real.shape
-        self.real, self.half, self.subset = real[:, None], states // 2 * count, trellis(states).flatten().to(top.device)
+        self.real, self.half, self.subset = (
+            real[:, None],
+            states // 2 * count,
+            trellis(states).flatten().to(top.device),
+        )
         self.offset = torch.arange(4.0, device=top.device)[:, None]
-        self.low, self.high = ((-top - self.offset) / 4).ceil(), ((top - self.offset) / 4).floor()
+        self.low, self.high = (
+            ((-top - self.offset) / 4).ceil(),
+            ((top - self.offset) / 4).floor(),
+        )
         self.sums = real.new_empty(rows, 2 * states, count)  # of a path's cost, by last state and branch
         self.best = real.new_empty(states, count)
         branches = self.sums.view(rows, 2, states, count)  # the two ways into each next state
@@ -3417,7 +4020,7 @@ class Scheme(NamedTuple):
     decode: Callable[[Parts], Tensor]
     repairable: bool = False
     steps: Callable[[Tensor, QuantRule, Config], Tensor] | None = None
-    together: Callable[[list[Tensor], list[Tensor | None], list[QuantRule], Config], list[Parts]] | None = None
+    encode_batch: Callable[[list[Tensor], list[Tensor | None], list[QuantRule], Config], list[Parts]] | None = None
     hessian: bool = False
     counts: bool = False
 
@@ -3430,7 +4033,7 @@ def rounded_rows(weight: Tensor, steps: Tensor, bits: int, base_step: float = 0.
 
 def encode_rowwise(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """Round to nearest with one step per row."""
-    return rounded_rows(weight, sd_steps(weight, rule.bits, rule.clip), rule.bits, cfg.scale_step)
+    return rounded_rows(weight, sigma_clip_scale(weight, rule.bits, rule.clip), rule.bits, cfg.scale_step)
 
 
 def encode_clip_search(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
@@ -3450,7 +4053,7 @@ def encode_int8_row(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg
     return rounded_rows(weight, (weight.float().abs().amax(dim=1) / 127).half().clamp_min(2.0**-24), 8)
 
 
-def need_hessian(hessian: Tensor | None) -> None:
+def require_hessian(hessian: Tensor | None) -> None:
     """UserError when there is none."""
     if hessian is None:
         raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
@@ -3458,13 +4061,16 @@ def need_hessian(hessian: Tensor | None) -> None:
 
 def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
     """GPTQ with one step per row; AWQ-lite's columns, if the rule names any, have a finer step `hs`."""
-    need_hessian(hessian)
-    parts, fine = stored_scales(sd_steps(weight, rule.bits, rule.clip), cfg.scale_step), None
+    require_hessian(hessian)
+    parts, fine = (
+        stored_scales(sigma_clip_scale(weight, rule.bits, rule.clip), cfg.scale_step),
+        None,
+    )
     if rule.fine:
         parts["hc"] = torch.tensor([cfg.awq_lite_group_size, *rule.fine], dtype=torch.int32)
-        parts |= stored_scales(sd_steps(weight, cfg.awq_lite_bits, rule.clip), cfg.scale_step, "hs")
+        parts |= stored_scales(sigma_clip_scale(weight, cfg.awq_lite_bits, rule.clip), cfg.scale_step, "hs")
         columns = fine_columns(parts["hc"], weight.size(1))
-        fine = Fine(columns, cfg.awq_lite_bits, scale_values(parts, "hs"))
+        fine = HighBitColumns(columns, cfg.awq_lite_bits, scale_values(parts, "hs"))
     q = gptq(weight, hessian, scale_values(parts), rule.bits, cfg.gptq_damp, cfg.gptq_blocksize, fine)
     return {"q": q} | parts
 
@@ -3484,11 +4090,11 @@ def encode_tcq(
     """
     length, found, orders, jobs = min(cfg.tcq_chunk_rows, max(map(len, weights))), [], [], []
     for weight, hessian, rule in zip(weights, hessians, rules, strict=True):
-        need_hessian(hessian)
+        require_hessian(hessian)
         order, Hinv, dead = inverse_factor(hessian, cfg.gptq_damp)
         tilt = Hinv.diagonal().log2() * cfg.tcq_column_beta / COLUMN_STEP
         codes = (tilt - tilt.mean()).round().clamp(-127, 127).to(torch.int8)
-        parts = stored_scales(sd_steps(weight, rule.bits, rule.clip) / 2, cfg.scale_step)
+        parts = stored_scales(sigma_clip_scale(weight, rule.bits, rule.clip) / 2, cfg.scale_step)
         parts["t"] = torch.tensor([cfg.tcq_states, cfg.tcq_chunk_rows], dtype=torch.int32)
         parts |= {"c": codes[torch.argsort(order)]} if cfg.tcq_column_beta > 0 else {}
         count = -(-len(weight) // length)
@@ -3511,7 +4117,7 @@ def encode_tcq(
         points = search(x * (power / (power + TCQ_ERROR))).T  # shrunk: by rate and distortion, for Gaussian weights
         return points, points * scale
 
-    W = feed_back(W.transpose(1, 2), Hinv, cfg.gptq_blocksize, on_trellis)
+    W = gptq_columns(W.transpose(1, 2), Hinv, cfg.gptq_blocksize, on_trellis)
     for parts, order, weight, Q in zip(found, orders, weights, W.split([len(j[0]) for j in jobs]), strict=True):
         parts["q"] = Q.flatten(0, 1)[: len(weight), torch.argsort(order)].to(torch.int8)
     return found
@@ -3523,7 +4129,7 @@ def encode_freqsplit(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cf
         raise UserError("EMBED_QUANT=gptq_freqsplit has no Hessian or token counts; run STAGES=train,... again with it")
     bits = torch.full((len(weight),), rule.bits, device=weight.device)
     bits[list(rule.rows)] = cfg.embed_top_bits
-    parts = stored_scales(sd_steps(weight, bits, rule.clip), cfg.scale_step)
+    parts = stored_scales(sigma_clip_scale(weight, bits, rule.clip), cfg.scale_step)
     return {"q": gptq(weight, hessian, scale_values(parts), bits, cfg.gptq_damp, cfg.gptq_blocksize)} | parts
 
 
@@ -3565,7 +4171,10 @@ SCHEMES = {
     "awq_lite": Scheme(encode_gptq, decode_awq, repairable=True),
     "rowwise": Scheme(encode_rowwise, decode_rows, True, ruled_scales),
     "gptq_lite": Scheme(
-        encode_clip_search, decode_rows, True, lambda w, rule, cfg: quantile_steps(w, rule.bits, 1.0, cfg.clip_floor)
+        encode_clip_search,
+        decode_rows,
+        True,
+        lambda w, rule, cfg: quantile_steps(w, rule.bits, 1.0, cfg.clip_floor),
     ),
     "row_quantile": Scheme(
         encode_row_quantile,
@@ -3665,7 +4274,7 @@ def decode(key: str, parts: Parts) -> Tensor:
     return sum((REPAIRS[name].decode(parts) for name in repairs), SCHEMES[scheme].decode(parts))
 
 
-def share(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def deal_jobs(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """The union of work(job) over all jobs, dealt out to the ranks in turn."""
     mine, done, started = jobs[runtime.rank :: runtime.world], {}, time.perf_counter()
     for count, job in enumerate(mine):
@@ -3687,8 +4296,8 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
         weights = [state[name].to(device) for name in names]
         inputs = [hessians[name].to(device) if name in hessians else None for name in names]
         scheme = SCHEMES[rules[0].scheme]
-        if scheme.together is not None:
-            encoded = scheme.together(weights, inputs, rules, cfg)
+        if scheme.encode_batch is not None:
+            encoded = scheme.encode_batch(weights, inputs, rules, cfg)
         else:
             encoded = [scheme.encode(weights[0], inputs[0], rules[0], cfg)]
         return {
@@ -3699,10 +4308,12 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
     groups: dict[Any, list[str]] = {}
     for name in sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n)):
         scheme = rule_for(name, plan).scheme
-        groups.setdefault(name if SCHEMES[scheme].together is None else (scheme, state[name].size(-1)), []).append(name)
+        groups.setdefault(name if SCHEMES[scheme].encode_batch is None else (scheme, state[name].size(-1)), []).append(
+            name
+        )
     shares = [names[rank :: runtime.world] for names in groups.values() for rank in range(runtime.world)]
     jobs = [names for names in shares if names]
-    whole = repaired(cfg, runtime, state, share(runtime, "quantising", jobs, encode))
+    whole = repaired(cfg, runtime, state, deal_jobs(runtime, "quantising", jobs, encode))
     return {key: whole[key] for key in sorted(whole)}
 
 
@@ -3722,7 +4333,7 @@ def repaired(cfg: Config, runtime: Runtime, state: dict[str, Tensor], parts: dic
         if SCHEMES[key.split(":")[1]].repairable:
             norms[key] = error(key).double().norm().item()
     worst = sorted(norms, key=lambda k: (-norms[k], k))[: cfg.lqer_top_k]
-    added = share(runtime, "repairing", worst, correct)
+    added = deal_jobs(runtime, "repairing", worst, correct)
     kept = {key: value for key, value in parts.items() if key not in added}
     return kept | {f"{key}+{cfg.repair}": parts[key] | extra for key, extra in added.items()}
 
@@ -3748,7 +4359,7 @@ def sort_hidden(
         return {name: similarity_order(encode_rowwise(weight, None, rule_for(name, plan), cfg)["q"]).cpu()}
 
     ups = sorted(name for name in state if fnmatch.fnmatchcase(name, "blocks.*.mlp.up.weight"))
-    for up, rows in share(runtime, "sorting hidden units", ups, order).items():
+    for up, rows in deal_jobs(runtime, "sorting hidden units", ups, order).items():
         down = up.replace(".up.", ".down.")
         state[up], state[down] = state[up][rows], state[down][:, rows]
         if down in hessians:
@@ -3787,7 +4398,10 @@ def rotate_values(
     return state, hessians
 
 
-ROTATIONS = {"none": lambda cfg, state, hessians: (state, hessians), "hadamard_vo": rotate_values}
+ROTATIONS = {
+    "none": lambda cfg, state, hessians: (state, hessians),
+    "hadamard_vo": rotate_values,
+}
 
 
 class TensorReport(NamedTuple):
@@ -3822,7 +4436,10 @@ def weighted_power(x: Tensor, hessian: Tensor | None) -> float:
 
 
 def tensor_reports(
-    runtime: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor], parts: dict[str, Parts]
+    runtime: Runtime,
+    state: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+    parts: dict[str, Parts],
 ) -> list[TensorReport]:
     """A report of every stored tensor, in the order of parts."""
     reports = []
@@ -3901,12 +4518,38 @@ def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tens
     return lines
 
 
+def similarity_order(matrix: Tensor) -> Tensor:
+    """Order of the rows of an integer matrix, (rows,) int64: from row 0 always on to the nearest row, by L1 distance,
+    that has not been taken yet; of equally near ones to the first.
+
+    Sums of integers below 2^24 are exact in float32, whatever their order.
+    """
+    rows, ids, order = (
+        matrix.float(),
+        torch.arange(len(matrix), device=matrix.device),
+        [0] * (len(matrix) > 0),
+    )
+    taken, ones = torch.zeros(len(matrix), device=matrix.device), rows.new_ones(rows.size(1))
+    here, position, stale = rows[:1].clone(), 0, 0
+    while len(order) < len(matrix):
+        taken[position] = math.inf
+        stale += 1
+        if 8 * stale > len(ids):  # leave the taken rows behind, now and then
+            left = taken == 0
+            rows, ids, taken, stale = rows[left], ids[left], taken[left], 0
+        blocks = [(block - here).abs_() @ ones for block in rows.split(512)]  # blocks that fit into a cache
+        position = int((torch.cat(blocks) + taken).argmin())
+        here = rows[position : position + 1].clone()
+        order.append(int(ids[position]))
+    return torch.tensor(order, dtype=torch.int64)
+
+
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 10 ARTIFACT                                                                                                        |
+# | 11 ARTIFACT                                                                                                        |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 MAGIC, ARTIFACT_VERSION = b"PGLF", 2
-HEAD = struct.Struct("<4sBBII")  # magic, version, codec, payload bytes, CRC-32 of all that and the payload
+ARTIFACT_HEADER = struct.Struct("<4sBBII")  # magic, version, codec, payload bytes, CRC-32 of all that and the payload
 Arrays = dict[str, np.ndarray]
 
 
@@ -3925,14 +4568,14 @@ class Coder(NamedTuple):
     head: int = 0
 
 
-def need_brotli() -> Any:
+def require_brotli() -> Any:
     """The brotli module; a missing one is an error that names the package, never a fallback."""
     if brotli is None:
         raise UserError("COMPRESSOR=brotli or pergroup needs the package brotli: pip install brotli")
     return brotli
 
 
-def need_lrzip() -> str:
+def require_lrzip() -> str:
     """Path of the program lrzip; a missing one is an error that names the package, never a fallback."""
     program = shutil.which("lrzip")
     if program is None:
@@ -3944,13 +4587,18 @@ def need_lrzip() -> str:
 
 def run_lrzip(data: bytes, *flags: str) -> bytes:
     """lrzip's output for data, through files of a temporary folder, without the settings of a user's lrzip.conf."""
-    program = need_lrzip()
+    program = require_lrzip()
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.lrz", Path(folder) / "out"
         source.write_bytes(data)
         # -N 0: by default it runs at the lowest priority, and starves on a busy machine
         command = [program, "-Q", "-f", "-N", "0", *flags, "-o", str(target), str(source)]
-        done = subprocess.run(command, capture_output=True, env={"LRZIP": "NOCONFIG", "TMPDIR": folder}, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            env={"LRZIP": "NOCONFIG", "TMPDIR": folder},
+            check=False,
+        )
         if done.returncode != 0 or not target.is_file():
             raise UserError(f"lrzip {' '.join(flags)} failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
         return target.read_bytes()
@@ -3975,11 +4623,14 @@ def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
     """What rans_model is told of each matrix: 64 times its mean magnitude; how far its columns' mean magnitudes are
     like those of the matrix as wide before it, in sixteenths; how many rows' worth that guess is; a row's sum of
     squares, and how far from certain that is, half a variance as of so many columns."""
-    past, told = {}, []
+    past, side_info = {}, []
     for matrix in matrices:
-        squares, sums = np.square(matrix, dtype=np.float64), np.abs(matrix, dtype=np.int16).sum(axis=0)
+        squares, sums = (
+            np.square(matrix, dtype=np.float64),
+            np.abs(matrix, dtype=np.int16).sum(axis=0),
+        )
         if not sums.any():
-            told.append([0, 0, 1, 0, 0])
+            side_info.append([0, 0, 1, 0, 0])
             continue
         own = (sums + 1) / (sums + 1).mean()
         others = past.get(len(sums), own**0)
@@ -3988,9 +4639,17 @@ def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
         strength = math.ceil(0.57 / max(0.003, spread - noise))
         free, bound = squares.var(axis=0).sum() + 1e-9, squares.sum(axis=1).var()
         loose = min(2.0**30, 2 * len(sums) * bound / max(free - bound, bound / 2**20 + 1e-9))
-        told.append([64 * int(sums.sum()) // matrix.size, like, strength, squares.sum() / len(matrix), loose])
+        side_info.append(
+            [
+                64 * int(sums.sum()) // matrix.size,
+                like,
+                strength,
+                squares.sum() / len(matrix),
+                loose,
+            ]
+        )
         past[len(sums)] = own
-    return [list(map(int, row)) for row in told]
+    return [list(map(int, row)) for row in side_info]
 
 
 def rans_model(heads: np.ndarray, step: Callable) -> list[np.ndarray]:
@@ -4017,12 +4676,21 @@ def rans_model(heads: np.ndarray, step: Callable) -> list[np.ndarray]:
     for rows, cols, states, chunk, level, like, seen, energy, loose in heads.tolist():
         subsets = trellis(states).numpy()
         follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states
-        kinds, state, bounds, due = np.array([1, 2] if states > 1 else [0]), np.zeros(cols, int), [0], 0
+        kinds, state, bounds, due = (
+            np.array([1, 2] if states > 1 else [0]),
+            np.zeros(cols, int),
+            [0],
+            0,
+        )
         while cols - bounds[-1] > 16:
             bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
         starts, bounds = np.array(bounds), np.array([*bounds, cols])
         delay, left = np.repeat(np.arange(len(starts)), np.diff(bounds)), cols - starts
-        origin, spent, flat = np.arange(cols) - delay * cols, np.zeros(len(bounds), int), np.empty(rows * cols, np.int8)
+        origin, spent, flat = (
+            np.arange(cols) - delay * cols,
+            np.zeros(len(bounds), int),
+            np.empty(rows * cols, np.int8),
+        )
         sums = past.get(cols, np.ones(cols, int))
         sums = (64 * cols * sums // max(1, sums.sum()) * like + 64 * (16 - like)) * (seen * level) // 2**16
         squares = sums**2 * 11 // (7 * seen)
@@ -4030,7 +4698,10 @@ def rans_model(heads: np.ndarray, step: Callable) -> list[np.ndarray]:
             if t == due:
                 due += max(2, min(64, t // 8))
                 count = seen + np.maximum(0, t - delay)
-                fine, power = np.searchsorted(edges, sums * 2**16 // count), squares * 64 // count
+                fine, power = (
+                    np.searchsorted(edges, sums * 2**16 // count),
+                    squares * 64 // count,
+                )
                 rest = np.maximum(1, power[::-1].cumsum()[::-1][starts])
                 low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
                 tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
@@ -4045,7 +4716,11 @@ def rans_model(heads: np.ndarray, step: Callable) -> list[np.ndarray]:
             line = flat[places] = step(len(found), places, table, tables)
             wide = line.astype(int)
             state[part] = follow[here, wide & 3]
-            np.add.at(counts.reshape(-1), (3 * context + kinds[wide % len(kinds)]) * 256 + wide + 128, 1024)
+            np.add.at(
+                counts.reshape(-1),
+                (3 * context + kinds[wide % len(kinds)]) * 256 + wide + 128,
+                1024,
+            )
             sums[part] += np.abs(wide)
             wide *= wide
             squares[part] += wide
@@ -4061,7 +4736,11 @@ def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     freq = np.maximum(some, counts * (total - some.sum(1)[:, None]) // counts.sum(1)[:, None])
     freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
     keys = np.repeat(np.arange(freq.size, dtype=np.uint16), freq.ravel())
-    return freq.astype(np.uint32).ravel(), (freq.cumsum(1) - freq).astype(np.uint32).ravel(), keys
+    return (
+        freq.astype(np.uint32).ravel(),
+        (freq.cumsum(1) - freq).astype(np.uint32).ravel(),
+        keys,
+    )
 
 
 def rans_encode(raw: bytes) -> bytes:
@@ -4089,9 +4768,9 @@ def rans_encode(raw: bytes) -> bytes:
             log.append((freq[part], start[part], line[part][lost[part]].view(np.uint8) ^ 128))
         return line
 
-    told = np.array([[*a, *b] for a, b in zip(heads, rans_priors(matrices), strict=True)], "<i4").reshape(-1, 9)
-    rans_model(told, step)
-    x = np.full(min(RANS_LANES, told[:, 1].max()), 1 << 16, np.uint32)
+    side_info = np.array([[*a, *b] for a, b in zip(heads, rans_priors(matrices), strict=True)], "<i4").reshape(-1, 9)
+    rans_model(side_info, step)
+    x = np.full(min(RANS_LANES, side_info[:, 1].max()), 1 << 16, np.uint32)
     for freq, start, lost in reversed(log):
         mine = x[: len(freq)]
         full = mine >> (32 - RANS_BITS) >= freq
@@ -4099,15 +4778,15 @@ def rans_encode(raw: bytes) -> bytes:
         mine[full] >>= 16
         mine[:] = (mine // freq << RANS_BITS) + mine % freq + start
     words = np.concatenate([x >> 16, x & 0xFFFF, *words[::-1]])
-    return zlib.compress(told.tobytes(), 9) + words.astype("<u2").tobytes()
+    return zlib.compress(side_info.tobytes(), 9) + words.astype("<u2").tobytes()
 
 
 def rans_decode(blob: bytes) -> bytes:
     """The inverse of rans_encode; some ordinary exception when it is none of its results."""
     unzip = zlib.decompressobj()
-    told = np.frombuffer(unzip.decompress(blob), "<i4").reshape(-1, 9)
+    side_info = np.frombuffer(unzip.decompress(blob), "<i4").reshape(-1, 9)
     words = np.frombuffer(unzip.unused_data, "<u2").astype(np.uint32)
-    at = min(RANS_LANES, told[:, 1].max())
+    at = min(RANS_LANES, side_info[:, 1].max())
     x, words, at = words[:at] << 16 | words[at : 2 * at], words[2 * at :], 0
 
     def fill(array: np.ndarray, where: np.ndarray) -> None:
@@ -4131,22 +4810,30 @@ def rans_decode(blob: bytes) -> bytes:
             fill(part, part == 0)
         return (table - 128).astype(np.int8)
 
-    matrices = rans_model(told, step)
+    matrices = rans_model(side_info, step)
     if at != len(words):
         raise ValueError("lanes out of step")
-    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(told, matrices, strict=True))
+    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(side_info, matrices, strict=True))
 
 
 CODERS = {
     "brotli": Coder(
-        lambda raw: need_brotli().compress(raw, quality=11, lgwin=24),
-        lambda b: need_brotli().decompress(b),
-        need_brotli,
+        lambda raw: require_brotli().compress(raw, quality=11, lgwin=24),
+        lambda b: require_brotli().decompress(b),
+        require_brotli,
     ),
-    "lzma": Coder(lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), lzma.decompress, lambda: None),
+    "lzma": Coder(
+        lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+        lzma.decompress,
+        lambda: None,
+    ),
     "lzma6": Coder(lambda raw: lzma.compress(raw, preset=6), lzma.decompress, lambda: None),
     # ZPAQ; -p 1: by default the block size, and so the bytes, depend on the number of processors
-    "lrzip": Coder(lambda raw: run_lrzip(raw, "-z", "-L", "9", "-p", "1"), lambda b: run_lrzip(b, "-d"), need_lrzip),
+    "lrzip": Coder(
+        lambda raw: run_lrzip(raw, "-z", "-L", "9", "-p", "1"),
+        lambda b: run_lrzip(b, "-d"),
+        require_lrzip,
+    ),
     "rans": Coder(rans_encode, rans_decode, lambda: None, rans_frame, rans_unframe, RANS_HEAD.size),
 }
 
@@ -4199,31 +4886,12 @@ CODECS = {
 }
 
 
-def similarity_order(matrix: Tensor) -> Tensor:
-    """Order of the rows of an integer matrix, (rows,) int64: from row 0 always on to the nearest row, by L1 distance,
-    that has not been taken yet; of equally near ones to the first.
-
-    Sums of integers below 2^24 are exact in float32, whatever their order.
-    """
-    rows, ids, order = matrix.float(), torch.arange(len(matrix), device=matrix.device), [0] * (len(matrix) > 0)
-    taken, ones = torch.zeros(len(matrix), device=matrix.device), rows.new_ones(rows.size(1))
-    here, position, stale = rows[:1].clone(), 0, 0
-    while len(order) < len(matrix):
-        taken[position] = math.inf
-        stale += 1
-        if 8 * stale > len(ids):  # leave the taken rows behind, now and then
-            left = taken == 0
-            rows, ids, taken, stale = rows[left], ids[left], taken[left], 0
-        blocks = [(block - here).abs_() @ ones for block in rows.split(512)]  # blocks that fit into a cache
-        position = int((torch.cat(blocks) + taken).argmin())
-        here = rows[position : position + 1].clone()
-        order.append(int(ids[position]))
-    return torch.tensor(order, dtype=torch.int64)
-
-
 def sort_rows(arrays: Arrays, patterns: tuple[str, ...]) -> Arrays:
     """The arrays with the rows of matching matrices sorted, and their orders (uint16) as '<name>:order'."""
-    out, matrices = dict(arrays), [n for n, a in arrays.items() if a.ndim == 2 and a.dtype == np.int8]
+    out, matrices = (
+        dict(arrays),
+        [n for n, a in arrays.items() if a.ndim == 2 and a.dtype == np.int8],
+    )
     for name in (n for n in matrices for p in patterns if fnmatch.fnmatchcase(n, p)):
         assert len(arrays[name]) <= 2**16, f"{name} has too many rows for an order in uint16"
         order = similarity_order(torch.from_numpy(arrays[name])).numpy()
@@ -4280,7 +4948,7 @@ def pack_arrays(arrays: Arrays, codec: str) -> bytes:
 
 def seal(number: int, payload: bytes) -> bytes:
     """A payload with the head of its codec."""
-    head = HEAD.pack(MAGIC, ARTIFACT_VERSION, number, len(payload), 0)[:-4]
+    head = ARTIFACT_HEADER.pack(MAGIC, ARTIFACT_VERSION, number, len(payload), 0)[:-4]
     return head + struct.pack("<I", zlib.crc32(payload, zlib.crc32(head))) + payload
 
 
@@ -4292,18 +4960,18 @@ def in_parallel(functions: list[Callable[[bytes], bytes]], datas: list[bytes]) -
 
 def unpack_arrays(blob: bytes, source: str = "artifact") -> Arrays:
     """The inverse of pack_arrays; UserError for a blob that is foreign, of another version, truncated or damaged."""
-    if len(blob) < HEAD.size or blob[:4] != MAGIC:
+    if len(blob) < ARTIFACT_HEADER.size or blob[:4] != MAGIC:
         raise UserError(f"{source}: not a model artifact of this program ({len(blob)} bytes, starts with {blob[:4]!r})")
-    _, version, number, size, crc = HEAD.unpack_from(blob)
+    _, version, number, size, crc = ARTIFACT_HEADER.unpack_from(blob)
     if version != ARTIFACT_VERSION:
         raise UserError(f"{source}: artifact version {version}, this program reads {ARTIFACT_VERSION}; quantise again")
-    payload = blob[HEAD.size :]
+    payload = blob[ARTIFACT_HEADER.size :]
     if len(payload) != size:
         raise UserError(f"{source}: truncated or padded: {len(payload)} payload bytes, the head promises {size}")
     layouts = {codec.number: codec for codec in CODECS.values()}
     if number not in layouts:
         raise UserError(f"{source}: unknown codec number {number}")
-    if zlib.crc32(payload, zlib.crc32(blob[: HEAD.size - 4])) != crc:
+    if zlib.crc32(payload, zlib.crc32(blob[: ARTIFACT_HEADER.size - 4])) != crc:
         raise UserError(f"{source}: damaged: the checksum does not match; copy or quantise it again")
     try:
         return unsort_rows(unpack_payload(payload, layouts[number]))
@@ -4376,7 +5044,7 @@ def fill_model(model: GPT, state: dict[str, Tensor], source: str) -> None:
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 11 EVALUATION                                                                                                      |
+# | 12 EVALUATION                                                                                                      |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -4507,7 +5175,7 @@ class ByteMeter:
         tokens, size, illegal = self.runtime.sum_(
             torch.tensor([self.tokens, self.bytes, not self.ledger.legal])
         ).tolist()
-        seconds = self.runtime.first_says(time.perf_counter() - self.started)
+        seconds = self.runtime.broadcast_from_rank0(time.perf_counter() - self.started)
         if not math.isfinite(loss):
             raise FloatingPointError(f"validation loss is {loss}; the model or the data is damaged")
         return Score(loss / tokens, loss / (math.log(2) * size), tokens, size, seconds, not illegal)
@@ -4539,14 +5207,14 @@ def score_first(units: Iterable[Unit], learner: Learner, meter: ByteMeter) -> No
     learner.after()
 
 
-class Frozen:
+class NoAdaptation:
     """The learner that does not learn."""
 
     def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
         self.model, self.runtime, self.max_len = model, runtime, cfg.eval_seq_len
         self.forward = compiled(runtime, model)
 
-    def inputs(self, unit: Unit) -> tuple[Tensor, Tensor, Seq]:
+    def inputs(self, unit: Unit) -> tuple[Tensor, Tensor, AttnMeta]:
         """ids, targets and Seq of a unit on the device."""
         batch = Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), unit.bounds)
         return on_device(self.model, batch, self.runtime, self.max_len)
@@ -4554,11 +5222,11 @@ class Frozen:
     @torch.no_grad()
     def score(self, unit: Unit) -> Tensor:
         """(B, T) nats of every cell, or of the scored ones where the unit says which need the head."""
-        ids, targets, seq = self.inputs(unit)
+        ids, targets, meta = self.inputs(unit)
         if unit.cells is None:
-            return self.forward(ids, targets, seq, None, "none")
+            return self.forward(ids, targets, meta, None, "none")
         cells = torch.from_numpy(unit.cells).to(ids.device)
-        return spread(unit, self.forward(ids, targets, seq, None, "none", cells))
+        return scatter_losses(unit, self.forward(ids, targets, meta, None, "none", cells))
 
     def learn(self, unit: Unit, nll: Tensor) -> None:
         """Nothing."""
@@ -4567,7 +5235,7 @@ class Frozen:
         """Nothing."""
 
 
-def spread(unit: Unit, losses: Tensor) -> Tensor:
+def scatter_losses(unit: Unit, losses: Tensor) -> Tensor:
     """(B, T) with the scored cells' losses, the first of (n,), in their place; elsewhere NaN, which no sum forgives."""
     nll = losses.new_full(unit.ids.shape, math.nan)
     rows, cols = (torch.from_numpy(a).to(losses.device) for a in (unit.rows, unit.cols))
@@ -4646,7 +5314,7 @@ def sliding_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[
     return [lambda i=i: window_unit(cfg, val, windows[i : i + size]) for i in starts[runtime.rank :: runtime.world]]
 
 
-def announced(units: list[Callable[[], Unit]], what: str, log: Log) -> Iterator[Unit]:
+def build_each(units: list[Callable[[], Unit]], what: str, log: Log) -> Iterator[Unit]:
     """Build units one by one, with progress."""
     started = time.perf_counter()
     for done, make in enumerate(units):
@@ -4657,7 +5325,11 @@ def announced(units: list[Callable[[], Unit]], what: str, log: Log) -> Iterator[
 def evaluate_frozen(units: Callable, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
     """Score without adaptation, over units of the given cut."""
     meter = ByteMeter(val, runtime)
-    score_first(announced(units(cfg, runtime, val), "evaluation", runtime.log), Frozen(cfg, runtime, model), meter)
+    score_first(
+        build_each(units(cfg, runtime, val), "evaluation", runtime.log),
+        NoAdaptation(cfg, runtime, model),
+        meter,
+    )
     return meter.close()
 
 
@@ -4672,7 +5344,7 @@ def evaluate_sliding(cfg: Config, runtime: Runtime, model: GPT, val: ValData) ->
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 12 TEST-TIME TRAINING                                                                                              |
+# | 13 TEST-TIME TRAINING                                                                                              |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -4686,8 +5358,11 @@ class BatchedLoRA(nn.Module):
     def __init__(self, cfg: Config, model: GPT, rows: int) -> None:
         super().__init__()
         self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank
-        shapes = {f"{name}_{slot}": shape for name, slot, shape in lora_sites(cfg, model)}
-        like = {"device": model.tok_emb.weight.device, "dtype": wide(torch.empty(0, dtype=model.dtype)).dtype}
+        shapes = {f"{name}_{execution}": shape for name, execution, shape in lora_sites(cfg, model)}
+        like = {
+            "device": model.tok_emb.weight.device,
+            "dtype": at_least_fp32(torch.empty(0, dtype=model.dtype)).dtype,
+        }
         rank = cfg.ttt_lora_rank
         self.A = nn.ParameterDict({key: torch.zeros(rows, rank, d_in, **like) for key, (d_out, d_in) in shapes.items()})
         self.B = nn.ParameterDict(
@@ -4717,7 +5392,7 @@ class BatchedLoRA(nn.Module):
             p.data = part.unflatten(1, p.shape[1:])
 
     def forward(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        key = f"{site.name}_{max(site.slot, 0)}"
+        key = f"{site.name}_{max(site.execution, 0)}"
         if key not in self.A:
             return y
         a, b = self.A[key].to(x.dtype), self.B[key].to(x.dtype)
@@ -4728,11 +5403,11 @@ def lora_sites(cfg: Config, model: GPT) -> list[tuple[str, int, tuple[int, int]]
     """(site, slot, (out, in)) of every adapter on the model's current route."""
     D, V = cfg.model_dim, cfg.vocab_size
     used, sites = {"k": cfg.ttt_k_lora, "attn": cfg.ttt_o_lora, "mlp": cfg.ttt_mlp_lora}, []
-    for slot, layer in enumerate(model.route.layers):
+    for execution, layer in enumerate(model.route.layers):
         attn = model.blocks[layer].attn
         shapes = {name: tuple(getattr(attn, name).weight.shape) for name in attn.INPUTS}
         shapes |= {"attn": (D, D), "mlp": (D, D)}
-        sites += [(name, slot, shape) for name, shape in shapes.items() if used.get(name, True)]
+        sites += [(name, execution, shape) for name, shape in shapes.items() if used.get(name, True)]
     return [*sites, ("head", 0, (V, D))]
 
 
@@ -4772,7 +5447,11 @@ def chunk_units(cfg: Config, val: ValData, docs: list[tuple[int, int]], batch: l
 
 
 def chunk_unit(
-    val: ValData, docs: list[tuple[int, int]], indices: tuple[int, ...], c: int, sizes: tuple[int, int]
+    val: ValData,
+    docs: list[tuple[int, int]],
+    indices: tuple[int, ...],
+    c: int,
+    sizes: tuple[int, int],
 ) -> Unit:
     """Chunk number c of some documents (start, length), with sizes (chunk, window)."""
     size, window = sizes
@@ -4788,14 +5467,30 @@ def chunk_unit(
         cells.append(np.stack([np.full(count, row), np.arange(offset, offset + count)]))
     rows, cols = np.concatenate(cells, axis=1)
     learn = np.flatnonzero(predictions > (c + 1) * size)
-    return Unit(ids, targets, origin, rows, cols, None, learn, slice(width - size, width), indices, c == 0)
+    return Unit(
+        ids,
+        targets,
+        origin,
+        rows,
+        cols,
+        None,
+        learn,
+        slice(width - size, width),
+        indices,
+        c == 0,
+    )
 
 
 def adapter_adamw(cfg: Config, parameters: Iterable[nn.Parameter], **options: bool) -> torch.optim.Optimizer:
     """The optimiser of adapters."""
     betas = (cfg.ttt_beta1, cfg.ttt_beta2)
     return torch.optim.AdamW(
-        parameters, lr=cfg.ttt_lora_lr, betas=betas, eps=1e-10, weight_decay=cfg.ttt_weight_decay, **options
+        parameters,
+        lr=cfg.ttt_lora_lr,
+        betas=betas,
+        eps=1e-10,
+        weight_decay=cfg.ttt_weight_decay,
+        **options,
     )
 
 
@@ -4836,7 +5531,18 @@ class DocLora:
             ids = rng.integers(0, self.cfg.vocab_size, (rows, width))
             everything = slice(width - self.cfg.ttt_chunk_size, width)
             none = np.empty(0, np.int64)
-            unit = Unit(ids, ids, none, none, none, None, np.arange(rows), everything, tuple(range(rows)), True)
+            unit = Unit(
+                ids,
+                ids,
+                none,
+                none,
+                none,
+                None,
+                np.arange(rows),
+                everything,
+                tuple(range(rows)),
+                True,
+            )
             self.learn(unit, self.score(unit))
         self.forget()
 
@@ -4859,8 +5565,8 @@ class DocLora:
     def losses(self, unit: Unit) -> Tensor:
         """(B, T) nats with the adapters as they are."""
         batch = Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), None)
-        ids, targets, seq = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
-        return self.forward(ids, targets, seq, self.lora, "none")
+        ids, targets, meta = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
+        return self.forward(ids, targets, meta, self.lora, "none")
 
     def score(self, unit: Unit) -> Tensor:
         """(B, T) nats; the graph is kept only when something will be learnt."""
@@ -4900,7 +5606,11 @@ def carried_units(
 ) -> Iterator[Unit]:
     """The next chunk of each row's document, over and over; a row whose document has ended takes the next of the queue,
     and is idle (document -1) once there is none."""
-    size, num_rows, queue = cfg.ttt_chunk_size, min(cfg.ttt_batch_size, len(docs)), (i for b in batches for i in b)
+    size, num_rows, queue = (
+        cfg.ttt_chunk_size,
+        min(cfg.ttt_batch_size, len(docs)),
+        (i for b in batches for i in b),
+    )
     starts, predictions = np.array([d[0] for d in docs]), np.array([d[1] - 1 for d in docs])
     doc, begin, cols = np.full(num_rows, -1), np.zeros(num_rows, np.int64), np.arange(size)
     while True:
@@ -4915,7 +5625,18 @@ def carried_units(
         )
         rows, columns = np.nonzero(inside)
         learn, docs_now = np.flatnonzero(left > size), tuple(doc.tolist())
-        yield Unit(ids, targets, origin, rows, columns, None, learn, slice(0, size), docs_now, begin=begin.copy())
+        yield Unit(
+            ids,
+            targets,
+            origin,
+            rows,
+            columns,
+            None,
+            learn,
+            slice(0, size),
+            docs_now,
+            begin=begin.copy(),
+        )
         begin = begin + size
         doc[left <= size] = -1
 
@@ -4942,13 +5663,23 @@ class CarryLora:
         self.forward = compiled(runtime, model)
         self.on_gpu, self.num_rows = runtime.device.type == "cuda", 0
         widths = (256, 512, 1024, 2048, 4096) if self.on_gpu else range(self.size, self.columns, self.size)
-        self.buckets = [*(w for w in widths if w < self.columns), self.columns]  # few, where each is compiled
+        self.buckets = [
+            *(w for w in widths if w < self.columns),
+            self.columns,
+        ]  # few, where each is compiled
 
     def allocate(self, rows: int) -> None:
         """State of `rows` documents at once, and the programs that work on it."""
         cfg, model, device = self.cfg, self.model, self.runtime.device
         self.num_rows, self.lora = rows, None
-        heads = (len(model.route.layers), 2, rows, self.columns, cfg.num_kv_heads, cfg.model_dim // cfg.num_heads)
+        heads = (
+            len(model.route.layers),
+            2,
+            rows,
+            self.columns,
+            cfg.num_kv_heads,
+            cfg.model_dim // cfg.num_heads,
+        )
         self.cache = torch.zeros(heads, dtype=model.dtype, device=device)
         self.history = torch.zeros(rows, self.columns + self.size, dtype=torch.int64, device=device)
         self.inputs = torch.zeros(rows, 2 + 2 * self.size, dtype=torch.int64, device=device)
@@ -4965,7 +5696,10 @@ class CarryLora:
         self.adapters = self.bound.new_zeros(self.num_rows, sum(p[0].numel() for p in lora.parameters()))
         self.live = self.adapters.to(self.model.dtype)  # what computes: the same tensor unless the dtypes differ
         lora.share(self.live)
-        self.rows, one = [nn.Parameter(row) for row in self.adapters], {"fused": True, "capturable": True}
+        self.rows, one = (
+            [nn.Parameter(row) for row in self.adapters],
+            {"fused": True, "capturable": True},
+        )
         self.optimiser = adapter_adamw(cfg, self.rows, **one if self.on_gpu else {})
 
     @torch.no_grad()
@@ -4980,7 +5714,11 @@ class CarryLora:
     def losses(self, bucket: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """Of what `inputs` holds: (rows, chunk) nats, the keys and values that the slots leave, and their positions."""
         size, device, model = self.size, self.runtime.device, self.model
-        begin, ids, targets = self.inputs[:, :1], self.inputs[:, 2 : 2 + size], self.inputs[:, 2 + size :]
+        begin, ids, targets = (
+            self.inputs[:, :1],
+            self.inputs[:, 2 : 2 + size],
+            self.inputs[:, 2 + size :],
+        )
         chunk, width = torch.arange(size, device=device), self.again + size
         self.history.scatter_(1, (begin + chunk) % self.history.size(1), ids)
         first = (begin - self.again).clamp_min(0)
@@ -4994,9 +5732,9 @@ class CarryLora:
             torch.cat((seen[:, None].expand(rows), own.expand(rows)), dim=2), -math.inf
         )
         cells = begin - first + chunk if self.again else None
-        carry = Carry((first == 0)[:, None], self.cache[:, :, :, :bucket], mask[:, None], cells, [])
-        seq = model.plan_carry(at, self.cfg.ttt_eval_seq_len, carry)
-        return self.forward(self.recall(at), targets, seq, self.lora, "none"), carry.new, at
+        carry = KVCache((first == 0)[:, None], self.cache[:, :, :, :bucket], mask[:, None], cells, [])
+        meta = model.plan_carry(at, self.cfg.ttt_eval_seq_len, carry)
+        return self.forward(self.recall(at), targets, meta, self.lora, "none"), carry.new, at
 
     def recall(self, at: Tensor, rows: Tensor | None = None) -> Tensor:
         """The ids at positions at (rows, T), and the `reach` before them."""
@@ -5029,10 +5767,10 @@ class CarryLora:
             start = np.maximum(begin[rows] - self.ring * self.size, 0)
             index, first = (torch.from_numpy(a).to(self.runtime.device) for a in (rows, start))
             at = first[:, None] + torch.arange(int((begin[rows] - start).max()), device=first.device)
-            carry = Carry((first == 0)[:, None, None], None, None, None, [])
+            carry = KVCache((first == 0)[:, None, None], None, None, None, [])
             self.some.share(self.live[index])
-            seq = self.model.plan_carry(at, self.cfg.ttt_eval_seq_len, carry)
-            self.model.trunk(self.recall(at, index), seq, self.some)
+            meta = self.model.plan_carry(at, self.cfg.ttt_eval_seq_len, carry)
+            self.model.trunk(self.recall(at, index), meta, self.some)
             self.keep(carry.new, at, index)
 
     def captured(self) -> dict[int, tuple[Callable, Callable]]:
@@ -5162,14 +5900,14 @@ class GlobalSgd:
         row = (len(span) - 1) // slices
         for j in range(runtime.rank, slices, runtime.world):
             batch = packed_docs_batch(span[j * row : (j + 1) * row + 1], self.cfg.eval_seq_len)
-            ids, targets, seq = on_device(self.model, batch, runtime, self.cfg.eval_seq_len)
-            (self.model(ids, targets, seq) / slices).backward()
+            ids, targets, meta = on_device(self.model, batch, runtime, self.cfg.eval_seq_len)
+            (self.model(ids, targets, meta) / slices).backward()
         for p in self.model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             runtime.sum_(p.grad)
 
 
-def watched(units: Iterable[Unit], meter: ByteMeter) -> Iterator[Unit]:
+def with_progress(units: Iterable[Unit], meter: ByteMeter) -> Iterator[Unit]:
     """The units, with progress by scored tokens (this rank's, times the ranks)."""
     runtime, total = meter.runtime, len(meter.val.tokens) - 1
     for unit in units:
@@ -5178,12 +5916,15 @@ def watched(units: Iterable[Unit], meter: ByteMeter) -> Iterator[Unit]:
         runtime.log.progress("test-time training, tokens", done, total, meter.started)
 
 
-def taken(cfg: Config, runtime: Runtime, queue_id: str, batches: list[list[int]]) -> Iterator[list[int]]:
+def claim_batches(cfg: Config, runtime: Runtime, queue_id: str, batches: list[list[int]]) -> Iterator[list[int]]:
     """This rank's batches of a queue that the ranks share, each when it is asked for."""
-    for ticket in runtime.take(queue_id, len(batches)):
+    for ticket in runtime.claim_tickets(queue_id, len(batches)):
         if cfg.ttt_order_audit:
             phase = queue_id.rpartition("/")[2]
-            runtime.log(f"order audit: phase {phase} batch {ticket} documents {batches[ticket]}", to_file_only=True)
+            runtime.log(
+                f"order audit: phase {phase} batch {ticket} documents {batches[ticket]}",
+                to_file_only=True,
+            )
         yield batches[ticket]
 
 
@@ -5210,10 +5951,13 @@ def adapt_documents(cfg: Config, runtime: Runtime, model: GPT, val: ValData, bou
     learner, trainer = context.learner(cfg, runtime, model), GlobalSgd(cfg, runtime, model)
     learner.warm_up()
     segments = phase_segments(context.batches(docs, cfg.ttt_batch_size), boundaries)
-    queue_id, meter = f"ttt {runtime.first_says(time.time())}", ByteMeter(val, runtime)  # a queue is used once
+    queue_id, meter = (
+        f"ttt {runtime.broadcast_from_rank0(time.time())}",
+        ByteMeter(val, runtime),
+    )  # a queue is used once
     for number, (batches, learnt) in enumerate(segments):
-        queue = taken(cfg, runtime, f"{queue_id}/{number}", batches)
-        score_first(watched(context.units(cfg, val, docs, queue), meter), learner, meter)
+        queue = claim_batches(cfg, runtime, f"{queue_id}/{number}", batches)
+        score_first(with_progress(context.units(cfg, val, docs, queue), meter), learner, meter)
         if learnt:
             spans = [np.arange(docs[i][0], docs[i][0] + docs[i][1]) for i in learnt]
             meter.ledger.require_anywhere(np.concatenate([span[1:] for span in spans]), runtime)
@@ -5251,11 +5995,11 @@ def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in names.items() if name in chosen}
 
 
-def masters(model: GPT) -> GPT:
+def fp32_copy(model: GPT) -> GPT:
     """A copy with parameters in at least float32, which computes alike and loses no small step."""
     copied = copy.deepcopy(model)
     for p in copied.parameters():
-        p.data = wide(p.data)
+        p.data = at_least_fp32(p.data)
     return copied
 
 
@@ -5266,17 +6010,36 @@ class ChunkSgd:
     buffer, so that one all-reduce makes it the same everywhere. Works on a copy of the model.
     """
 
-    def __init__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData, scorer: type[Frozen]) -> None:
-        self.cfg, self.runtime, self.tokens, self.model = cfg, runtime, val.tokens, masters(model)
+    def __init__(
+        self,
+        cfg: Config,
+        runtime: Runtime,
+        model: GPT,
+        val: ValData,
+        scorer: type[NoAdaptation],
+    ) -> None:
+        self.cfg, self.runtime, self.tokens, self.model = (
+            cfg,
+            runtime,
+            val.tokens,
+            fp32_copy(model),
+        )
         self.num_chunks = -(-(len(val.tokens) - 1) // cfg.ttt_chunk_tokens)
         self.model.requires_grad_(False)
         chosen = trainable(cfg, self.model)
         self.params = list(chosen.values())
-        self.grads = torch.zeros(sum(p.numel() for p in self.params), dtype=self.params[0].dtype, device=runtime.device)
+        self.grads = torch.zeros(
+            sum(p.numel() for p in self.params),
+            dtype=self.params[0].dtype,
+            device=runtime.device,
+        )
         for p, grad in zip(self.params, self.grads.split([p.numel() for p in self.params]), strict=True):
             p.requires_grad_(True).grad = grad.view_as(p)
         slow = {n: p for n, p in chosen.items() if re.search(r"attn\.(A_log|dt_bias|ba\.|taps)", n)}
-        groups = [([p for n, p in chosen.items() if n not in slow], 1.0), (list(slow.values()), cfg.gdn_ttt_lr_mult)]
+        groups = [
+            ([p for n, p in chosen.items() if n not in slow], 1.0),
+            (list(slow.values()), cfg.gdn_ttt_lr_mult),
+        ]
         rated = [{"params": params, "factor": factor} for params, factor in groups if params]
         self.optimiser = torch.optim.SGD(rated, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         self.scorer = scorer(cfg, runtime, self.model)
@@ -5333,7 +6096,7 @@ class ChunkSgd:
         """Nothing: the copy that has learnt is not used again."""
 
 
-class Slot(Frozen):
+class Slot(NoAdaptation):
     """Scores with a shift of the last hidden state that is fitted for each batch (SLOT, sample-specific test-time
     parameters, Hu et al. 2025), by AdamW on the loss of the unit's fit cells, from zero.
 
@@ -5343,18 +6106,22 @@ class Slot(Frozen):
 
     def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
         super().__init__(cfg, runtime, model)
-        self.lr, self.steps, self.trunk = cfg.slot_lr, cfg.slot_steps, compiled(runtime, model.trunk)
+        self.lr, self.steps, self.trunk = (
+            cfg.slot_lr,
+            cfg.slot_steps,
+            compiled(runtime, model.trunk),
+        )
 
     @torch.no_grad()
     def score(self, unit: Unit) -> Tensor:
         """(B, T) nats of the scored cells."""
-        ids, targets, seq = self.inputs(unit)
-        h, y, head = self.trunk(ids, seq).flatten(0, 1), targets.flatten(), self.model.tok_emb
+        ids, targets, meta = self.inputs(unit)
+        h, y, head = self.trunk(ids, meta).flatten(0, 1), targets.flatten(), self.model.tok_emb
         cells, fit = (torch.from_numpy(a).to(ids.device) for a in (unit.cells[: len(unit.rows)], unit.fit))
-        z = wide(head(h[cells]))
+        z = at_least_fp32(head(h[cells]))
         if len(fit):
             z += head.weight @ self.fitted_shift(head(h[fit]), y[fit])
-        return spread(unit, self.model.cross_entropy(z, y[cells], self.model.softcap))
+        return scatter_losses(unit, self.model.cross_entropy(z, y[cells], self.model.softcap))
 
     @torch.enable_grad()
     def fitted_shift(self, z: Tensor, targets: Tensor) -> Tensor:
@@ -5363,7 +6130,7 @@ class Slot(Frozen):
         shift = torch.zeros(head.size(1), dtype=head.dtype, device=head.device, requires_grad=True)
         optimiser = torch.optim.AdamW([shift], lr=self.lr, eps=1e-5, weight_decay=1e-8)
         for _ in range(self.steps):
-            loss = self.model.cross_entropy(wide(z) + head @ shift, targets, self.model.softcap).mean()
+            loss = self.model.cross_entropy(at_least_fp32(z) + head @ shift, targets, self.model.softcap).mean()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -5419,7 +6186,12 @@ def slot_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[],
 
 
 def adapt_chunks(
-    cfg: Config, runtime: Runtime, model: GPT, val: ValData, units: Callable, scorer: type[Frozen]
+    cfg: Config,
+    runtime: Runtime,
+    model: GPT,
+    val: ValData,
+    units: Callable,
+    scorer: type[NoAdaptation],
 ) -> Score:
     """Score sliding windows chunk by chunk, with SGD on each chunk once it is scored. The model is left as it was."""
     learner, made = ChunkSgd(cfg, runtime, model, val, scorer), units(cfg, runtime, val)
@@ -5429,13 +6201,13 @@ def adapt_chunks(
     )
     learner.warm_up()
     meter = ByteMeter(val, runtime, cfg.allow_noncausal)
-    score_first(announced(made, "chunk SGD, batches and chunks", runtime.log), learner, meter)
+    score_first(build_each(made, "chunk SGD, batches and chunks", runtime.log), learner, meter)
     return meter.close()
 
 
 def evaluate_chunk_sgd(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
     """Score of sliding windows with SGD on each scored chunk (see ChunkSgd)."""
-    return adapt_chunks(cfg, runtime, model, val, chunk_sgd_units, Frozen)
+    return adapt_chunks(cfg, runtime, model, val, chunk_sgd_units, NoAdaptation)
 
 
 def evaluate_slot(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
@@ -5454,7 +6226,7 @@ EVALS: dict[str, Callable[[Config, Runtime, GPT, ValData], Score]] = {
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 13 MAIN                                                                                                            |
+# | 14 MAIN                                                                                                            |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -5492,7 +6264,11 @@ class Run:
             self.log(
                 f"WARNING: the {stage} score is not legal: it was fitted on targets that it scores (SLOT_CAUSAL=0)"
             )
-        self.result["stages"][stage] = {"val_loss": score.val_loss, "val_bpb": score.val_bpb, "seconds": score.seconds}
+        self.result["stages"][stage] = {
+            "val_loss": score.val_loss,
+            "val_bpb": score.val_bpb,
+            "seconds": score.seconds,
+        }
         self.result |= {
             "val_loss": score.val_loss,
             "val_bpb": score.val_bpb,
@@ -5538,7 +6314,10 @@ class Run:
                 "the trained weights are not all finite; earlier files are untouched. Lower MATRIX_LR, "
                 "TIED_EMBED_LR or SCALAR_LR"
             )
-        self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
+        self.save(
+            "model.pt",
+            {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps},
+        )
         schemes = [SCHEMES[name] for name in (cfg.matrix_quant, cfg.embed_quant)]
         hessians = collect_hessians(cfg, runtime, model) if any(scheme.hessian for scheme in schemes) else {}
         hessians |= {COUNTS: token_counts(cfg, runtime)} if any(scheme.counts for scheme in schemes) else {}
@@ -5551,7 +6330,11 @@ class Run:
                 f"WARNING: training with calibration took {seconds:.2f} s, over MAX_WALLCLOCK_SECONDS="
                 f"{cfg.max_wallclock_seconds:g}; raise GPTQ_RESERVE_SECONDS"
             )
-        self.result |= {"train_seconds": seconds, "train_steps": report.steps, "train_loss": report.loss}
+        self.result |= {
+            "train_seconds": seconds,
+            "train_steps": report.steps,
+            "train_loss": report.loss,
+        }
         if runtime.device.type == "cuda":
             self.result["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
         self.record("pre_quant", evaluate_plain(cfg, runtime, model, self.val))
@@ -5579,11 +6362,17 @@ class Run:
         )
         self.result = {k: v for k, v in self.result.items() if not k.startswith("artifact")}  # an older pack's
         self.result |= {"bytes_code": code, "bytes_model": size, "bytes_total": code + size}
-        self.record("quantized", evaluate_plain(cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val))
+        self.record(
+            "quantized",
+            evaluate_plain(cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val),
+        )
 
     def report_errors(self, state: dict[str, Tensor], hessians: dict[str, Tensor], parts: dict[str, Parts]) -> None:
         """What quantisation costs and loses: by class into the log, by tensor into quant_report.tsv."""
-        started, reports = time.perf_counter(), tensor_reports(self.runtime, state, hessians, parts)
+        started, reports = (
+            time.perf_counter(),
+            tensor_reports(self.runtime, state, hessians, parts),
+        )
         atomic_write(self.folder / "quant_report.tsv", report_table(reports).encode())
         lines = error_report(self.cfg, reports, parts)
         if self.cfg.quant_report:
@@ -5591,7 +6380,15 @@ class Run:
                 "other quantisers, at the bytes of their order-0 entropy:",
                 *probe_report(self.cfg, state, hessians),
             ]
-        self.log("\n".join(["quantisation plan:", *lines, f"  report in {time.perf_counter() - started:.1f} s"]))
+        self.log(
+            "\n".join(
+                [
+                    "quantisation plan:",
+                    *lines,
+                    f"  report in {time.perf_counter() - started:.1f} s",
+                ]
+            )
+        )
 
     def from_artifact(self, path: Path) -> GPT:
         """A model with an artifact's weights."""
@@ -5604,7 +6401,7 @@ class Run:
         started = time.perf_counter()
         path = Path(self.cfg.model_path) if self.cfg.model_path else self.folder / "model.bin"
         score = EVALS[self.cfg.eval](self.cfg, self.runtime, self.from_artifact(path), self.val)
-        self.result["eval_seconds"] = self.runtime.first_says(time.perf_counter() - started)
+        self.result["eval_seconds"] = self.runtime.broadcast_from_rank0(time.perf_counter() - started)
         self.record("final", score)
 
 
@@ -5615,7 +6412,10 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
     lines += [f"  {name}={format_knob(values[name])}  ({source})" for name, source in sorted(origin.items())]
     with torch.device("meta"):
         model = GPT(cfg)
-    lines += [f"parameters {count_parameters(cfg)}", f"route, looping off: {model.routes[False]}"]
+    lines += [
+        f"parameters {count_parameters(cfg)}",
+        f"route, looping off: {model.routes[False]}",
+    ]
     lines += [f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}"] * loops(cfg)
     lines.append("optimisers:")
     for row, params in route_parameters(model):

@@ -67,10 +67,14 @@ SHARD_SETS: dict[str, ShardSet] = {
     "sp1024": ShardSet("willdepueoai/parameter-golf", "fineweb10B_sp1024", "fineweb_1024_bpe", 1024, 62_021_632),
     "sp8192": ShardSet("kevclark/parameter-golf", "fineweb10B_sp8192", "fineweb_8192_bpe", 8192, 40_540_160),
     "caseops": ShardSet(
-        "romeerp/parameter-golf-caseops-v1", "[^/]*caseops[^/]*", "fineweb_8192_bpe[^/]*caseops[^/]*", 8192,
-        targets=47_851_520, target_bytes=151_074_499,
+        "romeerp/parameter-golf-caseops-v1",
+        "[^/]*caseops[^/]*",
+        "fineweb_8192_bpe[^/]*caseops[^/]*",
+        8192,
+        targets=47_851_520,
+        target_bytes=151_074_499,
     ),
-}  # fmt: skip
+}
 
 
 class Remote(NamedTuple):
@@ -258,7 +262,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         "download.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )  # fmt: skip
+    )
     parser.add_argument("set", choices=sorted(SHARD_SETS), help="which set")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for all files")
     parser.add_argument("--train-shards", type=int, default=80, help="training shards (default %(default)s)")

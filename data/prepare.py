@@ -1269,9 +1269,10 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens per shard (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier preparation in DIR first")
     parser.add_argument(
-        "--caseops", action="store_true",
+        "--caseops",
+        action="store_true",
         help="rewrite capitals as operators before tokenising, and write a byte sidecar for validation",
-    )  # fmt: skip
+    )
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -1287,25 +1288,35 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("prepare.py", description=__doc__, formatter_class=formatter)
     add_common(parser)
     parser.add_argument(
-        "--docs", type=Path, nargs="+", required=True, metavar="FILE_OR_DIR",
+        "--docs",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE_OR_DIR",
         help=f"documents: {', '.join('.' + kind for kind in KINDS)} (.txt: a file is a document), or directories",
-    )  # fmt: skip
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to use")
     which.add_argument("--vocab-size", type=int, default=0, metavar="N", help="train a BPE tokenizer of N pieces")
     parser.add_argument(
-        "--val-docs", type=int, default=50_000,
+        "--val-docs",
+        type=int,
+        default=50_000,
         help="the first N documents are the validation split (default %(default)s, as published)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--tokenizer-sample-mb", type=float, default=64.0, metavar="MB",
+        "--tokenizer-sample-mb",
+        type=float,
+        default=64.0,
+        metavar="MB",
         help="at most so much training text for the tokenizer (default %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--text-key", default="text", help="key or column of the text (default %(default)s)")
     parser.add_argument(
-        "--drop-overlap", action="store_true",
+        "--drop-overlap",
+        action="store_true",
         help="drop training documents that validation holds too, instead of refusing them",
-    )  # fmt: skip
+    )
     return parser.parse_args(argv)
 
 
@@ -1338,10 +1349,18 @@ def main(argv: list[str]) -> int:
             write_sample(args.out / SAMPLE_NAME)
             args.docs = [args.out / SAMPLE_NAME]
         options = Options(
-            docs=tuple(args.docs), out=args.out, tokenizer=args.tokenizer, vocab_size=args.vocab_size,
-            val_docs=args.val_docs, shard_tokens=args.shard_tokens, sample_mb=args.tokenizer_sample_mb,
-            text_key=args.text_key, drop_overlap=args.drop_overlap, jobs=args.jobs, overwrite=args.overwrite,
-        )  # fmt: skip
+            docs=tuple(args.docs),
+            out=args.out,
+            tokenizer=args.tokenizer,
+            vocab_size=args.vocab_size,
+            val_docs=args.val_docs,
+            shard_tokens=args.shard_tokens,
+            sample_mb=args.tokenizer_sample_mb,
+            text_key=args.text_key,
+            drop_overlap=args.drop_overlap,
+            jobs=args.jobs,
+            overwrite=args.overwrite,
+        )
         report(prepare(options, CaseOps() if args.caseops else None))
     except (PrepareError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

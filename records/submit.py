@@ -63,8 +63,20 @@ class SeedRun:
 def knobs_of_log(text: str) -> dict[str, str]:
     """Non-default knobs that a log's head names, without those that say where it ran."""
     block = text.rpartition("knobs that are not default:")[2].split("\nparameters")[0]
-    local = {"RUN_ID", "ARTIFACT_DIR", "STAGES", "MODEL_PATH", "DEVICE", "ATTENTION", "FUSED_CE_ENABLED",
-             "FUSED_MLP_ENABLED", "COMPUTE_DTYPE", "COMPILE", "DATA_PATH", "TOKENIZER_PATH"}  # fmt: skip
+    local = {
+        "RUN_ID",
+        "ARTIFACT_DIR",
+        "STAGES",
+        "MODEL_PATH",
+        "DEVICE",
+        "ATTENTION",
+        "FUSED_CE_ENABLED",
+        "FUSED_MLP_ENABLED",
+        "COMPUTE_DTYPE",
+        "COMPILE",
+        "DATA_PATH",
+        "TOKENIZER_PATH",
+    }
     found = dict(re.findall(r"^  ([A-Z0-9_]+)=(.*?)  \(", block, re.MULTILINE))
     return {k: v for k, v in found.items() if k not in local}
 
@@ -169,9 +181,11 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> dict[str
             continue
         x, y = list(a.values()), list(b.values())
         found |= {
-            f"delta_{unit}": float(np.mean(x) - np.mean(y)), f"welch_p_{unit}": welch(x, y),
-            f"paired_p_{unit}": paired(a, b), f"their_seeds_{unit}": len(y),
-        }  # fmt: skip
+            f"delta_{unit}": float(np.mean(x) - np.mean(y)),
+            f"welch_p_{unit}": welch(x, y),
+            f"paired_p_{unit}": paired(a, b),
+            f"their_seeds_{unit}": len(y),
+        }
         if unit == "nats_per_token":
             found["welch_p_margin"] = welch(x, y, MARGIN_NATS)
     if found["delta_bpb"] is None:
@@ -193,13 +207,18 @@ def seed_row(result: dict[str, Any]) -> dict[str, Any]:
     """One seed's line of submission.json."""
     stages, seconds, steps = result["stages"], result.get("train_seconds"), result.get("train_steps")
     return {
-        "val_loss": result["val_loss"], "val_bpb": result["val_bpb"], "artifact_bytes": result.get("bytes_total"),
-        "steps": steps, "step_avg_ms": 1e3 * seconds / steps if seconds and steps else None,
-        "train_wallclock_ms": 1e3 * seconds if seconds is not None else None, "eval_time_s": result.get("eval_seconds"),
-        "val_tokens": result.get("tokens_scored"), "target_bytes": result.get("bytes_scored"),
+        "val_loss": result["val_loss"],
+        "val_bpb": result["val_bpb"],
+        "artifact_bytes": result.get("bytes_total"),
+        "steps": steps,
+        "step_avg_ms": 1e3 * seconds / steps if seconds and steps else None,
+        "train_wallclock_ms": 1e3 * seconds if seconds is not None else None,
+        "eval_time_s": result.get("eval_seconds"),
+        "val_tokens": result.get("tokens_scored"),
+        "target_bytes": result.get("bytes_scored"),
         "pre_quant_val_bpb": stages.get("pre_quant", {}).get("val_bpb"),
         "quantized_val_bpb": stages.get("quantized", {}).get("val_bpb"),
-    }  # fmt: skip
+    }
 
 
 def compliance(runs: list[SeedRun], rows: dict[str, dict[str, Any]]) -> dict[str, bool | None]:
@@ -239,17 +258,28 @@ def build_submission(old: dict[str, Any], runs: list[SeedRun], given: dict[str, 
     sizes = column("artifact_bytes")
     code = [run.result["bytes_code"] for run in runs if run.result.get("bytes_code") is not None]
     new = {
-        **given, "val_loss": mean("val_loss"), "val_bpb": mean("val_bpb"), "val_loss_std": spread(column("val_loss")),
-        "val_bpb_std": spread(column("val_bpb")), "std_type": "sample", "seeds": [int(s) for s in rows],
-        "seed_results": rows, "artifact_bytes_mean": mean("artifact_bytes"),
-        "artifact_bytes_max": max(sizes) if sizes else None, "bytes_total": max(sizes) if sizes else None,
-        "bytes_code": max(code) if code else None, "train_steps_mean": mean("steps"),
+        **given,
+        "val_loss": mean("val_loss"),
+        "val_bpb": mean("val_bpb"),
+        "val_loss_std": spread(column("val_loss")),
+        "val_bpb_std": spread(column("val_bpb")),
+        "std_type": "sample",
+        "seeds": [int(s) for s in rows],
+        "seed_results": rows,
+        "artifact_bytes_mean": mean("artifact_bytes"),
+        "artifact_bytes_max": max(sizes) if sizes else None,
+        "bytes_total": max(sizes) if sizes else None,
+        "bytes_code": max(code) if code else None,
+        "train_steps_mean": mean("steps"),
         "train_wallclock_ms_mean": mean("train_wallclock_ms"),
         "train_wallclock_ms_max": max(column("train_wallclock_ms"), default=None),
-        "eval_time_s_mean": mean("eval_time_s"), "eval_time_s_max": max(column("eval_time_s"), default=None),
-        **versions_of(runs[0].machine), "source_sha256": runs[0].result.get("source_sha256"),
-        "compliance": compliance(runs, rows), "logs": {str(run.seed): run.name for run in runs},
-    }  # fmt: skip
+        "eval_time_s_mean": mean("eval_time_s"),
+        "eval_time_s_max": max(column("eval_time_s"), default=None),
+        **versions_of(runs[0].machine),
+        "source_sha256": runs[0].result.get("source_sha256"),
+        "compliance": compliance(runs, rows),
+        "logs": {str(run.seed): run.name for run in runs},
+    }
     return {k: v for k, v in old.items() if k != "comparison"} | new
 
 
@@ -264,24 +294,32 @@ def results_table(submission: dict[str, Any]) -> str:
     for seed, row in submission["seed_results"].items():
         seconds = None if row["train_wallclock_ms"] is None else row["train_wallclock_ms"] / 1e3
         scores = [number(row[key]) for key in ("val_bpb", "val_loss", "pre_quant_val_bpb")]
-        cells = (*scores, number(row["steps"], 0), number(seconds, 1), number(row["eval_time_s"], 1),
-                 number(row["artifact_bytes"], 0))  # fmt: skip
+        cells = (
+            *scores,
+            number(row["steps"], 0),
+            number(seconds, 1),
+            number(row["eval_time_s"], 1),
+            number(row["artifact_bytes"], 0),
+        )
         lines.append(f"| {seed} | " + " | ".join(cells) + " |")
-    lines.append(f"| **mean** | **{number(submission['val_bpb'])}** | **{number(submission['val_loss'])}** | | "
-                 f"{number(submission['train_steps_mean'], 0)} | | {number(submission['eval_time_s_mean'], 1)} | "
-                 f"{number(submission['bytes_total'], 0)} max |")  # fmt: skip
+    lines.append(
+        f"| **mean** | **{number(submission['val_bpb'])}** | **{number(submission['val_loss'])}** | | "
+        f"{number(submission['train_steps_mean'], 0)} | | {number(submission['eval_time_s_mean'], 1)} | "
+        f"{number(submission['bytes_total'], 0)} max |"
+    )
     deviations = f"{number(submission['val_bpb_std'])} | {number(submission['val_loss_std'])}"
     lines.append(f"| sample std | {deviations} | | | | | |")
     found = submission.get("comparison")
     if found:
         word = {True: "yes", False: "no", None: "cannot be said"}
         lines += [
-            "", f"Against {found['against']}: {number(found['delta_bpb'])} bits per byte, "
+            "",
+            f"Against {found['against']}: {number(found['delta_bpb'])} bits per byte, "
             f"{number(found['delta_nats_per_token'])} nats per token; Welch p = {number(found['welch_p_bpb'], 4)} and "
             f"{number(found['welch_p_nats_per_token'], 4)}, paired p = {number(found['paired_p_bpb'], 4)} over "
             f"{len(found['common_seeds'])} common seeds. 0.005 nats better at p < 0.01: {word[found['readme_rule']]}. "
             f"Progression at p < 0.25: {word[found['progression']]}.",
-        ]  # fmt: skip
+        ]
     return "\n".join(lines)
 
 
@@ -357,8 +395,13 @@ def submit(args: argparse.Namespace) -> None:
     replace_file(readme, text.encode())
     draw(submission, theirs, record / "seeds.png")
     print(block)
-    print("SUBMIT " + json.dumps({k: submission[k] for k in ("val_bpb", "val_bpb_std", "val_loss", "bytes_total")}
-                                 | {"comparison": submission.get("comparison")}))  # fmt: skip
+    print(
+        "SUBMIT "
+        + json.dumps(
+            {k: submission[k] for k in ("val_bpb", "val_bpb_std", "val_loss", "bytes_total")}
+            | {"comparison": submission.get("comparison")}
+        )
+    )
 
 
 # +---------------------------------------------------------------------------+
@@ -386,9 +429,15 @@ def leaderboard_row(record: Path, records: Path) -> tuple[float, str]:
     if ours is not None and found.get("val_bpb_std") is not None:
         here += f" ± {found['val_bpb_std']:.5f} ({len(found.get('seeds', []))} seeds)"
     train = found.get("train_wallclock_ms_mean")
-    cells = (f"[{found.get('name') or record.name}]({record.relative_to(records).as_posix()})", number(published), here,
-             number(found.get("bytes_total"), 0), number(None if train is None else train / 1e3, 1),
-             number(found.get("eval_time_s_mean"), 1), legality_of(record))  # fmt: skip
+    cells = (
+        f"[{found.get('name') or record.name}]({record.relative_to(records).as_posix()})",
+        number(published),
+        here,
+        number(found.get("bytes_total"), 0),
+        number(None if train is None else train / 1e3, 1),
+        number(found.get("eval_time_s_mean"), 1),
+        legality_of(record),
+    )
     best = min((x for x in (published, ours) if x is not None), default=math.inf)
     return best, "| " + " | ".join(cells) + " |"
 
@@ -396,11 +445,14 @@ def leaderboard_row(record: Path, records: Path) -> tuple[float, str]:
 def leaderboard(records: Path) -> str:
     """records/README.md: every record of every track, the best score first."""
     lines = [
-        "# Records", "", "Written by `python records/submit.py --leaderboard`; do not edit. \"Published\" is the score",
-        "of the system that a record follows, \"here\" is what was run with this code, \"legality\" is the word of",
+        "# Records",
+        "",
+        'Written by `python records/submit.py --leaderboard`; do not edit. "Published" is the score',
+        'of the system that a record follows, "here" is what was run with this code, "legality" is the word of',
         "`python records/verify.py` (verdict.json in the record's folder; toy size: the record's own knobs and program",
-        "on a small model).", "",
-    ]  # fmt: skip
+        "on a small model).",
+        "",
+    ]
     for track in sorted(p for p in records.glob("track_*") if p.is_dir()):
         rows = sorted(leaderboard_row(path.parent, records) for path in track.glob("*/record.env"))
         head = "| record | published val_bpb | here | bytes | train s | eval s | legality |"

@@ -285,8 +285,9 @@ def one_token(bench: Bench, evaluate: Callable, base: Tape, probed: Tape, label:
         must[t] = False
         yield compare(f"C1 token ({label})", base, other, must, f"token {t} changed")
         told, found = probed.foretold.get(t, math.nan), float(other.nll[t])
-        yield verdict_of(f"C2 own target ({label})", told == found,
-                         f"position {t}: foretold {told:.6f}, scored {found:.6f} nats")  # fmt: skip
+        yield verdict_of(
+            f"C2 own target ({label})", told == found, f"position {t}: foretold {told:.6f}, scored {found:.6f} nats"
+        )
 
 
 def permuted_future(bench: Bench, evaluate: Callable, base: Tape, label: str) -> Check:
@@ -377,8 +378,9 @@ def sum_check(tape: Tape, alphabet: int, label: str) -> Check:
         return Check(name, UNKNOWN, "the evaluator does not score through the program's one loop")
     sums = np.concatenate(tape.sums)
     worst = float(np.abs(sums - 1).max())
-    return verdict_of(name, worst <= SUM_TOLERANCE,
-                      f"{len(sums)} positions, {alphabet:,} ids each: off by at most {worst:.1e}")  # fmt: skip
+    return verdict_of(
+        name, worst <= SUM_TOLERANCE, f"{len(sums)} positions, {alphabet:,} ids each: off by at most {worst:.1e}"
+    )
 
 
 def examine(
@@ -444,8 +446,13 @@ CHUNKS_NEEDED = {"chunk_sgd": 2, "slot": 2}
 def legality(subject: Subject, val: Any, probes: int) -> list[Check]:
     """C1 to C4 of the final evaluator and of the packed forward that training and the earlier stages use."""
     bench = Bench(subject, val)
-    checks = examine(bench, bench.final, f"EVAL={subject.cfg.eval}", probes,
-                     NOT_APART.get(subject.cfg.eval, across_documents)(subject))  # fmt: skip
+    checks = examine(
+        bench,
+        bench.final,
+        f"EVAL={subject.cfg.eval}",
+        probes,
+        NOT_APART.get(subject.cfg.eval, across_documents)(subject),
+    )
     if bench.packed not in (None, bench.final):
         checks += examine(bench, bench.packed, "packed forward", 1, across_documents(subject), sums=False)
     return checks
@@ -482,10 +489,12 @@ def read_pieces(processor: spm.SentencePieceProcessor) -> Pieces:
         for t, b in zip(bare, is_byte, strict=True)
     ]
     return Pieces(
-        np.array(own), np.array([t.startswith(" ") for t in bare]), np.array([not t for t in texts]),
+        np.array(own),
+        np.array([t.startswith(" ") for t in bare]),
+        np.array([not t for t in texts]),
         np.array([bool(t) and caseops and not b for t, b in zip(texts, bare, strict=True)]),
         np.array([caseops and t.endswith(ESC) for t in texts]),
-    )  # fmt: skip
+    )
 
 
 def own_bytes(pieces: Pieces, ids: np.ndarray) -> np.ndarray:
@@ -517,8 +526,13 @@ def byte_checks(subject: Subject, val: Any) -> list[Check]:
     tokenizer = subject.program.find_tokenizer(subject.cfg)
     total, targets = int(val.bytes[1:].sum()), len(val.tokens) - 1
     known = CANONICAL.get((total, targets)) or CANONICAL.get((total, 0))
-    checks = [verdict_of("bytes total", total not in INVALID_TOTALS,
-                         f"{total:,} bytes for {targets:,} targets: {known or 'no canonical total'}")]  # fmt: skip
+    checks = [
+        verdict_of(
+            "bytes total",
+            total not in INVALID_TOTALS,
+            f"{total:,} bytes for {targets:,} targets: {known or 'no canonical total'}",
+        )
+    ]
     if tokenizer is None:
         return [*checks, Check("bytes per word", UNKNOWN, "no tokenizer: the sidecar cannot be checked")]
     processor = spm.SentencePieceProcessor(model_file=str(tokenizer))
@@ -543,8 +557,14 @@ def byte_checks(subject: Subject, val: Any) -> list[Check]:
     checks.append(verdict_of("bytes per word", good, detail))
     text, broken = decoded_bytes(processor, ids, subject.program.BOS_ID)
     good = abs(int(counted.sum()) - text) <= (SIDECAR_SLACK * text if sidecar else 0)
-    checks.append(verdict_of("bytes of the decoded text", good, f"counted {int(counted.sum()):,}, decoded {text:,}"
-                             + (f", {broken} documents do not decode" if broken else "")))  # fmt: skip
+    checks.append(
+        verdict_of(
+            "bytes of the decoded text",
+            good,
+            f"counted {int(counted.sum()):,}, decoded {text:,}"
+            + (f", {broken} documents do not decode" if broken else ""),
+        )
+    )
     return checks
 
 
@@ -651,18 +671,26 @@ class Claim(NamedTuple):
 
 
 CLAIMS = (
-    Claim(r"BOS[- ](?:fix|mask)|mask\w* at document starts|with the document mask",
-          lambda c, m: "smear" not in c.embed_extras or c.smear_bos_mask, "SMEAR_BOS_MASK=0"),
-    Claim(r"adapters? per document \(rank (\d+)", lambda c, m: c.ttt_lora_rank == int(m[1]),
-          "TTT_LORA_RANK={c.ttt_lora_rank}"),
+    Claim(
+        r"BOS[- ](?:fix|mask)|mask\w* at document starts|with the document mask",
+        lambda c, m: "smear" not in c.embed_extras or c.smear_bos_mask,
+        "SMEAR_BOS_MASK=0",
+    ),
+    Claim(
+        r"adapters? per document \(rank (\d+)",
+        lambda c, m: c.ttt_lora_rank == int(m[1]),
+        "TTT_LORA_RANK={c.ttt_lora_rank}",
+    ),
     Claim(r"int(\d) matrices", lambda c, m: c.matrix_bits == int(m[1]), "MATRIX_BITS={c.matrix_bits}"),
     Claim(r"int(\d) embedding", lambda c, m: c.embed_bits == int(m[1]), "EMBED_BITS={c.embed_bits}"),
     Claim(r"per-group lrzip", lambda c, m: c.compressor == "pergroup", "COMPRESSOR={c.compressor}"),
-    Claim(r"nothing carried from one\s+document to another",
-          lambda c, m: {"doc_lora": not c.ttt_warm_start_a}.get(c.eval, False),
-          "EVAL={c.eval}, TTT_WARM_START_A={c.ttt_warm_start_a:d}"),
+    Claim(
+        r"nothing carried from one\s+document to another",
+        lambda c, m: {"doc_lora": not c.ttt_warm_start_a}.get(c.eval, False),
+        "EVAL={c.eval}, TTT_WARM_START_A={c.ttt_warm_start_a:d}",
+    ),
     Claim(r"A warm-started", lambda c, m: c.ttt_warm_start_a, "TTT_WARM_START_A=0"),
-)  # fmt: skip
+)
 COMPLIANCE: dict[str, Callable[[Subject, Any], bool]] = {
     "artifact_under_16mb": lambda s, c: sum(f.stat().st_size for f in s.files) <= CAP_BYTES,
     "train_under_600s_strict": lambda s, c: s.result.get("train_seconds", 0) <= BUDGET_SECONDS,
@@ -719,8 +747,13 @@ def seed_checks(submission: dict[str, Any]) -> list[Check]:
     good = math.isclose(mean, submission.get("val_bpb") or 0, abs_tol=5e-6)
     listed = sorted(map(str, submission.get("seeds", []))) == sorted(seeds)
     largest = max(row.get("artifact_bytes") or 0 for row in seeds.values())
-    checks = [verdict_of("claims of the score", good and listed,
-                         f"val_bpb {submission.get('val_bpb')}, mean of {len(scores)} seeds {mean:.8f}")]  # fmt: skip
+    checks = [
+        verdict_of(
+            "claims of the score",
+            good and listed,
+            f"val_bpb {submission.get('val_bpb')}, mean of {len(scores)} seeds {mean:.8f}",
+        )
+    ]
     if largest:
         good = largest == submission.get("bytes_total") and largest <= CAP_BYTES
         detail = f"bytes_total {submission.get('bytes_total')}, largest seed {largest}"
@@ -857,8 +890,20 @@ def open_run(folder: Path, source: Path, room: Path, given: Path | None) -> Subj
     if result.get("source_sha256") != hashlib.sha256(source.read_bytes()).hexdigest():
         notes.append(f"{source.name} has changed since this run")
     log = (folder / "log.txt").read_text(encoding="utf-8") if (folder / "log.txt").is_file() else ""
-    subject = Subject("run", folder.name, program, source, None, folder / "model.bin", folder, result, files,
-                      data_of(given, log), "full", notes)  # fmt: skip
+    subject = Subject(
+        "run",
+        folder.name,
+        program,
+        source,
+        None,
+        folder / "model.bin",
+        folder,
+        result,
+        files,
+        data_of(given, log),
+        "full",
+        notes,
+    )
     return with_data(subject, values, room)
 
 
@@ -874,8 +919,18 @@ def open_artifact(path: Path, room: Path, given: Path | None) -> Subject:
     if parts.tokenizer:
         values["TOKENIZER_PATH"] = str(room / "tokenizer.model")
     files = pack_artifact.artifact_files(path)
-    subject = Subject("artifact", path.name, program, room / "train_gpt.py", None, room / "model.bin", None, {}, files,
-                      data_of(given, ""))  # fmt: skip
+    subject = Subject(
+        "artifact",
+        path.name,
+        program,
+        room / "train_gpt.py",
+        None,
+        room / "model.bin",
+        None,
+        {},
+        files,
+        data_of(given, ""),
+    )
     return with_data(subject, values, room)
 
 
@@ -925,11 +980,15 @@ def summary(subject: Subject, checks: list[Check]) -> dict[str, Any]:
     legal = False if FAIL in states else (None if UNKNOWN in states else True)
     record = subject.folder / "record.env" if subject.folder else None
     return {
-        "target": subject.name, "kind": subject.kind, "scale": subject.scale, "legal": legal,
+        "target": subject.name,
+        "kind": subject.kind,
+        "scale": subject.scale,
+        "legal": legal,
         "counts": {s: states.count(s) for s in (PASS, FAIL, UNKNOWN, NOT_ASKED)},
         "record_sha256": hashlib.sha256(record.read_bytes()).hexdigest() if record and record.is_file() else None,
-        "notes": subject.notes, "checks": [c._asdict() for c in checks],
-    }  # fmt: skip
+        "notes": subject.notes,
+        "checks": [c._asdict() for c in checks],
+    }
 
 
 def print_verdict(verdict: dict[str, Any]) -> None:
@@ -952,8 +1011,13 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="judge every record of every track, writing verdict.json")
     parser.add_argument("--data", type=Path, metavar="DATA_PATH", help="shards (default: DATA_PATH, or the log's)")
     parser.add_argument("--source", type=Path, default=ROOT / "train_gpt.py", help="program (default: the one here)")
-    parser.add_argument("--documents", type=int, default=12, metavar="N",
-                        help="documents of the stream for C1 to C4; 0: all (default %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=12,
+        metavar="N",
+        help="documents of the stream for C1 to C4; 0: all (default %(default)s)",
+    )
     parser.add_argument("--probes", type=int, default=3, metavar="N", help="changed tokens (default %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the verdict there too (records: verdict.json)")
     return parser

@@ -20,11 +20,19 @@ GOLDEN = json.loads((Path(__file__).resolve().parent / "golden" / "gdn_model.jso
 DELTA = {"qkv.weight": "qkv_proj.weight", "ba.weight": "ba_proj.weight", "z.weight": "z_proj.weight"}
 DELTA |= {"o.weight": "o_proj.weight", "taps": "conv1d.weight"}  # our name in a delta net -> the published one
 FILLS = (  # ends of published names -> class of amplitude, base (or what names it); the first that fits counts
-    ("tok_emb.weight", "tok_emb", 0.0), ("attn_scale", "scale", 1.0), ("mlp_scale", "scale", 1.0),
-    ("skip_weights", "scale", 1.0), ("q_gain", "scale", "qk_gain_init"), ("resid_mix", "scale", 0.0),
-    ("skip_gates", "gate", 0.0), ("k_sink", "gate", 0.0), ("conv1d.weight", "conv", 0.0), ("A_log", "A_log", "A_log"),
-    ("dt_bias", "dt_bias", "dt_bias"), ("weight", "matrix", 0.0),
-)  # fmt: skip
+    ("tok_emb.weight", "tok_emb", 0.0),
+    ("attn_scale", "scale", 1.0),
+    ("mlp_scale", "scale", 1.0),
+    ("skip_weights", "scale", 1.0),
+    ("q_gain", "scale", "qk_gain_init"),
+    ("resid_mix", "scale", 0.0),
+    ("skip_gates", "gate", 0.0),
+    ("k_sink", "gate", 0.0),
+    ("conv1d.weight", "conv", 0.0),
+    ("A_log", "A_log", "A_log"),
+    ("dt_bias", "dt_bias", "dt_bias"),
+    ("weight", "matrix", 0.0),
+)
 
 
 def published_name(name: str, letters: str) -> str:
@@ -70,15 +78,25 @@ def model_config(config: dict[str, Any], **knobs: Any) -> train_gpt.Config:
     same = "mlp_mult num_loops loop_start loop_end rope_dims rope_base xsa_last_n skip_gates_enabled logit_softcap"
     return train_gpt.Config(
         **{
-            "vocab_size": config["V"], "model_dim": config["D"], "num_heads": config["H"], "num_kv_heads": config["K"],
-            "num_layers": layers, "mixers": f"G*{first} A*{last - first + 1} G*{layers - 1 - last}",
-            "parallel_start_layer": max(config["parallel_residual_start"], 0), "parallel_lanes": 1,
-            "rope_reference_len": config["train_seq_len"], "attn_extras": ("xsa", "sink"), "gdn_head_dim": head,
-            "gdn_qk_heads": qk, "gdn_v_heads": v, "gdn_bos_reset": False, "ln_scale": config["ln_scale"],
+            "vocab_size": config["V"],
+            "model_dim": config["D"],
+            "num_heads": config["H"],
+            "num_kv_heads": config["K"],
+            "num_layers": layers,
+            "mixers": f"G*{first} A*{last - first + 1} G*{layers - 1 - last}",
+            "parallel_start_layer": max(config["parallel_residual_start"], 0),
+            "parallel_lanes": 1,
+            "rope_reference_len": config["train_seq_len"],
+            "attn_extras": ("xsa", "sink"),
+            "gdn_head_dim": head,
+            "gdn_qk_heads": qk,
+            "gdn_v_heads": v,
+            "gdn_bos_reset": False,
+            "ln_scale": config["ln_scale"],
         }
         | {name: config[name] for name in same.split()}
         | knobs
-    )  # fmt: skip
+    )
 
 
 def build(config: dict[str, Any], **knobs: Any) -> train_gpt.GPT:

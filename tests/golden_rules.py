@@ -150,19 +150,32 @@ def model_config(config: dict[str, Any], **knobs: Any) -> train_gpt.Config:
     """The Config of an entry's model settings."""
     return train_gpt.Config(
         **{
-            "vocab_size": config["V"], "model_dim": config["D"], "num_heads": config["H"], "num_kv_heads": config["K"],
-            "num_layers": config["L"], "mlp_mult": config["mlp_mult"], "rope_dims": config["rope_dims"],
-            "rope_base": config["rope_base"], "num_loops": config["num_loops"], "loop_start": config["loop_start"],
-            "loop_end": config["loop_end"], "parallel_start_layer": config["parallel_start_layer"],
-            "parallel_final_lane": config["final_lane"], "gate_window": config["gate_window"],
-            "xsa_last_n": config["xsa_last_n"], "skip_gates_enabled": config["skip_gates"],
-            "embed_extras": ("smear",) if config["smear"] else (), "smear_bos_mask": config["bos_mask"],
+            "vocab_size": config["V"],
+            "model_dim": config["D"],
+            "num_heads": config["H"],
+            "num_kv_heads": config["K"],
+            "num_layers": config["L"],
+            "mlp_mult": config["mlp_mult"],
+            "rope_dims": config["rope_dims"],
+            "rope_base": config["rope_base"],
+            "num_loops": config["num_loops"],
+            "loop_start": config["loop_start"],
+            "loop_end": config["loop_end"],
+            "parallel_start_layer": config["parallel_start_layer"],
+            "parallel_final_lane": config["final_lane"],
+            "gate_window": config["gate_window"],
+            "xsa_last_n": config["xsa_last_n"],
+            "skip_gates_enabled": config["skip_gates"],
+            "embed_extras": ("smear",) if config["smear"] else (),
+            "smear_bos_mask": config["bos_mask"],
             "attn_gate": "sparse" if config["sparse_gate"] else "none",
-            "sparse_attn_gate_scale": config["sparse_gate_scale"], "logit_softcap": config["softcap"],
-            "qk_gain_init": config["qk_gain_init"], "ln_scale": config["ln_scale"],
+            "sparse_attn_gate_scale": config["sparse_gate_scale"],
+            "logit_softcap": config["softcap"],
+            "qk_gain_init": config["qk_gain_init"],
+            "ln_scale": config["ln_scale"],
         }
         | knobs
-    )  # fmt: skip
+    )
 
 
 def build(config: dict[str, Any], dtype: torch.dtype = torch.float64, **knobs: Any) -> train_gpt.GPT:

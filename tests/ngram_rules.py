@@ -29,11 +29,21 @@ PUBLISHED = (  # our name (regular expression) -> the published one, beside thos
     (r"blocks\.(\d+)\.attn\.values\.lambdas", r"blocks.\1.attn.vr_lambda"),
 )
 FILLS = (  # ends of published names -> base, amplitude; the first that fits counts
-    ("gram.scale", 0.05, 0.1), ("ve_shared.scale", 0.1, 0.1), ("q_gain", 1.5, 0.1), ("skip_weights", 1.0, 0.1),
-    ("attn_scale", 1.0, 0.1), ("mlp_scale", 1.0, 0.1), ("vr_lambda", 0.5, 0.3), ("attn_gate.bias", 4.0, 0.3),
-    ("attn_gate.weight", 0.0, 0.3), ("smear.gate", 0.0, 0.3), ("resid_mix", 0.0, 0.3), ("tok_emb.weight", 0.0, 0.1),
-    ("embed.weight", 0.0, 0.1), ("weight", 0.0, 0.05),
-)  # fmt: skip
+    ("gram.scale", 0.05, 0.1),
+    ("ve_shared.scale", 0.1, 0.1),
+    ("q_gain", 1.5, 0.1),
+    ("skip_weights", 1.0, 0.1),
+    ("attn_scale", 1.0, 0.1),
+    ("mlp_scale", 1.0, 0.1),
+    ("vr_lambda", 0.5, 0.3),
+    ("attn_gate.bias", 4.0, 0.3),
+    ("attn_gate.weight", 0.0, 0.3),
+    ("smear.gate", 0.0, 0.3),
+    ("resid_mix", 0.0, 0.3),
+    ("tok_emb.weight", 0.0, 0.1),
+    ("embed.weight", 0.0, 0.1),
+    ("weight", 0.0, 0.05),
+)
 
 
 def published_name(name: str) -> str:
@@ -95,9 +105,18 @@ def exact_tables(length: int, dims: int, base: float, device: torch.device) -> t
 
 
 SMALL = {  # the model of the chunk SGD and SLOT entries, beside what each entry says
-    "num_layers": 3, "bigram_vocab_size": 61, "bigram_dim": 16, "trigram_dim": 24, "xsa_last_n": 2, "rope_dims": 8,
-    "ln_scale": True, "ve_enabled": True, "ve_dim": 16, "ve_layers": "1,2", "overrides": {},
-}  # fmt: skip
+    "num_layers": 3,
+    "bigram_vocab_size": 61,
+    "bigram_dim": 16,
+    "trigram_dim": 24,
+    "xsa_last_n": 2,
+    "rope_dims": 8,
+    "ln_scale": True,
+    "ve_enabled": True,
+    "ve_dim": 16,
+    "ve_layers": "1,2",
+    "overrides": {},
+}
 
 
 def adapted_model(config: dict[str, Any]) -> train_gpt.GPT:

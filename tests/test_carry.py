@@ -23,28 +23,61 @@ EXACT = 1e-11  # of float64 losses of some nats
 CHUNK = 8
 LENGTHS = (30, 75, 45, 13, 52, 2, CHUNK + 1, 2 * CHUNK + 1, CHUNK, 80)  # 3 of 10 are longer than a window of 48
 BASE = {
-    "vocab_size": 97, "num_layers": 3, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0,
-    "rope_dims": 4, "xsa_last_n": 2, "gate_window": 4, "num_loops": 1, "loop_start": 1, "loop_end": 1,
-    "enable_looping_at": 0.5, "parallel_start_layer": 2, "attn_gate": "sparse", "embed_extras": ("smear",),
-    "bigram_vocab_size": 64, "bigram_dim": 8, "trigram_vocab_size": 48, "trigram_dim": 8, "ve_layers": (0, 2),
-    "ve_dim": 6, "ttt_lora_rank": 3, "ttt_lora_alpha": 4.5, "ttt_lora_lr": 0.01, "ttt_chunk_size": CHUNK,
-    "ttt_eval_seq_len": 96, "ttt_batch_size": 4, "ttt_context": "carry", "batch_slices": 1, "eval_seq_len": 24,
-    "eval_stride": 8, "global_ttt_chunk_tokens": 32, "train_seq_len": 1024,
-}  # fmt: skip
+    "vocab_size": 97,
+    "num_layers": 3,
+    "model_dim": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_mult": 2.0,
+    "rope_dims": 4,
+    "xsa_last_n": 2,
+    "gate_window": 4,
+    "num_loops": 1,
+    "loop_start": 1,
+    "loop_end": 1,
+    "enable_looping_at": 0.5,
+    "parallel_start_layer": 2,
+    "attn_gate": "sparse",
+    "embed_extras": ("smear",),
+    "bigram_vocab_size": 64,
+    "bigram_dim": 8,
+    "trigram_vocab_size": 48,
+    "trigram_dim": 8,
+    "ve_layers": (0, 2),
+    "ve_dim": 6,
+    "ttt_lora_rank": 3,
+    "ttt_lora_alpha": 4.5,
+    "ttt_lora_lr": 0.01,
+    "ttt_chunk_size": CHUNK,
+    "ttt_eval_seq_len": 96,
+    "ttt_batch_size": 4,
+    "ttt_context": "carry",
+    "batch_slices": 1,
+    "eval_seq_len": 24,
+    "eval_stride": 8,
+    "global_ttt_chunk_tokens": 32,
+    "train_seq_len": 1024,
+}
 STRUCTURES = {
     "loops, lanes, XSA, sparse gate, smear": {},
     "one lane, no loops, no extras": {
-        "num_loops": 0, "parallel_start_layer": 0, "attn_gate": "none", "embed_extras": (), "attn_extras": (),
+        "num_loops": 0,
+        "parallel_start_layer": 0,
+        "attn_gate": "none",
+        "embed_extras": (),
+        "attn_extras": (),
     },
     "smear over document starts": {"smear_bos_mask": False, "attn_gate": "dense"},
     "hashes and both smears": {"embed_extras": ("bigram", "trigram", "smear", "smear_channel")},
     "the same over document starts": {
-        "embed_extras": ("bigram", "trigram", "smear", "smear_channel"), "hash_bos_mask": False,
-        "smear_bos_mask": False, "attn_gate": "out",
+        "embed_extras": ("bigram", "trigram", "smear", "smear_channel"),
+        "hash_bos_mask": False,
+        "smear_bos_mask": False,
+        "attn_gate": "out",
     },
     "value embeddings and residuals": {"attn_extras": ("xsa", "value_residual", "value_embed")},
     "partial rotation of a stretched base": {"rope_reference_len": 8, "attn_gate": "dense_bias"},
-}  # fmt: skip
+}
 EVERYTHING = {"ttt_carry_recompute": 10_000}
 
 
@@ -67,9 +100,11 @@ def model_of(structure: str, dtype: torch.dtype = torch.float64) -> train_gpt.GP
 
 
 def score(
-    tokens: np.ndarray | None = None, structure: str = next(iter(STRUCTURES)), dtype: torch.dtype = torch.float64,
+    tokens: np.ndarray | None = None,
+    structure: str = next(iter(STRUCTURES)),
+    dtype: torch.dtype = torch.float64,
     **knobs: object,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """What EVAL=doc_lora counts for each position of a stream (0 at the first token)."""
     ids = test_ttt.stream_of(list(LENGTHS)).tokens if tokens is None else tokens
     cfg, val = config(**STRUCTURES[structure] | knobs), train_gpt.ValData(ids, np.ones(len(ids), np.int32))
@@ -95,7 +130,7 @@ def documents() -> list[tuple[int, int]]:
 def banded(ring: int) -> train_gpt.Attend:
     """Attention in one pass over a whole document, each token reaching back to `ring` whole chunks before its own."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, seq: train_gpt.Seq, sink: Tensor | None = None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, meta: train_gpt.AttnMeta, sink: Tensor | None = None) -> Tensor:
         at = torch.arange(q.size(1))
         mask = (at <= at[:, None]) & (at // CHUNK >= at[:, None] // CHUNK - ring)
         heads = (t.transpose(1, 2) for t in (q, k, v))
@@ -113,9 +148,9 @@ def in_one_pass(structure: str, attend: train_gpt.Attend, window: int) -> np.nda
     found = np.zeros(len(ids))
     for start, length in documents():
         row = torch.from_numpy(ids[start : start + length])[None]
-        seq = other.plan(length - 1, row.device, None, window)
+        meta = other.plan(length - 1, row.device, None, window)
         with torch.no_grad():
-            found[start + 1 : start + length] = other(row[:, :-1], row[:, 1:], seq, None, "none")[0]
+            found[start + 1 : start + length] = other(row[:, :-1], row[:, 1:], meta, None, "none")[0]
     return found
 
 
@@ -367,8 +402,15 @@ def test_phases_change_the_base_between_documents(monkeypatch: pytest.MonkeyPatc
 def test_two_processes_adapt_as_one(tiny_data: object, tmp_path: object) -> None:
     """By torchrun itself; twice as many rows as a rank's, so that both take documents."""
     folder = tmp_path / "run"
-    knobs = {"TTT_CONTEXT": "carry", "EVAL": "phased_lora", "TTT_BATCH_SIZE": 2, "PHASED_TTT_PREFIX_DOCS": 4,
-             "PHASED_TTT_NUM_PHASES": 2, "GLOBAL_TTT_LR": 0.05, "GLOBAL_TTT_CHUNK_TOKENS": 128}  # fmt: skip
+    knobs = {
+        "TTT_CONTEXT": "carry",
+        "EVAL": "phased_lora",
+        "TTT_BATCH_SIZE": 2,
+        "PHASED_TTT_PREFIX_DOCS": 4,
+        "PHASED_TTT_NUM_PHASES": 2,
+        "GLOBAL_TTT_LR": 0.05,
+        "GLOBAL_TTT_CHUNK_TOKENS": 128,
+    }
     one = test_runs.call(test_runs.environment(tiny_data, folder, **knobs), folder)
     assert one.code == 0 and one.out.count("global steps") == 2, one.err
     two = test_runs.launch(test_runs.environment(tiny_data, folder, STAGES="eval", **knobs), folder, ranks=2)

@@ -160,9 +160,7 @@ def test_other_tokenizers_are_left_to_sentencepiece(change: dict) -> None:
     model = io.BytesIO()
     kind = {"model_type": "bpe", "byte_fallback": True, "add_dummy_prefix": False, "hard_vocab_limit": False} | change
     lines = iter(documents(60))
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, vocab_size=600, minloglevel=2, **kind
-    )
+    spm.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, vocab_size=600, minloglevel=2, **kind)
     processor = spm.SentencePieceProcessor(model_proto=model.getvalue())
     words = WordBPE(processor)
     assert not words.exact

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import BOS_ID, GPT, ByteMeter, ChunkSgd, Config, Frozen, UserError, ValData, load_config
+from train_gpt import BOS_ID, GPT, ByteMeter, ChunkSgd, Config, NoAdaptation, UserError, ValData, load_config
 
 GOLDEN = json.loads((Path(__file__).resolve().parent / "golden" / "chunk_sgd.json").read_text(encoding="utf-8"))
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
@@ -155,7 +155,7 @@ def test_what_a_chunk_learns_is_what_was_scored_since_the_chunk_before() -> None
 def test_head_on_scored_cells_alone_gives_the_same_scores() -> None:
     cfg, val = config(), stream(150)
     model = strong(cfg)
-    scorer = Frozen(cfg, rules.runtime(), model)
+    scorer = NoAdaptation(cfg, rules.runtime(), model)
     for make in train_gpt.sliding_units(cfg, rules.runtime(), val):
         unit = make()
         whole, few = scorer.score(unit._replace(cells=None)), scorer.score(unit)
@@ -177,11 +177,18 @@ def test_batches_have_two_sizes_of_head_at_most() -> None:
 
 def golden_config(c: dict) -> Config:
     return Config(
-        eval="chunk_sgd", loader="stream", batch_slices=1, eval_seq_len=c["train_seq_len"], eval_stride=c["stride"],
-        ttt_lr=c["ttt_lr"], ttt_epochs=c["ttt_epochs"], ttt_momentum=c["ttt_momentum"],
-        ttt_grad_clip=c["ttt_grad_clip"], ttt_chunk_tokens=c["chunk_tokens"],
+        eval="chunk_sgd",
+        loader="stream",
+        batch_slices=1,
+        eval_seq_len=c["train_seq_len"],
+        eval_stride=c["stride"],
+        ttt_lr=c["ttt_lr"],
+        ttt_epochs=c["ttt_epochs"],
+        ttt_momentum=c["ttt_momentum"],
+        ttt_grad_clip=c["ttt_grad_clip"],
+        ttt_chunk_tokens=c["chunk_tokens"],
         val_batch_tokens=c.get("score_batch_windows", 32) * c["train_seq_len"],
-    )  # fmt: skip
+    )
 
 
 def record_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
@@ -212,7 +219,7 @@ def test_sgd_follows_the_published_trajectory(case: dict, monkeypatch: pytest.Mo
     val, model = ngram.stream(targets), ngram.adapted_model(case["config"])
     monkeypatch.setattr(train_gpt, "rotary_tables", ngram.exact_tables)
     steps = record_steps(monkeypatch)
-    learner, meter = ChunkSgd(cfg, runtime, model, val, Frozen), ByteMeter(val, runtime)
+    learner, meter = ChunkSgd(cfg, runtime, model, val, NoAdaptation), ByteMeter(val, runtime)
     units = [make() for make in train_gpt.chunk_sgd_units(cfg, runtime, val)]
     nll = per_target(monkeypatch, lambda: train_gpt.score_first(units, learner, meter), targets + 1)
     tail = ngram.published_rows(targets, cfg.eval_seq_len, cfg.eval_stride)
@@ -250,7 +257,7 @@ def test_mlp_is_the_matrices_and_scales_of_every_mlp() -> None:
         ("all", lambda name: True),
         ("scalar", lambda name: "tok_emb" not in name and not re.search(r"attn\.[qkvo]\.|mlp\.(up|down)\.", name)),
     ],
-)  # fmt: skip
+)
 def test_trainable_words(words: str, wanted: Callable[[str], bool]) -> None:
     cfg = config(TTT_TRAINABLE=words)
     model = GPT(cfg)
@@ -289,7 +296,7 @@ def test_only_the_selected_weights_of_a_copy_change() -> None:
     cfg, val = config(TTT_TRAINABLE="mlp"), stream(100)
     model = strong(cfg)
     before = copy.deepcopy(model.state_dict())
-    learner = ChunkSgd(cfg, rules.runtime(), model, val, Frozen)
+    learner = ChunkSgd(cfg, rules.runtime(), model, val, NoAdaptation)
     train_gpt.score_first(
         [make() for make in train_gpt.chunk_sgd_units(cfg, rules.runtime(), val)],
         learner,
@@ -304,7 +311,7 @@ def test_half_precision_weights_are_trained_in_float32_and_score_alike() -> None
     """As published, steps far below the last bit of a bf16 table were lost."""
     cfg = config(EMBED_DTYPE="bf16")
     model = strong(cfg)
-    copied = train_gpt.masters(model)
+    copied = train_gpt.fp32_copy(model)
     assert model.tok_emb.weight.dtype == torch.bfloat16 and copied.tok_emb.weight.dtype == torch.float32
     ids = torch.arange(16)[None] + 4
     assert torch.equal(model(ids), copied(ids)) and copied.route is not model.routes[False]
@@ -348,7 +355,7 @@ def test_adaptation_begins_with_the_second_chunk(monkeypatch: pytest.MonkeyPatch
 
 def test_an_unscored_span_is_refused() -> None:
     cfg, val = config(), stream(100)
-    learner = ChunkSgd(cfg, rules.runtime(), strong(cfg), val, Frozen)
+    learner = ChunkSgd(cfg, rules.runtime(), strong(cfg), val, NoAdaptation)
     before = copy.deepcopy(learner.model.state_dict())
     units = [make() for make in train_gpt.chunk_sgd_units(cfg, rules.runtime(), val)]
     pause = next(i for i, unit in enumerate(units) if unit.span)
@@ -362,7 +369,7 @@ def test_an_unscored_span_is_refused() -> None:
 
 def test_probabilities_sum_to_one_on_adapted_weights() -> None:
     cfg, val = config(), stream(100)
-    learner = ChunkSgd(cfg, rules.runtime(), strong(cfg), val, Frozen)
+    learner = ChunkSgd(cfg, rules.runtime(), strong(cfg), val, NoAdaptation)
     units = [make() for make in train_gpt.chunk_sgd_units(cfg, rules.runtime(), val)]
     train_gpt.score_first(units, learner, ByteMeter(val, rules.runtime()))
     unit = units[-1]

@@ -145,8 +145,16 @@ def test_lrzip_is_called_as_published_and_its_errors_are_told() -> None:
 
 @needs_lrzip
 def test_quantised_model_survives(tmp_path: Path) -> None:
-    cfg = load_config({**TINY, "MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise", "COMPRESSOR": "pergroup",
-                       "REPAIR": "lqer", "GATED_ATTN_QUANT_GATE": "1"})  # fmt: skip
+    cfg = load_config(
+        {
+            **TINY,
+            "MATRIX_QUANT": "rowwise",
+            "EMBED_QUANT": "rowwise",
+            "COMPRESSOR": "pergroup",
+            "REPAIR": "lqer",
+            "GATED_ATTN_QUANT_GATE": "1",
+        }
+    )
     model = train_gpt.GPT(cfg).reset(3)
     state = {name: w + 0.05 * torch.randn(w.shape) for name, w in model.state_dict().items()}
     parts = train_gpt.quantize(cfg, rules.runtime(), state, {})
@@ -192,4 +200,4 @@ def test_payload_of_another_codec_is_a_user_error(codec: str, other: int) -> Non
     with pytest.raises(UserError, match="^here: damaged: the checksum"):
         unpack_arrays(bytes(blob), "here")
     with pytest.raises(UserError, match="^here: damaged: the payload does not decode"):
-        unpack_arrays(train_gpt.seal(other, bytes(blob[train_gpt.HEAD.size :])), "here")
+        unpack_arrays(train_gpt.seal(other, bytes(blob[train_gpt.ARTIFACT_HEADER.size :])), "here")

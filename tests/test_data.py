@@ -174,24 +174,24 @@ def test_walker_equals_the_slow_reference(
     paths = write_shards(tmp_path_factory.mktemp("walk"), *shards)
     if not any(shards) or (whole_docs and max(map(len, usable)) < count):
         with pytest.raises(UserError, match="no training shard holds"):
-            Impatient(paths, 10, whole_docs).take(count)
+            Impatient(paths, 10, whole_docs).next_tokens(count)
         return
     walker = ShardWalker(paths, 10, whole_docs)
     for wanted in itertools.islice(reference_stream(shards, count, whole_docs), 12):
-        assert walker.take(count).tolist() == wanted
+        assert walker.next_tokens(count).tolist() == wanted
 
 
 @pytest.mark.parametrize("whole_docs", [False, True])
 def test_walker_over_empty_shards_is_a_user_error(tmp_path: Path, whole_docs: bool) -> None:
     with pytest.raises(UserError):
-        Impatient(write_shards(tmp_path, [], []), 10, whole_docs).take(1)
+        Impatient(write_shards(tmp_path, [], []), 10, whole_docs).next_tokens(1)
 
 
 def test_walker_refuses_ids_outside_the_vocabulary(tmp_path: Path) -> None:
     walker = ShardWalker(write_shards(tmp_path, [1, 2, 3], [1, 10, 3]), 10, True)
-    assert walker.take(3).tolist() == [1, 2, 3]
+    assert walker.next_tokens(3).tolist() == [1, 2, 3]
     with pytest.raises(UserError, match=r"fineweb_train_000001.bin: token id 10 is outside VOCAB_SIZE=10"):
-        walker.take(3)
+        walker.next_tokens(3)
 
 
 @pytest.mark.parametrize("loader", ["packed_docs", "stream"])
@@ -213,14 +213,18 @@ def test_batches_shift_targets_and_never_share_a_span(tiny_data: Path, loader: s
 def test_packed_batch_bounds_are_documents_cut_at_the_span() -> None:
     span = np.array([5, 6, 1, 7, 8, 9, 10, 11, 1, 12, 1], np.uint16)
     batch = train_gpt.packed_docs_batch(span, 4)
-    assert batch.ids.shape == (1, 10) and batch.cu[:5].tolist() == [0, 2, 6, 8, 10]
-    assert len(batch.cu) == 64 and set(batch.cu[5:].tolist()) == {10} and batch.cu.dtype == torch.int32
+    assert batch.ids.shape == (1, 10) and batch.cu_seqlens[:5].tolist() == [0, 2, 6, 8, 10]
+    assert (
+        len(batch.cu_seqlens) == 64
+        and set(batch.cu_seqlens[5:].tolist()) == {10}
+        and batch.cu_seqlens.dtype == torch.int32
+    )
 
 
 def test_stream_batch_is_rows_without_bounds() -> None:
     batch = train_gpt.stream_batch(np.arange(9, dtype=np.uint16), 4)
     assert batch.ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and batch.targets.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert batch.cu is None
+    assert batch.cu_seqlens is None
 
 
 @pytest.mark.parametrize("loader", ["packed_docs", "stream", "shuffled"])
@@ -235,7 +239,7 @@ def test_every_world_sees_the_same_tokens_per_step(tiny_data: Path, loader: str,
         shared = [parts[j % world][j // world] for j in range(cfg.batch_slices)]
         for a, b in zip(whole, shared, strict=True):
             assert torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets)
-            assert (a.cu is None and b.cu is None) or torch.equal(a.cu, b.cu)
+            assert (a.cu_seqlens is None and b.cu_seqlens is None) or torch.equal(a.cu_seqlens, b.cu_seqlens)
     for batches in (alone, *together):
         batches.close()
 
@@ -404,9 +408,18 @@ def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_tokenizer_without_a_bare_space_piece_is_refused(tmp_path: Path) -> None:
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(["abab", "baba"] * 9), model_writer=model, model_type="bpe", vocab_size=8, minloglevel=2,
-        add_dummy_prefix=False, bos_id=1, eos_id=2, pad_id=0, unk_id=3, hard_vocab_limit=False,
-    )  # fmt: skip
+        sentence_iterator=iter(["abab", "baba"] * 9),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=8,
+        minloglevel=2,
+        add_dummy_prefix=False,
+        bos_id=1,
+        eos_id=2,
+        pad_id=0,
+        unk_id=3,
+        hard_vocab_limit=False,
+    )
     (tmp_path / "x.model").write_bytes(model.getvalue())
     size = spm.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     with pytest.raises(UserError, match="no bare U\\+2581 piece"):

@@ -84,11 +84,14 @@ class Answer(BaseHTTPRequestHandler):
     def tree(self) -> bytes:
         rows = [
             {
-                "type": "file", "path": path, "size": len(raw), "oid": "0" * 40,
+                "type": "file",
+                "path": path,
+                "size": len(raw),
+                "oid": "0" * 40,
                 "lfs": {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 100},
             }
             for path, raw in self.server.files.items()
-        ]  # fmt: skip
+        ]
         return json.dumps([{"type": "directory", "path": "datasets", "size": 0, "oid": "0" * 40}, *rows]).encode()
 
     def do_HEAD(self) -> None:
@@ -146,9 +149,12 @@ def tiny() -> ShardSet:
 def test_download_and_resume(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
     manifest = download.download(tiny, tmp_path, 2, hub.url)
     names = {
-        "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin", "fineweb_train_000000.bin",
-        "fineweb_train_000001.bin", "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
-    }  # fmt: skip
+        "fineweb_val_000000.bin",
+        "fineweb_val_bytes_000000.bin",
+        "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin",
+        "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
+    }
     assert {path.name for path in tmp_path.iterdir()} == names | {"manifest.json"}
     for path, raw in hub.files.items():
         name = path.rpartition("/")[2]
@@ -266,8 +272,10 @@ def test_names_of_the_published_layouts() -> None:
     assert SHARD_SETS["caseops"].local_name("datasets/tokenizers/fineweb_8192_bpe.model") is None
     assert SHARD_SETS["sp8192"].local_name(ROOT + "fineweb_val_bytes_000000.bin") is None
     assert [(chosen.targets % chosen.seq_len, chosen.target_bytes) for chosen in SHARD_SETS.values()] == [
-        (0, None), (0, None), (0, 151_074_499),
-    ]  # fmt: skip
+        (0, None),
+        (0, None),
+        (0, 151_074_499),
+    ]
 
 
 def test_command_line(

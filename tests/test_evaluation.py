@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import BOS_ID, GPT, ByteMeter, Config, Frozen, Log, Runtime, Unit, ValData, load_config
+from train_gpt import BOS_ID, GPT, ByteMeter, Config, Log, NoAdaptation, Runtime, Unit, ValData, load_config
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "evaluation.json").read_text(encoding="utf-8"))
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
@@ -68,7 +68,7 @@ def all_units(cut: str, cfg: Config, val: ValData, world: int = 1) -> list[Unit]
 
 def score(units: list[Unit], cfg: Config, model: GPT, val: ValData) -> train_gpt.Score:
     meter = ByteMeter(val, runtime())
-    train_gpt.score_first(units, Frozen(cfg, runtime(), model), meter)
+    train_gpt.score_first(units, NoAdaptation(cfg, runtime(), model), meter)
     return meter.close()
 
 

@@ -25,14 +25,33 @@ import train_gpt
 
 FORWARD = [rules.Entry(e["name"], GOLDEN["base"] | e["config"], e["expected"]) for e in GOLDEN["forward"]]
 PUBLISHED = {
-    "mixers": "G*2 A*8 G", "mlp_mult": 4.125, "logit_softcap": 20.0, "qk_gain_init": 5.25, "parallel_lanes": 1,
-    "attn_extras": ("xsa", "sink"), "rope_dtype": "bf16", "gdn_conv_trained": False, "gdn_bos_reset": False,
-}  # fmt: skip
+    "mixers": "G*2 A*8 G",
+    "mlp_mult": 4.125,
+    "logit_softcap": 20.0,
+    "qk_gain_init": 5.25,
+    "parallel_lanes": 1,
+    "attn_extras": ("xsa", "sink"),
+    "rope_dtype": "bf16",
+    "gdn_conv_trained": False,
+    "gdn_bos_reset": False,
+}
 TOY = {
-    "vocab_size": 97, "num_layers": 5, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0,
-    "rope_dims": 4, "mixers": "G A*3 G", "num_loops": 1, "loop_start": 1, "loop_end": 2, "parallel_start_layer": 3,
-    "parallel_lanes": 1, "attn_extras": ("xsa", "sink"), "gdn_head_dim": 8,
-}  # fmt: skip
+    "vocab_size": 97,
+    "num_layers": 5,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_mult": 2.0,
+    "rope_dims": 4,
+    "mixers": "G A*3 G",
+    "num_loops": 1,
+    "loop_start": 1,
+    "loop_end": 2,
+    "parallel_start_layer": 3,
+    "parallel_lanes": 1,
+    "attn_extras": ("xsa", "sink"),
+    "gdn_head_dim": 8,
+}
 Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -58,7 +77,7 @@ def draw(T: int, decay: float, seed: int = 0, sizes: tuple[int, ...] = (2, 3, 8,
     """Float64 inputs of the rule: unit keys as ELU + 1 gives them, log decays from -decay to 0, and a state."""
     generator = torch.Generator().manual_seed(seed)
     B, H, K, V = sizes
-    q, k = (train_gpt.unit(F.elu(torch.randn(B, T, H, K, generator=generator).double()) + 1) for _ in range(2))
+    q, k = (train_gpt.l2_normalize(F.elu(torch.randn(B, T, H, K, generator=generator).double()) + 1) for _ in range(2))
     v, state = (torch.randn(*shape, generator=generator).double() for shape in ((B, T, H, V), (B, H, K, V)))
     g, beta = (torch.rand(B, T, H, generator=generator).double() for _ in range(2))
     return q, k, v, -decay * g, beta, torch.zeros(B, T, dtype=torch.bool), state
@@ -168,12 +187,12 @@ class Imitation(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         q, k, v, g, beta, state = inputs
         starts = torch.zeros(g.shape[:2], dtype=torch.bool)
-        return recurrence(train_gpt.unit(q), train_gpt.unit(k), v, g, beta, starts, state)
+        return recurrence(train_gpt.l2_normalize(q), train_gpt.l2_normalize(k), v, g, beta, starts, state)
 
     @staticmethod
     def backward(ctx: Any, go: Tensor, gs: Tensor) -> tuple[Tensor, ...]:
         raw_q, raw_k, v, g, beta, state = ctx.saved_tensors
-        q, k, scale = train_gpt.unit(raw_q), train_gpt.unit(raw_k), raw_q.size(-1) ** -0.5
+        q, k, scale = train_gpt.l2_normalize(raw_q), train_gpt.l2_normalize(raw_k), raw_q.size(-1) ** -0.5
         states, dq, dk, dv, dg, dbeta = [state], *(torch.empty_like(x) for x in (q, k, v, g, beta))
         for t in range(v.size(1)):
             starts = torch.zeros(len(v), 1, dtype=torch.bool)
@@ -231,8 +250,10 @@ def test_which_rule_runs_is_chosen_once_and_logged(monkeypatch: pytest.MonkeyPat
     plain = train_gpt.choose_kernels(dataclasses.replace(cfg, fused_gdn_enabled="0"), runtime)
     assert plain.delta_rule is train_gpt.delta_rule
     assert [line for line in lines if "gdn" in line] == [
-        "fused_gdn_enabled: plain", "fused_gdn_enabled: fused", "fused_gdn_enabled: plain"
-    ]  # fmt: skip
+        "fused_gdn_enabled: plain",
+        "fused_gdn_enabled: fused",
+        "fused_gdn_enabled: plain",
+    ]
 
 
 # Delta nets
@@ -263,7 +284,7 @@ def delta_net(config: dict[str, Any]) -> train_gpt.DeltaNet:
 
 
 def run_mixer(
-    net: torch.nn.Module, config: dict[str, Any], seq: train_gpt.Seq
+    net: torch.nn.Module, config: dict[str, Any], meta: train_gpt.AttnMeta
 ) -> tuple[Tensor, float, dict[str, Tensor], dict[str, Tensor]]:
     """Output, loss, gradients and the inputs of tapped matrices of a mixer on the golden input."""
     shape, sites = (config["B"], config["T"], config["dim"]), {}
@@ -273,7 +294,7 @@ def run_mixer(
         sites[name] = inside
         return y
 
-    y = net(x, seq, tap, train_gpt.Values(None, None))
+    y = net(x, meta, tap, train_gpt.ValueContext(None, None))
     loss = (y * rules.fill("hash", f"w.{config['key']}", shape, 1.0)).sum()
     loss.backward()
     prefix, letters = config["weight_name_prefix"], "G" if isinstance(net, train_gpt.DeltaNet) else "AAAA"
@@ -291,8 +312,8 @@ def test_delta_net_gives_the_published_numbers(golden: rules.Entry) -> None:
     net, firsts = delta_net(c), c.get("reset_starts", [0])
     starts = torch.zeros(c["B"], c["T"], dtype=torch.bool)
     starts[:, [t for t in firsts if t]] = True
-    seq = train_gpt.Seq(None, 0, torch.empty(0), torch.empty(0), None, starts)
-    y, loss, gradients, sites = run_mixer(net, c, seq)
+    meta = train_gpt.AttnMeta(None, 0, torch.empty(0), torch.empty(0), None, starts)
+    y, loss, gradients, sites = run_mixer(net, c, meta)
     assert set(sites) == {"qkv", "o", "attn"} and sites["qkv"].shape == sites["attn"].shape
     q, k, v, g, beta, _, state = net.rule.args
     names = ("q_after_conv_elu_repeat", "k_after_conv_elu_repeat", "v_after_conv_silu", "log_decay_g", "beta")
@@ -310,7 +331,7 @@ def test_delta_net_gives_the_published_numbers(golden: rules.Entry) -> None:
     assert loss == close(expected["loss"])
     assert_gradients(gradients, expected["grad"])
     if len(firsts) > 1:
-        joined = run_mixer(net, c, seq._replace(starts=torch.zeros_like(starts)))[0]
+        joined = run_mixer(net, c, meta._replace(starts=torch.zeros_like(starts)))[0]
         assert (y - joined).norm().item() == close(expected["output_l2_difference_to_no_reset"], 1e-7)
 
 
@@ -318,10 +339,10 @@ def test_column_1_of_the_taps_is_the_token_itself() -> None:
     net = delta_net(MIXER_ENTRIES[0].config)
     starts = torch.zeros(1, 6, dtype=torch.bool)
     starts[0, 4] = True
-    seq = train_gpt.Seq(None, 0, torch.empty(0), torch.empty(0), None, starts)
+    meta = train_gpt.AttnMeta(None, 0, torch.empty(0), torch.empty(0), None, starts)
     x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
-        net(x, seq, train_gpt.untapped, train_gpt.Values(None, None))
+        net(x, meta, train_gpt.untapped, train_gpt.ValueContext(None, None))
         kernel = net.taps.unsqueeze(1)  # (channels, 1, 2), as torch's convolution has it, the last column the newest
         parts = (F.pad(net.qkv(x[:, s]).mT, (1, 0)) for s in (slice(0, 4), slice(4, 6)))
         wanted = torch.cat([F.conv1d(part, kernel, groups=len(kernel)) for part in parts], dim=2).mT
@@ -355,10 +376,15 @@ def test_initial_values() -> None:
 def test_sink_attention_gives_the_published_numbers(golden: rules.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     c, expected = golden.config, golden.expected
     heads = {
-        "num_heads": c["query_heads"], "num_kv_heads": c["kv_heads"], "rope_base": c["rope_base"],
-        "rope_dims": c["rope_dims"] or c["dim"] // c["query_heads"], "rope_reference_len": c["rope_reference_length"],
-        "attn_extras": ("xsa", "sink")[not c["xsa"] :], "vocab_size": 8, "num_loops": 0,
-    }  # fmt: skip
+        "num_heads": c["query_heads"],
+        "num_kv_heads": c["kv_heads"],
+        "rope_base": c["rope_base"],
+        "rope_dims": c["rope_dims"] or c["dim"] // c["query_heads"],
+        "rope_reference_len": c["rope_reference_length"],
+        "attn_extras": ("xsa", "sink")[not c["xsa"] :],
+        "vocab_size": 8,
+        "num_loops": 0,
+    }
     for dtype in ("float32", "bf16_as_published"):
         made = {"rope_dtype": dtype[:4] if dtype != "float32" else "fp32"} | heads
         model = train_gpt.GPT(train_gpt.Config(model_dim=c["dim"], num_layers=4, **made))
@@ -404,11 +430,11 @@ def heads(length: int, rows: int = 1, seed: int = 3) -> list[Tensor]:
     return [torch.randn(*shape, generator=generator).double().requires_grad_() for shape in shapes]
 
 
-def assert_sunk(attend: train_gpt.Attend, seq: train_gpt.Seq, bounds: list[int], rows: int) -> None:
+def assert_sunk(attend: train_gpt.Attend, meta: train_gpt.AttnMeta, bounds: list[int], rows: int) -> None:
     """A backend's values and gradients are those of each segment's gated attention."""
     leaves = heads(bounds[-1] // rows, rows)
     q, k, v, sink = leaves
-    got = attend(q, k, v, seq, sink).flatten(0, 1)
+    got = attend(q, k, v, meta, sink).flatten(0, 1)
     spans = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
     flat = [x.flatten(0, 1)[None] for x in (q, k, v)]
     wanted = torch.cat([gated_attention(*(x[:, span] for x in flat), sink)[1][0] for span in spans])
@@ -419,12 +445,12 @@ def assert_sunk(attend: train_gpt.Attend, seq: train_gpt.Seq, bounds: list[int],
         torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize(("cu", "band"), [(None, 0), ([0, 3, 4, 9, 16, 24, 24, 24], 8), ([0, 5, 24, 24], 24)])
-def test_a_sink_takes_its_share_in_the_masked_twin(cu: list[int] | None, band: int) -> None:
-    bounds = None if cu is None else torch.tensor(cu, dtype=torch.int32)
-    mask = None if cu is None else train_gpt.segment_mask(bounds, 24, band)
-    seq = train_gpt.Seq(bounds, band, torch.empty(0), torch.empty(0), mask)
-    assert_sunk(train_gpt.masked_attention, seq, cu or [0, 12, 24], 2 if cu is None else 1)
+@pytest.mark.parametrize(("cu_seqlens", "band"), [(None, 0), ([0, 3, 4, 9, 16, 24, 24, 24], 8), ([0, 5, 24, 24], 24)])
+def test_a_sink_takes_its_share_in_the_masked_twin(cu_seqlens: list[int] | None, band: int) -> None:
+    bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    mask = None if cu_seqlens is None else train_gpt.segment_mask(bounds, 24, band)
+    meta = train_gpt.AttnMeta(bounds, band, torch.empty(0), torch.empty(0), mask)
+    assert_sunk(train_gpt.masked_attention, meta, cu_seqlens or [0, 12, 24], 2 if cu_seqlens is None else 1)
 
 
 def imitated_varlen(
@@ -444,15 +470,15 @@ def imitated_varlen(
 
 
 @pytest.mark.parametrize("gqa", [False, True])
-@pytest.mark.parametrize("cu", [None, [0, 3, 4, 9, 16, 24, 24, 24]])
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 3, 4, 9, 16, 24, 24, 24]])
 def test_a_sink_is_a_key_before_each_segment_of_flash_attention(
-    cu: list[int] | None, gqa: bool, monkeypatch: pytest.MonkeyPatch
+    cu_seqlens: list[int] | None, gqa: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_gpt, "varlen_attn", imitated_varlen)
     monkeypatch.setattr(train_gpt, "VARLEN_HAS_GQA", gqa)
-    bounds = None if cu is None else torch.tensor(cu, dtype=torch.int32)
-    seq = train_gpt.Seq(bounds, 8, torch.empty(0), torch.empty(0), None)
-    assert_sunk(train_gpt.flash_attention, seq, cu or [0, 12, 24], 2 if cu is None else 1)
+    bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    meta = train_gpt.AttnMeta(bounds, 8, torch.empty(0), torch.empty(0), None)
+    assert_sunk(train_gpt.flash_attention, meta, cu_seqlens or [0, 12, 24], 2 if cu_seqlens is None else 1)
 
 
 # The model
@@ -550,20 +576,22 @@ def test_documents_are_scored_as_if_alone(packed: bool) -> None:
     """Plain rows of delta nets alone, since attention runs through; packed, all mixers, and positions start afresh."""
     model = toy(**{} if packed else {"mixers": "G*5"})
     bounds, ids = [0, 31, 32, 77, 140], sample(1, 140, [0, 31, 32, 77])
-    cu = torch.tensor([*bounds, 140, 140], dtype=torch.int32)
-    together = model(ids, seq=model.plan(140, rules.CPU, cu, 140) if packed else None)
+    cu_seqlens = torch.tensor([*bounds, 140, 140], dtype=torch.int32)
+    together = model(ids, meta=model.plan(140, rules.CPU, cu_seqlens, 140) if packed else None)
     for first, stop in zip(bounds, bounds[1:], strict=False):
         alone = model(ids[:, first:stop])
         torch.testing.assert_close(together[:, first:stop], alone, rtol=0, atol=2e-5)
     through = toy(**{"gdn_bos_reset": False} | ({} if packed else {"mixers": "G*5"}))
-    crossing = through(ids, seq=through.plan(140, rules.CPU, cu, 140) if packed else None)
+    crossing = through(ids, meta=through.plan(140, rules.CPU, cu_seqlens, 140) if packed else None)
     assert torch.allclose(crossing, together, atol=2e-5) is packed  # segments always bound the state, BOS when asked
 
 
 def test_a_cut_of_a_long_document_starts_the_state_afresh() -> None:
     model, ids = toy(mixers="G*5"), sample(1, 96, [0])
-    cu = torch.from_numpy(train_gpt.pad_bounds(train_gpt.segment_bounds(torch.zeros(1, dtype=int).numpy(), 96, 32)))
-    got = model(ids, seq=model.plan(96, rules.CPU, cu, 32))
+    cu_seqlens = torch.from_numpy(
+        train_gpt.pad_bounds(train_gpt.segment_bounds(torch.zeros(1, dtype=int).numpy(), 96, 32))
+    )
+    got = model(ids, meta=model.plan(96, rules.CPU, cu_seqlens, 32))
     torch.testing.assert_close(got, model(ids.view(3, 32)).view(1, 96, 97), rtol=0, atol=2e-5)
 
 
@@ -595,14 +623,18 @@ def test_parallel_layers_on_one_stream_are_those_from_the_first_on() -> None:
     cfg = train_gpt.Config(**TOY)
     for looping in (False, True):
         route = train_gpt.plan_route(cfg, looping)
-        assert route.abreast == tuple(layer >= 3 for layer in route.layers) and not any(route.parallel)
+        assert route.parallel_block == tuple(layer >= 3 for layer in route.layers) and not any(route.parallel)
         assert "beside" in str(route)
     lanes = train_gpt.plan_route(dataclasses.replace(cfg, parallel_lanes=2), False)
-    assert any(lanes.parallel) and not any(lanes.abreast)
+    assert any(lanes.parallel) and not any(lanes.parallel_block)
     none = dataclasses.replace(cfg, parallel_start_layer=0)
-    assert not any(train_gpt.plan_route(none, True).abreast)
+    assert not any(train_gpt.plan_route(none, True).parallel_block)
     published = train_gpt.plan_route(train_gpt.Config(**PUBLISHED), True)
-    assert [slot for slot, on in enumerate(published.abreast) if on] == [14, 15, 16] and published.num_encoder == 8
+    assert [slot for slot, on in enumerate(published.parallel_block) if on] == [
+        14,
+        15,
+        16,
+    ] and published.num_encoder == 8
     assert toy().lanes is None and toy(parallel_lanes=2).lanes is not None
 
 
@@ -619,9 +651,10 @@ def test_parameters_and_optimiser_groups_are_the_published_ones() -> None:
         groups.setdefault((row.optimiser, row.lr), []).extend(p for p in params.values() if p.requires_grad)
     counts = {key: (len(params), sum(p.numel() for p in params)) for key, params in groups.items()}
     assert counts == {
-        ("adamw", "tied_embed_lr"): (1, 4_194_304), ("muon", "matrix_lr"): (66, 31_666_176),
+        ("adamw", "tied_embed_lr"): (1, 4_194_304),
+        ("muon", "matrix_lr"): (66, 31_666_176),
         ("adamw", "scalar_lr"): (57, 32_856),
-    }  # fmt: skip
+    }
     assert "of them not trained: 3 tensors, 3,072 weights" in train_gpt.explain(cfg, {})
 
 
@@ -681,9 +714,15 @@ def test_adapters_on_delta_nets() -> None:
 
 def test_a_run_with_delta_nets(run_gpt: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
     done = run_gpt(
-        MIXERS="G A*3 G", ATTN_EXTRAS="xsa,sink", PARALLEL_LANES=1, ROPE_DTYPE="bf16", GDN_HEAD_DIM=8,
-        GDN_CONV_TRAINED=0, ATTN_GATE="none", EMBED_EXTRAS="none",
-    )  # fmt: skip
+        MIXERS="G A*3 G",
+        ATTN_EXTRAS="xsa,sink",
+        PARALLEL_LANES=1,
+        ROPE_DTYPE="bf16",
+        GDN_HEAD_DIM=8,
+        GDN_CONV_TRAINED=0,
+        ATTN_GATE="none",
+        EMBED_EXTRAS="none",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["legal"] and list(result["stages"]) == ["pre_quant", "quantized", "final"]

@@ -169,9 +169,13 @@ def spectrum(rows: int, cols: int, decades: float, seed: int) -> Tensor:
 
 
 @given(
-    rows=st.integers(1, 24), ratio=st.floats(1, 6), tall=st.booleans(), steps=st.integers(1, 10),
-    name=st.sampled_from(sorted(train_gpt.COEFFICIENTS)), decades=st.floats(0, 6),
-)  # fmt: skip
+    rows=st.integers(1, 24),
+    ratio=st.floats(1, 6),
+    tall=st.booleans(),
+    steps=st.integers(1, 10),
+    name=st.sampled_from(sorted(train_gpt.COEFFICIENTS)),
+    decades=st.floats(0, 6),
+)
 @PROPERTY
 def test_gram_form_is_the_same_iteration(
     rows: int, ratio: float, tall: bool, steps: int, name: str, decades: float
@@ -215,7 +219,7 @@ def test_fraction_of_the_run_and_what_it_switches(monkeypatch: pytest.MonkeyPatc
     (golden,) = entries("training_fraction")
     c, want = golden.config, golden.expected
     cfg = Config(**RECORD, qat="noise", qat_noise_start_frac=c["noise_start_frac"])
-    noise = train_gpt.Noise(cfg, train_gpt.GPT(Config(vocab_size=8, model_dim=64, rope_dims=8)))
+    noise = train_gpt.QuantNoise(cfg, train_gpt.GPT(Config(vocab_size=8, model_dim=64, rope_dims=8)))
     budget = c["max_wallclock_seconds"] - c["reserve_seconds"]
     for elapsed, fraction, mult, on, noisy in zip(
         c["elapsed_ms"], want["fraction"], want["multiplier"], want["loop_on"], want["noise_on"], strict=True
@@ -246,10 +250,13 @@ def test_late_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     state["blocks.2.attn.k.bias"] = torch.ones(3)
     monkeypatch.setattr(model, "named_parameters", lambda: state.items())
     cfg = Config(
-        qat="noise", matrix_bits=c["matrix_bits"], attn_clip_sigmas=c["matrix_clip_sigmas"],
-        qat_noise_mult=c["noise_mult"], qat_noise_patterns=("attn.k.", "blocks.[2-9].attn.o.weight"),
-    )  # fmt: skip
-    noise = train_gpt.Noise(cfg, model)
+        qat="noise",
+        matrix_bits=c["matrix_bits"],
+        attn_clip_sigmas=c["matrix_clip_sigmas"],
+        qat_noise_mult=c["noise_mult"],
+        qat_noise_patterns=("attn.k.", "blocks.[2-9].attn.o.weight"),
+    )
+    noise = train_gpt.QuantNoise(cfg, model)
     monkeypatch.setattr(torch, "randn", lambda shape, **_: torch.ones(shape, dtype=torch.float64))
     names = [n for n, p in state.items() if any(p is q for q in noise.params)]
     assert len(names) == len(want["targets_in_order"]) == 3
@@ -279,7 +286,7 @@ def test_shuffled_order_is_the_published_one(golden: rules.Entry, tmp_path: Path
     slices = c["world_size"] * c["grad_accum_steps"]
     cfg = deck_config(folder, batch_slices=slices, train_batch_tokens=c["batch_tokens_global"])
     pieces = [train_gpt.read_shard(path) for path in train_gpt.list_shards(str(folder), "train")]
-    deck = train_gpt.SequenceDeck(pieces[c["rank"] :: slices], c["seq_len"], c["rank"])
+    deck = train_gpt.ShuffledSequences(pieces[c["rank"] :: slices], c["seq_len"], c["rank"])
     deck.shuffle()
     assert [starts.tolist() for starts in deck.starts] == want["start_list_per_file"]
     batches = train_gpt.shuffled_rows(cfg, range(c["rank"], slices, c["world_size"]))
@@ -328,7 +335,7 @@ def test_rows_shift_targets_and_ignore_documents(tmp_path: Path) -> None:
     batches = train_gpt.train_batches(cfg, rules.runtime())
     (batch,) = next(batches)
     batches.close()
-    assert batch.cu is None and batch.ids.shape == batch.targets.shape == (2, 32)
+    assert batch.cu_seqlens is None and batch.ids.shape == batch.targets.shape == (2, 32)
     assert torch.equal(batch.ids[:, 1:], batch.targets[:, :-1]) and batch.ids.dtype == torch.int64
 
 
@@ -377,9 +384,14 @@ def test_frequent_rows(golden: rules.Entry, tmp_path: Path) -> None:
     c, want, V = golden.config, golden.expected, golden.config["V"]
     folder = write_shards(tmp_path / "data", *frequency_shards(c, V))
     cfg = Config(
-        data_path=str(folder), vocab_size=V, embed_quant="gptq_freqsplit", embed_topk=c["topk"],
-        embed_freq_tokens=c["freq_tokens"], embed_top_bits=c["top_bits"], embed_tail_bits=c["tail_bits"],
-    )  # fmt: skip
+        data_path=str(folder),
+        vocab_size=V,
+        embed_quant="gptq_freqsplit",
+        embed_topk=c["topk"],
+        embed_freq_tokens=c["freq_tokens"],
+        embed_top_bits=c["top_bits"],
+        embed_tail_bits=c["tail_bits"],
+    )
     counts = train_gpt.token_counts(cfg, rules.runtime())
     assert int(counts.sum()) == want["scanned_tokens"] and counts[:16].tolist() == want["counts_first16"]
     assert int(counts.square().sum()) == want["counts_sum_squares"]
@@ -400,9 +412,10 @@ def test_bits_by_pattern(golden: rules.Entry) -> None:
     cfg = train_gpt.load_config(
         {
             "MATRIX_BITS_OVERRIDES": c["overrides"].replace("attn.proj.weight:", " , blocks.[2-9].attn.o.weight: "),
-            "MATRIX_BITS": str(c["matrix_bits"]), "EMBED_BITS": str(c["embed_bits"]),
+            "MATRIX_BITS": str(c["matrix_bits"]),
+            "EMBED_BITS": str(c["embed_bits"]),
         }
-    )  # fmt: skip
+    )
     plan = train_gpt.quant_plan(cfg)
     for name, bits in zip(c["names"], golden.expected["bits"], strict=True):
         ours = name.replace("o_proj", "o").replace("ba_proj", "ba")
@@ -412,11 +425,22 @@ def test_bits_by_pattern(golden: rules.Entry) -> None:
 
 def test_the_first_override_that_fits_counts_and_keeps_scheme_and_clip() -> None:
     cfg = Config(matrix_bits_overrides=("attn.o:7", "blocks.1.*: 5", "mlp.down:8"))
-    found = {n: train_gpt.rule_for(n, train_gpt.quant_plan(cfg)) for n in (
-        "blocks.1.attn.o.weight", "blocks.1.attn.z.weight", "blocks.1.attn.qkv.weight", "blocks.1.mlp.down.weight",
-        "blocks.2.mlp.down.weight", "blocks.2.attn.q.weight", "blocks.1.attn.ba.weight", "blocks.1.attn.taps",
-        "blocks.1.attn.sink", "blocks.1.attn.A_log", "blocks.1.attn.dt_bias",
-    )}  # fmt: skip
+    found = {
+        n: train_gpt.rule_for(n, train_gpt.quant_plan(cfg))
+        for n in (
+            "blocks.1.attn.o.weight",
+            "blocks.1.attn.z.weight",
+            "blocks.1.attn.qkv.weight",
+            "blocks.1.mlp.down.weight",
+            "blocks.2.mlp.down.weight",
+            "blocks.2.attn.q.weight",
+            "blocks.1.attn.ba.weight",
+            "blocks.1.attn.taps",
+            "blocks.1.attn.sink",
+            "blocks.1.attn.A_log",
+            "blocks.1.attn.dt_bias",
+        )
+    }
     assert [rule.bits for rule in found.values()] == [7, 5, 5, 5, 8, 6, 16, 16, 16, 16, 16]
     assert found["blocks.2.mlp.down.weight"].clip == cfg.mlp_clip_sigmas
     assert found["blocks.1.attn.qkv.weight"].clip == cfg.attn_clip_sigmas
@@ -543,19 +567,29 @@ def test_stored_dictionary(tmp_path: Path) -> None:
     (golden,) = entries("mixed_quantize")
     c, want = golden.config, golden.expected
     ours = {
-        "tok_emb.weight": "tok_emb.weight", "blocks.0.attn.conv1d.weight": "blocks.0.attn.taps",
+        "tok_emb.weight": "tok_emb.weight",
+        "blocks.0.attn.conv1d.weight": "blocks.0.attn.taps",
         "blocks.0.attn.z_proj.weight": "blocks.0.attn.z.weight",
         "blocks.0.attn.o_proj.weight": "blocks.0.attn.o.weight",
-        "blocks.2.attn.proj.weight": "blocks.2.attn.o.weight", "blocks.2.mlp.fc.weight": "blocks.2.mlp.up.weight",
-        "blocks.2.attn.k_sink": "blocks.2.attn.sink", "skip_weights": "skips.weights",
-    }  # fmt: skip
+        "blocks.2.attn.proj.weight": "blocks.2.attn.o.weight",
+        "blocks.2.mlp.fc.weight": "blocks.2.mlp.up.weight",
+        "blocks.2.attn.k_sink": "blocks.2.attn.sink",
+        "skip_weights": "skips.weights",
+    }
     folder, V = write_shards(tmp_path / "data", *frequency_shards(c, c["shapes"]["tok_emb.weight"][0])), 1100
     cfg = Config(
-        data_path=str(folder), vocab_size=V, matrix_bits_overrides=("blocks.[2-9].attn.o.weight:7",),
-        attn_clip_sigmas=c["matrix_clip_sigmas"], mlp_clip_sigmas=c["matrix_clip_sigmas"],
-        embed_clip_sigmas=c["embed_clip_sigmas"], embed_quant="gptq_freqsplit", embed_topk=c["embed_topk"],
-        embed_top_bits=c["embed_top_bits"], embed_tail_bits=c["embed_tail_bits"], embed_freq_tokens=c["freq_tokens"],
-    )  # fmt: skip
+        data_path=str(folder),
+        vocab_size=V,
+        matrix_bits_overrides=("blocks.[2-9].attn.o.weight:7",),
+        attn_clip_sigmas=c["matrix_clip_sigmas"],
+        mlp_clip_sigmas=c["matrix_clip_sigmas"],
+        embed_clip_sigmas=c["embed_clip_sigmas"],
+        embed_quant="gptq_freqsplit",
+        embed_topk=c["embed_topk"],
+        embed_top_bits=c["embed_top_bits"],
+        embed_tail_bits=c["embed_tail_bits"],
+        embed_freq_tokens=c["freq_tokens"],
+    )
     state, hessians = {}, {train_gpt.COUNTS: train_gpt.token_counts(cfg, rules.runtime())}
     for name, mine in ours.items():
         shape = tuple(c["shapes"][name])
@@ -597,10 +631,11 @@ def test_plain_evaluation(golden: rules.Entry, exact_rope: None) -> None:
 
 
 WORDS = {  # TTT_TRAINABLE of the published selections
-    "mlp": ("mlp",), "all": ("all",),
+    "mlp": ("mlp",),
+    "all": ("all",),
     "control": ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skips", "attn.sink"),
     "attn,skip": ("attn_scale", "attn.q", "attn.k.", "attn.v.", "attn.o", "attn.z", "attn.sink", "skips"),
-}  # fmt: skip
+}
 
 
 @parametrize("ttt")
@@ -610,13 +645,25 @@ def test_chunk_sgd_follows_the_published_trajectory(
     c, want = golden.config, golden.expected
     val, size = golden_stream(c, c["targets"]), c["chunk_tokens"]
     cfg = model_config(
-        c, eval="chunk_sgd", eval_seq_len=c["seq_len"], eval_stride=c["stride"], ttt_chunk_tokens=size,
-        ttt_lr=c["lr"], ttt_momentum=c["momentum"], ttt_grad_clip=c["grad_clip"], ttt_epochs=c["epochs"],
-        ttt_trainable=WORDS[c["trainable"]], gdn_ttt_lr_mult=c["gdn_lr_mult"], val_batch_tokens=5 * c["seq_len"],
+        c,
+        eval="chunk_sgd",
+        eval_seq_len=c["seq_len"],
+        eval_stride=c["stride"],
+        ttt_chunk_tokens=size,
+        ttt_lr=c["lr"],
+        ttt_momentum=c["momentum"],
+        ttt_grad_clip=c["grad_clip"],
+        ttt_epochs=c["epochs"],
+        ttt_trainable=WORDS[c["trainable"]],
+        gdn_ttt_lr_mult=c["gdn_lr_mult"],
+        val_batch_tokens=5 * c["seq_len"],
         ttt_batch_seqs=c["batch_seqs"] if c["batch_seqs"] * c["seq_len"] < size else 0,
-    )  # fmt: skip
+    )
     model, runtime, norms = build(c), rules.runtime(torch.float64), []
-    learner, meter = train_gpt.ChunkSgd(cfg, runtime, model, val, train_gpt.Frozen), train_gpt.ByteMeter(val, runtime)
+    learner, meter = (
+        train_gpt.ChunkSgd(cfg, runtime, model, val, train_gpt.NoAdaptation),
+        train_gpt.ByteMeter(val, runtime),
+    )
     gradient = learner.gradient
 
     def note(span: range) -> None:
@@ -666,7 +713,7 @@ def test_the_record_has_the_published_parts() -> None:
     chosen = train_gpt.trainable(cfg, model)
     assert (len(chosen), sum(p.numel() for p in chosen.values())) == (33, 23_795_200)
     with torch.device("meta"):
-        noisy = train_gpt.Noise(cfg, model).params
+        noisy = train_gpt.QuantNoise(cfg, model).params
     assert sorted(tuple(p.shape) for p in noisy) == [(256, 512)] * 8 + [(512, 512)] * 8
     stored = {name: train_gpt.rule_for(name, train_gpt.quant_plan(cfg)) for name in model.state_dict()}
     whole = [p for name, p in model.named_parameters() if stored[name].scheme == "fp16"]
@@ -677,18 +724,36 @@ def test_the_record_has_the_published_parts() -> None:
 
 
 HYBRID = {
-    "MIXERS": "G A*3 G", "GDN_HEAD_DIM": 8, "ATTN_EXTRAS": "xsa,sink", "PARALLEL_LANES": 1, "LOADER": "shuffled",
-    "MUON_COEFFICIENTS": "polar_express_safe", "QAT": "noise", "QAT_NOISE_START_FRAC": 0.5, "ROTATE": "hadamard_vo",
-    "MATRIX_BITS_OVERRIDES": "blocks.[1-3].attn.o.weight:7", "EMBED_QUANT": "gptq_freqsplit", "EMBED_TOPK": 100,
-    "EMBED_FREQ_TOKENS": 4000, "EVAL": "chunk_sgd", "EVAL_STRIDE": 16, "TTT_CHUNK_TOKENS": 192, "TTT_LR": 0.1,
-    "TTT_EPOCHS": 1, "TTT_TRAINABLE": "mlp", "ITERATIONS": 4,
-}  # fmt: skip
+    "MIXERS": "G A*3 G",
+    "GDN_HEAD_DIM": 8,
+    "ATTN_EXTRAS": "xsa,sink",
+    "PARALLEL_LANES": 1,
+    "LOADER": "shuffled",
+    "MUON_COEFFICIENTS": "polar_express_safe",
+    "QAT": "noise",
+    "QAT_NOISE_START_FRAC": 0.5,
+    "ROTATE": "hadamard_vo",
+    "MATRIX_BITS_OVERRIDES": "blocks.[1-3].attn.o.weight:7",
+    "EMBED_QUANT": "gptq_freqsplit",
+    "EMBED_TOPK": 100,
+    "EMBED_FREQ_TOKENS": 4000,
+    "EVAL": "chunk_sgd",
+    "EVAL_STRIDE": 16,
+    "TTT_CHUNK_TOKENS": 192,
+    "TTT_LR": 0.1,
+    "TTT_EPOCHS": 1,
+    "TTT_TRAINABLE": "mlp",
+    "ITERATIONS": 4,
+}
 
 
 def test_two_processes_are_one_and_quantising_can_be_resumed(run_gpt: Callable, tmp_path: Path) -> None:
     results, counts = [], []
-    for ranks, stages, more in ((1, "train,quantize,eval", {}), (1, "quantize,eval", {"EMBED_TOPK": 20}),
-                                (2, "train,quantize,eval", {})):  # fmt: skip
+    for ranks, stages, more in (
+        (1, "train,quantize,eval", {}),
+        (1, "quantize,eval", {"EMBED_TOPK": 20}),
+        (2, "train,quantize,eval", {}),
+    ):
         done = run_gpt(ranks=ranks, STAGES=stages, **HYBRID | more)
         assert done.returncode == 0, done.stderr
         results.append(json.loads((tmp_path / "run" / "result.json").read_text()))

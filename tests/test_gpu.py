@@ -33,17 +33,17 @@ def test_flash_attention_over_segments_is_the_masked_twin(name: str, sunk: bool)
     except train_gpt.UserError as error:
         pytest.skip(str(error))
     bounds = train_gpt.segment_bounds(np.array([5, 300, 301, 900]), 1024, 256)
-    cu = torch.from_numpy(train_gpt.pad_bounds(bounds)).cuda()
-    cos, sin = train_gpt.rotary_tables(1024, 16, 1e4, cu.device)
-    flash = train_gpt.Seq(cu, 256, cos, sin, None)
-    exact = flash._replace(mask=train_gpt.segment_mask(cu, 1024, 256))
+    cu_seqlens = torch.from_numpy(train_gpt.pad_bounds(bounds)).cuda()
+    cos, sin = train_gpt.rotary_tables(1024, 16, 1e4, cu_seqlens.device)
+    flash = train_gpt.AttnMeta(cu_seqlens, 256, cos, sin, None)
+    exact = flash._replace(mask=train_gpt.segment_mask(cu_seqlens, 1024, 256))
     q, k, v = random_heads(1024, 64)
     sink = torch.randn(4, 64, generator=torch.Generator("cuda").manual_seed(2), device="cuda").requires_grad_()
     leaves = (q, k, v, sink)[: 3 + sunk]
     weight = torch.randn(q.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
     results = []
-    for function, seq in ((attend, flash), (train_gpt.masked_attention, exact)):
-        y = function(q, k, v, seq, *leaves[3:])
+    for function, meta in ((attend, flash), (train_gpt.masked_attention, exact)):
+        y = function(q, k, v, meta, *leaves[3:])
         results.append([y.float(), *(g.float() for g in torch.autograd.grad((y * weight).sum(), leaves))])
     for got, wanted in zip(*results, strict=True):
         assert (got - wanted).abs().max() <= 0.02 * wanted.abs().max()
@@ -70,10 +70,23 @@ def test_fused_delta_rule_is_the_twin(compiled: bool) -> None:
 
 def test_compiled_training_step_needs_one_graph_per_route(tiny_data: Path) -> None:
     cfg = train_gpt.Config(
-        data_path=str(tiny_data), vocab_size=320, num_layers=5, model_dim=128, num_heads=2, num_kv_heads=1,
-        loop_start=1, loop_end=2, parallel_start_layer=3, train_batch_tokens=1024, batch_slices=2, train_seq_len=256,
-        warmup_steps=2, eval_seq_len=256, val_batch_tokens=1024, attention="fa2",
-    )  # fmt: skip
+        data_path=str(tiny_data),
+        vocab_size=320,
+        num_layers=5,
+        model_dim=128,
+        num_heads=2,
+        num_kv_heads=1,
+        loop_start=1,
+        loop_end=2,
+        parallel_start_layer=3,
+        train_batch_tokens=1024,
+        batch_slices=2,
+        train_seq_len=256,
+        warmup_steps=2,
+        eval_seq_len=256,
+        val_batch_tokens=1024,
+        attention="fa2",
+    )
     runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None, True), torch.bfloat16, True)
     model = train_gpt.GPT(cfg, train_gpt.flash_attention, torch.bfloat16).cuda()
     model.load_state_dict(train_gpt.GPT(cfg).reset(0).state_dict())

@@ -98,7 +98,7 @@ def test_every_codec_is_accounted_for(codec: str, tmp_path: Path, capsys: pytest
     report, blob = inspect(folder / "model.bin", capsys), (folder / "model.bin").read_bytes()
     assert report["bytes_total"] == report["bytes_model"] == len(blob)
     streams = sum(row["bytes"] for row in report["streams"])
-    assert 0 <= len(blob) - streams <= train_gpt.HEAD.size + 1 + 4 * len(report["streams"])
+    assert 0 <= len(blob) - streams <= train_gpt.ARTIFACT_HEADER.size + 1 + 4 * len(report["streams"])
     assert abs(sum(row["bytes"] for row in report["classes"]) - streams) <= len(report["classes"])
     assert report["quantised_weights"] == sum(p["q"].numel() for p in parts_of().values() if "q" in p)
     assert report["bits_per_weight"] == pytest.approx(8 * len(blob) / report["quantised_weights"])
@@ -172,10 +172,16 @@ def test_no_changed_or_missing_byte_passes(
 ) -> None:
     whole = (run / name).read_bytes()
     at, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
-    damaged = data.draw(st.sampled_from([
-        whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :], whole[:at], whole + b"\0",
-        whole[:at] + whole[at + 1 :],
-    ]))  # fmt: skip
+    damaged = data.draw(
+        st.sampled_from(
+            [
+                whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :],
+                whole[:at],
+                whole + b"\0",
+                whole[:at] + whole[at + 1 :],
+            ]
+        )
+    )
     folder = tmp_path_factory.mktemp("damaged")
     target = folder / Path(name).name
     for other in (run / name).parent.glob("*"):
@@ -203,8 +209,8 @@ def test_blobs_of_another_version_or_codec(tmp_path: Path, capsys: pytest.Captur
     path = tmp_path / "model.bin"
 
     def sealed(version: int, number: int) -> bytes:
-        payload = blob[train_gpt.HEAD.size :]
-        head = train_gpt.HEAD.pack(train_gpt.MAGIC, version, number, len(payload), 0)[:-4]
+        payload = blob[train_gpt.ARTIFACT_HEADER.size :]
+        head = train_gpt.ARTIFACT_HEADER.pack(train_gpt.MAGIC, version, number, len(payload), 0)[:-4]
         return head + struct.pack("<I", zlib.crc32(payload, zlib.crc32(head))) + payload
 
     path.write_bytes(sealed(train_gpt.ARTIFACT_VERSION + 1, 2))

@@ -25,9 +25,17 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(train_gpt.triton is None, reason="triton is not installed")
 FUSED = Kernels(train_gpt.fused_cross_entropy, train_gpt.fused_mlp)
 SMALL = Config(
-    vocab_size=320, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, loop_start=1, loop_end=1,
-    parallel_start_layer=3, logit_softcap=5.0,
-)  # fmt: skip
+    vocab_size=320,
+    num_layers=4,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    rope_dims=4,
+    loop_start=1,
+    loop_end=1,
+    parallel_start_layer=3,
+    logit_softcap=5.0,
+)
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 CE_CASES = {  # rows, vocabulary (a block has 1024 columns), dtype, softcap, size of the logits
     "one-token": (1, 1, SINGLE, 30.0, 1.0),

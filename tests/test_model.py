@@ -28,9 +28,11 @@ def bounds_of(golden: rules.Entry) -> np.ndarray | None:
     return train_gpt.segment_bounds(np.array(starts), config["T"], config["max_doc_len"])
 
 
-def plan_of(model: train_gpt.GPT, bounds: np.ndarray | None, length: int, rows: int, max_len: int = 0) -> train_gpt.Seq:
-    cu = None if bounds is None else torch.from_numpy(train_gpt.pad_bounds(bounds))
-    return model.plan(length, rules.CPU, cu, max_len, rows)
+def plan_of(
+    model: train_gpt.GPT, bounds: np.ndarray | None, length: int, rows: int, max_len: int = 0
+) -> train_gpt.AttnMeta:
+    cu_seqlens = None if bounds is None else torch.from_numpy(train_gpt.pad_bounds(bounds))
+    return model.plan(length, rules.CPU, cu_seqlens, max_len, rows)
 
 
 # The published numbers
@@ -44,10 +46,10 @@ def test_forward_gives_the_published_numbers(golden: rules.Entry) -> None:
         assert bounds.tolist() == expected["cu_seqlens_unpadded"]
         assert np.diff(bounds).max() == expected["max_segment"]
     ids, targets = rules.rows_of(config)
-    seq = plan_of(model, bounds, config["T"], config["rows"])
+    meta = plan_of(model, bounds, config["T"], config["rows"])
     wants_gradient = "grad_l2" in expected
     with torch.set_grad_enabled(wants_gradient):
-        nll = model(ids, targets, seq, reduction="none")
+        nll = model(ids, targets, meta, reduction="none")
         if wants_gradient:
             nll.mean().backward()
     close = functools.partial(pytest.approx, rel=rules.REL)
@@ -56,8 +58,8 @@ def test_forward_gives_the_published_numbers(golden: rules.Entry) -> None:
     assert nll.flatten()[:8].tolist() == close(expected["nll_first8"])
     assert nll.flatten()[-4:].tolist() == close(expected["nll_last4"])
     with torch.no_grad():
-        rules.assert_checks(model.trunk(ids, seq), expected["hidden"])
-        logits = model(ids, None, seq)
+        rules.assert_checks(model.trunk(ids, meta), expected["hidden"])
+        logits = model(ids, None, meta)
     assert logits[0, 0, :5].tolist() == close(expected["logits_first_pos_0_5"])
     assert logits[-1, -1, :5].tolist() == close(expected["logits_last_pos_0_5"])
     if wants_gradient:
@@ -161,10 +163,10 @@ def test_masked_attention_is_attention_of_each_segment_alone(
     bounds = train_gpt.segment_bounds(np.array(starts), total, band)
     generator = torch.Generator().manual_seed(total + sum(lengths) * heads[0])
     q, k, v = (torch.randn(total, n, 8, generator=generator, dtype=torch.float64) for n in (heads[0], *heads[1:] * 2))
-    cu = torch.from_numpy(train_gpt.pad_bounds(bounds))
-    mask = train_gpt.segment_mask(cu, total, band or total)
-    seq = train_gpt.Seq(cu, band, torch.empty(0), torch.empty(0), mask)
-    got = train_gpt.masked_attention(*(t.view(rows, total // rows, *t.shape[1:]) for t in (q, k, v)), seq)
+    cu_seqlens = torch.from_numpy(train_gpt.pad_bounds(bounds))
+    mask = train_gpt.segment_mask(cu_seqlens, total, band or total)
+    meta = train_gpt.AttnMeta(cu_seqlens, band, torch.empty(0), torch.empty(0), mask)
+    got = train_gpt.masked_attention(*(t.view(rows, total // rows, *t.shape[1:]) for t in (q, k, v)), meta)
     expected = plain_attention(q, k, v, bounds.tolist())
     torch.testing.assert_close(got.reshape(expected.shape), expected, rtol=1e-12, atol=1e-12)
 
@@ -172,9 +174,9 @@ def test_masked_attention_is_attention_of_each_segment_alone(
 def test_causal_attention_is_one_segment_per_row() -> None:
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(3, 7, n, 4, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
-    seq = train_gpt.Seq(None, 0, torch.empty(0), torch.empty(0), None)
+    meta = train_gpt.AttnMeta(None, 0, torch.empty(0), torch.empty(0), None)
     expected = plain_attention(*(t.flatten(0, 1) for t in (q, k, v)), [0, 7, 14, 21])
-    got = train_gpt.masked_attention(q, k, v, seq)
+    got = train_gpt.masked_attention(q, k, v, meta)
     torch.testing.assert_close(got.flatten(0, 1), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -200,9 +202,9 @@ def test_a_later_token_leaves_earlier_logits_bit_equal(looping: bool, packed: bo
     model = rules.build(SMALL | {"loop_on": looping}, torch.float32)
     ids = torch.from_numpy(rules.tokens(97, 40, [0, 11, 29]))[None]
     bounds = train_gpt.segment_bounds(np.array([0, 11, 29]), 40, 0) if packed else None
-    seq, other = plan_of(model, bounds, 40, 1), ids.clone()
+    meta, other = plan_of(model, bounds, 40, 1), ids.clone()
     other[0, changed] = 8 + (ids[0, changed] + 1) % 80
-    before, after = model(ids, None, seq), model(other, None, seq)
+    before, after = model(ids, None, meta), model(other, None, meta)
     assert torch.equal(before[:, :changed], after[:, :changed])
     assert not torch.equal(before[:, changed], after[:, changed])
 
@@ -234,10 +236,10 @@ def test_xsa_leaves_nothing_along_the_own_value() -> None:
     generator = torch.Generator().manual_seed(1)
     y = torch.randn(2, 5, 6, 8, generator=generator, dtype=torch.float64)
     v = torch.randn(2, 5, 2, 8, generator=generator, dtype=torch.float64)
-    out = train_gpt.exclusive(y, v)
+    out = train_gpt.remove_self_value(y, v)
     assert (out.unflatten(2, (2, 3)) * v.unsqueeze(3)).sum(-1).abs().max() < 1e-13
-    torch.testing.assert_close(train_gpt.exclusive(out, v), out)
-    assert torch.equal(train_gpt.exclusive(y, torch.zeros_like(v)), y)
+    torch.testing.assert_close(train_gpt.remove_self_value(out, v), out)
+    assert torch.equal(train_gpt.remove_self_value(y, torch.zeros_like(v)), y)
     removed = (y - out).unflatten(2, (2, 3))
     along = torch.nn.functional.cosine_similarity(removed, v.unsqueeze(3).expand_as(removed), dim=-1)
     torch.testing.assert_close(along.abs(), torch.ones_like(along))
@@ -324,7 +326,7 @@ def test_every_site_counts() -> None:
     for name in ("q", "k", "v", "o", "attn", "up", "down", "mlp", "head"):
         # a random direction: q and k are normalised, and XSA removes what lies along v
         def nudge(site: train_gpt.Site, x: Tensor, y: Tensor, name: str = name) -> Tensor:
-            noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(site.slot + 2), dtype=y.dtype)
+            noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(site.execution + 2), dtype=y.dtype)
             return y + 0.1 * noise if site.name == name else y
 
         assert (model(ids, None, None, nudge) - plain).abs().max() > 1e-4, name
@@ -333,12 +335,10 @@ def test_every_site_counts() -> None:
 # Compilation
 
 
-def attend_by_bounds(
-    q: Tensor, k: Tensor, v: Tensor, seq: train_gpt.Seq, sink: Tensor | None = None
-) -> Tensor:
+def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, meta: train_gpt.AttnMeta, sink: Tensor | None = None) -> Tensor:
     """A backend that reads the boundaries inside the graph, as flash attention does."""
-    mask = train_gpt.segment_mask(seq.cu, q.size(0) * q.size(1), q.size(0) * q.size(1))
-    return train_gpt.masked_attention(q, k, v, seq._replace(mask=mask), sink)
+    mask = train_gpt.segment_mask(meta.cu_seqlens, q.size(0) * q.size(1), q.size(0) * q.size(1))
+    return train_gpt.masked_attention(q, k, v, meta._replace(mask=mask), sink)
 
 
 @pytest.mark.parametrize("attend", [train_gpt.masked_attention, attend_by_bounds])
@@ -361,9 +361,9 @@ def test_one_graph_per_route_whatever_the_number_of_documents(
             starts = np.linspace(0, 255, documents, dtype=np.int64)
             span = rules.tokens(97, 257, starts.tolist())
             batch = train_gpt.packed_docs_batch(span, 128)
-            ids, targets, seq = train_gpt.on_device(model, batch, runtime, 128)
-            loss = forward(ids, targets, seq)
-            torch.testing.assert_close(loss, model(ids, targets, seq))
+            ids, targets, meta = train_gpt.on_device(model, batch, runtime, 128)
+            loss = forward(ids, targets, meta)
+            torch.testing.assert_close(loss, model(ids, targets, meta))
             loss.backward()
             frames.append(counter.frame_count)
     assert len({len(train_gpt.pad_bounds(np.arange(n))) for n in (3, 40, 200)}) > 1  # the shapes did change

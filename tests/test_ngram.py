@@ -24,12 +24,30 @@ import train_gpt
 FORWARD = [rules.Entry(e["name"], GOLDEN["base"] | e["config"], e["expected"]) for e in GOLDEN["forward"]]
 ALL = next(e for e in FORWARD if e.name == "small/all_features").config
 EVERYTHING = {  # every part of the stack beside loops and two lanes, at toy size
-    "vocab_size": 97, "num_layers": 5, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0,
-    "rope_dims": 4, "num_loops": 1, "loop_start": 0, "loop_end": 1, "parallel_start_layer": 3, "gate_window": 8,
-    "attn_extras": ("xsa", "value_residual", "value_embed"), "ve_layers": (0, 1, 4), "ve_dim": 12, "xsa_last_n": 3,
-    "embed_extras": ("bigram", "trigram", "smear", "smear_channel"), "bigram_vocab_size": 61, "bigram_dim": 12,
-    "trigram_vocab_size": 47, "trigram_dim": 20, "attn_gate": "dense_bias", "rope_reference_len": 16,
-}  # fmt: skip
+    "vocab_size": 97,
+    "num_layers": 5,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_mult": 2.0,
+    "rope_dims": 4,
+    "num_loops": 1,
+    "loop_start": 0,
+    "loop_end": 1,
+    "parallel_start_layer": 3,
+    "gate_window": 8,
+    "attn_extras": ("xsa", "value_residual", "value_embed"),
+    "ve_layers": (0, 1, 4),
+    "ve_dim": 12,
+    "xsa_last_n": 3,
+    "embed_extras": ("bigram", "trigram", "smear", "smear_channel"),
+    "bigram_vocab_size": 61,
+    "bigram_dim": 12,
+    "trigram_vocab_size": 47,
+    "trigram_dim": 20,
+    "attn_gate": "dense_bias",
+    "rope_reference_len": 16,
+}
 
 
 def everything(seed: int = 5, looping: bool = True, **knobs: Any) -> train_gpt.GPT:
@@ -106,8 +124,8 @@ def test_the_longest_segment_and_not_the_pack_stretches_the_rotary_base() -> Non
     with torch.device("meta"):
         model = train_gpt.GPT(cfg)
     wanted = train_gpt.rotary_tables(4096, 16, 22_081.79027, rules.CPU)
-    cu = torch.from_numpy(train_gpt.pad_bounds(train_gpt.segment_bounds(torch.arange(0).numpy(), 4096, 2048)))
-    packed = model.plan(4096, rules.CPU, cu, 2048)
+    cu_seqlens = torch.from_numpy(train_gpt.pad_bounds(train_gpt.segment_bounds(torch.arange(0).numpy(), 4096, 2048)))
+    packed = model.plan(4096, rules.CPU, cu_seqlens, 2048)
     torch.testing.assert_close((packed.cos, packed.sin), wanted, rtol=0, atol=2e-4)
     short = model.plan(100, rules.CPU, None, 2048)  # a short row of a model of long contexts
     torch.testing.assert_close(short.cos, wanted[0][:100], rtol=0, atol=2e-4)
@@ -116,9 +134,12 @@ def test_the_longest_segment_and_not_the_pack_stretches_the_rotary_base() -> Non
 
 
 PR1182 = {
-    "MLP_MULT": "3.0", "BIGRAM_DIM": "96", "VE_LAYERS": "5,9,10", "EMBED_EXTRAS": "bigram,trigram,smear_channel",
+    "MLP_MULT": "3.0",
+    "BIGRAM_DIM": "96",
+    "VE_LAYERS": "5,9,10",
+    "EMBED_EXTRAS": "bigram,trigram,smear_channel",
     "ATTN_EXTRAS": "xsa,value_residual,value_embed",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -133,9 +154,13 @@ PR1182 = {
 )
 def test_parameter_counts_of_the_published_configurations(count: int, knobs: dict[str, str]) -> None:
     common = {
-        "VOCAB_SIZE": "1024", "NUM_LOOPS": "0", "PARALLEL_START_LAYER": "0", "SKIP_GATES_ENABLED": "0",
-        "EMBED_EXTRAS": "bigram,smear_channel", "ATTN_EXTRAS": "xsa,value_embed",
-    }  # fmt: skip
+        "VOCAB_SIZE": "1024",
+        "NUM_LOOPS": "0",
+        "PARALLEL_START_LAYER": "0",
+        "SKIP_GATES_ENABLED": "0",
+        "EMBED_EXTRAS": "bigram,smear_channel",
+        "ATTN_EXTRAS": "xsa,value_embed",
+    }
     assert train_gpt.count_parameters(train_gpt.load_config(common | knobs)) == count
 
 
@@ -252,7 +277,7 @@ def test_value_residual_takes_the_first_slot_and_the_first_slot_mixes_nothing(lo
     before = model(ids)
 
     def replace(site: train_gpt.Site, x: Tensor, y: Tensor, slots: range) -> Tensor:
-        return y.flip(-1) + 1 if site.name == "v" and site.slot in slots else y
+        return y.flip(-1) + 1 if site.name == "v" and site.execution in slots else y
 
     later = range(1, len(model.route.layers))
     assert (model.route.layers.count(0) == 2) == looping
@@ -377,11 +402,19 @@ def test_tables_are_stored_in_bf16_when_asked() -> None:
 
 def test_a_run_with_every_part(run_gpt: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
     knobs = {
-        "EMBED_EXTRAS": "smear,smear_channel,trigram,bigram", "ATTN_EXTRAS": "xsa,value_residual,value_embed",
-        "VE_LAYERS": "1,4", "VE_DIM": "12", "BIGRAM_VOCAB_SIZE": "128", "BIGRAM_DIM": "16", "EMBED_DTYPE": "bf16",
-        "TRIGRAM_VOCAB_SIZE": "64", "TRIGRAM_DIM": "32", "TRIGRAM_TRAINED": "0", "ROPE_REFERENCE_LEN": "32",
+        "EMBED_EXTRAS": "smear,smear_channel,trigram,bigram",
+        "ATTN_EXTRAS": "xsa,value_residual,value_embed",
+        "VE_LAYERS": "1,4",
+        "VE_DIM": "12",
+        "BIGRAM_VOCAB_SIZE": "128",
+        "BIGRAM_DIM": "16",
+        "EMBED_DTYPE": "bf16",
+        "TRIGRAM_VOCAB_SIZE": "64",
+        "TRIGRAM_DIM": "32",
+        "TRIGRAM_TRAINED": "0",
+        "ROPE_REFERENCE_LEN": "32",
         "ATTN_GATE": "dense_bias",
-    }  # fmt: skip
+    }
     done = run_gpt(**knobs)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "run" / "result.json").read_text())

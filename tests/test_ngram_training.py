@@ -26,10 +26,22 @@ from train_gpt import Config
 
 GOLDEN = json.loads((Path(__file__).resolve().parent / "golden" / "ngram_training.json").read_text(encoding="utf-8"))
 SMALL = {
-    "vocab_size": 97, "num_layers": 2, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0,
-    "rope_dims": 4, "num_loops": 0, "parallel_start_layer": 0, "embed_extras": ("bigram",), "bigram_vocab_size": 61,
-    "bigram_dim": 12, "train_batch_tokens": 64, "batch_slices": 2, "train_seq_len": 32,
-}  # fmt: skip
+    "vocab_size": 97,
+    "num_layers": 2,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_mult": 2.0,
+    "rope_dims": 4,
+    "num_loops": 0,
+    "parallel_start_layer": 0,
+    "embed_extras": ("bigram",),
+    "bigram_vocab_size": 61,
+    "bigram_dim": 12,
+    "train_batch_tokens": 64,
+    "batch_slices": 2,
+    "train_seq_len": 32,
+}
 
 
 def golden(kind: str) -> list[rules.Entry]:
@@ -66,7 +78,7 @@ def test_warmdown_in_iterations(entry: rules.Entry) -> None:
         found = [multiplier(s, s * config["step_ms"] / budget) for s in range(expected["total_steps"] + 1)]
         assert {s: found[int(s)] for s in expected["lr_multiplier"]} == approx(expected["lr_multiplier"], 1e-8, 1e-9)
         ste = Config(qat="ste")
-        late = [s for s, m in enumerate(found) if train_gpt.Ste(ste, nn.Module()).due(0.0, m, s)]
+        late = [s for s, m in enumerate(found) if train_gpt.FakeQuantSTE(ste, nn.Module()).due(0.0, m, s)]
         assert late[0] == expected["late_qat_step"]
         swa = train_gpt.Swa(cfg, [torch.zeros(1)])
         taken = []
@@ -141,10 +153,19 @@ def test_three_whole_steps(entry: rules.Entry) -> None:
     config, expected = entry.config, entry.expected
     model = build(config | {"overrides": {}})
     cfg = dataclasses.replace(
-        Config(), tied_embed_lr=config["lrs"]["tok"], matrix_lr=config["lrs"]["mat"], scalar_lr=config["lrs"]["sca"],
-        muon_wd=0.04, embed_wd=0.04, adam_wd=0.04, muon_coefficients="quintic", muon_row_normalize=False,
-        grad_clip_norm=0.0, muon_momentum=0.99, ema_decay=0.997,
-    )  # fmt: skip
+        Config(),
+        tied_embed_lr=config["lrs"]["tok"],
+        matrix_lr=config["lrs"]["mat"],
+        scalar_lr=config["lrs"]["sca"],
+        muon_wd=0.04,
+        embed_wd=0.04,
+        adam_wd=0.04,
+        muon_coefficients="quintic",
+        muon_row_normalize=False,
+        grad_clip_norm=0.0,
+        muon_momentum=0.99,
+        ema_decay=0.997,
+    )
     trigram = [p for name, p in model.named_parameters() if "trigram" in name]
     for p in trigram:
         p.requires_grad_(False)
@@ -235,7 +256,7 @@ def test_fake_quantisation_is_the_published_one(entry: rules.Entry) -> None:
     weight = weight.float()
     rule = train_gpt.QuantRule("*", "gptq_lite", 6, 0.0)
     scale = train_gpt.SCHEMES["gptq_lite"].steps(weight, rule, Config(clip_floor=1.0))
-    fake, expected = train_gpt.on_grid(weight, scale, 6), entry.expected
+    fake, expected = train_gpt.fake_quantize(weight, scale, 6), entry.expected
     assert scale.tolist() == approx(expected["row_scales"], 1e-6)
     assert (fake / scale[:, None]).round().sum(dim=1).tolist() == expected["row_int_sums"]
     assert fake[0].tolist() == approx(expected["fake_row0"], 1e-6)
@@ -273,7 +294,7 @@ def test_ste_sees_the_grid_and_its_gradient_goes_straight_through(compile_: str)
     with torch.no_grad():
         for name, p in rounded.named_parameters():
             if name.startswith("blocks.") and p.ndim == 2 and p.size(0) > 2:
-                p.copy_(train_gpt.on_grid(p, (p.abs().amax(dim=1) / 31).clamp_min(2.0**-24), 6))
+                p.copy_(train_gpt.fake_quantize(p, (p.abs().amax(dim=1) / 31).clamp_min(2.0**-24), 6))
     rounded.zero_grad()
     batch = one_batch()[0]
     loss = rounded(batch.ids, batch.targets, rounded.plan(32, torch.device("cpu"), None, 32, rows=2))
@@ -328,7 +349,7 @@ def test_noise_is_of_the_stated_size_seeded_and_taken_back() -> None:
 
 def test_weights_come_back_when_a_step_fails() -> None:
     p = nn.Parameter(torch.ones(3))
-    with pytest.raises(KeyboardInterrupt), train_gpt.displaced([p], [torch.zeros(3)]):
+    with pytest.raises(KeyboardInterrupt), train_gpt.temporarily_set([p], [torch.zeros(3)]):
         assert not p.any()
         raise KeyboardInterrupt
     assert p.all()
@@ -398,10 +419,10 @@ def test_clip_search_by_row_is_never_worse_than_one_for_all(seed: int, bits: int
     for by_row in (True, False):
         scale = train_gpt.searched_scales(weight, bits, floor, by_row)
         assert (scale.float() * (2 ** (bits - 1) - 1) >= floor * 0.999).all()
-        errors.append((weight - train_gpt.on_grid(weight, scale.float(), bits)).square().sum(dim=1))
+        errors.append((weight - train_gpt.fake_quantize(weight, scale.float(), bits)).square().sum(dim=1))
     assert (errors[0] <= errors[1]).all()
     loosest = train_gpt.storable(train_gpt.quantile_steps(weight, bits, 1.0, floor)).float()
-    assert (errors[0] <= (weight - train_gpt.on_grid(weight, loosest, bits)).square().sum(dim=1)).all()
+    assert (errors[0] <= (weight - train_gpt.fake_quantize(weight, loosest, bits)).square().sum(dim=1)).all()
 
 
 def published_plan(**knobs: Any) -> tuple[train_gpt.QuantRule, ...]:
@@ -414,10 +435,14 @@ def test_every_tensor_is_stored_as_published(entry: rules.Entry) -> None:
         "mlp_mult bigram_dim bigram_vocab_size trigram_vocab_size trigram_dim xsa_last_n vocab_size num_layers".split()
     )
     cfg = Config(
-        **{k: entry.config[k] for k in same}, embed_extras=("bigram", "trigram", "smear_channel"), num_loops=0,
-        attn_extras=("xsa", "value_residual", "value_embed"), ve_layers=(5, 9, 10), parallel_start_layer=0,
+        **{k: entry.config[k] for k in same},
+        embed_extras=("bigram", "trigram", "smear_channel"),
+        num_loops=0,
+        attn_extras=("xsa", "value_residual", "value_embed"),
+        ve_layers=(5, 9, 10),
+        parallel_start_layer=0,
         skip_gates_enabled=False,
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = train_gpt.GPT(cfg)
     kinds = {"gptq_lite": "int6", "row_quantile": "int8", "fp16": "fp16"}
@@ -477,11 +502,24 @@ def test_lzma_presets_round_trip_and_differ() -> None:
 
 
 RUN = {
-    "AVERAGE": "ema,swa", "SWA_EVERY": "2", "SWA_START_SCALE": "0.9", "QAT": "ste", "LATE_QAT_THRESHOLD": "0.6",
-    "WARMDOWN_ITERS": "8", "MIN_LR": "0", "MATRIX_QUANT": "gptq_lite", "EMBED_QUANT": "row_quantile",
-    "EMBED_BITS": "8", "COMPRESSOR": "lzma6", "CLIP_FLOOR": "1", "EMBED_EXTRAS": "bigram",
-    "BIGRAM_VOCAB_SIZE": "64", "BIGRAM_DIM": "8", "ITERATIONS": "10", "EVAL": "plain",
-}  # fmt: skip
+    "AVERAGE": "ema,swa",
+    "SWA_EVERY": "2",
+    "SWA_START_SCALE": "0.9",
+    "QAT": "ste",
+    "LATE_QAT_THRESHOLD": "0.6",
+    "WARMDOWN_ITERS": "8",
+    "MIN_LR": "0",
+    "MATRIX_QUANT": "gptq_lite",
+    "EMBED_QUANT": "row_quantile",
+    "EMBED_BITS": "8",
+    "COMPRESSOR": "lzma6",
+    "CLIP_FLOOR": "1",
+    "EMBED_EXTRAS": "bigram",
+    "BIGRAM_VOCAB_SIZE": "64",
+    "BIGRAM_DIM": "8",
+    "ITERATIONS": "10",
+    "EVAL": "plain",
+}
 
 
 def test_two_processes_round_and_average_as_one(

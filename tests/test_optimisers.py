@@ -293,7 +293,7 @@ class FakeRank(train_gpt.Runtime):
     said: list = dataclasses.field(default_factory=list)
     heard: list = dataclasses.field(default_factory=list)
 
-    def first_says(self, value: float) -> float:
+    def broadcast_from_rank0(self, value: float) -> float:
         if self.rank == 0:
             self.said.append(value)
             return value

@@ -217,8 +217,13 @@ def test_annotations_go_where_nobody_reads_them_and_stay_where_somebody_does() -
         "@torch.no_grad()\ndef plain(v: torch.Tensor, *r: int, key: str = '') -> int:\n    count: int\n    return v\n"
     )
     small = pack_artifact.minify(source)
-    for kept in ("x:int=1", "BLOCK:tl.constexpr", ":tl.constexpr=2", "op(v:torch.Tensor)->torch.Tensor",
-                 "late(v:torch.Tensor)->torch.Tensor"):
+    for kept in (
+        "x:int=1",
+        "BLOCK:tl.constexpr",
+        ":tl.constexpr=2",
+        "op(v:torch.Tensor)->torch.Tensor",
+        "late(v:torch.Tensor)->torch.Tensor",
+    ):
         assert kept in small, kept
     for dropped in ("a:int", "r:int", "key:str", "doc"):
         assert dropped not in small, dropped
@@ -482,10 +487,17 @@ def test_embedded_tokenizer_is_counted(run_dir: Path, capsys: pytest.CaptureFixt
 
 
 def verify(run: Path, *options: str) -> int:
-    return pack_artifact.main([
-        "verify", str(run / "artifact.pyz"), "--data", str(run.parent / "data"),
-        "--source", str(run.parent / "stand_in.py"), *options,
-    ])
+    return pack_artifact.main(
+        [
+            "verify",
+            str(run / "artifact.pyz"),
+            "--data",
+            str(run.parent / "data"),
+            "--source",
+            str(run.parent / "stand_in.py"),
+            *options,
+        ]
+    )
 
 
 def test_verify_equals_the_run_in_isolation(

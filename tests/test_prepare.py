@@ -155,8 +155,11 @@ def test_manifest_tells_the_whole_story(tmp_path: Path, docs: Path) -> None:
         assert hashlib.sha256((out / shard["name"]).read_bytes()).hexdigest() == shard["sha256"]
     assert str(tmp_path) not in (out / "manifest.json").read_text()
     assert {path.name for path in out.iterdir()} == {
-        "bpe_320.model", "fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json",
-    }  # fmt: skip
+        "bpe_320.model",
+        "fineweb_train_000000.bin",
+        "fineweb_val_000000.bin",
+        "manifest.json",
+    }
 
 
 # Inputs
@@ -223,9 +226,7 @@ MANY = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(2000, wo
     ids=lambda value: value.replace("\\", "") if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("train", [True, False], ids=["train_tokenizer", "given_tokenizer"])
-def test_bad_input_is_one_line(
-    tmp_path: Path, model: Path, name: str, raw: bytes, message: str, train: bool
-) -> None:
+def test_bad_input_is_one_line(tmp_path: Path, model: Path, name: str, raw: bytes, message: str, train: bool) -> None:
     path = tmp_path / name
     path.write_bytes(raw)
     tokenizer = {"vocab_size": 320} if train else {"tokenizer": model}
@@ -247,10 +248,15 @@ def test_parquet_without_the_column(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"val_docs": 0}, {"vocab_size": 0}, {"vocab_size": 65537}, {"jobs": 0}, {"shard_tokens": 0}, {"sample_mb": 0},
+        {"val_docs": 0},
+        {"vocab_size": 0},
+        {"vocab_size": 65537},
+        {"jobs": 0},
+        {"shard_tokens": 0},
+        {"sample_mb": 0},
         {"docs": ()},
     ],
-)  # fmt: skip
+)
 def test_bad_options(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises(PrepareError):
         Options(**{"docs": (tmp_path / "a.jsonl",), "out": tmp_path, "vocab_size": 400, **wrong})

@@ -275,8 +275,10 @@ def test_each_tensor_has_one_rule_of_its_own() -> None:
 def test_bits_and_clips_reach_their_tensors() -> None:
     knobs = {"matrix_bits": 5, "embed_bits": 8, "attn_clip_sigmas": 9.0, "mlp_clip_sigmas": 8.0}
     plan = train_gpt.quant_plan(train_gpt.Config(embed_clip_sigmas=7.0, **knobs))
-    found = {name: train_gpt.rule_for(name, plan)[1:4] for name in
-             ("tok_emb.weight", "blocks.10.attn.o.weight", "blocks.3.mlp.down.weight", "skips.weights")}  # fmt: skip
+    found = {
+        name: train_gpt.rule_for(name, plan)[1:4]
+        for name in ("tok_emb.weight", "blocks.10.attn.o.weight", "blocks.3.mlp.down.weight", "skips.weights")
+    }
     assert list(found.values()) == [("gptq", 8, 7.0), ("gptq", 5, 9.0), ("gptq", 5, 8.0), ("fp16", 16, 0.0)]
 
 

@@ -111,9 +111,11 @@ def test_any_matrices_come_back(matrix: np.ndarray, more: int) -> None:
 
 @PROPERTY
 @given(
-    seed=st.integers(0, 999), rows=st.integers(1, 70), cols=st.sampled_from([1, 5, 511, 512, 513, 1100]),
+    seed=st.integers(0, 999),
+    rows=st.integers(1, 70),
+    cols=st.sampled_from([1, 5, 511, 512, 513, 1100]),
     sigma=st.floats(0, 90),
-)  # fmt: skip
+)
 def test_any_scale_and_width_comes_back(seed: int, rows: int, cols: int, sigma: float) -> None:
     raw = framed(normal(rows, cols, sigma, seed), normal(3, cols, 127.0, seed))
     assert rans_decode(rans_encode(raw)) == raw
@@ -195,9 +197,12 @@ def model_parts() -> dict[str, dict[str, torch.Tensor]]:
     trellis = torch.tensor([8, 32], dtype=torch.int32)
     scales = train_gpt.stored_scales(torch.rand(60) + 0.1, 0.02)
     plain = {"q": torch.from_numpy(normal(30, 24)), "s": torch.rand(30).half() + 0.1}
-    return {"blocks.0.mlp.up.weight:gptq_tcq": {"q": walk, "t": trellis} | scales,
-            "blocks.1.attn.q.weight:gptq": plain, "tok_emb.weight:rowwise": plain,
-            "skips.gates:fp16": {"w": torch.rand(7).half()}}  # fmt: skip
+    return {
+        "blocks.0.mlp.up.weight:gptq_tcq": {"q": walk, "t": trellis} | scales,
+        "blocks.1.attn.q.weight:gptq": plain,
+        "tok_emb.weight:rowwise": plain,
+        "skips.gates:fp16": {"w": torch.rand(7).half()},
+    }
 
 
 def test_a_model_survives(tmp_path: Path) -> None:
@@ -214,7 +219,7 @@ def test_matrices_lie_layer_by_layer_and_know_their_trellis() -> None:
     kept = unpack_arrays(blob)
     assert all(np.array_equal(kept[n], flat[n]) and kept[n].dtype == flat[n].dtype for n in flat)
     assert [n.split(".")[0] for n in kept if n.endswith(":q")] == ["tok_emb", "blocks", "blocks"]
-    head = train_gpt.HEAD.size
+    head = train_gpt.ARTIFACT_HEADER.size
     sizes = np.frombuffer(blob[head + 1 : head + 9], "<u4")
     raw = rans_decode(blob[head + 9 + sizes[0] :])
     heads = [train_gpt.RANS_HEAD.unpack_from(raw, at) for at in (0, 16 + 720, 2 * 16 + 720 + 1440)]
@@ -223,8 +228,16 @@ def test_matrices_lie_layer_by_layer_and_know_their_trellis() -> None:
 
 @pytest.mark.parametrize("matrix_quant", ["rowwise", "gptq_tcq"])
 def test_a_quantised_model_survives(matrix_quant: str, tmp_path: Path) -> None:
-    cfg = load_config({**TINY, "MATRIX_QUANT": matrix_quant, "EMBED_QUANT": "rowwise", "COMPRESSOR": "rans",
-                       "SCALE_STEP": "0.02", "GATED_ATTN_QUANT_GATE": "1"})  # fmt: skip
+    cfg = load_config(
+        {
+            **TINY,
+            "MATRIX_QUANT": matrix_quant,
+            "EMBED_QUANT": "rowwise",
+            "COMPRESSOR": "rans",
+            "SCALE_STEP": "0.02",
+            "GATED_ATTN_QUANT_GATE": "1",
+        }
+    )
     model = train_gpt.GPT(cfg).reset(3)
     state = {name: w + 0.05 * torch.randn(w.shape) for name, w in model.state_dict().items()}
     plan = train_gpt.quant_plan(cfg)
@@ -239,7 +252,7 @@ def test_a_quantised_model_survives(matrix_quant: str, tmp_path: Path) -> None:
 def resealed(stream: bytes) -> bytes:
     """A blob of right checksum whose symbols are `stream`."""
     blob = pack_arrays({"x:gptq:q": normal(20, 30)}, "rans")
-    head = train_gpt.HEAD.size
+    head = train_gpt.ARTIFACT_HEADER.size
     first = int.from_bytes(blob[head + 1 : head + 5], "little")
     rest = blob[head + 9 : head + 9 + first]
     sizes = first.to_bytes(4, "little") + len(stream).to_bytes(4, "little")

@@ -262,7 +262,7 @@ def test_chosen_columns_get_their_bits_and_the_error_falls() -> None:
 def test_fine_columns_with_the_coarse_grid_change_nothing() -> None:
     W, H = spiky(3, slice(0, 8))
     scale = train_gpt.row_scales(W, 6, 12.0)
-    same = train_gpt.Fine(torch.arange(5, 30), 6, scale)
+    same = train_gpt.HighBitColumns(torch.arange(5, 30), 6, scale)
     coarse, fine = (train_gpt.gptq(W, H, scale, 6, 0.01, 16, f) for f in (None, same))
     assert torch.equal(coarse, fine)
 
@@ -412,9 +412,14 @@ def test_clip_search_takes_the_least_squared_error() -> None:
 
 def test_a_run_writes_its_report(run_gpt: Callable, tmp_path: Path) -> None:
     done = run_gpt(
-        REPAIR="lqer", AWQ_LITE_ENABLED="1", AWQ_LITE_GROUP_SIZE="8", GATED_ATTN_QUANT_GATE="1", QUANT_REPORT="1",
-        ITERATIONS="3", EVAL="plain",
-    )  # fmt: skip
+        REPAIR="lqer",
+        AWQ_LITE_ENABLED="1",
+        AWQ_LITE_GROUP_SIZE="8",
+        GATED_ATTN_QUANT_GATE="1",
+        QUANT_REPORT="1",
+        ITERATIONS="3",
+        EVAL="plain",
+    )
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
     for words in ("LQER: 3 tensors", "as awq_lite", "int8_row", "clip search, ", "bytes, Hessian-weighted error times"):

@@ -343,8 +343,15 @@ def test_two_processes_are_one(name: str, pairs: dict[str, Done], again: Callabl
 def test_two_processes_quantise_and_adapt_as_one(full: Done, tiny_data: Path, tmp_path: Path) -> None:
     """By torchrun itself, as on a machine with GPUs."""
     folder = Path(shutil.copytree(full.folder, tmp_path / "run"))
-    phased = {"EVAL": "phased_lora", "PHASED_TTT_PREFIX_DOCS": 5, "PHASED_TTT_NUM_PHASES": 2, "GLOBAL_TTT_LR": 0.05,
-              "GLOBAL_TTT_CHUNK_TOKENS": 128, "SEED": 7, "VAL_LOSS_EVERY": 4}  # fmt: skip
+    phased = {
+        "EVAL": "phased_lora",
+        "PHASED_TTT_PREFIX_DOCS": 5,
+        "PHASED_TTT_NUM_PHASES": 2,
+        "GLOBAL_TTT_LR": 0.05,
+        "GLOBAL_TTT_CHUNK_TOKENS": 128,
+        "SEED": 7,
+        "VAL_LOSS_EVERY": 4,
+    }
     one = launch(environment(tiny_data, folder, STAGES="eval", **phased), folder)
     assert one.code == 0 and one.out.count("global steps") == 2, one.err
     assert abs(one.bpb("final") - full.bpb("final")) > 1e-5, "the global updates change nothing"

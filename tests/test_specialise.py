@@ -124,9 +124,10 @@ def test_a_word_of_the_artifact_or_of_the_program_keeps_its_entry() -> None:
 
 
 def test_a_key_that_goes_from_one_table_stays_a_value_of_other_knobs() -> None:
-    source = SMALL.replace('STEPS = {', 'OTHER = {"b": first, "c": second}\nSTEPS = {').replace(
-        "    cfg = Config()", "    cfg = Config()\n    OTHER[cfg.third]")
-    source = source.replace('    size: int', '    third: str = knob("b", "", "", choices=("b", "c"))\n    size: int')
+    source = SMALL.replace("STEPS = {", 'OTHER = {"b": first, "c": second}\nSTEPS = {').replace(
+        "    cfg = Config()", "    cfg = Config()\n    OTHER[cfg.third]"
+    )
+    source = source.replace("    size: int", '    third: str = knob("b", "", "", choices=("b", "c"))\n    size: int')
     facts = small_facts(third="b")
     small, dropped = specialised(dataclasses.replace(facts, choices=facts.choices | {"third": ("b", "c")}), source)
     assert ("MODES", "b") in dropped.entries and "third:str=knob('b','','',choices=('b',))" in small
@@ -172,8 +173,9 @@ def test_every_record_specialises_explains_itself_and_refuses_what_it_dropped(re
     assert small.explain(*small.resolve(environ)) == train_gpt.explain(*train_gpt.resolve(environ))
     assert len(dropped.entries) > 5 and {table for table, _ in dropped.entries} >= {"EVALS", "GATES", "CODECS"}
     other = next(c for c in facts.choices["eval"] if c != facts.values["eval"])
-    changed = {"EVAL": other} | {k.upper(): str(int(not facts.values[k])) for k in dropped.frozen
-                                 if isinstance(facts.values[k], bool)}  # fmt: skip
+    changed = {"EVAL": other} | {
+        k.upper(): str(int(not facts.values[k])) for k in dropped.frozen if isinstance(facts.values[k], bool)
+    }
     assert len(changed) > 3
     for name, value in changed.items():
         with pytest.raises(small.UserError, match=f"{name}=") as caught:
@@ -194,14 +196,36 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TINY_RUN = {
-    "VOCAB_SIZE": "320", "NUM_LAYERS": "4", "MODEL_DIM": "32", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "2.0",
-    "ROPE_DIMS": "4", "LOOP_START": "1", "LOOP_END": "2", "NUM_LOOPS": "1", "PARALLEL_START_LAYER": "3",
-    "XSA_LAST_N": "4", "TRAIN_SEQ_LEN": "64", "EVAL_SEQ_LEN": "64", "TTT_EVAL_SEQ_LEN": "64",
-    "TRAIN_BATCH_TOKENS": "512", "VAL_BATCH_TOKENS": "512", "BATCH_SLICES": "4", "ITERATIONS": "4",
-    "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "1",
-    "GPTQ_CALIBRATION_BATCHES": "4", "TTT_LORA_RANK": "4", "TTT_CHUNK_SIZE": "16", "TTT_BATCH_SIZE": "3",
-    "EMBED_EXTRAS": "smear", "REPAIR": "lqer", "DEVICE": "cpu", "OMP_NUM_THREADS": "1",
-}  # fmt: skip
+    "VOCAB_SIZE": "320",
+    "NUM_LAYERS": "4",
+    "MODEL_DIM": "32",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "MLP_MULT": "2.0",
+    "ROPE_DIMS": "4",
+    "LOOP_START": "1",
+    "LOOP_END": "2",
+    "NUM_LOOPS": "1",
+    "PARALLEL_START_LAYER": "3",
+    "XSA_LAST_N": "4",
+    "TRAIN_SEQ_LEN": "64",
+    "EVAL_SEQ_LEN": "64",
+    "TTT_EVAL_SEQ_LEN": "64",
+    "TRAIN_BATCH_TOKENS": "512",
+    "VAL_BATCH_TOKENS": "512",
+    "BATCH_SLICES": "4",
+    "ITERATIONS": "4",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "WARMUP_STEPS": "1",
+    "GPTQ_CALIBRATION_BATCHES": "4",
+    "TTT_LORA_RANK": "4",
+    "TTT_CHUNK_SIZE": "16",
+    "TTT_BATCH_SIZE": "3",
+    "EMBED_EXTRAS": "smear",
+    "REPAIR": "lqer",
+    "DEVICE": "cpu",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def pack(run: Path, *options: str) -> int:

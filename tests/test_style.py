@@ -28,7 +28,7 @@ MAX_NESTING = 4
 MAX_PARAMETERS = 8
 MAX_UNDOCUMENTED_LINES = 5
 MAX_LINE_LENGTH = 120
-MAX_PROGRAM_LINES = 4_000  # of code: blank lines, comments and docstrings are there to be read, and are not counted
+MAX_PROGRAM_LINES = 4_900  # of code: blank lines, comments and docstrings are there to be read, and are not counted
 MAX_ENVIRON_READS = 2
 MAX_FILE_BYTES = 1_000_000
 

@@ -33,11 +33,21 @@ RESULT {result}
 
 def result_of(seed: int, bpb: float, **changes: Any) -> dict[str, Any]:
     result = {
-        "preset": "records/x", "seed": seed, "val_loss": bpb * NATS, "val_bpb": bpb, "tokens_scored": 47_851_520,
-        "bytes_scored": 151_074_499, "legal": True, "source_sha256": "abc", "train_seconds": 596.0 + seed % 3,
-        "train_steps": 4900 + seed % 7, "eval_seconds": 455.5, "bytes_code": 33_000, "bytes_total": 15_950_000 + seed,
+        "preset": "records/x",
+        "seed": seed,
+        "val_loss": bpb * NATS,
+        "val_bpb": bpb,
+        "tokens_scored": 47_851_520,
+        "bytes_scored": 151_074_499,
+        "legal": True,
+        "source_sha256": "abc",
+        "train_seconds": 596.0 + seed % 3,
+        "train_steps": 4900 + seed % 7,
+        "eval_seconds": 455.5,
+        "bytes_code": 33_000,
+        "bytes_total": 15_950_000 + seed,
         "stages": {"pre_quant": {"val_bpb": bpb + 0.004}, "quantized": {"val_bpb": bpb + 0.0125}, "final": {}},
-    }  # fmt: skip
+    }
     return result | changes
 
 
@@ -168,7 +178,7 @@ def test_statistics_where_little_is_known() -> None:
     assert submit.compare(two, mean_only, "x")["welch_p_bpb"] == pytest.approx(p)
     with pytest.raises(submit.UserError, match="no val_bpb"):
         submit.compare(one, {"name": "empty"}, "empty")
-    assert submit.welch([1.0, 1.0], [2.0, 2.0]) is None and submit.spread([1.0]) is None
+    assert submit.welch([1.0, 1.0], [2.0, 2.0]) is None and submit.scatter_losses([1.0]) is None
 
 
 def test_paired_needs_common_seeds_and_sees_what_welch_does_not() -> None:

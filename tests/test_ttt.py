@@ -147,15 +147,24 @@ def stream_of(raw_lengths: list[int], vocab: int = 97) -> train_gpt.ValData:
 
 def ttt_config(config: dict, **knobs: object) -> train_gpt.Config:
     settings = {
-        "ttt_lora_rank": config["lora_rank"], "ttt_lora_alpha": config["lora_alpha"], "ttt_lora_lr": config["lr"],
-        "ttt_weight_decay": config["weight_decay"], "ttt_beta1": config["beta1"], "ttt_beta2": config["beta2"],
-        "ttt_chunk_size": config["chunk"], "ttt_eval_seq_len": config["window"],
-        "ttt_batch_size": config["batch_docs"], "ttt_grad_steps": config["grad_steps"],
-        "ttt_warm_start_a": bool(config["warm_start_a"]), "phased_ttt_prefix_docs": config["prefix_docs"],
-        "phased_ttt_num_phases": config["num_phases"], "global_ttt_lr": config.get("global_lr", 0.0),
-        "global_ttt_chunk_tokens": config.get("global_chunk_tokens", 32), "batch_slices": 1,
+        "ttt_lora_rank": config["lora_rank"],
+        "ttt_lora_alpha": config["lora_alpha"],
+        "ttt_lora_lr": config["lr"],
+        "ttt_weight_decay": config["weight_decay"],
+        "ttt_beta1": config["beta1"],
+        "ttt_beta2": config["beta2"],
+        "ttt_chunk_size": config["chunk"],
+        "ttt_eval_seq_len": config["window"],
+        "ttt_batch_size": config["batch_docs"],
+        "ttt_grad_steps": config["grad_steps"],
+        "ttt_warm_start_a": bool(config["warm_start_a"]),
+        "phased_ttt_prefix_docs": config["prefix_docs"],
+        "phased_ttt_num_phases": config["num_phases"],
+        "global_ttt_lr": config.get("global_lr", 0.0),
+        "global_ttt_chunk_tokens": config.get("global_chunk_tokens", 32),
+        "batch_slices": 1,
         "eval_seq_len": config.get("global_seq_len", 16),
-    }  # fmt: skip
+    }
     return rules.model_config(config | {"bos_mask": config.get("code") == "1915"}, **settings | knobs)
 
 

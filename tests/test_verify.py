@@ -136,14 +136,14 @@ def test_the_untouched_evaluators_pass(bench: verify.Bench) -> None:
 def test_a_slot_that_fits_on_what_it_scores_is_caught(bench: verify.Bench) -> None:
     program = bench.program
 
-    class Slot(program.Frozen):
+    class Slot(program.NoAdaptation):
         """A shift of the logits, fitted on the targets of the unit that it then scores: the published mistake."""
 
         def score(self, unit: Any) -> torch.Tensor:
             batch = program.Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), unit.bounds)
-            ids, targets, seq = program.on_device(self.model, batch, self.runtime, self.max_len)
+            ids, targets, meta = program.on_device(self.model, batch, self.runtime, self.max_len)
             with torch.no_grad():
-                logits = self.model(ids, None, seq)
+                logits = self.model(ids, None, meta)
             delta = torch.zeros(logits.size(-1), requires_grad=True)
             for _ in range(3):
                 loss = torch.nn.functional.cross_entropy((logits + delta).flatten(0, 1), targets.flatten())
@@ -256,7 +256,7 @@ def test_a_context_that_holds_its_own_target_is_caught(bench: verify.Bench) -> N
     """Enumerating targets alone would not show it: the ids stay. The foretold score of a changed token does."""
     program = bench.program
 
-    class Peeking(program.Frozen):
+    class Peeking(program.NoAdaptation):
         def score(self, unit: Any) -> torch.Tensor:
             real = self.val_tokens[unit.origin[:, None] + np.arange(unit.ids.shape[1])]
             return super().score(unit) + 1e-3 * torch.from_numpy(real).float()
@@ -272,7 +272,7 @@ def test_a_context_that_holds_its_own_target_is_caught(bench: verify.Bench) -> N
 def test_scores_that_are_no_distribution_are_caught(bench: verify.Bench, factor: float) -> None:
     program = bench.program
 
-    class Blended(program.Frozen):
+    class Blended(program.NoAdaptation):
         """Scales the target's own loss, as a mixture that looks only at the target's mass does."""
 
         def score(self, unit: Any) -> torch.Tensor:
@@ -324,7 +324,7 @@ def test_an_evaluator_that_hides_from_the_meter_is_not_passed(bench: verify.Benc
 def test_scores_that_do_not_repeat_are_undecided(bench: verify.Bench) -> None:
     rng = np.random.default_rng(0)
 
-    class Noisy(bench.program.Frozen):
+    class Noisy(bench.program.NoAdaptation):
         def score(self, unit: Any) -> torch.Tensor:
             return super().score(unit) + float(rng.normal()) * 1e-3
 
@@ -408,8 +408,13 @@ def run_folder(subject: verify.Subject, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("run") / "toy_seed1337"
     shutil.copytree(subject.blob.parent, folder)
     environ = {k: v for k, v in os.environ.items() if k.upper() not in ("PRESET", "STAGES")}
-    env = environ | {"PRESET": str(folder), "ARTIFACT_DIR": str(folder), "DATA_PATH": str(subject.data),
-                     "DEVICE": "cpu", "STAGES": "eval"}  # fmt: skip
+    env = environ | {
+        "PRESET": str(folder),
+        "ARTIFACT_DIR": str(folder),
+        "DATA_PATH": str(subject.data),
+        "DEVICE": "cpu",
+        "STAGES": "eval",
+    }
     subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=env, check=True, capture_output=True)
     assert pack_artifact.main(["pack", str(folder)]) == 0
     return folder
@@ -488,9 +493,12 @@ def test_claims_against_knobs_log_and_result(run_folder: Path, subject: verify.S
     assert failed(checks) == {"claims in words", "log and record.env"}
     assert "SMEAR_BOS_MASK=0" in checks[0].detail and "TTT_LORA_RANK=4" in checks[0].detail
     paper: dict[str, Any] = {
-        "val_bpb": 1.0435, "seeds": [1, 2], "bytes_total": 15_900_000, "compliance": {"eval_under_600s": True},
+        "val_bpb": 1.0435,
+        "seeds": [1, 2],
+        "bytes_total": 15_900_000,
+        "compliance": {"eval_under_600s": True},
         "seed_results": {"1": {"val_bpb": 1.0577, "artifact_bytes": 15_950_000}, "2": {"val_bpb": 1.0578}},
-    }  # fmt: skip
+    }
     (folder / "submission.json").write_text(json.dumps(paper))
     run.result["eval_seconds"] = 688.0
     assert {"claims of the score", "claims of the size", "claims of compliance"} <= failed(verify.claim_checks(run))

@@ -223,8 +223,15 @@ def draw_stages(ax: Axes, run: Run) -> None:
             ax.text(place, 0.02 * top, "missing", ha="center", va="bottom", color=MUTED, fontsize=10)
             continue
         change = "" if before is None else f"\n({scored['val_bpb'] - before:+.4f})"
-        ax.text(place, scored["val_bpb"] + 0.02 * top, f"{scored['val_bpb']:.4f}{change}", ha="center", va="bottom",
-                color=INK, fontsize=10)  # fmt: skip
+        ax.text(
+            place,
+            scored["val_bpb"] + 0.02 * top,
+            f"{scored['val_bpb']:.4f}{change}",
+            ha="center",
+            va="bottom",
+            color=INK,
+            fontsize=10,
+        )
         before = scored["val_bpb"]
     ax.set_ylim(0, 1.2 * top)
     ax.set_xticks(range(len(STAGES)), [stage_label(name, run.result) for name in STAGES], fontsize=10, color=INK)

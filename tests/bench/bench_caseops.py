@@ -63,12 +63,16 @@ def bench_one_core(texts: list[str], model: Path, repeat: int) -> None:
         ("tokenisation, plain", lambda: rate(processor.encode, few, part_size, repeat)),
         ("tokenisation, words new", lambda: rate(words.ids, encoded, size, 1)),
         ("tokenisation, words known", lambda: rate(words.ids, encoded, size, repeat)),
-        ("transform + tokenisation, plain", lambda: rate(
-            lambda text: processor.encode(caseops_reference.encode(text)), part, part_size, repeat)),
-        ("transform + tokenisation", lambda: rate(
-            (lambda fresh: lambda text: fresh.ids(encode(text)))(WordBPE(processor)), texts, size, 1)),
+        (
+            "transform + tokenisation, plain",
+            lambda: rate(lambda text: processor.encode(caseops_reference.encode(text)), part, part_size, repeat),
+        ),
+        (
+            "transform + tokenisation",
+            lambda: rate((lambda fresh: lambda text: fresh.ids(encode(text)))(WordBPE(processor)), texts, size, 1),
+        ),
         ("byte sidecar", lambda: rate(lambda text: transform.piece_bytes(text, processor), texts, size, 1)),
-    ]  # fmt: skip
+    ]
     for name, measure in rows:
         print(f"one core   {name:32s} {measure():7.2f} MB/s", flush=True)
 

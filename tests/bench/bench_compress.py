@@ -103,8 +103,14 @@ def measure(matrices: Matrices, coders: list[str], scale: float) -> list[dict[st
         if [decode(blob) for blob in packed] != streams:
             raise SystemExit(f"{name} does not give back what it was given")
         seconds = (middle - begun, spent() - middle)
-        rows.append({"coder": name, "bytes": sum(map(len, packed)), "encode s": round(seconds[0] * scale / symbols, 2),
-                     "decode s": round(seconds[1] * scale / symbols, 2)})  # fmt: skip
+        rows.append(
+            {
+                "coder": name,
+                "bytes": sum(map(len, packed)),
+                "encode s": round(seconds[0] * scale / symbols, 2),
+                "decode s": round(seconds[1] * scale / symbols, 2),
+            }
+        )
     yardstick = next((row["bytes"] for row in rows if row["coder"] == "lrzip" and "encode s" in row), None)
     for row in rows:
         if yardstick and isinstance(row["bytes"], int):

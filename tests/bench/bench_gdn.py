@@ -42,7 +42,7 @@ def draw(rows: int, tokens: int, device: str) -> tuple[torch.Tensor, ...]:
 def of_units(rule: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A rule of the plain twins, after the norm of queries and keys."""
     q, k, v, *others = inputs
-    return rule(train_gpt.unit(q), train_gpt.unit(k), train_gpt.wide(v), *others)
+    return rule(train_gpt.l2_normalize(q), train_gpt.l2_normalize(k), train_gpt.at_least_fp32(v), *others)
 
 
 def milliseconds(rule: Callable, inputs: tuple[torch.Tensor, ...]) -> float:

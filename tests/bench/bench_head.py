@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt  # noqa: E402
 
 
-def seconds(scorer: train_gpt.Frozen, unit: train_gpt.Unit) -> float:
+def seconds(scorer: train_gpt.NoAdaptation, unit: train_gpt.Unit) -> float:
     """Time of one scored batch."""
     scorer.runtime.synchronize()
     started = time.perf_counter()
@@ -46,18 +46,24 @@ def main() -> None:
     count = cfg.eval_seq_len + 2 * train_gpt.windows_per_batch(cfg) * cfg.eval_stride
     tokens = np.random.default_rng(0).integers(4, cfg.vocab_size, count + 1)
     val = train_gpt.ValData(tokens, np.full(len(tokens), 3, np.int32))
-    unit, scorer = train_gpt.sliding_units(cfg, runtime, val)[1](), train_gpt.Frozen(cfg, runtime, model)
+    unit, scorer = train_gpt.sliding_units(cfg, runtime, val)[1](), train_gpt.NoAdaptation(cfg, runtime, model)
     forms = (unit._replace(cells=None), unit)
     pairs = [[seconds(scorer, form) for form in forms] for _ in range(args.repeats + 1)][1:]  # the first one warms up
     whole, few = (statistics.median(side) for side in zip(*pairs, strict=True))
     ratios = sorted(a / b for a, b in pairs)
     row = {
-        "cells": unit.ids.size, "scored": len(unit.cells), "seconds_head_everywhere": round(whole, 4),
-        "seconds_head_on_scored": round(few, 4), "ratio": round(whole / few, 3),
-        "ratio_of_pairs": [round(ratios[0], 3), round(ratios[-1], 3)], "vocab": cfg.vocab_size, "dim": cfg.model_dim,
-        "layer_runs": len(model.route.layers), "torch": torch.__version__,
+        "cells": unit.ids.size,
+        "scored": len(unit.cells),
+        "seconds_head_everywhere": round(whole, 4),
+        "seconds_head_on_scored": round(few, 4),
+        "ratio": round(whole / few, 3),
+        "ratio_of_pairs": [round(ratios[0], 3), round(ratios[-1], 3)],
+        "vocab": cfg.vocab_size,
+        "dim": cfg.model_dim,
+        "layer_runs": len(model.route.layers),
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu",
-    }  # fmt: skip
+    }
     print(json.dumps(row))
 
 

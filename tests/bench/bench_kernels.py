@@ -80,10 +80,16 @@ def main() -> None:
     for name, steps in pairs.items():
         (fused, fused_mib), (plain, plain_mib) = (measure(step, args.steps) for step in steps)
         result = {
-            "kernel": name, "tokens": N, "fused_ms": round(fused, 3), "plain_ms": round(plain, 3),
-            "fused_mib": fused_mib, "plain_mib": plain_mib, "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__, "triton": train_gpt.triton.__version__,
-        }  # fmt: skip
+            "kernel": name,
+            "tokens": N,
+            "fused_ms": round(fused, 3),
+            "plain_ms": round(plain, 3),
+            "fused_mib": fused_mib,
+            "plain_mib": plain_mib,
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": train_gpt.triton.__version__,
+        }
         print(json.dumps(result), flush=True)
 
 

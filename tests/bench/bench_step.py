@@ -61,12 +61,16 @@ def measure(cfg: train_gpt.Config, looping: bool, steps: int, peak_tflops: float
     tokens = cfg.train_batch_tokens // cfg.batch_slices
     cuda = runtime.device.type == "cuda"
     return {
-        "attention": cfg.attention, "looping": looping, "tokens": tokens, "ms_per_step": round(1e3 * seconds, 2),
+        "attention": cfg.attention,
+        "looping": looping,
+        "tokens": tokens,
+        "ms_per_step": round(1e3 * seconds, 2),
         "tokens_per_second": round(tokens / seconds),
         "mfu": round(flops_per_token(cfg, model.route) * tokens / seconds / peak_tflops / 1e12, 4),
         "peak_memory_mib": torch.cuda.max_memory_allocated() // 2**20 if cuda else None,
-        "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+    }
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ def packed(parts: dict[str, train_gpt.Parts], codec: str) -> int:
 def encode(setup: Setup, layers: list[Layer], clips: list[float]) -> list[train_gpt.Parts]:
     """The parts of matrices of any widths, each with a clip of its own."""
     rules = [train_gpt.QuantRule("*", setup.scheme, 6, clip) for clip in clips]
-    together, found = train_gpt.SCHEMES[setup.scheme].together, [{}] * len(layers)
+    together, found = train_gpt.SCHEMES[setup.scheme].encode_batch, [{}] * len(layers)
     if together is None:
         scheme = train_gpt.SCHEMES[setup.scheme]
         return [scheme.encode(x.W, x.H, rule, setup.cfg) for x, rule in zip(layers, rules, strict=True)]
@@ -87,7 +87,7 @@ def encode(setup: Setup, layers: list[Layer], clips: list[float]) -> list[train_
 
 def with_fisher_rows(layers: list[Layer]) -> Callable:
     """sd_steps, but for these matrices the steps go with the -1/2 power of the row's gradients, at the same mean."""
-    plain = train_gpt.sd_steps
+    plain = train_gpt.sigma_clip_scale
 
     def steps(weight: Tensor, bits: int, clip: float) -> Tensor:
         G = next(x.G for x in layers if x.W is weight)
@@ -101,8 +101,8 @@ def at_equal_error(setup: Setup, layers: dict[str, Layer], want: dict[str, float
     """Bits per weight of the whole file when each tensor has the error that is wanted (within a percent, and the rest
     by the slope of 6.02 dB a bit)."""
     clips, weights = dict.fromkeys(layers, 12.0), sum(x.W.numel() for x in layers.values())
-    plain, decode = train_gpt.sd_steps, train_gpt.SCHEMES[setup.scheme].decode
-    train_gpt.sd_steps = with_fisher_rows(list(layers.values())) if setup.fisher_rows else plain
+    plain, decode = train_gpt.sigma_clip_scale, train_gpt.SCHEMES[setup.scheme].decode
+    train_gpt.sigma_clip_scale = with_fisher_rows(list(layers.values())) if setup.fisher_rows else plain
     for _ in range(4):
         found = encode(setup, list(layers.values()), list(clips.values()))
         pairs = zip(layers, found, strict=True)
@@ -110,7 +110,7 @@ def at_equal_error(setup: Setup, layers: dict[str, Layer], want: dict[str, float
         if max(abs(math.log(x)) for x in over.values()) < 0.01:
             break
         clips = {n: clips[n] / math.sqrt(over[n]) for n in layers}
-    train_gpt.sd_steps = plain
+    train_gpt.sigma_clip_scale = plain
     keys = (f"blocks.{n.split('.')[0]}.{SITES[n.split('.')[1]]}.weight:{setup.scheme}" for n in layers)
     bits = 8 * packed(dict(zip(keys, found, strict=True)), setup.codec) / weights
     bits += sum(x.W.numel() * math.log2(over[n]) / 2 for n, x in layers.items()) / weights

@@ -112,12 +112,19 @@ def measure(cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torc
     score = train_gpt.EVALS[cfg.eval](cfg, runtime, model, val)
     docs = train_gpt.val_documents(val.tokens)
     row = {
-        "eval": cfg.eval, "context": cfg.ttt_context, "chunk": cfg.ttt_chunk_size, "lr": cfg.ttt_lora_lr,
-        "docs": len(docs), "predictions": score.tokens, "seconds": round(score.seconds, 2),
+        "eval": cfg.eval,
+        "context": cfg.ttt_context,
+        "chunk": cfg.ttt_chunk_size,
+        "lr": cfg.ttt_lora_lr,
+        "docs": len(docs),
+        "predictions": score.tokens,
+        "seconds": round(score.seconds, 2),
         "seconds_with_compilation": round(time.perf_counter() - started, 2),
-        "predictions_per_second": round(score.tokens / score.seconds, 1), **token_counts(cfg, val),
-        "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu", "torch": torch.__version__,
-    }  # fmt: skip
+        "predictions_per_second": round(score.tokens / score.seconds, 1),
+        **token_counts(cfg, val),
+        "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
     if runtime.device.type == "cuda":
         row["seconds_per_1000_docs"] = round(1000 * score.seconds / len(docs), 2)
         row[f"seconds_{DOCUMENTS}_docs_{GPUS}_gpus"] = round(DOCUMENTS / GPUS * score.seconds / len(docs), 1)

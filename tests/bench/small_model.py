@@ -18,14 +18,37 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOBS = {  # about 4 million weights with everything of the CaseOps stack that a CPU can train in minutes
-    "NUM_LAYERS": "6", "MODEL_DIM": "256", "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "MLP_MULT": "3.0", "XSA_LAST_N": "6",
-    "ATTN_GATE": "sparse", "EMBED_EXTRAS": "smear", "NUM_LOOPS": "1", "LOOP_START": "2", "LOOP_END": "3",
-    "ENABLE_LOOPING_AT": "0.6", "PARALLEL_START_LAYER": "4", "TRAIN_SEQ_LEN": "1024", "EVAL_SEQ_LEN": "1024",
-    "TRAIN_BATCH_TOKENS": "8192", "BATCH_SLICES": "2", "VAL_BATCH_TOKENS": "16384", "MAX_WALLCLOCK_SECONDS": "0",
-    "WARMUP_STEPS": "1", "TRAIN_LOG_EVERY": "10", "MUON_MOMENTUM_WARMUP_STEPS": "150", "EMA_DECAY": "0.95",
-    "GPTQ_CALIBRATION_BATCHES": "16", "EVAL": "plain", "TTT_LORA_RANK": "32", "TTT_LORA_ALPHA": "48",
-    "TTT_LORA_LR": "0.003", "TTT_EVAL_SEQ_LEN": "1024", "TTT_BATCH_SIZE": "16",
-}  # fmt: skip
+    "NUM_LAYERS": "6",
+    "MODEL_DIM": "256",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "MLP_MULT": "3.0",
+    "XSA_LAST_N": "6",
+    "ATTN_GATE": "sparse",
+    "EMBED_EXTRAS": "smear",
+    "NUM_LOOPS": "1",
+    "LOOP_START": "2",
+    "LOOP_END": "3",
+    "ENABLE_LOOPING_AT": "0.6",
+    "PARALLEL_START_LAYER": "4",
+    "TRAIN_SEQ_LEN": "1024",
+    "EVAL_SEQ_LEN": "1024",
+    "TRAIN_BATCH_TOKENS": "8192",
+    "BATCH_SLICES": "2",
+    "VAL_BATCH_TOKENS": "16384",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "WARMUP_STEPS": "1",
+    "TRAIN_LOG_EVERY": "10",
+    "MUON_MOMENTUM_WARMUP_STEPS": "150",
+    "EMA_DECAY": "0.95",
+    "GPTQ_CALIBRATION_BATCHES": "16",
+    "EVAL": "plain",
+    "TTT_LORA_RANK": "32",
+    "TTT_LORA_ALPHA": "48",
+    "TTT_LORA_LR": "0.003",
+    "TTT_EVAL_SEQ_LEN": "1024",
+    "TTT_BATCH_SIZE": "16",
+}
 
 
 def prepare(args: argparse.Namespace, data: Path) -> None:
