@@ -191,7 +191,6 @@ class Config:
         "MIXERS=G",
     )
     mlp_mult: float = knob(4.0, "hidden width of the MLP / MODEL_DIM", "> 0")
-    mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", ">= 0")
     tied_embed_init_std: float = knob(0.005, "std of the embedding at init", "> 0")
     logit_softcap: float = knob(30.0, "c in c*tanh(logits/c)", "> 0")
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", "> 1")
@@ -223,7 +222,6 @@ class Config:
         "proj|input",
         "ATTN_GATE=out",
     )
-    gated_attn_init_std: float = knob(0.01, "std of the dense gate at init", ">= 0", "ATTN_GATE=dense")
     embed_extras: tuple[str, ...] = knob(
         (),
         "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; smear: add a gated copy of the "
@@ -233,7 +231,6 @@ class Config:
     )
     gate_window: int = knob(12, "leading dims that gates read", "> 0", "ATTN_GATE=sparse or EMBED_EXTRAS=smear")
     sparse_attn_gate_scale: float = knob(1.0, "factor inside the gate's sigmoid", "", "ATTN_GATE=sparse")
-    sparse_attn_gate_init_std: float = knob(0.0, "std of the gate at init", ">= 0", "ATTN_GATE=sparse")
     smear_bos_mask: bool = knob(True, "no smear into a document's first token", "", "EMBED_EXTRAS=smear|smear_channel")
     skip_gates_enabled: bool = knob(True, "sigmoid gates on the U-net skips")
     num_loops: int = knob(2, "extra passes over the looped layers", ">= 0")
@@ -2316,8 +2313,7 @@ ROLES = {
     "projection": Role(orthogonal),
     "hash_scale": Role(constant, 0.05),
     "value_scale": Role(constant, 0.1),
-    "sparse_gate": Role(normal, "sparse_attn_gate_init_std", store="gate"),
-    "dense_gate": Role(normal, "gated_attn_init_std", store="gate"),
+    "dense_gate": Role(normal, 0.01, store="gate"),
     "half_open_gate": Role(constant, 0.0, store="gate"),
     "gate_bias": Role(constant, 4.0),  # nearly open
     "q_gain": Role(constant, "qk_gain_init"),
@@ -2384,7 +2380,7 @@ class HeadGate(nn.Module):
 
 GATES: dict[str, Callable[[Config], HeadGate | None]] = {
     "none": lambda c: None,
-    "sparse": lambda c: HeadGate("sparse_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
+    "sparse": lambda c: HeadGate("half_open_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
     "dense": lambda c: HeadGate("dense_gate", (c.num_heads, c.model_dim)),
     "dense_bias": lambda c: HeadGate("half_open_gate", (c.num_heads, c.model_dim), biased=True),
     "out": lambda c: HeadGate(
@@ -2623,6 +2619,9 @@ class DeltaNet(nn.Module):
 MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
 
 
+LEAKY_SLOPE = 0.5  # of the MLP's LeakyReLU on the negative side
+
+
 class MLP(nn.Module):
     """down(LeakyReLU(up(m), slope)^2); in fused kernels, when there are any, unless somebody taps inside."""
 
@@ -2631,7 +2630,7 @@ class MLP(nn.Module):
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.up = Linear("up", cfg.model_dim, hidden)
         self.down = Linear("down", hidden, cfg.model_dim)
-        self.slope, self.fused = cfg.mlp_slope, kernels.mlp
+        self.slope, self.fused = LEAKY_SLOPE, kernels.mlp
 
     def forward(self, m: Tensor, tap: LayerTap) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
