@@ -234,7 +234,7 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"TTT_CONTEXT": "carry", "MIXERS": "G*2 A*9"}, "MIXERS without G"),
     ({"TTT_CONTEXT": "carry", "ATTN_EXTRAS": "sink"}, "ATTN_EXTRAS=sink"),
     ({"TCQ_STATES": "5"}, "TCQ_STATES=5"),
-    ({"MATRIX_QUANT": "gptq_tcq", "MATRIX_BITS": "8", "COMPRESSOR": "rans"}, "may be at most 7"),
+    ({"MATRIX_QUANT": "gptq_tcq", "MATRIX_BITS": "8", "COMPRESSOR": "rans"}, "are at most 7"),
     ({"MATRIX_QUANT": "gptq_tcq"}, "COMPRESSOR=brotli"),
     ({"TTT_TRAINABLE": ""}, "TTT_TRAINABLE is empty"),
 )
