@@ -13,7 +13,7 @@ import sys
 import traceback
 
 import torch
-import torch._dynamo  # imported by the first optimiser step otherwise
+import torch._dynamo  # noqa: F401  (or the first step of every rank imports it)
 
 import train_gpt
 
@@ -32,7 +32,7 @@ def run_rank(argv: list[str], environ: dict[str, str], output: str) -> None:
             os.dup2(log, stream)
         torch.set_num_threads(1)
         code = train_gpt.main(argv)
-    except BaseException:  # noqa: BLE001  (whatever it is, it must reach the test and end this process)
+    except BaseException:  # whatever it is, it must reach the test and end this process
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
 
-from prepare import Options, prepare  # noqa: E402  (data/ is no package)
+from prepare import Options, prepare
 
 
 def measure(source: Path, model: Path, jobs: int) -> tuple[float, int]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import train_gpt  # noqa: E402
+import train_gpt
 
 CAP = 16_000_000
 KNOBS = {"ATTN_GATE": "sparse", "EMBED_EXTRAS": "smear", "REPAIR": "lqer"}

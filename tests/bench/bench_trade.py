@@ -30,7 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import train_gpt  # noqa: E402
+import train_gpt
 
 GPTQ, TCQ = ({"matrix_quant": scheme, "embed_quant": scheme} for scheme in ("gptq", "gptq_tcq"))
 OURS = TCQ | {"compressor": "rans", "scale_step": 0.02}
