@@ -24,6 +24,7 @@ from typing import NamedTuple
 import prepare
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import pack_artifact
 import train_gpt
@@ -96,6 +97,10 @@ TOY = {name: value for name, value in TINY.items() if name not in RECORDS_OWN} |
     "DEVICE": "cpu",
 }
 OWN_TOY = {"PR1895": {"MIXERS": "G A*2 G", "GDN_HEAD_DIM": "16", "EMBED_TOPK": "200"}}  # mixers are listed by layer
+
+# the same examples every time, however slow the machine is
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.load_profile("suite")
 
 
 # Runs of the program

@@ -435,6 +435,6 @@ def test_interrupt_is_one_line_and_leaves_no_half_file(tiny_data: Path, tmp_path
             if line.startswith("step 3 "):
                 break
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     refused(Done(tmp_path / "run", process.returncode, "", err), 130, "interrupted")
     assert {p.name for p in (tmp_path / "run").iterdir()} <= {"log.txt", "metrics.jsonl", "record.env"}
