@@ -1133,19 +1133,18 @@ def probe_rows(found: Calibrated) -> list[dict[str, Any]]:
 
     refined = train_gpt.refined_plan(dataclasses.replace(cfg, awq_lite_enabled=True), weights, hessians)
     probes = []
-    for rule in (rule for rule in refined if rule.fine):
-        what = f"AWQ-lite from columns {','.join(map(str, rule.fine))}"
-        probes.append((what, rule.pattern, rule.scheme, encode(rule.pattern, rule)))
+    for name in (name for name, rule in refined.items() if rule.fine):
+        what = f"AWQ-lite from columns {','.join(map(str, refined[name].fine))}"
+        probes.append((what, name, refined[name].scheme, encode(name, refined[name])))
     calibrated = sorted(hessians.keys() & weights.keys(), key=lambda name: (weights[name].numel(), name))
-    largest = {train_gpt.rule_for(name, plan): name for name in calibrated}  # of each rule, the last one stays
+    largest = {plan[name]: name for name in calibrated}  # of each rule, the last one stays
     for rule, name in largest.items():
         scales = train_gpt.searched_scales(weights[name].float(), rule.bits)
         probes.append(("clip search", name, "rowwise", train_gpt.rounded_rows(weights[name], scales, rule.bits)))
     rows = []
     for what, name, scheme, other in probes:
-        rule = train_gpt.rule_for(name, plan)
-        ours = encode(name, rule)
-        decoded = train_gpt.SCHEMES[scheme].decode(other), train_gpt.SCHEMES[rule.scheme].decode(ours)
+        ours = encode(name, plan[name])
+        decoded = train_gpt.SCHEMES[scheme].decode(other), train_gpt.SCHEMES[plan[name].scheme].decode(ours)
         errors = [output_power(weights[name] - weight, hessians[name]) for weight in decoded]
         row = {"probe": what, "tensor": name, "bytes_at_entropy": entropy_bytes(other) - entropy_bytes(ours)}
         rows.append(row | {"error_ratio": ratio(*errors)})
