@@ -230,7 +230,7 @@ def cut_sections(packed: str, plain: str, name: str = "source") -> list[Section]
     banners = [m for m in BANNER.finditer(plain) if plain.count("\n", 0, m.start()) + 1 not in inside]
     titles = [BEFORE_BANNERS, *(m["title"] for m in banners)]
     edges = [0, *(m.start() for m in banners), len(plain)]
-    raws = {title: plain[a:b] for title, a, b in zip(titles, edges, edges[1:], strict=True)}
+    raws = {title: plain[a:b] for title, (a, b) in zip(titles, itertools.pairwise(edges), strict=True)}
 
     home: dict[str, str] = {}
     for node, start in nodes:
