@@ -31,7 +31,6 @@ import argparse
 import ast
 import base64
 import dataclasses
-import fnmatch
 import functools
 import hashlib
 import importlib.util
@@ -641,7 +640,6 @@ def pack(args: argparse.Namespace) -> int:
 # +---------------------------------------------------------------------------------------------------------------+
 
 Check = tuple[str, bool, str]  # what is compared, is it equal, detail
-
 # What a child may inherit: the machine, never a knob of the run (those must come out of the artifact).
 INHERITED = re.compile(
     r"(PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|LD_\w+|DYLD_\w+|CUDA_\w+|NVIDIA_\w+|NCCL_\w+"
@@ -792,7 +790,8 @@ def verify(args: argparse.Namespace) -> int:
 # | 6 INSPECT                                                                                                     |
 # +---------------------------------------------------------------------------------------------------------------+
 
-PART_KINDS = (("q", "symbols"), ("s", "scales"), ("[hs]s", "scales"), ("order", "row order"), ("lq*", "correction"))
+PART_KINDS = {"q": "symbols", "s": "scales", "hs": "scales", "ss": "scales", "order": "row order"}
+PART_KINDS |= dict.fromkeys(("lqa", "lqas", "lqb", "lqbs", "lqm"), "correction")
 INK, MUTED, BAR, MARK = "#1f2933", "#6b7785", "#627d98", "#d1495b"
 
 
@@ -845,8 +844,7 @@ def role_of(name: str) -> str:
 
 def kind_of(key: str) -> str:
     """Kind of part that a stored array is: blocks.3.attn.q.weight:gptq:s -> scales."""
-    part = key.rpartition(":")[2]
-    return next((kind for pattern, kind in PART_KINDS if fnmatch.fnmatchcase(part, pattern)), "other")
+    return PART_KINDS.get(key.rpartition(":")[2], "other")
 
 
 def cost(size: float, items: float, bound: float) -> dict[str, Any]:
@@ -906,7 +904,8 @@ def draw_inspection(report: dict[str, Any], path: Path) -> None:
         for place, row in enumerate(rows):
             if row.get(mark) is not None:
                 ax.plot([row[mark] / scale] * 2, [place - 0.4, place + 0.4], color=MARK)
-        ax.set_yticks(range(len(rows)), [f"{row[label]} {row.get('part', '')}" for row in rows], fontsize=8, color=INK)
+        names = [f"{row[label]} {row.get('part') or row.get('stored') or ''}" for row in rows]
+        ax.set_yticks(range(len(rows)), names, fontsize=8, color=INK)
         ax.invert_yaxis()
         ax.set_title(title, loc="left", color=INK)
         ax.set_xlabel(unit, color=MUTED)
