@@ -3183,20 +3183,20 @@ def muon_direction(grad: Tensor, buffer: Tensor, momentum: float, row_normalize:
 class Muon:
     """Orthogonalised momentum on 2-D weights (Jordan et al. 2024), stacked by shape and sharded over the ranks.
 
-    Each rank reduces, keeps momentum for, and orthogonalises its share of the matrices of a shape; the updates are
-    gathered and applied everywhere. All reduces are launched before the first is awaited, and all gathers likewise.
+    Each rank reduces, keeps momentum for, and orthogonalises its share of the matrices of a shape.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], cfg: Config, runtime: Runtime) -> None:
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
+        # the largest groups first: their communication overlaps the work on the others
         self.groups = sorted(shapes.values(), key=lambda g: -len(g) * g[0].numel())
         self.cfg, self.runtime = cfg, runtime
-        self.buffers = [
-            torch.zeros(-(-len(g) // runtime.world), *g[0].shape, dtype=g[0].dtype, device=g[0].device)
-            for g in self.groups
-        ]
+        self.buffers = []
+        for group in self.groups:
+            share = -(-len(group) // runtime.world)
+            self.buffers.append(group[0].new_zeros(share, *group[0].shape))
 
     def reduce(self) -> list[Tensor]:
         """This rank's shares (k, rows, cols) of the gradients averaged over the ranks, in the parameters' dtype."""
@@ -3206,10 +3206,12 @@ class Muon:
             if world == 1:
                 shares.append(grads)
                 continue
-            padded = F.pad(grads, (0, 0, 0, 0, 0, len(buffer) * world - len(group))).to(self.runtime.dtype)
+            # whole shares for every rank; sent in bf16 on a GPU, half the bytes
+            missing = len(buffer) * world - len(group)
+            padded = F.pad(grads, (0, 0, 0, 0, 0, missing)).to(self.runtime.dtype)
             shares.append(torch.empty_like(padded[: len(buffer)]))
             waits.append(reduce_scatter(shares[-1], padded, async_op=True))
-        for work in waits:
+        for work in waits:  # every reduce is launched before the first is awaited
             work.wait()
         return [share.to(buffer.dtype) / world for share, buffer in zip(shares, self.buffers, strict=True)]
 
@@ -3218,12 +3220,13 @@ class Muon:
         cfg, world, updates, waits = self.cfg, self.runtime.world, [], []
         for share, buffer in zip(shares, self.buffers, strict=True):
             direction = muon_direction(share, buffer, momentum, cfg.muon_row_normalize)
+            # the iterations tolerate bf16; tests in float64 keep it
             low = self.runtime.dtype if direction.dtype == torch.float32 else direction.dtype
             update = orthogonalize(direction.to(low), cfg.muon_coefficients, cfg.muon_backend_steps)
             if world > 1:
-                whole = update.new_empty(len(buffer) * world, *update.shape[1:])
-                waits.append(all_gather(whole, update.contiguous(), async_op=True))
-                update = whole
+                gathered = update.new_empty(len(buffer) * world, *update.shape[1:])
+                waits.append(all_gather(gathered, update.contiguous(), async_op=True))
+                update = gathered
             updates.append(update)
         for work in waits:
             work.wait()
@@ -3235,8 +3238,10 @@ class Muon:
 
 
 class Optimisers:
-    """Muon and AdamW by the parameters' roles, with one global-norm clip of the averaged gradient. A parameter that was
-    built to want no gradient stays as it is."""
+    """Muon and AdamW by the parameters' roles, with one global-norm clip of the averaged gradient.
+
+    A parameter that was built with requires_grad off is left alone.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
@@ -3265,19 +3270,20 @@ class Optimisers:
             return
         flat = self.runtime.sum_(torch.cat([p.grad.flatten() for p in self.small])) / self.runtime.world
         parts = flat.split([p.numel() for p in self.small])
-        torch._foreach_copy_(
-            [p.grad for p in self.small],
-            [x.view_as(p) for x, p in zip(parts, self.small, strict=True)],
-        )
+        for p, part in zip(self.small, parts, strict=True):
+            p.grad.copy_(part.view_as(p))
 
     def clip(self, shares: list[Tensor]) -> None:
-        """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM; no host sync."""
-        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM."""
         grads = [p.grad for p in self.small]
-        norm = (squares + torch.stack(torch._foreach_norm([at_least_fp32(g) for g in grads])).square().sum()).sqrt()
+        # each rank has its own shares, but all of the small gradients
+        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        small_norms = torch._foreach_norm([at_least_fp32(g) for g in grads])
+        norm = (squares + torch.stack(small_norms).square().sum()).sqrt()
+        # the factor stays on the device, so the host waits for nothing
         factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(shares, factor)
-        for dtype in dict.fromkeys(g.dtype for g in grads):  # batched operations are fast on one dtype at a time
+        for dtype in dict.fromkeys(g.dtype for g in grads):  # _foreach is fast on one dtype at a time
             torch._foreach_mul_([g for g in grads if g.dtype == dtype], factor)
 
     @torch.no_grad()
@@ -3301,8 +3307,8 @@ class Optimisers:
         for p in [*self.small, *(p for group in self.muon.groups for p in group)]:
             p.grad = None
 
-    def forget(self) -> None:
-        """Back to the state before the first step (after warm-up)."""
+    def clear(self) -> None:
+        """Back to the state before the first step."""
         self.adamw.state.clear()
         for buffer in self.muon.buffers:
             buffer.zero_()
@@ -3321,7 +3327,7 @@ def lr_multiplier(fraction: float, warmdown_frac: float, floor: float) -> float:
 
 
 def warmdown_share(cfg: Config, fraction: float, step: int) -> float:
-    """Share of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
+    """Fraction of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
     return cfg.warmdown_iters * fraction / max(step, 1) if cfg.warmdown_iters else cfg.warmdown_frac
 
 
@@ -3330,38 +3336,57 @@ def muon_momentum(step: int, start: float, end: float, ramp_steps: int) -> float
     return start + (end - start) * min(step / ramp_steps, 1.0) if ramp_steps > 0 else end
 
 
+class Progress(NamedTuple):
+    """Where a run is when a step begins."""
+
+    step: int  # from 0
+    fraction: float  # of the run that is done
+    multiplier: float  # of the learning rates
+
+    @classmethod
+    def at(cls, cfg: Config, fraction: float, step: int) -> Progress:
+        """The step with its LR multiplier."""
+        warmdown = warmdown_share(cfg, fraction, step)
+        return cls(step, fraction, lr_multiplier(fraction, warmdown, cfg.min_lr))
+
+
+# What changes during a run, and at which steps it is on: one row for each thing that a knob can switch on.
+STAGES: dict[str, Callable[[Config, Progress], bool]] = {
+    "looping": lambda c, now: now.fraction >= c.enable_looping_at,
+    "ste": lambda c, now: now.multiplier < c.late_qat_threshold,
+    "noise": lambda c, now: now.fraction >= c.qat_noise_start_frac and now.step % c.qat_noise_every == 0,
+    "swa": lambda c, now: now.multiplier < c.swa_start_scale and (now.step + 1) % c.swa_every == 0,
+}
+
+
+def stages_of(cfg: Config) -> list[str]:
+    """The stages that a run has."""
+    chosen = {"looping"} if loops(cfg) else set()
+    return [name for name in STAGES if name in {*chosen, cfg.qat, *cfg.average}]
+
+
 class Ema:
-    """Exponential moving average of tensors (the live weights), float32, started at their initial values, without bias
-    correction."""
+    """Exponential moving average of tensors, float32, without bias correction: it starts at their initial values."""
 
     def __init__(self, cfg: Config, source: list[Tensor]) -> None:
         self.decay, self.source = cfg.ema_decay, source
         self.shadow = [at_least_fp32(p.detach()).clone() for p in source]
 
     @torch.no_grad()
-    def update(self, step: int, multiplier: float) -> None:
-        """After optimiser step number `step`, counted from 1, at an LR multiplier."""
+    def update(self) -> None:
+        """Take in the tensors as they are after a step."""
         torch._foreach_lerp_(self.shadow, [at_least_fp32(p) for p in self.source], 1 - self.decay)
 
 
 class Swa:
-    """Mean of snapshots of tensors, float32: one every SWA_EVERY steps while the LR multiplier is under
-    SWA_START_SCALE (Izmailov et al. 2018). Before the first snapshot, and without any, the tensors themselves."""
+    """Mean of snapshots of tensors, float32 (Izmailov et al. 2018); without a snapshot, the tensors themselves."""
 
     def __init__(self, cfg: Config, source: list[Tensor]) -> None:
-        self.every, self.start, self.source, self.count = (
-            cfg.swa_every,
-            cfg.swa_start_scale,
-            source,
-            0,
-        )
-        self.shadow = source
+        self.source, self.shadow, self.count = source, source, 0
 
     @torch.no_grad()
-    def update(self, step: int, multiplier: float) -> None:
-        """After optimiser step number `step`, counted from 1, at an LR multiplier."""
-        if multiplier >= self.start or step % self.every:
-            return
+    def update(self) -> None:
+        """Take a snapshot."""
         if not self.count:
             self.shadow = [torch.zeros_like(at_least_fp32(p.detach())) for p in self.source]
         self.count += 1
@@ -3371,27 +3396,27 @@ class Swa:
 AVERAGES = {"ema": Ema, "swa": Swa}  # in this order: each averages what the one before it holds
 
 
-def averages_of(cfg: Config, params: list[Tensor]) -> list[Ema | Swa]:
-    """The chain of averages of AVERAGE; its last `shadow` is what training ends with."""
-    chain: list[Ema | Swa] = []
-    for average in (AVERAGES[name] for name in AVERAGES if name in cfg.average):
-        chain.append(average(cfg, chain[-1].shadow if chain else params))
+def averages_of(cfg: Config, params: list[Tensor]) -> dict[str, Ema | Swa]:
+    """The chain of averages of AVERAGE; the `shadow` of the last is what training ends with."""
+    chain: dict[str, Ema | Swa] = {}
+    for name in (name for name in AVERAGES if name in cfg.average):
+        source = list(chain.values())[-1].shadow if chain else params
+        chain[name] = AVERAGES[name](cfg, source)
     return chain
 
 
 class FakeQuantSTE:
-    """Quantisation-aware training: the forward pass sees the weights on the grid that they will be stored on, and their
-    gradient goes straight through to the weights (Bengio et al. 2013). For all that is stored in under 8 bits."""
+    """Quantisation-aware training with the straight-through estimator (Bengio et al. 2013).
+
+    The forward pass sees the weights on the grid that they will be stored on; their gradient goes to the weights
+    themselves. For every weight that is stored in under 8 bits.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg, plan = cfg, quant_plan(cfg)
         rounded = {name for name, rule in plan.items() if rule.bits < 8 and SCHEMES[rule.scheme].steps is not None}
         self.jobs = [(p, plan[name]) for name, p in model.named_parameters() if name in rounded]
         self.params = [p for p, _ in self.jobs]
-
-    def due(self, fraction: float, multiplier: float, step: int) -> bool:
-        """Whether this step trains so."""
-        return multiplier < self.cfg.late_qat_threshold
 
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
@@ -3403,8 +3428,10 @@ class FakeQuantSTE:
 
 
 class QuantNoise:
-    """Quantisation-aware training by noise: Gaussian, of a fraction of the rounding error of each row's step, on
-    weights chosen by name, the same on every rank; the optimiser sees the weights without it."""
+    """Quantisation-aware training by Gaussian noise, QAT_NOISE_MULT of the rounding error of a uniform grid.
+
+    Weights are chosen by name; the noise is the same on every rank, and the optimiser sees the weights without it.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
@@ -3414,20 +3441,16 @@ class QuantNoise:
             raise UserError(f"QAT_NOISE_PATTERNS={format_knob(cfg.qat_noise_patterns)} is in no name of a matrix")
         self.params = list(chosen.values())
 
-    def due(self, fraction: float, multiplier: float, step: int) -> bool:
-        """Whether this step trains so."""
-        return fraction >= self.cfg.qat_noise_start_frac and step % self.cfg.qat_noise_every == 0
-
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
         """What the forward pass of a step sees instead of self.params."""
-        cfg, generator = self.cfg, torch.Generator(self.params[0].device)
-        generator.manual_seed(cfg.seed * 2**20 + step)
-        noisy = []
+        cfg, noisy = self.cfg, []
+        generator = torch.Generator(self.params[0].device).manual_seed(cfg.seed * 2**20 + step)
         for p in self.params:
-            sigma = cfg.qat_noise_mult * sigma_clip_scale(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
+            # the error of rounding to a grid is uniform over one interval, whose variance is its square / 12
+            rounding = sigma_clip_scale(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
             draw = torch.randn(p.shape, generator=generator, device=p.device)
-            noisy.append((p + draw * sigma[:, None]).to(p.dtype))
+            noisy.append((p + draw * (cfg.qat_noise_mult * rounding)[:, None]).to(p.dtype))
         return noisy
 
 
@@ -3436,7 +3459,7 @@ QATS = {"none": None, "ste": FakeQuantSTE, "noise": QuantNoise}
 
 @contextlib.contextmanager
 def temporarily_set(params: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """Within, the parameters hold other values, in place: a compiled graph reads them as it would the weights."""
+    """Inside the block the parameters hold other values, in place, where a compiled graph reads them."""
     kept = [p.detach().clone() for p in params]
     with torch.no_grad():
         torch._foreach_copy_(params, values)
@@ -3464,40 +3487,51 @@ class Trainer:
         self.optimisers = Optimisers(cfg, model, runtime)
         self.averages = averages_of(cfg, list(model.parameters()))
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
-        self.rounding = self.rounded = False
+        self.stages, self.begun = stages_of(cfg), set()
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
-        self.loss, self.noted = torch.zeros((), device=runtime.device), 0
+        self.loss = torch.zeros((), device=runtime.device)
+        self.reported_step = 0
 
-    def step(self, batches: list[Batch], multiplier: float, step: int) -> None:
-        """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss."""
+    def step(self, batches: list[Batch], multiplier: float, step: int, rounded: bool = False) -> None:
+        """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss.
+
+        rounded: the forward pass sees the weights as QAT has them.
+        """
         self.loss = torch.zeros((), device=self.runtime.device)
-        with temporarily_set(self.qat.params, self.qat.values(step)) if self.rounding else contextlib.nullcontext():
+        weights = contextlib.nullcontext()
+        if rounded:
+            weights = temporarily_set(self.qat.params, self.qat.values(step))
+        with weights:
             for batch in batches:
-                loss = self.forward(*on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)) / len(batches)
+                inputs = on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)
+                loss = self.forward(*inputs) / len(batches)
                 loss.backward()
                 self.loss += loss.detach()
         self.optimisers.step(multiplier, step)
 
-    def multiplier(self, fraction: float, step: int) -> float:
-        """LR multiplier of a step."""
-        return lr_multiplier(fraction, warmdown_share(self.cfg, fraction, step), self.cfg.min_lr)
+    def stages_at(self, now: Progress) -> set[str]:
+        """The stages that a step is in. The log says when one begins, and looping changes the route."""
+        on = {name for name in self.stages if STAGES[name](self.cfg, now)}
+        for name in sorted(on - self.begun):
+            self.runtime.log(f"{name} on from step {now.step}, fraction {now.fraction:.3f}")
+            if name == "looping":
+                self.model.set_looping(True)
+                self.clock.expect_change()  # steps take longer from here on
+        self.begun |= on
+        return on
 
     def advance(self, batches: list[Batch], fraction: float, step: int) -> None:
-        """Step number `step` (from 0) of the run with its schedules, and the averages after it."""
-        multiplier, before = self.multiplier(fraction, step), self.rounding
-        self.rounding = self.qat is not None and self.qat.due(fraction, multiplier, step)
-        if self.rounding and not before and not self.rounded:
-            self.runtime.log(
-                f"QAT={self.cfg.qat} on from step {step}, fraction {fraction:.3f}: {len(self.qat.params)} weights"
-            )
-        self.rounded |= self.rounding
-        self.step(batches, multiplier, step)
-        for average in self.averages:
-            average.update(step + 1, multiplier)
+        """Step number `step`, from 0, with the stages that it is in, and the averages after it."""
+        now = Progress.at(self.cfg, fraction, step)
+        on = self.stages_at(now)
+        self.step(batches, now.multiplier, step, rounded=not on.isdisjoint(QATS))
+        for name, average in self.averages.items():
+            if name not in STAGES or name in on:
+                average.update()
 
     def warm_up(self) -> None:
-        """Compile every graph and let allocators settle, then take it all back: weights, moments and data order."""
+        """Compile every graph and let allocators settle, then roll back weights, moments and the order of the data."""
         before = [p.detach().clone() for p in self.model.parameters()]
         started = time.perf_counter()
         with contextlib.closing(train_batches(self.cfg, self.runtime)) as batches:
@@ -3507,7 +3541,7 @@ class Trainer:
                     self.step(next(batches), 1.0, step)
                     self.runtime.log.progress(f"warm-up (looping {looping})", step + 1, self.cfg.warmup_steps, started)
         self.model.set_looping(False)
-        self.optimisers.forget()
+        self.optimisers.clear()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), before)
         self.runtime.log(
@@ -3520,33 +3554,34 @@ class Trainer:
         return self.runtime.sum_(self.loss.clone()).item() / self.runtime.world
 
     def report(self, step: int, fraction: float, seconds: float) -> None:
-        """Log line and metrics of a step; stops the run on a loss that is not finite."""
+        """Log line and metrics after `step` steps; stops the run on a loss that is not finite."""
         loss = self.mean_loss()
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"training loss is {loss} at step {step}; earlier stages' files are untouched. Lower "
+                f"training loss is {loss} at step {step}; the files of earlier stages are untouched. Lower "
                 "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data"
             )
-        if step == self.noted or (fraction < 1 and step % self.cfg.train_log_every and step > 5):
+        due = step <= 5 or step % self.cfg.train_log_every == 0 or fraction >= 1
+        if not due or step == self.reported_step:
             return
-        self.noted = step
+        self.reported_step = step
         tokens = step * self.cfg.train_batch_tokens
         left = seconds / fraction * (1 - fraction) if fraction > 0 else math.nan
         self.runtime.log(
             f"step {step} train_loss {loss:.4f} {seconds:.1f} s {1e3 * seconds / step:.1f} ms/step "
             f"{tokens / seconds:,.0f} tok/s, about {max(left, 0):.0f} s left"
         )
-        self.note(
+        self.write_metrics(
             {
                 "step": step,
                 "train_loss": loss,
-                "lr_mult": self.multiplier(fraction, step),
+                "lr_mult": Progress.at(self.cfg, fraction, step).multiplier,
                 "seconds": seconds,
                 "looping": self.model.route is self.model.routes[True],
             }
         )
 
-    def note(self, record: dict[str, Any]) -> None:
+    def write_metrics(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
         if self.metrics is not None:
             with self.metrics.open("a", encoding="utf-8") as handle:
@@ -3554,38 +3589,39 @@ class Trainer:
 
     def store_average(self) -> None:
         """Put the weight average into the model."""
-        for average in self.averages:
-            if isinstance(average, Swa):
-                self.runtime.log(f"SWA: {average.count} snapshots")
-                if not average.count:
-                    self.runtime.log(
-                        "WARNING: no step was a multiple of SWA_EVERY with the LR multiplier under "
-                        "SWA_START_SCALE: SWA averages nothing; lower SWA_EVERY or raise SWA_START_SCALE"
-                    )
-        if self.averages:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self.model.parameters()), self.averages[-1].shadow)
+        if not self.averages:
+            return
+        swa = self.averages.get("swa")
+        if swa is not None:
+            self.runtime.log(f"SWA: {swa.count} snapshots")
+            if not swa.count:
+                self.runtime.log(
+                    "WARNING: no step was a multiple of SWA_EVERY with the LR multiplier under "
+                    "SWA_START_SCALE: SWA averages nothing; lower SWA_EVERY or raise SWA_START_SCALE"
+                )
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), list(self.averages.values())[-1].shadow)
 
-    def run(self, validate: Callable[[], Score]) -> TrainReport:
-        """Train; afterwards the model holds the weight average. validate scores the live weights, clock stopped."""
-        cfg, log, clock = self.cfg, self.runtime.log, self.clock
+    def validate(self, step: int, evaluate: Callable[[], Score]) -> None:
+        """Score the live weights with the clock stopped."""
+        elapsed = self.clock.read()
+        score = evaluate()
+        self.runtime.log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
+        self.write_metrics({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
+        self.clock.start(elapsed)
+
+    def run(self, evaluate: Callable[[], Score]) -> TrainReport:
+        """Train; afterwards the model holds the weight average."""
+        cfg, clock = self.cfg, self.clock
         self.warm_up()
-        step = 0
-        if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the one before
+        if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the run before it
             self.metrics.write_text("", encoding="utf-8")
+        step = 0
         clock.start()
         with contextlib.closing(train_batches(cfg, self.runtime)) as batches:
             while (fraction := clock.fraction(step)) < 1:
                 if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-                    elapsed = clock.read()
-                    score = validate()
-                    log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
-                    self.note({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
-                    clock.start(elapsed)
-                if loops(cfg) and fraction >= cfg.enable_looping_at and self.model.route is self.model.routes[False]:
-                    self.model.set_looping(True)
-                    clock.expect_change()
-                    log(f"looping on at step {step}, fraction {fraction:.3f}: {self.model.route}")
+                    self.validate(step, evaluate)
                 self.advance(next(batches), fraction, step)
                 step += 1
                 if step <= 5 or step % min(cfg.train_log_every, 10) == 0:
@@ -3594,9 +3630,8 @@ class Trainer:
         self.report(step, 1.0, seconds)
         self.store_average()
         self.model.set_looping(loops(cfg))
-        log(
-            f"training stopped at step {step} after {seconds:.2f} s; weights: {'+'.join(cfg.average) or 'last iterate'}"
-        )
+        weights = "+".join(cfg.average) or "last iterate"
+        self.runtime.log(f"training stopped at step {step} after {seconds:.2f} s; weights: {weights}")
         return TrainReport(step, seconds, self.mean_loss())
 
 

@@ -366,7 +366,7 @@ def short_run(embed_dtype: str, steps: int = 3) -> tuple[train_gpt.GPT, train_gp
     for step in range(steps):
         model(ids[:, :-1], ids[:, 1:]).backward()
         optimisers.step(1.0, step)
-        ema.update(step + 1, 1.0)
+        ema.update()
     return model, optimisers, ema
 
 
