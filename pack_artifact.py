@@ -666,10 +666,10 @@ def load_program(path: Path, name: str = "train_gpt") -> Any:
     return module
 
 
-def clean_environment(room: Path, data: Path | None, tokenizer: Path | None) -> dict[str, str]:
+def clean_environment(workdir: Path, data: Path | None, tokenizer: Path | None) -> dict[str, str]:
     """Environment of a child: the machine's variables, the data, and a cache inside the empty directory."""
     env = {k: v for k, v in os.environ.items() if INHERITED.fullmatch(k)}
-    env |= {"XDG_CACHE_HOME": str(room / "cache"), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= {"XDG_CACHE_HOME": str(workdir / "cache"), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if data is not None:
         env["DATA_PATH"] = str(data.resolve())
     if tokenizer is not None:
@@ -701,10 +701,10 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
-def compare_weights(script: Path, args: argparse.Namespace, room: Path, env: dict[str, str]) -> list[Check]:
+def compare_weights(script: Path, args: argparse.Namespace, workdir: Path, env: dict[str, str]) -> list[Check]:
     """Extract by the artifact's own code, then compare blob, configuration and decoded tensors with the run's."""
-    run_child([str(script), "--explain"], room, env, quiet=True)
-    folders = [path.parent for path in (room / "cache" / "train_gpt").glob("*/*/train_gpt.py")]
+    run_child([str(script), "--explain"], workdir, env, quiet=True)
+    folders = [path.parent for path in (workdir / "cache" / "train_gpt").glob("*/*/train_gpt.py")]
     if len(folders) != 1:
         raise RuntimeError(f"the artifact extracted {len(folders)} folders, expected one")
     folder = folders[0]
@@ -741,14 +741,14 @@ def run_alone(args: argparse.Namespace, embedded: bool) -> tuple[list[Check], di
     data, tokenizer = args.data or named.get("DATA_PATH"), args.tokenizer or named.get("TOKENIZER_PATH")
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={args.nproc}"] if args.nproc > 1 else []
     with tempfile.TemporaryDirectory(prefix="verify_") as name:
-        room = Path(name)
-        env = clean_environment(room, data, None if embedded else tokenizer)
+        workdir = Path(name)
+        env = clean_environment(workdir, data, None if embedded else tokenizer)
         for file in artifact_files(args.file):
-            shutil.copyfile(file, room / file.name)
-        script = room / artifact_files(args.file)[0].name
-        rows = compare_weights(script, args, room, env) if args.run else []
-        run_child([*launcher, str(script)], room, env)
-        return rows, read_result(room / "logs" / f"{script.stem}_eval")
+            shutil.copyfile(file, workdir / file.name)
+        script = workdir / artifact_files(args.file)[0].name
+        rows = compare_weights(script, args, workdir, env) if args.run else []
+        run_child([*launcher, str(script)], workdir, env)
+        return rows, read_result(workdir / "logs" / f"{script.stem}_eval")
 
 
 def verify(args: argparse.Namespace) -> int:
