@@ -162,7 +162,8 @@ def execute(
 
 
 def seen(done: subprocess.CompletedProcess[str]) -> list[dict[str, object]]:
-    return [json.loads(line.split("SEEN ", 1)[1]) for line in done.stdout.splitlines() if "SEEN " in line]
+    """What each process of the stand-in said; two of them may write into one line."""
+    return [json.JSONDecoder().raw_decode(text)[0] for text in done.stdout.split("SEEN ")[1:]]
 
 
 def one_line(error: str) -> str:
