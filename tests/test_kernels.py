@@ -231,7 +231,7 @@ def test_fused_mlp_is_the_twin_in_float64(slope: float) -> None:
     results = []
     for fused in (None, train_gpt.fused_mlp):
         mlp.fused = fused
-        y = mlp(m, train_gpt.untapped)
+        y = mlp(m, train_gpt.LayerTap(None))
         results.append([y, *torch.autograd.grad(y, inputs, g)])
     for plain, got in zip(*results, strict=True):
         torch.testing.assert_close(got, plain, rtol=1e-12, atol=1e-13)
