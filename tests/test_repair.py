@@ -11,6 +11,7 @@ import golden_rules as rules
 import numpy as np
 import pytest
 import torch
+from conftest import listener
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quantisation import OURS, golden_hessian, is_matrix, small_state, weighted_error
@@ -269,7 +270,7 @@ def test_looped_layers_count_their_passes_once() -> None:
             seen[site.layer] = seen.get(site.layer, 0) + 1
         return tap(site, x, y)
 
-    model(torch.arange(12)[None] + 8, None, None, count)
+    model(torch.arange(12)[None] + 8, None, None, listener(count, " ".join(tap.sites)))
     assert {layer: train_gpt.passes(cfg, layer) for layer in seen} == seen
     assert max(seen.values()) == 3 and train_gpt.passes(cfg, -1) == 1
     W, H = spiky(4, slice(0, 8))
