@@ -9,8 +9,7 @@ The contest: the best language model that fits, code and compressed weights toge
     PRESET=records/demo python train_gpt.py            train, quantise, evaluate on whatever device is there
     torchrun --nproc_per_node=8 train_gpt.py           the same on eight GPUs (or, with gloo, on eight CPU processes)
 
-A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, quant_report.tsv, record.env and
-result.json into its folder;
+A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, record.env and result.json into its folder;
 STAGES=quantize,eval resumes from those files. What differs between systems is data: values of Config, rows of the
 tables (ROLES, EVALS), keys into literal registries, and listeners at one seam (taps).
 
@@ -419,7 +418,6 @@ class Config:
     awq_lite_bits: int = knob(8, "bits of those columns", ">= 3, <= 8", "AWQ_LITE_ENABLED=1")
     awq_lite_group_top_k: int = knob(1, "number of groups, over all tensors", ">= 1", "AWQ_LITE_ENABLED=1")
     awq_lite_group_size: int = knob(64, "columns per group", "> 0", "AWQ_LITE_ENABLED=1")
-    quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain")
     compressor: str = knob(
         "brotli",
         "layout and entropy coder of the artifact; pergroup: lrzip per group of roles; lzma6: preset 6, as "
@@ -1059,6 +1057,17 @@ def atomic_save(path: Path, value: Any) -> None:
     atomic_write(path, buffer.getvalue())
 
 
+def load_saved(path: Path) -> Any:
+    """What atomic_save wrote, on the CPU; UserError when it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run the stage before (STAGES=train,quantize,eval)")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"{path} is damaged ({reason}); run the stage before again") from None
+
+
 def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Callable:
     """torch.compile of a whole function when the run compiles, else the function."""
     return torch.compile(function, fullgraph=True, dynamic=dynamic) if runtime.compile else function
@@ -1480,13 +1489,23 @@ def row_bounds(ids: np.ndarray) -> Tensor:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """At least float32: norms, softmax and losses are never computed in half precision."""
+    """x in float32, or as it is in float64: norms, softmax and losses never run in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dim, no weight; computed wide, returned in x's dtype (no autocast)."""
-    return F.rms_norm(at_least_fp32(x), (x.size(-1),), eps=RMS_EPS).to(x.dtype)
+    """x / sqrt(mean(x^2) + eps) over the last dim, without a weight; computed in at least float32, returned as x."""
+    y = F.rms_norm(at_least_fp32(x), (x.size(-1),), eps=RMS_EPS)
+    return y.to(x.dtype)
+
+
+def rotary_frequencies(
+    dims: int,
+    base: float,
+    device: torch.device,
+) -> Tensor:
+    """(dims/2) float32: radians per token of each rotated pair (RoPE, Su et al. 2021)."""
+    return 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
 
 
 def rotary_tables(
@@ -1496,11 +1515,12 @@ def rotary_tables(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, dims/2), float32, of RoPE (Su et al. 2021); pairs are dims (m, m + dims/2). Frequencies,
-    positions, angles and results are rounded to dtype."""
-    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
+    """cos and sin (length, dims/2) of positions 0..length-1, float32; pairs are dims (m, m + dims/2).
+
+    Frequencies, positions, angles and results are rounded to `dtype`.
+    """
     position = torch.arange(length, dtype=torch.float32, device=device).to(dtype)
-    angle = position[:, None] * frequency.to(dtype)
+    angle = position[:, None] * rotary_frequencies(dims, base, device).to(dtype)
     return angle.cos().float(), angle.sin().float()
 
 
@@ -1510,23 +1530,38 @@ ROTARIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # values of ROPE_
 }
 
 
-def rotary_at(at: Tensor, dims: int, base: float, trained: int) -> tuple[Tensor, Tensor]:
-    """The rows of rotary_tables at positions (B, T), float32 (B, T, dims/2). From position `trained` on the angles are
-    float64: whatever a model has seen is as it saw it, and far positions do not lose the fraction of their angle."""
-    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=at.device) / max(dims, 1))
+def rotary_at(
+    at: Tensor,
+    dims: int,
+    base: float,
+    trained: int,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, T, dims/2), float32, of positions `at` (B, T). Positions below `trained` give the very rows of
+    rotary_tables; beyond, angles are float64, because a large float32 angle loses its fraction."""
+    frequency = rotary_frequencies(dims, base, at.device)
     near, far = (at.to(f.dtype).unsqueeze(-1) * f for f in (frequency, frequency.double()))
     inside = (at < trained).unsqueeze(-1)
-    return torch.where(inside, near.cos(), far.cos().float()), torch.where(inside, near.sin(), far.sin().float())
+    cos = torch.where(inside, near.cos(), far.cos().float())
+    return cos, torch.where(inside, near.sin(), far.sin().float())
 
 
-def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
-    """The rotary base of contexts of `span` tokens: over a reference length (0: none) it grows so that the lowest
-    frequency turns as far as at the reference (NTK-aware scaling, bloc97 2023)."""
+def stretched_base(
+    base: float,
+    dims: int,
+    span: int,
+    reference: int,
+) -> float:
+    """The rotary base for contexts of `span` tokens. Past a reference length (0: never) it grows, so that the lowest
+    frequency turns no further than at the reference (NTK-aware scaling, bloc97 2023)."""
     return base * (span / reference) ** (dims / (dims - 2)) if 0 < reference < span else base
 
 
-def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.size(-1) dims of each head, by tables of (T) or (B, T); the rest passes through."""
+def rotate(
+    x_BTHd: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """Rotate the first 2 * cos.size(-1) dims of each head by tables of (T) or (B, T) rows; the rest passes through."""
     half = cos.size(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     a, b, rest = x_BTHd.split([half, half, x_BTHd.size(-1) - 2 * half], dim=-1)
@@ -1534,85 +1569,107 @@ def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x_BTHd.dtype), rest], dim=-1)
 
 
-def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
-    """XSA: each head's output without its component along the token's own value (of its key/value group)."""
-    B, T, H, d = y_BTHd.shape
-    K = v_BTKd.size(2)
+def remove_self_value(
+    y_BTHd: Tensor,
+    v_BTKd: Tensor,
+) -> Tensor:
+    """XSA: remove from each head's output its component along the token's own value (that of its key/value head)."""
     own = F.normalize(at_least_fp32(v_BTKd), dim=-1, eps=1e-12).unsqueeze(3)
-    y = at_least_fp32(y_BTHd).view(B, T, K, H // K, d)
-    return (y - (y * own).sum(-1, keepdim=True) * own).view(B, T, H, d).to(y_BTHd.dtype)
+    y = at_least_fp32(y_BTHd).unflatten(2, (v_BTKd.size(2), -1))  # (B, T, K, H/K, d)
+    y = y - (y * own).sum(-1, keepdim=True) * own
+    return y.flatten(2, 3).to(y_BTHd.dtype)
 
 
 class AttnMeta(NamedTuple):
-    """What a batch's attention sees: segment boundaries over the flattened B*T tokens (or None), the longest segment,
-    rotary cos and sin (T, rope_dims/2) float32, the masked twin's mask (see segment_mask) or None, for recurrent mixers
-    where (B, T) their state starts afresh, beside row starts, and where rows are parts of documents, what is kept of
-    the parts before them."""
+    """What the mixers need to know about a batch besides its activations."""
 
-    cu_seqlens: Tensor | None
-    max_len: int
-    cos: Tensor
+    cu_seqlens: Tensor | None  # segment boundaries over the flattened B*T tokens; None: each row is one segment
+    max_len: int  # the longest segment
+    cos: Tensor  # rotary tables, float32: (T, rope_dims/2), or (B, T, rope_dims/2)
     sin: Tensor
-    mask: Tensor | None
-    starts: Tensor | None = None
-    carry: KVCache | None = None
+    mask: Tensor | None  # segment_mask, for masked_attention
+    starts: Tensor | None = None  # (B, T) bool, for recurrent mixers: tokens before which the state is cleared
+    carry: KVCache | None = None  # keys and values of the documents' earlier parts
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttnMeta, Tensor | None], Tensor]
 
 
 def segments(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Number, from 1, of the segment that each of `total` tokens lies in."""
-    return torch.searchsorted(
-        cu_seqlens,
-        torch.arange(total, device=cu_seqlens.device).to(cu_seqlens.dtype),
-        right=True,
-    )
+    """The segment, numbered from 1, of each of `total` tokens."""
+    token = torch.arange(total, device=cu_seqlens.device).to(cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, token, right=True)
 
 
-def segment_mask(cu_seqlens: Tensor, total: int, band: int) -> Tensor:
+def segment_mask(
+    cu_seqlens: Tensor,
+    total: int,
+    band: int,
+) -> Tensor:
     """(total/band, 1, band, width) bool: a query sees the keys of its own segment up to itself.
 
     No segment is longer than `band`, so a block of `band` queries needs its own keys and those of the block before:
     width is 2 * band, or band when there is one block.
     """
+    width, before = (2 * band, band) if total > band else (band, 0)
     query = torch.arange(total, device=cu_seqlens.device).view(-1, band, 1)
-    first = query[:, :1] - (band if total > band else 0)
-    key = first + torch.arange(2 * band if total > band else band, device=cu_seqlens.device)
+    key = query[:, :1] - before + torch.arange(width, device=cu_seqlens.device)
     segment = segments(cu_seqlens, total)
     same = segment[query] == segment[key.clamp_min(0)]
     return (same & (key <= query) & (key >= 0)).unsqueeze(1)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-    """Exact causal attention with a mask, on any device: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d).
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+) -> Tensor:
+    """SDPA of q (B, T, H, d), k and v (B, keys, K, d) under a mask (B, 1, T, keys); without one, causal in each row."""
+    if sink is not None:
+        k = torch.cat([sink.to(k.dtype).expand(k.size(0), 1, -1, -1), k], dim=1)
+        v = F.pad(v, (0, 0, 0, 0, 1, 0))
+        if mask is None:
+            mask = q.new_ones(q.size(1), k.size(1), dtype=torch.bool).tril(1)
+        else:
+            mask = F.pad(mask, (1, 0), value=True)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meta: AttnMeta,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Causal attention inside each row. Shapes as masked_attention."""
+    return exact_attention(q, k, v, None, sink)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meta: AttnMeta,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Exact causal attention on any device, by meta.mask: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d).
 
     A sink (K, d) is one more key, with value 0, that every query sees: y sigmoid(logsumexp(logits) - its logit).
     """
     if meta.mask is None:
         return causal_attention(q, k, v, meta, sink)
     blocks, _, band, width = meta.mask.shape
-    flat_q, flat_k, flat_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
-    if width > band:
-        flat_k, flat_v = (torch.cat([F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), t], dim=1) for t in (flat_k, flat_v))
-    return exact_attention(flat_q, flat_k, flat_v, meta.mask, sink).reshape(q.shape)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-    """Causal attention inside each row, by SDPA. Shapes as masked_attention."""
-    return exact_attention(q, k, v, None, sink)
-
-
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> Tensor:
-    """Attention by SDPA where a mask (B, 1, T, keys) allows it; without one, causal inside each row."""
-    if sink is not None:
-        k = torch.cat([sink.to(k.dtype).expand(len(k), 1, -1, -1), k], dim=1)
-        v = F.pad(v, (0, 0, 0, 0, 1, 0))
-        seen = q.new_ones(q.size(1), k.size(1), dtype=torch.bool).tril(1) if mask is None else mask
-        mask = seen if mask is None else F.pad(mask, (1, 0), value=True)
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return y.transpose(1, 2)
+    block_q, block_k, block_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
+    if width > band:  # each block also sees the block before it; the first sees padding, which the mask hides
+        before_k, before_v = (F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)) for t in (block_k, block_v))
+        block_k = torch.cat([before_k, block_k], dim=1)
+        block_v = torch.cat([before_v, block_v], dim=1)
+    return exact_attention(block_q, block_k, block_v, meta.mask, sink).reshape(q.shape)
 
 
 class KVCache(NamedTuple):
@@ -1648,50 +1705,53 @@ class KVCache(NamedTuple):
         return y.view(rows.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
+# torch 2.11 has varlen_attn, but only 2.13 lets it share a key/value head among query heads
 VARLEN_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def with_sink(k: Tensor, v: Tensor, cu_seqlens: Tensor, sink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k and v (N, K, d) of segments, each with the sink's key and value 0 in front, and the boundaries among them.
+def with_sink(
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    sink: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k and v (N, K, d) with a sink key, of value 0, in front of each segment, and the boundaries that result.
 
-    torch's varlen attention returns a log-sum-exp but no gradient through it, so the sink is a key here.
+    The sink has to be a key: varlen_attn returns a log-sum-exp, but no gradient flows through it.
     """
-    place = torch.arange(len(k), device=k.device) + segments(cu_seqlens, len(k))
-    keys = sink.to(k.dtype).repeat(len(k) + len(cu_seqlens) - 1, 1, 1).index_copy(0, place, k)
-    return (
-        keys,
-        torch.zeros_like(keys).index_copy(0, place, v),
-        cu_seqlens + torch.arange(len(cu_seqlens), device=k.device).to(cu_seqlens.dtype),
-    )
+    place = torch.arange(k.size(0), device=k.device) + segments(cu_seqlens, k.size(0))
+    total = k.size(0) + cu_seqlens.size(0) - 1
+    keys = sink.to(k.dtype).repeat(total, 1, 1).index_copy(0, place, k)
+    values = torch.zeros_like(keys).index_copy(0, place, v)
+    shift = torch.arange(cu_seqlens.size(0), device=k.device).to(cu_seqlens.dtype)
+    return keys, values, cu_seqlens + shift
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-    """Flash attention over segments (varlen), or over rows when there are none. Shapes as masked_attention; with more
-    keys than queries, causality counts from the segments' ends."""
+    """Flash attention over segments, or over rows without any. Shapes as masked_attention; where a segment has more
+    keys than queries, causality is aligned to its end."""
     cu_seqlens, longest = meta.cu_seqlens, meta.max_len
     if cu_seqlens is None and sink is None:
         return causal_attention(q, k, v, meta)
     if cu_seqlens is None:
-        cu_seqlens, longest = (
-            torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.size(1),
-            q.size(1),
-        )
+        longest = q.size(1)
+        cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * longest
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
-    cu_k = cu_seqlens
+    cu_k, longest_k = cu_seqlens, longest
     if sink is not None:
         flat_k, flat_v, cu_k = with_sink(flat_k, flat_v, cu_seqlens, sink)
-    options: dict[str, Any] = {"window_size": (-1, 0)}
+        longest_k += 1
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # any earlier key, no later one
     if VARLEN_HAS_GQA:
         options["enable_gqa"] = True
     else:
-        groups = q.size(2) // k.size(2)
-        flat_k, flat_v = (t.repeat_interleave(groups, dim=1) for t in (flat_k, flat_v))
-    longest_k = longest if sink is None else longest + 1
-    return varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, longest, longest_k, **options).view_as(q)
+        flat_k, flat_v = (t.repeat_interleave(q.size(2) // k.size(2), dim=1) for t in (flat_k, flat_v))
+    y = varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, longest, longest_k, **options)
+    return y.view_as(q)
 
 
 def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
-    """The attention backend of a run, chosen once and logged; UserError when the asked-for one is not installed."""
+    """Choose and log the attention backend of a run. UserError: the one that ATTENTION names cannot run here."""
     wanted = cfg.attention
     half = runtime.device.type == "cuda" and runtime.dtype == torch.bfloat16
     if wanted == "masked" or (wanted == "auto" and not half):
@@ -1699,24 +1759,22 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
         return masked_attention
     if varlen_attn is None or not half:
         raise UserError(
-            f"ATTENTION={wanted} needs a GPU, COMPUTE_DTYPE=bf16 and torch >= 2.11; or say ATTENTION=masked"
+            f"ATTENTION={wanted} needs a GPU, COMPUTE_DTYPE=bf16 and torch >= 2.11; set ATTENTION=auto or masked"
         )
-    for name in ("fa3", "fa4") if wanted == "auto" else (wanted,):  # FA3 is made for the contest's GPU
-        if name == "fa2":
-            break
+    # FA3 is made for the contest's GPU, so it comes first
+    for name in {"auto": ("fa3", "fa4"), "fa2": ()}.get(wanted, (wanted,)):
         try:
             if activate_flash_attention_impl is None:
-                raise ImportError("this torch cannot activate other flash attentions")
+                raise ImportError("this torch cannot activate another flash attention")
             activate_flash_attention_impl(name.upper())
-            runtime.log(f"attention: {name} through torch.nn.attention")
-            return flash_attention
         except (ImportError, RuntimeError, ValueError) as error:
             if wanted != "auto":
-                raise UserError(f"ATTENTION={wanted} is not usable here: {error}") from None
-            runtime.log(
-                f"attention: {name} is not usable here ({str(error).splitlines()[0][:100]})",
-                to_file_only=True,
-            )
+                raise UserError(f"ATTENTION={wanted} cannot run here: {error}; set ATTENTION=auto") from None
+            reason = str(error).splitlines()[0][:100]
+            runtime.log(f"attention: {name} cannot run here ({reason})", to_file_only=True)
+        else:
+            runtime.log(f"attention: {name} through torch.nn.attention")
+            return flash_attention
     runtime.log("attention: fa2, built into torch")
     return flash_attention
 
@@ -1726,7 +1784,10 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-kernel = triton.jit if triton is not None else lambda function: function  # without triton they are never called
+kernel = triton.jit if triton is not None else lambda function: function  # without Triton nothing calls them
+
+CE_BLOCK = 1024  # columns of a row of logits at a time
+MLP_TILE = (128, 256, 64)  # rows, columns and depth of a matmul tile
 
 
 @kernel
@@ -1739,13 +1800,12 @@ def softcap_ce_kernel(
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """loss and log-sum-exp of one row of logits z (N, vocab); every lane keeps its own running peak and sum.
-
-    y = 2c sigmoid(2z/c) is c tanh(z/c) + c, and the shift cancels. y > 0, so that 0 is a safe first peak.
-    """
+    """Loss and log-sum-exp of one row of logits z (N, vocab)."""
     row = tl.program_id(0).to(tl.int64)
     z += row * vocab
     lanes = tl.arange(0, BLOCK)
+    # Online softmax: each lane keeps its own running maximum and sum, and they meet at the end.
+    # y = 2c sigmoid(2z/c) is c tanh(z/c) + c; the shift cancels, and as y > 0, 0 is a safe first maximum.
     peak, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         inside = start + lanes < vocab
@@ -1772,8 +1832,9 @@ def softcap_ce_back_kernel(
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """dz = g (p - [column is the target]) 4 s (1 - s) of a block of one row, s = sigmoid(2z/c), p = exp(2cs - lse)."""
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """dz = g (p - [column is the target]) 4 s (1 - s) of one block of a row; s = sigmoid(2z/c), p = exp(2cs - lse)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, place = column < vocab, row * vocab + column
     s = tl.sigmoid(2 * tl.load(z + place, mask=inside, other=0.0).to(tl.float32) / softcap)
     p = tl.exp(2 * softcap * s - tl.load(lse + row))
@@ -1784,8 +1845,10 @@ def softcap_ce_back_kernel(
 
 @kernel
 def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Left and right half of the columns: a whole float32 tile at once would not leave room to store it."""
-    split = tl.reshape(tile_RC, (tile_RC.shape[0], 2, tile_RC.shape[1] // 2))
+    """Left and right half of the columns: storing a whole float32 tile at once would need too much shared memory."""
+    R: tl.constexpr = tile_RC.shape[0]
+    C: tl.constexpr = tile_RC.shape[1]
+    split = tl.reshape(tile_RC, (R, 2, C // 2))
     return tl.split(tl.permute(split, (0, 2, 1)))
 
 
@@ -1797,14 +1860,15 @@ def leaky_square_kernel(
     post: tl.tensor_descriptor,
     SLOPE: tl.constexpr,
 ) -> None:
-    """pre = m up^T and post = LeakyReLU(pre, SLOPE)^2 of the rounded pre; programs take tiles in turn, row by row.
+    """pre = m up^T and post = LeakyReLU(pre, SLOPE)^2 of the rounded pre.
 
-    Tile sizes are the descriptors' blocks: m (rows, depth), up (columns, depth), pre and post (rows, columns / 2).
+    The descriptors' blocks set the tile: m (rows, depth), up (columns, depth), pre and post (rows, columns / 2).
     """
     R: tl.constexpr = m.block_shape[0]
     K: tl.constexpr = m.block_shape[1]
     C: tl.constexpr = up.block_shape[0]
     across = tl.cdiv(up.shape[0], C)
+    # persistent programs: each takes every num_programs-th tile, row by row
     for tile in tl.range(tl.program_id(0), tl.cdiv(m.shape[0], R) * across, tl.num_programs(0)):
         row, column = tile // across * R, tile % across * C
         total = tl.zeros((R, C), tl.float32)
@@ -1826,7 +1890,7 @@ def leaky_square_back_kernel(
     dpre: tl.tensor_descriptor,
     SLOPE: tl.constexpr,
 ) -> None:
-    """dpre = (g down) d(LeakyReLU(pre, SLOPE)^2)/dpre; tiles as before, but down is (depth, columns)."""
+    """dpre = (g down) d(LeakyReLU(pre, SLOPE)^2)/dpre; tiles as in leaky_square_kernel, down (depth, columns)."""
     R: tl.constexpr = g.block_shape[0]
     K: tl.constexpr = g.block_shape[1]
     C: tl.constexpr = down.block_shape[1]
@@ -1842,159 +1906,91 @@ def leaky_square_back_kernel(
             dpre.store([row, column + half * (C // 2)], (halves(total)[half] * factor).to(dpre.dtype))
 
 
-CE_BLOCK, MLP_TILE = (
-    1024,
-    (128, 256, 64),
-)  # columns of a softcapped row at a time; rows, columns, depth of a tile
-
-
-def launch_softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """softcap_ce through Triton."""
+def launch_softcap_ce(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """softcap_ce through Triton, one program a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
     loss, lse = (torch.empty(rows, dtype=torch.float32, device=z.device) for _ in range(2))
     softcap_ce_kernel[(rows,)](z, targets, loss, lse, softcap, vocab, CE_BLOCK)
     return loss, lse
 
 
-def launch_softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    """softcap_ce_back through Triton."""
+def launch_softcap_ce_back(
+    g: Tensor,
+    z: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    softcap: float,
+) -> Tensor:
+    """softcap_ce_back through Triton, one program a block of a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
-    dz, grid = torch.empty_like(z), (rows, -(-vocab // CE_BLOCK))
+    dz, grid = torch.empty_like(z), (rows, triton.cdiv(vocab, CE_BLOCK))
     softcap_ce_back_kernel[grid](g.contiguous(), z, targets, lse, dz, softcap, vocab, CE_BLOCK)
     return dz
 
 
 def num_programs(x: Tensor) -> int:
-    """Programs of a kernel that takes tiles in turn: one for each multiprocessor (a few under the interpreter)."""
+    """Persistent programs of a matmul kernel: one a multiprocessor, a few under Triton's interpreter."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
 def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads outside it give zeros."""
+    """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads out of bounds give zeros."""
     return TensorDescriptor.from_tensor(x.contiguous(), [rows, columns])
 
 
-def launch_leaky_square(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """leaky_square through Triton."""
+def launch_leaky_square(
+    m: Tensor,
+    up: Tensor,
+    down: Tensor,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """leaky_square through Triton; the second matmul has nothing to fuse and is cuBLAS's."""
     R, C, K = MLP_TILE
     pre, post = (m.new_empty(m.size(0), up.size(0)) for _ in range(2))
-    blocks = (
-        describe(m, R, K),
-        describe(up, C, K),
-        describe(pre, R, C // 2),
-        describe(post, R, C // 2),
-    )
-    leaky_square_kernel[(num_programs(m),)](*blocks, slope, num_warps=8, num_stages=4)
-    return pre, post
+    inputs = describe(m, R, K), describe(up, C, K)
+    outputs = describe(pre, R, C // 2), describe(post, R, C // 2)
+    leaky_square_kernel[(num_programs(m),)](*inputs, *outputs, slope, num_warps=8, num_stages=4)
+    return F.linear(post, down), pre, post
 
 
 def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
     """leaky_square_back through Triton."""
     R, C, K = MLP_TILE
     dpre = torch.empty_like(pre)
-    blocks = (
-        describe(g, R, K),
-        describe(down, K, C),
-        describe(pre, R, C // 2),
-        describe(dpre, R, C // 2),
-    )
-    leaky_square_back_kernel[(num_programs(g),)](*blocks, slope, num_warps=8, num_stages=3)
+    inputs = describe(g, R, K), describe(down, K, C)
+    outputs = describe(pre, R, C // 2), describe(dpre, R, C // 2)
+    leaky_square_back_kernel[(num_programs(g),)](*inputs, *outputs, slope, num_warps=8, num_stages=3)
     return dpre
 
 
-def operator(launch: Callable | None = None, shapes: Callable | None = None) -> Callable[[Callable], Callable]:
-    """Decorator that makes of a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
+def operator(
+    launch: Callable | None = None,
+    fake: Callable | None = None,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable[[Callable], Callable]:
+    """Decorator: make a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
 
-    On a GPU `launch` runs in its place, if given; while tracing, `shapes` or else the twin says what comes out. The
-    plain function stays reachable as `.twin`. Of two operators of one name torch keeps the younger: hence the module's
-    name in it, for a process may hold several copies of this program (the judge's, a packed one's).
+    launch: what runs on a GPU; fake: gives empty results while tracing; both default to the twin. setup_context and
+    backward: as in torch.library.register_autograd. The twin stays reachable as `.twin`.
     """
 
     def register(twin: Callable) -> Callable:
+        # A process may hold several copies of this program (the judge's, a packed one's), and torch keeps only the
+        # younger of two operators of one name: hence the module's name in it.
         op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
         op.register_kernel("cuda")(launch or twin)
-        op.register_fake(shapes or twin)
+        op.register_fake(fake or twin)
+        if backward is not None:
+            op.register_autograd(backward, setup_context=setup_context)
         op.twin = twin
         return op
 
     return register
-
-
-@operator(launch_softcap_ce)
-def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (N,) of softcapped logits z (N, V), nats, and the log-sum-exp (N,) of the backward; float32."""
-    y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
-    lse = y.logsumexp(1)
-    return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
-
-
-@operator(launch_softcap_ce_back)
-def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
-    s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
-    p = torch.exp(2 * softcap * s - lse[:, None])
-    p.scatter_add_(1, targets[:, None], p.new_full((len(z), 1), -1.0))
-    return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
-
-
-@operator(launch_leaky_square)
-def leaky_square(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """pre = m up^T (N, F) and LeakyReLU(pre, slope)^2 of inputs m (N, D) and weights up (F, D)."""
-    pre = F.linear(m, up)
-    return pre, F.leaky_relu(pre, slope).square()
-
-
-@operator(launch_leaky_square_back)
-def leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
-    """Gradient (N, F) of pre from the gradient g (N, D) of LeakyReLU(pre, slope)^2 down^T, down (D, F)."""
-    return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
-
-
-class FusedCrossEntropy(torch.autograd.Function):
-    """softcapped_cross_entropy without float32 copies of the logits: two kernels, and only the bf16 logits are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        loss, lse = softcap_ce(z, targets, softcap)
-        ctx.save_for_backward(z, targets, lse)
-        ctx.softcap = softcap
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        z, targets, lse = ctx.saved_tensors
-        return softcap_ce_back(g, z, targets, lse, ctx.softcap), None, None
-
-
-class FusedMLP(torch.autograd.Function):
-    """leaky_square_mlp with the activation inside the kernels of its two large products.
-
-    pre and post are both kept: recomputing post in the backward would write it a second time, and time is what the
-    contest lacks, not memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
-        pre, post = leaky_square(m, up, slope)
-        ctx.save_for_backward(m, up, down, pre, post)
-        ctx.slope = slope
-        return F.linear(post, down)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        m, up, down, pre, post = ctx.saved_tensors
-        dpre = leaky_square_back(g, down, pre, ctx.slope)
-        return dpre @ up, dpre.T @ m, g.T @ post, None
-
-
-def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """Cross-entropy (N,) in nats of softcap * tanh(z / softcap), logits z (N, V): the plain twin, at least float32."""
-    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
-
-
-def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """softcapped_cross_entropy by kernels that read the logits once each way (Liger, Hsu et al. 2024, in idea)."""
-    return FusedCrossEntropy.apply(z, targets, softcap)
 
 
 def softcapped(z: Tensor, softcap: float) -> Tensor:
@@ -2002,9 +1998,105 @@ def softcapped(z: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(at_least_fp32(z) / softcap)
 
 
-def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """Cross-entropy (N,), nats, of softcapped logits z (N, V): the plain twin, in at least float32."""
+    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
+
+
+@operator(launch_softcap_ce_back)
+def softcap_ce_back(
+    g: Tensor,
+    z: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    softcap: float,
+) -> Tensor:
+    """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
+    s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
+    p = torch.exp(2 * softcap * s - lse[:, None])
+    # size(0), not len: as a fake kernel this sees symbolic sizes, which len would make constants
+    p.scatter_add_(1, targets[:, None], p.new_full((p.size(0), 1), -1.0))
+    return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
+
+
+def softcap_ce_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    """Keep the logits as they are, in bf16, and one float a row: no float32 copy of them exists."""
+    (z, targets, ctx.softcap), (_, lse) = inputs, output
+    ctx.save_for_backward(z, targets, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def softcap_ce_grad(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    """Gradients of softcap_ce's inputs."""
+    z, targets, lse = ctx.saved_tensors
+    return softcap_ce_back(g, z, targets, lse, ctx.softcap), None, None
+
+
+@operator(launch_softcap_ce, setup_context=softcap_ce_setup, backward=softcap_ce_grad)
+def softcap_ce(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """softcapped_cross_entropy (N,) of z (N, V), and the shifted log-sum-exp (N,) of its backward; both float32."""
+    y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
+    lse = y.logsumexp(1)
+    return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
+
+
+def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """softcapped_cross_entropy by kernels that read the logits once each way (idea: Liger, Hsu et al. 2024)."""
+    return softcap_ce(z, targets, softcap)[0]
+
+
+@operator(launch_leaky_square_back)
+def leaky_square_back(
+    g: Tensor,
+    down: Tensor,
+    pre: Tensor,
+    slope: float,
+) -> Tensor:
+    """Gradient (N, F) of pre from the gradient g (N, D) of LeakyReLU(pre, slope)^2 down^T, down (D, F)."""
+    return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
+
+
+def leaky_square_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep both activations: to recompute post, the backward would have to write it a second time."""
+    (m, up, down, ctx.slope), (_, pre, post) = inputs, output
+    ctx.save_for_backward(m, up, down, pre, post)
+    ctx.mark_non_differentiable(pre, post)
+    ctx.set_materialize_grads(False)  # no zeros of the size of pre and post
+
+
+def leaky_square_grad(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    """Gradients of leaky_square's inputs; frozen weights, as in test-time training, get none."""
+    m, up, down, pre, post = ctx.saved_tensors
+    _, trains_up, trains_down, _ = ctx.needs_input_grad
+    dpre = leaky_square_back(g, down, pre, ctx.slope)
+    dup = dpre.T @ m if trains_up else None
+    ddown = g.T @ post if trains_down else None
+    return dpre @ up, dup, ddown, None
+
+
+@operator(launch_leaky_square, setup_context=leaky_square_setup, backward=leaky_square_grad)
+def leaky_square(m: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """post down^T (N, D), pre = m up^T (N, F) and post = LeakyReLU(pre, slope)^2.
+
+    m (N, D), up (F, D), down (D, F); pre and post are for the backward.
+    """
+    pre = F.linear(m, up)
+    post = F.leaky_relu(pre, slope).square()
+    return F.linear(post, down), pre, post
+
+
+def fused_mlp(
+    m: Tensor,
+    up: Tensor,
+    down: Tensor,
+    slope: float,
+) -> Tensor:
     """LeakyReLU(m up^T, slope)^2 down^T of m (..., D), up (F, D), down (D, F); its twin is MLP's own forward."""
-    return FusedMLP.apply(m.flatten(0, -2), up, down, slope).view_as(m)
+    return leaky_square(m.flatten(0, -2), up, down, slope)[0].view_as(m)
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -2013,12 +2105,22 @@ def l2_normalize(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def states_like(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-    """An empty result of chunk_states."""
-    return b.new_empty(len(a) + 1, *first.shape)
+def chunk_states_grad(
+    ctx: Any,
+    g: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of chunk_states' inputs: the same recurrence, backwards in time with transposed maps."""
+    a, states = ctx.saved_tensors
+    total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1]).flip(0)  # of each state, through all later ones
+    first, later = total[0], total[1:]
+    return later @ states[:-1].mT, later, first
 
 
-@operator(shapes=states_like)
+@operator(
+    fake=lambda a, b, first: b.new_empty(b.size(0) + 1, *first.shape),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], output),
+    backward=chunk_states_grad,
+)
 def chunk_states(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     """S_0 = first (..., K, V), S_{i+1} = a_i S_i + b_i of a (n, ..., K, K), b (n, ..., K, V) -> all S, (n + 1, ...)."""
     states = [first]
@@ -2027,20 +2129,46 @@ def chunk_states(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     return torch.stack(states)
 
 
-class ChunkStates(torch.autograd.Function):
-    """chunk_states, one operator each way: gradients run through the same recurrence backwards."""
+def to_chunks(
+    x: Tensor,
+    size: int,
+) -> Tensor:
+    """(B, T, H, ...) -> (n, B, H, size, ...), padded with zeros, which write nothing and decay nothing."""
+    missing = -x.size(1) % size
+    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
+    return x.unflatten(1, (-1, size)).movedim(1, 0).movedim(3, 2)
 
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-        states = chunk_states(a, b, first)
-        ctx.save_for_backward(a, states)
-        return states
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, states = ctx.saved_tensors
-        total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1].clone()).flip(0)
-        return total[1:] @ states[:-1].mT, total[1:], total[0]
+def chunk_decays(
+    g: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """From log decays g and starts, both (n, B, H or 1, chunk): what a read at token i keeps of a write at token j of
+    its chunk, (n, B, H, chunk, chunk), and of the state before the chunk, (n, B, H, chunk, 1). Starts clear it."""
+    restarts, total = starts.cumsum(-1), g.cumsum(-1)  # both count from the chunk's first token
+    within = total[..., :, None] - total[..., None, :]
+    same = (restarts[..., :, None] == restarts[..., None, :]).tril()
+    # masked before exp, which may overflow where j > i: inf times a zero gradient is NaN
+    within = within.masked_fill(~same, -math.inf).exp()
+    return within, total.masked_fill(restarts > 0, -math.inf).exp().unsqueeze(-1)
+
+
+def chunk_writes(
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    within: Tensor,
+    before: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """U (..., chunk, V) and W (..., chunk, K): in a chunk that begins with state S, token i writes k_i (U_i - W_i S)^T.
+
+    Each write corrects what the earlier ones left, so all of them solve one unit lower triangular system (WY form).
+    """
+    system = (beta * (k @ k.mT) * within).tril(-1)
+    right = torch.cat([beta * v, beta * before * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    U, W = solved.split([v.size(-1), k.size(-1)], dim=-1)
+    return U, W
 
 
 def chunked_delta_rule(
@@ -2056,60 +2184,73 @@ def chunked_delta_rule(
     """The gated delta rule (Yang et al. 2024) of q and k (B, T, H, K), v (B, T, H, V), log decay g and beta (B, T, H).
 
     S <- e^g S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q / sqrt(K), from `state` (B, H, K, V) and, at tokens that
-    start (B, T), from 0. Returns all o (B, T, H, V) and the last S. Inside a chunk the writes X are a triangular system
-    (WY form), and a chunk is an affine map of the state before it.
+    start (B, T), from 0. Returns all o (B, T, H, V) and the last S. The work inside chunks is parallel.
     """
-    T, K, V = v.size(1), k.size(-1), v.size(-1)
-
-    def cut(x: Tensor) -> Tensor:
-        """(B, T, H, ...) -> (n, B, H, chunk, ...), filled up with zeros, which write and forget nothing."""
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -T % chunk)).unflatten(1, (-1, chunk))
-        return x.movedim(1, 0).movedim(3, 2)
-
-    q, k, v, g, beta = (cut(x) for x in (q * K**-0.5, k, v, g, beta.unsqueeze(-1)))
-    age, total = (
-        cut(starts[..., None].int()).cumsum(-1),
-        g.cumsum(-1),
-    )  # restarted in every chunk
-    same = (age[..., :, None] == age[..., None, :]).tril()
-    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~same, -math.inf).exp()  # masked first: no inf
-    carried = total.masked_fill(age > 0, -math.inf).exp().unsqueeze(-1)  # what is left of the state before the chunk
-    system = (beta * (k @ k.mT) * decay).tril(-1)
-    right = torch.cat([beta * v, beta * carried * k], dim=-1)
-    U, W = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split([V, K], dim=-1)
-    out = (k * decay[..., -1, :, None]).mT
-    keep = carried[..., -1:, :] * torch.eye(K, dtype=k.dtype, device=k.device) - out @ W
-    states = ChunkStates.apply(keep, out @ U, state)
+    T, K = q.size(1), q.size(-1)
+    columns = q * K**-0.5, k, v, g, beta.unsqueeze(-1), starts[..., None].int()
+    q, k, v, g, beta, starts = (to_chunks(x, chunk) for x in columns)
+    within, before = chunk_decays(g, starts)
+    U, W = chunk_writes(k, v, beta, within, before)
+    # A chunk maps the state before it to the state after it, S -> A S + b. Only this runs chunk after chunk.
+    into = (k * within[..., -1, :, None]).mT  # keys, with what the chunk's end keeps of their writes
+    identity = torch.eye(K, dtype=k.dtype, device=k.device)
+    states = chunk_states(before[..., -1:, :] * identity - into @ W, into @ U, state)
     S = states[:-1]
-    o = (carried * q) @ S + (q @ k.mT * decay) @ (U - W @ S)
+    o = (before * q) @ S + (q @ k.mT * within) @ (U - W @ S)
     return o.movedim(2, 3).movedim(0, 1).flatten(1, 2)[:, :T], states[-1]
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    starts: Tensor,
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """chunked_delta_rule of unit queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
-    o, last = chunked_delta_rule(
-        l2_normalize(q),
-        l2_normalize(k),
-        at_least_fp32(v),
-        at_least_fp32(g),
-        at_least_fp32(beta),
-        starts,
-        at_least_fp32(state),
-    )
+    """chunked_delta_rule of normalised queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
+    wide = (at_least_fp32(x) for x in (v, g, beta))
+    o, last = chunked_delta_rule(l2_normalize(q), l2_normalize(k), *wide, starts, at_least_fp32(state))
     return o.to(v.dtype), last
 
 
 FORGET = -104.0  # a log decay whose exponential is 0 in float32
+SixTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def fla_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty results of fla_rule."""
-    return v.new_empty(v.shape), state.new_empty(state.shape)
+@operator(fake=lambda go, gs, *inputs: tuple(map(torch.empty_like, inputs)))
+def fla_rule_back(
+    go: Tensor,
+    gs: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+) -> SixTensors:
+    """Gradients of fla_rule's inputs from those of its outputs; runs the forward again."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
+    with torch.enable_grad():
+        return torch.autograd.grad(fla_rule.twin(*inputs), inputs, (go, gs))
 
 
-@operator(shapes=fla_shapes)
+def fla_rule_grad(
+    ctx: Any,
+    go: Tensor,
+    gs: Tensor,
+) -> SixTensors:
+    """Gradients of fla_rule's inputs."""
+    return fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors)
+
+
+# The library's own autograd.Function would break a compiled graph, so each direction is an operator.
+@operator(
+    fake=lambda q, k, v, g, beta, state: (torch.empty_like(v), torch.empty_like(state)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    backward=fla_rule_grad,
+)
 def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """delta_rule without starts, by flash-linear-attention."""
     return chunk_gated_delta_rule(
@@ -2124,83 +2265,57 @@ def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Te
     )
 
 
-Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-@operator(shapes=lambda *args: tuple(x.new_empty(x.shape) for x in args[2:]))
-def fla_rule_back(
-    go: Tensor,
-    gs: Tensor,
+def fused_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     beta: Tensor,
+    starts: Tensor,
     state: Tensor,
-) -> Six:
-    """Gradients of fla_rule's inputs from those of its outputs; the forward runs again."""
-    inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
-    with torch.enable_grad():
-        return torch.autograd.grad(fla_rule.twin(*inputs), inputs, (go, gs))
-
-
-class FusedDeltaRule(torch.autograd.Function):
-    """fla_rule with its gradients, an operator each: the library's own function would break a compiled graph."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(*inputs)
-        return fla_rule(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, go: Tensor, gs: Tensor) -> Six:
-        return fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors)
-
-
-def fused_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """delta_rule by flash-linear-attention's kernels, chunks of 64 tokens. A start is a decay to nothing."""
+    """delta_rule by flash-linear-attention's kernels, which know no starts: a start is a decay to nothing."""
     g = at_least_fp32(g).masked_fill(starts[..., None], FORGET)
-    return FusedDeltaRule.apply(*(x.contiguous() for x in (q, k, v, g, beta, state)))
+    return fla_rule(*(x.contiguous() for x in (q, k, v, g, beta, state)))
 
 
 class Kernels(NamedTuple):
-    """What the model computes its loss with, its MLPs where nobody taps inside (None: always the plain twin), and its
-    delta nets."""
+    """The functions that a model computes its heavy parts with."""
 
     cross_entropy: Callable[[Tensor, Tensor, float], Tensor]
-    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None
-    delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = delta_rule
+    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None  # None: the modules' own plain forward
+    delta_rule: Callable[..., tuple[Tensor, Tensor]] = delta_rule
 
 
 PLAIN = Kernels(softcapped_cross_entropy, None)
 
 
 def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
-    """The fused kernels of a run, chosen once and logged; UserError when one that is asked for cannot run here."""
-    here = triton is not None and runtime.device.type == "cuda"
-    aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0
-    table = {  # knob: what it needs beside a GPU and triton, whether that is there, the kernel and its plain twin
-        "fused_ce_enabled": ("", here, fused_cross_entropy, softcapped_cross_entropy),
+    """Choose and log the fused kernels of a run. UserError: one that a knob asks for cannot run here."""
+    gpu = triton is not None and runtime.device.type == "cuda"
+    half = gpu and runtime.dtype == torch.bfloat16
+    aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0  # of bulk copies: 16 bytes
+    table = {  # knob: whether it can run here, what it needs beside a GPU and Triton, the kernel, its plain twin
+        "fused_ce_enabled": (gpu, "", fused_cross_entropy, softcapped_cross_entropy),
         "fused_mlp_enabled": (
+            half and aligned,
             ", COMPUTE_DTYPE=bf16 and widths that are multiples of 8",
-            here and runtime.dtype == torch.bfloat16 and aligned,
             fused_mlp,
             None,
         ),
         "fused_gdn_enabled": (
+            half and chunk_gated_delta_rule is not None,
             ", COMPUTE_DTYPE=bf16 and flash-linear-attention",
-            here and runtime.dtype == torch.bfloat16 and chunk_gated_delta_rule is not None,
             fused_delta_rule,
             delta_rule,
         ),
     }
     chosen = []
-    for name, (needs, usable, fused, plain) in table.items():
-        if getattr(cfg, name) == "1" and not usable:
-            raise UserError(f"{name.upper()}=1 needs a GPU, triton{needs}; or say {name.upper()}=auto")
-        chosen.append(fused if usable and getattr(cfg, name) != "0" else plain)
+    for name, (usable, needs, fused, plain) in table.items():
+        wanted = getattr(cfg, name)
+        if wanted == "1" and not usable:
+            raise UserError(f"{name.upper()}=1 needs a GPU, triton{needs}; set {name.upper()}=auto")
+        chosen.append(fused if usable and wanted != "0" else plain)
         runtime.log(f"{name}: {'fused' if chosen[-1] is fused else 'plain'}")
     return Kernels(*chosen)
 
@@ -2211,28 +2326,41 @@ def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
 
 
 class Site(NamedTuple):
-    """Where a tap listens: the name (q k v o up down head, or qkv for q k v of a delta net; attn mlp for whole
-    sublayers), the slot and the layer."""
+    """A place where a listener can read and change the model's activations."""
 
-    name: str
-    execution: int
+    name: str  # q k v o up down head (qkv for a delta net's q k v): a matmul; attn, mlp: a whole sublayer
+    execution: int  # position in the route; the head's is -1
     layer: int
 
 
-Taps = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> output
-LayerTap = Callable[[str, Tensor, Tensor], Tensor]
+class Taps(Protocol):
+    """A listener: called at each of its sites, it returns the output that goes on in place of y."""
+
+    sites: frozenset[str]  # names of the sites that it hears
+
+    def __call__(
+        self,
+        site: Site,
+        x: Tensor,
+        y: Tensor,
+    ) -> Tensor:
+        """x and y: input and output of a matmul, or the normed input and the output of a sublayer."""
 
 
-def untapped(name: str, x: Tensor, y: Tensor) -> Tensor:
-    """The tap of a slot that nobody listens to."""
-    return y
+class LayerTap:
+    """The listener as one layer execution calls it. Where it does not hear, outputs pass through."""
 
+    def __init__(self, taps: Taps | None, execution: int = -1, layer: int = -1) -> None:
+        self.taps, self.execution, self.layer = taps, execution, layer
+        self.sites = frozenset() if taps is None else taps.sites
 
-def bind(taps: Taps | None, execution: int, layer: int) -> LayerTap:
-    """The taps of one slot; without a listener the output passes through."""
-    if taps is None:
-        return untapped
-    return lambda name, x, y: taps(Site(name, execution, layer), x, y)
+    def __call__(
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+    ) -> Tensor:
+        return self.taps(Site(name, self.execution, self.layer), x, y) if name in self.sites else y
 
 
 Init = Callable[[Tensor, float, torch.Generator], Any]  # (weight, start, generator): fills the weight in place
@@ -2353,8 +2481,8 @@ class Linear(nn.Module):
 
 
 class HeadGate(nn.Module):
-    """factor * sigmoid(scale * (W source[:window] + b)) per head; source is the normed sublayer input or the raw
-    queries; b only when biased."""
+    """factor * sigmoid(scale * (W source[:window] + b)) per head. source: the normed sublayer input, or the raw queries
+    (reads_q). b only when biased."""
 
     def __init__(
         self,
@@ -2370,7 +2498,11 @@ class HeadGate(nn.Module):
         self.bias = make_weight("gate_bias", shape[0]) if biased else None
         self.scale, self.factor, self.reads_q = scale, factor, reads_q
 
-    def forward(self, n_BTD: Tensor, q_BTD: Tensor) -> Tensor:
+    def forward(
+        self,
+        n_BTD: Tensor,
+        q_BTD: Tensor,
+    ) -> Tensor:
         """(B, T, D) -> (B, T, H, 1)."""
         source = (q_BTD if self.reads_q else n_BTD)[..., : self.weight.size(1)]
         bias = None if self.bias is None else self.bias.to(source.dtype)
@@ -2407,7 +2539,7 @@ class Table(nn.Module):
 
 
 class Projected(nn.Module):
-    """scale * P table[id]: a narrow embedding, brought to a width by an orthogonal P (none when it has it already)."""
+    """scale * P table[id]: an embedding, projected to a width by P where it is narrower."""
 
     def __init__(self, table: Table, width: int, scale_role: str) -> None:
         super().__init__()
@@ -2425,9 +2557,9 @@ class Projected(nn.Module):
 class HashEmbedding(Projected):
     """Adds an embedding of the last `order` tokens, hashed into one table (BigramHash and TrigramHash of PR 1182).
 
-    The hash is an XOR of the tokens times constants, taken as a signed 32-bit number, modulo all rows but the last. The
-    last row stands for a token with none before it; where the tokens before are fewer than order - 1, those there are
-    count. With HASH_BOS_MASK a document's first token has none before it.
+    The hash is an XOR of the tokens times constants, taken as a signed 32-bit number, modulo all rows but the last,
+    which is for a token without a predecessor. Fewer than order - 1 predecessors: the hash of those that exist. With
+    HASH_BOS_MASK a document's first token has no predecessor.
     """
 
     MULTIPLIERS = (
@@ -2442,14 +2574,18 @@ class HashEmbedding(Projected):
         self.first_id = BOS_ID if cfg.hash_bos_mask else -1
         self.requires_grad_(trained)
 
-    def buckets(self, ids: Tensor) -> Tensor:
+    def buckets(
+        self,
+        ids: Tensor,
+    ) -> Tensor:
         """(B, T) ids -> (B, T) rows of the table."""
-        follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has one before it
-        key, seen = self.multipliers[0] * ids, torch.ones_like(follows)
+        follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has a predecessor
+        key, seen = self.multipliers[0] * ids, torch.ones_like(follows)  # seen: the token `back` before exists
         for back, multiplier in enumerate(self.multipliers[1:], 1):
             seen = follows & F.pad(seen[:, :-1], (1, 0))
             key = key ^ torch.where(seen, multiplier * F.pad(ids, (back, 0))[:, : ids.size(1)], 0)
-        signed = (key + 2**31) % 2**32 - 2**31  # computed in 64 bits: int32 overflow is not defined in compiled code
+        # wrap in 64 bits: compiled code may not rely on int32 overflow
+        signed = (key + 2**31) % 2**32 - 2**31
         return torch.where(follows, signed % (self.rows - 1), self.rows - 1)
 
     def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
@@ -2457,9 +2593,9 @@ class HashEmbedding(Projected):
 
 
 class Smear(nn.Module):
-    """e_t + lambda * sigmoid(w . e_t[:window]) * e_{t-1}, not into a document's first token when masked."""
+    """e_t + lambda * sigmoid(w . e_t[:window]) * e_{t-1}; with SMEAR_BOS_MASK a document's first token keeps e_t."""
 
-    reach = 1  # tokens that are looked back at
+    reach = 1  # earlier tokens that an output depends on
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -2467,7 +2603,11 @@ class Smear(nn.Module):
         self.scale = make_weight("shut", 1)
         self.bos_mask = cfg.smear_bos_mask
 
-    def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        e_BTD: Tensor,
+    ) -> Tensor:
         gate = torch.sigmoid(F.linear(e_BTD[..., : self.weight.size(1)], self.weight.to(e_BTD.dtype)))
         gate = gate * self.scale.to(e_BTD.dtype)
         if self.bos_mask:
@@ -2476,9 +2616,9 @@ class Smear(nn.Module):
 
 
 class ChannelSmear(nn.Module):
-    """(1 - g) x_t + g x_{t-1} with g = sigmoid(gate), a number per channel; a masked document start keeps its x_t.
+    """(1 - g) x_t + g x_{t-1}, g = sigmoid(gate) per channel; with SMEAR_BOS_MASK a document's first token keeps x_t.
 
-    The published gate (PR 1182) works on the normed embedding, whose first position blends with zeros.
+    As published (PR 1182) it acts on the normed embedding, and position 0 blends with zeros.
     """
 
     reach = 1
@@ -2488,7 +2628,11 @@ class ChannelSmear(nn.Module):
         self.gate = make_weight("shut", cfg.model_dim)
         self.first_id = BOS_ID if cfg.smear_bos_mask else -1
 
-    def forward(self, ids: Tensor, x_BTD: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        x_BTD: Tensor,
+    ) -> Tensor:
         gate = torch.sigmoid(self.gate.to(x_BTD.dtype)) * (ids != self.first_id).unsqueeze(-1).to(x_BTD.dtype)
         return (1 - gate) * x_BTD + gate * F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
 
@@ -2503,8 +2647,8 @@ NORMED_EXTRAS = ("smear_channel",)  # those that act after the norm
 
 
 class ValueContext:
-    """What the slots of one forward pass share about attention's values: the token's value embedding (B, T, K * d)
-    with a scale per layer that takes it, and the first slot's values once that slot has run."""
+    """What the layer executions of one forward pass share about attention's values: the tokens' value embedding
+    (B, T, K * d), a scale for each layer that adds it, and the first execution's values once it has run."""
 
     def __init__(self, embedded: Tensor | None, scales: Tensor | None) -> None:
         self.embedded, self.scales = embedded, scales
@@ -2512,20 +2656,24 @@ class ValueContext:
 
 
 class ValueEmbedding(Projected):
-    """Values of the token itself (Zhou et al. 2024, as in PR 1182): one table and projection, a scale per layer."""
+    """Attention values looked up by token (Zhou et al. 2024, as in PR 1182): one projected table, a scale per layer."""
 
     def __init__(self, cfg: Config) -> None:
         table = Table("value_table", cfg.vocab_size, cfg.ve_dim, cfg)
         super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, "value_scale")
         self.layer_scales = make_weight("scale", len(cfg.ve_layers))
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> ValueContext:
+    def forward(
+        self,
+        ids: Tensor,
+        dtype: torch.dtype,
+    ) -> ValueContext:
         return ValueContext(self.look_up(ids, dtype), self.layer_scales.to(dtype))
 
 
 class ValueResidual(nn.Module):
-    """How a layer takes part in Values: adds its share of the value embedding (layers in VE_LAYERS), then mixes with
-    the first slot's values by two learnt factors (ResFormer, Zhou et al. 2024)."""
+    """Adds the value embedding to a layer's values (layers in VE_LAYERS), then mixes in the first execution's values
+    by two learnt factors (ResFormer, Zhou et al. 2024)."""
 
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()
@@ -2534,7 +2682,7 @@ class ValueResidual(nn.Module):
         self.lambdas = make_weight("value_lambda", 2) if "value_residual" in cfg.attn_extras else None
 
     def forward(self, v: Tensor, values: ValueContext) -> Tensor:
-        """(B, T, K * d) values of this slot -> the same, mixed. The first slot only leaves its values."""
+        """(B, T, K * d) values of this execution -> the same, mixed. The first execution only leaves its own."""
         if self.scale_index is not None:
             v = v + values.scales[self.scale_index] * values.embedded
         if self.lambdas is None:
@@ -2547,7 +2695,7 @@ class ValueResidual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: QK norm, partial RoPE, query gain, then XSA and gate on the head outputs."""
+    """Grouped-query attention with QK norm, partial RoPE and a query gain; then XSA and a gate on the outputs."""
 
     INPUTS = ("q", "k", "v")  # the matrices that read the normed input, and their sites
 
@@ -2565,15 +2713,14 @@ class Attention(nn.Module):
 
     def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        raw_q, raw_k, raw_v = (
-            tap("q", n, self.q(n)),
-            tap("k", n, self.k(n)),
-            tap("v", n, self.v(n)),
-        )
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, self.values(raw_v, values)))
-        q, k = rotate(rms_norm(q), meta.cos, meta.sin), rotate(rms_norm(k), meta.cos, meta.sin)
+        raw_q = tap("q", n, self.q(n))
+        raw_k = tap("k", n, self.k(n))
+        raw_v = self.values(tap("v", n, self.v(n)), values)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, raw_v))
+        q, k = (rotate(rms_norm(x), meta.cos, meta.sin) for x in (q, k))
+        q = q * self.q_gain.to(q.dtype)[:, None]
         attend = self.attend if meta.carry is None else meta.carry.attend
-        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, meta, self.sink)
+        y = attend(q, k, v, meta, self.sink)
         if self.xsa:
             y = remove_self_value(y, v)
         if self.gate is not None:
@@ -2583,8 +2730,8 @@ class Attention(nn.Module):
 
 
 class DeltaNet(nn.Module):
-    """Gated delta net (Yang et al. 2024) as in PR 1895: a convolution over two tokens, ELU + 1 queries and keys, SiLU
-    values, a decay and a write strength per head, a SiLU gate on the outputs, and no norm on them."""
+    """Gated delta net (Yang et al. 2024) as in PR 1895: a convolution over two tokens, ELU + 1 on queries and keys,
+    SiLU on values, a decay and a write strength per head; outputs are gated by SiLU and not normed."""
 
     INPUTS = ("qkv",)
 
@@ -2601,17 +2748,26 @@ class DeltaNet(nn.Module):
         self.dt_bias = make_weight("delta_step", value_heads)
         self.groups, self.rule = value_heads // cfg.gdn_qk_heads, kernels.delta_rule
 
-    def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
+    def forward(
+        self,
+        n: Tensor,
+        meta: AttnMeta,
+        tap: LayerTap,
+        values: ValueContext,
+    ) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        p, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
-        before = F.pad(p[:, :-1], (0, 0, 1, 0)).masked_fill(meta.starts[..., None], 0)
-        parts = (taps[:, 1] * p + taps[:, 0] * before).split(self.widths, dim=-1)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
+        # causal convolution over two tokens, which does not reach into the segment before
+        qkv, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
+        before = F.pad(qkv[:, :-1], (0, 0, 1, 0)).masked_fill(meta.starts[..., None], 0)
+        qkv = taps[:, 1] * qkv + taps[:, 0] * before
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(self.widths, dim=-1))
         q, k = ((F.elu(x) + 1).repeat_interleave(self.groups, dim=2) for x in (q, k))
+        # write strength sigmoid(b), and Mamba-2's log decay -A softplus(a + dt_bias)
         b, a = at_least_fp32(self.ba(n)).chunk(2, dim=-1)
         g = -self.A_log.exp() * F.softplus(a + self.dt_bias)
-        state = g.new_zeros(len(n), g.size(-1), self.head_dim, self.head_dim)
-        y, _ = self.rule(q, k, F.silu(v), g, torch.sigmoid(b), meta.starts, state)
+        state = g.new_zeros(n.size(0), g.size(-1), self.head_dim, self.head_dim)
+        v, beta = F.silu(v), torch.sigmoid(b)
+        y, _ = self.rule(q, k, v, g, beta, meta.starts, state)
         y = y.flatten(2) * F.silu(self.z(n))
         return tap("attn", n, tap("o", y, self.o(y)))
 
@@ -2623,7 +2779,7 @@ LEAKY_SLOPE = 0.5  # of the MLP's LeakyReLU on the negative side
 
 
 class MLP(nn.Module):
-    """down(LeakyReLU(up(m), slope)^2); in fused kernels, when there are any, unless somebody taps inside."""
+    """down(LeakyReLU(up(m), slope)^2), by the fused kernel if the run has it and nobody listens at up or down."""
 
     def __init__(self, cfg: Config, kernels: Kernels) -> None:
         super().__init__()
@@ -2632,17 +2788,23 @@ class MLP(nn.Module):
         self.down = Linear("down", hidden, cfg.model_dim)
         self.slope, self.fused = LEAKY_SLOPE, kernels.mlp
 
-    def forward(self, m: Tensor, tap: LayerTap) -> Tensor:
+    def forward(
+        self,
+        m: Tensor,
+        tap: LayerTap,
+    ) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        if self.fused is not None and tap is untapped:
-            return self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
-        a = F.leaky_relu(tap("up", m, self.up(m)), self.slope).square()
-        return tap("mlp", m, tap("down", a, self.down(a)))
+        if self.fused is not None and tap.sites.isdisjoint(("up", "down")):
+            y = self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
+        else:
+            a = F.leaky_relu(tap("up", m, self.up(m)), self.slope).square()
+            y = tap("down", a, self.down(a))
+        return tap("mlp", m, y)
 
 
 class Block(nn.Module):
-    """A layer: a mixer, attention or another, then an MLP on one stream that also mixes in x0; or both side by side, on
-    one stream or in two lanes."""
+    """A layer: a mixer (attention or a delta net), then an MLP, on a residual that also mixes in the embedding x0. Both
+    may instead run in parallel, on one residual or on two lanes."""
 
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
@@ -2657,11 +2819,11 @@ class Block(nn.Module):
             p.layer = layer
 
     def norm(self, x: Tensor) -> Tensor:
-        """RMS norm and the layer's input scale."""
+        """RMS norm times the layer's input scale."""
         return rms_norm(x) * self.input_scale
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The residual with the embedding mixed in."""
+        """Mix the embedding into the residual."""
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
@@ -2674,7 +2836,7 @@ class Block(nn.Module):
         values: ValueContext,
         parallel_block: bool,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D). abreast: the MLP reads what attention reads, not what it adds."""
+        """(B, T, D) -> (B, T, D). parallel_block: the MLP reads the mixer's input, not its output."""
         u = self.mix(x, x0)
         y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), meta, tap, values)
         return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(u if parallel_block else y), tap)
@@ -2688,13 +2850,13 @@ class Block(nn.Module):
         tap: LayerTap,
         values: ValueContext,
     ) -> tuple[Tensor, Tensor]:
-        """What attention (from lane 0 with x0) and MLP (from lane 1) would add, each (B, T, D)."""
+        """Outputs (B, T, D) of the mixer, which reads lane 0 with x0, and of the MLP, which reads lane 1."""
         a = self.attn_scale.to(lane0.dtype) * self.attn(self.norm(self.mix(lane0, x0)), meta, tap, values)
         return a, self.mlp_scale.to(lane1.dtype) * self.mlp(self.norm(lane1), tap)
 
 
 class Skips(nn.Module):
-    """U-net skips: one weight row (and gate row) per decoder position; x <- q x + (1 - q) w s, or x + w s ungated."""
+    """U-net skips from encoder outputs s: x <- q x + (1 - q) w s, or x + w s ungated; a row of w and q per skip."""
 
     def __init__(self, rows: int, dim: int, gated: bool) -> None:
         super().__init__()
@@ -2709,7 +2871,7 @@ class Skips(nn.Module):
 
 
 class Lanes(nn.Module):
-    """Two parallel residual lanes: each keeps part of itself and takes part of both sublayers' outputs."""
+    """Two residual lanes: each becomes a weighted sum of itself and of both sublayers' outputs."""
 
     FINAL = {"mean": lambda a, b: 0.5 * (a + b), "mlp": lambda a, b: b, "attn": lambda a, b: a}
 
@@ -2719,9 +2881,15 @@ class Lanes(nn.Module):
         self.resid = make_weight("lane_residual", cfg.num_layers, 2)
         self.final = self.FINAL[cfg.parallel_final_lane]
 
-    def forward(self, lanes: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor], layer: int) -> tuple[Tensor, Tensor]:
-        r, p = self.resid[layer].to(lanes[0].dtype), self.post[layer].to(lanes[0].dtype)
-        first, second = (r[i] * lanes[i] + p[0, i] * added[0] + p[1, i] * added[1] for i in range(2))
+    def forward(
+        self,
+        lanes: tuple[Tensor, Tensor],
+        added: tuple[Tensor, Tensor],
+        layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        r, p = (w[layer].to(lanes[0].dtype) for w in (self.resid, self.post))
+        attn, mlp = added
+        first, second = (r[i] * lanes[i] + p[0, i] * attn + p[1, i] * mlp for i in range(2))
         return first, second
 
 
@@ -2732,70 +2900,68 @@ class Lanes(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """The order of layer executions as data. Per slot: layer, skip row and source slot (-1: none), two lanes or one,
-    and on one, whether attention and MLP stand abreast."""
+    """The order of layer executions, as data: one entry per execution in each tuple."""
 
     layers: tuple[int, ...]
-    num_encoder: int
-    skip_row: tuple[int, ...]
-    skip_source: tuple[int, ...]
-    parallel: tuple[bool, ...]
-    parallel_block: tuple[bool, ...]
+    num_encoder: int  # the first executions, whose outputs the skips read
+    skip_row: tuple[int, ...]  # row of Skips; -1: no skip
+    skip_source: tuple[int, ...]  # the execution whose output the skip adds; -1: no skip
+    parallel: tuple[bool, ...]  # attention and MLP on two lanes
+    parallel_block: tuple[bool, ...]  # attention and MLP in parallel on one residual
 
     def __str__(self) -> str:
         """One line for people."""
-        skips = " ".join(f"{i}<-{s}" for i, s in enumerate(self.skip_source) if s >= 0)
-        lanes = [i for i, p in enumerate(self.parallel) if p]
-        beside = "  attention beside MLP in slots " + " ".join(str(i) for i, p in enumerate(self.parallel_block) if p)
+        order = list(map(str, self.layers))
+        skips = [f"{i}<-{s}" for i, s in enumerate(self.skip_source) if s >= 0]
+        two_lanes = self.parallel.index(True) if any(self.parallel) else "none"
+        beside = [str(i) for i, on in enumerate(self.parallel_block) if on]
         return (
-            f"layers {' '.join(map(str, self.layers[: self.num_encoder]))} | "
-            f"{' '.join(map(str, self.layers[self.num_encoder :]))}  skips (slot<-slot) {skips}  "
-            f"two lanes from slot {lanes[0] if lanes else 'none'}{beside * any(self.parallel_block)}"
+            f"layers {' '.join(order[: self.num_encoder])} | {' '.join(order[self.num_encoder :])}"
+            f"  skips (execution<-execution) {' '.join(skips)}  two lanes from execution {two_lanes}"
+            + ("  attention beside MLP in executions " + " ".join(beside))
+            * bool(beside)
         )
 
 
 def plan_route(cfg: Config, looping: bool) -> Route:
-    """The route of a model: the first half of the executions is the encoder, and decoder position j takes the j-th last
-    encoder output. With looping, layers LOOP_START..LOOP_END run NUM_LOOPS more times."""
+    """The route of a model. With looping, layers LOOP_START..LOOP_END run NUM_LOOPS more times."""
     layers = list(range(cfg.num_layers))
     if looping:
-        a, b = cfg.loop_start, cfg.loop_end + 1
-        layers = layers[:a] + layers[a:b] * (cfg.num_loops + 1) + layers[b:]
+        looped = slice(cfg.loop_start, cfg.loop_end + 1)
+        layers[looped] = layers[looped] * (cfg.num_loops + 1)
+    # the first half is the encoder, and decoder position j takes the j-th last encoder output
     encoder = len(layers) // 2
-    rows = num_skip_rows(cfg)
-    skip = [-1] * encoder + [j if j < min(rows, encoder) else -1 for j in range(len(layers) - encoder)]
-    source = [encoder - 1 - j if j >= 0 else -1 for j in skip]
-    start = cfg.parallel_start_layer
-    parallel, on, two = [], False, cfg.parallel_lanes == 2
-    for execution, layer in enumerate(layers):
-        on = on or (two and execution >= encoder and 0 < start <= layer)
-        parallel.append(on)
-    parallel_block = tuple(not two and 0 < start <= layer for layer in layers)
-    return Route(tuple(layers), encoder, tuple(skip), tuple(source), tuple(parallel), parallel_block)
+    skip_row = [-1] * encoder + [j if j < encoder else -1 for j in range(len(layers) - encoder)]
+    skip_source = [encoder - 1 - j if j >= 0 else -1 for j in skip_row]
+    late = [0 < cfg.parallel_start_layer <= layer for layer in layers]
+    lanes = cfg.parallel_lanes == 2
+    # once the residual has split into two lanes, in the decoder, they last to the end
+    split = [lanes and any(late[encoder : i + 1]) for i in range(len(layers))]
+    beside = [on and not lanes for on in late]
+    return Route(tuple(layers), encoder, tuple(skip_row), tuple(skip_source), tuple(split), tuple(beside))
 
 
 def state_starts(ids: Tensor, cu_seqlens: Tensor | None, first_id: int) -> Tensor:
-    """(B, T) bool: tokens where a recurrent state starts afresh, those of first_id and those that start a segment."""
+    """(B, T) bool: tokens before which a recurrent state is cleared: first_id, and the first of each segment."""
     starts = (ids == first_id).flatten()
-    if cu_seqlens is not None:  # F.pad: boundaries include the end
+    if cu_seqlens is not None:  # boundaries include the end: one more place, cut off again
         starts = F.pad(starts, (0, 1)).index_fill(0, cu_seqlens.long(), True)[:-1]
     return starts.view(ids.shape)
 
 
 def loops(cfg: Config) -> bool:
-    """Whether a run ever switches depth recurrence on."""
+    """Does a run ever switch depth recurrence on?"""
     return cfg.num_loops > 0 and cfg.enable_looping_at < 1
 
 
 def num_skip_rows(cfg: Config) -> int:
     """Skip rows that a model needs: those of its looped route."""
-    executions = cfg.num_layers + cfg.num_loops * (cfg.loop_end + 1 - cfg.loop_start) * (cfg.num_loops > 0)
-    return executions // 2
+    return plan_route(cfg, True).num_encoder
 
 
 class GPT(nn.Module):
-    """The language model. Parameters float32, but the embedding by EMBED_DTYPE; activations in `dtype`. set_looping
-    chooses the route."""
+    """The language model: float32 parameters (the embedding: EMBED_DTYPE), activations in `dtype`; set_looping chooses
+    the route."""
 
     def __init__(
         self,
@@ -2870,7 +3036,7 @@ class GPT(nn.Module):
         return AttnMeta(None, max_len, *rotary_at(at, dims, base, max_len), None, carry=carry)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, D): the embedding with what adds to it, normed, then what acts on the normed."""
+        """(B, T) ids -> (B, T, D): the embedding and its extras, normed, then the extras that act after the norm."""
         x = F.embedding(ids, self.tok_emb.weight).to(self.dtype)
         for name, extra in self.embed_extras.items():
             x = x if name in NORMED_EXTRAS else extra(ids, x)
@@ -2880,11 +3046,10 @@ class GPT(nn.Module):
         return x
 
     def trunk(self, ids: Tensor, meta: AttnMeta | None = None, taps: Taps | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, D) normed hidden states before the head. seq None: plain causal rows."""
+        """(B, T) ids -> (B, T, D) normed hidden states before the head. Without meta: plain causal rows."""
         meta = self.plan(ids.size(1), ids.device) if meta is None else meta
-        meta = (
-            meta if self.first_id is None else meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
-        )
+        if self.first_id is not None:
+            meta = meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
         x = self.embed(ids)
         if meta.carry is not None:
             ids = ids[:, self.reach :]
@@ -2893,9 +3058,10 @@ class GPT(nn.Module):
         values = ValueContext(None, None) if self.value_embed is None else self.value_embed(ids, self.dtype)
         lanes, outputs, route = (x,), [], self.route
         for execution, layer in enumerate(route.layers):
-            lane0, block, tap = lanes[0], self.blocks[layer], bind(taps, execution, layer)
-            if route.skip_row[execution] >= 0:
-                lane0 = self.skips(lane0, outputs[route.skip_source[execution]], route.skip_row[execution])
+            lane0, block, tap = lanes[0], self.blocks[layer], LayerTap(taps, execution, layer)
+            row, source = route.skip_row[execution], route.skip_source[execution]
+            if row >= 0:
+                lane0 = self.skips(lane0, outputs[source], row)
             if route.parallel[execution]:
                 pair = (lane0, lanes[-1])
                 lanes = self.lanes(pair, block.branches(*pair, x0, meta, tap, values), layer)
@@ -2916,15 +3082,14 @@ class GPT(nn.Module):
         reduction: str = "mean",
         cells: Tensor | None = None,
     ) -> Tensor:
-        """Softcapped logits (B, T, V) in at least float32; with targets (B, T) their cross-entropy in nats:
-        a scalar for reduction="mean", (B, T) for "none". With cells (n,), indices into the B*T flattened positions,
-        the head is computed there alone, and n stands in place of B, T."""
+        """Softcapped logits (B, T, V) in at least float32; with targets (B, T), their cross-entropy in nats: a scalar
+        for reduction="mean", (B, T) for "none". cells (n,): indices into the B*T flattened positions, the only ones
+        that the head is computed for; (n) then takes the place of (B, T)."""
         h = self.trunk(ids, meta, taps)
         if cells is not None:
             h = h.flatten(0, 1)[cells]
             targets = targets if targets is None else targets.flatten()[cells]
-        z = self.tok_emb(h)
-        z = z if taps is None else taps(Site("head", -1, -1), h, z)
+        z = LayerTap(taps)("head", h, self.tok_emb(h))
         if targets is None:
             return softcapped(z, self.softcap)
         loss = self.cross_entropy(z.flatten(0, -2), targets.flatten(), self.softcap)
@@ -2948,7 +3113,7 @@ def weights_by_role(cfg: Config, role: str) -> dict[int, str]:
 
 
 def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple[Tensor, Tensor, AttnMeta]:
-    """ids, targets and Seq of a batch on the device; the number of boundaries is a dynamic dimension of the graph."""
+    """ids, targets and AttnMeta of a batch on the device. The number of boundaries is a dynamic size of the graph."""
     ids, targets, cu_seqlens = batch.to(runtime.device)
     if cu_seqlens is not None and runtime.compile:
         torch._dynamo.mark_dynamic(cu_seqlens, 0)
@@ -3610,11 +3775,10 @@ class HessianTap:
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Listen at a site; the output passes through."""
-        if site.name in self.sites:
-            flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
-            if key not in self.sums:
-                self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
-            self.sums[key].addmm_(flat.T, flat)
+        flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
+        if key not in self.sums:
+            self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
+        self.sums[key].addmm_(flat.T, flat)
         return y
 
     def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> dict[str, Tensor]:
@@ -4112,13 +4276,6 @@ def decode_lqer(parts: Parts) -> Tensor:
     return A @ Grid(*head[2:]).decode(parts["lqb"], parts["lqbs"], (rank, cols))
 
 
-def lqer_bytes(parts: Parts) -> tuple[int, int]:
-    """Bytes of a tensor's correction as stored here, and with a byte per entry as published."""
-    stored = sum(part.nbytes for key, part in parts.items() if key.startswith("lq"))
-    scales = parts["lqas"].nbytes + parts["lqbs"].nbytes
-    return stored, int(parts["lqm"][0]) * sum(parts["q"].shape) + scales
-
-
 class Repair(NamedTuple):
     """encode(error, cfg) -> further parts of a tensor, and decode(parts) -> what they add to the decoded weight."""
 
@@ -4267,120 +4424,21 @@ ROTATIONS = {
 }
 
 
-class TensorReport(NamedTuple):
-    """What storing one tensor costs and loses; squared errors and powers, plain and weighted by the input Hessian."""
-
-    name: str
-    stored: str
-    weights: int
-    error: float
-    power: float
-    weighted_error: float
-    weighted_power: float
-    raw_bytes: int
-    entropy_bytes: int
-
-
-def entropy_bytes(parts: Parts) -> int:
-    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy, given their parity if they are
-    from a trellis, whose state says it."""
-    total = sum(part.nbytes for part in parts.values())
-    if "q" in parts:
-        levels = torch.bincount(parts["q"].flatten().long() + 128, minlength=256).double()
-        counts = levels.view(128, 2).T if "t" in parts else levels[None]
-        lengths = torch.where(counts > 0, counts.sum(dim=1, keepdim=True) / counts, 1.0).log2()
-        total += int((counts * lengths).sum().item() / 8) - parts["q"].numel()
-    return total
-
-
-def weighted_power(x: Tensor, hessian: Tensor | None) -> float:
-    """trace(x H x^T), the summed squares of a layer's outputs; not a number without a Hessian."""
-    return math.nan if hessian is None else ((x.float() @ hessian.float()) * x).double().sum().item()
-
-
-def tensor_reports(
-    runtime: Runtime,
-    state: dict[str, Tensor],
-    hessians: dict[str, Tensor],
-    parts: dict[str, Parts],
-) -> list[TensorReport]:
-    """A report of every stored tensor, in the order of parts."""
-    reports = []
+def plan_report(cfg: Config, parts: dict[str, Parts]) -> str:
+    """The plan as it was carried out: a line for each scheme and bits, with bytes before entropy coding."""
+    plan, weights, rows = quant_plan(cfg), weights_of(cfg), {}
     for key, value in parts.items():
-        name, stored = key.split(":")
-        weight = state[name].to(runtime.device).float()
-        hessian = hessians[name].to(runtime.device) if name in hessians else None
-        error = weight - decode(key, value).to(runtime.device)
-        squares = [t.double().square().sum().item() for t in (error, weight)]
-        weighted = [weighted_power(t, hessian) for t in (error, weight)]
-        raw = sum(part.nbytes for part in value.values())
-        reports.append(TensorReport(name, stored, weight.numel(), *squares, *weighted, raw, entropy_bytes(value)))
-    return reports
-
-
-def ratio(a: float, b: float) -> float:
-    """a / b, not a number when b is nothing."""
-    return a / b if b > 0 else math.nan
-
-
-def report_table(reports: list[TensorReport]) -> str:
-    """quant_report.tsv: one line a tensor, with relative errors."""
-    lines = ["name\tstored\tweights\trelative_error\thessian_weighted_error\traw_bytes\tentropy_bytes"]
-    for r in reports:
-        errors = ratio(r.error, r.power), ratio(r.weighted_error, r.weighted_power)
-        lines.append("\t".join(map(str, (r.name, r.stored, r.weights, *(f"{e:.4e}" for e in errors), *r[-2:]))))
-    return "\n".join(lines) + "\n"
-
-
-def error_report(cfg: Config, reports: list[TensorReport], parts: dict[str, Parts]) -> list[str]:
-    """Per rule of the plan: tensors, weights, relative squared error of the stored weights and (weighted by the input
-    Hessians) of the layers' outputs, bytes; then the tensors stored in a way of their own, and LQER's bytes."""
-    lines, plan, weights = [], quant_plan(cfg), weights_of(cfg)
-    for rule in dict.fromkeys(plan.values()):
-        mine = [r for r in reports if plan[r.name] == rule]
-        total = [sum(getattr(r, field) for r in mine) for field in TensorReport._fields[2:]]
-        label = " ".join(dict.fromkeys(weights[r.name].role for r in mine))
-        if mine:
-            lines.append(
-                f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(mine):3} tensors "
-                f"{total[0]:>11,} weights  relative error {ratio(total[1], total[2]):.3e}  weighted "
-                f"{ratio(total[3], total[4]):.3e}  {total[5]:,} bytes raw, {total[6]:,} at entropy"
-            )
-        lines += [f"    {r.name} as {r.stored}" for r in mine if r.stored != rule.scheme]
-    sizes = [lqer_bytes(value) for value in parts.values() if "lqm" in value]
-    if sizes:
-        stored, published = map(sum, zip(*sizes, strict=True))
-        lines.append(f"  LQER: {len(sizes)} tensors, {stored:,} bytes bit-packed ({published:,} with int8 factors)")
-    return lines
-
-
-def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> list[str]:
-    """What AWQ-lite, and the clip search on the largest tensor of each class, would cost (bytes at order-0 entropy) and
-    gain (Hessian-weighted error over the present one), measured by quantising those tensors again."""
-    plan, lines = quant_plan(cfg), []
-
-    def encode(name: str, rule: QuantRule) -> Parts:
-        return SCHEMES[rule.scheme].encode(state[name].float(), hessians[name], rule, cfg)
-
-    refined = refined_plan(dataclasses.replace(cfg, awq_lite_enabled=True), state, hessians)
-    probes = [
-        (f"AWQ-lite from columns {rule.fine}", name, "awq_lite", encode(name, rule))
-        for name, rule in refined.items()
-        if rule.fine
-    ]
-    for rule, name in {
-        plan[n]: n for n in sorted(hessians.keys() & state, key=lambda n: (state[n].numel(), n))
-    }.items():
-        clipped = rounded_rows(state[name], searched_scales(state[name].float(), rule.bits), rule.bits)
-        probes.append(("clip search", name, "rowwise", clipped))
-    for what, name, scheme, then in probes:
-        rule = plan[name]
-        now = encode(name, rule)
-        decoded = SCHEMES[scheme].decode(then), SCHEMES[rule.scheme].decode(now)
-        loss = [weighted_power(state[name] - weight, hessians[name]) for weight in decoded]
-        cost = entropy_bytes(then) - entropy_bytes(now)
-        lines.append(f"  {what}, {name}: {cost:+,} bytes, Hessian-weighted error times {ratio(*loss):.3f}")
-    return lines
+        name, _, stored = key.partition(":")
+        size = sum(part.nbytes for part in value.values())
+        rows.setdefault((stored, plan[name].bits), []).append((weights[name].role, weights[name].numel(), size))
+    lines = ["quantisation plan:"]
+    for (stored, bits), tensors in rows.items():
+        roles, counts, sizes = zip(*tensors, strict=True)
+        lines.append(
+            f"  {stored:14} {bits:2} bits  {len(tensors):3} tensors {sum(counts):>11,} weights "
+            f"{sum(sizes):>11,} bytes raw: {' '.join(dict.fromkeys(roles))}"
+        )
+    return "\n".join(lines)
 
 
 def similarity_order(matrix: Tensor) -> Tensor:
@@ -5223,6 +5281,7 @@ class BatchedLoRA(nn.Module):
     def __init__(self, cfg: Config, model: GPT, rows: int) -> None:
         super().__init__()
         self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank
+        self.sites = frozenset(name for name, _, _ in lora_sites(cfg, model))
         shapes = {f"{name}_{execution}": shape for name, execution, shape in lora_sites(cfg, model)}
         like = {
             "device": model.tok_emb.weight.device,
@@ -6154,16 +6213,6 @@ class Run:
             atomic_save(self.folder / name, value)
         self.runtime.barrier()
 
-    def load(self, name: str) -> Any:
-        """A file that an earlier stage wrote; UserError when it is not there."""
-        if not (self.folder / name).is_file():
-            raise UserError(f"{self.folder / name} is missing; run the stage before (STAGES=train,quantize,eval)")
-        try:
-            return torch.load(self.folder / name, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0][:100]
-            raise UserError(f"{self.folder / name} is damaged ({reason}); run the stage before again") from None
-
     def train(self) -> None:
         """Train, average, collect Hessians within the budget; model.pt, hessians.pt and the pre-quantisation score."""
         cfg, runtime = self.cfg, self.runtime
@@ -6206,16 +6255,16 @@ class Run:
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
         cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
-        state = self.load("model.pt")["model"]
+        state = load_saved(self.folder / "model.pt")["model"]
         fill_model(self.model(), state, str(self.folder / "model.pt"))
-        hessians = self.load("hessians.pt")
+        hessians = load_saved(self.folder / "hessians.pt")
         state, hessians = ROTATIONS[cfg.rotate](cfg, state, hessians)
         if CODECS[cfg.compressor].sort_hidden:
             state, hessians = sort_hidden(cfg, runtime, state, hessians)
         parts = quantize(cfg, runtime, state, hessians)
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
-            self.report_errors(state, hessians, parts)
+            self.log(plan_report(cfg, parts))
             started = time.perf_counter()
             save_artifact(self.folder / "model.bin", parts, cfg.compressor)
         runtime.barrier()
@@ -6229,29 +6278,6 @@ class Run:
         self.record(
             "quantized",
             evaluate_plain(cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val),
-        )
-
-    def report_errors(self, state: dict[str, Tensor], hessians: dict[str, Tensor], parts: dict[str, Parts]) -> None:
-        """What quantisation costs and loses: by class into the log, by tensor into quant_report.tsv."""
-        started, reports = (
-            time.perf_counter(),
-            tensor_reports(self.runtime, state, hessians, parts),
-        )
-        atomic_write(self.folder / "quant_report.tsv", report_table(reports).encode())
-        lines = error_report(self.cfg, reports, parts)
-        if self.cfg.quant_report:
-            lines += [
-                "other quantisers, at the bytes of their order-0 entropy:",
-                *probe_report(self.cfg, state, hessians),
-            ]
-        self.log(
-            "\n".join(
-                [
-                    "quantisation plan:",
-                    *lines,
-                    f"  report in {time.perf_counter() - started:.1f} s",
-                ]
-            )
         )
 
     def from_artifact(self, path: Path) -> GPT:

@@ -25,7 +25,6 @@ import train_gpt
 QUICK = {"ITERATIONS": 6, "EVAL": "plain", "AVERAGE": "none"}
 STAGES = ("pre_quant", "quantized", "final")
 WRITTEN = {"log.txt", "metrics.jsonl", "model.pt", "hessians.pt", "model.bin", "record.env", "result.json"}
-WRITTEN |= {"quant_report.tsv"}
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
