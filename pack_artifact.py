@@ -485,6 +485,11 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     return found
 
 
+def preset_sha256(folder: Path) -> str:
+    """SHA-256 of the knobs in a preset, over those of its BASE: comments and the order of lines do not count."""
+    return hashlib.sha256(json.dumps(train_gpt.read_preset(str(folder)), sort_keys=True).encode()).hexdigest()
+
+
 def read_result(run_dir: Path) -> dict[str, Any]:
     """result.json of a run, as `read_object`."""
     return read_object(run_dir / "result.json", "result")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import io
 import json
 import math
@@ -37,7 +36,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pack_artifact import CAP_BYTES  # noqa: E402
+from pack_artifact import CAP_BYTES, preset_sha256  # noqa: E402
 from train_gpt import UserError, atomic_write  # noqa: E402
 
 BEGIN, END = "<!-- results: written by records/submit.py -->", "<!-- end of results -->"
@@ -415,8 +414,8 @@ def legality_of(record: Path) -> str:
     verdict = read_json(record / "verdict.json")
     if not verdict:
         return "not judged"
-    if verdict.get("record_sha256") != hashlib.sha256((record / "record.env").read_bytes()).hexdigest():
-        return "judged before record.env changed"
+    if verdict.get("record_sha256") != preset_sha256(record):
+        return "judged before its knobs changed"
     word = {True: "legal", False: "NOT legal", None: "undecided"}[verdict.get("legal")]
     failed = [c["name"] for c in verdict.get("checks", []) if c["status"] == "FAIL"]
     return f"{word} ({verdict.get('scale')} size{'; ' + ', '.join(failed) if failed else ''})"

@@ -1040,7 +1040,7 @@ def summary(subject: Subject, checks: list[Check]) -> dict[str, Any]:
         "scale": subject.scale,
         "legal": legal,
         "counts": {s: states.count(s) for s in (PASS, FAIL, UNKNOWN, NOT_ASKED)},
-        "record_sha256": hashlib.sha256(record.read_bytes()).hexdigest() if record and record.is_file() else None,
+        "record_sha256": pack_artifact.preset_sha256(record.parent) if record and record.is_file() else None,
         "notes": subject.notes,
         "checks": [c._asdict() for c in checks],
     }
