@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -62,16 +61,16 @@ class SeedRun(NamedTuple):
 def read_run(path: Path) -> SeedRun:
     """Read a run from its folder or its log. UserError if it is neither, or has no final score."""
     is_folder = path.is_dir()
-    log = read_log(path / "log.txt" if is_folder else path)
-    result = (read_json(path / "result.json") if is_folder else {}) or log.result
+    log, knobs, logged = read_log(path / "log.txt" if is_folder else path)
+    result = (read_json(path / "result.json") if is_folder else {}) or logged
     if not result:
         raise UserError(f"{path}: no result.json and no RESULT line of a log; give a run folder or its log")
     if "final" not in result.get("stages", {}):
         raise UserError(f"{path}: the run has no final score; finish it with STAGES=eval")
-    knobs = {name: value for name, value in log.knobs.items() if name.lower() not in LOCAL_KNOBS}
+    knobs = {name: value for name, value in knobs.items() if name.lower() not in LOCAL_KNOBS}
     if is_folder and (path / "record.env").is_file():
         knobs = read_preset(str(path))
-    machines = re.findall(r"^python .*$", log.text, re.MULTILINE)
+    machines = re.findall(r"^python .*$", log, re.MULTILINE)
     seed = int(knobs.pop("SEED", result.get("seed", 1337)))
     return SeedRun(path.name, seed, knobs, machines[-1] if machines else "", result)
 
@@ -131,9 +130,8 @@ def scores_by_seed(submission: dict[str, Any], key: str) -> dict[str, float]:
     """Return the scores in a submission.json by seed or, if only their mean is known, under the name "mean"."""
     seeds = submission.get("seed_results") or {}
     rows = {seed: row[key] for seed, row in seeds.items() if row.get(key) is not None}
-    mean = submission.get(key)
-    if mean is None and key == "val_bpb":
-        mean = submission.get("comparison_baseline_bpb")
+    published = {"val_bpb": submission.get("comparison_baseline_bpb")}
+    mean = submission.get(key) or published.get(key)
     return rows if rows or mean is None else {"mean": mean}
 
 
@@ -209,7 +207,6 @@ def build_submission(old: dict[str, Any], runs: list[SeedRun], given: dict[str, 
     columns = {key: [row[key] for row in rows.values() if row[key] is not None] for key in next(iter(rows.values()))}
     mean = {key: float(np.mean(values)) if values else None for key, values in columns.items()}
     largest = {key: max(values, default=None) for key, values in columns.items()}
-    code = [run.result["bytes_code"] for run in runs if run.result.get("bytes_code") is not None]
     torch = re.search(r"torch ([\w.+]+)", runs[0].machine)
     hardware = re.search(r"; (\d+ x \w+(?:, [^,]+)?), activations", runs[0].machine)
     new = {
@@ -224,7 +221,7 @@ def build_submission(old: dict[str, Any], runs: list[SeedRun], given: dict[str, 
         "artifact_bytes_mean": mean["artifact_bytes"],
         "artifact_bytes_max": largest["artifact_bytes"],
         "bytes_total": largest["artifact_bytes"],
-        "bytes_code": max(code, default=None),
+        "bytes_code": max(run.result.get("bytes_code") or 0 for run in runs) or None,
         "train_steps_mean": mean["steps"],
         "train_wallclock_ms_mean": mean["train_wallclock_ms"],
         "train_wallclock_ms_max": largest["train_wallclock_ms"],
@@ -285,7 +282,6 @@ def with_block(readme: str, block: str) -> str:
 def draw(submission: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:
     """Draw val_bpb by seed with mean and standard deviation, and the other record's mean."""
     figure = Figure(figsize=(7, 4), dpi=120, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
     ax = figure.subplots()
     scores = scores_by_seed(submission, "val_bpb")
     ax.scatter(range(len(scores)), list(scores.values()), color=OURS, zorder=3)

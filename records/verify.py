@@ -14,11 +14,9 @@ The questions (C1 to C4 are the contest's conditions, issue 1017):
   C2  Is every target scored by a distribution? With state and context held, each id of the vocabulary is scored as the
       target; the probabilities must sum to 1, and a changed token must get the score predicted for it.
   C3  Is every target scored before anything learns from it, and C4, is each scored exactly once? The judge counts.
-  bytes   The denominator again from the ids, through the tokenizer and the CaseOps decoder; canonical totals.
-  split   Documents that training and validation share, by hash.
-  budget  600 s to train with Hessians, 600 s to score.
-  disk    The files' real size against the cap and the claimed size.
-  claims  README and submission.json against knobs, log and result.
+  bytes: the denominator again from the ids, through tokenizer and CaseOps decoder. split: documents that training and
+  validation share. budget: 600 s to train with Hessians, 600 s to score. disk: the files' real size against the cap and
+  the claimed size. claims: README and submission.json against knobs, log and result.
 
 Verdict per check: pass, FAIL, n/a (nothing to ask), unknown (asked, not answered). The last line of the output is
 `VERDICT {json}`. Exit status: 0 if nothing failed or stayed unknown, 1 otherwise, 2 for a wrong input. One process
@@ -89,42 +87,29 @@ def decide(name: str, good: bool, detail: str) -> Check:
 
 @dataclasses.dataclass
 class Candidate:
-    """What is judged: the program that scores, its configuration, the weights, and the papers around them.
-
-    folder: record or run folder, or None. result: result.json or {}. files: what would be submitted. claimed: for a
-    preset, the full-size configuration that its papers describe.
-    """
+    """What is judged: the program that scores, its configuration, the weights, and the papers around them."""
 
     kind: str  # preset, run or artifact
     name: str
     program: Any
-    source: Path
     cfg: Any = None
     blob: Path | None = None
-    folder: Path | None = None
-    result: dict[str, Any] = dataclasses.field(default_factory=dict)
-    files: list[Path] = dataclasses.field(default_factory=list)
+    folder: Path | None = None  # record or run folder
+    result: dict[str, Any] = dataclasses.field(default_factory=dict)  # result.json
+    files: list[Path] = dataclasses.field(default_factory=list)  # what would be submitted
     data: Path | None = None
-    claimed: Any = None
+    claimed: Any = None  # for a preset, the full-size configuration that its papers describe
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-class RunLog(NamedTuple):
-    """What a run's log says: its whole text, its non-default knobs, and its last RESULT."""
-
-    text: str
-    knobs: dict[str, str]
-    result: dict[str, Any]
-
-
-def read_log(path: Path) -> RunLog:
-    """Parse a run's log; everything is empty if there is no file. UserError if its RESULT is not JSON."""
+def read_log(path: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """Return a log's text, non-default knobs and last RESULT, all empty without a file. UserError for broken JSON."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     block = text.rpartition("knobs that are not default:")[2].split("\nparameters")[0]
     knobs = dict(re.findall(r"^  ([A-Z0-9_]+)=(.*?)  \(", block, re.MULTILINE))
     results = re.findall(r"^RESULT (.*)$", text, re.MULTILINE)
     try:
-        return RunLog(text, knobs, json.loads(results[-1]) if results else {})
+        return text, knobs, json.loads(results[-1]) if results else {}
     except ValueError as error:
         raise UserError(f"{path}: its RESULT line is not JSON ({error}); copy the log again") from error
 
@@ -370,10 +355,7 @@ def swapped_document(scorer: Scorer, evaluate: Callable, base: Trace, label: str
 
 
 def isolated_documents(scorer: Scorer, evaluate: Callable, base: Trace, label: str, why_not: str) -> Check:
-    """Change the last token of every other document: all other documents must score the same.
-
-    This catches a smear gate, or attention, that reads across a document's start.
-    """
+    """Change the last token of every other document; catches smear gates and attention that read across a start."""
     name = f"documents apart ({label})"
     docs = scorer.program.val_documents(scorer.val.tokens)
     if why_not or len(docs) < 2:
@@ -401,10 +383,7 @@ def ledger_checks(scorer: Scorer, trace: Trace, score: Any, label: str) -> Itera
     loss = float(np.nansum(trace.nll[1:]) / max(1, (counts > 0).sum()))
     size = int(scorer.val.bytes[1:].sum())
     equal = score.tokens == targets and score.bytes == size and math.isclose(loss, score.val_loss, rel_tol=1e-6)
-    sums = (
-        f"val_loss {score.val_loss:.8f}, from the single scores {loss:.8f}; {score.tokens:,} tokens, "
-        f"{score.bytes:,} of {size:,} bytes"
-    )
+    sums = f"val_loss {score.val_loss:.8f} and {loss:.8f}; {score.tokens:,} tokens, {score.bytes:,} of {size:,} bytes"
     yield decide(f"sums ({label})", equal, sums)
     yield decide(f"C3 the program's word ({label})", bool(score.legal), f"legal: {str(bool(score.legal)).lower()}")
 
@@ -424,10 +403,7 @@ def sum_check(trace: Trace, vocab: int, label: str) -> Check:
 def examine(
     scorer: Scorer, evaluate: Callable, label: str, probes: int, why_not_apart: str, sums: bool = True
 ) -> list[Check]:
-    """Run C1 to C4 on one evaluator. If the program itself stops it, C4 fails with the program's words.
-
-    sums: ask one unit for its whole distributions, which takes as many forward passes as there are ids.
-    """
+    """Run C1 to C4 on one evaluator. sums: also sum a unit's distributions, one forward pass for each id."""
     tokens, base = scorer.val.tokens, Trace(len(scorer.val.tokens))
     once = f"C4 each target once ({label})"
     try:
@@ -472,7 +448,6 @@ NOT_APART: dict[str, Callable[[Candidate], str]] = {
     "phased_lora": lambda c: "weights adapt on documents already scored",
     "doc_lora": lambda c: "adapters continue from the document before" if c.cfg.ttt_warm_start_a else "",
 }
-CHUNKS_NEEDED = {"chunk_sgd": 2, "slot": 2}
 
 
 def legality(candidate: Candidate, val: Any, probes: int) -> list[Check]:
@@ -520,14 +495,6 @@ def read_pieces(processor: spm.SentencePieceProcessor) -> Pieces:
     )
 
 
-def own_bytes(pieces: Pieces, ids: np.ndarray) -> np.ndarray:
-    """Return the bytes that each id of a stream adds to the text, (N,) int64."""
-    # A space after a control id is not text: the decoder drops it.
-    after_control = np.concatenate(([True], pieces.control[ids[:-1]]))
-    space = pieces.space[ids] & ~after_control
-    return pieces.bytes[ids] + space
-
-
 def byte_checks(candidate: Candidate, val: Any) -> Iterator[Check]:
     """The evaluator's denominator against a count from the ids alone."""
     if candidate.data is None:
@@ -547,7 +514,10 @@ def byte_checks(candidate: Candidate, val: Any) -> Iterator[Check]:
         yield decide(f"bytes of {name}", size == 0, f"{size:,} bytes on {int(mask.sum()):,} tokens")
     # By word, because a character of several pieces may be counted on any of them.
     word = np.cumsum(pieces.space[ids] | pieces.control[ids])
-    difference = np.bincount(word, counted - own_bytes(pieces, ids)).astype(np.int64)
+    # A space after a control id is not text: the decoder drops it.
+    after_control = np.concatenate(([True], pieces.control[ids[:-1]]))
+    own = pieces.bytes[ids] + (pieces.space[ids] & ~after_control)
+    difference = np.bincount(word, counted - own).astype(np.int64)
     # An escape means that the text itself holds an operator, which then has bytes.
     plain = np.bincount(word, pieces.escape[ids]) == 0
     fewer, more, words = int(((difference < 0) & plain).sum()), int(((difference > 0) & plain).sum()), int(word[-1]) + 1
@@ -582,10 +552,9 @@ def split_check(candidate: Candidate) -> Check:
         return Check("split", UNKNOWN, f"{candidate.data.name} has no training shards")
     program, folder = candidate.program, str(candidate.data)
     val = list(document_hashes(program.list_shards(folder, "val"), program))
-    train = list(document_hashes(program.list_shards(folder, "train"), program))
-    shared = set(val).intersection(train)
+    shared = set(val).intersection(document_hashes(program.list_shards(folder, "train"), program))
     both = sum(digest in shared for digest in val)
-    detail = f"{both:,} of {len(val):,} validation documents are in training ({len(train):,} documents)"
+    detail = f"{both:,} of {len(val):,} validation documents are in training"
     return decide("split", both <= OVERLAP_ALLOWED * len(val), detail)
 
 
@@ -608,7 +577,7 @@ def budget_checks(candidate: Candidate) -> Iterator[Check]:
             yield Check(name, NOT_ASKED, f"{seconds:.1f} s, by steps (MAX_WALLCLOCK_SECONDS=0)")
         else:
             yield decide(name, seconds <= BUDGET_SECONDS, f"{seconds:.1f} of {BUDGET_SECONDS:.0f} s")
-    log = read_log(candidate.folder / "log.txt").text
+    log, _, _ = read_log(candidate.folder / "log.txt")
     stop = re.search(r"training stopped at step \d+ after ([\d.]+) s", log)
     hessians = re.search(r"calibration: \d+ Hessians, ([\d.]+) s", log)
     if stop and hessians and isinstance(trained, int | float):
@@ -620,20 +589,15 @@ def disk_checks(candidate: Candidate) -> Iterator[Check]:
     """The real bytes of the submitted files against the cap, and against what result.json counts."""
     files, result = candidate.files, candidate.result
     if not files:
-        gone = f"result.json counts {result.get('artifact')}, which is not there"
-        yield (
-            Check("disk", FAIL, gone) if result.get("artifact") else Check("disk", NOT_ASKED, "nothing is packed here")
-        )
+        missing = f"result.json counts {result['artifact']}, which is not there" if result.get("artifact") else ""
+        yield Check("disk", FAIL if missing else NOT_ASKED, missing or "nothing is packed here")
         return
-    total, claimed, digest = (
-        sum(file.stat().st_size for file in files),
-        result.get("bytes_total"),
-        result.get("artifact_sha256"),
-    )
+    total, claimed = sum(file.stat().st_size for file in files), result.get("bytes_total")
     names = " + ".join(file.name for file in files)
     yield decide("disk cap", total <= CAP_BYTES, f"{names}: {total:,} of {CAP_BYTES:,} bytes")
     if isinstance(claimed, int):
         yield decide("disk as counted", claimed == total, f"{total:,} bytes on disk, result.json counts {claimed:,}")
+    digest = result.get("artifact_sha256")
     if digest and len(files) == 1:
         found = hashlib.sha256(files[0].read_bytes()).hexdigest()
         yield decide("disk as packed", found == digest, f"sha256 {found[:16]}, result.json {str(digest)[:16]}")
@@ -712,16 +676,16 @@ def seed_checks(submission: dict[str, Any]) -> Iterator[Check]:
 
 def log_checks(candidate: Candidate) -> Iterator[Check]:
     """The log belongs to this configuration and this result."""
-    log = read_log(candidate.folder / "log.txt")
-    if not log.text:
+    text, knobs, result = read_log(candidate.folder / "log.txt")
+    if not text:
         return
-    keys = [key for key in ("val_loss", "val_bpb", "seed", "tokens_scored", "bytes_scored") if key in log.result]
-    wrong = [key for key in keys if log.result[key] != candidate.result.get(key)]
+    keys = [key for key in ("val_loss", "val_bpb", "seed", "tokens_scored", "bytes_scored") if key in result]
+    wrong = [key for key in keys if result[key] != candidate.result.get(key)]
     detail = ", ".join(wrong) or f"{len(keys)} values agree"
     yield decide("log and result", not wrong and bool(keys), detail)
     stored = dict(line.split("=", 1) for line in candidate.program.record_env(candidate.cfg).splitlines())
-    knobs = (log.knobs.keys() | stored.keys()) - {name.upper() for name in candidate.program.LOCAL_KNOBS}
-    wrong = sorted(name for name in knobs if log.knobs.get(name) != stored.get(name))
+    names = (knobs.keys() | stored.keys()) - {name.upper() for name in candidate.program.LOCAL_KNOBS}
+    wrong = sorted(name for name in names if knobs.get(name) != stored.get(name))
     yield decide("log and record.env", not wrong, ", ".join(wrong) or f"{len(stored)} knobs agree")
 
 
@@ -760,7 +724,6 @@ def toy_config(program: Any, values: dict[str, str], **others: str) -> Any:
     """Return a record's configuration with the numbers of records/toy, keeping its own depth if it must."""
     knobs = {field.name.upper() for field in dataclasses.fields(program.Config)}
     toy = {name: value for name, value in read_preset(str(ROOT / "records" / "toy")).items() if name in knobs}
-    problems = ""
     for kept in ((), DEPTH):
         small = {name: value for name, value in toy.items() if name not in kept}
         try:
@@ -773,7 +736,7 @@ def toy_config(program: Any, values: dict[str, str], **others: str) -> Any:
 def shrink(record: Path, source: Path, room: Path, given: Path | None) -> Candidate:
     """Train and quantise a record at toy size, with all its own knobs except the numbers."""
     program = pack_artifact.load_program(source, "judged")
-    found = Candidate("preset", record.name, program, source, folder=record)
+    found = Candidate("preset", record.name, program, folder=record)
     found.claimed = program.load_config({"PRESET": str(record)})  # a wrong record is refused before any work
     values = program.read_preset(str(record))
     found.data = given or toy_documents(room, toy_config(program, values).vocab_size)
@@ -801,10 +764,10 @@ def shrink(record: Path, source: Path, room: Path, given: Path | None) -> Candid
 
 def data_of(given: Path | None, logged: str = "") -> Path | None:
     """Return --data, else DATA_PATH, else the directory that the run's log names, if it is there."""
-    names = (str(given or ""), os.environ.get("DATA_PATH"), logged)
-    folders = [Path(name) for name in names if name]
-    found = [folder for folder in folders if folder.is_dir()]
-    return found[0] if found else None
+    for name in (str(given or ""), os.environ.get("DATA_PATH"), logged):
+        if name and Path(name).is_dir():
+            return Path(name)
+    return None
 
 
 def configure(found: Candidate, values: dict[str, str], room: Path) -> Candidate:
@@ -822,14 +785,15 @@ def configure(found: Candidate, values: dict[str, str], room: Path) -> Candidate
 def open_run(folder: Path, source: Path, room: Path, given: Path | None) -> Candidate:
     """Open a run folder: its weights, with the program beside this tool."""
     program = pack_artifact.load_program(source, "judged")
-    found = Candidate("run", folder.name, program, source, folder=folder, blob=folder / "model.bin")
+    found = Candidate("run", folder.name, program, folder=folder, blob=folder / "model.bin")
     found.result = read_json(folder / "result.json")
     artifact = folder / str(found.result.get("artifact") or "artifact.pyz")
     if artifact.exists():
         found.files = pack_artifact.artifact_files(artifact)
     if found.result.get("source_sha256") != hashlib.sha256(source.read_bytes()).hexdigest():
         found.notes.append(f"{source.name} has changed since this run")
-    found.data = data_of(given, read_log(folder / "log.txt").knobs.get("DATA_PATH", ""))
+    _, logged, _ = read_log(folder / "log.txt")
+    found.data = data_of(given, logged.get("DATA_PATH", ""))
     return configure(found, program.read_preset(str(folder)), room)
 
 
@@ -838,13 +802,12 @@ def open_artifact(path: Path, room: Path, given: Path | None) -> Candidate:
     parts = pack_artifact.read_artifact(path)
     for name, data in (("train_gpt.py", parts.source), ("record.env", parts.config), ("model.bin", parts.weights)):
         (room / name).write_bytes(data)
-    source = room / "train_gpt.py"
-    program = pack_artifact.load_program(source, "judged")
+    program = pack_artifact.load_program(room / "train_gpt.py", "judged")
     values = program.read_preset(str(room))
     if parts.tokenizer:
         (room / "tokenizer.model").write_bytes(parts.tokenizer)
         values["TOKENIZER_PATH"] = str(room / "tokenizer.model")
-    found = Candidate("artifact", path.name, program, source, blob=room / "model.bin", data=data_of(given))
+    found = Candidate("artifact", path.name, program, blob=room / "model.bin", data=data_of(given))
     found.files = pack_artifact.artifact_files(path)
     return configure(found, values, room)
 
@@ -858,9 +821,7 @@ def open_candidate(args: argparse.Namespace, room: Path) -> Candidate:
         return shrink(target, args.source, room, args.data)
     if target.is_file() or (target / "train_gpt.py").is_file():
         return open_artifact(target, room, args.data)
-    raise UserError(
-        f"{target}: give a record folder (record.env), a run folder (result.json, model.bin) or an artifact"
-    )
+    raise UserError(f"{target}: give a record folder, a run folder (with result.json and model.bin) or an artifact")
 
 
 # +---------------------------------------------------------------------------+
@@ -869,11 +830,10 @@ def open_candidate(args: argparse.Namespace, room: Path) -> Candidate:
 
 
 def shortened(candidate: Candidate, val: Any, documents: int) -> Any:
-    """Return the first documents of the stream: as many as asked for, and enough for two steps of adaptation."""
-    if not documents:
-        return val
+    """Return the first documents of the stream (0: all), at least as many as two steps of adaptation need."""
     program, cfg = candidate.program, candidate.cfg
-    least = CHUNKS_NEEDED.get(cfg.eval, 0) * getattr(cfg, "ttt_chunk_tokens", 0) + 1
+    adapts = cfg.eval in ("chunk_sgd", "slot")
+    least = 2 * cfg.ttt_chunk_tokens * adapts + 1
     ends = [start + length for start, length in program.val_documents(val.tokens)]
     stop = next((end for end in ends[documents - 1 :] if end > least), len(val.tokens))
     return program.ValData(val.tokens[:stop], val.bytes[:stop])
@@ -954,11 +914,11 @@ def main(argv: list[str]) -> int:
         parser.error("give one record folder, run folder or packed file, or --all")
     if not args.all:
         return judge_target(args)
-    worst = 0
+    states = []
     for path in sorted((ROOT / "records").glob("track_*/*/record.env")):
         args.target, args.out = path.parent, path.with_name("verdict.json")
-        worst = max(worst, judge_target(args))
-    return worst
+        states.append(judge_target(args))
+    return max(states)
 
 
 if __name__ == "__main__":
