@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_nothing_crosses_a_start_not_even_a_tiny_gradient() -> None:
 
 def test_single_precision_stays_close() -> None:
     for decay in (0.1, 20.0):
-        exact = draw(300, decay, sizes=(1, 2, 64, 64))
+        exact = draw(150, decay, sizes=(1, 1, 64, 64))
         single = tuple(x.float() if x.is_floating_point() else x for x in exact)
         pairs = zip(
             differentiated(train_gpt.chunked_delta_rule, single), differentiated(recurrence, exact), strict=True
@@ -182,39 +183,29 @@ def test_rule_gives_the_published_numbers(golden: rules.Entry) -> None:
 # Flash-linear-attention, imitated: a function with gradients of its own, which the operators call inside
 
 
+def unnormed(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence of q and k that it normalises, without starts."""
+    q, k, v, g, beta, state = inputs
+    starts = torch.zeros(g.shape[:2], dtype=torch.bool)
+    return recurrence(train_gpt.l2_normalize(q), train_gpt.l2_normalize(k), v, g, beta, starts, state)
+
+
 class Imitation(torch.autograd.Function):
-    """The rule of unnormed q and k on the CPU, its gradients written as a loop backwards."""
+    """`unnormed`, which inside an operator, where autograd is off, still has gradients."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*inputs)
-        q, k, v, g, beta, state = inputs
-        starts = torch.zeros(g.shape[:2], dtype=torch.bool)
-        return recurrence(train_gpt.l2_normalize(q), train_gpt.l2_normalize(k), v, g, beta, starts, state)
+        return unnormed(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, go: Tensor, gs: Tensor) -> tuple[Tensor, ...]:
-        raw_q, raw_k, v, g, beta, state = ctx.saved_tensors
-        q, k, scale = train_gpt.l2_normalize(raw_q), train_gpt.l2_normalize(raw_k), raw_q.size(-1) ** -0.5
-        states, dq, dk, dv, dg, dbeta = [state], *(torch.empty_like(x) for x in (q, k, v, g, beta))
-        for t in range(v.size(1)):
-            starts = torch.zeros(len(v), 1, dtype=torch.bool)
-            states.append(recurrence(*(x[:, t : t + 1] for x in (q, k, v, g, beta)), starts, states[-1])[1])
-        for t in reversed(range(v.size(1))):
-            key, query, write = k[:, t, :, :, None], q[:, t, :, :, None], beta[:, t, :, None, None]
-            kept = states[t] * g[:, t, :, None, None].exp()
-            missed, out = v[:, t, :, None] - key.mT @ kept, scale * go[:, t, :, None]
-            gs = gs + query @ out
-            dq[:, t] = (states[t + 1] @ out.mT)[..., 0]
-            into = key.mT @ gs
-            dv[:, t], dbeta[:, t] = (write * into)[:, :, 0], (into * missed).sum((-1, -2))
-            dk[:, t] = (gs @ (write * missed).mT - kept @ (write * into).mT)[..., 0]
-            gs = gs - key @ (write * into)
-            dg[:, t] = (gs * kept).sum((-1, -2))
-            gs = gs * g[:, t, :, None, None].exp()
-        for raw, unit, grad in ((raw_q, q, dq), (raw_k, k, dk)):
-            grad.sub_(unit * (unit * grad).sum(-1, keepdim=True)).mul_(raw.square().sum(-1, keepdim=True).rsqrt())
-        return dq, dk, dv, dg, dbeta, gs
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        def gradients() -> tuple[Tensor, ...]:
+            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            return torch.autograd.grad(unnormed(*leaves), leaves, grads)
+
+        with ThreadPoolExecutor(1) as pool:  # where autograd is on is a property of the thread
+            return pool.submit(gradients).result()
 
 
 def imitation(*inputs: Tensor, initial_state: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
@@ -352,7 +343,7 @@ def test_initial_values() -> None:
     seen = []
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
-        for module in (*net.children(), net):
+        for module in (net,) if seed else (*net.children(), net):
             module.reset(generator)
         seen.append(torch.stack([net.A_log.exp(), F.softplus(net.dt_bias)]).detach())
     A, dt = torch.stack(seen).unbind(1)
