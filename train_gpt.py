@@ -2105,6 +2105,7 @@ def operator(
     """
 
     def register(twin: Callable) -> Callable:
+        """The operator of a twin."""
         # A process may hold several copies of this program (the judge's, a packed one's), and torch keeps only the
         # younger of two operators of one name: hence the module's name in it.
         op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
