@@ -12,7 +12,7 @@ The contest: the best language model that fits, code and compressed weights toge
 A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, quant_report.tsv, record.env and
 result.json into its folder;
 STAGES=quantize,eval resumes from those files. What differs between systems is data: values of Config, rows of the
-tables (OPTIM_TABLE, quant_plan), keys into literal registries, and listeners at one seam (taps).
+tables (ROLES, EVALS), keys into literal registries, and listeners at one seam (taps).
 
 Sections: 01 CONFIG, 02 RUNTIME, 03 DATA, 04 ATTENTION, 05 KERNELS, 06 MODEL PARTS, 07 MODEL, 08 OPTIMISERS,
 09 TRAINING, 10 QUANTISATION, 11 ARTIFACT, 12 EVALUATION, 13 TEST-TIME TRAINING, 14 MAIN.
@@ -2489,24 +2489,119 @@ class LayerTap:
         return self.taps(Site(name, self.execution, self.layer), x, y) if name in self.sites else y
 
 
-INITS: dict[str, Callable] = {
-    "orthogonal": nn.init.orthogonal_,
-    "zero": lambda w, generator: nn.init.zeros_(w),
-    "uniform": lambda w, generator: nn.init.uniform_(w, -(w.size(1) ** -0.5), w.size(1) ** -0.5, generator=generator),
+Init = Callable[[Tensor, float, torch.Generator], Any]  # (weight, start, generator): fills the weight in place
+
+
+def constant(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Every entry is `start`."""
+    w.fill_(start)
+
+
+def normal(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Standard deviation `start`. Drawn in float32 whatever the dtype, so that all dtypes start alike."""
+    w.copy_(torch.randn(w.shape, generator=generator) * start)
+
+
+def orthogonal(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Orthonormal rows or columns, whichever are fewer."""
+    nn.init.orthogonal_(w, generator=generator)
+
+
+def uniform(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Uniform in +-1/sqrt(columns), as torch's own linear layers and convolutions."""
+    nn.init.uniform_(w, -(w.size(1) ** -0.5), w.size(1) ** -0.5, generator=generator)
+
+
+def stream_alone(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Residual mix (2, D): all of the stream, nothing of the embedding."""
+    w[0] = 1
+    w[1] = 0
+
+
+def log_decay_rate(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """log A of a delta net, with A log-uniform in 1..8."""
+    w.uniform_(0, math.log(8), generator=generator)
+
+
+def decay_step(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """The bias whose softplus is a delta net's step, log-uniform in 0.001..0.1."""
+    dt = w.uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp()
+    w.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+class Role(NamedTuple):
+    """A kind of weight: everything that depends on the kind stands in its row of ROLES and nowhere else."""
+
+    init: Init  # initial values
+    start: float | str = 0.0  # what init gets: a number, or the knob that holds it
+    optimiser: str = "adamw"  # muon or adamw
+    lr: str = "scalar_lr"  # knob of the learning rate
+    wd: str = "adam_wd"  # knob of the decoupled weight decay
+    store: str = "fp16"  # how it is quantised: a key of STORES
+    clip: str = ""  # knob of the clip, in standard deviations of a row
+    hessian: str = ""  # tap site whose input it multiplies: GPTQ calibrates there
+    stream: str = ""  # stream of the artifact that holds its integers; empty: the first, with all small things
+    ttt_lr_mult: str = ""  # knob of a factor on TTT_LR
+
+
+EMBED = ("adamw", "tied_embed_lr", "embed_wd")
+MUON = ("muon", "matrix_lr", "muon_wd")
+ATTN = (*MUON, "matrix", "attn_clip_sigmas")
+MLP_MATRIX = (*MUON, "matrix", "mlp_clip_sigmas")
+ROLES = {
+    "embed": Role(normal, "tied_embed_init_std", *EMBED, "embed", "embed_clip_sigmas", "head", "embed"),  # tied head
+    "hash_table": Role(constant, 0.0, *EMBED, "table", "embed_clip_sigmas"),
+    "value_table": Role(normal, 0.01, *EMBED, "table", "embed_clip_sigmas"),
+    "q": Role(orthogonal, 0.0, *ATTN, "q", "q"),
+    "k": Role(orthogonal, 0.0, *ATTN, "q", "k"),  # q, k and v read the same input
+    "v": Role(orthogonal, 0.0, *ATTN, "q", "v"),
+    "o": Role(constant, 0.0, *ATTN, "o", "o"),
+    "delta_qkv": Role(orthogonal, 0.0, *ATTN, "qkv"),
+    "delta_z": Role(orthogonal, 0.0, *ATTN, "qkv"),
+    "up": Role(orthogonal, 0.0, *MLP_MATRIX, "up", "up"),
+    "down": Role(constant, 0.0, *MLP_MATRIX, "down", "down"),
+    "delta_ba": Role(uniform, 0.0, *MUON, ttt_lr_mult="gdn_ttt_lr_mult"),
+    "delta_taps": Role(uniform, ttt_lr_mult="gdn_ttt_lr_mult"),
+    "delta_decay": Role(log_decay_rate, ttt_lr_mult="gdn_ttt_lr_mult"),
+    "delta_step": Role(decay_step, ttt_lr_mult="gdn_ttt_lr_mult"),
+    "projection": Role(orthogonal),
+    "hash_scale": Role(constant, 0.05),
+    "value_scale": Role(constant, 0.1),
+    "sparse_gate": Role(normal, "sparse_attn_gate_init_std", store="gate"),
+    "dense_gate": Role(normal, "gated_attn_init_std", store="gate"),
+    "half_open_gate": Role(constant, 0.0, store="gate"),
+    "gate_bias": Role(constant, 4.0),  # nearly open
+    "q_gain": Role(constant, "qk_gain_init"),
+    "sink": Role(constant, 0.0),  # logit 0
+    "value_lambda": Role(constant, 0.5),
+    "scale": Role(constant, 1.0),
+    "shut": Role(constant, 0.0),  # gates and scales that begin as the identity, or half open inside a sigmoid
+    "residual_mix": Role(stream_alone),
+    "lane_residual": Role(constant, 1.1),
 }
 
 
+def make_weight(role: str, *shape: int, dtype: torch.dtype = torch.float32, trained: bool = True) -> nn.Parameter:
+    """A parameter that knows its role, a key of ROLES, and its layer (-1: of no layer; Block sets it)."""
+    p = nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=trained)
+    p.role, p.layer = role, -1
+    return p
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, cfg: Config, generator: torch.Generator) -> None:
+    """Fill every parameter by its role, on the CPU whatever the device, so that every rank draws the same."""
+    for p in module.parameters():
+        role = ROLES[p.role]
+        role.init(p, getattr(cfg, role.start) if isinstance(role.start, str) else role.start, generator)
+
+
 class Linear(nn.Module):
-    """y = x W^T with W (out, in) kept in dtype and cast to x's at use; no bias. init: a key of INITS."""
+    """y = x W^T with W (out, in) kept in dtype and cast to x's dtype at use; no bias."""
 
-    def __init__(self, d_in: int, d_out: int, init: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, role: str, d_in: int, d_out: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtype))
-        self.init = init
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial weights."""
-        INITS[self.init](self.weight, generator=generator)
+        self.weight = make_weight(role, d_out, d_in, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -2514,33 +2609,21 @@ class Linear(nn.Module):
 
 class HeadGate(nn.Module):
     """factor * sigmoid(scale * (W source[:window] + b)) per head. source: the normed sublayer input, or the raw queries
-    (reads_q). Without an initial value for b there is no bias."""
+    (reads_q). b only when biased."""
 
     def __init__(
         self,
+        role: str,
         shape: tuple[int, int],
-        scale: float,
-        factor: float,
-        std: float,
+        scale: float = 1.0,
+        factor: float = 1.0,
         reads_q: bool = False,
-        bias: float | None = None,
+        biased: bool = False,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*shape))
-        self.bias = None if bias is None else nn.Parameter(torch.empty(shape[0]))
-        self.scale, self.factor, self.std, self.reads_q, self.bias_init = (
-            scale,
-            factor,
-            std,
-            reads_q,
-            bias,
-        )
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial weights."""
-        nn.init.normal_(self.weight, std=self.std, generator=generator)
-        if self.bias is not None:
-            nn.init.constant_(self.bias, self.bias_init)
+        self.weight = make_weight(role, *shape)
+        self.bias = make_weight("gate_bias", shape[0]) if biased else None
+        self.scale, self.factor, self.reads_q = scale, factor, reads_q
 
     def forward(
         self,
@@ -2556,37 +2639,27 @@ class HeadGate(nn.Module):
 
 GATES: dict[str, Callable[[Config], HeadGate | None]] = {
     "none": lambda c: None,
-    "sparse": lambda c: HeadGate(
-        (c.num_heads, c.gate_window), c.sparse_attn_gate_scale, 1.0, c.sparse_attn_gate_init_std
+    "sparse": lambda c: HeadGate("sparse_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
+    "dense": lambda c: HeadGate("dense_gate", (c.num_heads, c.model_dim)),
+    "dense_bias": lambda c: HeadGate("half_open_gate", (c.num_heads, c.model_dim), biased=True),
+    "out": lambda c: HeadGate(
+        "half_open_gate",
+        (c.num_heads, c.gate_window),
+        factor=2.0,
+        reads_q=c.attn_out_gate_src == "proj",
     ),
-    "dense": lambda c: HeadGate((c.num_heads, c.model_dim), 1.0, 1.0, c.gated_attn_init_std),
-    "dense_bias": lambda c: HeadGate((c.num_heads, c.model_dim), 1.0, 1.0, 0.0, bias=4.0),
-    "out": lambda c: HeadGate((c.num_heads, c.gate_window), 1.0, 2.0, 0.0, c.attn_out_gate_src == "proj"),
 }
-
-
-@torch.no_grad()
-def draw_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill a weight, drawing in float32 whatever its dtype, so that all dtypes start alike."""
-    weight.copy_(nn.init.normal_(torch.empty(weight.shape), std=std, generator=generator))
 
 
 STORED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE
 
 
 class Table(nn.Module):
-    """An embedding of `rows` ids, kept in EMBED_DTYPE, normal of a given std at init (0: zeros)."""
+    """An embedding of `rows` ids, kept in EMBED_DTYPE."""
 
-    def __init__(self, rows: int, dim: int, std: float, cfg: Config) -> None:
+    def __init__(self, role: str, rows: int, dim: int, cfg: Config) -> None:
         super().__init__()
-        self.weight, self.std = (
-            nn.Parameter(torch.empty(rows, dim, dtype=STORED_DTYPES[cfg.embed_dtype])),
-            std,
-        )
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial weights."""
-        draw_normal(self.weight, self.std, generator)
+        self.weight = make_weight(role, rows, dim, dtype=STORED_DTYPES[cfg.embed_dtype])
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids, self.weight).to(dtype)
@@ -2595,18 +2668,12 @@ class Table(nn.Module):
 class Projected(nn.Module):
     """scale * P table[id]: an embedding, projected to a width by P where it is narrower."""
 
-    def __init__(self, table: Table, width: int, scale: float) -> None:
+    def __init__(self, table: Table, width: int, scale_role: str) -> None:
         super().__init__()
         dim = table.weight.size(1)
-        self.table, self.proj = (
-            table,
-            Linear(dim, width, "orthogonal") if dim != width else None,
-        )
-        self.scale, self.scale_init = nn.Parameter(torch.empty(1)), scale
-
-    def reset(self, generator: torch.Generator) -> None:
-        """The initial scale."""
-        nn.init.constant_(self.scale, self.scale_init)
+        self.table = table
+        self.proj = Linear("projection", dim, width) if dim != width else None
+        self.scale = make_weight(scale_role, 1)
 
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T) rows of the table -> (B, T, width)."""
@@ -2629,7 +2696,7 @@ class HashEmbedding(Projected):
     )  # of the token itself, the one before it, and the one before that
 
     def __init__(self, cfg: Config, order: int, rows: int, dim: int, trained: bool = True) -> None:
-        super().__init__(Table(rows, dim, 0.0, cfg), cfg.model_dim, 0.05)
+        super().__init__(Table("hash_table", rows, dim, cfg), cfg.model_dim, "hash_scale")
         self.multipliers, self.rows, self.reach = self.MULTIPLIERS[:order], rows, order - 1
         self.first_id = BOS_ID if cfg.hash_bos_mask else -1
         self.requires_grad_(trained)
@@ -2659,14 +2726,9 @@ class Smear(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, cfg.gate_window))
-        self.scale = nn.Parameter(torch.empty(1))
+        self.weight = make_weight("shut", 1, cfg.gate_window)
+        self.scale = make_weight("shut", 1)
         self.bos_mask = cfg.smear_bos_mask
-
-    def reset(self, generator: torch.Generator) -> None:
-        """The identity."""
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.scale)
 
     def forward(
         self,
@@ -2690,12 +2752,8 @@ class ChannelSmear(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.empty(cfg.model_dim))
+        self.gate = make_weight("shut", cfg.model_dim)
         self.first_id = BOS_ID if cfg.smear_bos_mask else -1
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Half and half."""
-        nn.init.zeros_(self.gate)
 
     def forward(
         self,
@@ -2728,14 +2786,9 @@ class ValueEmbedding(Projected):
     """Attention values looked up by token (Zhou et al. 2024, as in PR 1182): one projected table, a scale per layer."""
 
     def __init__(self, cfg: Config) -> None:
-        table = Table(cfg.vocab_size, cfg.ve_dim, 0.01, cfg)
-        super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, 0.1)
-        self.layer_scales = nn.Parameter(torch.empty(len(cfg.ve_layers)))
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial scales."""
-        super().reset(generator)
-        nn.init.ones_(self.layer_scales)
+        table = Table("value_table", cfg.vocab_size, cfg.ve_dim, cfg)
+        super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, "value_scale")
+        self.layer_scales = make_weight("scale", len(cfg.ve_layers))
 
     def forward(
         self,
@@ -2753,12 +2806,7 @@ class ValueResidual(nn.Module):
         super().__init__()
         embedded = "value_embed" in cfg.attn_extras and layer in cfg.ve_layers
         self.scale_index = cfg.ve_layers.index(layer) if embedded else None
-        self.lambdas = nn.Parameter(torch.empty(2)) if "value_residual" in cfg.attn_extras else None
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Half and half."""
-        if self.lambdas is not None:
-            nn.init.constant_(self.lambdas, 0.5)
+        self.lambdas = make_weight("value_lambda", 2) if "value_residual" in cfg.attn_extras else None
 
     def forward(self, v: Tensor, values: ValueContext) -> Tensor:
         """(B, T, K * d) values of this execution -> the same, mixed. The first execution only leaves its own."""
@@ -2781,20 +2829,14 @@ class Attention(nn.Module):
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
         D, head = cfg.model_dim, cfg.model_dim // cfg.num_heads
-        self.q, self.o = Linear(D, D, "orthogonal"), Linear(D, D, "zero")
-        self.k, self.v = (Linear(D, cfg.num_kv_heads * head, "orthogonal") for _ in range(2))
-        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
-        self.sink = nn.Parameter(torch.empty(cfg.num_kv_heads, head)) if "sink" in cfg.attn_extras else None
+        self.q, self.o = Linear("q", D, D), Linear("o", D, D)
+        self.k, self.v = (Linear(role, D, cfg.num_kv_heads * head) for role in ("k", "v"))
+        self.q_gain = make_weight("q_gain", cfg.num_heads)
+        self.sink = make_weight("sink", cfg.num_kv_heads, head) if "sink" in cfg.attn_extras else None
         self.gate = GATES[cfg.attn_gate](cfg)
         self.values = ValueResidual(cfg, layer)
         self.xsa = "xsa" in cfg.attn_extras and layer >= cfg.num_layers - cfg.xsa_last_n
-        self.attend, self.head_dim, self.gain_init = attend, head, cfg.qk_gain_init
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial gains, and a sink whose logit is 0."""
-        nn.init.constant_(self.q_gain, self.gain_init)
-        if self.sink is not None:
-            nn.init.zeros_(self.sink)
+        self.attend, self.head_dim = attend, head
 
     def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
@@ -2824,25 +2866,14 @@ class DeltaNet(nn.Module):
         super().__init__()
         D, d, value_heads = cfg.model_dim, cfg.gdn_head_dim, cfg.gdn_v_heads
         self.widths, self.head_dim = [cfg.gdn_qk_heads * d] * 2 + [value_heads * d], d
-        self.qkv, self.ba = (
-            Linear(D, sum(self.widths), "orthogonal"),
-            Linear(D, 2 * value_heads, "uniform"),
-        )
-        self.z, self.o = (
-            Linear(D, value_heads * d, "orthogonal"),
-            Linear(value_heads * d, D, "zero"),
-        )
-        self.taps = nn.Parameter(torch.empty(sum(self.widths), 2), requires_grad=cfg.gdn_conv_trained)
-        self.A_log, self.dt_bias = (nn.Parameter(torch.empty(value_heads)) for _ in range(2))
+        self.qkv = Linear("delta_qkv", D, sum(self.widths))
+        self.ba = Linear("delta_ba", D, 2 * value_heads)
+        self.z = Linear("delta_z", D, value_heads * d)
+        self.o = Linear("o", value_heads * d, D)
+        self.taps = make_weight("delta_taps", sum(self.widths), 2, trained=cfg.gdn_conv_trained)
+        self.A_log = make_weight("delta_decay", value_heads)
+        self.dt_bias = make_weight("delta_step", value_heads)
         self.groups, self.rule = value_heads // cfg.gdn_qk_heads, kernels.delta_rule
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        """Taps in +-sqrt(1/2); decay rates log-uniform: A in 1..8, steps (softplus of dt_bias) in 0.001..0.1."""
-        nn.init.uniform_(self.taps, -(0.5**0.5), 0.5**0.5, generator=generator)
-        nn.init.uniform_(self.A_log, 0, math.log(8), generator=generator)
-        dt = nn.init.uniform_(self.dt_bias, math.log(1e-3), math.log(0.1), generator=generator).exp()
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
     def forward(
         self,
@@ -2877,10 +2908,8 @@ class MLP(nn.Module):
     def __init__(self, cfg: Config, kernels: Kernels) -> None:
         super().__init__()
         hidden = int(cfg.mlp_mult * cfg.model_dim)
-        self.up, self.down = (
-            Linear(cfg.model_dim, hidden, "orthogonal"),
-            Linear(hidden, cfg.model_dim, "zero"),
-        )
+        self.up = Linear("up", cfg.model_dim, hidden)
+        self.down = Linear("down", hidden, cfg.model_dim)
         self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
     def forward(
@@ -2907,16 +2936,11 @@ class Block(nn.Module):
             MIXERS[mixer_letters(cfg)[layer]](cfg, layer, attend, kernels),
             MLP(cfg, kernels),
         )
-        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(cfg.model_dim)) for _ in range(2))
-        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
+        self.attn_scale, self.mlp_scale = (make_weight("scale", cfg.model_dim) for _ in range(2))
+        self.resid_mix = make_weight("residual_mix", 2, cfg.model_dim)
         self.input_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Unit scales, and a residual of x alone."""
-        nn.init.ones_(self.attn_scale)
-        nn.init.ones_(self.mlp_scale)
-        with torch.no_grad():
-            self.resid_mix.copy_(torch.tensor([[1.0], [0.0]]))
+        for p in self.parameters():
+            p.layer = layer
 
     def norm(self, x: Tensor) -> Tensor:
         """RMS norm times the layer's input scale."""
@@ -2960,14 +2984,8 @@ class Skips(nn.Module):
 
     def __init__(self, rows: int, dim: int, gated: bool) -> None:
         super().__init__()
-        self.weights = nn.Parameter(torch.empty(rows, dim))
-        self.gates = nn.Parameter(torch.empty(rows, dim)) if gated else None
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Unit weights, half-open gates."""
-        nn.init.ones_(self.weights)
-        if self.gates is not None:
-            nn.init.zeros_(self.gates)
+        self.weights = make_weight("scale", rows, dim)
+        self.gates = make_weight("shut", rows, dim) if gated else None
 
     def forward(self, x: Tensor, source: Tensor, row: int) -> Tensor:
         skip = self.weights[row].to(x.dtype) * source
@@ -2983,14 +3001,9 @@ class Lanes(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.post = nn.Parameter(torch.empty(cfg.num_layers, 2, 2))  # layer, source (attention, MLP), lane
-        self.resid = nn.Parameter(torch.empty(cfg.num_layers, 2))
+        self.post = make_weight("scale", cfg.num_layers, 2, 2)  # layer, source (attention, MLP), lane
+        self.resid = make_weight("lane_residual", cfg.num_layers, 2)
         self.final = self.FINAL[cfg.parallel_final_lane]
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Both outputs into both lanes."""
-        nn.init.ones_(self.post)
-        nn.init.constant_(self.resid, 1.1)
 
     def forward(
         self,
@@ -3082,7 +3095,7 @@ class GPT(nn.Module):
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
-        self.tok_emb = Linear(cfg.model_dim, cfg.vocab_size, "zero", STORED_DTYPES[cfg.embed_dtype])
+        self.tok_emb = Linear("embed", cfg.model_dim, cfg.vocab_size, STORED_DTYPES[cfg.embed_dtype])
         self.embed_extras = nn.ModuleDict({n: make(cfg) for n, make in EMBED_EXTRAS.items() if n in cfg.embed_extras})
         self.reach = sum(extra.reach for extra in self.embed_extras.values())
         self.value_embed = ValueEmbedding(cfg) if "value_embed" in cfg.attn_extras else None
@@ -3091,11 +3104,9 @@ class GPT(nn.Module):
         self.lanes = Lanes(cfg) if any(plan_route(cfg, True).parallel) else None
         self.routes = {on: plan_route(cfg, on and cfg.num_loops > 0) for on in (False, True)}
         self.route = self.routes[False]
-        self.softcap, self.rope, self.embed_std = (
-            cfg.logit_softcap,
-            (cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len),
-            cfg.tied_embed_init_std,
-        )
+        self.cfg = cfg  # for init_weights alone: the forward pass looks at modules
+        self.softcap = cfg.logit_softcap
+        self.rope = cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len
         self.dtype, self.masked, self.rotary = (
             dtype,
             attend is masked_attention,
@@ -3105,13 +3116,9 @@ class GPT(nn.Module):
         self.first_id = (BOS_ID if cfg.gdn_bos_reset else -1) if "G" in mixer_letters(cfg) else None
         self.cross_entropy = kernels.cross_entropy
 
-    def reset(self, seed: int) -> GPT:
-        """Initial weights from a seed, on the CPU whatever the device, so that every rank agrees; the model itself."""
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if module is not self and hasattr(module, "reset"):
-                module.reset(generator)
-        draw_normal(self.tok_emb.weight, self.embed_std, generator)
+    def init_weights(self, seed: int) -> GPT:
+        """Initial weights from a seed; the model itself."""
+        init_weights(self, self.cfg, torch.Generator().manual_seed(seed))
         return self
 
     def set_looping(self, on: bool) -> None:
@@ -3213,10 +3220,20 @@ class GPT(nn.Module):
         return loss.mean() if reduction == "mean" else loss.view_as(targets)
 
 
-def count_parameters(cfg: Config) -> int:
-    """Number of parameters, from a model on the meta device."""
+def weights_of(cfg: Config) -> dict[str, nn.Parameter]:
+    """Name -> parameter of a configuration's model, without memory: shapes, roles and layers of a state dict."""
     with torch.device("meta"):
-        return sum(p.numel() for p in GPT(cfg).parameters())
+        return dict(GPT(cfg).named_parameters())
+
+
+def count_parameters(cfg: Config) -> int:
+    """Parameters of a configuration's model."""
+    return sum(p.numel() for p in weights_of(cfg).values())
+
+
+def weights_by_role(cfg: Config, role: str) -> dict[int, str]:
+    """Layer -> name of the weights of a role."""
+    return {p.layer: name for name, p in weights_of(cfg).items() if p.role == role}
 
 
 def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple[Tensor, Tensor, AttnMeta]:
@@ -3236,53 +3253,13 @@ def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-class OptimRow(NamedTuple):
-    """Which parameters (regular expression over the whole name) get which optimiser, with which LR and WD knobs."""
-
-    pattern: str
-    optimiser: str
-    lr: str
-    wd: str
-
-
-OPTIM_TABLE = (
-    OptimRow(
-        r"tok_emb\.weight|(embed_extras\.(bigram|trigram)|value_embed)\.table\.weight",
-        "adamw",
-        "tied_embed_lr",
-        "embed_wd",
-    ),
-    OptimRow(
-        r"blocks\.\d+\.(attn\.([qkvoz]|qkv|ba)|mlp\.(up|down))\.weight",
-        "muon",
-        "matrix_lr",
-        "muon_wd",
-    ),
-    OptimRow(
-        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|sink|gate\.(weight|bias)|values\.lambdas)|"
-        r"attn\.(taps|A_log|dt_bias))",
-        "adamw",
-        "scalar_lr",
-        "adam_wd",
-    ),
-    OptimRow(
-        r"(skips|lanes|embed_extras\.smear(_channel)?)\..+|"
-        r"(embed_extras\.(bigram|trigram)|value_embed)\.(scale|layer_scales|proj\.weight)",
-        "adamw",
-        "scalar_lr",
-        "adam_wd",
-    ),
-)
-
-
-def route_parameters(model: nn.Module) -> list[tuple[OptimRow, dict[str, nn.Parameter]]]:
-    """The parameters of each row of OPTIM_TABLE; asserts that every parameter matches exactly one row."""
-    routed: list[tuple[OptimRow, dict[str, nn.Parameter]]] = [(row, {}) for row in OPTIM_TABLE]
-    for name, parameter in model.named_parameters():
-        hits = [params for row, params in routed if re.fullmatch(row.pattern, name)]
-        assert len(hits) == 1, f"{name} matches {len(hits)} rows of OPTIM_TABLE"
-        hits[0][name] = parameter
-    return [(row, params) for row, params in routed if params]
+def optimiser_groups(model: nn.Module) -> dict[tuple[str, str, str], dict[str, nn.Parameter]]:
+    """The parameters of each (optimiser, learning-rate knob, weight-decay knob), by name."""
+    groups: dict[tuple[str, str, str], dict[str, nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        role = ROLES[p.role]
+        groups.setdefault((role.optimiser, role.lr, role.wd), {})[name] = p
+    return groups
 
 
 COEFFICIENTS = {  # a, b, c of X <- a X + (b A + c A A) X with A = X X^T; the last triple repeats
@@ -3354,20 +3331,20 @@ def muon_direction(grad: Tensor, buffer: Tensor, momentum: float, row_normalize:
 class Muon:
     """Orthogonalised momentum on 2-D weights (Jordan et al. 2024), stacked by shape and sharded over the ranks.
 
-    Each rank reduces, keeps momentum for, and orthogonalises its share of the matrices of a shape; the updates are
-    gathered and applied everywhere. All reduces are launched before the first is awaited, and all gathers likewise.
+    Each rank reduces, keeps momentum for, and orthogonalises its share of the matrices of a shape.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], cfg: Config, runtime: Runtime) -> None:
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
+        # the largest groups first: their communication overlaps the work on the others
         self.groups = sorted(shapes.values(), key=lambda g: -len(g) * g[0].numel())
         self.cfg, self.runtime = cfg, runtime
-        self.buffers = [
-            torch.zeros(-(-len(g) // runtime.world), *g[0].shape, dtype=g[0].dtype, device=g[0].device)
-            for g in self.groups
-        ]
+        self.buffers = []
+        for group in self.groups:
+            share = -(-len(group) // runtime.world)
+            self.buffers.append(group[0].new_zeros(share, *group[0].shape))
 
     def reduce(self) -> list[Tensor]:
         """This rank's shares (k, rows, cols) of the gradients averaged over the ranks, in the parameters' dtype."""
@@ -3377,10 +3354,12 @@ class Muon:
             if world == 1:
                 shares.append(grads)
                 continue
-            padded = F.pad(grads, (0, 0, 0, 0, 0, len(buffer) * world - len(group))).to(self.runtime.dtype)
+            # whole shares for every rank; sent in bf16 on a GPU, half the bytes
+            missing = len(buffer) * world - len(group)
+            padded = F.pad(grads, (0, 0, 0, 0, 0, missing)).to(self.runtime.dtype)
             shares.append(torch.empty_like(padded[: len(buffer)]))
             waits.append(reduce_scatter(shares[-1], padded, async_op=True))
-        for work in waits:
+        for work in waits:  # every reduce is launched before the first is awaited
             work.wait()
         return [share.to(buffer.dtype) / world for share, buffer in zip(shares, self.buffers, strict=True)]
 
@@ -3389,12 +3368,13 @@ class Muon:
         cfg, world, updates, waits = self.cfg, self.runtime.world, [], []
         for share, buffer in zip(shares, self.buffers, strict=True):
             direction = muon_direction(share, buffer, momentum, cfg.muon_row_normalize)
+            # the iterations tolerate bf16; tests in float64 keep it
             low = self.runtime.dtype if direction.dtype == torch.float32 else direction.dtype
             update = orthogonalize(direction.to(low), cfg.muon_coefficients, cfg.muon_backend_steps)
             if world > 1:
-                whole = update.new_empty(len(buffer) * world, *update.shape[1:])
-                waits.append(all_gather(whole, update.contiguous(), async_op=True))
-                update = whole
+                gathered = update.new_empty(len(buffer) * world, *update.shape[1:])
+                waits.append(all_gather(gathered, update.contiguous(), async_op=True))
+                update = gathered
             updates.append(update)
         for work in waits:
             work.wait()
@@ -3406,22 +3386,21 @@ class Muon:
 
 
 class Optimisers:
-    """Muon and AdamW over OPTIM_TABLE, with one global-norm clip of the averaged gradient. A parameter that was built
-    to want no gradient stays as it is."""
+    """Muon and AdamW by the parameters' roles, with one global-norm clip of the averaged gradient.
+
+    A parameter that was built with requires_grad off is left alone.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
-        routed = [(row, [p for p in ps.values() if p.requires_grad]) for row, ps in route_parameters(model)]
-        self.muon = Muon([p for row, ps in routed if row.optimiser == "muon" for p in ps], cfg, runtime)
-        groups = [
-            {
-                "params": ps,
-                "weight_decay": getattr(cfg, row.wd),
-                "base_lr": getattr(cfg, row.lr),
-            }
-            for row, ps in routed
-            if row.optimiser == "adamw"
-        ]
+        muon, groups = [], []
+        for (optimiser, lr, wd), named_params in optimiser_groups(model).items():
+            params = [p for p in named_params.values() if p.requires_grad]
+            if optimiser == "muon":
+                muon += params
+            else:
+                groups.append({"params": params, "weight_decay": getattr(cfg, wd), "base_lr": getattr(cfg, lr)})
+        self.muon = Muon(muon, cfg, runtime)
         self.adamw = torch.optim.AdamW(
             groups,
             lr=0.0,
@@ -3439,19 +3418,20 @@ class Optimisers:
             return
         flat = self.runtime.sum_(torch.cat([p.grad.flatten() for p in self.small])) / self.runtime.world
         parts = flat.split([p.numel() for p in self.small])
-        torch._foreach_copy_(
-            [p.grad for p in self.small],
-            [x.view_as(p) for x, p in zip(parts, self.small, strict=True)],
-        )
+        for p, part in zip(self.small, parts, strict=True):
+            p.grad.copy_(part.view_as(p))
 
     def clip(self, shares: list[Tensor]) -> None:
-        """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM; no host sync."""
-        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM."""
         grads = [p.grad for p in self.small]
-        norm = (squares + torch.stack(torch._foreach_norm([at_least_fp32(g) for g in grads])).square().sum()).sqrt()
+        # each rank has its own shares, but all of the small gradients
+        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        small_norms = torch._foreach_norm([at_least_fp32(g) for g in grads])
+        norm = (squares + torch.stack(small_norms).square().sum()).sqrt()
+        # the factor stays on the device, so the host waits for nothing
         factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(shares, factor)
-        for dtype in dict.fromkeys(g.dtype for g in grads):  # batched operations are fast on one dtype at a time
+        for dtype in dict.fromkeys(g.dtype for g in grads):  # _foreach is fast on one dtype at a time
             torch._foreach_mul_([g for g in grads if g.dtype == dtype], factor)
 
     @torch.no_grad()
@@ -3475,8 +3455,8 @@ class Optimisers:
         for p in [*self.small, *(p for group in self.muon.groups for p in group)]:
             p.grad = None
 
-    def forget(self) -> None:
-        """Back to the state before the first step (after warm-up)."""
+    def clear(self) -> None:
+        """Back to the state before the first step."""
         self.adamw.state.clear()
         for buffer in self.muon.buffers:
             buffer.zero_()
@@ -3495,7 +3475,7 @@ def lr_multiplier(fraction: float, warmdown_frac: float, floor: float) -> float:
 
 
 def warmdown_share(cfg: Config, fraction: float, step: int) -> float:
-    """Share of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
+    """Fraction of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
     return cfg.warmdown_iters * fraction / max(step, 1) if cfg.warmdown_iters else cfg.warmdown_frac
 
 
@@ -3504,38 +3484,57 @@ def muon_momentum(step: int, start: float, end: float, ramp_steps: int) -> float
     return start + (end - start) * min(step / ramp_steps, 1.0) if ramp_steps > 0 else end
 
 
+class Progress(NamedTuple):
+    """Where a run is when a step begins."""
+
+    step: int  # from 0
+    fraction: float  # of the run that is done
+    multiplier: float  # of the learning rates
+
+    @classmethod
+    def at(cls, cfg: Config, fraction: float, step: int) -> Progress:
+        """The step with its LR multiplier."""
+        warmdown = warmdown_share(cfg, fraction, step)
+        return cls(step, fraction, lr_multiplier(fraction, warmdown, cfg.min_lr))
+
+
+# What changes during a run, and at which steps it is on: one row for each thing that a knob can switch on.
+STAGES: dict[str, Callable[[Config, Progress], bool]] = {
+    "looping": lambda c, now: now.fraction >= c.enable_looping_at,
+    "ste": lambda c, now: now.multiplier < c.late_qat_threshold,
+    "noise": lambda c, now: now.fraction >= c.qat_noise_start_frac and now.step % c.qat_noise_every == 0,
+    "swa": lambda c, now: now.multiplier < c.swa_start_scale and (now.step + 1) % c.swa_every == 0,
+}
+
+
+def stages_of(cfg: Config) -> list[str]:
+    """The stages that a run has."""
+    chosen = {"looping"} if loops(cfg) else set()
+    return [name for name in STAGES if name in {*chosen, cfg.qat, *cfg.average}]
+
+
 class Ema:
-    """Exponential moving average of tensors (the live weights), float32, started at their initial values, without bias
-    correction."""
+    """Exponential moving average of tensors, float32, without bias correction: it starts at their initial values."""
 
     def __init__(self, cfg: Config, source: list[Tensor]) -> None:
         self.decay, self.source = cfg.ema_decay, source
         self.shadow = [at_least_fp32(p.detach()).clone() for p in source]
 
     @torch.no_grad()
-    def update(self, step: int, multiplier: float) -> None:
-        """After optimiser step number `step`, counted from 1, at an LR multiplier."""
+    def update(self) -> None:
+        """Take in the tensors as they are after a step."""
         torch._foreach_lerp_(self.shadow, [at_least_fp32(p) for p in self.source], 1 - self.decay)
 
 
 class Swa:
-    """Mean of snapshots of tensors, float32: one every SWA_EVERY steps while the LR multiplier is under
-    SWA_START_SCALE (Izmailov et al. 2018). Before the first snapshot, and without any, the tensors themselves."""
+    """Mean of snapshots of tensors, float32 (Izmailov et al. 2018); without a snapshot, the tensors themselves."""
 
     def __init__(self, cfg: Config, source: list[Tensor]) -> None:
-        self.every, self.start, self.source, self.count = (
-            cfg.swa_every,
-            cfg.swa_start_scale,
-            source,
-            0,
-        )
-        self.shadow = source
+        self.source, self.shadow, self.count = source, source, 0
 
     @torch.no_grad()
-    def update(self, step: int, multiplier: float) -> None:
-        """After optimiser step number `step`, counted from 1, at an LR multiplier."""
-        if multiplier >= self.start or step % self.every:
-            return
+    def update(self) -> None:
+        """Take a snapshot."""
         if not self.count:
             self.shadow = [torch.zeros_like(at_least_fp32(p.detach())) for p in self.source]
         self.count += 1
@@ -3545,27 +3544,27 @@ class Swa:
 AVERAGES = {"ema": Ema, "swa": Swa}  # in this order: each averages what the one before it holds
 
 
-def averages_of(cfg: Config, params: list[Tensor]) -> list[Ema | Swa]:
-    """The chain of averages of AVERAGE; its last `shadow` is what training ends with."""
-    chain: list[Ema | Swa] = []
-    for average in (AVERAGES[name] for name in AVERAGES if name in cfg.average):
-        chain.append(average(cfg, chain[-1].shadow if chain else params))
+def averages_of(cfg: Config, params: list[Tensor]) -> dict[str, Ema | Swa]:
+    """The chain of averages of AVERAGE; the `shadow` of the last is what training ends with."""
+    chain: dict[str, Ema | Swa] = {}
+    for name in (name for name in AVERAGES if name in cfg.average):
+        source = list(chain.values())[-1].shadow if chain else params
+        chain[name] = AVERAGES[name](cfg, source)
     return chain
 
 
 class FakeQuantSTE:
-    """Quantisation-aware training: the forward pass sees the weights on the grid that they will be stored on, and their
-    gradient goes straight through to the weights (Bengio et al. 2013). For all that is stored in under 8 bits."""
+    """Quantisation-aware training with the straight-through estimator (Bengio et al. 2013).
+
+    The forward pass sees the weights on the grid that they will be stored on; their gradient goes to the weights
+    themselves. For every weight that is stored in under 8 bits.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg, plan = cfg, quant_plan(cfg)
-        routed = [(p, rule_for(name, plan)) for name, p in model.named_parameters()]
-        self.jobs = [(p, rule) for p, rule in routed if rule.bits < 8 and SCHEMES[rule.scheme].steps is not None]
+        rounded = {name for name, rule in plan.items() if rule.bits < 8 and SCHEMES[rule.scheme].steps is not None}
+        self.jobs = [(p, plan[name]) for name, p in model.named_parameters() if name in rounded]
         self.params = [p for p, _ in self.jobs]
-
-    def due(self, fraction: float, multiplier: float, step: int) -> bool:
-        """Whether this step trains so."""
-        return multiplier < self.cfg.late_qat_threshold
 
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
@@ -3577,31 +3576,29 @@ class FakeQuantSTE:
 
 
 class QuantNoise:
-    """Quantisation-aware training by noise: Gaussian, of a fraction of the rounding error of each row's step, on
-    weights chosen by name, the same on every rank; the optimiser sees the weights without it."""
+    """Quantisation-aware training by Gaussian noise, QAT_NOISE_MULT of the rounding error of a uniform grid.
+
+    Weights are chosen by name; the noise is the same on every rank, and the optimiser sees the weights without it.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
         matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
-        chosen = {n: p for n, p in matrices.items() if any(named(n, word) for word in cfg.qat_noise_patterns)}
+        chosen = {n: p for n, p in matrices.items() if any(fits(n, word) for word in cfg.qat_noise_patterns)}
         if not chosen:
             raise UserError(f"QAT_NOISE_PATTERNS={format_knob(cfg.qat_noise_patterns)} is in no name of a matrix")
         self.params = list(chosen.values())
 
-    def due(self, fraction: float, multiplier: float, step: int) -> bool:
-        """Whether this step trains so."""
-        return fraction >= self.cfg.qat_noise_start_frac and step % self.cfg.qat_noise_every == 0
-
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
         """What the forward pass of a step sees instead of self.params."""
-        cfg, generator = self.cfg, torch.Generator(self.params[0].device)
-        generator.manual_seed(cfg.seed * 2**20 + step)
-        noisy = []
+        cfg, noisy = self.cfg, []
+        generator = torch.Generator(self.params[0].device).manual_seed(cfg.seed * 2**20 + step)
         for p in self.params:
-            sigma = cfg.qat_noise_mult * sigma_clip_scale(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
+            # the error of rounding to a grid is uniform over one interval, whose variance is its square / 12
+            rounding = sigma_clip_scale(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
             draw = torch.randn(p.shape, generator=generator, device=p.device)
-            noisy.append((p + draw * sigma[:, None]).to(p.dtype))
+            noisy.append((p + draw * (cfg.qat_noise_mult * rounding)[:, None]).to(p.dtype))
         return noisy
 
 
@@ -3610,7 +3607,7 @@ QATS = {"none": None, "ste": FakeQuantSTE, "noise": QuantNoise}
 
 @contextlib.contextmanager
 def temporarily_set(params: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """Within, the parameters hold other values, in place: a compiled graph reads them as it would the weights."""
+    """Inside the block the parameters hold other values, in place, where a compiled graph reads them."""
     kept = [p.detach().clone() for p in params]
     with torch.no_grad():
         torch._foreach_copy_(params, values)
@@ -3638,40 +3635,51 @@ class Trainer:
         self.optimisers = Optimisers(cfg, model, runtime)
         self.averages = averages_of(cfg, list(model.parameters()))
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
-        self.rounding = self.rounded = False
+        self.stages, self.begun = stages_of(cfg), set()
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
-        self.loss, self.noted = torch.zeros((), device=runtime.device), 0
+        self.loss = torch.zeros((), device=runtime.device)
+        self.reported_step = 0
 
-    def step(self, batches: list[Batch], multiplier: float, step: int) -> None:
-        """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss."""
+    def step(self, batches: list[Batch], multiplier: float, step: int, rounded: bool = False) -> None:
+        """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss.
+
+        rounded: the forward pass sees the weights as QAT has them.
+        """
         self.loss = torch.zeros((), device=self.runtime.device)
-        with temporarily_set(self.qat.params, self.qat.values(step)) if self.rounding else contextlib.nullcontext():
+        weights = contextlib.nullcontext()
+        if rounded:
+            weights = temporarily_set(self.qat.params, self.qat.values(step))
+        with weights:
             for batch in batches:
-                loss = self.forward(*on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)) / len(batches)
+                inputs = on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)
+                loss = self.forward(*inputs) / len(batches)
                 loss.backward()
                 self.loss += loss.detach()
         self.optimisers.step(multiplier, step)
 
-    def multiplier(self, fraction: float, step: int) -> float:
-        """LR multiplier of a step."""
-        return lr_multiplier(fraction, warmdown_share(self.cfg, fraction, step), self.cfg.min_lr)
+    def stages_at(self, now: Progress) -> set[str]:
+        """The stages that a step is in. The log says when one begins, and looping changes the route."""
+        on = {name for name in self.stages if STAGES[name](self.cfg, now)}
+        for name in sorted(on - self.begun):
+            self.runtime.log(f"{name} on from step {now.step}, fraction {now.fraction:.3f}")
+            if name == "looping":
+                self.model.set_looping(True)
+                self.clock.expect_change()  # steps take longer from here on
+        self.begun |= on
+        return on
 
     def advance(self, batches: list[Batch], fraction: float, step: int) -> None:
-        """Step number `step` (from 0) of the run with its schedules, and the averages after it."""
-        multiplier, before = self.multiplier(fraction, step), self.rounding
-        self.rounding = self.qat is not None and self.qat.due(fraction, multiplier, step)
-        if self.rounding and not before and not self.rounded:
-            self.runtime.log(
-                f"QAT={self.cfg.qat} on from step {step}, fraction {fraction:.3f}: {len(self.qat.params)} weights"
-            )
-        self.rounded |= self.rounding
-        self.step(batches, multiplier, step)
-        for average in self.averages:
-            average.update(step + 1, multiplier)
+        """Step number `step`, from 0, with the stages that it is in, and the averages after it."""
+        now = Progress.at(self.cfg, fraction, step)
+        on = self.stages_at(now)
+        self.step(batches, now.multiplier, step, rounded=not on.isdisjoint(QATS))
+        for name, average in self.averages.items():
+            if name not in STAGES or name in on:
+                average.update()
 
     def warm_up(self) -> None:
-        """Compile every graph and let allocators settle, then take it all back: weights, moments and data order."""
+        """Compile every graph and let allocators settle, then roll back weights, moments and the order of the data."""
         before = [p.detach().clone() for p in self.model.parameters()]
         started = time.perf_counter()
         with contextlib.closing(train_batches(self.cfg, self.runtime)) as batches:
@@ -3681,7 +3689,7 @@ class Trainer:
                     self.step(next(batches), 1.0, step)
                     self.runtime.log.progress(f"warm-up (looping {looping})", step + 1, self.cfg.warmup_steps, started)
         self.model.set_looping(False)
-        self.optimisers.forget()
+        self.optimisers.clear()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), before)
         self.runtime.log(
@@ -3694,33 +3702,34 @@ class Trainer:
         return self.runtime.sum_(self.loss.clone()).item() / self.runtime.world
 
     def report(self, step: int, fraction: float, seconds: float) -> None:
-        """Log line and metrics of a step; stops the run on a loss that is not finite."""
+        """Log line and metrics after `step` steps; stops the run on a loss that is not finite."""
         loss = self.mean_loss()
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"training loss is {loss} at step {step}; earlier stages' files are untouched. Lower "
+                f"training loss is {loss} at step {step}; the files of earlier stages are untouched. Lower "
                 "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data"
             )
-        if step == self.noted or (fraction < 1 and step % self.cfg.train_log_every and step > 5):
+        due = step <= 5 or step % self.cfg.train_log_every == 0 or fraction >= 1
+        if not due or step == self.reported_step:
             return
-        self.noted = step
+        self.reported_step = step
         tokens = step * self.cfg.train_batch_tokens
         left = seconds / fraction * (1 - fraction) if fraction > 0 else math.nan
         self.runtime.log(
             f"step {step} train_loss {loss:.4f} {seconds:.1f} s {1e3 * seconds / step:.1f} ms/step "
             f"{tokens / seconds:,.0f} tok/s, about {max(left, 0):.0f} s left"
         )
-        self.note(
+        self.write_metrics(
             {
                 "step": step,
                 "train_loss": loss,
-                "lr_mult": self.multiplier(fraction, step),
+                "lr_mult": Progress.at(self.cfg, fraction, step).multiplier,
                 "seconds": seconds,
                 "looping": self.model.route is self.model.routes[True],
             }
         )
 
-    def note(self, record: dict[str, Any]) -> None:
+    def write_metrics(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
         if self.metrics is not None:
             with self.metrics.open("a", encoding="utf-8") as handle:
@@ -3728,38 +3737,39 @@ class Trainer:
 
     def store_average(self) -> None:
         """Put the weight average into the model."""
-        for average in self.averages:
-            if isinstance(average, Swa):
-                self.runtime.log(f"SWA: {average.count} snapshots")
-                if not average.count:
-                    self.runtime.log(
-                        "WARNING: no step was a multiple of SWA_EVERY with the LR multiplier under "
-                        "SWA_START_SCALE: SWA averages nothing; lower SWA_EVERY or raise SWA_START_SCALE"
-                    )
-        if self.averages:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self.model.parameters()), self.averages[-1].shadow)
+        if not self.averages:
+            return
+        swa = self.averages.get("swa")
+        if swa is not None:
+            self.runtime.log(f"SWA: {swa.count} snapshots")
+            if not swa.count:
+                self.runtime.log(
+                    "WARNING: no step was a multiple of SWA_EVERY with the LR multiplier under "
+                    "SWA_START_SCALE: SWA averages nothing; lower SWA_EVERY or raise SWA_START_SCALE"
+                )
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), list(self.averages.values())[-1].shadow)
 
-    def run(self, validate: Callable[[], Score]) -> TrainReport:
-        """Train; afterwards the model holds the weight average. validate scores the live weights, clock stopped."""
-        cfg, log, clock = self.cfg, self.runtime.log, self.clock
+    def validate(self, step: int, evaluate: Callable[[], Score]) -> None:
+        """Score the live weights with the clock stopped."""
+        elapsed = self.clock.read()
+        score = evaluate()
+        self.runtime.log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
+        self.write_metrics({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
+        self.clock.start(elapsed)
+
+    def run(self, evaluate: Callable[[], Score]) -> TrainReport:
+        """Train; afterwards the model holds the weight average."""
+        cfg, clock = self.cfg, self.clock
         self.warm_up()
-        step = 0
-        if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the one before
+        if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the run before it
             self.metrics.write_text("", encoding="utf-8")
+        step = 0
         clock.start()
         with contextlib.closing(train_batches(cfg, self.runtime)) as batches:
             while (fraction := clock.fraction(step)) < 1:
                 if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-                    elapsed = clock.read()
-                    score = validate()
-                    log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
-                    self.note({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
-                    clock.start(elapsed)
-                if loops(cfg) and fraction >= cfg.enable_looping_at and self.model.route is self.model.routes[False]:
-                    self.model.set_looping(True)
-                    clock.expect_change()
-                    log(f"looping on at step {step}, fraction {fraction:.3f}: {self.model.route}")
+                    self.validate(step, evaluate)
                 self.advance(next(batches), fraction, step)
                 step += 1
                 if step <= 5 or step % min(cfg.train_log_every, 10) == 0:
@@ -3768,9 +3778,8 @@ class Trainer:
         self.report(step, 1.0, seconds)
         self.store_average()
         self.model.set_looping(loops(cfg))
-        log(
-            f"training stopped at step {step} after {seconds:.2f} s; weights: {'+'.join(cfg.average) or 'last iterate'}"
-        )
+        weights = "+".join(cfg.average) or "last iterate"
+        self.runtime.log(f"training stopped at step {step} after {seconds:.2f} s; weights: {weights}")
         return TrainReport(step, seconds, self.mean_loss())
 
 
@@ -3780,58 +3789,44 @@ class Trainer:
 
 
 class QuantRule(NamedTuple):
-    """How tensors whose name matches a glob pattern are stored: scheme, bits, clip in row standard deviations, the
-    first columns of the groups that AWQ-lite gives more bits, the rows that gptq_freqsplit gives more, and a further
-    part or glob of the name."""
+    """How a tensor is stored: scheme, bits, clip in standard deviations of a row; the first columns of the groups that
+    AWQ-lite gives more bits, and the rows that gptq_freqsplit gives more."""
 
-    pattern: str
     scheme: str
     bits: int
-    clip: float
+    clip: float = 0.0
     fine: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
-    part: str = ""
 
 
-# Of tables, which have no input to calibrate on
+# Tables of ids have no input to calibrate on
 TABLE_SCHEMES = {"gptq": "rowwise", "gptq_tcq": "rowwise", "gptq_freqsplit": "rowwise"}
+TAIL_BITS = {"gptq_freqsplit": "embed_tail_bits"}  # scheme -> knob of the embedding's bits, where it is another one
+GATE_RULES = {False: QuantRule("fp16", 16), True: QuantRule("int8_row", 8)}  # values of GATED_ATTN_QUANT_GATE
+STORES: dict[str, Callable[[Config], QuantRule]] = {  # Role.store -> its rule, before the clip
+    "matrix": lambda c: QuantRule(c.matrix_quant, c.matrix_bits),
+    "embed": lambda c: QuantRule(c.embed_quant, getattr(c, TAIL_BITS.get(c.embed_quant, "embed_bits"))),
+    "table": lambda c: QuantRule(TABLE_SCHEMES.get(c.embed_quant, c.embed_quant), c.embed_bits),
+    "gate": lambda c: GATE_RULES[c.gated_attn_quant_gate],
+    "fp16": lambda c: QuantRule("fp16", 16),
+}
+Plan = dict[str, QuantRule]  # of every tensor of the model, by name
 
 
-def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
-    """The quantisation plan; the first matching rule counts, and the last matches everything."""
-    gates = (QuantRule("blocks.*.attn.gate.weight", "int8_row", 8, 0.0),)
-    matrices = (
-        QuantRule(
-            "blocks.*.attn.[qkvoz].weight",
-            cfg.matrix_quant,
-            cfg.matrix_bits,
-            cfg.attn_clip_sigmas,
-        ),
-        QuantRule("blocks.*.attn.qkv.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
-        QuantRule("blocks.*.mlp.*.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.mlp_clip_sigmas),
-    )
-    embed_bits = {"gptq_freqsplit": cfg.embed_tail_bits}.get(cfg.embed_quant, cfg.embed_bits)
-    return (
-        QuantRule("tok_emb.weight", cfg.embed_quant, embed_bits, cfg.embed_clip_sigmas),
-        QuantRule(
-            "*.table.weight",
-            TABLE_SCHEMES.get(cfg.embed_quant, cfg.embed_quant),
-            cfg.embed_bits,
-            cfg.embed_clip_sigmas,
-        ),
-        *(rule._replace(part=part, bits=bits) for part, bits in bits_overrides(cfg) for rule in matrices),
-        *matrices,
-        *gates * cfg.gated_attn_quant_gate,
-        QuantRule("*", "fp16", 16, 0.0),
-    )
+def quant_plan(cfg: Config) -> Plan:
+    """The rule of every tensor, from its role; MATRIX_BITS_OVERRIDES changes bits by name, the first that fits."""
+    plan, overrides = {}, bits_overrides(cfg)
+    for name, p in weights_of(cfg).items():
+        role = ROLES[p.role]
+        rule = STORES[role.store](cfg)
+        if role.store == "matrix":
+            bits = next((bits for word, bits in overrides if fits(name, word)), rule.bits)
+            rule = rule._replace(bits=bits)
+        plan[name] = rule._replace(clip=getattr(cfg, role.clip)) if role.clip else rule
+    return plan
 
 
-def rule_for(name: str, plan: tuple[QuantRule, ...]) -> QuantRule:
-    """The first rule that matches a tensor's name."""
-    return next(rule for rule in plan if fnmatch.fnmatchcase(name, rule.pattern) and named(name, rule.part))
-
-
-def named(name: str, word: str) -> bool:
+def fits(name: str, word: str) -> bool:
     """Whether a knob's word means a tensor: it is part of its name, or a glob of the whole."""
     return word in name or fnmatch.fnmatchcase(name, word)
 
@@ -3846,10 +3841,9 @@ COUNTS = "token_counts"  # the name of token_counts among the Hessians
 FINER = {"gptq": "awq_lite"}  # scheme -> the same with more bits for some columns
 
 
-def passes(cfg: Config, name: str) -> int:
-    """How often calibration ran the layer of a tensor per token; a Hessian sums over the passes."""
-    block = re.match(r"blocks\.(\d+)\.", name)
-    return plan_route(cfg, loops(cfg)).layers.count(int(block[1])) if block else 1
+def passes(cfg: Config, layer: int) -> int:
+    """How often calibration ran a layer per token (the head, layer -1: once); a Hessian sums over the passes."""
+    return max(1, plan_route(cfg, loops(cfg)).layers.count(layer))
 
 
 def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
@@ -3860,65 +3854,63 @@ def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
     return (hessian.diagonal().double() / count).sqrt() * weight.double().abs().mean(dim=0)
 
 
-def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> tuple[QuantRule, ...]:
-    """quant_plan with the embedding's EMBED_TOPK most frequent rows (of equal ones the first), where tokens were
-    counted; and after AWQ-lite's choice: a rule of its own for each tensor that holds one of the AWQ_LITE_GROUP_TOP_K
-    most salient groups of contiguous columns."""
-    (embedding, *others), size, groups, chosen = (
-        quant_plan(cfg),
-        cfg.awq_lite_group_size,
-        [],
-        {},
-    )
-    order = hessians.get(COUNTS, torch.zeros(0)).sort(descending=True, stable=True).indices.tolist()
-    plan = (embedding._replace(rows=tuple(order[: cfg.embed_topk])), *others)
-    for name in sorted(state.keys() & hessians.keys()) * cfg.awq_lite_enabled:
-        rule = rule_for(name, plan)
-        if rule.scheme in FINER and rule.bits < cfg.awq_lite_bits:
-            parts = column_salience(state[name], hessians[name], passes(cfg, name)).split(size)
-            groups += [(-part.sum().item(), name, i * size) for i, part in enumerate(parts)]
+def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> Plan:
+    """quant_plan with what depends on the data: the embedding's EMBED_TOPK most frequent rows (of equally frequent ones
+    the first), and the columns that AWQ-lite gives more bits."""
+    plan = quant_plan(cfg)
+    if COUNTS in hessians:
+        order = hessians[COUNTS].sort(descending=True, stable=True).indices.tolist()
+        for name in weights_by_role(cfg, "embed").values():
+            plan[name] = plan[name]._replace(rows=tuple(order[: cfg.embed_topk]))
+    for name, starts in salient_groups(cfg, plan, state, hessians).items():
+        plan[name] = plan[name]._replace(scheme=FINER[plan[name].scheme], fine=tuple(sorted(starts)))
+    return plan
+
+
+def salient_groups(
+    cfg: Config,
+    plan: Plan,
+    state: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+) -> dict[str, list[int]]:
+    """Name -> first columns of its groups among the AWQ_LITE_GROUP_TOP_K most salient groups of contiguous columns of
+    all tensors; empty unless AWQ_LITE_ENABLED."""
+    groups, chosen, size = [], {}, cfg.awq_lite_group_size
+    for name, p in weights_of(cfg).items():
+        eligible = plan[name].scheme in FINER and plan[name].bits < cfg.awq_lite_bits
+        if cfg.awq_lite_enabled and eligible and name in state.keys() & hessians.keys():
+            salience = column_salience(state[name], hessians[name], passes(cfg, p.layer))
+            groups += [(-part.sum().item(), name, i * size) for i, part in enumerate(salience.split(size))]
     for _, name, start in sorted(groups)[: cfg.awq_lite_group_top_k]:
         chosen.setdefault(name, []).append(start)
-    own = [rule_for(name, plan)._replace(pattern=name, fine=tuple(sorted(chosen[name]))) for name in chosen]
-    return (*(rule._replace(scheme=FINER[rule.scheme]) for rule in own), *plan)
+    return chosen
 
 
 class HessianTap:
-    """Accumulates X^T X (float32) of the inputs of every matrix, keyed by the weight's name: a taps listener.
+    """Accumulates X^T X (float32) of the inputs of every matrix with a Hessian: a taps listener.
 
-    q, k and v share their input, so they share one Hessian (in a delta layer qkv and z); looped layers sum over their
-    passes.
+    Matrices that read the same input share one Hessian; layers that run several times sum over their passes.
     """
 
-    SITES = {
-        "q": ("attn.q", "attn.k", "attn.v"),
-        "qkv": ("attn.qkv", "attn.z"),
-        "o": ("attn.o",),
-        "up": ("mlp.up",),
-        "down": ("mlp.down",),
-    }
-    sites = frozenset((*SITES, "head"))
+    sites = frozenset(role.hessian for role in ROLES.values()) - {""}
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, int], Tensor] = {}
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Listen at a site; the output passes through."""
-        if site.name in self.SITES or site.name == "head":
+        if site.name in self.sites:
             flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
             if key not in self.sums:
                 self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
             self.sums[key].addmm_(flat.T, flat)
         return y
 
-    def hessians(self, batches: int, runtime: Runtime | None = None) -> dict[str, Tensor]:
-        """Weight name -> X^T X / batches on the CPU, summed over the ranks."""
-        result = {}
-        for (name, layer), total in self.sums.items():
-            total = runtime.sum_(total) if runtime is not None else total
-            names = ["tok_emb"] if name == "head" else [f"blocks.{layer}.{part}" for part in self.SITES[name]]
-            result |= dict.fromkeys([f"{n}.weight" for n in names], (total / batches).cpu())
-        return result
+    def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> dict[str, Tensor]:
+        """Name of a weight of the model -> X^T X / batches on the CPU, summed over the ranks."""
+        means = {key: (runtime.sum_(total) / batches).cpu() for key, total in self.sums.items()}
+        inputs = {name: (ROLES[p.role].hessian, p.layer) for name, p in model.named_parameters()}
+        return {name: means[key] for name, key in inputs.items() if key in means}
 
 
 @torch.no_grad()
@@ -3937,7 +3929,7 @@ def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> dict[str, Ten
         ids, _, meta = on_device(model, batch, runtime, cfg.train_seq_len)
         model(ids, None, meta, tap)
         runtime.log.progress("calibration", done + 1, len(mine), started)
-    return tap.hessians(cfg.gptq_calibration_batches, runtime)
+    return tap.hessians(model, cfg.gptq_calibration_batches, runtime)
 
 
 def token_counts(cfg: Config, runtime: Runtime) -> Tensor:
@@ -4450,7 +4442,7 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
 
     def encode(names: list[str]) -> dict[str, Parts]:
         """The parts of the tensors of a job."""
-        rules = [rule_for(name, plan) for name in names]
+        rules = [plan[name] for name in names]
         weights = [state[name].to(device) for name in names]
         inputs = [hessians[name].to(device) if name in hessians else None for name in names]
         scheme = SCHEMES[rules[0].scheme]
@@ -4465,7 +4457,7 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
 
     groups: dict[Any, list[str]] = {}
     for name in sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n)):
-        scheme = rule_for(name, plan).scheme
+        scheme = plan[name].scheme
         groups.setdefault(name if SCHEMES[scheme].encode_batch is None else (scheme, state[name].size(-1)), []).append(
             name
         )
@@ -4514,11 +4506,12 @@ def sort_hidden(
 
     def order(name: str) -> dict[str, Tensor]:
         weight = state[name].to(runtime.device)
-        return {name: similarity_order(encode_rowwise(weight, None, rule_for(name, plan), cfg)["q"]).cpu()}
+        return {name: similarity_order(encode_rowwise(weight, None, plan[name], cfg)["q"]).cpu()}
 
-    ups = sorted(name for name in state if fnmatch.fnmatchcase(name, "blocks.*.mlp.up.weight"))
-    for up, rows in deal_jobs(runtime, "sorting hidden units", ups, order).items():
-        down = up.replace(".up.", ".down.")
+    ups, downs = weights_by_role(cfg, "up"), weights_by_role(cfg, "down")
+    orders = deal_jobs(runtime, "sorting hidden units", list(ups.values()), order)
+    for layer, up in ups.items():
+        down, rows = downs[layer], orders[up]
         state[up], state[down] = state[up][rows], state[down][:, rows]
         if down in hessians:
             hessians[down] = hessians[down][rows][:, rows]
@@ -4548,8 +4541,9 @@ def rotate_values(
         """x with each head's block of columns times R."""
         return (x.double().unflatten(-1, (-1, len(R))) @ R).flatten(-2).to(x.dtype)
 
-    for v in [name for name in state if fnmatch.fnmatchcase(name, "blocks.*.attn.v.weight")]:
-        o = v.replace(".v.", ".o.")
+    outputs = weights_by_role(cfg, "o")
+    for layer, v in weights_by_role(cfg, "v").items():
+        o = outputs[layer]
         state[v], state[o] = turned(state[v].T).T.contiguous(), turned(state[o])
         if o in hessians:
             hessians[o] = turned(turned(hessians[o]).T)
@@ -4630,11 +4624,11 @@ def report_table(reports: list[TensorReport]) -> str:
 def error_report(cfg: Config, reports: list[TensorReport], parts: dict[str, Parts]) -> list[str]:
     """Per rule of the plan: tensors, weights, relative squared error of the stored weights and (weighted by the input
     Hessians) of the layers' outputs, bytes; then the tensors stored in a way of their own, and LQER's bytes."""
-    lines, plan = [], quant_plan(cfg)
-    for rule in plan:
-        mine = [r for r in reports if rule_for(r.name, plan) is rule]
+    lines, plan, weights = [], quant_plan(cfg), weights_of(cfg)
+    for rule in dict.fromkeys(plan.values()):
+        mine = [r for r in reports if plan[r.name] == rule]
         total = [sum(getattr(r, field) for r in mine) for field in TensorReport._fields[2:]]
-        label = rule.part or rule.pattern
+        label = " ".join(dict.fromkeys(weights[r.name].role for r in mine))
         if mine:
             lines.append(
                 f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(mine):3} tensors "
@@ -4659,15 +4653,17 @@ def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tens
 
     refined = refined_plan(dataclasses.replace(cfg, awq_lite_enabled=True), state, hessians)
     probes = [
-        (f"AWQ-lite from columns {r.fine}", r.pattern, "awq_lite", encode(r.pattern, r)) for r in refined if r.fine
+        (f"AWQ-lite from columns {rule.fine}", name, "awq_lite", encode(name, rule))
+        for name, rule in refined.items()
+        if rule.fine
     ]
     for rule, name in {
-        rule_for(n, plan): n for n in sorted(hessians.keys() & state, key=lambda n: (state[n].numel(), n))
+        plan[n]: n for n in sorted(hessians.keys() & state, key=lambda n: (state[n].numel(), n))
     }.items():
         clipped = rounded_rows(state[name], searched_scales(state[name].float(), rule.bits), rule.bits)
         probes.append(("clip search", name, "rowwise", clipped))
     for what, name, scheme, then in probes:
-        rule = rule_for(name, plan)
+        rule = plan[name]
         now = encode(name, rule)
         decoded = SCHEMES[scheme].decode(then), SCHEMES[rule.scheme].decode(now)
         loss = [weighted_power(state[name] - weight, hessians[name]) for weight in decoded]
@@ -5026,7 +5022,7 @@ class Codec(NamedTuple):
             coder.need()
 
 
-ROLES = (
+STREAMS = (
     "tok_emb.weight:*:q",
     "blocks.*.attn.q.weight:*:q",
     "blocks.*.attn.k.weight:*:q",
@@ -5036,9 +5032,9 @@ ROLES = (
     "blocks.*.mlp.down.weight:*:q",
 )
 CODECS = {
-    "brotli": Codec(1, "brotli", "brotli", ROLES),  # streams of their own: coded side by side on several processors
+    "brotli": Codec(1, "brotli", "brotli", STREAMS),  # streams of their own: coded side by side on several processors
     "lzma": Codec(2, "lzma"),
-    "pergroup": Codec(3, "brotli", "lrzip", ROLES, sorted_rows=ROLES[:2], sort_hidden=True),
+    "pergroup": Codec(3, "brotli", "lrzip", STREAMS, sorted_rows=STREAMS[:2], sort_hidden=True),
     "lzma6": Codec(4, "lzma6"),
     "rans": Codec(5, "brotli", "rans", ("*:q",), by_layer=True),
 }
@@ -6144,9 +6140,9 @@ def evaluate_phased_lora(cfg: Config, runtime: Runtime, model: GPT, val: ValData
 def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that TTT_TRAINABLE selects; UserError for a word that selects none."""
     names, chosen = dict(model.named_parameters()), set()
-    scalars = {n for row, params in route_parameters(model) if row.lr == "scalar_lr" for n in params}
+    scalars = {name for name, p in names.items() if ROLES[p.role].lr == "scalar_lr"}
     for word in cfg.ttt_trainable:
-        hits = {"all": set(names), "scalar": scalars}.get(word) or {n for n in names if named(n, word)}
+        hits = {"all": set(names), "scalar": scalars}.get(word) or {n for n in names if fits(n, word)}
         if not hits:
             some = ", ".join(sorted({re.sub(r"\d+", "*", name) for name in names}))
             raise UserError(f"TTT_TRAINABLE={word} matches no weight; say all, scalar, or parts or globs of: {some}")
@@ -6157,8 +6153,9 @@ def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
 def fp32_copy(model: GPT) -> GPT:
     """A copy with parameters in at least float32, which computes alike and loses no small step."""
     copied = copy.deepcopy(model)
-    for p in copied.parameters():
+    for p, original in zip(copied.parameters(), model.parameters(), strict=True):
         p.data = at_least_fp32(p.data)
+        p.role, p.layer = original.role, original.layer  # deepcopy drops attributes of a parameter
     return copied
 
 
@@ -6194,12 +6191,10 @@ class ChunkSgd:
         )
         for p, grad in zip(self.params, self.grads.split([p.numel() for p in self.params]), strict=True):
             p.requires_grad_(True).grad = grad.view_as(p)
-        slow = {n: p for n, p in chosen.items() if re.search(r"attn\.(A_log|dt_bias|ba\.|taps)", n)}
-        groups = [
-            ([p for n, p in chosen.items() if n not in slow], 1.0),
-            (list(slow.values()), cfg.gdn_ttt_lr_mult),
-        ]
-        rated = [{"params": params, "factor": factor} for params, factor in groups if params]
+        groups: dict[str, list[nn.Parameter]] = {}
+        for p in self.params:
+            groups.setdefault(ROLES[p.role].ttt_lr_mult, []).append(p)
+        rated = [{"params": ps, "factor": getattr(cfg, knob) if knob else 1.0} for knob, ps in groups.items()]
         self.optimiser = torch.optim.SGD(rated, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         self.scorer = scorer(cfg, runtime, self.model)
 
@@ -6463,7 +6458,7 @@ class Run:
         """Train, average, collect Hessians within the budget; model.pt, hessians.pt and the pre-quantisation score."""
         cfg, runtime = self.cfg, self.runtime
         model = self.model()
-        model.load_state_dict(GPT(cfg).reset(cfg.seed).state_dict())
+        model.load_state_dict(GPT(cfg).init_weights(cfg.seed).state_dict())
         model.set_looping(False)
         metrics = self.folder / "metrics.jsonl" if runtime.rank == 0 else None
         trainer = Trainer(cfg, runtime, model, metrics)
@@ -6577,30 +6572,38 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
     ]
     lines += [f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}"] * loops(cfg)
     lines.append("optimisers:")
-    for row, params in route_parameters(model):
+    for (optimiser, lr, wd), params in optimiser_groups(model).items():
+        roles = " ".join(dict.fromkeys(p.role for p in params.values()))
         lines.append(
-            f"  {row.optimiser:6} {row.lr.upper()}={getattr(cfg, row.lr):g} {row.wd.upper()}={getattr(cfg, row.wd):g}  "
-            f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {row.pattern}"
+            f"  {optimiser:6} {lr.upper()}={getattr(cfg, lr):g} {wd.upper()}={getattr(cfg, wd):g}  "
+            f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {roles}"
         )
     lines += {"chunk_sgd": explain_chunk_sgd, "slot": explain_chunk_sgd}.get(cfg.eval, lambda *_: [])(cfg, model)
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     lines += [f"  of them not trained: {len(frozen)} tensors, {sum(frozen):,} weights"] * bool(frozen)
     lines.append("quantisation plan:")
-    plan, tensors = quant_plan(cfg), model.state_dict()
-    for part, _ in bits_overrides(cfg):
-        if not any(rule_for(name, plan).part == part for name in tensors):
-            raise UserError(f"MATRIX_BITS_OVERRIDES={part} is in no name of a matrix (or of none that is left for it)")
-    for rule in plan:
-        matched = [t for name, t in tensors.items() if rule_for(name, plan) is rule]
-        if rule.part and not matched:
-            continue
-        size = sum(t.numel() * rule.bits / 8 + (2 * t.size(0) if rule.clip else 0) for t in matched)
-        label = rule.part or rule.pattern
-        lines.append(
-            f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(matched):3} tensors "
-            f"{size:>12,.0f} bytes before entropy coding"
-        )
+    lines += explain_plan(cfg, quant_plan(cfg))
     return "\n".join(lines)
+
+
+def explain_plan(cfg: Config, plan: Plan) -> list[str]:
+    """A line for each rule: the roles that are stored so, tensors, bytes. UserError for an override without effect."""
+    tensors, rules = weights_of(cfg), {}
+    matrices = [name for name, p in tensors.items() if ROLES[p.role].store == "matrix"]
+    for word, _ in bits_overrides(cfg):
+        matrices, before = [name for name in matrices if not fits(name, word)], matrices
+        if len(matrices) == len(before):
+            raise UserError(f"MATRIX_BITS_OVERRIDES={word} is in no name of a matrix (or of none that is left for it)")
+    for name, rule in plan.items():
+        rules.setdefault(rule, []).append(tensors[name])
+    lines = []
+    for rule, params in rules.items():
+        size = sum(p.numel() * rule.bits / 8 + (2 * p.size(0) if rule.clip else 0) for p in params)
+        lines.append(
+            f"  {rule.scheme:14} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(params):3} tensors "
+            f"{size:>12,.0f} bytes before entropy coding: {' '.join(dict.fromkeys(p.role for p in params))}"
+        )
+    return lines
 
 
 def explain_chunk_sgd(cfg: Config, model: GPT) -> list[str]:
