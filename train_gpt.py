@@ -1979,56 +1979,43 @@ def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 @kernel
 def leaky_square_kernel(
-    m: tl.tensor_descriptor,
-    up: tl.tensor_descriptor,
+    x: tl.tensor_descriptor,
+    w: tl.tensor_descriptor,
     pre: tl.tensor_descriptor,
-    post: tl.tensor_descriptor,
+    out: tl.tensor_descriptor,
     SLOPE: tl.constexpr,
+    BACK: tl.constexpr,
 ) -> None:
-    """pre = m up^T and post = LeakyReLU(pre, SLOPE)^2 of the rounded pre.
+    """Forward: pre = x w^T and out = f(pre), f = LeakyReLU(., SLOPE)^2, of the rounded pre. Back: out = (x w) f'(pre).
 
-    The descriptors' blocks set the tile: m (rows, depth), up (columns, depth), pre and post (rows, columns / 2).
+    The descriptors' blocks set the tile: x (rows, depth), w (columns, depth), or back (depth, columns), pre and out
+    (rows, columns / 2).
     """
-    R: tl.constexpr = m.block_shape[0]
-    K: tl.constexpr = m.block_shape[1]
-    C: tl.constexpr = up.block_shape[0]
-    across = tl.cdiv(up.shape[0], C)
+    R: tl.constexpr = x.block_shape[0]
+    K: tl.constexpr = x.block_shape[1]
+    HALF: tl.constexpr = pre.block_shape[1]
+    across = tl.cdiv(pre.shape[1], 2 * HALF)
     # persistent programs: each takes every num_programs-th tile, row by row
-    for tile in tl.range(tl.program_id(0), tl.cdiv(m.shape[0], R) * across, tl.num_programs(0)):
-        row, column = tile // across * R, tile % across * C
-        total = tl.zeros((R, C), tl.float32)
-        for k in tl.range(0, m.shape[1], K):
-            total = tl.dot(m.load([row, k]), up.load([column, k]).T, total)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(x.shape[0], R) * across, tl.num_programs(0)):
+        row, column = tile // across * R, tile % across * (2 * HALF)
+        total = tl.zeros((R, 2 * HALF), tl.float32)
+        for k in tl.range(0, x.shape[1], K):
+            if BACK:
+                total = tl.dot(x.load([row, k]), w.load([k, column]), total)
+            else:
+                total = tl.dot(x.load([row, k]), w.load([column, k]).T, total)
         for half in tl.static_range(2):
-            z = halves(total)[half].to(pre.dtype)
-            pre.store([row, column + half * (C // 2)], z)
-            a = z.to(tl.float32)
-            a = tl.where(a > 0, a, SLOPE * a)
-            post.store([row, column + half * (C // 2)], (a * a).to(post.dtype))
-
-
-@kernel
-def leaky_square_back_kernel(
-    g: tl.tensor_descriptor,
-    down: tl.tensor_descriptor,
-    pre: tl.tensor_descriptor,
-    dpre: tl.tensor_descriptor,
-    SLOPE: tl.constexpr,
-) -> None:
-    """dpre = (g down) d(LeakyReLU(pre, SLOPE)^2)/dpre; tiles as in leaky_square_kernel, down (depth, columns)."""
-    R: tl.constexpr = g.block_shape[0]
-    K: tl.constexpr = g.block_shape[1]
-    C: tl.constexpr = down.block_shape[1]
-    across = tl.cdiv(down.shape[1], C)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(g.shape[0], R) * across, tl.num_programs(0)):
-        row, column = tile // across * R, tile % across * C
-        total = tl.zeros((R, C), tl.float32)
-        for k in tl.range(0, g.shape[1], K):
-            total = tl.dot(g.load([row, k]), down.load([k, column]), total)
-        for half in tl.static_range(2):
-            z = pre.load([row, column + half * (C // 2)]).to(tl.float32)
-            factor = tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
-            dpre.store([row, column + half * (C // 2)], (halves(total)[half] * factor).to(dpre.dtype))
+            y = halves(total)[half]
+            if BACK:
+                z = pre.load([row, column + half * HALF]).to(tl.float32)
+                y = y * tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
+            else:
+                z = y.to(pre.dtype)
+                pre.store([row, column + half * HALF], z)
+                a = z.to(tl.float32)
+                a = tl.where(a > 0, a, SLOPE * a)
+                y = a * a
+            out.store([row, column + half * HALF], y.to(out.dtype))
 
 
 def launch_softcap_ce(
@@ -2057,14 +2044,18 @@ def launch_softcap_ce_back(
     return dz
 
 
-def num_programs(x: Tensor) -> int:
-    """Persistent programs of a matmul kernel: one a multiprocessor, a few under Triton's interpreter."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-
-
 def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads out of bounds give zeros."""
     return TensorDescriptor.from_tensor(x.contiguous(), [rows, columns])
+
+
+def launch_tiles(x: Tensor, w: Tensor, pre: Tensor, out: Tensor, slope: float, back: bool) -> None:
+    """leaky_square_kernel with one persistent program a multiprocessor, or a few under Triton's interpreter."""
+    R, C, K = MLP_TILE
+    tiles = describe(x, R, K), describe(w, *((K, C) if back else (C, K)))
+    tiles += describe(pre, R, C // 2), describe(out, R, C // 2)
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    leaky_square_kernel[(programs,)](*tiles, slope, back, num_warps=8, num_stages=3 if back else 4)
 
 
 def launch_leaky_square(
@@ -2074,21 +2065,15 @@ def launch_leaky_square(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """leaky_square through Triton; the second matmul has nothing to fuse and is cuBLAS's."""
-    R, C, K = MLP_TILE
     pre, post = (m.new_empty(m.size(0), up.size(0)) for _ in range(2))
-    inputs = describe(m, R, K), describe(up, C, K)
-    outputs = describe(pre, R, C // 2), describe(post, R, C // 2)
-    leaky_square_kernel[(num_programs(m),)](*inputs, *outputs, slope, num_warps=8, num_stages=4)
+    launch_tiles(m, up, pre, post, slope, back=False)
     return F.linear(post, down), pre, post
 
 
 def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
     """leaky_square_back through Triton."""
-    R, C, K = MLP_TILE
     dpre = torch.empty_like(pre)
-    inputs = describe(g, R, K), describe(down, K, C)
-    outputs = describe(pre, R, C // 2), describe(dpre, R, C // 2)
-    leaky_square_back_kernel[(num_programs(g),)](*inputs, *outputs, slope, num_warps=8, num_stages=3)
+    launch_tiles(g, down, pre, dpre, slope, back=True)
     return dpre
 
 
