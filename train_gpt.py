@@ -9,8 +9,7 @@ The contest: the best language model that fits, code and compressed weights toge
     PRESET=records/demo python train_gpt.py            train, quantise, evaluate on whatever device is there
     torchrun --nproc_per_node=8 train_gpt.py           the same on eight GPUs (or, with gloo, on eight CPU processes)
 
-A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, quant_report.tsv, record.env and
-result.json into its folder;
+A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, record.env and result.json into its folder;
 STAGES=quantize,eval resumes from those files. What differs between systems is data: values of Config, rows of the
 tables (ROLES, EVALS), keys into literal registries, and listeners at one seam (taps).
 
@@ -534,7 +533,6 @@ class Config:
     awq_lite_bits: int = knob(8, "bits of those columns", QUANT, ge=3, le=8, when="AWQ_LITE_ENABLED=1")
     awq_lite_group_top_k: int = knob(1, "groups, over all tensors", QUANT, ge=1, when="AWQ_LITE_ENABLED=1")
     awq_lite_group_size: int = knob(64, "columns of a group", QUANT, gt=0, when="AWQ_LITE_ENABLED=1")
-    quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain", QUANT)
     compressor: str = knob(
         "brotli",
         "layout and entropy coder of the artifact; pergroup needs the program lrzip; "
@@ -1191,6 +1189,17 @@ def atomic_save(path: Path, value: Any) -> None:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     atomic_write(path, buffer.getvalue())
+
+
+def load_saved(path: Path) -> Any:
+    """What atomic_save wrote, on the CPU; UserError when it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run the stage before (STAGES=train,quantize,eval)")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"{path} is damaged ({reason}); run the stage before again") from None
 
 
 def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Callable:
@@ -3884,11 +3893,10 @@ class HessianTap:
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Listen at a site; the output passes through."""
-        if site.name in self.sites:
-            flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
-            if key not in self.sums:
-                self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
-            self.sums[key].addmm_(flat.T, flat)
+        flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
+        if key not in self.sums:
+            self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
+        self.sums[key].addmm_(flat.T, flat)
         return y
 
     def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> dict[str, Tensor]:
@@ -4386,13 +4394,6 @@ def decode_lqer(parts: Parts) -> Tensor:
     return A @ Grid(*head[2:]).decode(parts["lqb"], parts["lqbs"], (rank, cols))
 
 
-def lqer_bytes(parts: Parts) -> tuple[int, int]:
-    """Bytes of a tensor's correction as stored here, and with a byte per entry as published."""
-    stored = sum(part.nbytes for key, part in parts.items() if key.startswith("lq"))
-    scales = parts["lqas"].nbytes + parts["lqbs"].nbytes
-    return stored, int(parts["lqm"][0]) * sum(parts["q"].shape) + scales
-
-
 class Repair(NamedTuple):
     """encode(error, cfg) -> further parts of a tensor, and decode(parts) -> what they add to the decoded weight."""
 
@@ -4541,120 +4542,21 @@ ROTATIONS = {
 }
 
 
-class TensorReport(NamedTuple):
-    """What storing one tensor costs and loses; squared errors and powers, plain and weighted by the input Hessian."""
-
-    name: str
-    stored: str
-    weights: int
-    error: float
-    power: float
-    weighted_error: float
-    weighted_power: float
-    raw_bytes: int
-    entropy_bytes: int
-
-
-def entropy_bytes(parts: Parts) -> int:
-    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy, given their parity if they are
-    from a trellis, whose state says it."""
-    total = sum(part.nbytes for part in parts.values())
-    if "q" in parts:
-        levels = torch.bincount(parts["q"].flatten().long() + 128, minlength=256).double()
-        counts = levels.view(128, 2).T if "t" in parts else levels[None]
-        lengths = torch.where(counts > 0, counts.sum(dim=1, keepdim=True) / counts, 1.0).log2()
-        total += int((counts * lengths).sum().item() / 8) - parts["q"].numel()
-    return total
-
-
-def weighted_power(x: Tensor, hessian: Tensor | None) -> float:
-    """trace(x H x^T), the summed squares of a layer's outputs; not a number without a Hessian."""
-    return math.nan if hessian is None else ((x.float() @ hessian.float()) * x).double().sum().item()
-
-
-def tensor_reports(
-    runtime: Runtime,
-    state: dict[str, Tensor],
-    hessians: dict[str, Tensor],
-    parts: dict[str, Parts],
-) -> list[TensorReport]:
-    """A report of every stored tensor, in the order of parts."""
-    reports = []
+def plan_report(cfg: Config, parts: dict[str, Parts]) -> str:
+    """The plan as it was carried out: a line for each scheme and bits, with bytes before entropy coding."""
+    plan, weights, rows = quant_plan(cfg), weights_of(cfg), {}
     for key, value in parts.items():
-        name, stored = key.split(":")
-        weight = state[name].to(runtime.device).float()
-        hessian = hessians[name].to(runtime.device) if name in hessians else None
-        error = weight - decode(key, value).to(runtime.device)
-        squares = [t.double().square().sum().item() for t in (error, weight)]
-        weighted = [weighted_power(t, hessian) for t in (error, weight)]
-        raw = sum(part.nbytes for part in value.values())
-        reports.append(TensorReport(name, stored, weight.numel(), *squares, *weighted, raw, entropy_bytes(value)))
-    return reports
-
-
-def ratio(a: float, b: float) -> float:
-    """a / b, not a number when b is nothing."""
-    return a / b if b > 0 else math.nan
-
-
-def report_table(reports: list[TensorReport]) -> str:
-    """quant_report.tsv: one line a tensor, with relative errors."""
-    lines = ["name\tstored\tweights\trelative_error\thessian_weighted_error\traw_bytes\tentropy_bytes"]
-    for r in reports:
-        errors = ratio(r.error, r.power), ratio(r.weighted_error, r.weighted_power)
-        lines.append("\t".join(map(str, (r.name, r.stored, r.weights, *(f"{e:.4e}" for e in errors), *r[-2:]))))
-    return "\n".join(lines) + "\n"
-
-
-def error_report(cfg: Config, reports: list[TensorReport], parts: dict[str, Parts]) -> list[str]:
-    """Per rule of the plan: tensors, weights, relative squared error of the stored weights and (weighted by the input
-    Hessians) of the layers' outputs, bytes; then the tensors stored in a way of their own, and LQER's bytes."""
-    lines, plan, weights = [], quant_plan(cfg), weights_of(cfg)
-    for rule in dict.fromkeys(plan.values()):
-        mine = [r for r in reports if plan[r.name] == rule]
-        total = [sum(getattr(r, field) for r in mine) for field in TensorReport._fields[2:]]
-        label = " ".join(dict.fromkeys(weights[r.name].role for r in mine))
-        if mine:
-            lines.append(
-                f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(mine):3} tensors "
-                f"{total[0]:>11,} weights  relative error {ratio(total[1], total[2]):.3e}  weighted "
-                f"{ratio(total[3], total[4]):.3e}  {total[5]:,} bytes raw, {total[6]:,} at entropy"
-            )
-        lines += [f"    {r.name} as {r.stored}" for r in mine if r.stored != rule.scheme]
-    sizes = [lqer_bytes(value) for value in parts.values() if "lqm" in value]
-    if sizes:
-        stored, published = map(sum, zip(*sizes, strict=True))
-        lines.append(f"  LQER: {len(sizes)} tensors, {stored:,} bytes bit-packed ({published:,} with int8 factors)")
-    return lines
-
-
-def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> list[str]:
-    """What AWQ-lite, and the clip search on the largest tensor of each class, would cost (bytes at order-0 entropy) and
-    gain (Hessian-weighted error over the present one), measured by quantising those tensors again."""
-    plan, lines = quant_plan(cfg), []
-
-    def encode(name: str, rule: QuantRule) -> Parts:
-        return SCHEMES[rule.scheme].encode(state[name].float(), hessians[name], rule, cfg)
-
-    refined = refined_plan(dataclasses.replace(cfg, awq_lite_enabled=True), state, hessians)
-    probes = [
-        (f"AWQ-lite from columns {rule.fine}", name, "awq_lite", encode(name, rule))
-        for name, rule in refined.items()
-        if rule.fine
-    ]
-    for rule, name in {
-        plan[n]: n for n in sorted(hessians.keys() & state, key=lambda n: (state[n].numel(), n))
-    }.items():
-        clipped = rounded_rows(state[name], searched_scales(state[name].float(), rule.bits), rule.bits)
-        probes.append(("clip search", name, "rowwise", clipped))
-    for what, name, scheme, then in probes:
-        rule = plan[name]
-        now = encode(name, rule)
-        decoded = SCHEMES[scheme].decode(then), SCHEMES[rule.scheme].decode(now)
-        loss = [weighted_power(state[name] - weight, hessians[name]) for weight in decoded]
-        cost = entropy_bytes(then) - entropy_bytes(now)
-        lines.append(f"  {what}, {name}: {cost:+,} bytes, Hessian-weighted error times {ratio(*loss):.3f}")
-    return lines
+        name, _, stored = key.partition(":")
+        size = sum(part.nbytes for part in value.values())
+        rows.setdefault((stored, plan[name].bits), []).append((weights[name].role, weights[name].numel(), size))
+    lines = ["quantisation plan:"]
+    for (stored, bits), tensors in rows.items():
+        roles, counts, sizes = zip(*tensors, strict=True)
+        lines.append(
+            f"  {stored:14} {bits:2} bits  {len(tensors):3} tensors {sum(counts):>11,} weights "
+            f"{sum(sizes):>11,} bytes raw: {' '.join(dict.fromkeys(roles))}"
+        )
+    return "\n".join(lines)
 
 
 def similarity_order(matrix: Tensor) -> Tensor:
@@ -6429,16 +6331,6 @@ class Run:
             atomic_save(self.folder / name, value)
         self.runtime.barrier()
 
-    def load(self, name: str) -> Any:
-        """A file that an earlier stage wrote; UserError when it is not there."""
-        if not (self.folder / name).is_file():
-            raise UserError(f"{self.folder / name} is missing; run the stage before (STAGES=train,quantize,eval)")
-        try:
-            return torch.load(self.folder / name, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0][:100]
-            raise UserError(f"{self.folder / name} is damaged ({reason}); run the stage before again") from None
-
     def train(self) -> None:
         """Train, average, collect Hessians within the budget; model.pt, hessians.pt and the pre-quantisation score."""
         cfg, runtime = self.cfg, self.runtime
@@ -6481,16 +6373,16 @@ class Run:
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
         cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
-        state = self.load("model.pt")["model"]
+        state = load_saved(self.folder / "model.pt")["model"]
         fill_model(self.model(), state, str(self.folder / "model.pt"))
-        hessians = self.load("hessians.pt")
+        hessians = load_saved(self.folder / "hessians.pt")
         state, hessians = ROTATIONS[cfg.rotate](cfg, state, hessians)
         if CODECS[cfg.compressor].sort_hidden:
             state, hessians = sort_hidden(cfg, runtime, state, hessians)
         parts = quantize(cfg, runtime, state, hessians)
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
-            self.report_errors(state, hessians, parts)
+            self.log(plan_report(cfg, parts))
             started = time.perf_counter()
             save_artifact(self.folder / "model.bin", parts, cfg.compressor)
         runtime.barrier()
@@ -6504,29 +6396,6 @@ class Run:
         self.record(
             "quantized",
             evaluate_plain(cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val),
-        )
-
-    def report_errors(self, state: dict[str, Tensor], hessians: dict[str, Tensor], parts: dict[str, Parts]) -> None:
-        """What quantisation costs and loses: by class into the log, by tensor into quant_report.tsv."""
-        started, reports = (
-            time.perf_counter(),
-            tensor_reports(self.runtime, state, hessians, parts),
-        )
-        atomic_write(self.folder / "quant_report.tsv", report_table(reports).encode())
-        lines = error_report(self.cfg, reports, parts)
-        if self.cfg.quant_report:
-            lines += [
-                "other quantisers, at the bytes of their order-0 entropy:",
-                *probe_report(self.cfg, state, hessians),
-            ]
-        self.log(
-            "\n".join(
-                [
-                    "quantisation plan:",
-                    *lines,
-                    f"  report in {time.perf_counter() - started:.1f} s",
-                ]
-            )
         )
 
     def from_artifact(self, path: Path) -> GPT:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import lzma
 import math
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -538,8 +539,9 @@ def test_two_processes_round_and_average_as_one(
         assert done.returncode == 0, done.stderr
         assert "ste on from step" in done.stdout and "weights: ema+swa" in done.stdout
         assert "SWA: 4 snapshots" in done.stdout
-        report = (folder / "quant_report.tsv").read_text()
-        assert "\tgptq_lite\t" in report and "embed_extras.bigram.table.weight\trow_quantile" in report
+        plan = done.stdout.rpartition("quantisation plan:\n")[2]
+        assert re.search(r"^  gptq_lite .*\bq\b", plan, re.MULTILINE), plan
+        assert re.search(r"^  row_quantile .*\bhash_table\b", plan, re.MULTILINE), plan
         states.append(torch.load(folder / "model.pt", weights_only=True)["model"])
     for name, one in states[0].items():
         torch.testing.assert_close(states[1][name], one, rtol=1e-4, atol=1e-5)

@@ -122,7 +122,7 @@ def measure(matrices: Matrices, coders: list[str], scale: float) -> list[dict[st
 
 
 def program_bytes(without: set[str]) -> int:
-    """Bytes of the program as packed (minified, LZMA) without some functions, and without the codec if the decoder is
+    """Bytes of the program as packed (minified, brotli) without some functions, and without the codec if the decoder is
     among them."""
     tree = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
     tree.body = [node for node in tree.body if getattr(node, "name", "") not in without]
@@ -131,8 +131,7 @@ def program_bytes(without: set[str]) -> int:
         for table in (node for node in ast.walk(tree) if isinstance(node, ast.Dict)):
             kept = [(k, v) for k, v in zip(table.keys, table.values, strict=True) if ast.unparse(k or v) != "'rans'"]
             table.keys, table.values = [k for k, _ in kept], [v for _, v in kept]
-    text = pack_artifact.minify(ast.unparse(tree)).encode()
-    return min(len(pack_artifact.compress(text, codec)) for codec in pack_artifact.LZMA_CODECS)
+    return len(pack_artifact.compress(pack_artifact.minify(ast.unparse(tree)).encode()))
 
 
 def main() -> None:
