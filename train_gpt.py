@@ -3149,7 +3149,7 @@ def orthogonalize(x: Tensor, coefficients: str, steps: int) -> Tensor:
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    # Of r rows and c columns, five steps take 4 r^2 c + 14 r^3 products on the Gram matrix, 10 r^2 c + 5 r^3 on x itself
+    # With r rows and c columns, five steps cost 4 r^2 c + 14 r^3 on the Gram matrix and 10 r^2 c + 5 r^3 on x itself
     if 3 * x.size(-2) < 2 * x.size(-1):
         x = gram_iterations(x.half() if x.dtype == torch.bfloat16 else x, plan).to(x.dtype)
         return x.mT if tall else x
