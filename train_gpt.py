@@ -4852,7 +4852,7 @@ def rans_decode(blob: bytes) -> bytes:
                 at += len(chosen)
         flat[places] = table - 128
     if at != len(words):
-        raise ValueError("lanes out of step")
+        raise ValueError("words left over")
     return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(side_info, flats, strict=True))
 
 

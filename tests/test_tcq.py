@@ -37,17 +37,15 @@ def walk(points: list[int], states: int, chunk: int) -> bool:
     return True
 
 
-def conditional_entropy(q: Tensor) -> float:
-    """Bits of an integer whose parity is known."""
-    counts = torch.bincount((q.long() + 128).flatten(), minlength=256).double().view(128, 2)
-    share = counts / counts.sum()
-    given_parity = share / share.sum(dim=0)
-    return -(share[share > 0] * given_parity[share > 0].log2()).sum().item()
-
-
 def entropy(q: Tensor) -> float:
+    """Bits of an integer."""
     share = torch.bincount((q.long() + 128).flatten()).double() / q.numel()
     return -(share[share > 0] * share[share > 0].log2()).sum().item()
+
+
+def conditional_entropy(q: Tensor) -> float:
+    """Bits of an integer whose parity is known."""
+    return entropy(q) - entropy(q % 2)
 
 
 def draw(rows: int, cols: int, seed: int) -> tuple[Tensor, Tensor]:
