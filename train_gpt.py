@@ -9,10 +9,9 @@ The contest: the best language model that fits, code and compressed weights toge
     PRESET=records/demo python train_gpt.py            train, quantise, evaluate on whatever device is there
     torchrun --nproc_per_node=8 train_gpt.py           the same on eight GPUs (or, with gloo, on eight CPU processes)
 
-A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, quant_report.tsv, record.env and
-result.json into its folder;
+A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, record.env and result.json into its folder;
 STAGES=quantize,eval resumes from those files. What differs between systems is data: values of Config, rows of the
-tables (OPTIM_TABLE, quant_plan), keys into literal registries, and listeners at one seam (taps).
+tables (ROLES, EVALS), keys into literal registries, and listeners at one seam (taps).
 
 Sections: 01 CONFIG, 02 RUNTIME, 03 DATA, 04 ATTENTION, 05 KERNELS, 06 MODEL PARTS, 07 MODEL, 08 OPTIMISERS,
 09 TRAINING, 10 QUANTISATION, 11 ARTIFACT, 12 EVALUATION, 13 TEST-TIME TRAINING, 14 MAIN.
@@ -526,7 +525,6 @@ class Config:
     awq_lite_bits: int = knob(8, "bits of those columns", QUANT, ge=3, le=8, when="AWQ_LITE_ENABLED=1")
     awq_lite_group_top_k: int = knob(1, "groups, over all tensors", QUANT, ge=1, when="AWQ_LITE_ENABLED=1")
     awq_lite_group_size: int = knob(64, "columns of a group", QUANT, gt=0, when="AWQ_LITE_ENABLED=1")
-    quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain", QUANT)
     compressor: str = knob(
         "brotli",
         "layout and entropy coder of the artifact; pergroup needs the program lrzip; "
@@ -1185,6 +1183,17 @@ def atomic_save(path: Path, value: Any) -> None:
     atomic_write(path, buffer.getvalue())
 
 
+def load_saved(path: Path) -> Any:
+    """What atomic_save wrote, on the CPU; UserError when it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run the stage before (STAGES=train,quantize,eval)")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"{path} is damaged ({reason}); run the stage before again") from None
+
+
 def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Callable:
     """torch.compile of a whole function when the run compiles, else the function."""
     return torch.compile(function, fullgraph=True, dynamic=dynamic) if runtime.compile else function
@@ -1606,13 +1615,23 @@ def row_bounds(ids: np.ndarray) -> Tensor:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """At least float32: norms, softmax and losses are never computed in half precision."""
+    """x in float32, or as it is in float64: norms, softmax and losses never run in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dim, no weight; computed wide, returned in x's dtype (no autocast)."""
-    return F.rms_norm(at_least_fp32(x), (x.size(-1),), eps=RMS_EPS).to(x.dtype)
+    """x / sqrt(mean(x^2) + eps) over the last dim, without a weight; computed in at least float32, returned as x."""
+    y = F.rms_norm(at_least_fp32(x), (x.size(-1),), eps=RMS_EPS)
+    return y.to(x.dtype)
+
+
+def rotary_frequencies(
+    dims: int,
+    base: float,
+    device: torch.device,
+) -> Tensor:
+    """(dims/2) float32: radians per token of each rotated pair (RoPE, Su et al. 2021)."""
+    return 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
 
 
 def rotary_tables(
@@ -1622,11 +1641,12 @@ def rotary_tables(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, dims/2), float32, of RoPE (Su et al. 2021); pairs are dims (m, m + dims/2). Frequencies,
-    positions, angles and results are rounded to dtype."""
-    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
+    """cos and sin (length, dims/2) of positions 0..length-1, float32; pairs are dims (m, m + dims/2).
+
+    Frequencies, positions, angles and results are rounded to `dtype`.
+    """
     position = torch.arange(length, dtype=torch.float32, device=device).to(dtype)
-    angle = position[:, None] * frequency.to(dtype)
+    angle = position[:, None] * rotary_frequencies(dims, base, device).to(dtype)
     return angle.cos().float(), angle.sin().float()
 
 
@@ -1636,23 +1656,38 @@ ROTARIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # values of ROPE_
 }
 
 
-def rotary_at(at: Tensor, dims: int, base: float, trained: int) -> tuple[Tensor, Tensor]:
-    """The rows of rotary_tables at positions (B, T), float32 (B, T, dims/2). From position `trained` on the angles are
-    float64: whatever a model has seen is as it saw it, and far positions do not lose the fraction of their angle."""
-    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=at.device) / max(dims, 1))
+def rotary_at(
+    at: Tensor,
+    dims: int,
+    base: float,
+    trained: int,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, T, dims/2), float32, of positions `at` (B, T). Positions below `trained` give the very rows of
+    rotary_tables; beyond, angles are float64, because a large float32 angle loses its fraction."""
+    frequency = rotary_frequencies(dims, base, at.device)
     near, far = (at.to(f.dtype).unsqueeze(-1) * f for f in (frequency, frequency.double()))
     inside = (at < trained).unsqueeze(-1)
-    return torch.where(inside, near.cos(), far.cos().float()), torch.where(inside, near.sin(), far.sin().float())
+    cos = torch.where(inside, near.cos(), far.cos().float())
+    return cos, torch.where(inside, near.sin(), far.sin().float())
 
 
-def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
-    """The rotary base of contexts of `span` tokens: over a reference length (0: none) it grows so that the lowest
-    frequency turns as far as at the reference (NTK-aware scaling, bloc97 2023)."""
+def stretched_base(
+    base: float,
+    dims: int,
+    span: int,
+    reference: int,
+) -> float:
+    """The rotary base for contexts of `span` tokens. Past a reference length (0: never) it grows, so that the lowest
+    frequency turns no further than at the reference (NTK-aware scaling, bloc97 2023)."""
     return base * (span / reference) ** (dims / (dims - 2)) if 0 < reference < span else base
 
 
-def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.size(-1) dims of each head, by tables of (T) or (B, T); the rest passes through."""
+def rotate(
+    x_BTHd: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """Rotate the first 2 * cos.size(-1) dims of each head by tables of (T) or (B, T) rows; the rest passes through."""
     half = cos.size(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     a, b, rest = x_BTHd.split([half, half, x_BTHd.size(-1) - 2 * half], dim=-1)
@@ -1660,85 +1695,107 @@ def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x_BTHd.dtype), rest], dim=-1)
 
 
-def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
-    """XSA: each head's output without its component along the token's own value (of its key/value group)."""
-    B, T, H, d = y_BTHd.shape
-    K = v_BTKd.size(2)
+def remove_self_value(
+    y_BTHd: Tensor,
+    v_BTKd: Tensor,
+) -> Tensor:
+    """XSA: remove from each head's output its component along the token's own value (that of its key/value head)."""
     own = F.normalize(at_least_fp32(v_BTKd), dim=-1, eps=1e-12).unsqueeze(3)
-    y = at_least_fp32(y_BTHd).view(B, T, K, H // K, d)
-    return (y - (y * own).sum(-1, keepdim=True) * own).view(B, T, H, d).to(y_BTHd.dtype)
+    y = at_least_fp32(y_BTHd).unflatten(2, (v_BTKd.size(2), -1))  # (B, T, K, H/K, d)
+    y = y - (y * own).sum(-1, keepdim=True) * own
+    return y.flatten(2, 3).to(y_BTHd.dtype)
 
 
 class AttnMeta(NamedTuple):
-    """What a batch's attention sees: segment boundaries over the flattened B*T tokens (or None), the longest segment,
-    rotary cos and sin (T, rope_dims/2) float32, the masked twin's mask (see segment_mask) or None, for recurrent mixers
-    where (B, T) their state starts afresh, beside row starts, and where rows are parts of documents, what is kept of
-    the parts before them."""
+    """What the mixers need to know about a batch besides its activations."""
 
-    cu_seqlens: Tensor | None
-    max_len: int
-    cos: Tensor
+    cu_seqlens: Tensor | None  # segment boundaries over the flattened B*T tokens; None: each row is one segment
+    max_len: int  # the longest segment
+    cos: Tensor  # rotary tables, float32: (T, rope_dims/2), or (B, T, rope_dims/2)
     sin: Tensor
-    mask: Tensor | None
-    starts: Tensor | None = None
-    carry: KVCache | None = None
+    mask: Tensor | None  # segment_mask, for masked_attention
+    starts: Tensor | None = None  # (B, T) bool, for recurrent mixers: tokens before which the state is cleared
+    carry: KVCache | None = None  # keys and values of the documents' earlier parts
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttnMeta, Tensor | None], Tensor]
 
 
 def segments(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Number, from 1, of the segment that each of `total` tokens lies in."""
-    return torch.searchsorted(
-        cu_seqlens,
-        torch.arange(total, device=cu_seqlens.device).to(cu_seqlens.dtype),
-        right=True,
-    )
+    """The segment, numbered from 1, of each of `total` tokens."""
+    token = torch.arange(total, device=cu_seqlens.device).to(cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, token, right=True)
 
 
-def segment_mask(cu_seqlens: Tensor, total: int, band: int) -> Tensor:
+def segment_mask(
+    cu_seqlens: Tensor,
+    total: int,
+    band: int,
+) -> Tensor:
     """(total/band, 1, band, width) bool: a query sees the keys of its own segment up to itself.
 
     No segment is longer than `band`, so a block of `band` queries needs its own keys and those of the block before:
     width is 2 * band, or band when there is one block.
     """
+    width, before = (2 * band, band) if total > band else (band, 0)
     query = torch.arange(total, device=cu_seqlens.device).view(-1, band, 1)
-    first = query[:, :1] - (band if total > band else 0)
-    key = first + torch.arange(2 * band if total > band else band, device=cu_seqlens.device)
+    key = query[:, :1] - before + torch.arange(width, device=cu_seqlens.device)
     segment = segments(cu_seqlens, total)
     same = segment[query] == segment[key.clamp_min(0)]
     return (same & (key <= query) & (key >= 0)).unsqueeze(1)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-    """Exact causal attention with a mask, on any device: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d).
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+) -> Tensor:
+    """SDPA of q (B, T, H, d), k and v (B, keys, K, d) under a mask (B, 1, T, keys); without one, causal in each row."""
+    if sink is not None:
+        k = torch.cat([sink.to(k.dtype).expand(k.size(0), 1, -1, -1), k], dim=1)
+        v = F.pad(v, (0, 0, 0, 0, 1, 0))
+        if mask is None:
+            mask = q.new_ones(q.size(1), k.size(1), dtype=torch.bool).tril(1)
+        else:
+            mask = F.pad(mask, (1, 0), value=True)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meta: AttnMeta,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Causal attention inside each row. Shapes as masked_attention."""
+    return exact_attention(q, k, v, None, sink)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meta: AttnMeta,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Exact causal attention on any device, by meta.mask: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d).
 
     A sink (K, d) is one more key, with value 0, that every query sees: y sigmoid(logsumexp(logits) - its logit).
     """
     if meta.mask is None:
         return causal_attention(q, k, v, meta, sink)
     blocks, _, band, width = meta.mask.shape
-    flat_q, flat_k, flat_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
-    if width > band:
-        flat_k, flat_v = (torch.cat([F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), t], dim=1) for t in (flat_k, flat_v))
-    return exact_attention(flat_q, flat_k, flat_v, meta.mask, sink).reshape(q.shape)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-    """Causal attention inside each row, by SDPA. Shapes as masked_attention."""
-    return exact_attention(q, k, v, None, sink)
-
-
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> Tensor:
-    """Attention by SDPA where a mask (B, 1, T, keys) allows it; without one, causal inside each row."""
-    if sink is not None:
-        k = torch.cat([sink.to(k.dtype).expand(len(k), 1, -1, -1), k], dim=1)
-        v = F.pad(v, (0, 0, 0, 0, 1, 0))
-        seen = q.new_ones(q.size(1), k.size(1), dtype=torch.bool).tril(1) if mask is None else mask
-        mask = seen if mask is None else F.pad(mask, (1, 0), value=True)
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return y.transpose(1, 2)
+    block_q, block_k, block_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
+    if width > band:  # each block also sees the block before it; the first sees padding, which the mask hides
+        before_k, before_v = (F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)) for t in (block_k, block_v))
+        block_k = torch.cat([before_k, block_k], dim=1)
+        block_v = torch.cat([before_v, block_v], dim=1)
+    return exact_attention(block_q, block_k, block_v, meta.mask, sink).reshape(q.shape)
 
 
 class KVCache(NamedTuple):
@@ -1774,50 +1831,53 @@ class KVCache(NamedTuple):
         return y.view(rows.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
+# torch 2.11 has varlen_attn, but only 2.13 lets it share a key/value head among query heads
 VARLEN_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def with_sink(k: Tensor, v: Tensor, cu_seqlens: Tensor, sink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k and v (N, K, d) of segments, each with the sink's key and value 0 in front, and the boundaries among them.
+def with_sink(
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    sink: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k and v (N, K, d) with a sink key, of value 0, in front of each segment, and the boundaries that result.
 
-    torch's varlen attention returns a log-sum-exp but no gradient through it, so the sink is a key here.
+    The sink has to be a key: varlen_attn returns a log-sum-exp, but no gradient flows through it.
     """
-    place = torch.arange(len(k), device=k.device) + segments(cu_seqlens, len(k))
-    keys = sink.to(k.dtype).repeat(len(k) + len(cu_seqlens) - 1, 1, 1).index_copy(0, place, k)
-    return (
-        keys,
-        torch.zeros_like(keys).index_copy(0, place, v),
-        cu_seqlens + torch.arange(len(cu_seqlens), device=k.device).to(cu_seqlens.dtype),
-    )
+    place = torch.arange(k.size(0), device=k.device) + segments(cu_seqlens, k.size(0))
+    total = k.size(0) + cu_seqlens.size(0) - 1
+    keys = sink.to(k.dtype).repeat(total, 1, 1).index_copy(0, place, k)
+    values = torch.zeros_like(keys).index_copy(0, place, v)
+    shift = torch.arange(cu_seqlens.size(0), device=k.device).to(cu_seqlens.dtype)
+    return keys, values, cu_seqlens + shift
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-    """Flash attention over segments (varlen), or over rows when there are none. Shapes as masked_attention; with more
-    keys than queries, causality counts from the segments' ends."""
+    """Flash attention over segments, or over rows without any. Shapes as masked_attention; where a segment has more
+    keys than queries, causality is aligned to its end."""
     cu_seqlens, longest = meta.cu_seqlens, meta.max_len
     if cu_seqlens is None and sink is None:
         return causal_attention(q, k, v, meta)
     if cu_seqlens is None:
-        cu_seqlens, longest = (
-            torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.size(1),
-            q.size(1),
-        )
+        longest = q.size(1)
+        cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * longest
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
-    cu_k = cu_seqlens
+    cu_k, longest_k = cu_seqlens, longest
     if sink is not None:
         flat_k, flat_v, cu_k = with_sink(flat_k, flat_v, cu_seqlens, sink)
-    options: dict[str, Any] = {"window_size": (-1, 0)}
+        longest_k += 1
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # any earlier key, no later one
     if VARLEN_HAS_GQA:
         options["enable_gqa"] = True
     else:
-        groups = q.size(2) // k.size(2)
-        flat_k, flat_v = (t.repeat_interleave(groups, dim=1) for t in (flat_k, flat_v))
-    longest_k = longest if sink is None else longest + 1
-    return varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, longest, longest_k, **options).view_as(q)
+        flat_k, flat_v = (t.repeat_interleave(q.size(2) // k.size(2), dim=1) for t in (flat_k, flat_v))
+    y = varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, longest, longest_k, **options)
+    return y.view_as(q)
 
 
 def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
-    """The attention backend of a run, chosen once and logged; UserError when the asked-for one is not installed."""
+    """Choose and log the attention backend of a run. UserError: the one that ATTENTION names cannot run here."""
     wanted = cfg.attention
     half = runtime.device.type == "cuda" and runtime.dtype == torch.bfloat16
     if wanted == "masked" or (wanted == "auto" and not half):
@@ -1825,24 +1885,22 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
         return masked_attention
     if varlen_attn is None or not half:
         raise UserError(
-            f"ATTENTION={wanted} needs a GPU, COMPUTE_DTYPE=bf16 and torch >= 2.11; or say ATTENTION=masked"
+            f"ATTENTION={wanted} needs a GPU, COMPUTE_DTYPE=bf16 and torch >= 2.11; set ATTENTION=auto or masked"
         )
-    for name in ("fa3", "fa4") if wanted == "auto" else (wanted,):  # FA3 is made for the contest's GPU
-        if name == "fa2":
-            break
+    # FA3 is made for the contest's GPU, so it comes first
+    for name in {"auto": ("fa3", "fa4"), "fa2": ()}.get(wanted, (wanted,)):
         try:
             if activate_flash_attention_impl is None:
-                raise ImportError("this torch cannot activate other flash attentions")
+                raise ImportError("this torch cannot activate another flash attention")
             activate_flash_attention_impl(name.upper())
-            runtime.log(f"attention: {name} through torch.nn.attention")
-            return flash_attention
         except (ImportError, RuntimeError, ValueError) as error:
             if wanted != "auto":
-                raise UserError(f"ATTENTION={wanted} is not usable here: {error}") from None
-            runtime.log(
-                f"attention: {name} is not usable here ({str(error).splitlines()[0][:100]})",
-                to_file_only=True,
-            )
+                raise UserError(f"ATTENTION={wanted} cannot run here: {error}; set ATTENTION=auto") from None
+            reason = str(error).splitlines()[0][:100]
+            runtime.log(f"attention: {name} cannot run here ({reason})", to_file_only=True)
+        else:
+            runtime.log(f"attention: {name} through torch.nn.attention")
+            return flash_attention
     runtime.log("attention: fa2, built into torch")
     return flash_attention
 
@@ -1852,7 +1910,10 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-kernel = triton.jit if triton is not None else lambda function: function  # without triton they are never called
+kernel = triton.jit if triton is not None else lambda function: function  # without Triton nothing calls them
+
+CE_BLOCK = 1024  # columns of a row of logits at a time
+MLP_TILE = (128, 256, 64)  # rows, columns and depth of a matmul tile
 
 
 @kernel
@@ -1865,13 +1926,12 @@ def softcap_ce_kernel(
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """loss and log-sum-exp of one row of logits z (N, vocab); every lane keeps its own running peak and sum.
-
-    y = 2c sigmoid(2z/c) is c tanh(z/c) + c, and the shift cancels. y > 0, so that 0 is a safe first peak.
-    """
+    """Loss and log-sum-exp of one row of logits z (N, vocab)."""
     row = tl.program_id(0).to(tl.int64)
     z += row * vocab
     lanes = tl.arange(0, BLOCK)
+    # Online softmax: each lane keeps its own running maximum and sum, and they meet at the end.
+    # y = 2c sigmoid(2z/c) is c tanh(z/c) + c; the shift cancels, and as y > 0, 0 is a safe first maximum.
     peak, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         inside = start + lanes < vocab
@@ -1898,8 +1958,9 @@ def softcap_ce_back_kernel(
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """dz = g (p - [column is the target]) 4 s (1 - s) of a block of one row, s = sigmoid(2z/c), p = exp(2cs - lse)."""
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """dz = g (p - [column is the target]) 4 s (1 - s) of one block of a row; s = sigmoid(2z/c), p = exp(2cs - lse)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, place = column < vocab, row * vocab + column
     s = tl.sigmoid(2 * tl.load(z + place, mask=inside, other=0.0).to(tl.float32) / softcap)
     p = tl.exp(2 * softcap * s - tl.load(lse + row))
@@ -1910,8 +1971,10 @@ def softcap_ce_back_kernel(
 
 @kernel
 def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Left and right half of the columns: a whole float32 tile at once would not leave room to store it."""
-    split = tl.reshape(tile_RC, (tile_RC.shape[0], 2, tile_RC.shape[1] // 2))
+    """Left and right half of the columns: storing a whole float32 tile at once would need too much shared memory."""
+    R: tl.constexpr = tile_RC.shape[0]
+    C: tl.constexpr = tile_RC.shape[1]
+    split = tl.reshape(tile_RC, (R, 2, C // 2))
     return tl.split(tl.permute(split, (0, 2, 1)))
 
 
@@ -1923,14 +1986,15 @@ def leaky_square_kernel(
     post: tl.tensor_descriptor,
     SLOPE: tl.constexpr,
 ) -> None:
-    """pre = m up^T and post = LeakyReLU(pre, SLOPE)^2 of the rounded pre; programs take tiles in turn, row by row.
+    """pre = m up^T and post = LeakyReLU(pre, SLOPE)^2 of the rounded pre.
 
-    Tile sizes are the descriptors' blocks: m (rows, depth), up (columns, depth), pre and post (rows, columns / 2).
+    The descriptors' blocks set the tile: m (rows, depth), up (columns, depth), pre and post (rows, columns / 2).
     """
     R: tl.constexpr = m.block_shape[0]
     K: tl.constexpr = m.block_shape[1]
     C: tl.constexpr = up.block_shape[0]
     across = tl.cdiv(up.shape[0], C)
+    # persistent programs: each takes every num_programs-th tile, row by row
     for tile in tl.range(tl.program_id(0), tl.cdiv(m.shape[0], R) * across, tl.num_programs(0)):
         row, column = tile // across * R, tile % across * C
         total = tl.zeros((R, C), tl.float32)
@@ -1952,7 +2016,7 @@ def leaky_square_back_kernel(
     dpre: tl.tensor_descriptor,
     SLOPE: tl.constexpr,
 ) -> None:
-    """dpre = (g down) d(LeakyReLU(pre, SLOPE)^2)/dpre; tiles as before, but down is (depth, columns)."""
+    """dpre = (g down) d(LeakyReLU(pre, SLOPE)^2)/dpre; tiles as in leaky_square_kernel, down (depth, columns)."""
     R: tl.constexpr = g.block_shape[0]
     K: tl.constexpr = g.block_shape[1]
     C: tl.constexpr = down.block_shape[1]
@@ -1968,159 +2032,91 @@ def leaky_square_back_kernel(
             dpre.store([row, column + half * (C // 2)], (halves(total)[half] * factor).to(dpre.dtype))
 
 
-CE_BLOCK, MLP_TILE = (
-    1024,
-    (128, 256, 64),
-)  # columns of a softcapped row at a time; rows, columns, depth of a tile
-
-
-def launch_softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """softcap_ce through Triton."""
+def launch_softcap_ce(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """softcap_ce through Triton, one program a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
     loss, lse = (torch.empty(rows, dtype=torch.float32, device=z.device) for _ in range(2))
     softcap_ce_kernel[(rows,)](z, targets, loss, lse, softcap, vocab, CE_BLOCK)
     return loss, lse
 
 
-def launch_softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    """softcap_ce_back through Triton."""
+def launch_softcap_ce_back(
+    g: Tensor,
+    z: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    softcap: float,
+) -> Tensor:
+    """softcap_ce_back through Triton, one program a block of a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
-    dz, grid = torch.empty_like(z), (rows, -(-vocab // CE_BLOCK))
+    dz, grid = torch.empty_like(z), (rows, triton.cdiv(vocab, CE_BLOCK))
     softcap_ce_back_kernel[grid](g.contiguous(), z, targets, lse, dz, softcap, vocab, CE_BLOCK)
     return dz
 
 
 def num_programs(x: Tensor) -> int:
-    """Programs of a kernel that takes tiles in turn: one for each multiprocessor (a few under the interpreter)."""
+    """Persistent programs of a matmul kernel: one a multiprocessor, a few under Triton's interpreter."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
 def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads outside it give zeros."""
+    """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads out of bounds give zeros."""
     return TensorDescriptor.from_tensor(x.contiguous(), [rows, columns])
 
 
-def launch_leaky_square(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """leaky_square through Triton."""
+def launch_leaky_square(
+    m: Tensor,
+    up: Tensor,
+    down: Tensor,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """leaky_square through Triton; the second matmul has nothing to fuse and is cuBLAS's."""
     R, C, K = MLP_TILE
     pre, post = (m.new_empty(m.size(0), up.size(0)) for _ in range(2))
-    blocks = (
-        describe(m, R, K),
-        describe(up, C, K),
-        describe(pre, R, C // 2),
-        describe(post, R, C // 2),
-    )
-    leaky_square_kernel[(num_programs(m),)](*blocks, slope, num_warps=8, num_stages=4)
-    return pre, post
+    inputs = describe(m, R, K), describe(up, C, K)
+    outputs = describe(pre, R, C // 2), describe(post, R, C // 2)
+    leaky_square_kernel[(num_programs(m),)](*inputs, *outputs, slope, num_warps=8, num_stages=4)
+    return F.linear(post, down), pre, post
 
 
 def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
     """leaky_square_back through Triton."""
     R, C, K = MLP_TILE
     dpre = torch.empty_like(pre)
-    blocks = (
-        describe(g, R, K),
-        describe(down, K, C),
-        describe(pre, R, C // 2),
-        describe(dpre, R, C // 2),
-    )
-    leaky_square_back_kernel[(num_programs(g),)](*blocks, slope, num_warps=8, num_stages=3)
+    inputs = describe(g, R, K), describe(down, K, C)
+    outputs = describe(pre, R, C // 2), describe(dpre, R, C // 2)
+    leaky_square_back_kernel[(num_programs(g),)](*inputs, *outputs, slope, num_warps=8, num_stages=3)
     return dpre
 
 
-def operator(launch: Callable | None = None, shapes: Callable | None = None) -> Callable[[Callable], Callable]:
-    """Decorator that makes of a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
+def operator(
+    launch: Callable | None = None,
+    fake: Callable | None = None,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable[[Callable], Callable]:
+    """Decorator: make a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
 
-    On a GPU `launch` runs in its place, if given; while tracing, `shapes` or else the twin says what comes out. The
-    plain function stays reachable as `.twin`. Of two operators of one name torch keeps the younger: hence the module's
-    name in it, for a process may hold several copies of this program (the judge's, a packed one's).
+    launch: what runs on a GPU; fake: gives empty results while tracing; both default to the twin. setup_context and
+    backward: as in torch.library.register_autograd. The twin stays reachable as `.twin`.
     """
 
     def register(twin: Callable) -> Callable:
+        # A process may hold several copies of this program (the judge's, a packed one's), and torch keeps only the
+        # younger of two operators of one name: hence the module's name in it.
         op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
         op.register_kernel("cuda")(launch or twin)
-        op.register_fake(shapes or twin)
+        op.register_fake(fake or twin)
+        if backward is not None:
+            op.register_autograd(backward, setup_context=setup_context)
         op.twin = twin
         return op
 
     return register
-
-
-@operator(launch_softcap_ce)
-def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (N,) of softcapped logits z (N, V), nats, and the log-sum-exp (N,) of the backward; float32."""
-    y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
-    lse = y.logsumexp(1)
-    return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
-
-
-@operator(launch_softcap_ce_back)
-def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
-    s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
-    p = torch.exp(2 * softcap * s - lse[:, None])
-    p.scatter_add_(1, targets[:, None], p.new_full((len(z), 1), -1.0))
-    return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
-
-
-@operator(launch_leaky_square)
-def leaky_square(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """pre = m up^T (N, F) and LeakyReLU(pre, slope)^2 of inputs m (N, D) and weights up (F, D)."""
-    pre = F.linear(m, up)
-    return pre, F.leaky_relu(pre, slope).square()
-
-
-@operator(launch_leaky_square_back)
-def leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
-    """Gradient (N, F) of pre from the gradient g (N, D) of LeakyReLU(pre, slope)^2 down^T, down (D, F)."""
-    return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
-
-
-class FusedCrossEntropy(torch.autograd.Function):
-    """softcapped_cross_entropy without float32 copies of the logits: two kernels, and only the bf16 logits are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        loss, lse = softcap_ce(z, targets, softcap)
-        ctx.save_for_backward(z, targets, lse)
-        ctx.softcap = softcap
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        z, targets, lse = ctx.saved_tensors
-        return softcap_ce_back(g, z, targets, lse, ctx.softcap), None, None
-
-
-class FusedMLP(torch.autograd.Function):
-    """leaky_square_mlp with the activation inside the kernels of its two large products.
-
-    pre and post are both kept: recomputing post in the backward would write it a second time, and time is what the
-    contest lacks, not memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
-        pre, post = leaky_square(m, up, slope)
-        ctx.save_for_backward(m, up, down, pre, post)
-        ctx.slope = slope
-        return F.linear(post, down)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        m, up, down, pre, post = ctx.saved_tensors
-        dpre = leaky_square_back(g, down, pre, ctx.slope)
-        return dpre @ up, dpre.T @ m, g.T @ post, None
-
-
-def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """Cross-entropy (N,) in nats of softcap * tanh(z / softcap), logits z (N, V): the plain twin, at least float32."""
-    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
-
-
-def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """softcapped_cross_entropy by kernels that read the logits once each way (Liger, Hsu et al. 2024, in idea)."""
-    return FusedCrossEntropy.apply(z, targets, softcap)
 
 
 def softcapped(z: Tensor, softcap: float) -> Tensor:
@@ -2128,9 +2124,105 @@ def softcapped(z: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(at_least_fp32(z) / softcap)
 
 
-def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """Cross-entropy (N,), nats, of softcapped logits z (N, V): the plain twin, in at least float32."""
+    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
+
+
+@operator(launch_softcap_ce_back)
+def softcap_ce_back(
+    g: Tensor,
+    z: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    softcap: float,
+) -> Tensor:
+    """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
+    s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
+    p = torch.exp(2 * softcap * s - lse[:, None])
+    # size(0), not len: as a fake kernel this sees symbolic sizes, which len would make constants
+    p.scatter_add_(1, targets[:, None], p.new_full((p.size(0), 1), -1.0))
+    return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
+
+
+def softcap_ce_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    """Keep the logits as they are, in bf16, and one float a row: no float32 copy of them exists."""
+    (z, targets, ctx.softcap), (_, lse) = inputs, output
+    ctx.save_for_backward(z, targets, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def softcap_ce_grad(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    """Gradients of softcap_ce's inputs."""
+    z, targets, lse = ctx.saved_tensors
+    return softcap_ce_back(g, z, targets, lse, ctx.softcap), None, None
+
+
+@operator(launch_softcap_ce, setup_context=softcap_ce_setup, backward=softcap_ce_grad)
+def softcap_ce(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """softcapped_cross_entropy (N,) of z (N, V), and the shifted log-sum-exp (N,) of its backward; both float32."""
+    y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
+    lse = y.logsumexp(1)
+    return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
+
+
+def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """softcapped_cross_entropy by kernels that read the logits once each way (idea: Liger, Hsu et al. 2024)."""
+    return softcap_ce(z, targets, softcap)[0]
+
+
+@operator(launch_leaky_square_back)
+def leaky_square_back(
+    g: Tensor,
+    down: Tensor,
+    pre: Tensor,
+    slope: float,
+) -> Tensor:
+    """Gradient (N, F) of pre from the gradient g (N, D) of LeakyReLU(pre, slope)^2 down^T, down (D, F)."""
+    return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
+
+
+def leaky_square_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep both activations: to recompute post, the backward would have to write it a second time."""
+    (m, up, down, ctx.slope), (_, pre, post) = inputs, output
+    ctx.save_for_backward(m, up, down, pre, post)
+    ctx.mark_non_differentiable(pre, post)
+    ctx.set_materialize_grads(False)  # no zeros of the size of pre and post
+
+
+def leaky_square_grad(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    """Gradients of leaky_square's inputs; frozen weights, as in test-time training, get none."""
+    m, up, down, pre, post = ctx.saved_tensors
+    _, trains_up, trains_down, _ = ctx.needs_input_grad
+    dpre = leaky_square_back(g, down, pre, ctx.slope)
+    dup = dpre.T @ m if trains_up else None
+    ddown = g.T @ post if trains_down else None
+    return dpre @ up, dup, ddown, None
+
+
+@operator(launch_leaky_square, setup_context=leaky_square_setup, backward=leaky_square_grad)
+def leaky_square(m: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """post down^T (N, D), pre = m up^T (N, F) and post = LeakyReLU(pre, slope)^2.
+
+    m (N, D), up (F, D), down (D, F); pre and post are for the backward.
+    """
+    pre = F.linear(m, up)
+    post = F.leaky_relu(pre, slope).square()
+    return F.linear(post, down), pre, post
+
+
+def fused_mlp(
+    m: Tensor,
+    up: Tensor,
+    down: Tensor,
+    slope: float,
+) -> Tensor:
     """LeakyReLU(m up^T, slope)^2 down^T of m (..., D), up (F, D), down (D, F); its twin is MLP's own forward."""
-    return FusedMLP.apply(m.flatten(0, -2), up, down, slope).view_as(m)
+    return leaky_square(m.flatten(0, -2), up, down, slope)[0].view_as(m)
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -2139,12 +2231,22 @@ def l2_normalize(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def states_like(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-    """An empty result of chunk_states."""
-    return b.new_empty(len(a) + 1, *first.shape)
+def chunk_states_grad(
+    ctx: Any,
+    g: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of chunk_states' inputs: the same recurrence, backwards in time with transposed maps."""
+    a, states = ctx.saved_tensors
+    total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1]).flip(0)  # of each state, through all later ones
+    first, later = total[0], total[1:]
+    return later @ states[:-1].mT, later, first
 
 
-@operator(shapes=states_like)
+@operator(
+    fake=lambda a, b, first: b.new_empty(b.size(0) + 1, *first.shape),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], output),
+    backward=chunk_states_grad,
+)
 def chunk_states(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     """S_0 = first (..., K, V), S_{i+1} = a_i S_i + b_i of a (n, ..., K, K), b (n, ..., K, V) -> all S, (n + 1, ...)."""
     states = [first]
@@ -2153,20 +2255,46 @@ def chunk_states(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     return torch.stack(states)
 
 
-class ChunkStates(torch.autograd.Function):
-    """chunk_states, one operator each way: gradients run through the same recurrence backwards."""
+def to_chunks(
+    x: Tensor,
+    size: int,
+) -> Tensor:
+    """(B, T, H, ...) -> (n, B, H, size, ...), padded with zeros, which write nothing and decay nothing."""
+    missing = -x.size(1) % size
+    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
+    return x.unflatten(1, (-1, size)).movedim(1, 0).movedim(3, 2)
 
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-        states = chunk_states(a, b, first)
-        ctx.save_for_backward(a, states)
-        return states
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, states = ctx.saved_tensors
-        total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1].clone()).flip(0)
-        return total[1:] @ states[:-1].mT, total[1:], total[0]
+def chunk_decays(
+    g: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """From log decays g and starts, both (n, B, H or 1, chunk): what a read at token i keeps of a write at token j of
+    its chunk, (n, B, H, chunk, chunk), and of the state before the chunk, (n, B, H, chunk, 1). Starts clear it."""
+    restarts, total = starts.cumsum(-1), g.cumsum(-1)  # both count from the chunk's first token
+    within = total[..., :, None] - total[..., None, :]
+    same = (restarts[..., :, None] == restarts[..., None, :]).tril()
+    # masked before exp, which may overflow where j > i: inf times a zero gradient is NaN
+    within = within.masked_fill(~same, -math.inf).exp()
+    return within, total.masked_fill(restarts > 0, -math.inf).exp().unsqueeze(-1)
+
+
+def chunk_writes(
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    within: Tensor,
+    before: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """U (..., chunk, V) and W (..., chunk, K): in a chunk that begins with state S, token i writes k_i (U_i - W_i S)^T.
+
+    Each write corrects what the earlier ones left, so all of them solve one unit lower triangular system (WY form).
+    """
+    system = (beta * (k @ k.mT) * within).tril(-1)
+    right = torch.cat([beta * v, beta * before * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    U, W = solved.split([v.size(-1), k.size(-1)], dim=-1)
+    return U, W
 
 
 def chunked_delta_rule(
@@ -2182,60 +2310,73 @@ def chunked_delta_rule(
     """The gated delta rule (Yang et al. 2024) of q and k (B, T, H, K), v (B, T, H, V), log decay g and beta (B, T, H).
 
     S <- e^g S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q / sqrt(K), from `state` (B, H, K, V) and, at tokens that
-    start (B, T), from 0. Returns all o (B, T, H, V) and the last S. Inside a chunk the writes X are a triangular system
-    (WY form), and a chunk is an affine map of the state before it.
+    start (B, T), from 0. Returns all o (B, T, H, V) and the last S. The work inside chunks is parallel.
     """
-    T, K, V = v.size(1), k.size(-1), v.size(-1)
-
-    def cut(x: Tensor) -> Tensor:
-        """(B, T, H, ...) -> (n, B, H, chunk, ...), filled up with zeros, which write and forget nothing."""
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -T % chunk)).unflatten(1, (-1, chunk))
-        return x.movedim(1, 0).movedim(3, 2)
-
-    q, k, v, g, beta = (cut(x) for x in (q * K**-0.5, k, v, g, beta.unsqueeze(-1)))
-    age, total = (
-        cut(starts[..., None].int()).cumsum(-1),
-        g.cumsum(-1),
-    )  # restarted in every chunk
-    same = (age[..., :, None] == age[..., None, :]).tril()
-    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~same, -math.inf).exp()  # masked first: no inf
-    carried = total.masked_fill(age > 0, -math.inf).exp().unsqueeze(-1)  # what is left of the state before the chunk
-    system = (beta * (k @ k.mT) * decay).tril(-1)
-    right = torch.cat([beta * v, beta * carried * k], dim=-1)
-    U, W = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split([V, K], dim=-1)
-    out = (k * decay[..., -1, :, None]).mT
-    keep = carried[..., -1:, :] * torch.eye(K, dtype=k.dtype, device=k.device) - out @ W
-    states = ChunkStates.apply(keep, out @ U, state)
+    T, K = q.size(1), q.size(-1)
+    columns = q * K**-0.5, k, v, g, beta.unsqueeze(-1), starts[..., None].int()
+    q, k, v, g, beta, starts = (to_chunks(x, chunk) for x in columns)
+    within, before = chunk_decays(g, starts)
+    U, W = chunk_writes(k, v, beta, within, before)
+    # A chunk maps the state before it to the state after it, S -> A S + b. Only this runs chunk after chunk.
+    into = (k * within[..., -1, :, None]).mT  # keys, with what the chunk's end keeps of their writes
+    identity = torch.eye(K, dtype=k.dtype, device=k.device)
+    states = chunk_states(before[..., -1:, :] * identity - into @ W, into @ U, state)
     S = states[:-1]
-    o = (carried * q) @ S + (q @ k.mT * decay) @ (U - W @ S)
+    o = (before * q) @ S + (q @ k.mT * within) @ (U - W @ S)
     return o.movedim(2, 3).movedim(0, 1).flatten(1, 2)[:, :T], states[-1]
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    starts: Tensor,
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """chunked_delta_rule of unit queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
-    o, last = chunked_delta_rule(
-        l2_normalize(q),
-        l2_normalize(k),
-        at_least_fp32(v),
-        at_least_fp32(g),
-        at_least_fp32(beta),
-        starts,
-        at_least_fp32(state),
-    )
+    """chunked_delta_rule of normalised queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
+    wide = (at_least_fp32(x) for x in (v, g, beta))
+    o, last = chunked_delta_rule(l2_normalize(q), l2_normalize(k), *wide, starts, at_least_fp32(state))
     return o.to(v.dtype), last
 
 
 FORGET = -104.0  # a log decay whose exponential is 0 in float32
+SixTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def fla_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty results of fla_rule."""
-    return v.new_empty(v.shape), state.new_empty(state.shape)
+@operator(fake=lambda go, gs, *inputs: tuple(map(torch.empty_like, inputs)))
+def fla_rule_back(
+    go: Tensor,
+    gs: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+) -> SixTensors:
+    """Gradients of fla_rule's inputs from those of its outputs; runs the forward again."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
+    with torch.enable_grad():
+        return torch.autograd.grad(fla_rule.twin(*inputs), inputs, (go, gs))
 
 
-@operator(shapes=fla_shapes)
+def fla_rule_grad(
+    ctx: Any,
+    go: Tensor,
+    gs: Tensor,
+) -> SixTensors:
+    """Gradients of fla_rule's inputs."""
+    return fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors)
+
+
+# The library's own autograd.Function would break a compiled graph, so each direction is an operator.
+@operator(
+    fake=lambda q, k, v, g, beta, state: (torch.empty_like(v), torch.empty_like(state)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    backward=fla_rule_grad,
+)
 def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """delta_rule without starts, by flash-linear-attention."""
     return chunk_gated_delta_rule(
@@ -2250,83 +2391,57 @@ def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Te
     )
 
 
-Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-@operator(shapes=lambda *args: tuple(x.new_empty(x.shape) for x in args[2:]))
-def fla_rule_back(
-    go: Tensor,
-    gs: Tensor,
+def fused_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     beta: Tensor,
+    starts: Tensor,
     state: Tensor,
-) -> Six:
-    """Gradients of fla_rule's inputs from those of its outputs; the forward runs again."""
-    inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
-    with torch.enable_grad():
-        return torch.autograd.grad(fla_rule.twin(*inputs), inputs, (go, gs))
-
-
-class FusedDeltaRule(torch.autograd.Function):
-    """fla_rule with its gradients, an operator each: the library's own function would break a compiled graph."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(*inputs)
-        return fla_rule(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, go: Tensor, gs: Tensor) -> Six:
-        return fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors)
-
-
-def fused_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """delta_rule by flash-linear-attention's kernels, chunks of 64 tokens. A start is a decay to nothing."""
+    """delta_rule by flash-linear-attention's kernels, which know no starts: a start is a decay to nothing."""
     g = at_least_fp32(g).masked_fill(starts[..., None], FORGET)
-    return FusedDeltaRule.apply(*(x.contiguous() for x in (q, k, v, g, beta, state)))
+    return fla_rule(*(x.contiguous() for x in (q, k, v, g, beta, state)))
 
 
 class Kernels(NamedTuple):
-    """What the model computes its loss with, its MLPs where nobody taps inside (None: always the plain twin), and its
-    delta nets."""
+    """The functions that a model computes its heavy parts with."""
 
     cross_entropy: Callable[[Tensor, Tensor, float], Tensor]
-    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None
-    delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = delta_rule
+    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None  # None: the modules' own plain forward
+    delta_rule: Callable[..., tuple[Tensor, Tensor]] = delta_rule
 
 
 PLAIN = Kernels(softcapped_cross_entropy, None)
 
 
 def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
-    """The fused kernels of a run, chosen once and logged; UserError when one that is asked for cannot run here."""
-    here = triton is not None and runtime.device.type == "cuda"
-    aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0
-    table = {  # knob: what it needs beside a GPU and triton, whether that is there, the kernel and its plain twin
-        "fused_ce_enabled": ("", here, fused_cross_entropy, softcapped_cross_entropy),
+    """Choose and log the fused kernels of a run. UserError: one that a knob asks for cannot run here."""
+    gpu = triton is not None and runtime.device.type == "cuda"
+    half = gpu and runtime.dtype == torch.bfloat16
+    aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0  # of bulk copies: 16 bytes
+    table = {  # knob: whether it can run here, what it needs beside a GPU and Triton, the kernel, its plain twin
+        "fused_ce_enabled": (gpu, "", fused_cross_entropy, softcapped_cross_entropy),
         "fused_mlp_enabled": (
+            half and aligned,
             ", COMPUTE_DTYPE=bf16 and widths that are multiples of 8",
-            here and runtime.dtype == torch.bfloat16 and aligned,
             fused_mlp,
             None,
         ),
         "fused_gdn_enabled": (
+            half and chunk_gated_delta_rule is not None,
             ", COMPUTE_DTYPE=bf16 and flash-linear-attention",
-            here and runtime.dtype == torch.bfloat16 and chunk_gated_delta_rule is not None,
             fused_delta_rule,
             delta_rule,
         ),
     }
     chosen = []
-    for name, (needs, usable, fused, plain) in table.items():
-        if getattr(cfg, name) == "1" and not usable:
-            raise UserError(f"{name.upper()}=1 needs a GPU, triton{needs}; or say {name.upper()}=auto")
-        chosen.append(fused if usable and getattr(cfg, name) != "0" else plain)
+    for name, (usable, needs, fused, plain) in table.items():
+        wanted = getattr(cfg, name)
+        if wanted == "1" and not usable:
+            raise UserError(f"{name.upper()}=1 needs a GPU, triton{needs}; set {name.upper()}=auto")
+        chosen.append(fused if usable and wanted != "0" else plain)
         runtime.log(f"{name}: {'fused' if chosen[-1] is fused else 'plain'}")
     return Kernels(*chosen)
 
@@ -2337,84 +2452,184 @@ def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
 
 
 class Site(NamedTuple):
-    """Where a tap listens: the name (q k v o up down head, or qkv for q k v of a delta net; attn mlp for whole
-    sublayers), the slot and the layer."""
+    """A place where a listener can read and change the model's activations."""
 
-    name: str
-    execution: int
+    name: str  # q k v o up down head (qkv for a delta net's q k v): a matmul; attn, mlp: a whole sublayer
+    execution: int  # position in the route; the head's is -1
     layer: int
 
 
-Taps = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> output
-LayerTap = Callable[[str, Tensor, Tensor], Tensor]
+class Taps(Protocol):
+    """A listener: called at each of its sites, it returns the output that goes on in place of y."""
+
+    sites: frozenset[str]  # names of the sites that it hears
+
+    def __call__(
+        self,
+        site: Site,
+        x: Tensor,
+        y: Tensor,
+    ) -> Tensor:
+        """x and y: input and output of a matmul, or the normed input and the output of a sublayer."""
 
 
-def untapped(name: str, x: Tensor, y: Tensor) -> Tensor:
-    """The tap of a slot that nobody listens to."""
-    return y
+class LayerTap:
+    """The listener as one layer execution calls it. Where it does not hear, outputs pass through."""
+
+    def __init__(self, taps: Taps | None, execution: int = -1, layer: int = -1) -> None:
+        self.taps, self.execution, self.layer = taps, execution, layer
+        self.sites = frozenset() if taps is None else taps.sites
+
+    def __call__(
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+    ) -> Tensor:
+        return self.taps(Site(name, self.execution, self.layer), x, y) if name in self.sites else y
 
 
-def bind(taps: Taps | None, execution: int, layer: int) -> LayerTap:
-    """The taps of one slot; without a listener the output passes through."""
-    if taps is None:
-        return untapped
-    return lambda name, x, y: taps(Site(name, execution, layer), x, y)
+Init = Callable[[Tensor, float, torch.Generator], Any]  # (weight, start, generator): fills the weight in place
 
 
-INITS: dict[str, Callable] = {
-    "orthogonal": nn.init.orthogonal_,
-    "zero": lambda w, generator: nn.init.zeros_(w),
-    "uniform": lambda w, generator: nn.init.uniform_(w, -(w.size(1) ** -0.5), w.size(1) ** -0.5, generator=generator),
+def constant(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Every entry is `start`."""
+    w.fill_(start)
+
+
+def normal(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Standard deviation `start`. Drawn in float32 whatever the dtype, so that all dtypes start alike."""
+    w.copy_(torch.randn(w.shape, generator=generator) * start)
+
+
+def orthogonal(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Orthonormal rows or columns, whichever are fewer."""
+    nn.init.orthogonal_(w, generator=generator)
+
+
+def uniform(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Uniform in +-1/sqrt(columns), as torch's own linear layers and convolutions."""
+    nn.init.uniform_(w, -(w.size(1) ** -0.5), w.size(1) ** -0.5, generator=generator)
+
+
+def stream_alone(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Residual mix (2, D): all of the stream, nothing of the embedding."""
+    w[0] = 1
+    w[1] = 0
+
+
+def log_decay_rate(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """log A of a delta net, with A log-uniform in 1..8."""
+    w.uniform_(0, math.log(8), generator=generator)
+
+
+def decay_step(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """The bias whose softplus is a delta net's step, log-uniform in 0.001..0.1."""
+    dt = w.uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp()
+    w.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+class Role(NamedTuple):
+    """A kind of weight: everything that depends on the kind stands in its row of ROLES and nowhere else."""
+
+    init: Init  # initial values
+    start: float | str = 0.0  # what init gets: a number, or the knob that holds it
+    optimiser: str = "adamw"  # muon or adamw
+    lr: str = "scalar_lr"  # knob of the learning rate
+    wd: str = "adam_wd"  # knob of the decoupled weight decay
+    store: str = "fp16"  # how it is quantised: a key of STORES
+    clip: str = ""  # knob of the clip, in standard deviations of a row
+    hessian: str = ""  # tap site whose input it multiplies: GPTQ calibrates there
+    stream: str = ""  # stream of the artifact that holds its integers; empty: the first, with all small things
+    ttt_lr_mult: str = ""  # knob of a factor on TTT_LR
+
+
+EMBED = ("adamw", "tied_embed_lr", "embed_wd")
+MUON = ("muon", "matrix_lr", "muon_wd")
+ATTN = (*MUON, "matrix", "attn_clip_sigmas")
+MLP_MATRIX = (*MUON, "matrix", "mlp_clip_sigmas")
+ROLES = {
+    "embed": Role(normal, "tied_embed_init_std", *EMBED, "embed", "embed_clip_sigmas", "head", "embed"),  # tied head
+    "hash_table": Role(constant, 0.0, *EMBED, "table", "embed_clip_sigmas"),
+    "value_table": Role(normal, 0.01, *EMBED, "table", "embed_clip_sigmas"),
+    "q": Role(orthogonal, 0.0, *ATTN, "q", "q"),
+    "k": Role(orthogonal, 0.0, *ATTN, "q", "k"),  # q, k and v read the same input
+    "v": Role(orthogonal, 0.0, *ATTN, "q", "v"),
+    "o": Role(constant, 0.0, *ATTN, "o", "o"),
+    "delta_qkv": Role(orthogonal, 0.0, *ATTN, "qkv"),
+    "delta_z": Role(orthogonal, 0.0, *ATTN, "qkv"),
+    "up": Role(orthogonal, 0.0, *MLP_MATRIX, "up", "up"),
+    "down": Role(constant, 0.0, *MLP_MATRIX, "down", "down"),
+    "delta_ba": Role(uniform, 0.0, *MUON, ttt_lr_mult="gdn_ttt_lr_mult"),
+    "delta_taps": Role(uniform, ttt_lr_mult="gdn_ttt_lr_mult"),
+    "delta_decay": Role(log_decay_rate, ttt_lr_mult="gdn_ttt_lr_mult"),
+    "delta_step": Role(decay_step, ttt_lr_mult="gdn_ttt_lr_mult"),
+    "projection": Role(orthogonal),
+    "hash_scale": Role(constant, 0.05),
+    "value_scale": Role(constant, 0.1),
+    "sparse_gate": Role(normal, "sparse_attn_gate_init_std", store="gate"),
+    "dense_gate": Role(normal, "gated_attn_init_std", store="gate"),
+    "half_open_gate": Role(constant, 0.0, store="gate"),
+    "gate_bias": Role(constant, 4.0),  # nearly open
+    "q_gain": Role(constant, "qk_gain_init"),
+    "sink": Role(constant, 0.0),  # logit 0
+    "value_lambda": Role(constant, 0.5),
+    "scale": Role(constant, 1.0),
+    "shut": Role(constant, 0.0),  # gates and scales that begin as the identity, or half open inside a sigmoid
+    "residual_mix": Role(stream_alone),
+    "lane_residual": Role(constant, 1.1),
 }
 
 
+def make_weight(role: str, *shape: int, dtype: torch.dtype = torch.float32, trained: bool = True) -> nn.Parameter:
+    """A parameter that knows its role, a key of ROLES, and its layer (-1: of no layer; Block sets it)."""
+    p = nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=trained)
+    p.role, p.layer = role, -1
+    return p
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, cfg: Config, generator: torch.Generator) -> None:
+    """Fill every parameter by its role, on the CPU whatever the device, so that every rank draws the same."""
+    for p in module.parameters():
+        role = ROLES[p.role]
+        role.init(p, getattr(cfg, role.start) if isinstance(role.start, str) else role.start, generator)
+
+
 class Linear(nn.Module):
-    """y = x W^T with W (out, in) kept in dtype and cast to x's at use; no bias. init: a key of INITS."""
+    """y = x W^T with W (out, in) kept in dtype and cast to x's dtype at use; no bias."""
 
-    def __init__(self, d_in: int, d_out: int, init: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, role: str, d_in: int, d_out: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtype))
-        self.init = init
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial weights."""
-        INITS[self.init](self.weight, generator=generator)
+        self.weight = make_weight(role, d_out, d_in, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
 
 class HeadGate(nn.Module):
-    """factor * sigmoid(scale * (W source[:window] + b)) per head; source is the normed sublayer input or the raw
-    queries; b only where its initial value is given."""
+    """factor * sigmoid(scale * (W source[:window] + b)) per head. source: the normed sublayer input, or the raw queries
+    (reads_q). b only when biased."""
 
     def __init__(
         self,
+        role: str,
         shape: tuple[int, int],
-        scale: float,
-        factor: float,
-        std: float,
+        scale: float = 1.0,
+        factor: float = 1.0,
         reads_q: bool = False,
-        bias: float | None = None,
+        biased: bool = False,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*shape))
-        self.bias = None if bias is None else nn.Parameter(torch.empty(shape[0]))
-        self.scale, self.factor, self.std, self.reads_q, self.bias_init = (
-            scale,
-            factor,
-            std,
-            reads_q,
-            bias,
-        )
+        self.weight = make_weight(role, *shape)
+        self.bias = make_weight("gate_bias", shape[0]) if biased else None
+        self.scale, self.factor, self.reads_q = scale, factor, reads_q
 
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial weights."""
-        nn.init.normal_(self.weight, std=self.std, generator=generator)
-        if self.bias is not None:
-            nn.init.constant_(self.bias, self.bias_init)
-
-    def forward(self, n_BTD: Tensor, q_BTD: Tensor) -> Tensor:
+    def forward(
+        self,
+        n_BTD: Tensor,
+        q_BTD: Tensor,
+    ) -> Tensor:
         """(B, T, D) -> (B, T, H, 1)."""
         source = (q_BTD if self.reads_q else n_BTD)[..., : self.weight.size(1)]
         bias = None if self.bias is None else self.bias.to(source.dtype)
@@ -2424,57 +2639,41 @@ class HeadGate(nn.Module):
 
 GATES: dict[str, Callable[[Config], HeadGate | None]] = {
     "none": lambda c: None,
-    "sparse": lambda c: HeadGate(
-        (c.num_heads, c.gate_window), c.sparse_attn_gate_scale, 1.0, c.sparse_attn_gate_init_std
+    "sparse": lambda c: HeadGate("sparse_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
+    "dense": lambda c: HeadGate("dense_gate", (c.num_heads, c.model_dim)),
+    "dense_bias": lambda c: HeadGate("half_open_gate", (c.num_heads, c.model_dim), biased=True),
+    "out": lambda c: HeadGate(
+        "half_open_gate",
+        (c.num_heads, c.gate_window),
+        factor=2.0,
+        reads_q=c.attn_out_gate_src == "proj",
     ),
-    "dense": lambda c: HeadGate((c.num_heads, c.model_dim), 1.0, 1.0, c.gated_attn_init_std),
-    "dense_bias": lambda c: HeadGate((c.num_heads, c.model_dim), 1.0, 1.0, 0.0, bias=4.0),
-    "out": lambda c: HeadGate((c.num_heads, c.gate_window), 1.0, 2.0, 0.0, c.attn_out_gate_src == "proj"),
 }
-
-
-@torch.no_grad()
-def draw_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill a weight, drawing in float32 whatever its dtype, so that all dtypes start alike."""
-    weight.copy_(nn.init.normal_(torch.empty(weight.shape), std=std, generator=generator))
 
 
 STORED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE
 
 
 class Table(nn.Module):
-    """An embedding of `rows` ids, kept in EMBED_DTYPE, normal of a given std at init (0: zeros)."""
+    """An embedding of `rows` ids, kept in EMBED_DTYPE."""
 
-    def __init__(self, rows: int, dim: int, std: float, cfg: Config) -> None:
+    def __init__(self, role: str, rows: int, dim: int, cfg: Config) -> None:
         super().__init__()
-        self.weight, self.std = (
-            nn.Parameter(torch.empty(rows, dim, dtype=STORED_DTYPES[cfg.embed_dtype])),
-            std,
-        )
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial weights."""
-        draw_normal(self.weight, self.std, generator)
+        self.weight = make_weight(role, rows, dim, dtype=STORED_DTYPES[cfg.embed_dtype])
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids, self.weight).to(dtype)
 
 
 class Projected(nn.Module):
-    """scale * P table[id]: a narrow embedding, brought to a width by an orthogonal P (none when it has it already)."""
+    """scale * P table[id]: an embedding, projected to a width by P where it is narrower."""
 
-    def __init__(self, table: Table, width: int, scale: float) -> None:
+    def __init__(self, table: Table, width: int, scale_role: str) -> None:
         super().__init__()
         dim = table.weight.size(1)
-        self.table, self.proj = (
-            table,
-            Linear(dim, width, "orthogonal") if dim != width else None,
-        )
-        self.scale, self.scale_init = nn.Parameter(torch.empty(1)), scale
-
-    def reset(self, generator: torch.Generator) -> None:
-        """The initial scale."""
-        nn.init.constant_(self.scale, self.scale_init)
+        self.table = table
+        self.proj = Linear("projection", dim, width) if dim != width else None
+        self.scale = make_weight(scale_role, 1)
 
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T) rows of the table -> (B, T, width)."""
@@ -2485,9 +2684,9 @@ class Projected(nn.Module):
 class HashEmbedding(Projected):
     """Adds an embedding of the last `order` tokens, hashed into one table (BigramHash and TrigramHash of PR 1182).
 
-    The hash is an XOR of the tokens times constants, taken as a signed 32-bit number, modulo all rows but the last. The
-    last row stands for a token with none before it; where the tokens before are fewer than order - 1, those there are
-    count. With HASH_BOS_MASK a document's first token has none before it.
+    The hash is an XOR of the tokens times constants, taken as a signed 32-bit number, modulo all rows but the last,
+    which is for a token without a predecessor. Fewer than order - 1 predecessors: the hash of those that exist. With
+    HASH_BOS_MASK a document's first token has no predecessor.
     """
 
     MULTIPLIERS = (
@@ -2497,19 +2696,23 @@ class HashEmbedding(Projected):
     )  # of the token itself, the one before it, and the one before that
 
     def __init__(self, cfg: Config, order: int, rows: int, dim: int, trained: bool = True) -> None:
-        super().__init__(Table(rows, dim, 0.0, cfg), cfg.model_dim, 0.05)
+        super().__init__(Table("hash_table", rows, dim, cfg), cfg.model_dim, "hash_scale")
         self.multipliers, self.rows, self.reach = self.MULTIPLIERS[:order], rows, order - 1
         self.first_id = BOS_ID if cfg.hash_bos_mask else -1
         self.requires_grad_(trained)
 
-    def buckets(self, ids: Tensor) -> Tensor:
+    def buckets(
+        self,
+        ids: Tensor,
+    ) -> Tensor:
         """(B, T) ids -> (B, T) rows of the table."""
-        follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has one before it
-        key, seen = self.multipliers[0] * ids, torch.ones_like(follows)
+        follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has a predecessor
+        key, seen = self.multipliers[0] * ids, torch.ones_like(follows)  # seen: the token `back` before exists
         for back, multiplier in enumerate(self.multipliers[1:], 1):
             seen = follows & F.pad(seen[:, :-1], (1, 0))
             key = key ^ torch.where(seen, multiplier * F.pad(ids, (back, 0))[:, : ids.size(1)], 0)
-        signed = (key + 2**31) % 2**32 - 2**31  # computed in 64 bits: int32 overflow is not defined in compiled code
+        # wrap in 64 bits: compiled code may not rely on int32 overflow
+        signed = (key + 2**31) % 2**32 - 2**31
         return torch.where(follows, signed % (self.rows - 1), self.rows - 1)
 
     def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
@@ -2517,22 +2720,21 @@ class HashEmbedding(Projected):
 
 
 class Smear(nn.Module):
-    """e_t + lambda * sigmoid(w . e_t[:window]) * e_{t-1}, not into a document's first token when masked."""
+    """e_t + lambda * sigmoid(w . e_t[:window]) * e_{t-1}; with SMEAR_BOS_MASK a document's first token keeps e_t."""
 
-    reach = 1  # tokens that are looked back at
+    reach = 1  # earlier tokens that an output depends on
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, cfg.gate_window))
-        self.scale = nn.Parameter(torch.empty(1))
+        self.weight = make_weight("shut", 1, cfg.gate_window)
+        self.scale = make_weight("shut", 1)
         self.bos_mask = cfg.smear_bos_mask
 
-    def reset(self, generator: torch.Generator) -> None:
-        """The identity."""
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.scale)
-
-    def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        e_BTD: Tensor,
+    ) -> Tensor:
         gate = torch.sigmoid(F.linear(e_BTD[..., : self.weight.size(1)], self.weight.to(e_BTD.dtype)))
         gate = gate * self.scale.to(e_BTD.dtype)
         if self.bos_mask:
@@ -2541,23 +2743,23 @@ class Smear(nn.Module):
 
 
 class ChannelSmear(nn.Module):
-    """(1 - g) x_t + g x_{t-1} with g = sigmoid(gate), a number per channel; a masked document start keeps its x_t.
+    """(1 - g) x_t + g x_{t-1}, g = sigmoid(gate) per channel; with SMEAR_BOS_MASK a document's first token keeps x_t.
 
-    The published gate (PR 1182) works on the normed embedding, whose first position blends with zeros.
+    As published (PR 1182) it acts on the normed embedding, and position 0 blends with zeros.
     """
 
     reach = 1
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.empty(cfg.model_dim))
+        self.gate = make_weight("shut", cfg.model_dim)
         self.first_id = BOS_ID if cfg.smear_bos_mask else -1
 
-    def reset(self, generator: torch.Generator) -> None:
-        """Half and half."""
-        nn.init.zeros_(self.gate)
-
-    def forward(self, ids: Tensor, x_BTD: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        x_BTD: Tensor,
+    ) -> Tensor:
         gate = torch.sigmoid(self.gate.to(x_BTD.dtype)) * (ids != self.first_id).unsqueeze(-1).to(x_BTD.dtype)
         return (1 - gate) * x_BTD + gate * F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
 
@@ -2572,8 +2774,8 @@ NORMED_EXTRAS = ("smear_channel",)  # those that act after the norm
 
 
 class ValueContext:
-    """What the slots of one forward pass share about attention's values: the token's value embedding (B, T, K * d)
-    with a scale per layer that takes it, and the first slot's values once that slot has run."""
+    """What the layer executions of one forward pass share about attention's values: the tokens' value embedding
+    (B, T, K * d), a scale for each layer that adds it, and the first execution's values once it has run."""
 
     def __init__(self, embedded: Tensor | None, scales: Tensor | None) -> None:
         self.embedded, self.scales = embedded, scales
@@ -2581,39 +2783,33 @@ class ValueContext:
 
 
 class ValueEmbedding(Projected):
-    """Values of the token itself (Zhou et al. 2024, as in PR 1182): one table and projection, a scale per layer."""
+    """Attention values looked up by token (Zhou et al. 2024, as in PR 1182): one projected table, a scale per layer."""
 
     def __init__(self, cfg: Config) -> None:
-        table = Table(cfg.vocab_size, cfg.ve_dim, 0.01, cfg)
-        super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, 0.1)
-        self.layer_scales = nn.Parameter(torch.empty(len(cfg.ve_layers)))
+        table = Table("value_table", cfg.vocab_size, cfg.ve_dim, cfg)
+        super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, "value_scale")
+        self.layer_scales = make_weight("scale", len(cfg.ve_layers))
 
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial scales."""
-        super().reset(generator)
-        nn.init.ones_(self.layer_scales)
-
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> ValueContext:
+    def forward(
+        self,
+        ids: Tensor,
+        dtype: torch.dtype,
+    ) -> ValueContext:
         return ValueContext(self.look_up(ids, dtype), self.layer_scales.to(dtype))
 
 
 class ValueResidual(nn.Module):
-    """How a layer takes part in Values: adds its share of the value embedding (layers in VE_LAYERS), then mixes with
-    the first slot's values by two learnt factors (ResFormer, Zhou et al. 2024)."""
+    """Adds the value embedding to a layer's values (layers in VE_LAYERS), then mixes in the first execution's values
+    by two learnt factors (ResFormer, Zhou et al. 2024)."""
 
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()
         embedded = "value_embed" in cfg.attn_extras and layer in cfg.ve_layers
         self.scale_index = cfg.ve_layers.index(layer) if embedded else None
-        self.lambdas = nn.Parameter(torch.empty(2)) if "value_residual" in cfg.attn_extras else None
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Half and half."""
-        if self.lambdas is not None:
-            nn.init.constant_(self.lambdas, 0.5)
+        self.lambdas = make_weight("value_lambda", 2) if "value_residual" in cfg.attn_extras else None
 
     def forward(self, v: Tensor, values: ValueContext) -> Tensor:
-        """(B, T, K * d) values of this slot -> the same, mixed. The first slot only leaves its values."""
+        """(B, T, K * d) values of this execution -> the same, mixed. The first execution only leaves its own."""
         if self.scale_index is not None:
             v = v + values.scales[self.scale_index] * values.embedded
         if self.lambdas is None:
@@ -2626,39 +2822,32 @@ class ValueResidual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: QK norm, partial RoPE, query gain, then XSA and gate on the head outputs."""
+    """Grouped-query attention with QK norm, partial RoPE and a query gain; then XSA and a gate on the outputs."""
 
     INPUTS = ("q", "k", "v")  # the matrices that read the normed input, and their sites
 
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
         D, head = cfg.model_dim, cfg.model_dim // cfg.num_heads
-        self.q, self.o = Linear(D, D, "orthogonal"), Linear(D, D, "zero")
-        self.k, self.v = (Linear(D, cfg.num_kv_heads * head, "orthogonal") for _ in range(2))
-        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
-        self.sink = nn.Parameter(torch.empty(cfg.num_kv_heads, head)) if "sink" in cfg.attn_extras else None
+        self.q, self.o = Linear("q", D, D), Linear("o", D, D)
+        self.k, self.v = (Linear(role, D, cfg.num_kv_heads * head) for role in ("k", "v"))
+        self.q_gain = make_weight("q_gain", cfg.num_heads)
+        self.sink = make_weight("sink", cfg.num_kv_heads, head) if "sink" in cfg.attn_extras else None
         self.gate = GATES[cfg.attn_gate](cfg)
         self.values = ValueResidual(cfg, layer)
         self.xsa = "xsa" in cfg.attn_extras and layer >= cfg.num_layers - cfg.xsa_last_n
-        self.attend, self.head_dim, self.gain_init = attend, head, cfg.qk_gain_init
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial gains, and a sink whose logit is 0."""
-        nn.init.constant_(self.q_gain, self.gain_init)
-        if self.sink is not None:
-            nn.init.zeros_(self.sink)
+        self.attend, self.head_dim = attend, head
 
     def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        raw_q, raw_k, raw_v = (
-            tap("q", n, self.q(n)),
-            tap("k", n, self.k(n)),
-            tap("v", n, self.v(n)),
-        )
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, self.values(raw_v, values)))
-        q, k = rotate(rms_norm(q), meta.cos, meta.sin), rotate(rms_norm(k), meta.cos, meta.sin)
+        raw_q = tap("q", n, self.q(n))
+        raw_k = tap("k", n, self.k(n))
+        raw_v = self.values(tap("v", n, self.v(n)), values)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, raw_v))
+        q, k = (rotate(rms_norm(x), meta.cos, meta.sin) for x in (q, k))
+        q = q * self.q_gain.to(q.dtype)[:, None]
         attend = self.attend if meta.carry is None else meta.carry.attend
-        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, meta, self.sink)
+        y = attend(q, k, v, meta, self.sink)
         if self.xsa:
             y = remove_self_value(y, v)
         if self.gate is not None:
@@ -2668,8 +2857,8 @@ class Attention(nn.Module):
 
 
 class DeltaNet(nn.Module):
-    """Gated delta net (Yang et al. 2024) as in PR 1895: a convolution over two tokens, ELU + 1 queries and keys, SiLU
-    values, a decay and a write strength per head, a SiLU gate on the outputs, and no norm on them."""
+    """Gated delta net (Yang et al. 2024) as in PR 1895: a convolution over two tokens, ELU + 1 on queries and keys,
+    SiLU on values, a decay and a write strength per head; outputs are gated by SiLU and not normed."""
 
     INPUTS = ("qkv",)
 
@@ -2677,37 +2866,35 @@ class DeltaNet(nn.Module):
         super().__init__()
         D, d, value_heads = cfg.model_dim, cfg.gdn_head_dim, cfg.gdn_v_heads
         self.widths, self.head_dim = [cfg.gdn_qk_heads * d] * 2 + [value_heads * d], d
-        self.qkv, self.ba = (
-            Linear(D, sum(self.widths), "orthogonal"),
-            Linear(D, 2 * value_heads, "uniform"),
-        )
-        self.z, self.o = (
-            Linear(D, value_heads * d, "orthogonal"),
-            Linear(value_heads * d, D, "zero"),
-        )
-        self.taps = nn.Parameter(torch.empty(sum(self.widths), 2), requires_grad=cfg.gdn_conv_trained)
-        self.A_log, self.dt_bias = (nn.Parameter(torch.empty(value_heads)) for _ in range(2))
+        self.qkv = Linear("delta_qkv", D, sum(self.widths))
+        self.ba = Linear("delta_ba", D, 2 * value_heads)
+        self.z = Linear("delta_z", D, value_heads * d)
+        self.o = Linear("o", value_heads * d, D)
+        self.taps = make_weight("delta_taps", sum(self.widths), 2, trained=cfg.gdn_conv_trained)
+        self.A_log = make_weight("delta_decay", value_heads)
+        self.dt_bias = make_weight("delta_step", value_heads)
         self.groups, self.rule = value_heads // cfg.gdn_qk_heads, kernels.delta_rule
 
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        """Taps in +-sqrt(1/2); decay rates log-uniform: A in 1..8, steps (softplus of dt_bias) in 0.001..0.1."""
-        nn.init.uniform_(self.taps, -(0.5**0.5), 0.5**0.5, generator=generator)
-        nn.init.uniform_(self.A_log, 0, math.log(8), generator=generator)
-        dt = nn.init.uniform_(self.dt_bias, math.log(1e-3), math.log(0.1), generator=generator).exp()
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-
-    def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
+    def forward(
+        self,
+        n: Tensor,
+        meta: AttnMeta,
+        tap: LayerTap,
+        values: ValueContext,
+    ) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        p, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
-        before = F.pad(p[:, :-1], (0, 0, 1, 0)).masked_fill(meta.starts[..., None], 0)
-        parts = (taps[:, 1] * p + taps[:, 0] * before).split(self.widths, dim=-1)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
+        # causal convolution over two tokens, which does not reach into the segment before
+        qkv, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
+        before = F.pad(qkv[:, :-1], (0, 0, 1, 0)).masked_fill(meta.starts[..., None], 0)
+        qkv = taps[:, 1] * qkv + taps[:, 0] * before
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(self.widths, dim=-1))
         q, k = ((F.elu(x) + 1).repeat_interleave(self.groups, dim=2) for x in (q, k))
+        # write strength sigmoid(b), and Mamba-2's log decay -A softplus(a + dt_bias)
         b, a = at_least_fp32(self.ba(n)).chunk(2, dim=-1)
         g = -self.A_log.exp() * F.softplus(a + self.dt_bias)
-        state = g.new_zeros(len(n), g.size(-1), self.head_dim, self.head_dim)
-        y, _ = self.rule(q, k, F.silu(v), g, torch.sigmoid(b), meta.starts, state)
+        state = g.new_zeros(n.size(0), g.size(-1), self.head_dim, self.head_dim)
+        v, beta = F.silu(v), torch.sigmoid(b)
+        y, _ = self.rule(q, k, v, g, beta, meta.starts, state)
         y = y.flatten(2) * F.silu(self.z(n))
         return tap("attn", n, tap("o", y, self.o(y)))
 
@@ -2716,28 +2903,32 @@ MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
 
 
 class MLP(nn.Module):
-    """down(LeakyReLU(up(m), slope)^2); in fused kernels, when there are any, unless somebody taps inside."""
+    """down(LeakyReLU(up(m), slope)^2), by the fused kernel if the run has it and nobody listens at up or down."""
 
     def __init__(self, cfg: Config, kernels: Kernels) -> None:
         super().__init__()
         hidden = int(cfg.mlp_mult * cfg.model_dim)
-        self.up, self.down = (
-            Linear(cfg.model_dim, hidden, "orthogonal"),
-            Linear(hidden, cfg.model_dim, "zero"),
-        )
+        self.up = Linear("up", cfg.model_dim, hidden)
+        self.down = Linear("down", hidden, cfg.model_dim)
         self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
-    def forward(self, m: Tensor, tap: LayerTap) -> Tensor:
+    def forward(
+        self,
+        m: Tensor,
+        tap: LayerTap,
+    ) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        if self.fused is not None and tap is untapped:
-            return self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
-        a = F.leaky_relu(tap("up", m, self.up(m)), self.slope).square()
-        return tap("mlp", m, tap("down", a, self.down(a)))
+        if self.fused is not None and tap.sites.isdisjoint(("up", "down")):
+            y = self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
+        else:
+            a = F.leaky_relu(tap("up", m, self.up(m)), self.slope).square()
+            y = tap("down", a, self.down(a))
+        return tap("mlp", m, y)
 
 
 class Block(nn.Module):
-    """A layer: a mixer, attention or another, then an MLP on one stream that also mixes in x0; or both side by side, on
-    one stream or in two lanes."""
+    """A layer: a mixer (attention or a delta net), then an MLP, on a residual that also mixes in the embedding x0. Both
+    may instead run in parallel, on one residual or on two lanes."""
 
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
@@ -2745,23 +2936,18 @@ class Block(nn.Module):
             MIXERS[mixer_letters(cfg)[layer]](cfg, layer, attend, kernels),
             MLP(cfg, kernels),
         )
-        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(cfg.model_dim)) for _ in range(2))
-        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
+        self.attn_scale, self.mlp_scale = (make_weight("scale", cfg.model_dim) for _ in range(2))
+        self.resid_mix = make_weight("residual_mix", 2, cfg.model_dim)
         self.input_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Unit scales, and a residual of x alone."""
-        nn.init.ones_(self.attn_scale)
-        nn.init.ones_(self.mlp_scale)
-        with torch.no_grad():
-            self.resid_mix.copy_(torch.tensor([[1.0], [0.0]]))
+        for p in self.parameters():
+            p.layer = layer
 
     def norm(self, x: Tensor) -> Tensor:
-        """RMS norm and the layer's input scale."""
+        """RMS norm times the layer's input scale."""
         return rms_norm(x) * self.input_scale
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The residual with the embedding mixed in."""
+        """Mix the embedding into the residual."""
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
@@ -2774,7 +2960,7 @@ class Block(nn.Module):
         values: ValueContext,
         parallel_block: bool,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D). abreast: the MLP reads what attention reads, not what it adds."""
+        """(B, T, D) -> (B, T, D). parallel_block: the MLP reads the mixer's input, not its output."""
         u = self.mix(x, x0)
         y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), meta, tap, values)
         return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(u if parallel_block else y), tap)
@@ -2788,24 +2974,18 @@ class Block(nn.Module):
         tap: LayerTap,
         values: ValueContext,
     ) -> tuple[Tensor, Tensor]:
-        """What attention (from lane 0 with x0) and MLP (from lane 1) would add, each (B, T, D)."""
+        """Outputs (B, T, D) of the mixer, which reads lane 0 with x0, and of the MLP, which reads lane 1."""
         a = self.attn_scale.to(lane0.dtype) * self.attn(self.norm(self.mix(lane0, x0)), meta, tap, values)
         return a, self.mlp_scale.to(lane1.dtype) * self.mlp(self.norm(lane1), tap)
 
 
 class Skips(nn.Module):
-    """U-net skips: one weight row (and gate row) per decoder position; x <- q x + (1 - q) w s, or x + w s ungated."""
+    """U-net skips from encoder outputs s: x <- q x + (1 - q) w s, or x + w s ungated; a row of w and q per skip."""
 
     def __init__(self, rows: int, dim: int, gated: bool) -> None:
         super().__init__()
-        self.weights = nn.Parameter(torch.empty(rows, dim))
-        self.gates = nn.Parameter(torch.empty(rows, dim)) if gated else None
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Unit weights, half-open gates."""
-        nn.init.ones_(self.weights)
-        if self.gates is not None:
-            nn.init.zeros_(self.gates)
+        self.weights = make_weight("scale", rows, dim)
+        self.gates = make_weight("shut", rows, dim) if gated else None
 
     def forward(self, x: Tensor, source: Tensor, row: int) -> Tensor:
         skip = self.weights[row].to(x.dtype) * source
@@ -2815,24 +2995,25 @@ class Skips(nn.Module):
 
 
 class Lanes(nn.Module):
-    """Two parallel residual lanes: each keeps part of itself and takes part of both sublayers' outputs."""
+    """Two residual lanes: each becomes a weighted sum of itself and of both sublayers' outputs."""
 
     FINAL = {"mean": lambda a, b: 0.5 * (a + b), "mlp": lambda a, b: b, "attn": lambda a, b: a}
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.post = nn.Parameter(torch.empty(cfg.num_layers, 2, 2))  # layer, source (attention, MLP), lane
-        self.resid = nn.Parameter(torch.empty(cfg.num_layers, 2))
+        self.post = make_weight("scale", cfg.num_layers, 2, 2)  # layer, source (attention, MLP), lane
+        self.resid = make_weight("lane_residual", cfg.num_layers, 2)
         self.final = self.FINAL[cfg.parallel_final_lane]
 
-    def reset(self, generator: torch.Generator) -> None:
-        """Both outputs into both lanes."""
-        nn.init.ones_(self.post)
-        nn.init.constant_(self.resid, 1.1)
-
-    def forward(self, lanes: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor], layer: int) -> tuple[Tensor, Tensor]:
-        r, p = self.resid[layer].to(lanes[0].dtype), self.post[layer].to(lanes[0].dtype)
-        first, second = (r[i] * lanes[i] + p[0, i] * added[0] + p[1, i] * added[1] for i in range(2))
+    def forward(
+        self,
+        lanes: tuple[Tensor, Tensor],
+        added: tuple[Tensor, Tensor],
+        layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        r, p = (w[layer].to(lanes[0].dtype) for w in (self.resid, self.post))
+        attn, mlp = added
+        first, second = (r[i] * lanes[i] + p[0, i] * attn + p[1, i] * mlp for i in range(2))
         return first, second
 
 
@@ -2843,70 +3024,68 @@ class Lanes(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """The order of layer executions as data. Per slot: layer, skip row and source slot (-1: none), two lanes or one,
-    and on one, whether attention and MLP stand abreast."""
+    """The order of layer executions, as data: one entry per execution in each tuple."""
 
     layers: tuple[int, ...]
-    num_encoder: int
-    skip_row: tuple[int, ...]
-    skip_source: tuple[int, ...]
-    parallel: tuple[bool, ...]
-    parallel_block: tuple[bool, ...]
+    num_encoder: int  # the first executions, whose outputs the skips read
+    skip_row: tuple[int, ...]  # row of Skips; -1: no skip
+    skip_source: tuple[int, ...]  # the execution whose output the skip adds; -1: no skip
+    parallel: tuple[bool, ...]  # attention and MLP on two lanes
+    parallel_block: tuple[bool, ...]  # attention and MLP in parallel on one residual
 
     def __str__(self) -> str:
         """One line for people."""
-        skips = " ".join(f"{i}<-{s}" for i, s in enumerate(self.skip_source) if s >= 0)
-        lanes = [i for i, p in enumerate(self.parallel) if p]
-        beside = "  attention beside MLP in slots " + " ".join(str(i) for i, p in enumerate(self.parallel_block) if p)
+        order = list(map(str, self.layers))
+        skips = [f"{i}<-{s}" for i, s in enumerate(self.skip_source) if s >= 0]
+        two_lanes = self.parallel.index(True) if any(self.parallel) else "none"
+        beside = [str(i) for i, on in enumerate(self.parallel_block) if on]
         return (
-            f"layers {' '.join(map(str, self.layers[: self.num_encoder]))} | "
-            f"{' '.join(map(str, self.layers[self.num_encoder :]))}  skips (slot<-slot) {skips}  "
-            f"two lanes from slot {lanes[0] if lanes else 'none'}{beside * any(self.parallel_block)}"
+            f"layers {' '.join(order[: self.num_encoder])} | {' '.join(order[self.num_encoder :])}"
+            f"  skips (execution<-execution) {' '.join(skips)}  two lanes from execution {two_lanes}"
+            + ("  attention beside MLP in executions " + " ".join(beside))
+            * bool(beside)
         )
 
 
 def plan_route(cfg: Config, looping: bool) -> Route:
-    """The route of a model: the first half of the executions is the encoder, and decoder position j takes the j-th last
-    encoder output. With looping, layers LOOP_START..LOOP_END run NUM_LOOPS more times."""
+    """The route of a model. With looping, layers LOOP_START..LOOP_END run NUM_LOOPS more times."""
     layers = list(range(cfg.num_layers))
     if looping:
-        a, b = cfg.loop_start, cfg.loop_end + 1
-        layers = layers[:a] + layers[a:b] * (cfg.num_loops + 1) + layers[b:]
+        looped = slice(cfg.loop_start, cfg.loop_end + 1)
+        layers[looped] = layers[looped] * (cfg.num_loops + 1)
+    # the first half is the encoder, and decoder position j takes the j-th last encoder output
     encoder = len(layers) // 2
-    rows = num_skip_rows(cfg)
-    skip = [-1] * encoder + [j if j < min(rows, encoder) else -1 for j in range(len(layers) - encoder)]
-    source = [encoder - 1 - j if j >= 0 else -1 for j in skip]
-    start = cfg.parallel_start_layer
-    parallel, on, two = [], False, cfg.parallel_lanes == 2
-    for execution, layer in enumerate(layers):
-        on = on or (two and execution >= encoder and 0 < start <= layer)
-        parallel.append(on)
-    parallel_block = tuple(not two and 0 < start <= layer for layer in layers)
-    return Route(tuple(layers), encoder, tuple(skip), tuple(source), tuple(parallel), parallel_block)
+    skip_row = [-1] * encoder + [j if j < encoder else -1 for j in range(len(layers) - encoder)]
+    skip_source = [encoder - 1 - j if j >= 0 else -1 for j in skip_row]
+    late = [0 < cfg.parallel_start_layer <= layer for layer in layers]
+    lanes = cfg.parallel_lanes == 2
+    # once the residual has split into two lanes, in the decoder, they last to the end
+    split = [lanes and any(late[encoder : i + 1]) for i in range(len(layers))]
+    beside = [on and not lanes for on in late]
+    return Route(tuple(layers), encoder, tuple(skip_row), tuple(skip_source), tuple(split), tuple(beside))
 
 
 def state_starts(ids: Tensor, cu_seqlens: Tensor | None, first_id: int) -> Tensor:
-    """(B, T) bool: tokens where a recurrent state starts afresh, those of first_id and those that start a segment."""
+    """(B, T) bool: tokens before which a recurrent state is cleared: first_id, and the first of each segment."""
     starts = (ids == first_id).flatten()
-    if cu_seqlens is not None:  # F.pad: boundaries include the end
+    if cu_seqlens is not None:  # boundaries include the end: one more place, cut off again
         starts = F.pad(starts, (0, 1)).index_fill(0, cu_seqlens.long(), True)[:-1]
     return starts.view(ids.shape)
 
 
 def loops(cfg: Config) -> bool:
-    """Whether a run ever switches depth recurrence on."""
+    """Does a run ever switch depth recurrence on?"""
     return cfg.num_loops > 0 and cfg.enable_looping_at < 1
 
 
 def num_skip_rows(cfg: Config) -> int:
     """Skip rows that a model needs: those of its looped route."""
-    executions = cfg.num_layers + cfg.num_loops * (cfg.loop_end + 1 - cfg.loop_start) * (cfg.num_loops > 0)
-    return executions // 2
+    return plan_route(cfg, True).num_encoder
 
 
 class GPT(nn.Module):
-    """The language model. Parameters float32, but the embedding by EMBED_DTYPE; activations in `dtype`. set_looping
-    chooses the route."""
+    """The language model: float32 parameters (the embedding: EMBED_DTYPE), activations in `dtype`; set_looping chooses
+    the route."""
 
     def __init__(
         self,
@@ -2916,7 +3095,7 @@ class GPT(nn.Module):
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
-        self.tok_emb = Linear(cfg.model_dim, cfg.vocab_size, "zero", STORED_DTYPES[cfg.embed_dtype])
+        self.tok_emb = Linear("embed", cfg.model_dim, cfg.vocab_size, STORED_DTYPES[cfg.embed_dtype])
         self.embed_extras = nn.ModuleDict({n: make(cfg) for n, make in EMBED_EXTRAS.items() if n in cfg.embed_extras})
         self.reach = sum(extra.reach for extra in self.embed_extras.values())
         self.value_embed = ValueEmbedding(cfg) if "value_embed" in cfg.attn_extras else None
@@ -2925,11 +3104,9 @@ class GPT(nn.Module):
         self.lanes = Lanes(cfg) if any(plan_route(cfg, True).parallel) else None
         self.routes = {on: plan_route(cfg, on and cfg.num_loops > 0) for on in (False, True)}
         self.route = self.routes[False]
-        self.softcap, self.rope, self.embed_std = (
-            cfg.logit_softcap,
-            (cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len),
-            cfg.tied_embed_init_std,
-        )
+        self.cfg = cfg  # for init_weights alone: the forward pass looks at modules
+        self.softcap = cfg.logit_softcap
+        self.rope = cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len
         self.dtype, self.masked, self.rotary = (
             dtype,
             attend is masked_attention,
@@ -2939,13 +3116,9 @@ class GPT(nn.Module):
         self.first_id = (BOS_ID if cfg.gdn_bos_reset else -1) if "G" in mixer_letters(cfg) else None
         self.cross_entropy = kernels.cross_entropy
 
-    def reset(self, seed: int) -> GPT:
-        """Initial weights from a seed, on the CPU whatever the device, so that every rank agrees; the model itself."""
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if module is not self and hasattr(module, "reset"):
-                module.reset(generator)
-        draw_normal(self.tok_emb.weight, self.embed_std, generator)
+    def init_weights(self, seed: int) -> GPT:
+        """Initial weights from a seed; the model itself."""
+        init_weights(self, self.cfg, torch.Generator().manual_seed(seed))
         return self
 
     def set_looping(self, on: bool) -> None:
@@ -2987,7 +3160,7 @@ class GPT(nn.Module):
         return AttnMeta(None, max_len, *rotary_at(at, dims, base, max_len), None, carry=carry)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, D): the embedding with what adds to it, normed, then what acts on the normed."""
+        """(B, T) ids -> (B, T, D): the embedding and its extras, normed, then the extras that act after the norm."""
         x = F.embedding(ids, self.tok_emb.weight).to(self.dtype)
         for name, extra in self.embed_extras.items():
             x = x if name in NORMED_EXTRAS else extra(ids, x)
@@ -2997,11 +3170,10 @@ class GPT(nn.Module):
         return x
 
     def trunk(self, ids: Tensor, meta: AttnMeta | None = None, taps: Taps | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, D) normed hidden states before the head. seq None: plain causal rows."""
+        """(B, T) ids -> (B, T, D) normed hidden states before the head. Without meta: plain causal rows."""
         meta = self.plan(ids.size(1), ids.device) if meta is None else meta
-        meta = (
-            meta if self.first_id is None else meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
-        )
+        if self.first_id is not None:
+            meta = meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
         x = self.embed(ids)
         if meta.carry is not None:
             ids = ids[:, self.reach :]
@@ -3010,9 +3182,10 @@ class GPT(nn.Module):
         values = ValueContext(None, None) if self.value_embed is None else self.value_embed(ids, self.dtype)
         lanes, outputs, route = (x,), [], self.route
         for execution, layer in enumerate(route.layers):
-            lane0, block, tap = lanes[0], self.blocks[layer], bind(taps, execution, layer)
-            if route.skip_row[execution] >= 0:
-                lane0 = self.skips(lane0, outputs[route.skip_source[execution]], route.skip_row[execution])
+            lane0, block, tap = lanes[0], self.blocks[layer], LayerTap(taps, execution, layer)
+            row, source = route.skip_row[execution], route.skip_source[execution]
+            if row >= 0:
+                lane0 = self.skips(lane0, outputs[source], row)
             if route.parallel[execution]:
                 pair = (lane0, lanes[-1])
                 lanes = self.lanes(pair, block.branches(*pair, x0, meta, tap, values), layer)
@@ -3033,29 +3206,38 @@ class GPT(nn.Module):
         reduction: str = "mean",
         cells: Tensor | None = None,
     ) -> Tensor:
-        """Softcapped logits (B, T, V) in at least float32; with targets (B, T) their cross-entropy in nats:
-        a scalar for reduction="mean", (B, T) for "none". With cells (n,), indices into the B*T flattened positions,
-        the head is computed there alone, and n stands in place of B, T."""
+        """Softcapped logits (B, T, V) in at least float32; with targets (B, T), their cross-entropy in nats: a scalar
+        for reduction="mean", (B, T) for "none". cells (n,): indices into the B*T flattened positions, the only ones
+        that the head is computed for; (n) then takes the place of (B, T)."""
         h = self.trunk(ids, meta, taps)
         if cells is not None:
             h = h.flatten(0, 1)[cells]
             targets = targets if targets is None else targets.flatten()[cells]
-        z = self.tok_emb(h)
-        z = z if taps is None else taps(Site("head", -1, -1), h, z)
+        z = LayerTap(taps)("head", h, self.tok_emb(h))
         if targets is None:
             return softcapped(z, self.softcap)
         loss = self.cross_entropy(z.flatten(0, -2), targets.flatten(), self.softcap)
         return loss.mean() if reduction == "mean" else loss.view_as(targets)
 
 
-def count_parameters(cfg: Config) -> int:
-    """Parameters of the model, without building it in memory."""
+def weights_of(cfg: Config) -> dict[str, nn.Parameter]:
+    """Name -> parameter of a configuration's model, without memory: shapes, roles and layers of a state dict."""
     with torch.device("meta"):
-        return sum(p.numel() for p in GPT(cfg).parameters())
+        return dict(GPT(cfg).named_parameters())
+
+
+def count_parameters(cfg: Config) -> int:
+    """Parameters of a configuration's model."""
+    return sum(p.numel() for p in weights_of(cfg).values())
+
+
+def weights_by_role(cfg: Config, role: str) -> dict[int, str]:
+    """Layer -> name of the weights of a role."""
+    return {p.layer: name for name, p in weights_of(cfg).items() if p.role == role}
 
 
 def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple[Tensor, Tensor, AttnMeta]:
-    """ids, targets and Seq of a batch on the device; the number of boundaries is a dynamic dimension of the graph."""
+    """ids, targets and AttnMeta of a batch on the device. The number of boundaries is a dynamic size of the graph."""
     ids, targets, cu_seqlens = batch.to(runtime.device)
     if cu_seqlens is not None and runtime.compile:
         torch._dynamo.mark_dynamic(cu_seqlens, 0)
@@ -3071,53 +3253,13 @@ def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-class OptimRow(NamedTuple):
-    """Which parameters (regular expression over the whole name) get which optimiser, with which LR and WD knobs."""
-
-    pattern: str
-    optimiser: str
-    lr: str
-    wd: str
-
-
-OPTIM_TABLE = (
-    OptimRow(
-        r"tok_emb\.weight|(embed_extras\.(bigram|trigram)|value_embed)\.table\.weight",
-        "adamw",
-        "tied_embed_lr",
-        "embed_wd",
-    ),
-    OptimRow(
-        r"blocks\.\d+\.(attn\.([qkvoz]|qkv|ba)|mlp\.(up|down))\.weight",
-        "muon",
-        "matrix_lr",
-        "muon_wd",
-    ),
-    OptimRow(
-        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|sink|gate\.(weight|bias)|values\.lambdas)|"
-        r"attn\.(taps|A_log|dt_bias))",
-        "adamw",
-        "scalar_lr",
-        "adam_wd",
-    ),
-    OptimRow(
-        r"(skips|lanes|embed_extras\.smear(_channel)?)\..+|"
-        r"(embed_extras\.(bigram|trigram)|value_embed)\.(scale|layer_scales|proj\.weight)",
-        "adamw",
-        "scalar_lr",
-        "adam_wd",
-    ),
-)
-
-
-def route_parameters(model: nn.Module) -> list[tuple[OptimRow, dict[str, nn.Parameter]]]:
-    """The parameters of each row of OPTIM_TABLE; asserts that every parameter matches exactly one row."""
-    routed: list[tuple[OptimRow, dict[str, nn.Parameter]]] = [(row, {}) for row in OPTIM_TABLE]
-    for name, parameter in model.named_parameters():
-        hits = [params for row, params in routed if re.fullmatch(row.pattern, name)]
-        assert len(hits) == 1, f"{name} matches {len(hits)} rows of OPTIM_TABLE"
-        hits[0][name] = parameter
-    return [(row, params) for row, params in routed if params]
+def optimiser_groups(model: nn.Module) -> dict[tuple[str, str, str], dict[str, nn.Parameter]]:
+    """The parameters of each (optimiser, learning-rate knob, weight-decay knob), by name."""
+    groups: dict[tuple[str, str, str], dict[str, nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        role = ROLES[p.role]
+        groups.setdefault((role.optimiser, role.lr, role.wd), {})[name] = p
+    return groups
 
 
 COEFFICIENTS = {  # a, b, c of X <- a X + (b A + c A A) X with A = X X^T; the last triple repeats
@@ -3189,20 +3331,20 @@ def muon_direction(grad: Tensor, buffer: Tensor, momentum: float, row_normalize:
 class Muon:
     """Orthogonalised momentum on 2-D weights (Jordan et al. 2024), stacked by shape and sharded over the ranks.
 
-    Each rank reduces, keeps momentum for, and orthogonalises its share of the matrices of a shape; the updates are
-    gathered and applied everywhere. All reduces are launched before the first is awaited, and all gathers likewise.
+    Each rank reduces, keeps momentum for, and orthogonalises its share of the matrices of a shape.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], cfg: Config, runtime: Runtime) -> None:
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
+        # the largest groups first: their communication overlaps the work on the others
         self.groups = sorted(shapes.values(), key=lambda g: -len(g) * g[0].numel())
         self.cfg, self.runtime = cfg, runtime
-        self.buffers = [
-            torch.zeros(-(-len(g) // runtime.world), *g[0].shape, dtype=g[0].dtype, device=g[0].device)
-            for g in self.groups
-        ]
+        self.buffers = []
+        for group in self.groups:
+            share = -(-len(group) // runtime.world)
+            self.buffers.append(group[0].new_zeros(share, *group[0].shape))
 
     def reduce(self) -> list[Tensor]:
         """This rank's shares (k, rows, cols) of the gradients averaged over the ranks, in the parameters' dtype."""
@@ -3212,10 +3354,12 @@ class Muon:
             if world == 1:
                 shares.append(grads)
                 continue
-            padded = F.pad(grads, (0, 0, 0, 0, 0, len(buffer) * world - len(group))).to(self.runtime.dtype)
+            # whole shares for every rank; sent in bf16 on a GPU, half the bytes
+            missing = len(buffer) * world - len(group)
+            padded = F.pad(grads, (0, 0, 0, 0, 0, missing)).to(self.runtime.dtype)
             shares.append(torch.empty_like(padded[: len(buffer)]))
             waits.append(reduce_scatter(shares[-1], padded, async_op=True))
-        for work in waits:
+        for work in waits:  # every reduce is launched before the first is awaited
             work.wait()
         return [share.to(buffer.dtype) / world for share, buffer in zip(shares, self.buffers, strict=True)]
 
@@ -3224,12 +3368,13 @@ class Muon:
         cfg, world, updates, waits = self.cfg, self.runtime.world, [], []
         for share, buffer in zip(shares, self.buffers, strict=True):
             direction = muon_direction(share, buffer, momentum, cfg.muon_row_normalize)
+            # the iterations tolerate bf16; tests in float64 keep it
             low = self.runtime.dtype if direction.dtype == torch.float32 else direction.dtype
             update = orthogonalize(direction.to(low), cfg.muon_coefficients, cfg.muon_backend_steps)
             if world > 1:
-                whole = update.new_empty(len(buffer) * world, *update.shape[1:])
-                waits.append(all_gather(whole, update.contiguous(), async_op=True))
-                update = whole
+                gathered = update.new_empty(len(buffer) * world, *update.shape[1:])
+                waits.append(all_gather(gathered, update.contiguous(), async_op=True))
+                update = gathered
             updates.append(update)
         for work in waits:
             work.wait()
@@ -3241,22 +3386,21 @@ class Muon:
 
 
 class Optimisers:
-    """Muon and AdamW over OPTIM_TABLE, with one global-norm clip of the averaged gradient. A parameter that was built
-    to want no gradient stays as it is."""
+    """Muon and AdamW by the parameters' roles, with one global-norm clip of the averaged gradient.
+
+    A parameter that was built with requires_grad off is left alone.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
-        routed = [(row, [p for p in ps.values() if p.requires_grad]) for row, ps in route_parameters(model)]
-        self.muon = Muon([p for row, ps in routed if row.optimiser == "muon" for p in ps], cfg, runtime)
-        groups = [
-            {
-                "params": ps,
-                "weight_decay": getattr(cfg, row.wd),
-                "base_lr": getattr(cfg, row.lr),
-            }
-            for row, ps in routed
-            if row.optimiser == "adamw"
-        ]
+        muon, groups = [], []
+        for (optimiser, lr, wd), named_params in optimiser_groups(model).items():
+            params = [p for p in named_params.values() if p.requires_grad]
+            if optimiser == "muon":
+                muon += params
+            else:
+                groups.append({"params": params, "weight_decay": getattr(cfg, wd), "base_lr": getattr(cfg, lr)})
+        self.muon = Muon(muon, cfg, runtime)
         self.adamw = torch.optim.AdamW(
             groups,
             lr=0.0,
@@ -3274,19 +3418,20 @@ class Optimisers:
             return
         flat = self.runtime.sum_(torch.cat([p.grad.flatten() for p in self.small])) / self.runtime.world
         parts = flat.split([p.numel() for p in self.small])
-        torch._foreach_copy_(
-            [p.grad for p in self.small],
-            [x.view_as(p) for x, p in zip(parts, self.small, strict=True)],
-        )
+        for p, part in zip(self.small, parts, strict=True):
+            p.grad.copy_(part.view_as(p))
 
     def clip(self, shares: list[Tensor]) -> None:
-        """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM; no host sync."""
-        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM."""
         grads = [p.grad for p in self.small]
-        norm = (squares + torch.stack(torch._foreach_norm([at_least_fp32(g) for g in grads])).square().sum()).sqrt()
+        # each rank has its own shares, but all of the small gradients
+        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        small_norms = torch._foreach_norm([at_least_fp32(g) for g in grads])
+        norm = (squares + torch.stack(small_norms).square().sum()).sqrt()
+        # the factor stays on the device, so the host waits for nothing
         factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(shares, factor)
-        for dtype in dict.fromkeys(g.dtype for g in grads):  # batched operations are fast on one dtype at a time
+        for dtype in dict.fromkeys(g.dtype for g in grads):  # _foreach is fast on one dtype at a time
             torch._foreach_mul_([g for g in grads if g.dtype == dtype], factor)
 
     @torch.no_grad()
@@ -3310,8 +3455,8 @@ class Optimisers:
         for p in [*self.small, *(p for group in self.muon.groups for p in group)]:
             p.grad = None
 
-    def forget(self) -> None:
-        """Back to the state before the first step (after warm-up)."""
+    def clear(self) -> None:
+        """Back to the state before the first step."""
         self.adamw.state.clear()
         for buffer in self.muon.buffers:
             buffer.zero_()
@@ -3330,7 +3475,7 @@ def lr_multiplier(fraction: float, warmdown_frac: float, floor: float) -> float:
 
 
 def warmdown_share(cfg: Config, fraction: float, step: int) -> float:
-    """Share of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
+    """Fraction of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
     return cfg.warmdown_iters * fraction / max(step, 1) if cfg.warmdown_iters else cfg.warmdown_frac
 
 
@@ -3339,38 +3484,57 @@ def muon_momentum(step: int, start: float, end: float, ramp_steps: int) -> float
     return start + (end - start) * min(step / ramp_steps, 1.0) if ramp_steps > 0 else end
 
 
+class Progress(NamedTuple):
+    """Where a run is when a step begins."""
+
+    step: int  # from 0
+    fraction: float  # of the run that is done
+    multiplier: float  # of the learning rates
+
+    @classmethod
+    def at(cls, cfg: Config, fraction: float, step: int) -> Progress:
+        """The step with its LR multiplier."""
+        warmdown = warmdown_share(cfg, fraction, step)
+        return cls(step, fraction, lr_multiplier(fraction, warmdown, cfg.min_lr))
+
+
+# What changes during a run, and at which steps it is on: one row for each thing that a knob can switch on.
+STAGES: dict[str, Callable[[Config, Progress], bool]] = {
+    "looping": lambda c, now: now.fraction >= c.enable_looping_at,
+    "ste": lambda c, now: now.multiplier < c.late_qat_threshold,
+    "noise": lambda c, now: now.fraction >= c.qat_noise_start_frac and now.step % c.qat_noise_every == 0,
+    "swa": lambda c, now: now.multiplier < c.swa_start_scale and (now.step + 1) % c.swa_every == 0,
+}
+
+
+def stages_of(cfg: Config) -> list[str]:
+    """The stages that a run has."""
+    chosen = {"looping"} if loops(cfg) else set()
+    return [name for name in STAGES if name in {*chosen, cfg.qat, *cfg.average}]
+
+
 class Ema:
-    """Exponential moving average of tensors (the live weights), float32, started at their initial values, without bias
-    correction."""
+    """Exponential moving average of tensors, float32, without bias correction: it starts at their initial values."""
 
     def __init__(self, cfg: Config, source: list[Tensor]) -> None:
         self.decay, self.source = cfg.ema_decay, source
         self.shadow = [at_least_fp32(p.detach()).clone() for p in source]
 
     @torch.no_grad()
-    def update(self, step: int, multiplier: float) -> None:
-        """After optimiser step number `step`, counted from 1, at an LR multiplier."""
+    def update(self) -> None:
+        """Take in the tensors as they are after a step."""
         torch._foreach_lerp_(self.shadow, [at_least_fp32(p) for p in self.source], 1 - self.decay)
 
 
 class Swa:
-    """Mean of snapshots of tensors, float32: one every SWA_EVERY steps while the LR multiplier is under
-    SWA_START_SCALE (Izmailov et al. 2018). Before the first snapshot, and without any, the tensors themselves."""
+    """Mean of snapshots of tensors, float32 (Izmailov et al. 2018); without a snapshot, the tensors themselves."""
 
     def __init__(self, cfg: Config, source: list[Tensor]) -> None:
-        self.every, self.start, self.source, self.count = (
-            cfg.swa_every,
-            cfg.swa_start_scale,
-            source,
-            0,
-        )
-        self.shadow = source
+        self.source, self.shadow, self.count = source, source, 0
 
     @torch.no_grad()
-    def update(self, step: int, multiplier: float) -> None:
-        """After optimiser step number `step`, counted from 1, at an LR multiplier."""
-        if multiplier >= self.start or step % self.every:
-            return
+    def update(self) -> None:
+        """Take a snapshot."""
         if not self.count:
             self.shadow = [torch.zeros_like(at_least_fp32(p.detach())) for p in self.source]
         self.count += 1
@@ -3380,27 +3544,27 @@ class Swa:
 AVERAGES = {"ema": Ema, "swa": Swa}  # in this order: each averages what the one before it holds
 
 
-def averages_of(cfg: Config, params: list[Tensor]) -> list[Ema | Swa]:
-    """The chain of averages of AVERAGE; its last `shadow` is what training ends with."""
-    chain: list[Ema | Swa] = []
-    for average in (AVERAGES[name] for name in AVERAGES if name in cfg.average):
-        chain.append(average(cfg, chain[-1].shadow if chain else params))
+def averages_of(cfg: Config, params: list[Tensor]) -> dict[str, Ema | Swa]:
+    """The chain of averages of AVERAGE; the `shadow` of the last is what training ends with."""
+    chain: dict[str, Ema | Swa] = {}
+    for name in (name for name in AVERAGES if name in cfg.average):
+        source = list(chain.values())[-1].shadow if chain else params
+        chain[name] = AVERAGES[name](cfg, source)
     return chain
 
 
 class FakeQuantSTE:
-    """Quantisation-aware training: the forward pass sees the weights on the grid that they will be stored on, and their
-    gradient goes straight through to the weights (Bengio et al. 2013). For all that is stored in under 8 bits."""
+    """Quantisation-aware training with the straight-through estimator (Bengio et al. 2013).
+
+    The forward pass sees the weights on the grid that they will be stored on; their gradient goes to the weights
+    themselves. For every weight that is stored in under 8 bits.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg, plan = cfg, quant_plan(cfg)
-        routed = [(p, rule_for(name, plan)) for name, p in model.named_parameters()]
-        self.jobs = [(p, rule) for p, rule in routed if rule.bits < 8 and SCHEMES[rule.scheme].steps is not None]
+        rounded = {name for name, rule in plan.items() if rule.bits < 8 and SCHEMES[rule.scheme].steps is not None}
+        self.jobs = [(p, plan[name]) for name, p in model.named_parameters() if name in rounded]
         self.params = [p for p, _ in self.jobs]
-
-    def due(self, fraction: float, multiplier: float, step: int) -> bool:
-        """Whether this step trains so."""
-        return multiplier < self.cfg.late_qat_threshold
 
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
@@ -3412,31 +3576,29 @@ class FakeQuantSTE:
 
 
 class QuantNoise:
-    """Quantisation-aware training by noise: Gaussian, of a fraction of the rounding error of each row's step, on
-    weights chosen by name, the same on every rank; the optimiser sees the weights without it."""
+    """Quantisation-aware training by Gaussian noise, QAT_NOISE_MULT of the rounding error of a uniform grid.
+
+    Weights are chosen by name; the noise is the same on every rank, and the optimiser sees the weights without it.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
         matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
-        chosen = {n: p for n, p in matrices.items() if any(named(n, word) for word in cfg.qat_noise_patterns)}
+        chosen = {n: p for n, p in matrices.items() if any(fits(n, word) for word in cfg.qat_noise_patterns)}
         if not chosen:
             raise UserError(f"QAT_NOISE_PATTERNS={format_knob(cfg.qat_noise_patterns)} is in no name of a matrix")
         self.params = list(chosen.values())
 
-    def due(self, fraction: float, multiplier: float, step: int) -> bool:
-        """Whether this step trains so."""
-        return fraction >= self.cfg.qat_noise_start_frac and step % self.cfg.qat_noise_every == 0
-
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
         """What the forward pass of a step sees instead of self.params."""
-        cfg, generator = self.cfg, torch.Generator(self.params[0].device)
-        generator.manual_seed(cfg.seed * 2**20 + step)
-        noisy = []
+        cfg, noisy = self.cfg, []
+        generator = torch.Generator(self.params[0].device).manual_seed(cfg.seed * 2**20 + step)
         for p in self.params:
-            sigma = cfg.qat_noise_mult * sigma_clip_scale(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
+            # the error of rounding to a grid is uniform over one interval, whose variance is its square / 12
+            rounding = sigma_clip_scale(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
             draw = torch.randn(p.shape, generator=generator, device=p.device)
-            noisy.append((p + draw * sigma[:, None]).to(p.dtype))
+            noisy.append((p + draw * (cfg.qat_noise_mult * rounding)[:, None]).to(p.dtype))
         return noisy
 
 
@@ -3445,7 +3607,7 @@ QATS = {"none": None, "ste": FakeQuantSTE, "noise": QuantNoise}
 
 @contextlib.contextmanager
 def temporarily_set(params: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """Within, the parameters hold other values, in place: a compiled graph reads them as it would the weights."""
+    """Inside the block the parameters hold other values, in place, where a compiled graph reads them."""
     kept = [p.detach().clone() for p in params]
     with torch.no_grad():
         torch._foreach_copy_(params, values)
@@ -3473,40 +3635,51 @@ class Trainer:
         self.optimisers = Optimisers(cfg, model, runtime)
         self.averages = averages_of(cfg, list(model.parameters()))
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
-        self.rounding = self.rounded = False
+        self.stages, self.begun = stages_of(cfg), set()
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
-        self.loss, self.noted = torch.zeros((), device=runtime.device), 0
+        self.loss = torch.zeros((), device=runtime.device)
+        self.reported_step = 0
 
-    def step(self, batches: list[Batch], multiplier: float, step: int) -> None:
-        """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss."""
+    def step(self, batches: list[Batch], multiplier: float, step: int, rounded: bool = False) -> None:
+        """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss.
+
+        rounded: the forward pass sees the weights as QAT has them.
+        """
         self.loss = torch.zeros((), device=self.runtime.device)
-        with temporarily_set(self.qat.params, self.qat.values(step)) if self.rounding else contextlib.nullcontext():
+        weights = contextlib.nullcontext()
+        if rounded:
+            weights = temporarily_set(self.qat.params, self.qat.values(step))
+        with weights:
             for batch in batches:
-                loss = self.forward(*on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)) / len(batches)
+                inputs = on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)
+                loss = self.forward(*inputs) / len(batches)
                 loss.backward()
                 self.loss += loss.detach()
         self.optimisers.step(multiplier, step)
 
-    def multiplier(self, fraction: float, step: int) -> float:
-        """LR multiplier of a step."""
-        return lr_multiplier(fraction, warmdown_share(self.cfg, fraction, step), self.cfg.min_lr)
+    def stages_at(self, now: Progress) -> set[str]:
+        """The stages that a step is in. The log says when one begins, and looping changes the route."""
+        on = {name for name in self.stages if STAGES[name](self.cfg, now)}
+        for name in sorted(on - self.begun):
+            self.runtime.log(f"{name} on from step {now.step}, fraction {now.fraction:.3f}")
+            if name == "looping":
+                self.model.set_looping(True)
+                self.clock.expect_change()  # steps take longer from here on
+        self.begun |= on
+        return on
 
     def advance(self, batches: list[Batch], fraction: float, step: int) -> None:
-        """Step number `step` (from 0) of the run with its schedules, and the averages after it."""
-        multiplier, before = self.multiplier(fraction, step), self.rounding
-        self.rounding = self.qat is not None and self.qat.due(fraction, multiplier, step)
-        if self.rounding and not before and not self.rounded:
-            self.runtime.log(
-                f"QAT={self.cfg.qat} on from step {step}, fraction {fraction:.3f}: {len(self.qat.params)} weights"
-            )
-        self.rounded |= self.rounding
-        self.step(batches, multiplier, step)
-        for average in self.averages:
-            average.update(step + 1, multiplier)
+        """Step number `step`, from 0, with the stages that it is in, and the averages after it."""
+        now = Progress.at(self.cfg, fraction, step)
+        on = self.stages_at(now)
+        self.step(batches, now.multiplier, step, rounded=not on.isdisjoint(QATS))
+        for name, average in self.averages.items():
+            if name not in STAGES or name in on:
+                average.update()
 
     def warm_up(self) -> None:
-        """Compile every graph and let allocators settle, then take it all back: weights, moments and data order."""
+        """Compile every graph and let allocators settle, then roll back weights, moments and the order of the data."""
         before = [p.detach().clone() for p in self.model.parameters()]
         started = time.perf_counter()
         with contextlib.closing(train_batches(self.cfg, self.runtime)) as batches:
@@ -3516,7 +3689,7 @@ class Trainer:
                     self.step(next(batches), 1.0, step)
                     self.runtime.log.progress(f"warm-up (looping {looping})", step + 1, self.cfg.warmup_steps, started)
         self.model.set_looping(False)
-        self.optimisers.forget()
+        self.optimisers.clear()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), before)
         self.runtime.log(
@@ -3529,33 +3702,34 @@ class Trainer:
         return self.runtime.sum_(self.loss.clone()).item() / self.runtime.world
 
     def report(self, step: int, fraction: float, seconds: float) -> None:
-        """Log line and metrics of a step; stops the run on a loss that is not finite."""
+        """Log line and metrics after `step` steps; stops the run on a loss that is not finite."""
         loss = self.mean_loss()
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"training loss is {loss} at step {step}; earlier stages' files are untouched. Lower "
+                f"training loss is {loss} at step {step}; the files of earlier stages are untouched. Lower "
                 "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data"
             )
-        if step == self.noted or (fraction < 1 and step % self.cfg.train_log_every and step > 5):
+        due = step <= 5 or step % self.cfg.train_log_every == 0 or fraction >= 1
+        if not due or step == self.reported_step:
             return
-        self.noted = step
+        self.reported_step = step
         tokens = step * self.cfg.train_batch_tokens
         left = seconds / fraction * (1 - fraction) if fraction > 0 else math.nan
         self.runtime.log(
             f"step {step} train_loss {loss:.4f} {seconds:.1f} s {1e3 * seconds / step:.1f} ms/step "
             f"{tokens / seconds:,.0f} tok/s, about {max(left, 0):.0f} s left"
         )
-        self.note(
+        self.write_metrics(
             {
                 "step": step,
                 "train_loss": loss,
-                "lr_mult": self.multiplier(fraction, step),
+                "lr_mult": Progress.at(self.cfg, fraction, step).multiplier,
                 "seconds": seconds,
                 "looping": self.model.route is self.model.routes[True],
             }
         )
 
-    def note(self, record: dict[str, Any]) -> None:
+    def write_metrics(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
         if self.metrics is not None:
             with self.metrics.open("a", encoding="utf-8") as handle:
@@ -3563,38 +3737,39 @@ class Trainer:
 
     def store_average(self) -> None:
         """Put the weight average into the model."""
-        for average in self.averages:
-            if isinstance(average, Swa):
-                self.runtime.log(f"SWA: {average.count} snapshots")
-                if not average.count:
-                    self.runtime.log(
-                        "WARNING: no step was a multiple of SWA_EVERY with the LR multiplier under "
-                        "SWA_START_SCALE: SWA averages nothing; lower SWA_EVERY or raise SWA_START_SCALE"
-                    )
-        if self.averages:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self.model.parameters()), self.averages[-1].shadow)
+        if not self.averages:
+            return
+        swa = self.averages.get("swa")
+        if swa is not None:
+            self.runtime.log(f"SWA: {swa.count} snapshots")
+            if not swa.count:
+                self.runtime.log(
+                    "WARNING: no step was a multiple of SWA_EVERY with the LR multiplier under "
+                    "SWA_START_SCALE: SWA averages nothing; lower SWA_EVERY or raise SWA_START_SCALE"
+                )
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), list(self.averages.values())[-1].shadow)
 
-    def run(self, validate: Callable[[], Score]) -> TrainReport:
-        """Train; afterwards the model holds the weight average. validate scores the live weights, clock stopped."""
-        cfg, log, clock = self.cfg, self.runtime.log, self.clock
+    def validate(self, step: int, evaluate: Callable[[], Score]) -> None:
+        """Score the live weights with the clock stopped."""
+        elapsed = self.clock.read()
+        score = evaluate()
+        self.runtime.log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
+        self.write_metrics({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
+        self.clock.start(elapsed)
+
+    def run(self, evaluate: Callable[[], Score]) -> TrainReport:
+        """Train; afterwards the model holds the weight average."""
+        cfg, clock = self.cfg, self.clock
         self.warm_up()
-        step = 0
-        if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the one before
+        if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the run before it
             self.metrics.write_text("", encoding="utf-8")
+        step = 0
         clock.start()
         with contextlib.closing(train_batches(cfg, self.runtime)) as batches:
             while (fraction := clock.fraction(step)) < 1:
                 if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-                    elapsed = clock.read()
-                    score = validate()
-                    log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
-                    self.note({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
-                    clock.start(elapsed)
-                if loops(cfg) and fraction >= cfg.enable_looping_at and self.model.route is self.model.routes[False]:
-                    self.model.set_looping(True)
-                    clock.expect_change()
-                    log(f"looping on at step {step}, fraction {fraction:.3f}: {self.model.route}")
+                    self.validate(step, evaluate)
                 self.advance(next(batches), fraction, step)
                 step += 1
                 if step <= 5 or step % min(cfg.train_log_every, 10) == 0:
@@ -3603,9 +3778,8 @@ class Trainer:
         self.report(step, 1.0, seconds)
         self.store_average()
         self.model.set_looping(loops(cfg))
-        log(
-            f"training stopped at step {step} after {seconds:.2f} s; weights: {'+'.join(cfg.average) or 'last iterate'}"
-        )
+        weights = "+".join(cfg.average) or "last iterate"
+        self.runtime.log(f"training stopped at step {step} after {seconds:.2f} s; weights: {weights}")
         return TrainReport(step, seconds, self.mean_loss())
 
 
@@ -3615,58 +3789,44 @@ class Trainer:
 
 
 class QuantRule(NamedTuple):
-    """How tensors whose name matches a glob pattern are stored: scheme, bits, clip in row standard deviations, the
-    first columns of the groups that AWQ-lite gives more bits, the rows that gptq_freqsplit gives more, and a further
-    part or glob of the name."""
+    """How a tensor is stored: scheme, bits, clip in standard deviations of a row; the first columns of the groups that
+    AWQ-lite gives more bits, and the rows that gptq_freqsplit gives more."""
 
-    pattern: str
     scheme: str
     bits: int
-    clip: float
+    clip: float = 0.0
     fine: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
-    part: str = ""
 
 
-# Of tables, which have no input to calibrate on
+# Tables of ids have no input to calibrate on
 TABLE_SCHEMES = {"gptq": "rowwise", "gptq_tcq": "rowwise", "gptq_freqsplit": "rowwise"}
+TAIL_BITS = {"gptq_freqsplit": "embed_tail_bits"}  # scheme -> knob of the embedding's bits, where it is another one
+GATE_RULES = {False: QuantRule("fp16", 16), True: QuantRule("int8_row", 8)}  # values of GATED_ATTN_QUANT_GATE
+STORES: dict[str, Callable[[Config], QuantRule]] = {  # Role.store -> its rule, before the clip
+    "matrix": lambda c: QuantRule(c.matrix_quant, c.matrix_bits),
+    "embed": lambda c: QuantRule(c.embed_quant, getattr(c, TAIL_BITS.get(c.embed_quant, "embed_bits"))),
+    "table": lambda c: QuantRule(TABLE_SCHEMES.get(c.embed_quant, c.embed_quant), c.embed_bits),
+    "gate": lambda c: GATE_RULES[c.gated_attn_quant_gate],
+    "fp16": lambda c: QuantRule("fp16", 16),
+}
+Plan = dict[str, QuantRule]  # of every tensor of the model, by name
 
 
-def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
-    """The quantisation plan; the first matching rule counts, and the last matches everything."""
-    gates = (QuantRule("blocks.*.attn.gate.weight", "int8_row", 8, 0.0),)
-    matrices = (
-        QuantRule(
-            "blocks.*.attn.[qkvoz].weight",
-            cfg.matrix_quant,
-            cfg.matrix_bits,
-            cfg.attn_clip_sigmas,
-        ),
-        QuantRule("blocks.*.attn.qkv.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
-        QuantRule("blocks.*.mlp.*.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.mlp_clip_sigmas),
-    )
-    embed_bits = {"gptq_freqsplit": cfg.embed_tail_bits}.get(cfg.embed_quant, cfg.embed_bits)
-    return (
-        QuantRule("tok_emb.weight", cfg.embed_quant, embed_bits, cfg.embed_clip_sigmas),
-        QuantRule(
-            "*.table.weight",
-            TABLE_SCHEMES.get(cfg.embed_quant, cfg.embed_quant),
-            cfg.embed_bits,
-            cfg.embed_clip_sigmas,
-        ),
-        *(rule._replace(part=part, bits=bits) for part, bits in bits_overrides(cfg) for rule in matrices),
-        *matrices,
-        *gates * cfg.gated_attn_quant_gate,
-        QuantRule("*", "fp16", 16, 0.0),
-    )
+def quant_plan(cfg: Config) -> Plan:
+    """The rule of every tensor, from its role; MATRIX_BITS_OVERRIDES changes bits by name, the first that fits."""
+    plan, overrides = {}, bits_overrides(cfg)
+    for name, p in weights_of(cfg).items():
+        role = ROLES[p.role]
+        rule = STORES[role.store](cfg)
+        if role.store == "matrix":
+            bits = next((bits for word, bits in overrides if fits(name, word)), rule.bits)
+            rule = rule._replace(bits=bits)
+        plan[name] = rule._replace(clip=getattr(cfg, role.clip)) if role.clip else rule
+    return plan
 
 
-def rule_for(name: str, plan: tuple[QuantRule, ...]) -> QuantRule:
-    """The first rule that matches a tensor's name."""
-    return next(rule for rule in plan if fnmatch.fnmatchcase(name, rule.pattern) and named(name, rule.part))
-
-
-def named(name: str, word: str) -> bool:
+def fits(name: str, word: str) -> bool:
     """Whether a knob's word means a tensor: it is part of its name, or a glob of the whole."""
     return word in name or fnmatch.fnmatchcase(name, word)
 
@@ -3681,10 +3841,9 @@ COUNTS = "token_counts"  # the name of token_counts among the Hessians
 FINER = {"gptq": "awq_lite"}  # scheme -> the same with more bits for some columns
 
 
-def passes(cfg: Config, name: str) -> int:
-    """How often calibration ran the layer of a tensor per token; a Hessian sums over the passes."""
-    block = re.match(r"blocks\.(\d+)\.", name)
-    return plan_route(cfg, loops(cfg)).layers.count(int(block[1])) if block else 1
+def passes(cfg: Config, layer: int) -> int:
+    """How often calibration ran a layer per token (the head, layer -1: once); a Hessian sums over the passes."""
+    return max(1, plan_route(cfg, loops(cfg)).layers.count(layer))
 
 
 def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
@@ -3695,64 +3854,62 @@ def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
     return (hessian.diagonal().double() / count).sqrt() * weight.double().abs().mean(dim=0)
 
 
-def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> tuple[QuantRule, ...]:
-    """quant_plan with the embedding's EMBED_TOPK most frequent rows (of equal ones the first), where tokens were
-    counted; and after AWQ-lite's choice: a rule of its own for each tensor that holds one of the AWQ_LITE_GROUP_TOP_K
-    most salient groups of contiguous columns."""
-    (embedding, *others), size, groups, chosen = (
-        quant_plan(cfg),
-        cfg.awq_lite_group_size,
-        [],
-        {},
-    )
-    order = hessians.get(COUNTS, torch.zeros(0)).sort(descending=True, stable=True).indices.tolist()
-    plan = (embedding._replace(rows=tuple(order[: cfg.embed_topk])), *others)
-    for name in sorted(state.keys() & hessians.keys()) * cfg.awq_lite_enabled:
-        rule = rule_for(name, plan)
-        if rule.scheme in FINER and rule.bits < cfg.awq_lite_bits:
-            parts = column_salience(state[name], hessians[name], passes(cfg, name)).split(size)
-            groups += [(-part.sum().item(), name, i * size) for i, part in enumerate(parts)]
+def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> Plan:
+    """quant_plan with what depends on the data: the embedding's EMBED_TOPK most frequent rows (of equally frequent ones
+    the first), and the columns that AWQ-lite gives more bits."""
+    plan = quant_plan(cfg)
+    if COUNTS in hessians:
+        order = hessians[COUNTS].sort(descending=True, stable=True).indices.tolist()
+        for name in weights_by_role(cfg, "embed").values():
+            plan[name] = plan[name]._replace(rows=tuple(order[: cfg.embed_topk]))
+    for name, starts in salient_groups(cfg, plan, state, hessians).items():
+        plan[name] = plan[name]._replace(scheme=FINER[plan[name].scheme], fine=tuple(sorted(starts)))
+    return plan
+
+
+def salient_groups(
+    cfg: Config,
+    plan: Plan,
+    state: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+) -> dict[str, list[int]]:
+    """Name -> first columns of its groups among the AWQ_LITE_GROUP_TOP_K most salient groups of contiguous columns of
+    all tensors; empty unless AWQ_LITE_ENABLED."""
+    groups, chosen, size = [], {}, cfg.awq_lite_group_size
+    for name, p in weights_of(cfg).items():
+        eligible = plan[name].scheme in FINER and plan[name].bits < cfg.awq_lite_bits
+        if cfg.awq_lite_enabled and eligible and name in state.keys() & hessians.keys():
+            salience = column_salience(state[name], hessians[name], passes(cfg, p.layer))
+            groups += [(-part.sum().item(), name, i * size) for i, part in enumerate(salience.split(size))]
     for _, name, start in sorted(groups)[: cfg.awq_lite_group_top_k]:
         chosen.setdefault(name, []).append(start)
-    own = [rule_for(name, plan)._replace(pattern=name, fine=tuple(sorted(chosen[name]))) for name in chosen]
-    return (*(rule._replace(scheme=FINER[rule.scheme]) for rule in own), *plan)
+    return chosen
 
 
 class HessianTap:
-    """Accumulates X^T X (float32) of the inputs of every matrix, keyed by the weight's name: a taps listener.
+    """Accumulates X^T X (float32) of the inputs of every matrix with a Hessian: a taps listener.
 
-    q, k and v share their input, so they share one Hessian (in a delta layer qkv and z); looped layers sum over their
-    passes.
+    Matrices that read the same input share one Hessian; layers that run several times sum over their passes.
     """
 
-    SITES = {
-        "q": ("attn.q", "attn.k", "attn.v"),
-        "qkv": ("attn.qkv", "attn.z"),
-        "o": ("attn.o",),
-        "up": ("mlp.up",),
-        "down": ("mlp.down",),
-    }
+    sites = frozenset(role.hessian for role in ROLES.values()) - {""}
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, int], Tensor] = {}
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Listen at a site; the output passes through."""
-        if site.name in self.SITES or site.name == "head":
-            flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
-            if key not in self.sums:
-                self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
-            self.sums[key].addmm_(flat.T, flat)
+        flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
+        if key not in self.sums:
+            self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
+        self.sums[key].addmm_(flat.T, flat)
         return y
 
-    def hessians(self, batches: int, runtime: Runtime | None = None) -> dict[str, Tensor]:
-        """Weight name -> X^T X / batches on the CPU, summed over the ranks."""
-        result = {}
-        for (name, layer), total in self.sums.items():
-            total = runtime.sum_(total) if runtime is not None else total
-            names = ["tok_emb"] if name == "head" else [f"blocks.{layer}.{part}" for part in self.SITES[name]]
-            result |= dict.fromkeys([f"{n}.weight" for n in names], (total / batches).cpu())
-        return result
+    def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> dict[str, Tensor]:
+        """Name of a weight of the model -> X^T X / batches on the CPU, summed over the ranks."""
+        means = {key: (runtime.sum_(total) / batches).cpu() for key, total in self.sums.items()}
+        inputs = {name: (ROLES[p.role].hessian, p.layer) for name, p in model.named_parameters()}
+        return {name: means[key] for name, key in inputs.items() if key in means}
 
 
 @torch.no_grad()
@@ -3771,7 +3928,7 @@ def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> dict[str, Ten
         ids, _, meta = on_device(model, batch, runtime, cfg.train_seq_len)
         model(ids, None, meta, tap)
         runtime.log.progress("calibration", done + 1, len(mine), started)
-    return tap.hessians(cfg.gptq_calibration_batches, runtime)
+    return tap.hessians(model, cfg.gptq_calibration_batches, runtime)
 
 
 def token_counts(cfg: Config, runtime: Runtime) -> Tensor:
@@ -4270,13 +4427,6 @@ def decode_lqer(parts: Parts) -> Tensor:
     return A @ Grid(*head[2:]).decode(parts["lqb"], parts["lqbs"], (rank, cols))
 
 
-def lqer_bytes(parts: Parts) -> tuple[int, int]:
-    """Bytes of a tensor's correction as stored here, and with a byte per entry as published."""
-    stored = sum(part.nbytes for key, part in parts.items() if key.startswith("lq"))
-    scales = parts["lqas"].nbytes + parts["lqbs"].nbytes
-    return stored, int(parts["lqm"][0]) * sum(parts["q"].shape) + scales
-
-
 class Repair(NamedTuple):
     """encode(error, cfg) -> further parts of a tensor, and decode(parts) -> what they add to the decoded weight."""
 
@@ -4311,7 +4461,7 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
 
     def encode(names: list[str]) -> dict[str, Parts]:
         """The parts of the tensors of a job."""
-        rules = [rule_for(name, plan) for name in names]
+        rules = [plan[name] for name in names]
         weights = [state[name].to(device) for name in names]
         inputs = [hessians[name].to(device) if name in hessians else None for name in names]
         scheme = SCHEMES[rules[0].scheme]
@@ -4326,7 +4476,7 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
 
     groups: dict[Any, list[str]] = {}
     for name in sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n)):
-        scheme = rule_for(name, plan).scheme
+        scheme = plan[name].scheme
         groups.setdefault(name if SCHEMES[scheme].encode_batch is None else (scheme, state[name].size(-1)), []).append(
             name
         )
@@ -4375,11 +4525,12 @@ def sort_hidden(
 
     def order(name: str) -> dict[str, Tensor]:
         weight = state[name].to(runtime.device)
-        return {name: similarity_order(encode_rowwise(weight, None, rule_for(name, plan), cfg)["q"]).cpu()}
+        return {name: similarity_order(encode_rowwise(weight, None, plan[name], cfg)["q"]).cpu()}
 
-    ups = sorted(name for name in state if fnmatch.fnmatchcase(name, "blocks.*.mlp.up.weight"))
-    for up, rows in deal_jobs(runtime, "sorting hidden units", ups, order).items():
-        down = up.replace(".up.", ".down.")
+    ups, downs = weights_by_role(cfg, "up"), weights_by_role(cfg, "down")
+    orders = deal_jobs(runtime, "sorting hidden units", list(ups.values()), order)
+    for layer, up in ups.items():
+        down, rows = downs[layer], orders[up]
         state[up], state[down] = state[up][rows], state[down][:, rows]
         if down in hessians:
             hessians[down] = hessians[down][rows][:, rows]
@@ -4409,8 +4560,9 @@ def rotate_values(
         """x with each head's block of columns times R."""
         return (x.double().unflatten(-1, (-1, len(R))) @ R).flatten(-2).to(x.dtype)
 
-    for v in [name for name in state if fnmatch.fnmatchcase(name, "blocks.*.attn.v.weight")]:
-        o = v.replace(".v.", ".o.")
+    outputs = weights_by_role(cfg, "o")
+    for layer, v in weights_by_role(cfg, "v").items():
+        o = outputs[layer]
         state[v], state[o] = turned(state[v].T).T.contiguous(), turned(state[o])
         if o in hessians:
             hessians[o] = turned(turned(hessians[o]).T)
@@ -4423,118 +4575,21 @@ ROTATIONS = {
 }
 
 
-class TensorReport(NamedTuple):
-    """What storing one tensor costs and loses; squared errors and powers, plain and weighted by the input Hessian."""
-
-    name: str
-    stored: str
-    weights: int
-    error: float
-    power: float
-    weighted_error: float
-    weighted_power: float
-    raw_bytes: int
-    entropy_bytes: int
-
-
-def entropy_bytes(parts: Parts) -> int:
-    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy, given their parity if they are
-    from a trellis, whose state says it."""
-    total = sum(part.nbytes for part in parts.values())
-    if "q" in parts:
-        levels = torch.bincount(parts["q"].flatten().long() + 128, minlength=256).double()
-        counts = levels.view(128, 2).T if "t" in parts else levels[None]
-        lengths = torch.where(counts > 0, counts.sum(dim=1, keepdim=True) / counts, 1.0).log2()
-        total += int((counts * lengths).sum().item() / 8) - parts["q"].numel()
-    return total
-
-
-def weighted_power(x: Tensor, hessian: Tensor | None) -> float:
-    """trace(x H x^T), the summed squares of a layer's outputs; not a number without a Hessian."""
-    return math.nan if hessian is None else ((x.float() @ hessian.float()) * x).double().sum().item()
-
-
-def tensor_reports(
-    runtime: Runtime,
-    state: dict[str, Tensor],
-    hessians: dict[str, Tensor],
-    parts: dict[str, Parts],
-) -> list[TensorReport]:
-    """A report of every stored tensor, in the order of parts."""
-    reports = []
+def plan_report(cfg: Config, parts: dict[str, Parts]) -> str:
+    """The plan as it was carried out: a line for each scheme and bits, with bytes before entropy coding."""
+    plan, weights, rows = quant_plan(cfg), weights_of(cfg), {}
     for key, value in parts.items():
-        name, stored = key.split(":")
-        weight = state[name].to(runtime.device).float()
-        hessian = hessians[name].to(runtime.device) if name in hessians else None
-        error = weight - decode(key, value).to(runtime.device)
-        squares = [t.double().square().sum().item() for t in (error, weight)]
-        weighted = [weighted_power(t, hessian) for t in (error, weight)]
-        raw = sum(part.nbytes for part in value.values())
-        reports.append(TensorReport(name, stored, weight.numel(), *squares, *weighted, raw, entropy_bytes(value)))
-    return reports
-
-
-def ratio(a: float, b: float) -> float:
-    """a / b, not a number when b is nothing."""
-    return a / b if b > 0 else math.nan
-
-
-def report_table(reports: list[TensorReport]) -> str:
-    """quant_report.tsv: one line a tensor, with relative errors."""
-    lines = ["name\tstored\tweights\trelative_error\thessian_weighted_error\traw_bytes\tentropy_bytes"]
-    for r in reports:
-        errors = ratio(r.error, r.power), ratio(r.weighted_error, r.weighted_power)
-        lines.append("\t".join(map(str, (r.name, r.stored, r.weights, *(f"{e:.4e}" for e in errors), *r[-2:]))))
-    return "\n".join(lines) + "\n"
-
-
-def error_report(cfg: Config, reports: list[TensorReport], parts: dict[str, Parts]) -> list[str]:
-    """Per rule of the plan: tensors, weights, relative squared error of the stored weights and (weighted by the input
-    Hessians) of the layers' outputs, bytes; then the tensors stored in a way of their own, and LQER's bytes."""
-    lines, plan = [], quant_plan(cfg)
-    for rule in plan:
-        mine = [r for r in reports if rule_for(r.name, plan) is rule]
-        total = [sum(getattr(r, field) for r in mine) for field in TensorReport._fields[2:]]
-        label = rule.part or rule.pattern
-        if mine:
-            lines.append(
-                f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(mine):3} tensors "
-                f"{total[0]:>11,} weights  relative error {ratio(total[1], total[2]):.3e}  weighted "
-                f"{ratio(total[3], total[4]):.3e}  {total[5]:,} bytes raw, {total[6]:,} at entropy"
-            )
-        lines += [f"    {r.name} as {r.stored}" for r in mine if r.stored != rule.scheme]
-    sizes = [lqer_bytes(value) for value in parts.values() if "lqm" in value]
-    if sizes:
-        stored, published = map(sum, zip(*sizes, strict=True))
-        lines.append(f"  LQER: {len(sizes)} tensors, {stored:,} bytes bit-packed ({published:,} with int8 factors)")
-    return lines
-
-
-def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> list[str]:
-    """What AWQ-lite, and the clip search on the largest tensor of each class, would cost (bytes at order-0 entropy) and
-    gain (Hessian-weighted error over the present one), measured by quantising those tensors again."""
-    plan, lines = quant_plan(cfg), []
-
-    def encode(name: str, rule: QuantRule) -> Parts:
-        return SCHEMES[rule.scheme].encode(state[name].float(), hessians[name], rule, cfg)
-
-    refined = refined_plan(dataclasses.replace(cfg, awq_lite_enabled=True), state, hessians)
-    probes = [
-        (f"AWQ-lite from columns {r.fine}", r.pattern, "awq_lite", encode(r.pattern, r)) for r in refined if r.fine
-    ]
-    for rule, name in {
-        rule_for(n, plan): n for n in sorted(hessians.keys() & state, key=lambda n: (state[n].numel(), n))
-    }.items():
-        clipped = rounded_rows(state[name], searched_scales(state[name].float(), rule.bits), rule.bits)
-        probes.append(("clip search", name, "rowwise", clipped))
-    for what, name, scheme, then in probes:
-        rule = rule_for(name, plan)
-        now = encode(name, rule)
-        decoded = SCHEMES[scheme].decode(then), SCHEMES[rule.scheme].decode(now)
-        loss = [weighted_power(state[name] - weight, hessians[name]) for weight in decoded]
-        cost = entropy_bytes(then) - entropy_bytes(now)
-        lines.append(f"  {what}, {name}: {cost:+,} bytes, Hessian-weighted error times {ratio(*loss):.3f}")
-    return lines
+        name, _, stored = key.partition(":")
+        size = sum(part.nbytes for part in value.values())
+        rows.setdefault((stored, plan[name].bits), []).append((weights[name].role, weights[name].numel(), size))
+    lines = ["quantisation plan:"]
+    for (stored, bits), tensors in rows.items():
+        roles, counts, sizes = zip(*tensors, strict=True)
+        lines.append(
+            f"  {stored:14} {bits:2} bits  {len(tensors):3} tensors {sum(counts):>11,} weights "
+            f"{sum(sizes):>11,} bytes raw: {' '.join(dict.fromkeys(roles))}"
+        )
+    return "\n".join(lines)
 
 
 def similarity_order(matrix: Tensor) -> Tensor:
@@ -4908,7 +4963,7 @@ class Codec(NamedTuple):
             coder.need()
 
 
-ROLES = (
+STREAMS = (
     "tok_emb.weight:*:q",
     "blocks.*.attn.q.weight:*:q",
     "blocks.*.attn.k.weight:*:q",
@@ -4918,9 +4973,9 @@ ROLES = (
     "blocks.*.mlp.down.weight:*:q",
 )
 CODECS = {
-    "brotli": Codec(1, "brotli", "brotli", ROLES),  # streams of their own: coded side by side on several processors
+    "brotli": Codec(1, "brotli", "brotli", STREAMS),  # streams of their own: coded side by side on several processors
     "lzma": Codec(2, "lzma"),
-    "pergroup": Codec(3, "brotli", "lrzip", ROLES, sorted_rows=ROLES[:2], sort_hidden=True),
+    "pergroup": Codec(3, "brotli", "lrzip", STREAMS, sorted_rows=STREAMS[:2], sort_hidden=True),
     "lzma6": Codec(4, "lzma6"),
     "rans": Codec(5, "brotli", "rans", ("*:q",), by_layer=True),
 }
@@ -5398,6 +5453,7 @@ class BatchedLoRA(nn.Module):
     def __init__(self, cfg: Config, model: GPT, rows: int) -> None:
         super().__init__()
         self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank
+        self.sites = frozenset(name for name, _, _ in lora_sites(cfg, model))
         shapes = {f"{name}_{execution}": shape for name, execution, shape in lora_sites(cfg, model)}
         like = {
             "device": model.tok_emb.weight.device,
@@ -6025,9 +6081,9 @@ def evaluate_phased_lora(cfg: Config, runtime: Runtime, model: GPT, val: ValData
 def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that TTT_TRAINABLE selects; UserError for a word that selects none."""
     names, chosen = dict(model.named_parameters()), set()
-    scalars = {n for row, params in route_parameters(model) if row.lr == "scalar_lr" for n in params}
+    scalars = {name for name, p in names.items() if ROLES[p.role].lr == "scalar_lr"}
     for word in cfg.ttt_trainable:
-        hits = {"all": set(names), "scalar": scalars}.get(word) or {n for n in names if named(n, word)}
+        hits = {"all": set(names), "scalar": scalars}.get(word) or {n for n in names if fits(n, word)}
         if not hits:
             some = ", ".join(sorted({re.sub(r"\d+", "*", name) for name in names}))
             raise UserError(f"TTT_TRAINABLE={word} matches no weight; say all, scalar, or parts or globs of: {some}")
@@ -6038,8 +6094,9 @@ def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
 def fp32_copy(model: GPT) -> GPT:
     """A copy with parameters in at least float32, which computes alike and loses no small step."""
     copied = copy.deepcopy(model)
-    for p in copied.parameters():
+    for p, original in zip(copied.parameters(), model.parameters(), strict=True):
         p.data = at_least_fp32(p.data)
+        p.role, p.layer = original.role, original.layer  # deepcopy drops attributes of a parameter
     return copied
 
 
@@ -6075,12 +6132,10 @@ class ChunkSgd:
         )
         for p, grad in zip(self.params, self.grads.split([p.numel() for p in self.params]), strict=True):
             p.requires_grad_(True).grad = grad.view_as(p)
-        slow = {n: p for n, p in chosen.items() if re.search(r"attn\.(A_log|dt_bias|ba\.|taps)", n)}
-        groups = [
-            ([p for n, p in chosen.items() if n not in slow], 1.0),
-            (list(slow.values()), cfg.gdn_ttt_lr_mult),
-        ]
-        rated = [{"params": params, "factor": factor} for params, factor in groups if params]
+        groups: dict[str, list[nn.Parameter]] = {}
+        for p in self.params:
+            groups.setdefault(ROLES[p.role].ttt_lr_mult, []).append(p)
+        rated = [{"params": ps, "factor": getattr(cfg, knob) if knob else 1.0} for knob, ps in groups.items()]
         self.optimiser = torch.optim.SGD(rated, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         self.scorer = scorer(cfg, runtime, self.model)
 
@@ -6330,21 +6385,11 @@ class Run:
             atomic_save(self.folder / name, value)
         self.runtime.barrier()
 
-    def load(self, name: str) -> Any:
-        """A file that an earlier stage wrote; UserError when it is not there."""
-        if not (self.folder / name).is_file():
-            raise UserError(f"{self.folder / name} is missing; run the stage before (STAGES=train,quantize,eval)")
-        try:
-            return torch.load(self.folder / name, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0][:100]
-            raise UserError(f"{self.folder / name} is damaged ({reason}); run the stage before again") from None
-
     def train(self) -> None:
         """Train, average, collect Hessians within the budget; model.pt, hessians.pt and the pre-quantisation score."""
         cfg, runtime = self.cfg, self.runtime
         model = self.model()
-        model.load_state_dict(GPT(cfg).reset(cfg.seed).state_dict())
+        model.load_state_dict(GPT(cfg).init_weights(cfg.seed).state_dict())
         model.set_looping(False)
         metrics = self.folder / "metrics.jsonl" if runtime.rank == 0 else None
         trainer = Trainer(cfg, runtime, model, metrics)
@@ -6382,16 +6427,16 @@ class Run:
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
         cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
-        state = self.load("model.pt")["model"]
+        state = load_saved(self.folder / "model.pt")["model"]
         fill_model(self.model(), state, str(self.folder / "model.pt"))
-        hessians = self.load("hessians.pt")
+        hessians = load_saved(self.folder / "hessians.pt")
         state, hessians = ROTATIONS[cfg.rotate](cfg, state, hessians)
         if CODECS[cfg.compressor].sort_hidden:
             state, hessians = sort_hidden(cfg, runtime, state, hessians)
         parts = quantize(cfg, runtime, state, hessians)
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
-            self.report_errors(state, hessians, parts)
+            self.log(plan_report(cfg, parts))
             started = time.perf_counter()
             save_artifact(self.folder / "model.bin", parts, cfg.compressor)
         runtime.barrier()
@@ -6405,29 +6450,6 @@ class Run:
         self.record(
             "quantized",
             evaluate_plain(cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val),
-        )
-
-    def report_errors(self, state: dict[str, Tensor], hessians: dict[str, Tensor], parts: dict[str, Parts]) -> None:
-        """What quantisation costs and loses: by class into the log, by tensor into quant_report.tsv."""
-        started, reports = (
-            time.perf_counter(),
-            tensor_reports(self.runtime, state, hessians, parts),
-        )
-        atomic_write(self.folder / "quant_report.tsv", report_table(reports).encode())
-        lines = error_report(self.cfg, reports, parts)
-        if self.cfg.quant_report:
-            lines += [
-                "other quantisers, at the bytes of their order-0 entropy:",
-                *probe_report(self.cfg, state, hessians),
-            ]
-        self.log(
-            "\n".join(
-                [
-                    "quantisation plan:",
-                    *lines,
-                    f"  report in {time.perf_counter() - started:.1f} s",
-                ]
-            )
         )
 
     def from_artifact(self, path: Path) -> GPT:
@@ -6458,30 +6480,38 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
     ]
     lines += [f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}"] * loops(cfg)
     lines.append("optimisers:")
-    for row, params in route_parameters(model):
+    for (optimiser, lr, wd), params in optimiser_groups(model).items():
+        roles = " ".join(dict.fromkeys(p.role for p in params.values()))
         lines.append(
-            f"  {row.optimiser:6} {row.lr.upper()}={getattr(cfg, row.lr):g} {row.wd.upper()}={getattr(cfg, row.wd):g}  "
-            f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {row.pattern}"
+            f"  {optimiser:6} {lr.upper()}={getattr(cfg, lr):g} {wd.upper()}={getattr(cfg, wd):g}  "
+            f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {roles}"
         )
     lines += {"chunk_sgd": explain_chunk_sgd, "slot": explain_chunk_sgd}.get(cfg.eval, lambda *_: [])(cfg, model)
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     lines += [f"  of them not trained: {len(frozen)} tensors, {sum(frozen):,} weights"] * bool(frozen)
     lines.append("quantisation plan:")
-    plan, tensors = quant_plan(cfg), model.state_dict()
-    for part, _ in bits_overrides(cfg):
-        if not any(rule_for(name, plan).part == part for name in tensors):
-            raise UserError(f"MATRIX_BITS_OVERRIDES={part} is in no name of a matrix (or of none that is left for it)")
-    for rule in plan:
-        matched = [t for name, t in tensors.items() if rule_for(name, plan) is rule]
-        if rule.part and not matched:
-            continue
-        size = sum(t.numel() * rule.bits / 8 + (2 * t.size(0) if rule.clip else 0) for t in matched)
-        label = rule.part or rule.pattern
-        lines.append(
-            f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(matched):3} tensors "
-            f"{size:>12,.0f} bytes before entropy coding"
-        )
+    lines += explain_plan(cfg, quant_plan(cfg))
     return "\n".join(lines)
+
+
+def explain_plan(cfg: Config, plan: Plan) -> list[str]:
+    """A line for each rule: the roles that are stored so, tensors, bytes. UserError for an override without effect."""
+    tensors, rules = weights_of(cfg), {}
+    matrices = [name for name, p in tensors.items() if ROLES[p.role].store == "matrix"]
+    for word, _ in bits_overrides(cfg):
+        matrices, before = [name for name in matrices if not fits(name, word)], matrices
+        if len(matrices) == len(before):
+            raise UserError(f"MATRIX_BITS_OVERRIDES={word} is in no name of a matrix (or of none that is left for it)")
+    for name, rule in plan.items():
+        rules.setdefault(rule, []).append(tensors[name])
+    lines = []
+    for rule, params in rules.items():
+        size = sum(p.numel() * rule.bits / 8 + (2 * p.size(0) if rule.clip else 0) for p in params)
+        lines.append(
+            f"  {rule.scheme:14} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(params):3} tensors "
+            f"{size:>12,.0f} bytes before entropy coding: {' '.join(dict.fromkeys(p.role for p in params))}"
+        )
+    return lines
 
 
 def explain_chunk_sgd(cfg: Config, model: GPT) -> list[str]:

@@ -137,7 +137,7 @@ def test_lrzip_is_called_as_published_and_its_errors_reach_the_user() -> None:
 def test_quantised_model_survives(codec: str, tmp_path: Path) -> None:
     knobs = {"MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise", "REPAIR": "lqer", "GATED_ATTN_QUANT_GATE": "1"}
     cfg = load_config({**TINY, **knobs, "COMPRESSOR": codec, "SCALE_STEP": "0.02" if codec == "rans" else "0"})
-    model = train_gpt.GPT(cfg).reset(3)
+    model = train_gpt.GPT(cfg).init_weights(3)
     state = {name: w + 0.05 * torch.randn(w.shape) for name, w in model.state_dict().items()}
     parts = train_gpt.quantize(cfg, rules.runtime(), state, {})
     size = train_gpt.save_artifact(tmp_path / "model.bin", parts, codec)

@@ -40,7 +40,7 @@ def test_quantisers_divide_by_the_scale_that_is_stored(tmp_path: Path) -> None:
     W = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, 24)[:, None]
     for scheme in ("rowwise", "gptq", "gptq_lite", "row_quantile"):
         cfg = load_config({**TINY, "MATRIX_QUANT": scheme, "EMBED_QUANT": "rowwise", "SCALE_STEP": "0.25"})
-        parts = train_gpt.SCHEMES[scheme].encode(W, torch.eye(32), train_gpt.QuantRule("*", scheme, 6, 4.0), cfg)
+        parts = train_gpt.SCHEMES[scheme].encode(W, torch.eye(32), train_gpt.QuantRule(scheme, 6, 4.0), cfg)
         scales = train_gpt.scale_values(parts)
         assert parts["s"].dtype == torch.int16 and torch.equal(scales, torch.exp2(0.25 * parts["s"])), scheme
         nearest = train_gpt.round_to_grid(W, scales[:, None], 6)  # with the identity as Hessian nothing is fed back
@@ -51,7 +51,7 @@ def test_quantisers_divide_by_the_scale_that_is_stored(tmp_path: Path) -> None:
 
 def test_awq_columns_and_qat_share_the_stored_scale() -> None:
     cfg = load_config({**TINY, "AWQ_LITE_ENABLED": "1", "AWQ_LITE_GROUP_SIZE": "8", "SCALE_STEP": "0.5"})
-    W, rule = rules.fill("hash", "awq", (12, 16), 1.0), train_gpt.QuantRule("*", "awq_lite", 6, 12.0, (8,))
+    W, rule = rules.fill("hash", "awq", (12, 16), 1.0), train_gpt.QuantRule("awq_lite", 6, 12.0, (8,))
     parts = train_gpt.SCHEMES["awq_lite"].encode(W, torch.eye(16), rule, cfg)
     coarse, fine = train_gpt.scale_values(parts), train_gpt.scale_values(parts, "hs")
     assert (fine < coarse).all() and parts["hs"].dtype == torch.int16

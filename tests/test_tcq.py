@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import pack_artifact
 import train_gpt
 
 STATES = tuple(train_gpt.TCQ_CODES)[1:]  # one state is no trellis
 CFG = train_gpt.Config()
-RULE = train_gpt.QuantRule("*", "gptq_tcq", 6, 12.0)
+RULE = train_gpt.QuantRule("gptq_tcq", 6, 12.0)
 
 
 def search(x: Tensor, states: int, top: float = 62.0) -> Tensor:
@@ -210,7 +211,7 @@ def tcq_state(**knobs: object) -> tuple[train_gpt.Config, dict[str, Tensor], dic
     cfg = rules.model_config(golden, **ours | knobs)
     model, tap = rules.build(golden, torch.float32), train_gpt.HessianTap()
     model(rules.rows_of(golden)[0], None, None, tap)
-    return cfg, {name: p.detach() for name, p in model.state_dict().items()}, tap.hessians(1)
+    return cfg, {name: p.detach() for name, p in model.state_dict().items()}, tap.hessians(model, 1, rules.runtime())
 
 
 def test_round_trip_of_a_repaired_artifact(tmp_path: Path) -> None:
@@ -250,4 +251,4 @@ def test_report_counts_the_parity_that_the_coder_knows() -> None:
     parts = train_gpt.SCHEMES["gptq_tcq"].encode(W, H, RULE, CFG)
     side = sum(part.nbytes for key, part in parts.items() if key != "q")
     want = side + conditional_entropy(parts["q"]) * parts["q"].numel() / 8
-    assert train_gpt.entropy_bytes(parts) == pytest.approx(want, abs=2)
+    assert pack_artifact.entropy_bytes(parts) == pytest.approx(want, abs=2)

@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import bench_quantize  # noqa: E402
 
+import pack_artifact  # noqa: E402
 import train_gpt  # noqa: E402
 
 SITES = {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o", "up": "mlp.up", "down": "mlp.down"}
@@ -68,7 +69,7 @@ def packed(parts: dict[str, train_gpt.Parts], codec: str) -> int:
 
 def encode(setup: Setup, layers: list[Layer], clips: list[float]) -> list[train_gpt.Parts]:
     """The parts of matrices of any widths, each with a clip of its own."""
-    rules = [train_gpt.QuantRule("*", setup.scheme, 6, clip) for clip in clips]
+    rules = [train_gpt.QuantRule(setup.scheme, 6, clip) for clip in clips]
     together, found = train_gpt.SCHEMES[setup.scheme].encode_batch, [{}] * len(layers)
     if together is None:
         scheme = train_gpt.SCHEMES[setup.scheme]
@@ -129,13 +130,13 @@ def bar_q(args: argparse.Namespace) -> list[Row]:
     W, rows = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0)), []
     for states in train_gpt.TCQ_CODES:
         scheme = "gptq_tcq" if states > 1 else "rowwise"
-        rule = train_gpt.QuantRule("*", scheme, 6, 12.2)
+        rule = train_gpt.QuantRule(scheme, 6, 12.2)
         cfg = train_gpt.Config(tcq_states=states, tcq_chunk_rows=args.chunk_rows)
         parts, seconds = bench_quantize.timed(train_gpt.SCHEMES[scheme].encode, W, torch.eye(W.size(1)), rule, cfg)
         error = (train_gpt.SCHEMES[scheme].decode(parts) - W).square().mean() / W.square().mean()
         coded = {key: part for key, part in parts.items() if key in "qt"}
         bits = 8 * packed({f"blocks.0.mlp.up.weight:{scheme}": coded}, "rans") / W.numel()
-        entropy, gap = 8 * train_gpt.entropy_bytes(coded) / W.numel(), bits + error.log2().item() / 2
+        entropy, gap = 8 * pack_artifact.entropy_bytes(coded) / W.numel(), bits + error.log2().item() / 2
         rows.append(
             {
                 "states": states if states > 1 else "scalar",
