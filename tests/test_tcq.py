@@ -193,7 +193,7 @@ def test_a_missing_hessian_and_knobs_that_do_not_fit_are_refused() -> None:
         train_gpt.SCHEMES["gptq_tcq"].encode(torch.ones(4, 4), None, RULE, CFG)
     ours = {"MATRIX_QUANT": "gptq_tcq", "COMPRESSOR": "rans"}
     for knobs, message in (
-        ({"TCQ_STATES": "12"}, "TCQ_STATES=12 is none of 4, 8, 16, 32, 64"),
+        ({"TCQ_STATES": "12"}, "TCQ_STATES=12 must be 4, 8, 16, 32 or 64"),
         ({"MATRIX_BITS": "8"}, "MATRIX_BITS and EMBED_BITS may be at most 7"),
         ({"COMPRESSOR": "brotli"}, "COMPRESSOR=rans"),
     ):
