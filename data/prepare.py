@@ -58,8 +58,8 @@ from word_bpe import MAX_VOCAB, word_bpe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train_gpt  # noqa: E402  (needs the line above when this file runs as a script)
-from train_gpt import BOS_ID, UserError, atomic_write, list_shards, read_json, read_shard  # noqa: E402
+import train_gpt  # the line above finds it when this file runs as a script
+from train_gpt import BOS_ID, UserError, atomic_write, list_shards, read_json, read_shard
 
 TOOL_VERSION = 1  # raise it when the same arguments would give other bytes
 FIRST_SYMBOL = 4  # id of the first transform symbol, after pad, BOS, EOS and unknown

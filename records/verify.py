@@ -799,7 +799,7 @@ def open_run(folder: Path, source: Path, room: Path, given: Path | None) -> Cand
 
 def open_artifact(path: Path, room: Path, given: Path | None) -> Candidate:
     """Open a packed file, to be judged by the program inside it."""
-    parts = pack_artifact.read_artifact(path)
+    parts = pack_artifact.read_packed(path)
     for name, data in (("train_gpt.py", parts.source), ("record.env", parts.config), ("model.bin", parts.weights)):
         (room / name).write_bytes(data)
     program = pack_artifact.load_program(room / "train_gpt.py", "judged")
@@ -886,7 +886,7 @@ def judge_target(args: argparse.Namespace) -> int:
             candidate = open_candidate(args, Path(name))
             verdict = summary(candidate, judge(candidate, args.documents, args.probes))
     except (ValueError, OSError) as error:
-        # The judged program and the packer have a UserError class each; any other ValueError is a bug.
+        # The judged program has a UserError class of its own; any other ValueError is a bug.
         if not isinstance(error, OSError) and type(error).__name__ != "UserError":
             raise
         print(f"error: {error}".replace("\n", "; "), file=sys.stderr)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 import train_gpt
 from train_gpt import (
+    ARTIFACT_HEADER,
     CODECS,
     CODERS,
     GPT,
-    HEAD,
     Log,
     Runtime,
     UserError,
@@ -113,10 +113,10 @@ def test_layers_of_one_role_lie_together_in_number_order() -> None:
 
 def test_blob_says_how_to_open_itself() -> None:
     for number, codec in ((1, "brotli"), (2, "lzma")):
-        magic, version, stored, size, crc = HEAD.unpack_from(example_blob(codec))
-        payload = example_blob(codec)[HEAD.size :]
+        magic, version, stored, size, crc = ARTIFACT_HEADER.unpack_from(example_blob(codec))
+        payload = example_blob(codec)[ARTIFACT_HEADER.size :]
         assert (magic, version, stored) == (b"PGLF", 2, number) and size == len(payload)
-        assert crc == zlib.crc32(example_blob(codec)[: HEAD.size - 4] + payload)
+        assert crc == zlib.crc32(example_blob(codec)[: ARTIFACT_HEADER.size - 4] + payload)
 
 
 # Wrong blobs
@@ -135,7 +135,7 @@ def test_every_truncation_is_a_user_error(codec: str) -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_change_of_a_head_byte_is_a_user_error(codec: str) -> None:
     blob = example_blob(codec)
-    for position, mask in itertools.product(range(HEAD.size), range(1, 256)):
+    for position, mask in itertools.product(range(ARTIFACT_HEADER.size), range(1, 256)):
         damaged = bytearray(blob)
         damaged[position] ^= mask
         with pytest.raises(UserError):
@@ -215,7 +215,7 @@ def test_missing_brotli_names_the_package_and_does_not_fall_back(monkeypatch: py
 @pytest.fixture(scope="module")
 def model() -> GPT:
     """A tiny model with every tensor away from zero."""
-    model = GPT(load_config(TINY)).reset(3)
+    model = GPT(load_config(TINY)).init_weights(3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -235,7 +235,7 @@ def test_saved_model_loads_bit_for_bit_as_what_was_quantised(tmp_path: Path, mod
     for name, tensor in wanted.items():
         assert torch.equal(loaded[name], tensor) and loaded[name].dtype == torch.float32, name
         assert tensor.shape == state[name].shape, name
-    other = GPT(cfg).reset(9)
+    other = GPT(cfg).init_weights(9)
     train_gpt.fill_model(other, loaded, "model.bin")
     assert all(torch.equal(p, wanted[name]) for name, p in other.named_parameters())
 

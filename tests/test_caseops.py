@@ -73,7 +73,7 @@ def test_golden_rows() -> None:
             pytest.fail(f"{ascii(row['encoded'])} became {decode(row['encoded'])!a}")
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 @given(ANY_TEXT)
 @example("iPhone ABc aBC HELLOworld helloWORLD A AB I'm FBI's USA2020 CAFÉ")
 @example("A" * 70_000 + "b")
@@ -87,7 +87,7 @@ def test_transform_is_lossless_and_equals_the_character_loop(text: str) -> None:
     assert caseops.original_bytes(encoded).sum() == len(text.encode("utf-8", "surrogatepass"))
 
 
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=600)
 @given(st.text(f"abA 1é{TITLE}{ALLCAPS}{CAPNEXT}{ESC}", max_size=12))
 def test_decoder_is_the_state_machine_on_any_string(text: str) -> None:
     expected = reference.decode(text)
@@ -119,7 +119,7 @@ def test_malformed_strings_are_located() -> None:
 # Tokenisation by words
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=250)
 @given(st.one_of(UTF8_TEXT, SENTENCES))
 def test_words_give_the_ids_and_surfaces_of_sentencepiece(
     processor: spm.SentencePieceProcessor, by_words: WordBPE, text: str
@@ -169,7 +169,7 @@ def test_other_tokenizers_are_left_to_sentencepiece() -> None:
 # Byte sidecar
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=250)
 @given(st.one_of(UTF8_TEXT, SENTENCES))
 @example("two  spaces\n\nnew")
 @example(" \u200b ")

@@ -14,6 +14,7 @@ from typing import Any
 import golden_rules as rules
 import pytest
 import torch
+from conftest import listener
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ngram_rules import GOLDEN, build, exact_tables, published_name
@@ -52,7 +53,7 @@ EVERYTHING = {  # every part of the stack beside loops and two lanes, at toy siz
 
 def everything(seed: int = 5, looping: bool = True, **knobs: Any) -> train_gpt.GPT:
     """A float32 model with every part, none of its tensors zero."""
-    model = train_gpt.GPT(train_gpt.Config(**EVERYTHING | knobs)).reset(seed)
+    model = train_gpt.GPT(train_gpt.Config(**EVERYTHING | knobs)).init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -247,7 +248,7 @@ def test_initial_values() -> None:
         num_layers=11,
         attn_gate="dense_bias",
     )
-    model = train_gpt.GPT(cfg).reset(3)
+    model = train_gpt.GPT(cfg).init_weights(3)
     state = model.state_dict()
     for gram in ("bigram", "trigram"):
         proj = state[f"embed_extras.{gram}.proj.weight"]
@@ -281,8 +282,9 @@ def test_value_residual_takes_the_first_slot_and_the_first_slot_mixes_nothing(lo
 
     later = range(1, len(model.route.layers))
     assert (model.route.layers.count(0) == 2) == looping
-    assert torch.equal(model(ids, None, None, functools.partial(replace, slots=later)), before)
-    assert not torch.allclose(model(ids, None, None, functools.partial(replace, slots=range(1))), before)
+    taps = [listener(functools.partial(replace, slots=slots)) for slots in (later, range(1))]
+    assert torch.equal(model(ids, taps=taps[0]), before)
+    assert not torch.allclose(model(ids, taps=taps[1]), before)
     with torch.no_grad():
         model.value_embed.scale.zero_()  # it was added to the first slot's values before they were kept
     assert not torch.allclose(model(ids), before)
@@ -300,7 +302,7 @@ def test_value_embeddings_enter_at_their_layers_alone() -> None:
     values = []
     for block in model.blocks:
         block.attn.values.register_forward_hook(lambda module, args, output: values.append(output))
-    model(ids, None, None, listen)
+    model(ids, taps=listener(listen, "v"))
     base = model.value_embed.look_up(ids, torch.float32)
     for layer, mixed in enumerate(values):
         index = model.blocks[layer].attn.values.scale_index
@@ -352,17 +354,13 @@ def test_the_whole_model_compiles_into_one_graph() -> None:
 # Optimisers, quantisation, runs
 
 
-def rows_of_parameters(model: train_gpt.GPT) -> dict[str, train_gpt.OptimRow]:
-    return {name: row for row, params in train_gpt.route_parameters(model) for name in params}
-
-
-def test_every_parameter_has_one_optimiser_and_one_quantisation_rule() -> None:
-    model = everything()
-    rows, plan = rows_of_parameters(model), train_gpt.quant_plan(train_gpt.Config(**EVERYTHING))
-    assert sorted(rows) == sorted(model.state_dict())
+def test_every_parameter_has_a_role_that_says_how_it_is_trained_and_stored() -> None:
+    model, plan = everything(), train_gpt.quant_plan(train_gpt.Config(**EVERYTHING))
+    roles = {name: train_gpt.ROLES[p.role] for name, p in model.named_parameters()}
+    assert sorted(roles) == sorted(model.state_dict()) == sorted(plan)
     tables = {"tok_emb", "embed_extras.bigram.table", "embed_extras.trigram.table", "value_embed.table"}
-    assert {n.removesuffix(".weight") for n, r in rows.items() if r.lr == "tied_embed_lr"} == tables
-    assert {r.optimiser for n, r in rows.items() if "attn.v.weight" in n} == {"muon"}
+    assert {n.removesuffix(".weight") for n, role in roles.items() if role.lr == "tied_embed_lr"} == tables
+    assert {role.optimiser for n, role in roles.items() if "attn.v.weight" in n} == {"muon"}
     for name in (
         "embed_extras.bigram.proj.weight",
         "value_embed.proj.weight",
@@ -371,9 +369,7 @@ def test_every_parameter_has_one_optimiser_and_one_quantisation_rule() -> None:
         "blocks.1.attn.values.lambdas",
         "blocks.1.attn.gate.bias",
     ):
-        assert (rows[name].optimiser, rows[name].lr, rows[name].wd) == ("adamw", "scalar_lr", "adam_wd")
-    for name in rows:
-        assert train_gpt.rule_for(name, plan) in plan
+        assert (roles[name].optimiser, roles[name].lr, roles[name].wd) == ("adamw", "scalar_lr", "adam_wd")
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -391,12 +387,12 @@ def test_the_published_trigram_is_not_trained(trained: bool) -> None:
 
 
 def test_tables_are_stored_in_bf16_when_asked() -> None:
-    model = train_gpt.GPT(train_gpt.Config(**EVERYTHING, embed_dtype="bf16")).reset(1)
+    model = train_gpt.GPT(train_gpt.Config(**EVERYTHING, embed_dtype="bf16")).init_weights(1)
     halves = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     tables = ("tok_emb", "embed_extras.bigram.table", "embed_extras.trigram.table", "value_embed.table")
     assert halves == {f"{name}.weight" for name in tables}
     assert torch.isfinite(model(sample(1, 9, [0]))).all()
-    wide = train_gpt.GPT(train_gpt.Config(**EVERYTHING)).reset(1).state_dict()
+    wide = train_gpt.GPT(train_gpt.Config(**EVERYTHING)).init_weights(1).state_dict()
     assert all(torch.equal(p, wide[name].to(p.dtype)) for name, p in model.named_parameters())
 
 

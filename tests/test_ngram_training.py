@@ -7,6 +7,7 @@ import dataclasses
 import json
 import lzma
 import math
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -77,16 +78,13 @@ def test_warmdown_in_iterations(entry: rules.Entry) -> None:
         budget = 1e3 * config["max_wallclock_seconds"]
         found = [multiplier(s, s * config["step_ms"] / budget) for s in range(expected["total_steps"] + 1)]
         assert {s: found[int(s)] for s in expected["lr_multiplier"]} == approx(expected["lr_multiplier"], 1e-8, 1e-9)
-        ste = Config(qat="ste")
-        late = [s for s, m in enumerate(found) if train_gpt.FakeQuantSTE(ste, nn.Module()).due(0.0, m, s)]
+        late, taken = (
+            [s for s, m in enumerate(found[:-1]) if train_gpt.STAGES[name](cfg, train_gpt.Progress(s, 0.0, m))]
+            for name in ("ste", "swa")
+        )
         assert late[0] == expected["late_qat_step"]
-        swa = train_gpt.Swa(cfg, [torch.zeros(1)])
-        taken = []
-        for step, m in enumerate(found[:-1], 1):
-            count = swa.count
-            swa.update(step, m)
-            taken += [step] * (swa.count > count)
-        assert [taken[0], taken[-1], len(taken)] == [expected[f"swa_{k}"] for k in ("first", "last", "count")]
+        counted = [taken[0] + 1, taken[-1] + 1, len(taken)]  # published: steps from 1, after the update
+        assert counted == [expected[f"swa_{k}"] for k in ("first", "last", "count")]
     else:
         for step, value in expected["step_based"].items():
             assert multiplier(int(step), int(step) / config["iterations"]) == approx(value)
@@ -184,7 +182,7 @@ def test_three_whole_steps(entry: rules.Entry) -> None:
         norm = nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
         assert norm.item() == approx(want["total_grad_norm_before_clip"], 1e-7)
         optimisers.step(1.0, step)
-        ema.update(step + 1, 1.0)
+        ema.update()
     parameters = by_published_name(model)
     averaged = dict(zip(parameters, ema.shadow, strict=True))
     del parameters["blocks.0.attn.vr_lambda"]  # it mixes nothing and has no gradient; here it decays all the same
@@ -207,9 +205,9 @@ def test_ema_is_the_published_one(entry: rules.Entry) -> None:
     weight = rules.fill("sine", "ema_test.weight", (4, 6), 0.05)
     ema = train_gpt.Ema(Config(ema_decay=entry.config["decay"]), [weight])
     norms = []
-    for step, value in enumerate(iterates(), 1):
+    for value in iterates():
         weight.copy_(value)
-        ema.update(step, 1.0)
+        ema.update()
         norms.append(ema.shadow[0].norm().item())
     expected = entry.expected["float64"]
     assert norms == approx(expected["l2_after_each_step"])
@@ -219,14 +217,16 @@ def test_ema_is_the_published_one(entry: rules.Entry) -> None:
 @each("swa")
 def test_swa_is_the_mean_of_its_snapshots(entry: rules.Entry) -> None:
     weight = torch.zeros(4, 6, dtype=torch.float64)
-    swa = train_gpt.Swa(Config(average=("swa",), swa_every=2), [weight])
+    swa_cfg = Config(average=("swa",), swa_every=2)
+    swa = train_gpt.Swa(swa_cfg, [weight])
     assert swa.shadow[0] is weight, "nothing collected: the weights themselves"
-    for k, value in enumerate(iterates(), 1):
+    for value in iterates():
         weight.copy_(value)
-        swa.update(2 * k, 0.1)
-        weight.fill_(1e6)
-        swa.update(2 * k + 1, 0.1)  # no snapshot between two
-    swa.update(20, 0.2)  # nor before the LR has fallen
+        swa.update()
+        weight.fill_(1e6)  # between two snapshots
+    due = [(2, 0.1), (1, 0.1), (3, 0.2)]  # every second step, and not before the LR has fallen
+    found = [train_gpt.STAGES["swa"](swa_cfg, train_gpt.Progress(step - 1, 0.5, m)) for step, m in due]
+    assert found == [True, False, False]
     expected = entry.expected
     assert swa.count == expected["swa_count"]
     assert swa.shadow[0][0].tolist() == approx(expected["swa_mean_if_it_were_applied_row0"])
@@ -236,15 +236,17 @@ def test_swa_is_the_mean_of_its_snapshots(entry: rules.Entry) -> None:
 def test_swa_of_ema_averages_the_averages() -> None:
     cfg = Config(average=("swa", "ema"), ema_decay=0.5, swa_every=1)
     weight = torch.zeros(1)
-    ema, swa = train_gpt.averages_of(cfg, [weight])
+    chain = train_gpt.averages_of(cfg, [weight])
+    assert list(chain) == ["ema", "swa"]
+    ema, swa = chain.values()
     seen = []
     for step in range(1, 4):
         weight.fill_(float(step))
         for average in (ema, swa):
-            average.update(step, 0.0)
+            average.update()
         seen.append(ema.shadow[0].item())
     assert swa.shadow[0].item() == pytest.approx(sum(seen) / 3)
-    assert train_gpt.averages_of(Config(average=()), [weight]) == []
+    assert train_gpt.averages_of(Config(average=()), [weight]) == {}
 
 
 # Quantisation-aware training
@@ -254,7 +256,7 @@ def test_swa_of_ema_averages_the_averages() -> None:
 def test_fake_quantisation_is_the_published_one(entry: rules.Entry) -> None:
     weight = full_rank("qat.weight", (5, 12), {"late_qat/on_floor": 0.05, "late_qat/above_floor": 2.5}[entry.name])
     weight = weight.float()
-    rule = train_gpt.QuantRule("*", "gptq_lite", 6, 0.0)
+    rule = train_gpt.QuantRule("gptq_lite", 6, 0.0)
     scale = train_gpt.SCHEMES["gptq_lite"].steps(weight, rule, Config(clip_floor=1.0))
     fake, expected = train_gpt.fake_quantize(weight, scale, 6), entry.expected
     assert scale.tolist() == approx(expected["row_scales"], 1e-6)
@@ -266,7 +268,7 @@ def test_fake_quantisation_is_the_published_one(entry: rules.Entry) -> None:
 def trainer(**knobs: Any) -> train_gpt.Trainer:
     cfg = Config(**SMALL | knobs)
     runtime = rules.runtime(torch.float32, compile=cfg.compile == "on")
-    return train_gpt.Trainer(cfg, runtime, train_gpt.GPT(cfg).reset(3), None)
+    return train_gpt.Trainer(cfg, runtime, train_gpt.GPT(cfg).init_weights(3), None)
 
 
 def one_batch() -> list[train_gpt.Batch]:
@@ -316,11 +318,12 @@ def test_ste_is_for_what_is_stored_in_under_eight_bits() -> None:
     assert rounded_names(at) == {f"blocks.{i}.{part}.weight" for i in range(2) for part in parts}
     tables = {"tok_emb.weight", "embed_extras.bigram.table.weight"}
     assert rounded_names(trainer(qat="ste")) - rounded_names(at) == tables, "seven bits by default"
-    assert at.qat.due(0.5, 0.149, 9) and not at.qat.due(0.5, 0.15, 9)
-    assert trainer(qat="ste", late_qat_threshold=2.0).qat.due(0.0, 1.0, 0), "from the start"
+    due = train_gpt.STAGES["ste"]
+    assert [due(Config(), train_gpt.Progress(9, 0.5, m)) for m in (0.149, 0.15)] == [True, False]
+    assert due(Config(late_qat_threshold=2.0), train_gpt.Progress(0, 0.0, 1.0)), "from the start"
 
 
-def test_noise_is_of_the_stated_size_seeded_and_taken_back() -> None:
+def test_noise_is_of_the_stated_size_seeded_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     at, again = (trainer(qat="noise", qat_noise_mult=0.05, seed=7) for _ in range(2))
     assert len(at.qat.params) == 4, "two matrices in each of two layers"
     generator = torch.Generator().manual_seed(2)
@@ -336,13 +339,14 @@ def test_noise_is_of_the_stated_size_seeded_and_taken_back() -> None:
     torch.testing.assert_close(many.std(dim=(0, 2)), wanted, rtol=0.05, atol=0.0)
     before = [p.detach().clone() for p in at.model.parameters()]
     at.optimisers.step = lambda multiplier, step: None
+    rounded = []
+    monkeypatch.setattr(at.qat, "values", lambda step: rounded.append(step) or values)
     at.advance(one_batch(), 0.96, 100)
-    assert at.rounding and all(map(torch.equal, before, at.model.parameters()))
     at.advance(one_batch(), 0.94, 101)
-    assert not at.rounding
-    assert [at.qat.due(0.96, 1.0, s) for s in range(4)] == [True] * 4
-    every = trainer(qat="noise", qat_noise_every=3)
-    assert [every.qat.due(0.96, 1.0, s) for s in range(4)] == [True, False, False, True]
+    assert rounded == [100] and all(map(torch.equal, before, at.model.parameters()))
+    for every, wanted in ((1, [True] * 4), (3, [True, False, False, True])):
+        cfg = Config(qat_noise_every=every)
+        assert [train_gpt.STAGES["noise"](cfg, train_gpt.Progress(s, 0.96, 1.0)) for s in range(4)] == wanted
     with pytest.raises(train_gpt.UserError, match="QAT_NOISE_PATTERNS=nothing is in no name"):
         trainer(qat="noise", qat_noise_patterns=("nothing",))
 
@@ -381,7 +385,7 @@ def cubed(entry: rules.Entry) -> Tensor:
 @each("int6")
 def test_clip_search_gives_the_published_integers(entry: rules.Entry) -> None:
     weight, expected = cubed(entry), entry.expected
-    rule = train_gpt.QuantRule("*", "gptq_lite", 6, 0.0)
+    rule = train_gpt.QuantRule("gptq_lite", 6, 0.0)
     parts = train_gpt.encode_clip_search(weight, None, rule, Config(clip_floor=1.0, clip_search_rows=False))
     assert parts["s"].tolist() == approx(expected["scales_fp16"])
     assert parts["q"].int().sum(dim=1).tolist() == expected["row_int_sums"]
@@ -402,7 +406,7 @@ def test_row_quantile_gives_the_published_integers(entry: rules.Entry) -> None:
         q.sum(dim=1).tolist() == expected["row_int_sums"]
         and q.abs().sum(dim=1).tolist() == expected["row_int_abs_sums"]
     )
-    rule = train_gpt.QuantRule("*", "row_quantile", 8, 0.0)
+    rule = train_gpt.QuantRule("row_quantile", 8, 0.0)
     parts = train_gpt.encode_row_quantile(weight, None, rule, Config(clip_floor=1.0))
     assert (parts["q"].float() - q).abs().max() <= 1
     ours = (weight.double() - train_gpt.decode_rows(parts).double()).square().mean().item()
@@ -425,10 +429,6 @@ def test_clip_search_by_row_is_never_worse_than_one_for_all(seed: int, bits: int
     assert (errors[0] <= (weight - train_gpt.fake_quantize(weight, loosest, bits)).square().sum(dim=1)).all()
 
 
-def published_plan(**knobs: Any) -> tuple[train_gpt.QuantRule, ...]:
-    return train_gpt.quant_plan(Config(matrix_quant="gptq_lite", embed_quant="row_quantile", embed_bits=8, **knobs))
-
-
 @each("quant_assignment")
 def test_every_tensor_is_stored_as_published(entry: rules.Entry) -> None:
     same = (
@@ -442,14 +442,18 @@ def test_every_tensor_is_stored_as_published(entry: rules.Entry) -> None:
         ve_layers=(5, 9, 10),
         parallel_start_layer=0,
         skip_gates_enabled=False,
+        matrix_quant="gptq_lite",
+        embed_quant="row_quantile",
+        embed_bits=8,
     )
+    plan = train_gpt.quant_plan(cfg)
     with torch.device("meta"):
         model = train_gpt.GPT(cfg)
     kinds = {"gptq_lite": "int6", "row_quantile": "int8", "fp16": "fp16"}
     lists: dict[str, list[str]] = {"int6": [], "int8": [], "fp16": []}
     weights = dict.fromkeys(lists, 0)
     for name, tensor in model.state_dict().items():
-        kind = kinds[train_gpt.rule_for(name, published_plan()).scheme]
+        kind = kinds[plan[name].scheme]
         published = published_name(name)
         weights[kind] += tensor.numel()
         split = [f"{published}.{i}" for i in range(3)] if published == "ve_layer_scales" else [published]
@@ -462,7 +466,10 @@ def test_every_tensor_is_stored_as_published(entry: rules.Entry) -> None:
 def test_the_loss_after_quantisation_is_the_published_one(entry: rules.Entry) -> None:
     config, expected = entry.config | {"overrides": {}}, entry.expected
     model = build(config)
-    plan, cfg = published_plan(), Config(clip_floor=1.0, clip_search_rows=False)
+    plan = train_gpt.quant_plan(
+        dataclasses.replace(model.cfg, matrix_quant="gptq_lite", embed_quant="row_quantile", embed_bits=8)
+    )
+    cfg = Config(clip_floor=1.0, clip_search_rows=False)
     with torch.no_grad():
         for name, p in model.named_parameters():
             matrix = name.startswith("blocks.") and name.endswith("weight")
@@ -473,7 +480,7 @@ def test_the_loss_after_quantisation_is_the_published_one(entry: rules.Entry) ->
     errors = {}
     with torch.no_grad():
         for name, p in model.named_parameters():
-            rule, weight = train_gpt.rule_for(name, plan), p.float()
+            rule, weight = plan[name], p.float()
             small = p.numel() <= 65_536  # at this size that cuts through the classes
             scheme = train_gpt.SCHEMES["fp16" if small else rule.scheme]
             p.copy_(scheme.decode(scheme.encode(weight, None, rule, cfg)))
@@ -530,10 +537,11 @@ def test_two_processes_round_and_average_as_one(
         folder = tmp_path / f"ranks{ranks}"
         done = run_gpt(ranks=ranks, **RUN, ARTIFACT_DIR=folder)
         assert done.returncode == 0, done.stderr
-        assert "QAT=ste on from step" in done.stdout and "weights: ema+swa" in done.stdout
+        assert "ste on from step" in done.stdout and "weights: ema+swa" in done.stdout
         assert "SWA: 4 snapshots" in done.stdout
-        report = (folder / "quant_report.tsv").read_text()
-        assert "\tgptq_lite\t" in report and "embed_extras.bigram.table.weight\trow_quantile" in report
+        plan = done.stdout.rpartition("quantisation plan:\n")[2]
+        assert re.search(r"^  gptq_lite .*\bq\b", plan, re.MULTILINE), plan
+        assert re.search(r"^  row_quantile .*\bhash_table\b", plan, re.MULTILINE), plan
         states.append(torch.load(folder / "model.pt", weights_only=True)["model"])
     for name, one in states[0].items():
         torch.testing.assert_close(states[1][name], one, rtol=1e-4, atol=1e-5)

@@ -74,7 +74,7 @@ def docs(tmp_path: Path) -> Path:
 # Shards
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(values=st.lists(st.integers(0, 65535), min_size=1, max_size=300), cut=st.integers(0, 300))
 def test_a_growing_shard_ends_as_the_same_file(
     tmp_path_factory: pytest.TempPathFactory, values: list[int], cut: int
@@ -96,7 +96,7 @@ def test_a_growing_shard_ends_as_the_same_file(
 # The split and the stream
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=80), min_size=2, unique=True, max_size=9),
     data=st.data(),
@@ -303,7 +303,7 @@ def test_unfit_vocabularies_and_tokenizers_are_refused(tmp_path: Path, docs: Pat
         refused(message, (docs,), tmp_path / "out", Path(prefix + ".model"), val_docs=1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(max_size=300), st.integers(8, 60))
 def test_sentences_lose_nothing_and_stay_short(text: str, limit: int) -> None:
     text = text.encode("utf-8", "ignore").decode()
@@ -312,7 +312,7 @@ def test_sentences_lose_nothing_and_stay_short(text: str, limit: int) -> None:
     assert all(len(piece.encode()) <= limit for piece in pieces)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.binary(min_size=1, max_size=20).map(bytes.hex), min_size=1, max_size=40), st.integers(1, 300))
 def test_sample_is_the_shortest_prefix_by_hash(texts: list[str], budget: int) -> None:
     by_hash = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
@@ -361,7 +361,7 @@ def test_transform_gives_a_byte_sidecar(tmp_path: Path, docs: Path) -> None:
 # Interruption
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_resume_after_any_interruption(
     tmp_path_factory: pytest.TempPathFactory, model: Path, data: st.DataObject
@@ -449,7 +449,7 @@ def test_finished_directory_is_checked(tmp_path: Path, model: Path, docs: Path) 
     shard, manifest = options["out"] / "fineweb_val_000000.bin", options["out"] / "manifest.json"
     shard.write_bytes(shard.read_bytes()[:-2])
     refused("fineweb_val_000000.bin: .*--overwrite", **options)
-    for text, message in (("{}", "not written by this tool"), ("[]", "not an object"), ("{", "is not JSON")):
+    for text, message in (("{}", "not written by this tool"), ("[]", "not an object"), ("{", "is not valid JSON")):
         manifest.write_text(text)
         refused(message, **options)
     manifest.unlink()

@@ -160,7 +160,7 @@ def test_seeds_of_different_things_and_broken_files_are_refused(
     refused("give a run folder or its log", tmp_path / "nowhere")
     (tmp_path / "cut.log").write_text(log[: log.rindex("}")])
     refused("RESULT line is not JSON", tmp_path / "cut.log")
-    for text, message in (("{", "not JSON"), ("[1]", "not an object")):
+    for text, message in (("{", "not valid JSON"), ("[1]", "not an object")):
         (two / "result.json").write_text(text)
         refused(message, two)
     assert {path.name: path.read_bytes() for path in record.iterdir()} == before

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt  # noqa: E402
+import train_gpt
 
 
 def seconds(scorer: train_gpt.NoAdaptation, unit: train_gpt.Unit) -> float:
@@ -41,7 +41,7 @@ def main() -> None:
     runtime = train_gpt.Runtime.start(cfg, {})
     kernels = train_gpt.choose_kernels(cfg, runtime)
     model = train_gpt.GPT(cfg, train_gpt.choose_attention(cfg, runtime), runtime.dtype, kernels).to(runtime.device)
-    model.load_state_dict(train_gpt.GPT(cfg).reset(cfg.seed).state_dict())
+    model.load_state_dict(train_gpt.GPT(cfg).init_weights(cfg.seed).state_dict())
     model.set_looping(train_gpt.loops(cfg))
     count = cfg.eval_seq_len + 2 * train_gpt.windows_per_batch(cfg) * cfg.eval_stride
     tokens = np.random.default_rng(0).integers(4, cfg.vocab_size, count + 1)
