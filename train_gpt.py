@@ -57,6 +57,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 try:  # only the codec of that name needs it, and says so
     import brotli
@@ -395,13 +396,6 @@ class Config:
     gptq_blocksize: int = knob(128, "columns per lazy update", "> 0")
     tcq_states: int = knob(8, "trellis states: 4, 8, 16, 32 or 64", ">= 4, <= 64", "MATRIX_QUANT=gptq_tcq")
     tcq_chunk_rows: int = knob(1024, "rows per trellis path", ">= 16, <= 2048", "MATRIX_QUANT=gptq_tcq")
-    tcq_column_beta: float = knob(
-        0.0,
-        "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this power; gains by "
-        "Hessian-weighted error, but lost val_bpb where it was tried: for study",
-        ">= 0, <= 1",
-        "MATRIX_QUANT=gptq_tcq",
-    )
     gated_attn_quant_gate: bool = knob(False, "store attention gates as int8 with a scale per row; off: fp16")
     repair: str = knob("none", "lqer: low-rank correction of the tensors with the largest error", "none|lqer")
     lqer_rank: int = knob(4, "rank of the correction", ">= 1", "REPAIR=lqer")
@@ -891,23 +885,25 @@ def help_text() -> str:
 
 
 class Log:
-    """Prints to stdout and appends to a file; silent on every rank but the first."""
+    """Prints to stdout and appends to a file. Ranks other than 0 are quiet."""
 
     def __init__(self, path: Path | None, quiet: bool) -> None:
-        self.path, self.quiet, self.last = path, quiet, 0.0
+        self.path, self.quiet = path, quiet
+        self.last = 0.0  # when progress last wrote a line
 
     def __call__(self, message: str, to_file_only: bool = False) -> None:
-        """One message, which may have several lines."""
+        """Write one message, which may have several lines."""
         if self.quiet:
             return
         if not to_file_only:
             print(message, flush=True)
         if self.path is not None:
+            # Opened for each message, so the file is complete whatever ends the process.
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(message + "\n")
 
     def progress(self, what: str, done: int, total: int, started: float, every: float = 10.0) -> None:
-        """One line every `every` seconds: how much is done and how long the rest will take."""
+        """Write how much is done and the estimated seconds left, at most one line every `every` seconds."""
         now = time.perf_counter()
         if now - max(self.last, started) < every or done == 0:
             return
@@ -918,7 +914,7 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where the program runs: rank, world, device, log. One process is world = 1, not a branch elsewhere."""
+    """Rank, world size, device, log, activation dtype, and whether to compile. A single process has world = 1."""
 
     rank: int
     world: int
@@ -929,7 +925,10 @@ class Runtime:
 
     @classmethod
     def start(cls, cfg: Config, environ: Mapping[str, str], log_path: Path | None = None) -> Runtime:
-        """Join the process group that torchrun's variables describe and choose device, dtype and compilation."""
+        """Choose the device and dtype, and join the process group described by torchrun's variables in `environ`.
+
+        Raises UserError for a world size that does not divide BATCH_SLICES and for a missing GPU.
+        """
         rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
         if cfg.batch_slices % world != 0:
             raise UserError(f"BATCH_SLICES={cfg.batch_slices} is not a multiple of the {world} ranks")
@@ -939,9 +938,11 @@ class Runtime:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(device)
-            torch._dynamo.config.recompile_limit = 64  # two routes, with and without gradient, of three models
+            # Two routes, with and without gradients, for three models: more graphs than the default limit of 8.
+            torch._dynamo.config.recompile_limit = 64
             torch.set_float32_matmul_precision("high")
         if world > 1:
+            # CPU tensors go over gloo and never wait for the GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
         dtypes = {
             "auto": torch.bfloat16 if use_cuda else torch.float32,
@@ -952,24 +953,25 @@ class Runtime:
         return cls(rank, world, device, Log(log_path, rank != 0), dtypes[cfg.compute_dtype], compiled)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """All-reduce (sum) in place; the tensor itself."""
+        """All-reduce (sum) in place and return the tensor."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def barrier(self) -> None:
         """Wait for every rank."""
+        # An all-reduce ends only when every rank has joined it.
         self.sum_(torch.zeros(1))
 
     def broadcast_from_rank0(self, value: float) -> float:
-        """Rank 0's number on every rank, over the host network: the device is not synchronised."""
+        """Broadcast a float from rank 0 over gloo, without synchronising the GPU."""
         tensor = torch.tensor([value], dtype=torch.float64)
         if self.world > 1:
             dist.broadcast(tensor, 0)
         return tensor.item()
 
     def gather(self, items: dict[str, Any]) -> dict[str, Any]:
-        """The union of every rank's dict, on every rank."""
+        """Merge the dicts of all ranks; every rank gets the union."""
         if self.world == 1:
             return items
         parts: list[Any] = [None] * self.world
@@ -977,16 +979,17 @@ class Runtime:
         return {key: value for part in parts for key, value in part.items()}
 
     def claim_tickets(self, queue_name: str, length: int) -> Iterator[int]:
-        """Tickets 0 <= i < length of a queue that all ranks take from, through the process group's store."""
+        """Yield the tickets 0 <= i < length that this rank claims; each ticket goes to exactly one rank."""
         if self.world == 1:
             yield from range(length)
             return
+        # The store's counter is atomic, so a rank that finishes early simply claims the next ticket.
         store = dist.distributed_c10d._get_default_store()
         while (ticket := store.add(queue_name, 1) - 1) < length:
             yield ticket
 
     def synchronize(self) -> None:
-        """Wait until the device has done what was launched."""
+        """Wait until the GPU has finished what was launched."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -997,36 +1000,33 @@ class Runtime:
 
 
 class Clock:
-    """Rank 0's training clock, read as the same number by every rank, without a device sync on every step.
+    """Training time in seconds, the same number on every rank, without a GPU sync at every step.
 
-    Between readings (at most EVERY steps apart, each step near the end) time is extrapolated by the last step time, so
-    schedules, the looping switch and the end fall on the same step everywhere. budget 0: fractions follow steps.
+    Rank 0's clock is read at most EVERY steps apart, and every step near the end; between readings the time of the last
+    step is extrapolated. So schedules, the looping switch and the end fall on the same step everywhere. With
+    budget = 0 the fraction done counts steps.
     """
 
     EVERY = 10
 
     def __init__(self, runtime: Runtime, budget: float, iterations: int) -> None:
         self.runtime, self.budget, self.iterations = runtime, budget, iterations
-        self.started, self.mark_step, self.mark_time, self.step_time, self.next_reading = (
-            0.0,
-            0,
-            0.0,
-            0.0,
-            0,
-        )
+        self.started = 0.0
+        self.mark_step, self.mark_time = 0, 0.0  # the last reading
+        self.step_time, self.next_reading = 0.0, 0
 
     def start(self, elapsed: float = 0.0) -> None:
-        """Start, or go on after a pause, at `elapsed` seconds."""
+        """Start, or resume after a pause, with `elapsed` seconds on the clock."""
         self.runtime.synchronize()
         self.started = time.perf_counter() - elapsed
 
     def read(self) -> float:
-        """Seconds of training so far, after a device sync; rank 0's, on every rank."""
+        """Return rank 0's seconds of training so far, after a GPU sync."""
         self.runtime.synchronize()
         return self.runtime.broadcast_from_rank0(time.perf_counter() - self.started)
 
     def fraction(self, step: int) -> float:
-        """Fraction of the run done when step `step` begins: 1 and more means stop."""
+        """Return the fraction of the run that is done when `step` begins; 1 or more means stop."""
         if self.budget <= 0 or step >= self.iterations:
             return step / self.iterations
         if step >= self.next_reading:
@@ -1034,31 +1034,43 @@ class Clock:
             if step > self.mark_step:
                 self.step_time = (now - self.mark_time) / (step - self.mark_step)
             self.mark_step, self.mark_time = step, now
+            # Read again after half of the steps that still fit, so the last steps are measured one by one.
             left = (self.budget - now) / self.step_time if self.step_time > 0 else 2
             self.next_reading = step + max(1, min(self.EVERY, int(left / 2)))
         return (self.mark_time + (step - self.mark_step) * self.step_time) / self.budget
 
     def expect_change(self) -> None:
-        """Measure again at once: the step time is about to change."""
+        """Read the clock at the next step, because the time of a step is about to change."""
         self.next_reading = 0
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write bytes under a temporary name, then rename: a half-written file never has the final name."""
+    """Write bytes under a temporary name, then rename: the final name never holds half a file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
 def atomic_save(path: Path, value: Any) -> None:
-    """torch.save, atomically."""
+    """torch.save through atomic_write."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     atomic_write(path, buffer.getvalue())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or {} if there is no file. UserError for anything but an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); write it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object; it was not written by this project")
+    return value
+
+
 def load_saved(path: Path) -> Any:
-    """What atomic_save wrote, on the CPU; UserError when it is missing or damaged."""
+    """Load what atomic_save wrote onto the CPU. UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path} is missing; run the stage before (STAGES=train,quantize,eval)")
     try:
@@ -1069,8 +1081,10 @@ def load_saved(path: Path) -> Any:
 
 
 def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Callable:
-    """torch.compile of a whole function when the run compiles, else the function."""
-    return torch.compile(function, fullgraph=True, dynamic=dynamic) if runtime.compile else function
+    """Return the function compiled as one graph if this run compiles, else the function itself."""
+    if not runtime.compile:
+        return function
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1079,7 +1093,7 @@ def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Cal
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """Tokens of a shard, uint16, memory-mapped. UserError unless header and size are those of the format.
+    """Memory-map the tokens of a shard, (N,) uint16. UserError if the header or the file size is wrong.
 
     Format: 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then the tokens as uint16.
     """
@@ -1093,59 +1107,77 @@ def read_shard(path: str | Path) -> np.ndarray:
             f"{path}: not a shard: magic and version are {header[:2].tolist()}, expected "
             f"[{SHARD_MAGIC}, {SHARD_VERSION}]; prepare the data again"
         )
-    if size != header_bytes + 2 * int(header[2]):
+    count = int(header[2])
+    expected = header_bytes + 2 * count
+    if size != expected:
         raise UserError(
-            f"{path}: {size} bytes, but its header promises {header[2]} tokens = "
-            f"{header_bytes + 2 * int(header[2])} bytes; copy or prepare it again"
+            f"{path}: {size} bytes, but its header promises {count} tokens = {expected} bytes; copy or prepare it again"
         )
-    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(int(header[2]),))
+    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
 def list_shards(folder: str, kind: str) -> list[Path]:
-    """Shards of a kind (train, val, val_bytes) in order; UserError when there are none or a number is missing."""
-    paths = sorted(p for p in Path(folder).glob(f"fineweb_{kind}_*.bin") if p.stem[len(f"fineweb_{kind}_") :].isdigit())
+    """List the shards of a kind (train, val, val_bytes) in order.
+
+    UserError if a number is missing between two shards, or if there is no shard; only val_bytes is optional.
+    """
+    prefix = f"fineweb_{kind}_"
+    # "fineweb_val_*" also finds the byte sidecars, so what follows the prefix must be a number.
+    paths = sorted(p for p in Path(folder).glob(f"{prefix}*.bin") if p.stem.removeprefix(prefix).isdigit())
     if not paths and kind != "val_bytes":
         raise UserError(
-            f"DATA_PATH={folder} has no fineweb_{kind}_*.bin; make shards with data/prepare.py or fetch them "
-            "with data/download.py"
+            f"DATA_PATH={folder} has no {prefix}*.bin; make shards with data/prepare.py or fetch them with "
+            "data/download.py"
         )
-    numbers = [int(p.stem.rsplit("_", 1)[1]) for p in paths]
-    gaps = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers)) if numbers else []
+    numbers = [int(p.stem.removeprefix(prefix)) for p in paths]
+    gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers)) if numbers else []
     if gaps:
-        raise UserError(f"DATA_PATH={folder}: fineweb_{kind}_{gaps[0]:06d}.bin is missing between its neighbours")
+        raise UserError(f"DATA_PATH={folder}: {prefix}{gaps[0]:06d}.bin is missing between its neighbours")
     return paths
 
 
 def segment_bounds(starts: np.ndarray, total: int, cap: int) -> np.ndarray:
-    """Boundaries of attention segments in `total` tokens, int32, from 0 to total.
+    """Return the boundaries of attention segments in `total` tokens, int32, from 0 to total.
 
-    A segment begins at 0, at each of `starts` (document starts) and every `cap` tokens inside a document (0: no cap).
+    A segment begins at 0, at each document start in `starts`, and every `cap` tokens within a document (0: no cap).
     """
     edges = np.unique(np.concatenate(([0], starts, [total])))
     if cap > 0:
-        edges = np.concatenate([np.arange(a, b, cap) for a, b in zip(edges[:-1], edges[1:], strict=True)] + [[total]])
+        # arange starts again at every document, so the cap counts from the document start.
+        documents = zip(edges[:-1], edges[1:], strict=True)
+        parts = [np.arange(a, b, cap) for a, b in documents]
+        edges = np.concatenate([*parts, [total]])
     return edges.astype(np.int32)
 
 
 def pad_bounds(bounds: np.ndarray, multiple: int = 64) -> np.ndarray:
-    """Right-pad with the total to a multiple of entries: few distinct shapes, and zero-length segments do nothing."""
-    return np.pad(bounds, (0, -len(bounds) % multiple), mode="edge")
+    """Right-pad boundaries with their last entry to a multiple of `multiple` entries.
+
+    Compiled code then sees few shapes; the added segments are empty.
+    """
+    missing = -len(bounds) % multiple
+    return np.pad(bounds, (0, missing), mode="edge")
 
 
 class Batch(NamedTuple):
-    """A micro-batch on the host: ids and targets (B, T) int64, cu the padded segment boundaries over B*T or None."""
+    """A micro-batch: ids and targets (B, T) int64; padded segment boundaries over B*T tokens, or None."""
 
     ids: Tensor
     targets: Tensor
     cu_seqlens: Tensor | None
 
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a batch with the function applied to every tensor."""
+        parts = (None if t is None else function(t) for t in self)
+        return Batch(*parts)
+
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; copies from pinned memory do not block."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        """Copy the batch to a device; copies from pinned memory do not block."""
+        return self.apply(lambda t: t.to(device, non_blocking=True))
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
-    """UserError for training tokens of another vocabulary."""
+    """UserError if a token id is outside the vocabulary."""
     if tokens.size and tokens.max() >= vocab_size:
         raise UserError(
             f"{where}: token id {tokens.max()} is outside VOCAB_SIZE={vocab_size}; the shards were made with another "
@@ -1154,16 +1186,17 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
 
 
 class ShardWalker:
-    """A cursor over the training shards, in order, again from the first after the last: no randomness.
+    """Reads the training shards in order, and starts over after the last one. Nothing is random.
 
-    With whole_docs a shard's tokens before its first document and a tail shorter than a request are skipped (the
-    published packing); without, requests run on from one shard into the next.
+    whole_docs=True is the published packing: it skips a shard's tokens before the first document and a tail that is
+    shorter than a request. With False, a request continues in the next shard.
     """
 
     def __init__(self, paths: list[Path], vocab_size: int, whole_docs: bool) -> None:
         self.paths, self.vocab_size, self.whole_docs = paths, vocab_size, whole_docs
         self.index, self.position, self.tokens = -1, 0, np.empty(0, np.uint16)
-        sizes = [len(read_shard(path)) for path in paths]  # reads every header: a bad shard stops no later step
+        # Read every header now, so a bad shard cannot stop the run at a later step.
+        sizes = [len(read_shard(path)) for path in paths]
         if not any(sizes):
             raise UserError(f"{paths[0].parent}: no training shard holds a token; prepare the data again")
 
@@ -1177,13 +1210,14 @@ class ShardWalker:
         self.position = int(starts[0]) if self.whole_docs and len(starts) else 0
 
     def next_tokens(self, count: int) -> np.ndarray:
-        """The next `count` tokens, uint16."""
+        """Return the next `count` tokens, uint16. UserError if whole_docs and no shard holds that many."""
         parts, missing, opened = [], count, 0
         while missing:
             left = len(self.tokens) - self.position
             if left < (missing if self.whole_docs else 1):
                 self.open_next()
                 opened += 1
+                # All shards were opened without an answer: the next round would find nothing either.
                 if opened > len(self.paths) and self.whole_docs:
                     raise UserError(
                         f"{self.paths[0].parent}: no training shard holds the {count} tokens of one step; lower "
@@ -1197,20 +1231,20 @@ class ShardWalker:
 
 
 class ShuffledSequences:
-    """Sequences of `length` + 1 tokens of some pieces of the training text, each once, shuffled; then anew. Published
-    order (PR 1895): every piece gets a random phase and permutation, which is dealt from its end; the next sequence is
-    of a random piece, by how many each has left.
+    """Deals sequences of `length` + 1 tokens from pieces of text: each once in random order, then shuffles again.
+
+    Published order (PR 1895): every piece gets a random phase and a random permutation of its sequences, which is dealt
+    from its end. The next sequence comes from a random piece, weighted by how many sequences each has left.
     """
 
     def __init__(self, pieces: list[np.ndarray], length: int, seed: int) -> None:
-        self.pieces, self.length = [piece for piece in pieces if len(piece) > length], length
-        self.rng, self.starts = (
-            np.random.Generator(np.random.PCG64(seed)),
-            [np.empty(0, np.int64)],
-        )
+        self.length = length
+        self.pieces = [piece for piece in pieces if len(piece) > length]
+        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.starts = [np.empty(0, np.int64)]  # of the sequences that each piece has left
 
     def shuffle(self) -> None:
-        """Draw the starts of every piece's sequences, the next one last."""
+        """Draw every piece's sequence starts; the last one is dealt first."""
         self.starts = []
         for piece in self.pieces:
             phase = int(self.rng.integers(min(self.length, len(piece) - self.length)))
@@ -1218,50 +1252,49 @@ class ShuffledSequences:
             self.starts.append(phase + self.length * self.rng.permutation(count))
 
     def next_sequence(self) -> np.ndarray:
-        """The next sequence, (length + 1,) uint16."""
-        left = np.array([len(starts) for starts in self.starts])
-        if not left.any():
+        """Return the next sequence, (length + 1,) uint16."""
+        if not any(map(len, self.starts)):
             self.shuffle()
-            left = np.array([len(starts) for starts in self.starts])
+        left = np.array([len(starts) for starts in self.starts])
+        # Weighted by what is left, all pieces run out at about the same time.
         i = int(self.rng.choice(len(left), p=left / left.sum()))
         start, self.starts[i] = self.starts[i][-1], self.starts[i][:-1]
         return self.pieces[i][start : start + self.length + 1]
 
 
 def walked_spans(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
-    """Of each step the spans of TRAIN_BATCH_TOKENS/BATCH_SLICES + 1 tokens of some slices, in the order of the text."""
+    """Yield, for each step, the given slices of the text in order: spans of TRAIN_BATCH_TOKENS/BATCH_SLICES + 1."""
     span = cfg.train_batch_tokens // cfg.batch_slices + 1
     walker = ShardWalker(list_shards(cfg.data_path, "train"), cfg.vocab_size, LOADERS[cfg.loader].documents)
     while True:
+        # Every rank reads the whole step and keeps its slices, so all ranks agree on where the next step begins.
         tokens = walker.next_tokens(cfg.batch_slices * span).reshape(cfg.batch_slices, span)
         yield [tokens[j] for j in slices]
 
 
 def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
-    """Of each step the rows (n, TRAIN_SEQ_LEN + 1) of some slices.
+    """Yield, for each step, rows (n, TRAIN_SEQ_LEN + 1) of the given slices.
 
-    Slice j deals the shards j, j + BATCH_SLICES, ... from a deck of its own: with 8 slices it is the published rank j.
-    Shards that are too few for that are cut into equal pieces, each of which ends with the next one's first token.
+    Slice j deals from shards j, j + BATCH_SLICES, ... alone; with 8 slices it is the published rank j. UserError if a
+    slice gets no sequence.
     """
-    length, shards = (
-        cfg.train_seq_len,
-        [read_shard(path) for path in list_shards(cfg.data_path, "train")],
-    )
-    pieces, cuts = [], -(-cfg.batch_slices // len(shards))
+    length, count = cfg.train_seq_len, cfg.batch_slices
+    shards = [read_shard(path) for path in list_shards(cfg.data_path, "train")]
+    # With fewer shards than slices, cut every shard into equal pieces. A piece ends with the first token of the next,
+    # which is the target of its last token.
+    pieces, cuts = [], -(-count // len(shards))
     for shard in shards:
         edges = [(len(shard) - 1) * i // cuts for i in range(cuts + 1)]
         pieces += [shard[max(a, 0) : b + 1] for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    decks = [ShuffledSequences(pieces[j :: cfg.batch_slices], length, j) for j in range(cfg.batch_slices)]
-    if not all(deck.pieces for deck in decks):
+    dealers = [ShuffledSequences(pieces[j::count], length, j) for j in range(count)]
+    if not all(dealer.pieces for dealer in dealers):
         raise UserError(
-            f"DATA_PATH={cfg.data_path}: {len(shards)} training shards do not give each of BATCH_SLICES="
-            f"{cfg.batch_slices} a sequence of TRAIN_SEQ_LEN={length}; lower one of these, or prepare more text"
+            f"DATA_PATH={cfg.data_path}: {len(shards)} training shards do not give each of BATCH_SLICES={count} a "
+            f"sequence of TRAIN_SEQ_LEN={length}; lower one of these, or prepare more text"
         )
+    rows = range(cfg.train_batch_tokens // count // length)
     while True:
-        batches = [
-            np.stack([deck.next_sequence() for _ in range(cfg.train_batch_tokens // cfg.batch_slices // length)])
-            for deck in (decks[j] for j in slices)
-        ]
+        batches = [np.stack([dealers[j].next_sequence() for _ in rows]) for j in slices]
         check_ids(np.concatenate(batches), cfg.vocab_size, f"DATA_PATH={cfg.data_path}")
         yield batches
 
@@ -1269,29 +1302,30 @@ def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
 def rows_batch(rows: np.ndarray, seq_len: int) -> Batch:
     """Rows of seq_len + 1 tokens as they are; attention runs across documents."""
     tokens = torch.from_numpy(rows.astype(np.int64))
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+    ids, targets = tokens[:, :-1], tokens[:, 1:]
+    return Batch(ids.contiguous(), targets.contiguous(), None)
 
 
 def packed_docs_batch(span: np.ndarray, seq_len: int) -> Batch:
-    """One row of all tokens; attention stays inside documents, and inside pieces of seq_len of a document."""
-    ids = span[:-1]
-    bounds = segment_bounds(np.flatnonzero(ids == BOS_ID), len(ids), seq_len)
-    return Batch(as_row(ids), as_row(span[1:]), torch.from_numpy(pad_bounds(bounds)))
+    """One row of all tokens; attention stays inside a document and inside pieces of seq_len tokens."""
+    starts = np.flatnonzero(span[:-1] == BOS_ID)
+    bounds = segment_bounds(starts, len(span) - 1, seq_len)
+    row = rows_batch(span[None], seq_len)
+    return row._replace(cu_seqlens=torch.from_numpy(pad_bounds(bounds)))
 
 
 def stream_batch(span: np.ndarray, seq_len: int) -> Batch:
     """Contiguous rows of seq_len tokens; attention runs across documents."""
-    return Batch(as_row(span[:-1]).view(-1, seq_len), as_row(span[1:]).view(-1, seq_len), None)
-
-
-def as_row(tokens: np.ndarray) -> Tensor:
-    """uint16 (N,) -> int64 (1, N)."""
-    return torch.from_numpy(tokens.astype(np.int64))[None]
+    row = rows_batch(span[None], seq_len)
+    return row.apply(lambda t: t.view(-1, seq_len))
 
 
 class Loader(NamedTuple):
-    """A way to cut the training text: each step's tokens of some slices, a micro-batch of those of one slice, and
-    whether documents bound attention."""
+    """A way to cut the training text.
+
+    tokens yields each step's tokens for some slices; batch makes the micro-batch of one slice; documents says whether
+    attention stops at document borders.
+    """
 
     tokens: Callable[[Config, range], Iterator[list[np.ndarray]]]
     batch: Callable[[np.ndarray, int], Batch]
@@ -1306,38 +1340,27 @@ LOADERS = {
 
 
 def train_batches(cfg: Config, runtime: Runtime) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each optimiser step, for ever, prepared two steps ahead by a thread.
-
-    A step has BATCH_SLICES slices; slice j goes to rank j mod world, so that every world size sees the same tokens per
-    step in the same order.
-    """
+    """Yield this rank's micro-batches for each optimiser step, without end; a thread prepares two steps ahead."""
+    # Slice j goes to rank j mod world, so every world size sees the same tokens per step.
     loader, mine = LOADERS[cfg.loader], range(runtime.rank, cfg.batch_slices, runtime.world)
 
     def steps() -> Iterator[list[Batch]]:
         for parts in loader.tokens(cfg, mine):
             batches = [loader.batch(tokens, cfg.train_seq_len) for tokens in parts]
-            yield [pin(b) for b in batches] if runtime.device.type == "cuda" else batches
+            yield [b.apply(Tensor.pin_memory) for b in batches] if runtime.device.type == "cuda" else batches
 
     return prefetch(steps(), depth=2)
 
 
-def pin(batch: Batch) -> Batch:
-    """The batch in page-locked memory."""
-    return Batch(*(None if t is None else t.pin_memory() for t in batch))
-
-
 def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
-    """Items of an endless source, made by a daemon thread; its exception is raised at the consumer.
-
-    The thread has ended when the consumer's generator is closed: left alone, it may be inside torch when the program
-    exits, which aborts.
-    """
+    """Yield the items of an endless iterator, made ahead by a daemon thread; its exceptions are raised here."""
     ready: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()
 
     def put(item: Any) -> None:
         while not stop.is_set():
             try:
+                # The timeout lets the thread notice `stop` while the queue is full.
                 return ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
@@ -1346,7 +1369,7 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
         try:
             while not stop.is_set():
                 put(next(source))
-        except Exception as error:  # whatever it is: a consumer must not wait for ever
+        except Exception as error:  # any kind: the consumer must not wait for ever
             put(error)
 
     worker = threading.Thread(target=work, daemon=True)
@@ -1358,38 +1381,46 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
                 raise item
             yield item
     finally:
+        # Join: a thread that is still inside torch when the program exits aborts the process.
         stop.set()
         worker.join()
 
 
 def calibration_rows(cfg: Config, index: int) -> np.ndarray:
-    """Calibration batch `index`: random training windows, (rows, TRAIN_SEQ_LEN) int64, whatever the world."""
+    """Return calibration batch `index`: random training windows, (rows, TRAIN_SEQ_LEN) int64, for any world size."""
+    # Seeded by the index alone, so the rows do not depend on which rank draws them.
     rng = np.random.Generator(np.random.PCG64(index))
     shards = [read_shard(path) for path in list_shards(cfg.data_path, "train")]
-    room = np.array([max(0, len(s) - cfg.train_seq_len) for s in shards], dtype=np.float64)
+    length = cfg.train_seq_len
+    room = np.array([max(0, len(s) - length) for s in shards], dtype=np.float64)
     if not room.any():
-        raise UserError(f"DATA_PATH={cfg.data_path}: no training shard holds TRAIN_SEQ_LEN={cfg.train_seq_len} tokens")
-    rows = cfg.train_batch_tokens // cfg.batch_slices // cfg.train_seq_len
+        raise UserError(f"DATA_PATH={cfg.data_path}: no training shard holds TRAIN_SEQ_LEN={length} tokens")
+    rows = cfg.train_batch_tokens // cfg.batch_slices // length
+    # A shard is picked in proportion to its possible windows, so every window is equally likely.
     picks = rng.choice(len(shards), size=rows, p=room / room.sum())
     starts = [int(rng.integers(0, int(room[i]))) for i in picks]
-    return np.stack([shards[i][s : s + cfg.train_seq_len] for i, s in zip(picks, starts, strict=True)]).astype(np.int64)
+    windows = [shards[i][s : s + length] for i, s in zip(picks, starts, strict=True)]
+    return np.stack(windows).astype(np.int64)
 
 
 class ByteTable(NamedTuple):
-    """Bytes that a token stands for, by id: own bytes, a leading space, and whether nothing precedes (control ids)."""
+    """What each token id adds to the text, by id (V,): its bytes without a leading space (int32), whether it has a
+    leading space, and whether it is a boundary (a control id)."""
 
     bytes: np.ndarray
     space: np.ndarray
     boundary: np.ndarray
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes credited to each token as a target, int32; a leading space counts unless a control id precedes."""
-        previous_is_boundary = np.concatenate(([True], self.boundary[tokens[:-1]]))
-        return self.bytes[tokens] + (self.space[tokens] & ~previous_is_boundary)
+        """Return the bytes credited to each token of a stream as a target, int32."""
+        # The decoder drops a leading space at the start of a text, so it counts only if no control id precedes it.
+        after_boundary = np.concatenate(([True], self.boundary[tokens[:-1]]))
+        spaces = self.space[tokens] & ~after_boundary
+        return self.bytes[tokens] + spaces
 
 
 def find_tokenizer(cfg: Config) -> Path | None:
-    """The SentencePiece model of a run, or None when DATA_PATH holds none; UserError when ambiguous or missing."""
+    """Return TOKENIZER_PATH, or the only *.model in DATA_PATH, or None. UserError if missing or ambiguous."""
     if cfg.tokenizer_path:
         if not Path(cfg.tokenizer_path).is_file():
             raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file")
@@ -1401,86 +1432,88 @@ def find_tokenizer(cfg: Config) -> Path | None:
 
 
 def byte_table(path: Path, vocab_size: int) -> ByteTable:
-    """Byte counts by id of a SentencePiece model: UTF-8 length without the leading U+2581, 1 for byte pieces, 0 for
-    control, unknown and unused ids (which are boundaries). UserError when the vocabulary is another one."""
+    """Count the bytes of every id of a SentencePiece model. UserError if its vocabulary has another size."""
     try:
         processor = spm.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: not a SentencePiece model ({error})") from None
     if processor.vocab_size() != vocab_size:
         raise UserError(f"{path}: the tokenizer has {processor.vocab_size()} pieces, VOCAB_SIZE={vocab_size}")
+    # Without this piece a single space would become <unk>, and its byte would be lost.
     if processor.piece_to_id("\u2581") == processor.unk_id():
         raise UserError(f"{path}: the tokenizer has no bare U+2581 piece, so bytes cannot be counted")
-    size = np.zeros(vocab_size, np.int32)
-    space, boundary = np.zeros(vocab_size, bool), np.zeros(vocab_size, bool)
+    table = ByteTable(np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool), np.zeros(vocab_size, bool))
     for i in range(vocab_size):
         if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
-            boundary[i] = True
+            table.boundary[i] = True
         elif processor.is_byte(i):
-            size[i] = 1
+            table.bytes[i] = 1
         else:
+            # U+2581 stands for a space.
             piece = processor.id_to_piece(i)
-            space[i] = piece.startswith("\u2581")
-            size[i] = len(piece.removeprefix("\u2581").encode("utf-8"))
-    return ByteTable(size, space, boundary)
+            table.space[i] = piece.startswith("\u2581")
+            table.bytes[i] = len(piece.removeprefix("\u2581").encode("utf-8"))
+    return table
 
 
 class ValData(NamedTuple):
-    """The validation stream: tokens (N,) int64, and the bytes credited to each as a target (N,) int32."""
+    """The validation stream: tokens (N,) int64, and the bytes credited to each token as a target, (N,) int32."""
 
     tokens: np.ndarray
     bytes: np.ndarray
 
 
 def load_val(cfg: Config) -> ValData:
-    """Validation tokens with their bytes from the sidecar where there is one, else from the tokenizer.
+    """Load the validation tokens and their bytes: from the byte sidecar if there is one, else from the tokenizer.
 
-    Cut to a multiple of EVAL_SEQ_LEN targets (the canonical count) unless EVAL_INCLUDE_TAIL.
+    The stream is cut to a multiple of EVAL_SEQ_LEN targets, the canonical count, unless EVAL_INCLUDE_TAIL is set.
+    UserError if the stream is too short, or if shards, sidecars, tokenizer and VOCAB_SIZE do not fit together.
     """
-    shards, sidecars = (
-        list_shards(cfg.data_path, "val"),
-        list_shards(cfg.data_path, "val_bytes"),
-    )
+    where = f"DATA_PATH={cfg.data_path}"
+    shards, sidecars = list_shards(cfg.data_path, "val"), list_shards(cfg.data_path, "val_bytes")
     tokens = np.concatenate([read_shard(path) for path in shards]).astype(np.int64)
-    count = len(tokens) - 1 if cfg.eval_include_tail else (len(tokens) - 1) // cfg.eval_seq_len * cfg.eval_seq_len
+    count = len(tokens) - 1
+    if not cfg.eval_include_tail:
+        count -= count % cfg.eval_seq_len
     if count < 1:
         raise UserError(
-            f"DATA_PATH={cfg.data_path}: {len(tokens)} validation tokens are fewer than "
-            f"EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower EVAL_SEQ_LEN or prepare more --val-docs"
+            f"{where}: {len(tokens)} validation tokens are fewer than EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower "
+            "EVAL_SEQ_LEN or prepare more --val-docs"
         )
-    if tokens.max() >= cfg.vocab_size:
-        raise UserError(
-            f"DATA_PATH={cfg.data_path}: validation token id {tokens.max()} is outside "
-            f"VOCAB_SIZE={cfg.vocab_size}; the shards were made with another tokenizer"
-        )
+    check_ids(tokens, cfg.vocab_size, where)
+    # The tokenizer is checked against VOCAB_SIZE even where the sidecar has the bytes.
     tokenizer = find_tokenizer(cfg)
     table = byte_table(tokenizer, cfg.vocab_size) if tokenizer else None
     if sidecars:
-        sizes = [(len(read_shard(a)), len(read_shard(b))) for a, b in zip(shards, sidecars, strict=False)]
-        if len(shards) != len(sidecars) or any(a != b for a, b in sizes):
-            raise UserError(f"DATA_PATH={cfg.data_path}: the byte sidecars do not match the validation shards")
-        counted = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int32)
+        parts = [read_shard(path) for path in sidecars]
+        if list(map(len, parts)) != [len(read_shard(path)) for path in shards]:
+            raise UserError(f"{where}: the byte sidecars do not match the validation shards")
+        counted = np.concatenate(parts).astype(np.int32)
     elif table is not None:
         counted = table.count(tokens)
     else:
-        raise UserError(f"DATA_PATH={cfg.data_path} has neither a *.model nor a byte sidecar; set TOKENIZER_PATH")
+        raise UserError(f"{where} has neither a *.model nor a byte sidecar; set TOKENIZER_PATH")
     return ValData(tokens[: count + 1], counted[: count + 1])
 
 
 def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
-    """(start, length) of each document of a stream; the length includes the next document's BOS, the last target."""
+    """Return (start, length) of each document. The length includes the next document's BOS, which is a target too."""
     starts = np.flatnonzero(tokens == BOS_ID)
     if not len(starts):
         raise UserError("the validation stream has no document start (BOS); EVAL=doc_lora needs documents")
-    starts[0] = 0  # tokens before the first BOS belong to the first document: every target is scored
+    starts[0] = 0  # tokens before the first BOS join the first document, so every target is scored
+    # + 1: the last token of a document predicts the BOS of the next one.
     ends = np.append(starts[1:] + 1, len(tokens))
     return [(int(s), int(e - s)) for s, e in zip(starts, ends, strict=True)]
 
 
 def row_bounds(ids: np.ndarray) -> Tensor:
-    """Padded segment boundaries of rows (B, T): every row start and every document start, over B*T flattened tokens."""
-    starts = np.union1d(np.flatnonzero(ids.reshape(-1) == BOS_ID), np.arange(0, ids.size, ids.shape[1]))
-    return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, 0)))
+    """Return padded segment boundaries for rows (B, T) as B*T flat tokens: every row start and document start."""
+    documents = np.flatnonzero(ids.reshape(-1) == BOS_ID)
+    rows = np.arange(0, ids.size, ids.shape[1])
+    # The union counts a document start at a row start once; twice would make an empty segment.
+    bounds = segment_bounds(np.union1d(documents, rows), ids.size, 0)
+    return torch.from_numpy(pad_bounds(bounds))
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1854,56 +1887,43 @@ def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 @kernel
 def leaky_square_kernel(
-    m: tl.tensor_descriptor,
-    up: tl.tensor_descriptor,
+    x: tl.tensor_descriptor,
+    w: tl.tensor_descriptor,
     pre: tl.tensor_descriptor,
-    post: tl.tensor_descriptor,
+    out: tl.tensor_descriptor,
     SLOPE: tl.constexpr,
+    BACK: tl.constexpr,
 ) -> None:
-    """pre = m up^T and post = LeakyReLU(pre, SLOPE)^2 of the rounded pre.
+    """Forward: pre = x w^T and out = f(pre), f = LeakyReLU(., SLOPE)^2, of the rounded pre. Back: out = (x w) f'(pre).
 
-    The descriptors' blocks set the tile: m (rows, depth), up (columns, depth), pre and post (rows, columns / 2).
+    The descriptors' blocks set the tile: x (rows, depth), w (columns, depth), or back (depth, columns), pre and out
+    (rows, columns / 2).
     """
-    R: tl.constexpr = m.block_shape[0]
-    K: tl.constexpr = m.block_shape[1]
-    C: tl.constexpr = up.block_shape[0]
-    across = tl.cdiv(up.shape[0], C)
+    R: tl.constexpr = x.block_shape[0]
+    K: tl.constexpr = x.block_shape[1]
+    HALF: tl.constexpr = pre.block_shape[1]
+    across = tl.cdiv(pre.shape[1], 2 * HALF)
     # persistent programs: each takes every num_programs-th tile, row by row
-    for tile in tl.range(tl.program_id(0), tl.cdiv(m.shape[0], R) * across, tl.num_programs(0)):
-        row, column = tile // across * R, tile % across * C
-        total = tl.zeros((R, C), tl.float32)
-        for k in tl.range(0, m.shape[1], K):
-            total = tl.dot(m.load([row, k]), up.load([column, k]).T, total)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(x.shape[0], R) * across, tl.num_programs(0)):
+        row, column = tile // across * R, tile % across * (2 * HALF)
+        total = tl.zeros((R, 2 * HALF), tl.float32)
+        for k in tl.range(0, x.shape[1], K):
+            if BACK:
+                total = tl.dot(x.load([row, k]), w.load([k, column]), total)
+            else:
+                total = tl.dot(x.load([row, k]), w.load([column, k]).T, total)
         for half in tl.static_range(2):
-            z = halves(total)[half].to(pre.dtype)
-            pre.store([row, column + half * (C // 2)], z)
-            a = z.to(tl.float32)
-            a = tl.where(a > 0, a, SLOPE * a)
-            post.store([row, column + half * (C // 2)], (a * a).to(post.dtype))
-
-
-@kernel
-def leaky_square_back_kernel(
-    g: tl.tensor_descriptor,
-    down: tl.tensor_descriptor,
-    pre: tl.tensor_descriptor,
-    dpre: tl.tensor_descriptor,
-    SLOPE: tl.constexpr,
-) -> None:
-    """dpre = (g down) d(LeakyReLU(pre, SLOPE)^2)/dpre; tiles as in leaky_square_kernel, down (depth, columns)."""
-    R: tl.constexpr = g.block_shape[0]
-    K: tl.constexpr = g.block_shape[1]
-    C: tl.constexpr = down.block_shape[1]
-    across = tl.cdiv(down.shape[1], C)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(g.shape[0], R) * across, tl.num_programs(0)):
-        row, column = tile // across * R, tile % across * C
-        total = tl.zeros((R, C), tl.float32)
-        for k in tl.range(0, g.shape[1], K):
-            total = tl.dot(g.load([row, k]), down.load([k, column]), total)
-        for half in tl.static_range(2):
-            z = pre.load([row, column + half * (C // 2)]).to(tl.float32)
-            factor = tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
-            dpre.store([row, column + half * (C // 2)], (halves(total)[half] * factor).to(dpre.dtype))
+            y = halves(total)[half]
+            if BACK:
+                z = pre.load([row, column + half * HALF]).to(tl.float32)
+                y = y * tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
+            else:
+                z = y.to(pre.dtype)
+                pre.store([row, column + half * HALF], z)
+                a = z.to(tl.float32)
+                a = tl.where(a > 0, a, SLOPE * a)
+                y = a * a
+            out.store([row, column + half * HALF], y.to(out.dtype))
 
 
 def launch_softcap_ce(
@@ -1932,14 +1952,18 @@ def launch_softcap_ce_back(
     return dz
 
 
-def num_programs(x: Tensor) -> int:
-    """Persistent programs of a matmul kernel: one a multiprocessor, a few under Triton's interpreter."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-
-
 def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads out of bounds give zeros."""
     return TensorDescriptor.from_tensor(x.contiguous(), [rows, columns])
+
+
+def launch_tiles(x: Tensor, w: Tensor, pre: Tensor, out: Tensor, slope: float, back: bool) -> None:
+    """leaky_square_kernel with one persistent program a multiprocessor, or a few under Triton's interpreter."""
+    R, C, K = MLP_TILE
+    tiles = describe(x, R, K), describe(w, *((K, C) if back else (C, K)))
+    tiles += describe(pre, R, C // 2), describe(out, R, C // 2)
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    leaky_square_kernel[(programs,)](*tiles, slope, back, num_warps=8, num_stages=3 if back else 4)
 
 
 def launch_leaky_square(
@@ -1949,21 +1973,15 @@ def launch_leaky_square(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """leaky_square through Triton; the second matmul has nothing to fuse and is cuBLAS's."""
-    R, C, K = MLP_TILE
     pre, post = (m.new_empty(m.size(0), up.size(0)) for _ in range(2))
-    inputs = describe(m, R, K), describe(up, C, K)
-    outputs = describe(pre, R, C // 2), describe(post, R, C // 2)
-    leaky_square_kernel[(num_programs(m),)](*inputs, *outputs, slope, num_warps=8, num_stages=4)
+    launch_tiles(m, up, pre, post, slope, back=False)
     return F.linear(post, down), pre, post
 
 
 def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
     """leaky_square_back through Triton."""
-    R, C, K = MLP_TILE
     dpre = torch.empty_like(pre)
-    inputs = describe(g, R, K), describe(down, K, C)
-    outputs = describe(pre, R, C // 2), describe(dpre, R, C // 2)
-    leaky_square_back_kernel[(num_programs(g),)](*inputs, *outputs, slope, num_warps=8, num_stages=3)
+    launch_tiles(g, down, pre, dpre, slope, back=True)
     return dpre
 
 
@@ -1980,6 +1998,7 @@ def operator(
     """
 
     def register(twin: Callable) -> Callable:
+        """The operator of a twin."""
         # A process may hold several copies of this program (the judge's, a packed one's), and torch keeps only the
         # younger of two operators of one name: hence the module's name in it.
         op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
@@ -3161,14 +3180,14 @@ COEFFICIENTS = {  # a, b, c of X <- a X + (b A + c A A) X with A = X X^T; the la
 
 
 def orthogonalize(x: Tensor, coefficients: str, steps: int) -> Tensor:
-    """About U V^T of each matrix of x (k, rows, cols), by `steps` polynomial iterations in x's dtype (see also
-    gram_iterations)."""
+    """Approximate U V^T of each matrix in x (k, rows, cols) by `steps` Newton-Schulz iterations in x's dtype."""
     triples = COEFFICIENTS[coefficients]
     plan = [triples[min(i, len(triples) - 1)] for i in range(steps)]
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if 3 * x.size(-2) < 2 * x.size(-1):  # five steps then cost less: 4 r^2 c + 14 r^3 against 10 r^2 c + 5 r^3
+    # With r rows and c columns, five steps cost 4 r^2 c + 14 r^3 on the Gram matrix and 10 r^2 c + 5 r^3 on x itself
+    if 3 * x.size(-2) < 2 * x.size(-1):
         x = gram_iterations(x.half() if x.dtype == torch.bfloat16 else x, plan).to(x.dtype)
         return x.mT if tall else x
     for a, b, c in plan:
@@ -3178,12 +3197,12 @@ def orthogonalize(x: Tensor, coefficients: str, steps: int) -> Tensor:
 
 
 def gram_iterations(x: Tensor, plan: list[tuple[float, float, float]]) -> Tensor:
-    """x (k, rows, cols) after the same polynomials, by products of (rows, rows) alone (Gram Newton-Schulz): x <- Q x,
-    where Q is the product of p = a I + b R + c R R, and R = x x^T is carried on as p R p.
+    """The same iterations on x (k, rows, cols) by products of (rows, rows) matrices alone: Gram Newton-Schulz.
 
-    Rounding grows in R, so it is computed afresh after two steps and then every three. In bfloat16 it still overshoots
-    on spectra of four decades, by half, which float16 does not: at norm 1 its range is ample.
+    x becomes Q x, where Q is the product of p = a I + b R + c R R over the steps, and R = x x^T becomes p R p.
     """
+    # Rounding errors grow in R, so it is computed again from x after two steps and then after every three. bfloat16
+    # still overshoots by half on spectra of four decades; float16 does not, and at norm 1 its range suffices
     cuts = [0, *range(2, len(plan), 3), len(plan)]
     for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
         R, Q = x @ x.mT, None
@@ -3969,67 +3988,81 @@ def gptq(
     return gptq_columns(W[:, order].contiguous(), Hinv, blocksize, nearest)[:, torch.argsort(order)].to(torch.int8)
 
 
-# states -> taps of the two subset bits; one state is no trellis
+# A trellis is a shift register (Ungerboeck 1982, codes for amplitude modulation). State s goes by branch b to state
+# (2 s + b) mod states, here for four states:
+#
+#     row r          row r + 1
+#       0 ---b---> 0 or 1         Two states lead to each next state: s in the upper half, s + states / 2 in the lower.
+#       1 ---b---> 2 or 3         A branch requires an integer that is d mod 4, where d depends on the state and on b.
+#       2 ---b---> 0 or 1         Its parity depends on the state alone, which so allows even integers or odd ones.
+#       3 ---b---> 2 or 3
+#
+# states -> masks of the bits of 2 s + b whose sums mod 2 are the high and the low bit of d; one state is no trellis
 TCQ_CODES = {1: (64, 64), 4: (5, 2), 8: (13, 2), 16: (25, 4), 32: (41, 4), 64: (97, 20)}
 
 
 def trellis(states: int) -> Tensor:
-    """Subset of the integers (j mod 4) for each state and branch, (states, 2); state s goes by branch b to
-    (2 s + b) mod states. The codes are Ungerboeck's (1982) for amplitude modulation, as a shift register; the low bit
-    of a subset, its parity, is the same for both branches of a state."""
+    """The subset d of each state and branch, (states, 2)."""
     register = torch.arange(2 * states)
     high, low = (sum(register >> i & 1 for i in range(7) if taps >> i & 1) % 2 for taps in TCQ_CODES[states])
     return (2 * high + low).view(states, 2)
 
 
 class Viterbi:
-    """The best path through the trellis for many sequences at once (Marcellin and Fischer 1990): of all the integer
-    sequences that are one, that of least squared error. Each starts in state 0 and ends anywhere.
+    """Viterbi search: for each column, the valid trellis path with the smallest squared error (Marcellin and Fischer
+    1990). Columns are searched in parallel; each path starts in state 0 and may end in any.
 
-    Sequences side by side make every step of the two loops over rows a few operations on (states, sequences).
+    All buffers are allocated once: a search is two loops over rows, of a few small operations each.
     """
 
     def __init__(self, states: int, real: Tensor, top: Tensor) -> None:
-        """real (rows, sequences): 0 where a sequence has ended before; top (sequences,): their largest integers."""
-        rows, count = real.shape
-        self.real, self.half, self.subset = (
-            real[:, None],
-            states // 2 * count,
-            trellis(states).flatten().to(top.device),
-        )
-        self.offset = torch.arange(4.0, device=top.device)[:, None]
-        self.low, self.high = (
-            ((-top - self.offset) / 4).ceil(),
-            ((top - self.offset) / 4).floor(),
-        )
-        self.sums = real.new_empty(rows, 2 * states, count)  # of a path's cost, by last state and branch
-        self.best = real.new_empty(states, count)
-        branches = self.sums.view(rows, 2, states, count)  # the two ways into each next state
-        self.steps = [(s.view(2, states // 2, 2, count), *s) for s in branches.unbind()]
-        self.path = torch.empty(rows + 1, count, dtype=torch.int32, device=top.device)  # state * count + sequence
-        self.back = torch.empty(rows, states * count, dtype=torch.int32, device=top.device)
-        self.moves = list(zip(self.back.unbind(), self.path[1:].unbind(), self.path[:-1].unbind(), strict=True))[::-1]
-        state = torch.arange(states * count, dtype=torch.int32, device=top.device)
-        self.column, self.base = state[:count], state // (2 * count) * count + state % count
+        """real (rows, columns): False in the padding below a short column; top (columns,): its largest integer."""
+        rows, columns = real.shape
+        self.real = real[:, None]
+        self.subset = trellis(states).flatten().to(top.device)  # by 2 * state + branch
+        self.residue = torch.arange(4.0, device=top.device)[:, None]
+        self.low = ((-top - self.residue) / 4).ceil()
+        self.high = ((top - self.residue) / 4).floor()
+        # The least cost of a path to each state; the cost of each branch in each row, later of the path up to it
+        self.best = top.new_empty(states, columns)
+        self.costs = top.new_empty(rows, 2 * states, columns)
+        # The branches of a row as [half, state in it, branch], then those from each half as [next state]
+        by_half = self.costs.view(rows, 2, states, columns)
+        self.forward = [(halves.view(2, states // 2, 2, columns), *halves) for halves in by_half.unbind()]
+        # A node is state * columns + column. back[row] holds the node before each node, and path the nodes of the best
+        # paths; upper is the node before, if it is in the upper half, and half the distance to the one in the lower
+        node = torch.arange(states * columns, dtype=torch.int32, device=top.device)
+        self.column = node[:columns]
+        self.upper, self.half = node // (2 * columns) * columns + node % columns, states // 2 * columns
+        self.back = node.new_empty(rows, states * columns)
+        self.path = node.new_empty(rows + 1, columns)
+        links = zip(self.back.unbind(), self.path[1:].unbind(), self.path[:-1].unbind(), strict=True)
+        self.backward = list(links)[::-1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The integers, float32 (rows, sequences), nearest to x (rows, sequences)."""
-        points = (x[:, None] - self.offset).mul_(0.25).round_().clamp_(self.low, self.high).mul_(4).add_(self.offset)
-        costs = (points - x[:, None]).square_().mul_(self.real)
-        torch.index_select(costs, 1, self.subset, out=self.sums)
-        rows, count = x.shape
-        before = self.best.fill_(math.inf).view(2, -1, 1, count)
+        """The integers on the best paths for x (rows, columns), as float32 (rows, columns)."""
+        # The nearest point of each subset, (rows, 4, columns), and what it costs
+        points = (x[:, None] - self.residue).mul_(0.25).round_()
+        points.clamp_(self.low, self.high).mul_(4).add_(self.residue)
+        errors = (points - x[:, None]).square_().mul_(self.real)
+        torch.index_select(errors, 1, self.subset, out=self.costs)
+        # Forward: add the cost of the path so far to the branches, keep the cheaper of two ways into each state
+        rows, columns = x.shape
+        before = self.best.fill_(math.inf).view(2, -1, 1, columns)
         self.best[0] = 0
-        for branches, upper, lower in self.steps:
+        for branches, upper, lower in self.forward:
             branches += before
             torch.minimum(upper, lower, out=self.best)
-        upper, lower = self.sums.view(rows, 2, -1).unbind(1)
-        torch.add(self.base, lower < upper, alpha=self.half, out=self.back)
-        self.path[-1] = self.best.argmin(dim=0).int() * count + self.column
-        for back, after, here in self.moves:
+        # Backward: from the cheapest last state along the ways that were kept
+        upper, lower = self.costs.view(rows, 2, -1).unbind(1)
+        torch.add(self.upper, lower < upper, alpha=self.half, out=self.back)
+        self.path[-1] = self.best.argmin(dim=0).int() * columns + self.column
+        for back, after, here in self.backward:
             torch.index_select(back, 0, after, out=here)
-        state = self.path // count
-        return points.gather(1, self.subset[(2 * state[:-1] + state[1:] % 2).long()][:, None])[:, 0]
+        state = self.path // columns
+        branch = state[1:] % 2  # the bit that was shifted in
+        subset = self.subset[(2 * state[:-1] + branch).long()]
+        return points.gather(1, subset[:, None])[:, 0]
 
 
 Parts = dict[str, Tensor]
@@ -4100,52 +4133,71 @@ def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Co
     return {"q": q} | parts
 
 
-COLUMN_STEP = 0.125  # of the log2 of column factors: finer ones cost more bytes than they save
-TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; 1/12 of a scalar quantiser's step, less 1.1 dB
+TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; a scalar quantiser's 1/12 (2 steps)^2, less 1.1 dB
+
+
+def gptq_trellis(
+    weights: list[Tensor],
+    hessians: list[Tensor],
+    scales: list[Tensor],
+    tops: list[int],
+    states: int,
+    chunk_rows: int,
+    damp: float,
+    blocksize: int,
+) -> list[Tensor]:
+    """GPTQ with trellis-coded quantisation, of matrices of equal width side by side: their int8 integers (rows, cols).
+
+    scales: the scale of each row (rows,); tops: the largest integer of each matrix. The rows of a GPTQ column do not
+    depend on one another, so each column is rounded to its best path, in chunks of rows that each start in state 0.
+    """
+    orders, factors, chunks, steps, owners = [], [], [], [], []
+    for i, (weight, hessian, scale) in enumerate(zip(weights, hessians, scales, strict=True)):
+        order, Hinv, dead = inverse_factor(hessian, damp)
+        orders.append(order)
+        factors.append(Hinv)
+        chunks += torch.where(dead, 0.0, weight.float())[:, order].split(chunk_rows)
+        steps += scale.split(chunk_rows)
+        owners += [i] * (len(chunks) - len(owners))
+    W = pad_sequence(chunks, batch_first=True)  # (chunks, rows, cols)
+    scale = pad_sequence(steps, batch_first=True)
+    real = scale > 0  # a stored scale is never 0
+    scale = torch.where(real, scale, 1.0)
+    rows = real.sum(dim=1)
+    search = Viterbi(states, real.T.contiguous(), W.new_tensor(tops)[owners])
+
+    def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        x = (column / scale).T.contiguous()
+        # Shrink the target, as a Gaussian source of this power asks for at the expected error (rate-distortion theory)
+        power = x.square().sum(dim=0) / rows
+        levels = search(x * (power / (power + TCQ_ERROR))).T
+        return levels, levels * scale
+
+    W = W.mT.contiguous().mT  # the rows of a column lie side by side
+    levels = gptq_columns(W, torch.stack(factors)[owners], blocksize, on_trellis)
+    found = levels[real].to(torch.int8).split(list(map(len, weights)))
+    return [q[:, torch.argsort(order)] for q, order in zip(found, orders, strict=True)]
 
 
 def encode_tcq(
-    weights: list[Tensor], hessians: list[Tensor | None], rules: list[QuantRule], cfg: Config
+    weights: list[Tensor],
+    hessians: list[Tensor | None],
+    rules: list[QuantRule],
+    cfg: Config,
 ) -> list[Parts]:
-    """GPTQ by trellis-coded quantisation, of matrices of equal width side by side: the rows of a GPTQ column do not
-    depend on one another, so in each the best path is searched, by chunks of TCQ_CHUNK_ROWS rows.
+    """gptq_trellis of matrices of equal width, as parts: q, s, and t (states of the trellis, chunk rows).
 
-    q are points of a grid twice as fine as a scalar quantiser's of this rate, of which a state of the trellis allows
-    every other one; s is that finer step of a row, c (log2) what the step of a column is over it, t the trellis.
+    q are points of a grid twice as fine as a scalar quantiser's of this rate; a state allows every other one.
     """
-    length, found, orders, jobs = min(cfg.tcq_chunk_rows, max(map(len, weights))), [], [], []
-    for weight, hessian, rule in zip(weights, hessians, rules, strict=True):
+    for hessian in hessians:
         require_hessian(hessian)
-        order, Hinv, dead = inverse_factor(hessian, cfg.gptq_damp)
-        tilt = Hinv.diagonal().log2() * cfg.tcq_column_beta / COLUMN_STEP
-        codes = (tilt - tilt.mean()).round().clamp(-127, 127).to(torch.int8)
-        parts = stored_scales(sigma_clip_scale(weight, rule.bits, rule.clip) / 2, cfg.scale_step)
-        parts["t"] = torch.tensor([cfg.tcq_states, cfg.tcq_chunk_rows], dtype=torch.int32)
-        parts |= {"c": codes[torch.argsort(order)]} if cfg.tcq_column_beta > 0 else {}
-        count = -(-len(weight) // length)
-        pad = count * length - len(weight)
-        W = F.pad(torch.where(dead, 0.0, weight.float())[:, order], (0, 0, 0, pad)).view(count, length, -1)
-        step = F.pad(scale_values(parts), (0, pad), value=1.0).view(count, length)
-        real = F.pad(torch.ones_like(weight[:, 0], dtype=torch.float32), (0, pad)).view(count, length)
-        factor = (COLUMN_STEP * codes.float()).exp2().expand(count, -1)
-        top = torch.full((count,), 2.0**rule.bits - 2, device=weight.device)
-        jobs.append((W.transpose(1, 2), Hinv.expand(count, -1, -1), step, real, factor, top))
-        found.append(parts)
-        orders.append(order)
-    W, Hinv, step, real, factor, top = (torch.cat(part) for part in zip(*jobs, strict=True))
-    search, rows = Viterbi(cfg.tcq_states, real.T.contiguous(), top), real.sum(dim=1)
-
-    def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        scale = step * factor[:, j, None]
-        x = (column / scale).T.contiguous()
-        power = x.square().sum(dim=0) / rows
-        points = search(x * (power / (power + TCQ_ERROR))).T  # shrunk: by rate and distortion, for Gaussian weights
-        return points, points * scale
-
-    W = gptq_columns(W.transpose(1, 2), Hinv, cfg.gptq_blocksize, on_trellis)
-    for parts, order, weight, Q in zip(found, orders, weights, W.split([len(j[0]) for j in jobs]), strict=True):
-        parts["q"] = Q.flatten(0, 1)[: len(weight), torch.argsort(order)].to(torch.int8)
-    return found
+    pairs = zip(weights, rules, strict=True)
+    found = [stored_scales(sigma_clip_scale(w, rule.bits, rule.clip) / 2, cfg.scale_step) for w, rule in pairs]
+    scales, tops = list(map(scale_values, found)), [2**rule.bits - 2 for rule in rules]
+    walk = cfg.tcq_states, cfg.tcq_chunk_rows
+    levels = gptq_trellis(weights, hessians, scales, tops, *walk, cfg.gptq_damp, cfg.gptq_blocksize)
+    t = torch.tensor(walk, dtype=torch.int32)
+    return [{"q": q, "t": t} | parts for q, parts in zip(levels, found, strict=True)]
 
 
 def encode_freqsplit(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
@@ -4169,12 +4221,6 @@ def decode_rows(parts: Parts) -> Tensor:
     return parts["q"].float() * scale_values(parts)[:, None]
 
 
-def decode_tcq(parts: Parts) -> Tensor:
-    """q * s * (column factor); the trellis is nothing but the coder's context."""
-    weight = decode_rows(parts)
-    return weight * (COLUMN_STEP * parts["c"].float()).exp2() if "c" in parts else weight
-
-
 def decode_awq(parts: Parts) -> Tensor:
     """q * s, and q * hs in AWQ-lite's columns."""
     weight, columns = decode_rows(parts), fine_columns(parts["hc"], parts["q"].size(1))
@@ -4187,7 +4233,7 @@ SCHEMES = {
     "gptq_freqsplit": Scheme(encode_freqsplit, decode_rows, True, hessian=True, counts=True),
     "gptq_tcq": Scheme(
         lambda w, hessian, rule, cfg: encode_tcq([w], [hessian], [rule], cfg)[0],
-        decode_tcq,
+        decode_rows,
         True,
         ruled_scales,
         encode_tcq,
@@ -4527,151 +4573,184 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
         return target.read_bytes()
 
 
-RANS_BITS, RANS_LANES = 14, 512
-RANS_HEAD = struct.Struct("<4i")  # rows, columns, states of the trellis (1: none), rows after which it starts again
+# COMPRESSOR=rans. rans_model predicts each integer of a matrix from those before it; rans_encode and rans_decode turn
+# the predictions into bits. rans_priors measures what the model could not learn in time, and the blob carries it as
+# side information. The model computes with integers only, so that it predicts the same on every machine.
+
+RANS_BITS, RANS_LANES = 14, 512  # a table's frequencies sum to 2^RANS_BITS; coder states that run side by side
+RANS_HEAD = struct.Struct("<4i")  # rows, columns, states of the trellis (1: none), rows per trellis chunk
+RANS_ONE, RANS_UNIT = 1 << 16, 64  # 1.0 in fixed point; the coarser unit leaves room for products and squares
+MAGNITUDE_VARIANCE = 0.57  # pi/2 - 1: the variance of |x| over (E |x|)^2 for Gaussian x
 
 
 def rans_frame(array: np.ndarray, trellis: np.ndarray | None) -> bytes:
-    """The bytes of an array, row by row, after a RANS_HEAD. What is no matrix of int8 is a row of bytes."""
-    rows, cols = array.shape if array.ndim == 2 and array.itemsize == 1 else (1, array.nbytes)
-    return RANS_HEAD.pack(rows, cols, *([1, 1] if trellis is None else trellis.tolist())) + array.tobytes()
+    """RANS_HEAD and the bytes of an array, row by row. Anything but an int8 matrix counts as one row of bytes."""
+    is_matrix = array.ndim == 2 and array.itemsize == 1
+    rows, cols = array.shape if is_matrix else (1, array.nbytes)
+    walk = [1, 1] if trellis is None else trellis.tolist()
+    return RANS_HEAD.pack(rows, cols, *walk) + array.tobytes()
 
 
 def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The array of rans_frame."""
-    return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
+    """The inverse of rans_frame."""
+    flat = np.frombuffer(data, dtype, offset=RANS_HEAD.size)
+    return flat.reshape(shape).copy()
+
+
+def rans_column_prior(
+    profile: np.ndarray,
+    past: np.ndarray,
+    rows: int,
+) -> tuple[int, int]:
+    """How closely the columns follow those of an earlier matrix, in sixteenths, and how many rows that guess is worth.
+
+    profile, past (cols,): each column's mean magnitude over the matrix's mean, here and in the earlier matrix.
+    """
+    spread, likeness = min((np.log(profile / (1 + w / 16 * (past - 1))).var(), w) for w in range(17))
+    # The mean of n rows has a relative variance of MAGNITUDE_VARIANCE / n. `profile` has that noise itself; what
+    # remains of the spread is the error of the guess, and n rows of data would have the same
+    error = spread - MAGNITUDE_VARIANCE / rows
+    return likeness, math.ceil(MAGNITUDE_VARIANCE / max(0.003, error))
+
+
+def rans_row_prior(matrix: np.ndarray) -> tuple[int, int]:
+    """The mean energy (sum of squares) of a row, and how loosely rows keep to it.
+
+    This slack is 0 if all rows have the same energy, and large if energies vary as those of independent columns do.
+    """
+    squares = np.square(matrix, dtype=np.float64)
+    independent = squares.var(axis=0).sum() + 1e-9
+    actual = squares.sum(axis=1).var()
+    removed = max(independent - actual, actual / 2**20 + 1e-9)
+    slack = min(2.0**30, 2 * matrix.shape[1] * actual / removed)
+    return int(squares.sum() / len(matrix)), int(slack)
 
 
 def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
-    """What rans_model is told of each matrix: 64 times its mean magnitude; how far its columns' mean magnitudes are
-    like those of the matrix as wide before it, in sixteenths; how many rows' worth that guess is; a row's sum of
-    squares, and how far from certain that is, half a variance as of so many columns."""
-    past, side_info = {}, []
+    """For each matrix: mean magnitude (in RANS_UNIT), rans_column_prior, rans_row_prior."""
+    past, priors = {}, []
     for matrix in matrices:
-        squares, sums = (
-            np.square(matrix, dtype=np.float64),
-            np.abs(matrix, dtype=np.int16).sum(axis=0),
-        )
-        if not sums.any():
-            side_info.append([0, 0, 1, 0, 0])
-            continue
-        own = (sums + 1) / (sums + 1).mean()
-        others = past.get(len(sums), own**0)
-        spread, like = min((np.log(own / (1 + w / 16 * (others - 1))).var(), w) for w in range(17))
-        noise = 0.57 / len(matrix)  # variance of the log of a mean of magnitudes
-        strength = math.ceil(0.57 / max(0.003, spread - noise))
-        free, bound = squares.var(axis=0).sum() + 1e-9, squares.sum(axis=1).var()
-        loose = min(2.0**30, 2 * len(sums) * bound / max(free - bound, bound / 2**20 + 1e-9))
-        side_info.append(
-            [
-                64 * int(sums.sum()) // matrix.size,
-                like,
-                strength,
-                squares.sum() / len(matrix),
-                loose,
-            ]
-        )
-        past[len(sums)] = own
-    return [list(map(int, row)) for row in side_info]
-
-
-def rans_model(heads: np.ndarray, step: Callable) -> list[np.ndarray]:
-    """The matrices, flat, of heads (matrices, 9: RANS_HEAD and rans_priors), integers by integers from
-    step(matrix, places in it, table of each place, tables).
-
-    What is known of a symbol before it is coded is a class, 12 to an octave: the mean magnitude of its column so far,
-    times what the columns on its left leave to the others of a row's sum of squares (the row's step came from its
-    standard deviation, so that sum is hardly news). And the parity that the state of its trellis allows. Each such
-    context has a histogram of all that was seen in it, which begins as a bell. Groups of columns, each a quarter of
-    those that remain, are coded each a row behind the group on its left, so that a step codes a symbol of every column.
-
-    Tables, made anew every few steps: frequency and start of each level, by 256 * table + level + 128, and that key of
-    each of 2^RANS_BITS slots. Level -128 stands for what has no frequency there: an escape. Integers only: the same on
-    any machine.
-    """
-    edges, values, found, past = [4096], np.arange(-128, 128), [], {}
-    while len(edges) < 512:
-        edges.append(edges[-1] * 1014545335 // 10**9)
-    edges = np.array(edges)  # 2^(i / 48) / 16, in 2^16ths
-    allowed = np.stack([values < 128, values % 2 == 0, values % 2 == 1])  # all levels, even ones, odd ones
-    counts = np.maximum(0, 4864 - (values * 2**20 // edges[2::4, None, None]) ** 2) * allowed
-    counts[:, :, 0] = 1
-    for rows, cols, states, chunk, level, like, seen, energy, loose in heads.tolist():
-        subsets = trellis(states).numpy()
-        follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states
-        kinds, state, bounds, due = (
-            np.array([1, 2] if states > 1 else [0]),
-            np.zeros(cols, int),
-            [0],
-            0,
-        )
-        while cols - bounds[-1] > 16:
-            bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
-        starts, bounds = np.array(bounds), np.array([*bounds, cols])
-        delay, left = np.repeat(np.arange(len(starts)), np.diff(bounds)), cols - starts
-        origin, spent, flat = (
-            np.arange(cols) - delay * cols,
-            np.zeros(len(bounds), int),
-            np.empty(rows * cols, np.int8),
-        )
-        sums = past.get(cols, np.ones(cols, int))
-        sums = (64 * cols * sums // max(1, sums.sum()) * like + 64 * (16 - like)) * (seen * level) // 2**16
-        squares = sums**2 * 11 // (7 * seen)
-        for t in range((rows + len(left) - 1) * (flat.size > 0)):
-            if t == due:
-                due += max(2, min(64, t // 8))
-                count = seen + np.maximum(0, t - delay)
-                fine, power = (
-                    np.searchsorted(edges, sums * 2**16 // count),
-                    squares * 64 // count,
-                )
-                rest = np.maximum(1, power[::-1].cumsum()[::-1][starts])
-                low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
-                tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
-            first, last = max(0, t - rows + 1), min(t + 1, len(left))
-            part = slice(bounds[first], bounds[last])
-            more = (left << 17) // (2 * left + loose) * (64 * (energy - spent[:-1]) - rest) // rest
-            shift = np.searchsorted(edges, 2**16 + more) - 192 >> 1
-            context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
-            places, table = origin[part] + t * cols, (context - low) * len(kinds)
-            here = np.where((t - delay[part]) % chunk, state[part], 0)
-            table += subsets[here, 0] & 1
-            line = flat[places] = step(len(found), places, table, tables)
-            wide = line.astype(int)
-            state[part] = follow[here, wide & 3]
-            np.add.at(
-                counts.reshape(-1),
-                (3 * context + kinds[wide % len(kinds)]) * 256 + wide + 128,
-                1024,
-            )
-            sums[part] += np.abs(wide)
-            wide *= wide
-            squares[part] += wide
-            spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(wide, starts[first:last] - part.start)
-        past[cols] = sums
-        found.append(flat)
-    return found
+        sums = np.abs(matrix, dtype=np.int16).sum(axis=0)
+        cols, prior = len(sums), [0, 0, 1, 0, 0]
+        if sums.any():
+            profile = (sums + 1) / (sums + 1).mean()
+            columns = rans_column_prior(profile, past.get(cols, np.ones(cols)), len(matrix))
+            prior = [RANS_UNIT * int(sums.sum()) // matrix.size, *columns, *rans_row_prior(matrix)]
+            past[cols] = profile
+        priors.append(prior)
+    return priors
 
 
 def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frequencies in proportion to counts (contexts, 256), at least 1 for what was seen; starts; keys of slots."""
-    some, total = counts > 0, 1 << RANS_BITS
-    freq = np.maximum(some, counts * (total - some.sum(1)[:, None]) // counts.sum(1)[:, None])
-    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
+    """Frequency and start of each key, and the key of each slot, for histograms (tables, 256).
+
+    A key is 256 * table + level + 128. Frequencies are proportional to the counts, and at least 1 where a count is not
+    0; those of a table sum to 2^RANS_BITS, its number of slots.
+    """
+    total = 1 << RANS_BITS
+    seen = counts > 0
+    share = counts * (total - seen.sum(1)[:, None]) // counts.sum(1)[:, None]
+    freq = np.maximum(seen, share)
+    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)  # rounding error goes to the largest
+    start = freq.cumsum(1) - freq
     keys = np.repeat(np.arange(freq.size, dtype=np.uint16), freq.ravel())
-    return (
-        freq.astype(np.uint32).ravel(),
-        (freq.cumsum(1) - freq).astype(np.uint32).ravel(),
-        keys,
-    )
+    return freq.ravel(), start.ravel(), keys
+
+
+def rans_model(side_info: np.ndarray, flats: list[np.ndarray]) -> Iterator[tuple]:
+    """Predict the symbols of matrices, in the same way for the encoder and the decoder.
+
+    side_info (matrices, 9): RANS_HEAD and rans_priors. flats: the matrices as flat int8. Each step yields flat, places,
+    the table of each place, and rans_tables; the decoder must set flat[places] before it asks for the next step.
+    """
+    # Classes of magnitude, 48 to an octave: edge i is 2^(i / 48) / 16
+    root = 1014545335  # 2^(1 / 48) in billionths
+    edges = [RANS_ONE // 16]
+    while len(edges) < 512:
+        edges.append(edges[-1] * root // 10**9)
+    edges = np.array(edges)
+    # Four classes form a context. It has a histogram for each kind of symbol (any, even, odd), which starts as the bell
+    # 19 - (level / magnitude)^2, in 256ths. Level -128 marks an escape: a level that the histogram has no room for
+    levels = np.arange(-128, 128)
+    kinds = np.stack([levels < 128, levels % 2 == 0, levels % 2 == 1])
+    sixteenths = levels * 16 * RANS_ONE // edges[2::4, None, None]
+    counts = np.maximum(0, 19 * 16**2 - sixteenths**2) * kinds
+    counts[:, :, 0] = 1
+    past = {}
+    for info, flat in zip(side_info.tolist(), flats, strict=True):
+        yield from rans_wavefront(info, flat, past, edges, counts)
+
+
+# A row's energy is nearly known, so what its left columns have spent tells how large the others are. To use that and
+# still code many symbols at once, the columns form groups, each a quarter of the columns that remain, and each group
+# runs one row behind its left neighbour. One step codes one symbol in every column:
+#
+#                group 0   group 1   group 2
+#     row 0      step 0    step 1    step 2
+#     row 1      step 1    step 2    step 3
+#     row 2      step 2    step 3    step 4
+
+
+def rans_wavefront(
+    info: list[int],
+    flat: np.ndarray,
+    past: dict[int, np.ndarray],
+    edges: np.ndarray,
+    counts: np.ndarray,
+) -> Iterator[tuple]:
+    """The steps of rans_model for one matrix; updates the histograms, and past: magnitudes of columns by width."""
+    rows, cols, states, chunk_rows, magnitude, likeness, prior_rows, energy, slack = info
+    # Each column's sum of magnitudes starts as if prior_rows had been seen: a mixture, in sixteenths, of columns like
+    # those of the last matrix of this width and of columns that are all alike
+    sums = past.get(cols, np.ones(cols, int))
+    share = RANS_UNIT * cols * sums // max(1, sums.sum())
+    share = share * likeness + RANS_UNIT * (16 - likeness)
+    past[cols] = sums = share * (prior_rows * magnitude) // RANS_ONE
+    bounds = [0]
+    while cols - bounds[-1] > 16:
+        bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
+    starts, bounds = np.array(bounds), np.array([*bounds, cols])
+    groups, left = len(starts), cols - starts
+    delay = np.repeat(np.arange(groups), np.diff(bounds))
+    subsets, state = trellis(states).numpy(), np.zeros(cols, int)
+    follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states  # [state, level mod 4]
+    kinds = np.array([1, 2] if states > 1 else [0])
+    pi_half = 11  # in sevenths: E x^2 = pi/2 (E |x|)^2 for Gaussian x
+    squares = sums**2 * pi_half // (7 * prior_rows)
+    spent, due = np.zeros(groups + 1, int), 0
+    for t in range((rows + groups - 1) * (flat.size > 0)):
+        if t == due:  # slow, so only now and then: the columns' classes, and tables for the contexts around them
+            due += max(2, min(64, t // 8))
+            seen = prior_rows + np.maximum(0, t - delay)
+            fine, power = np.searchsorted(edges, sums * RANS_ONE // seen), squares * RANS_UNIT // seen
+            expected = np.maximum(1, power[::-1].cumsum()[::-1][starts])
+            low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
+            tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
+        first, last = max(0, t - rows + 1), min(t + 1, groups)  # groups whose row exists
+        part = slice(bounds[first], bounds[last])
+        # How far the energy left exceeds the expected one; trusted less with few columns left or much slack
+        trust = 2 * left * RANS_ONE // (2 * left + slack)
+        excess = trust * (RANS_UNIT * (energy - spent[:-1]) - expected) // expected
+        shift = np.searchsorted(edges, RANS_ONE + excess) - 4 * 48 >> 1  # in classes; edge 4 * 48 is 1.0, >> 1 the root
+        context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
+        row = t - delay[part]
+        here = state[part] * (row % chunk_rows > 0)
+        places = row * cols + np.arange(cols)[part]
+        yield flat, places, (context - low) * len(kinds) + (subsets[here, 0] & 1), tables
+        levels = flat[places].astype(int)
+        state[part] = follow[here, levels & 3]
+        histogram = 3 * context + kinds[levels % len(kinds)]
+        np.add.at(counts.reshape(-1), histogram * 256 + levels + 128, 1024)  # a symbol weighs 4, in 256ths
+        sums[part] += np.abs(levels)
+        levels *= levels
+        squares[part] += levels
+        spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(levels, starts[first:last] - part.start)
 
 
 def rans_encode(raw: bytes) -> bytes:
-    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame: what rans_model is told, by zlib,
-    then words of 16 bits: states of the lanes, what the lanes read.
+    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame.
 
-    A lane, one of up to RANS_LANES side by side, holds a state of 32 bits. As the decoder gives back in reverse what
-    the encoder was given, the encoder goes from the last step to the first.
+    The blob: side information, compressed by zlib; then 16-bit words: the lanes' first states, and what they read.
     """
     heads, matrices, at, log, words = [], [], 0, [], []
     while at < len(raw):
@@ -4679,64 +4758,52 @@ def rans_encode(raw: bytes) -> bytes:
         size, at = math.prod(heads[-1][:2]), at + RANS_HEAD.size
         matrices.append(np.frombuffer(raw, np.int8, size, at).reshape(heads[-1][:2]))
         at += size
-
-    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The levels at these places, which are noted."""
-        line = matrices[number].reshape(-1)[places]
-        key = 256 * table + line + 128
-        lost = (tables[0][key] == 0) | (line == -128)
-        key[lost] &= -256
-        freq, start = tables[0][key], tables[1][key]
-        for part in (slice(a, a + RANS_LANES) for a in range(0, len(line), RANS_LANES)):
-            log.append((freq[part], start[part], line[part][lost[part]].view(np.uint8) ^ 128))
-        return line
-
-    side_info = np.array([[*a, *b] for a, b in zip(heads, rans_priors(matrices), strict=True)], "<i4").reshape(-1, 9)
-    rans_model(side_info, step)
-    x = np.full(min(RANS_LANES, side_info[:, 1].max()), 1 << 16, np.uint32)
-    for freq, start, lost in reversed(log):
-        mine = x[: len(freq)]
-        full = mine >> (32 - RANS_BITS) >= freq
-        words += [lost, mine[full] & 0xFFFF]
-        mine[full] >>= 16
-        mine[:] = (mine // freq << RANS_BITS) + mine % freq + start
-    words = np.concatenate([x >> 16, x & 0xFFFF, *words[::-1]])
+    side_info = np.hstack([heads, rans_priors(matrices)]).astype("<i4")
+    for flat, places, table, (freq, start, _) in rans_model(side_info, [m.reshape(-1) for m in matrices]):
+        level = flat[places].astype(int) + 128
+        key = 256 * table + level
+        escaped = (freq[key] == 0) | (level == 0)
+        key[escaped] &= -256
+        for a in range(0, len(key), RANS_LANES):
+            part = slice(a, a + RANS_LANES)
+            log.append((freq[key[part]], start[key[part]], level[part][escaped[part]]))
+    lanes = np.full(min(RANS_LANES, side_info[:, 1].max()), 1 << 16)
+    for freq, start, escapes in reversed(log):  # a state is a stack: the decoder pops last what was pushed first
+        lane = lanes[: len(freq)]
+        full = lane >> (32 - RANS_BITS) >= freq
+        words += [escapes, lane[full] & 0xFFFF]
+        lane[full] >>= 16
+        quotient, slot = np.divmod(lane, freq)
+        lane[:] = (quotient << RANS_BITS) + slot + start
+    words = np.concatenate([lanes >> 16, lanes & 0xFFFF, *words[::-1]])
     return zlib.compress(side_info.tobytes(), 9) + words.astype("<u2").tobytes()
 
 
 def rans_decode(blob: bytes) -> bytes:
-    """The inverse of rans_encode; some ordinary exception when it is none of its results."""
+    """The inverse of rans_encode; some ordinary exception when the blob is damaged."""
     unzip = zlib.decompressobj()
     side_info = np.frombuffer(unzip.decompress(blob), "<i4").reshape(-1, 9)
-    words = np.frombuffer(unzip.unused_data, "<u2").astype(np.uint32)
-    at = min(RANS_LANES, side_info[:, 1].max())
-    x, words, at = words[:at] << 16 | words[at : 2 * at], words[2 * at :], 0
-
-    def fill(array: np.ndarray, where: np.ndarray) -> None:
-        """Shift a word into each of the chosen places."""
-        nonlocal at
-        (places,) = where.nonzero()
-        at += len(places)
-        array[places] = (array[places] << 16) + words[at - len(places) : at]
-
-    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The levels at these places."""
-        freq, start, keys = tables
+    words = np.frombuffer(unzip.unused_data, "<u2").astype(int)
+    count = min(RANS_LANES, side_info[:, 1].max())
+    lanes, at = words[:count] << 16 | words[count : 2 * count], 2 * count
+    flats = [np.empty(size, np.int8) for size in side_info[:, :2].prod(1)]
+    for flat, places, table, (freq, start, keys) in rans_model(side_info, flats):
         for a in range(0, len(table), RANS_LANES):
             part = table[a : a + RANS_LANES]
-            mine = x[: len(part)]
-            slot = mine & (1 << RANS_BITS) - 1
-            part[:] = key = keys[(part << RANS_BITS) + slot]
-            mine[:] = freq[key] * (mine >> RANS_BITS) + slot - start[key]
-            fill(mine, mine < 1 << 16)
+            lane = lanes[: len(part)]
+            slot = lane & (1 << RANS_BITS) - 1
+            part[:] = keys[(part << RANS_BITS) + slot]
+            lane[:] = freq[part] * (lane >> RANS_BITS) + slot - start[part]
             part &= 255
-            fill(part, part == 0)
-        return (table - 128).astype(np.int8)
-
-    matrices = rans_model(side_info, step)
+            # Lanes below 2^16 read a word each, then escapes, whose word is the level itself
+            for array, empty in (lane, lane < 1 << 16), (part, part == 0):
+                (chosen,) = empty.nonzero()
+                array[chosen] = (array[chosen] << 16) + words[at : at + len(chosen)]
+                at += len(chosen)
+        flat[places] = table - 128
     if at != len(words):
-        raise ValueError("lanes out of step")
-    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(side_info, matrices, strict=True))
+        raise ValueError("words left over")
+    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(side_info, flats, strict=True))
 
 
 CODERS = {
@@ -6163,12 +6230,8 @@ class Run:
         if "quantize" in cfg.stages:
             CODECS[cfg.compressor].need()  # before the training, not after it
         self.result: dict[str, Any] = {"preset": preset, "seed": cfg.seed, "stages": {}}
-        old = folder / "result.json"
-        if "train" not in cfg.stages and old.is_file():
-            try:
-                self.result |= json.loads(old.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{old} is damaged ({error}); delete it to resume without it") from None
+        if "train" not in cfg.stages:
+            self.result |= read_json(folder / "result.json")
         self.result["source_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     def model(self) -> GPT:
