@@ -133,14 +133,13 @@ class Tape:
         np.add.at(self.count, positions, 1)
         self.nll[positions] = nll.detach()[unit.rows, unit.cols].double().cpu().numpy()
         self.unit[positions] = self.units
-        if unit.docs:
-            self.group[positions] = np.asarray(unit.docs)[unit.rows]
+        if unit.documents is not None:
+            self.group[positions] = unit.documents[unit.rows]
         self.units += 1
 
-    def note_learning(self, unit: Any) -> None:
-        """A unit is about to be learnt from."""
-        span = getattr(unit, "span", range(0))
-        positions = np.concatenate([unit.learnt(), np.arange(span.start, span.stop)])
+    def note_learning(self, lesson: Any, unit: Any) -> None:
+        """A lesson is about to be learnt."""
+        positions = lesson.targets(unit)
         self.learnt += len(positions)
         self.learnt_too_early += int((self.count[positions] == 0).sum())
 
@@ -173,14 +172,13 @@ class Watched:
 
     def score(self, unit: Any) -> torch.Tensor:
         """The learner's score, after the tape's questions."""
-        if len(unit.rows):
-            self.tape.ask(self.learner, unit, self.alphabet)
+        self.tape.ask(self.learner, unit, self.alphabet)
         return self.learner.score(unit)
 
-    def learn(self, unit: Any, nll: torch.Tensor) -> None:
+    def learn(self, lesson: Any, unit: Any, nll: torch.Tensor | None) -> None:
         """The learner's learning."""
-        self.tape.note_learning(unit)
-        self.learner.learn(unit, nll)
+        self.tape.note_learning(lesson, unit)
+        self.learner.learn(lesson, unit, nll)
 
 
 @contextlib.contextmanager
@@ -193,8 +191,7 @@ def taped(program: Any, tape: Tape, alphabet: int) -> Iterator[None]:
 
         def add(self, unit: Any, nll: torch.Tensor) -> None:
             """Write down first: the program's own ledger may refuse."""
-            if len(unit.rows):
-                tape.note(unit, nll)
+            tape.note(unit, nll)
             super().add(unit, nll)
 
     program.ByteMeter = TapedMeter
