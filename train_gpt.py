@@ -12,7 +12,7 @@ The contest: the best language model that fits, code and compressed weights toge
 A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, quant_report.tsv, record.env and
 result.json into its folder;
 STAGES=quantize,eval resumes from those files. What differs between systems is data: values of Config, rows of the
-tables (OPTIM_TABLE, quant_plan), keys into literal registries, and listeners at one seam (taps).
+tables (ROLES, EVALS), keys into literal registries, and listeners at one seam (taps).
 
 Sections: 01 CONFIG, 02 RUNTIME, 03 DATA, 04 ATTENTION, 05 KERNELS, 06 MODEL PARTS, 07 MODEL, 08 OPTIMISERS,
 09 TRAINING, 10 QUANTISATION, 11 ARTIFACT, 12 EVALUATION, 13 TEST-TIME TRAINING, 14 MAIN.
@@ -2370,24 +2370,119 @@ def bind(taps: Taps | None, execution: int, layer: int) -> LayerTap:
     return lambda name, x, y: taps(Site(name, execution, layer), x, y)
 
 
-INITS: dict[str, Callable] = {
-    "orthogonal": nn.init.orthogonal_,
-    "zero": lambda w, generator: nn.init.zeros_(w),
-    "uniform": lambda w, generator: nn.init.uniform_(w, -(w.size(1) ** -0.5), w.size(1) ** -0.5, generator=generator),
+Init = Callable[[Tensor, float, torch.Generator], Any]  # (weight, start, generator): fills the weight in place
+
+
+def constant(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Every entry is `start`."""
+    w.fill_(start)
+
+
+def normal(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Standard deviation `start`. Drawn in float32 whatever the dtype, so that all dtypes start alike."""
+    w.copy_(torch.randn(w.shape, generator=generator) * start)
+
+
+def orthogonal(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Orthonormal rows or columns, whichever are fewer."""
+    nn.init.orthogonal_(w, generator=generator)
+
+
+def uniform(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Uniform in +-1/sqrt(columns), as torch's own linear layers and convolutions."""
+    nn.init.uniform_(w, -(w.size(1) ** -0.5), w.size(1) ** -0.5, generator=generator)
+
+
+def stream_alone(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """Residual mix (2, D): all of the stream, nothing of the embedding."""
+    w[0] = 1
+    w[1] = 0
+
+
+def log_decay_rate(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """log A of a delta net, with A log-uniform in 1..8."""
+    w.uniform_(0, math.log(8), generator=generator)
+
+
+def decay_step(w: Tensor, start: float, generator: torch.Generator) -> None:
+    """The bias whose softplus is a delta net's step, log-uniform in 0.001..0.1."""
+    dt = w.uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp()
+    w.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+class Role(NamedTuple):
+    """A kind of weight: everything that depends on the kind stands in its row of ROLES and nowhere else."""
+
+    init: Init  # initial values
+    start: float | str = 0.0  # what init gets: a number, or the knob that holds it
+    optimiser: str = "adamw"  # muon or adamw
+    lr: str = "scalar_lr"  # knob of the learning rate
+    wd: str = "adam_wd"  # knob of the decoupled weight decay
+    store: str = "fp16"  # how it is quantised: a key of STORES
+    clip: str = ""  # knob of the clip, in standard deviations of a row
+    hessian: str = ""  # tap site whose input it multiplies: GPTQ calibrates there
+    stream: str = ""  # stream of the artifact that holds its integers; empty: the first, with all small things
+    ttt_lr_mult: str = ""  # knob of a factor on TTT_LR
+
+
+EMBED = ("adamw", "tied_embed_lr", "embed_wd")
+MUON = ("muon", "matrix_lr", "muon_wd")
+ATTN = (*MUON, "matrix", "attn_clip_sigmas")
+MLP_MATRIX = (*MUON, "matrix", "mlp_clip_sigmas")
+ROLES = {
+    "embed": Role(normal, "tied_embed_init_std", *EMBED, "embed", "embed_clip_sigmas", "head", "embed"),  # tied head
+    "hash_table": Role(constant, 0.0, *EMBED, "table", "embed_clip_sigmas"),
+    "value_table": Role(normal, 0.01, *EMBED, "table", "embed_clip_sigmas"),
+    "q": Role(orthogonal, 0.0, *ATTN, "q", "q"),
+    "k": Role(orthogonal, 0.0, *ATTN, "q", "k"),  # q, k and v read the same input
+    "v": Role(orthogonal, 0.0, *ATTN, "q", "v"),
+    "o": Role(constant, 0.0, *ATTN, "o", "o"),
+    "delta_qkv": Role(orthogonal, 0.0, *ATTN, "qkv"),
+    "delta_z": Role(orthogonal, 0.0, *ATTN, "qkv"),
+    "up": Role(orthogonal, 0.0, *MLP_MATRIX, "up", "up"),
+    "down": Role(constant, 0.0, *MLP_MATRIX, "down", "down"),
+    "delta_ba": Role(uniform, 0.0, *MUON, ttt_lr_mult="gdn_ttt_lr_mult"),
+    "delta_taps": Role(uniform, ttt_lr_mult="gdn_ttt_lr_mult"),
+    "delta_decay": Role(log_decay_rate, ttt_lr_mult="gdn_ttt_lr_mult"),
+    "delta_step": Role(decay_step, ttt_lr_mult="gdn_ttt_lr_mult"),
+    "projection": Role(orthogonal),
+    "hash_scale": Role(constant, 0.05),
+    "value_scale": Role(constant, 0.1),
+    "sparse_gate": Role(normal, "sparse_attn_gate_init_std", store="gate"),
+    "dense_gate": Role(normal, "gated_attn_init_std", store="gate"),
+    "half_open_gate": Role(constant, 0.0, store="gate"),
+    "gate_bias": Role(constant, 4.0),  # nearly open
+    "q_gain": Role(constant, "qk_gain_init"),
+    "sink": Role(constant, 0.0),  # logit 0
+    "value_lambda": Role(constant, 0.5),
+    "scale": Role(constant, 1.0),
+    "shut": Role(constant, 0.0),  # gates and scales that begin as the identity, or half open inside a sigmoid
+    "residual_mix": Role(stream_alone),
+    "lane_residual": Role(constant, 1.1),
 }
 
 
+def make_weight(role: str, *shape: int, dtype: torch.dtype = torch.float32, trained: bool = True) -> nn.Parameter:
+    """A parameter that knows its role, a key of ROLES, and its layer (-1: of no layer; Block sets it)."""
+    p = nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=trained)
+    p.role, p.layer = role, -1
+    return p
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, cfg: Config, generator: torch.Generator) -> None:
+    """Fill every parameter by its role, on the CPU whatever the device, so that every rank draws the same."""
+    for p in module.parameters():
+        role = ROLES[p.role]
+        role.init(p, getattr(cfg, role.start) if isinstance(role.start, str) else role.start, generator)
+
+
 class Linear(nn.Module):
-    """y = x W^T with W (out, in) kept in dtype and cast to x's at use; no bias. init: a key of INITS."""
+    """y = x W^T with W (out, in) kept in dtype and cast to x's dtype at use; no bias."""
 
-    def __init__(self, d_in: int, d_out: int, init: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, role: str, d_in: int, d_out: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtype))
-        self.init = init
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial weights."""
-        INITS[self.init](self.weight, generator=generator)
+        self.weight = make_weight(role, d_out, d_in, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -2395,33 +2490,21 @@ class Linear(nn.Module):
 
 class HeadGate(nn.Module):
     """factor * sigmoid(scale * (W source[:window] + b)) per head; source is the normed sublayer input or the raw
-    queries; b only where its initial value is given."""
+    queries; b only when biased."""
 
     def __init__(
         self,
+        role: str,
         shape: tuple[int, int],
-        scale: float,
-        factor: float,
-        std: float,
+        scale: float = 1.0,
+        factor: float = 1.0,
         reads_q: bool = False,
-        bias: float | None = None,
+        biased: bool = False,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(*shape))
-        self.bias = None if bias is None else nn.Parameter(torch.empty(shape[0]))
-        self.scale, self.factor, self.std, self.reads_q, self.bias_init = (
-            scale,
-            factor,
-            std,
-            reads_q,
-            bias,
-        )
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial weights."""
-        nn.init.normal_(self.weight, std=self.std, generator=generator)
-        if self.bias is not None:
-            nn.init.constant_(self.bias, self.bias_init)
+        self.weight = make_weight(role, *shape)
+        self.bias = make_weight("gate_bias", shape[0]) if biased else None
+        self.scale, self.factor, self.reads_q = scale, factor, reads_q
 
     def forward(self, n_BTD: Tensor, q_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, H, 1)."""
@@ -2433,37 +2516,27 @@ class HeadGate(nn.Module):
 
 GATES: dict[str, Callable[[Config], HeadGate | None]] = {
     "none": lambda c: None,
-    "sparse": lambda c: HeadGate(
-        (c.num_heads, c.gate_window), c.sparse_attn_gate_scale, 1.0, c.sparse_attn_gate_init_std
+    "sparse": lambda c: HeadGate("sparse_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
+    "dense": lambda c: HeadGate("dense_gate", (c.num_heads, c.model_dim)),
+    "dense_bias": lambda c: HeadGate("half_open_gate", (c.num_heads, c.model_dim), biased=True),
+    "out": lambda c: HeadGate(
+        "half_open_gate",
+        (c.num_heads, c.gate_window),
+        factor=2.0,
+        reads_q=c.attn_out_gate_src == "proj",
     ),
-    "dense": lambda c: HeadGate((c.num_heads, c.model_dim), 1.0, 1.0, c.gated_attn_init_std),
-    "dense_bias": lambda c: HeadGate((c.num_heads, c.model_dim), 1.0, 1.0, 0.0, bias=4.0),
-    "out": lambda c: HeadGate((c.num_heads, c.gate_window), 1.0, 2.0, 0.0, c.attn_out_gate_src == "proj"),
 }
-
-
-@torch.no_grad()
-def draw_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill a weight, drawing in float32 whatever its dtype, so that all dtypes start alike."""
-    weight.copy_(nn.init.normal_(torch.empty(weight.shape), std=std, generator=generator))
 
 
 STORED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE
 
 
 class Table(nn.Module):
-    """An embedding of `rows` ids, kept in EMBED_DTYPE, normal of a given std at init (0: zeros)."""
+    """An embedding of `rows` ids, kept in EMBED_DTYPE."""
 
-    def __init__(self, rows: int, dim: int, std: float, cfg: Config) -> None:
+    def __init__(self, role: str, rows: int, dim: int, cfg: Config) -> None:
         super().__init__()
-        self.weight, self.std = (
-            nn.Parameter(torch.empty(rows, dim, dtype=STORED_DTYPES[cfg.embed_dtype])),
-            std,
-        )
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial weights."""
-        draw_normal(self.weight, self.std, generator)
+        self.weight = make_weight(role, rows, dim, dtype=STORED_DTYPES[cfg.embed_dtype])
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids, self.weight).to(dtype)
@@ -2472,18 +2545,12 @@ class Table(nn.Module):
 class Projected(nn.Module):
     """scale * P table[id]: a narrow embedding, brought to a width by an orthogonal P (none when it has it already)."""
 
-    def __init__(self, table: Table, width: int, scale: float) -> None:
+    def __init__(self, table: Table, width: int, scale_role: str) -> None:
         super().__init__()
         dim = table.weight.size(1)
-        self.table, self.proj = (
-            table,
-            Linear(dim, width, "orthogonal") if dim != width else None,
-        )
-        self.scale, self.scale_init = nn.Parameter(torch.empty(1)), scale
-
-    def reset(self, generator: torch.Generator) -> None:
-        """The initial scale."""
-        nn.init.constant_(self.scale, self.scale_init)
+        self.table = table
+        self.proj = Linear("projection", dim, width) if dim != width else None
+        self.scale = make_weight(scale_role, 1)
 
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T) rows of the table -> (B, T, width)."""
@@ -2506,7 +2573,7 @@ class HashEmbedding(Projected):
     )  # of the token itself, the one before it, and the one before that
 
     def __init__(self, cfg: Config, order: int, rows: int, dim: int, trained: bool = True) -> None:
-        super().__init__(Table(rows, dim, 0.0, cfg), cfg.model_dim, 0.05)
+        super().__init__(Table("hash_table", rows, dim, cfg), cfg.model_dim, "hash_scale")
         self.multipliers, self.rows, self.reach = self.MULTIPLIERS[:order], rows, order - 1
         self.first_id = BOS_ID if cfg.hash_bos_mask else -1
         self.requires_grad_(trained)
@@ -2532,14 +2599,9 @@ class Smear(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, cfg.gate_window))
-        self.scale = nn.Parameter(torch.empty(1))
+        self.weight = make_weight("shut", 1, cfg.gate_window)
+        self.scale = make_weight("shut", 1)
         self.bos_mask = cfg.smear_bos_mask
-
-    def reset(self, generator: torch.Generator) -> None:
-        """The identity."""
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.scale)
 
     def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
         gate = torch.sigmoid(F.linear(e_BTD[..., : self.weight.size(1)], self.weight.to(e_BTD.dtype)))
@@ -2559,12 +2621,8 @@ class ChannelSmear(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.empty(cfg.model_dim))
+        self.gate = make_weight("shut", cfg.model_dim)
         self.first_id = BOS_ID if cfg.smear_bos_mask else -1
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Half and half."""
-        nn.init.zeros_(self.gate)
 
     def forward(self, ids: Tensor, x_BTD: Tensor) -> Tensor:
         gate = torch.sigmoid(self.gate.to(x_BTD.dtype)) * (ids != self.first_id).unsqueeze(-1).to(x_BTD.dtype)
@@ -2593,14 +2651,9 @@ class ValueEmbedding(Projected):
     """Values of the token itself (Zhou et al. 2024, as in PR 1182): one table and projection, a scale per layer."""
 
     def __init__(self, cfg: Config) -> None:
-        table = Table(cfg.vocab_size, cfg.ve_dim, 0.01, cfg)
-        super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, 0.1)
-        self.layer_scales = nn.Parameter(torch.empty(len(cfg.ve_layers)))
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial scales."""
-        super().reset(generator)
-        nn.init.ones_(self.layer_scales)
+        table = Table("value_table", cfg.vocab_size, cfg.ve_dim, cfg)
+        super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, "value_scale")
+        self.layer_scales = make_weight("scale", len(cfg.ve_layers))
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> ValueContext:
         return ValueContext(self.look_up(ids, dtype), self.layer_scales.to(dtype))
@@ -2614,12 +2667,7 @@ class ValueResidual(nn.Module):
         super().__init__()
         embedded = "value_embed" in cfg.attn_extras and layer in cfg.ve_layers
         self.scale_index = cfg.ve_layers.index(layer) if embedded else None
-        self.lambdas = nn.Parameter(torch.empty(2)) if "value_residual" in cfg.attn_extras else None
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Half and half."""
-        if self.lambdas is not None:
-            nn.init.constant_(self.lambdas, 0.5)
+        self.lambdas = make_weight("value_lambda", 2) if "value_residual" in cfg.attn_extras else None
 
     def forward(self, v: Tensor, values: ValueContext) -> Tensor:
         """(B, T, K * d) values of this slot -> the same, mixed. The first slot only leaves its values."""
@@ -2642,20 +2690,14 @@ class Attention(nn.Module):
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
         D, head = cfg.model_dim, cfg.model_dim // cfg.num_heads
-        self.q, self.o = Linear(D, D, "orthogonal"), Linear(D, D, "zero")
-        self.k, self.v = (Linear(D, cfg.num_kv_heads * head, "orthogonal") for _ in range(2))
-        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
-        self.sink = nn.Parameter(torch.empty(cfg.num_kv_heads, head)) if "sink" in cfg.attn_extras else None
+        self.q, self.o = Linear("q", D, D), Linear("o", D, D)
+        self.k, self.v = (Linear(role, D, cfg.num_kv_heads * head) for role in ("k", "v"))
+        self.q_gain = make_weight("q_gain", cfg.num_heads)
+        self.sink = make_weight("sink", cfg.num_kv_heads, head) if "sink" in cfg.attn_extras else None
         self.gate = GATES[cfg.attn_gate](cfg)
         self.values = ValueResidual(cfg, layer)
         self.xsa = "xsa" in cfg.attn_extras and layer >= cfg.num_layers - cfg.xsa_last_n
-        self.attend, self.head_dim, self.gain_init = attend, head, cfg.qk_gain_init
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initial gains, and a sink whose logit is 0."""
-        nn.init.constant_(self.q_gain, self.gain_init)
-        if self.sink is not None:
-            nn.init.zeros_(self.sink)
+        self.attend, self.head_dim = attend, head
 
     def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
@@ -2686,25 +2728,14 @@ class DeltaNet(nn.Module):
         super().__init__()
         D, d, value_heads = cfg.model_dim, cfg.gdn_head_dim, cfg.gdn_v_heads
         self.widths, self.head_dim = [cfg.gdn_qk_heads * d] * 2 + [value_heads * d], d
-        self.qkv, self.ba = (
-            Linear(D, sum(self.widths), "orthogonal"),
-            Linear(D, 2 * value_heads, "uniform"),
-        )
-        self.z, self.o = (
-            Linear(D, value_heads * d, "orthogonal"),
-            Linear(value_heads * d, D, "zero"),
-        )
-        self.taps = nn.Parameter(torch.empty(sum(self.widths), 2), requires_grad=cfg.gdn_conv_trained)
-        self.A_log, self.dt_bias = (nn.Parameter(torch.empty(value_heads)) for _ in range(2))
+        self.qkv = Linear("delta_qkv", D, sum(self.widths))
+        self.ba = Linear("delta_ba", D, 2 * value_heads)
+        self.z = Linear("delta_z", D, value_heads * d)
+        self.o = Linear("o", value_heads * d, D)
+        self.taps = make_weight("delta_taps", sum(self.widths), 2, trained=cfg.gdn_conv_trained)
+        self.A_log = make_weight("delta_decay", value_heads)
+        self.dt_bias = make_weight("delta_step", value_heads)
         self.groups, self.rule = value_heads // cfg.gdn_qk_heads, kernels.delta_rule
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        """Taps in +-sqrt(1/2); decay rates log-uniform: A in 1..8, steps (softplus of dt_bias) in 0.001..0.1."""
-        nn.init.uniform_(self.taps, -(0.5**0.5), 0.5**0.5, generator=generator)
-        nn.init.uniform_(self.A_log, 0, math.log(8), generator=generator)
-        dt = nn.init.uniform_(self.dt_bias, math.log(1e-3), math.log(0.1), generator=generator).exp()
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
     def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
@@ -2730,10 +2761,8 @@ class MLP(nn.Module):
     def __init__(self, cfg: Config, kernels: Kernels) -> None:
         super().__init__()
         hidden = int(cfg.mlp_mult * cfg.model_dim)
-        self.up, self.down = (
-            Linear(cfg.model_dim, hidden, "orthogonal"),
-            Linear(hidden, cfg.model_dim, "zero"),
-        )
+        self.up = Linear("up", cfg.model_dim, hidden)
+        self.down = Linear("down", hidden, cfg.model_dim)
         self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
     def forward(self, m: Tensor, tap: LayerTap) -> Tensor:
@@ -2754,16 +2783,11 @@ class Block(nn.Module):
             MIXERS[mixer_letters(cfg)[layer]](cfg, layer, attend, kernels),
             MLP(cfg, kernels),
         )
-        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(cfg.model_dim)) for _ in range(2))
-        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
+        self.attn_scale, self.mlp_scale = (make_weight("scale", cfg.model_dim) for _ in range(2))
+        self.resid_mix = make_weight("residual_mix", 2, cfg.model_dim)
         self.input_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Unit scales, and a residual of x alone."""
-        nn.init.ones_(self.attn_scale)
-        nn.init.ones_(self.mlp_scale)
-        with torch.no_grad():
-            self.resid_mix.copy_(torch.tensor([[1.0], [0.0]]))
+        for p in self.parameters():
+            p.layer = layer
 
     def norm(self, x: Tensor) -> Tensor:
         """RMS norm and the layer's input scale."""
@@ -2807,14 +2831,8 @@ class Skips(nn.Module):
 
     def __init__(self, rows: int, dim: int, gated: bool) -> None:
         super().__init__()
-        self.weights = nn.Parameter(torch.empty(rows, dim))
-        self.gates = nn.Parameter(torch.empty(rows, dim)) if gated else None
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Unit weights, half-open gates."""
-        nn.init.ones_(self.weights)
-        if self.gates is not None:
-            nn.init.zeros_(self.gates)
+        self.weights = make_weight("scale", rows, dim)
+        self.gates = make_weight("shut", rows, dim) if gated else None
 
     def forward(self, x: Tensor, source: Tensor, row: int) -> Tensor:
         skip = self.weights[row].to(x.dtype) * source
@@ -2830,14 +2848,9 @@ class Lanes(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.post = nn.Parameter(torch.empty(cfg.num_layers, 2, 2))  # layer, source (attention, MLP), lane
-        self.resid = nn.Parameter(torch.empty(cfg.num_layers, 2))
+        self.post = make_weight("scale", cfg.num_layers, 2, 2)  # layer, source (attention, MLP), lane
+        self.resid = make_weight("lane_residual", cfg.num_layers, 2)
         self.final = self.FINAL[cfg.parallel_final_lane]
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Both outputs into both lanes."""
-        nn.init.ones_(self.post)
-        nn.init.constant_(self.resid, 1.1)
 
     def forward(self, lanes: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor], layer: int) -> tuple[Tensor, Tensor]:
         r, p = self.resid[layer].to(lanes[0].dtype), self.post[layer].to(lanes[0].dtype)
@@ -2925,7 +2938,7 @@ class GPT(nn.Module):
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
-        self.tok_emb = Linear(cfg.model_dim, cfg.vocab_size, "zero", STORED_DTYPES[cfg.embed_dtype])
+        self.tok_emb = Linear("embed", cfg.model_dim, cfg.vocab_size, STORED_DTYPES[cfg.embed_dtype])
         self.embed_extras = nn.ModuleDict({n: make(cfg) for n, make in EMBED_EXTRAS.items() if n in cfg.embed_extras})
         self.reach = sum(extra.reach for extra in self.embed_extras.values())
         self.value_embed = ValueEmbedding(cfg) if "value_embed" in cfg.attn_extras else None
@@ -2934,11 +2947,9 @@ class GPT(nn.Module):
         self.lanes = Lanes(cfg) if any(plan_route(cfg, True).parallel) else None
         self.routes = {on: plan_route(cfg, on and cfg.num_loops > 0) for on in (False, True)}
         self.route = self.routes[False]
-        self.softcap, self.rope, self.embed_std = (
-            cfg.logit_softcap,
-            (cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len),
-            cfg.tied_embed_init_std,
-        )
+        self.cfg = cfg  # for init_weights alone: the forward pass looks at modules
+        self.softcap = cfg.logit_softcap
+        self.rope = cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len
         self.dtype, self.masked, self.rotary = (
             dtype,
             attend is masked_attention,
@@ -2948,13 +2959,9 @@ class GPT(nn.Module):
         self.first_id = (BOS_ID if cfg.gdn_bos_reset else -1) if "G" in mixer_letters(cfg) else None
         self.cross_entropy = kernels.cross_entropy
 
-    def reset(self, seed: int) -> GPT:
-        """Initial weights from a seed, on the CPU whatever the device, so that every rank agrees; the model itself."""
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
-            if module is not self and hasattr(module, "reset"):
-                module.reset(generator)
-        draw_normal(self.tok_emb.weight, self.embed_std, generator)
+    def init_weights(self, seed: int) -> GPT:
+        """Initial weights from a seed; the model itself."""
+        init_weights(self, self.cfg, torch.Generator().manual_seed(seed))
         return self
 
     def set_looping(self, on: bool) -> None:
@@ -3054,10 +3061,20 @@ class GPT(nn.Module):
         return loss.mean() if reduction == "mean" else loss.view_as(targets)
 
 
-def count_parameters(cfg: Config) -> int:
-    """Parameters of the model, without building it in memory."""
+def weights_of(cfg: Config) -> dict[str, nn.Parameter]:
+    """Name -> parameter of a configuration's model, without memory: shapes, roles and layers of a state dict."""
     with torch.device("meta"):
-        return sum(p.numel() for p in GPT(cfg).parameters())
+        return dict(GPT(cfg).named_parameters())
+
+
+def count_parameters(cfg: Config) -> int:
+    """Parameters of a configuration's model."""
+    return sum(p.numel() for p in weights_of(cfg).values())
+
+
+def weights_by_role(cfg: Config, role: str) -> dict[int, str]:
+    """Layer -> name of the weights of a role."""
+    return {p.layer: name for name, p in weights_of(cfg).items() if p.role == role}
 
 
 def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple[Tensor, Tensor, AttnMeta]:
@@ -3077,53 +3094,13 @@ def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-class OptimRow(NamedTuple):
-    """Which parameters (regular expression over the whole name) get which optimiser, with which LR and WD knobs."""
-
-    pattern: str
-    optimiser: str
-    lr: str
-    wd: str
-
-
-OPTIM_TABLE = (
-    OptimRow(
-        r"tok_emb\.weight|(embed_extras\.(bigram|trigram)|value_embed)\.table\.weight",
-        "adamw",
-        "tied_embed_lr",
-        "embed_wd",
-    ),
-    OptimRow(
-        r"blocks\.\d+\.(attn\.([qkvoz]|qkv|ba)|mlp\.(up|down))\.weight",
-        "muon",
-        "matrix_lr",
-        "muon_wd",
-    ),
-    OptimRow(
-        r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|sink|gate\.(weight|bias)|values\.lambdas)|"
-        r"attn\.(taps|A_log|dt_bias))",
-        "adamw",
-        "scalar_lr",
-        "adam_wd",
-    ),
-    OptimRow(
-        r"(skips|lanes|embed_extras\.smear(_channel)?)\..+|"
-        r"(embed_extras\.(bigram|trigram)|value_embed)\.(scale|layer_scales|proj\.weight)",
-        "adamw",
-        "scalar_lr",
-        "adam_wd",
-    ),
-)
-
-
-def route_parameters(model: nn.Module) -> list[tuple[OptimRow, dict[str, nn.Parameter]]]:
-    """The parameters of each row of OPTIM_TABLE; asserts that every parameter matches exactly one row."""
-    routed: list[tuple[OptimRow, dict[str, nn.Parameter]]] = [(row, {}) for row in OPTIM_TABLE]
-    for name, parameter in model.named_parameters():
-        hits = [params for row, params in routed if re.fullmatch(row.pattern, name)]
-        assert len(hits) == 1, f"{name} matches {len(hits)} rows of OPTIM_TABLE"
-        hits[0][name] = parameter
-    return [(row, params) for row, params in routed if params]
+def optimiser_groups(model: nn.Module) -> dict[tuple[str, str, str], dict[str, nn.Parameter]]:
+    """The parameters of each (optimiser, learning-rate knob, weight-decay knob), by name."""
+    groups: dict[tuple[str, str, str], dict[str, nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        role = ROLES[p.role]
+        groups.setdefault((role.optimiser, role.lr, role.wd), {})[name] = p
+    return groups
 
 
 COEFFICIENTS = {  # a, b, c of X <- a X + (b A + c A A) X with A = X X^T; the last triple repeats
@@ -3247,22 +3224,19 @@ class Muon:
 
 
 class Optimisers:
-    """Muon and AdamW over OPTIM_TABLE, with one global-norm clip of the averaged gradient. A parameter that was built
-    to want no gradient stays as it is."""
+    """Muon and AdamW by the parameters' roles, with one global-norm clip of the averaged gradient. A parameter that was
+    built to want no gradient stays as it is."""
 
     def __init__(self, cfg: Config, model: nn.Module, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
-        routed = [(row, [p for p in ps.values() if p.requires_grad]) for row, ps in route_parameters(model)]
-        self.muon = Muon([p for row, ps in routed if row.optimiser == "muon" for p in ps], cfg, runtime)
-        groups = [
-            {
-                "params": ps,
-                "weight_decay": getattr(cfg, row.wd),
-                "base_lr": getattr(cfg, row.lr),
-            }
-            for row, ps in routed
-            if row.optimiser == "adamw"
-        ]
+        muon, groups = [], []
+        for (optimiser, lr, wd), named_params in optimiser_groups(model).items():
+            params = [p for p in named_params.values() if p.requires_grad]
+            if optimiser == "muon":
+                muon += params
+            else:
+                groups.append({"params": params, "weight_decay": getattr(cfg, wd), "base_lr": getattr(cfg, lr)})
+        self.muon = Muon(muon, cfg, runtime)
         self.adamw = torch.optim.AdamW(
             groups,
             lr=0.0,
@@ -3400,8 +3374,8 @@ class FakeQuantSTE:
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg, plan = cfg, quant_plan(cfg)
-        routed = [(p, rule_for(name, plan)) for name, p in model.named_parameters()]
-        self.jobs = [(p, rule) for p, rule in routed if rule.bits < 8 and SCHEMES[rule.scheme].steps is not None]
+        rounded = {name for name, rule in plan.items() if rule.bits < 8 and SCHEMES[rule.scheme].steps is not None}
+        self.jobs = [(p, plan[name]) for name, p in model.named_parameters() if name in rounded]
         self.params = [p for p, _ in self.jobs]
 
     def due(self, fraction: float, multiplier: float, step: int) -> bool:
@@ -3424,7 +3398,7 @@ class QuantNoise:
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
         matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
-        chosen = {n: p for n, p in matrices.items() if any(named(n, word) for word in cfg.qat_noise_patterns)}
+        chosen = {n: p for n, p in matrices.items() if any(fits(n, word) for word in cfg.qat_noise_patterns)}
         if not chosen:
             raise UserError(f"QAT_NOISE_PATTERNS={format_knob(cfg.qat_noise_patterns)} is in no name of a matrix")
         self.params = list(chosen.values())
@@ -3621,58 +3595,44 @@ class Trainer:
 
 
 class QuantRule(NamedTuple):
-    """How tensors whose name matches a glob pattern are stored: scheme, bits, clip in row standard deviations, the
-    first columns of the groups that AWQ-lite gives more bits, the rows that gptq_freqsplit gives more, and a further
-    part or glob of the name."""
+    """How a tensor is stored: scheme, bits, clip in standard deviations of a row; the first columns of the groups that
+    AWQ-lite gives more bits, and the rows that gptq_freqsplit gives more."""
 
-    pattern: str
     scheme: str
     bits: int
-    clip: float
+    clip: float = 0.0
     fine: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
-    part: str = ""
 
 
-# Of tables, which have no input to calibrate on
+# Tables of ids have no input to calibrate on
 TABLE_SCHEMES = {"gptq": "rowwise", "gptq_tcq": "rowwise", "gptq_freqsplit": "rowwise"}
+TAIL_BITS = {"gptq_freqsplit": "embed_tail_bits"}  # scheme -> knob of the embedding's bits, where it is another one
+GATE_RULES = {False: QuantRule("fp16", 16), True: QuantRule("int8_row", 8)}  # values of GATED_ATTN_QUANT_GATE
+STORES: dict[str, Callable[[Config], QuantRule]] = {  # Role.store -> its rule, before the clip
+    "matrix": lambda c: QuantRule(c.matrix_quant, c.matrix_bits),
+    "embed": lambda c: QuantRule(c.embed_quant, getattr(c, TAIL_BITS.get(c.embed_quant, "embed_bits"))),
+    "table": lambda c: QuantRule(TABLE_SCHEMES.get(c.embed_quant, c.embed_quant), c.embed_bits),
+    "gate": lambda c: GATE_RULES[c.gated_attn_quant_gate],
+    "fp16": lambda c: QuantRule("fp16", 16),
+}
+Plan = dict[str, QuantRule]  # of every tensor of the model, by name
 
 
-def quant_plan(cfg: Config) -> tuple[QuantRule, ...]:
-    """The quantisation plan; the first matching rule counts, and the last matches everything."""
-    gates = (QuantRule("blocks.*.attn.gate.weight", "int8_row", 8, 0.0),)
-    matrices = (
-        QuantRule(
-            "blocks.*.attn.[qkvoz].weight",
-            cfg.matrix_quant,
-            cfg.matrix_bits,
-            cfg.attn_clip_sigmas,
-        ),
-        QuantRule("blocks.*.attn.qkv.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.attn_clip_sigmas),
-        QuantRule("blocks.*.mlp.*.weight", cfg.matrix_quant, cfg.matrix_bits, cfg.mlp_clip_sigmas),
-    )
-    embed_bits = {"gptq_freqsplit": cfg.embed_tail_bits}.get(cfg.embed_quant, cfg.embed_bits)
-    return (
-        QuantRule("tok_emb.weight", cfg.embed_quant, embed_bits, cfg.embed_clip_sigmas),
-        QuantRule(
-            "*.table.weight",
-            TABLE_SCHEMES.get(cfg.embed_quant, cfg.embed_quant),
-            cfg.embed_bits,
-            cfg.embed_clip_sigmas,
-        ),
-        *(rule._replace(part=part, bits=bits) for part, bits in bits_overrides(cfg) for rule in matrices),
-        *matrices,
-        *gates * cfg.gated_attn_quant_gate,
-        QuantRule("*", "fp16", 16, 0.0),
-    )
+def quant_plan(cfg: Config) -> Plan:
+    """The rule of every tensor, from its role; MATRIX_BITS_OVERRIDES changes bits by name, the first that fits."""
+    plan, overrides = {}, bits_overrides(cfg)
+    for name, p in weights_of(cfg).items():
+        role = ROLES[p.role]
+        rule = STORES[role.store](cfg)
+        if role.store == "matrix":
+            bits = next((bits for word, bits in overrides if fits(name, word)), rule.bits)
+            rule = rule._replace(bits=bits)
+        plan[name] = rule._replace(clip=getattr(cfg, role.clip)) if role.clip else rule
+    return plan
 
 
-def rule_for(name: str, plan: tuple[QuantRule, ...]) -> QuantRule:
-    """The first rule that matches a tensor's name."""
-    return next(rule for rule in plan if fnmatch.fnmatchcase(name, rule.pattern) and named(name, rule.part))
-
-
-def named(name: str, word: str) -> bool:
+def fits(name: str, word: str) -> bool:
     """Whether a knob's word means a tensor: it is part of its name, or a glob of the whole."""
     return word in name or fnmatch.fnmatchcase(name, word)
 
@@ -3687,10 +3647,9 @@ COUNTS = "token_counts"  # the name of token_counts among the Hessians
 FINER = {"gptq": "awq_lite"}  # scheme -> the same with more bits for some columns
 
 
-def passes(cfg: Config, name: str) -> int:
-    """How often calibration ran the layer of a tensor per token; a Hessian sums over the passes."""
-    block = re.match(r"blocks\.(\d+)\.", name)
-    return plan_route(cfg, loops(cfg)).layers.count(int(block[1])) if block else 1
+def passes(cfg: Config, layer: int) -> int:
+    """How often calibration ran a layer per token (the head, layer -1: once); a Hessian sums over the passes."""
+    return max(1, plan_route(cfg, loops(cfg)).layers.count(layer))
 
 
 def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
@@ -3701,64 +3660,63 @@ def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
     return (hessian.diagonal().double() / count).sqrt() * weight.double().abs().mean(dim=0)
 
 
-def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> tuple[QuantRule, ...]:
-    """quant_plan with the embedding's EMBED_TOPK most frequent rows (of equal ones the first), where tokens were
-    counted; and after AWQ-lite's choice: a rule of its own for each tensor that holds one of the AWQ_LITE_GROUP_TOP_K
-    most salient groups of contiguous columns."""
-    (embedding, *others), size, groups, chosen = (
-        quant_plan(cfg),
-        cfg.awq_lite_group_size,
-        [],
-        {},
-    )
-    order = hessians.get(COUNTS, torch.zeros(0)).sort(descending=True, stable=True).indices.tolist()
-    plan = (embedding._replace(rows=tuple(order[: cfg.embed_topk])), *others)
-    for name in sorted(state.keys() & hessians.keys()) * cfg.awq_lite_enabled:
-        rule = rule_for(name, plan)
-        if rule.scheme in FINER and rule.bits < cfg.awq_lite_bits:
-            parts = column_salience(state[name], hessians[name], passes(cfg, name)).split(size)
-            groups += [(-part.sum().item(), name, i * size) for i, part in enumerate(parts)]
+def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> Plan:
+    """quant_plan with what depends on the data: the embedding's EMBED_TOPK most frequent rows (of equally frequent ones
+    the first), and the columns that AWQ-lite gives more bits."""
+    plan = quant_plan(cfg)
+    if COUNTS in hessians:
+        order = hessians[COUNTS].sort(descending=True, stable=True).indices.tolist()
+        for name in weights_by_role(cfg, "embed").values():
+            plan[name] = plan[name]._replace(rows=tuple(order[: cfg.embed_topk]))
+    for name, starts in salient_groups(cfg, plan, state, hessians).items():
+        plan[name] = plan[name]._replace(scheme=FINER[plan[name].scheme], fine=tuple(sorted(starts)))
+    return plan
+
+
+def salient_groups(
+    cfg: Config,
+    plan: Plan,
+    state: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+) -> dict[str, list[int]]:
+    """Name -> first columns of its groups among the AWQ_LITE_GROUP_TOP_K most salient groups of contiguous columns of
+    all tensors; empty unless AWQ_LITE_ENABLED."""
+    groups, chosen, size = [], {}, cfg.awq_lite_group_size
+    for name, p in weights_of(cfg).items():
+        eligible = plan[name].scheme in FINER and plan[name].bits < cfg.awq_lite_bits
+        if cfg.awq_lite_enabled and eligible and name in state.keys() & hessians.keys():
+            salience = column_salience(state[name], hessians[name], passes(cfg, p.layer))
+            groups += [(-part.sum().item(), name, i * size) for i, part in enumerate(salience.split(size))]
     for _, name, start in sorted(groups)[: cfg.awq_lite_group_top_k]:
         chosen.setdefault(name, []).append(start)
-    own = [rule_for(name, plan)._replace(pattern=name, fine=tuple(sorted(chosen[name]))) for name in chosen]
-    return (*(rule._replace(scheme=FINER[rule.scheme]) for rule in own), *plan)
+    return chosen
 
 
 class HessianTap:
-    """Accumulates X^T X (float32) of the inputs of every matrix, keyed by the weight's name: a taps listener.
+    """Accumulates X^T X (float32) of the inputs of every matrix with a Hessian: a taps listener.
 
-    q, k and v share their input, so they share one Hessian (in a delta layer qkv and z); looped layers sum over their
-    passes.
+    Matrices that read the same input share one Hessian; layers that run several times sum over their passes.
     """
 
-    SITES = {
-        "q": ("attn.q", "attn.k", "attn.v"),
-        "qkv": ("attn.qkv", "attn.z"),
-        "o": ("attn.o",),
-        "up": ("mlp.up",),
-        "down": ("mlp.down",),
-    }
+    sites = frozenset(role.hessian for role in ROLES.values()) - {""}
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, int], Tensor] = {}
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Listen at a site; the output passes through."""
-        if site.name in self.SITES or site.name == "head":
+        if site.name in self.sites:
             flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
             if key not in self.sums:
                 self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
             self.sums[key].addmm_(flat.T, flat)
         return y
 
-    def hessians(self, batches: int, runtime: Runtime | None = None) -> dict[str, Tensor]:
-        """Weight name -> X^T X / batches on the CPU, summed over the ranks."""
-        result = {}
-        for (name, layer), total in self.sums.items():
-            total = runtime.sum_(total) if runtime is not None else total
-            names = ["tok_emb"] if name == "head" else [f"blocks.{layer}.{part}" for part in self.SITES[name]]
-            result |= dict.fromkeys([f"{n}.weight" for n in names], (total / batches).cpu())
-        return result
+    def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> dict[str, Tensor]:
+        """Name of a weight of the model -> X^T X / batches on the CPU, summed over the ranks."""
+        means = {key: (runtime.sum_(total) / batches).cpu() for key, total in self.sums.items()}
+        inputs = {name: (ROLES[p.role].hessian, p.layer) for name, p in model.named_parameters()}
+        return {name: means[key] for name, key in inputs.items() if key in means}
 
 
 @torch.no_grad()
@@ -3777,7 +3735,7 @@ def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> dict[str, Ten
         ids, _, meta = on_device(model, batch, runtime, cfg.train_seq_len)
         model(ids, None, meta, tap)
         runtime.log.progress("calibration", done + 1, len(mine), started)
-    return tap.hessians(cfg.gptq_calibration_batches, runtime)
+    return tap.hessians(model, cfg.gptq_calibration_batches, runtime)
 
 
 def token_counts(cfg: Config, runtime: Runtime) -> Tensor:
@@ -4290,7 +4248,7 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
 
     def encode(names: list[str]) -> dict[str, Parts]:
         """The parts of the tensors of a job."""
-        rules = [rule_for(name, plan) for name in names]
+        rules = [plan[name] for name in names]
         weights = [state[name].to(device) for name in names]
         inputs = [hessians[name].to(device) if name in hessians else None for name in names]
         scheme = SCHEMES[rules[0].scheme]
@@ -4305,7 +4263,7 @@ def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: 
 
     groups: dict[Any, list[str]] = {}
     for name in sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n)):
-        scheme = rule_for(name, plan).scheme
+        scheme = plan[name].scheme
         groups.setdefault(name if SCHEMES[scheme].encode_batch is None else (scheme, state[name].size(-1)), []).append(
             name
         )
@@ -4354,11 +4312,12 @@ def sort_hidden(
 
     def order(name: str) -> dict[str, Tensor]:
         weight = state[name].to(runtime.device)
-        return {name: similarity_order(encode_rowwise(weight, None, rule_for(name, plan), cfg)["q"]).cpu()}
+        return {name: similarity_order(encode_rowwise(weight, None, plan[name], cfg)["q"]).cpu()}
 
-    ups = sorted(name for name in state if fnmatch.fnmatchcase(name, "blocks.*.mlp.up.weight"))
-    for up, rows in deal_jobs(runtime, "sorting hidden units", ups, order).items():
-        down = up.replace(".up.", ".down.")
+    ups, downs = weights_by_role(cfg, "up"), weights_by_role(cfg, "down")
+    orders = deal_jobs(runtime, "sorting hidden units", list(ups.values()), order)
+    for layer, up in ups.items():
+        down, rows = downs[layer], orders[up]
         state[up], state[down] = state[up][rows], state[down][:, rows]
         if down in hessians:
             hessians[down] = hessians[down][rows][:, rows]
@@ -4388,8 +4347,9 @@ def rotate_values(
         """x with each head's block of columns times R."""
         return (x.double().unflatten(-1, (-1, len(R))) @ R).flatten(-2).to(x.dtype)
 
-    for v in [name for name in state if fnmatch.fnmatchcase(name, "blocks.*.attn.v.weight")]:
-        o = v.replace(".v.", ".o.")
+    outputs = weights_by_role(cfg, "o")
+    for layer, v in weights_by_role(cfg, "v").items():
+        o = outputs[layer]
         state[v], state[o] = turned(state[v].T).T.contiguous(), turned(state[o])
         if o in hessians:
             hessians[o] = turned(turned(hessians[o]).T)
@@ -4470,11 +4430,11 @@ def report_table(reports: list[TensorReport]) -> str:
 def error_report(cfg: Config, reports: list[TensorReport], parts: dict[str, Parts]) -> list[str]:
     """Per rule of the plan: tensors, weights, relative squared error of the stored weights and (weighted by the input
     Hessians) of the layers' outputs, bytes; then the tensors stored in a way of their own, and LQER's bytes."""
-    lines, plan = [], quant_plan(cfg)
-    for rule in plan:
-        mine = [r for r in reports if rule_for(r.name, plan) is rule]
+    lines, plan, weights = [], quant_plan(cfg), weights_of(cfg)
+    for rule in dict.fromkeys(plan.values()):
+        mine = [r for r in reports if plan[r.name] == rule]
         total = [sum(getattr(r, field) for r in mine) for field in TensorReport._fields[2:]]
-        label = rule.part or rule.pattern
+        label = " ".join(dict.fromkeys(weights[r.name].role for r in mine))
         if mine:
             lines.append(
                 f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(mine):3} tensors "
@@ -4499,15 +4459,17 @@ def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tens
 
     refined = refined_plan(dataclasses.replace(cfg, awq_lite_enabled=True), state, hessians)
     probes = [
-        (f"AWQ-lite from columns {r.fine}", r.pattern, "awq_lite", encode(r.pattern, r)) for r in refined if r.fine
+        (f"AWQ-lite from columns {rule.fine}", name, "awq_lite", encode(name, rule))
+        for name, rule in refined.items()
+        if rule.fine
     ]
     for rule, name in {
-        rule_for(n, plan): n for n in sorted(hessians.keys() & state, key=lambda n: (state[n].numel(), n))
+        plan[n]: n for n in sorted(hessians.keys() & state, key=lambda n: (state[n].numel(), n))
     }.items():
         clipped = rounded_rows(state[name], searched_scales(state[name].float(), rule.bits), rule.bits)
         probes.append(("clip search", name, "rowwise", clipped))
     for what, name, scheme, then in probes:
-        rule = rule_for(name, plan)
+        rule = plan[name]
         now = encode(name, rule)
         decoded = SCHEMES[scheme].decode(then), SCHEMES[rule.scheme].decode(now)
         loss = [weighted_power(state[name] - weight, hessians[name]) for weight in decoded]
@@ -4866,7 +4828,7 @@ class Codec(NamedTuple):
             coder.need()
 
 
-ROLES = (
+STREAMS = (
     "tok_emb.weight:*:q",
     "blocks.*.attn.q.weight:*:q",
     "blocks.*.attn.k.weight:*:q",
@@ -4876,9 +4838,9 @@ ROLES = (
     "blocks.*.mlp.down.weight:*:q",
 )
 CODECS = {
-    "brotli": Codec(1, "brotli", "brotli", ROLES),  # streams of their own: coded side by side on several processors
+    "brotli": Codec(1, "brotli", "brotli", STREAMS),  # streams of their own: coded side by side on several processors
     "lzma": Codec(2, "lzma"),
-    "pergroup": Codec(3, "brotli", "lrzip", ROLES, sorted_rows=ROLES[:2], sort_hidden=True),
+    "pergroup": Codec(3, "brotli", "lrzip", STREAMS, sorted_rows=STREAMS[:2], sort_hidden=True),
     "lzma6": Codec(4, "lzma6"),
     "rans": Codec(5, "brotli", "rans", ("*:q",), by_layer=True),
 }
@@ -5905,7 +5867,7 @@ class SpanSgd:
             self.grads.append(torch.zeros(sum(sizes), dtype=dtype, device=runtime.device))
             for p, grad in zip(own, self.grads[-1].split(sizes), strict=True):
                 p.requires_grad_(True).grad = grad.view_as(p)
-        rated = [{"params": params, "factor": factor} for params, factor in groups if params]
+        rated = [{"params": params, "factor": factor} for params, factor in groups]
         self.optimiser = torch.optim.SGD(rated, momentum=momentum)
 
     def gradient(self, batches: list[tuple[float, Batch]], max_len: int) -> Tensor:
@@ -5951,9 +5913,9 @@ def global_update(cfg: Config, runtime: Runtime, model: GPT, tokens: np.ndarray)
 def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that TTT_TRAINABLE selects; UserError for a word that selects none."""
     names, chosen = dict(model.named_parameters()), set()
-    scalars = {n for row, params in route_parameters(model) if row.lr == "scalar_lr" for n in params}
+    scalars = {name for name, p in names.items() if ROLES[p.role].lr == "scalar_lr"}
     for word in cfg.ttt_trainable:
-        hits = {"all": set(names), "scalar": scalars}.get(word) or {n for n in names if named(n, word)}
+        hits = {"all": set(names), "scalar": scalars}.get(word) or {n for n in names if fits(n, word)}
         if not hits:
             some = ", ".join(sorted({re.sub(r"\d+", "*", name) for name in names}))
             raise UserError(f"TTT_TRAINABLE={word} matches no weight; say all, scalar, or parts or globs of: {some}")
@@ -5964,8 +5926,9 @@ def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
 def fp32_copy(model: GPT) -> GPT:
     """A copy with parameters in at least float32, which computes alike and loses no small step."""
     copied = copy.deepcopy(model)
-    for p in copied.parameters():
+    for p, original in zip(copied.parameters(), model.parameters(), strict=True):
         p.data = at_least_fp32(p.data)
+        p.role, p.layer = original.role, original.layer  # deepcopy drops attributes of a parameter
     return copied
 
 
@@ -5988,13 +5951,12 @@ class ChunkSgd:
         self.model = fp32_copy(model).requires_grad_(False)
         self.num_chunks = -(-(len(val.tokens) - 1) // cfg.ttt_chunk_tokens)
         chosen = trainable(cfg, self.model)
-        slow = {n: p for n, p in chosen.items() if re.search(r"attn\.(A_log|dt_bias|ba\.|taps)", n)}
-        groups = [
-            ([p for n, p in chosen.items() if n not in slow], 1.0),
-            (list(slow.values()), cfg.gdn_ttt_lr_mult),
-        ]
+        groups: dict[str, list[nn.Parameter]] = {}
+        for p in chosen.values():
+            groups.setdefault(ROLES[p.role].ttt_lr_mult, []).append(p)
+        rated = [(params, getattr(cfg, knob) if knob else 1.0) for knob, params in groups.items()]
         self.scorer = scorer(cfg, runtime, self.model, val)
-        self.sgd = SpanSgd(runtime, self.model, self.scorer.forward, groups, cfg.ttt_momentum, cfg.ttt_grad_clip)
+        self.sgd = SpanSgd(runtime, self.model, self.scorer.forward, rated, cfg.ttt_momentum, cfg.ttt_grad_clip)
         runtime.log(
             f"chunk SGD: {self.num_chunks} chunks of {cfg.ttt_chunk_tokens} targets, {cfg.ttt_epochs} passes over each "
             f"but the last, {sum(p.numel() for p in chosen.values()):,} weights in {len(chosen)} tensors"
@@ -6205,7 +6167,7 @@ class Run:
         """Train, average, collect Hessians within the budget; model.pt, hessians.pt and the pre-quantisation score."""
         cfg, runtime = self.cfg, self.runtime
         model = self.model()
-        model.load_state_dict(GPT(cfg).reset(cfg.seed).state_dict())
+        model.load_state_dict(GPT(cfg).init_weights(cfg.seed).state_dict())
         model.set_looping(False)
         metrics = self.folder / "metrics.jsonl" if runtime.rank == 0 else None
         trainer = Trainer(cfg, runtime, model, metrics)
@@ -6319,30 +6281,38 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
     ]
     lines += [f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}"] * loops(cfg)
     lines.append("optimisers:")
-    for row, params in route_parameters(model):
+    for (optimiser, lr, wd), params in optimiser_groups(model).items():
+        roles = " ".join(dict.fromkeys(p.role for p in params.values()))
         lines.append(
-            f"  {row.optimiser:6} {row.lr.upper()}={getattr(cfg, row.lr):g} {row.wd.upper()}={getattr(cfg, row.wd):g}  "
-            f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {row.pattern}"
+            f"  {optimiser:6} {lr.upper()}={getattr(cfg, lr):g} {wd.upper()}={getattr(cfg, wd):g}  "
+            f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {roles}"
         )
     lines += {"chunk_sgd": explain_chunk_sgd, "slot": explain_chunk_sgd}.get(cfg.eval, lambda *_: [])(cfg, model)
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     lines += [f"  of them not trained: {len(frozen)} tensors, {sum(frozen):,} weights"] * bool(frozen)
     lines.append("quantisation plan:")
-    plan, tensors = quant_plan(cfg), model.state_dict()
-    for part, _ in bits_overrides(cfg):
-        if not any(rule_for(name, plan).part == part for name in tensors):
-            raise UserError(f"MATRIX_BITS_OVERRIDES={part} is in no name of a matrix (or of none that is left for it)")
-    for rule in plan:
-        matched = [t for name, t in tensors.items() if rule_for(name, plan) is rule]
-        if rule.part and not matched:
-            continue
-        size = sum(t.numel() * rule.bits / 8 + (2 * t.size(0) if rule.clip else 0) for t in matched)
-        label = rule.part or rule.pattern
-        lines.append(
-            f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(matched):3} tensors "
-            f"{size:>12,.0f} bytes before entropy coding"
-        )
+    lines += explain_plan(cfg, quant_plan(cfg))
     return "\n".join(lines)
+
+
+def explain_plan(cfg: Config, plan: Plan) -> list[str]:
+    """A line for each rule: the roles that are stored so, tensors, bytes. UserError for an override without effect."""
+    tensors, rules = weights_of(cfg), {}
+    matrices = [name for name, p in tensors.items() if ROLES[p.role].store == "matrix"]
+    for word, _ in bits_overrides(cfg):
+        matrices, before = [name for name in matrices if not fits(name, word)], matrices
+        if len(matrices) == len(before):
+            raise UserError(f"MATRIX_BITS_OVERRIDES={word} is in no name of a matrix (or of none that is left for it)")
+    for name, rule in plan.items():
+        rules.setdefault(rule, []).append(tensors[name])
+    lines = []
+    for rule, params in rules.items():
+        size = sum(p.numel() * rule.bits / 8 + (2 * p.size(0) if rule.clip else 0) for p in params)
+        lines.append(
+            f"  {rule.scheme:14} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(params):3} tensors "
+            f"{size:>12,.0f} bytes before entropy coding: {' '.join(dict.fromkeys(p.role for p in params))}"
+        )
+    return lines
 
 
 def explain_chunk_sgd(cfg: Config, model: GPT) -> list[str]:

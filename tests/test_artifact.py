@@ -215,7 +215,7 @@ def test_missing_brotli_names_the_package_and_does_not_fall_back(monkeypatch: py
 @pytest.fixture(scope="module")
 def model() -> GPT:
     """A tiny model with every tensor away from zero."""
-    model = GPT(load_config(TINY)).reset(3)
+    model = GPT(load_config(TINY)).init_weights(3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -235,7 +235,7 @@ def test_saved_model_loads_bit_for_bit_as_what_was_quantised(tmp_path: Path, mod
     for name, tensor in wanted.items():
         assert torch.equal(loaded[name], tensor) and loaded[name].dtype == torch.float32, name
         assert tensor.shape == state[name].shape, name
-    other = GPT(cfg).reset(9)
+    other = GPT(cfg).init_weights(9)
     train_gpt.fill_model(other, loaded, "model.bin")
     assert all(torch.equal(p, wanted[name]) for name, p in other.named_parameters())
 

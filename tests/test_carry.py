@@ -91,7 +91,7 @@ def config(**knobs: object) -> train_gpt.Config:
 def model_of(structure: str, dtype: torch.dtype = torch.float64) -> train_gpt.GPT:
     """Random weights everywhere: zeros of the initial model would hide attention."""
     cfg, generator = config(**STRUCTURES[structure]), torch.Generator().manual_seed(3)
-    model = train_gpt.GPT(cfg, dtype=dtype).reset(1).to(dtype)
+    model = train_gpt.GPT(cfg, dtype=dtype).init_weights(1).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)

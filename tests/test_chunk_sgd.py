@@ -43,7 +43,7 @@ def stream(num_targets: int, seed: int = 0) -> ValData:
 
 def strong(cfg: Config) -> GPT:
     """Random weights large enough that context matters, looping."""
-    model, generator = GPT(cfg).reset(1), torch.Generator().manual_seed(2)
+    model, generator = GPT(cfg).init_weights(1), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))

@@ -155,7 +155,7 @@ def test_quantised_model_survives(tmp_path: Path) -> None:
             "GATED_ATTN_QUANT_GATE": "1",
         }
     )
-    model = train_gpt.GPT(cfg).reset(3)
+    model = train_gpt.GPT(cfg).init_weights(3)
     state = {name: w + 0.05 * torch.randn(w.shape) for name, w in model.state_dict().items()}
     parts = train_gpt.quantize(cfg, rules.runtime(), state, {})
     size = train_gpt.save_artifact(tmp_path / "model.bin", parts, "pergroup")

@@ -47,7 +47,7 @@ def stream(num_targets: int, seed: int = 0, document: float = 0.08) -> ValData:
 
 def strong(cfg: Config) -> GPT:
     """Random weights large enough that context matters; looping on, as at the end of training."""
-    model = GPT(cfg).reset(1)
+    model = GPT(cfg).init_weights(1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

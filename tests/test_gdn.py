@@ -354,9 +354,7 @@ def test_initial_values() -> None:
     net = train_gpt.DeltaNet(cfg, 0, train_gpt.masked_attention, train_gpt.PLAIN)
     seen = []
     for seed in range(40):
-        generator = torch.Generator().manual_seed(seed)
-        for module in (*net.children(), net):
-            module.reset(generator)
+        train_gpt.init_weights(net, cfg, torch.Generator().manual_seed(seed))
         seen.append(torch.stack([net.A_log.exp(), F.softplus(net.dt_bias)]).detach())
     A, dt = torch.stack(seen).unbind(1)
     assert 1 <= A.min() < 1.2 and 6.5 < A.max() <= 8.001 and A.log().mean().item() == pytest.approx(1.04, abs=0.15)
@@ -558,7 +556,7 @@ def test_loss_with_the_published_rotary_tables(golden: rules.Entry) -> None:
 
 def toy(seed: int = 5, looping: bool = True, **knobs: Any) -> train_gpt.GPT:
     """A small model, none of its tensors zero."""
-    model = train_gpt.GPT(train_gpt.Config(**TOY | knobs)).reset(seed)
+    model = train_gpt.GPT(train_gpt.Config(**TOY | knobs)).init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -643,12 +641,12 @@ def test_parallel_layers_on_one_stream_are_those_from_the_first_on() -> None:
 
 def test_parameters_and_optimiser_groups_are_the_published_ones() -> None:
     cfg = train_gpt.Config(**PUBLISHED)
-    assert train_gpt.count_parameters(cfg) == 35_896_408
+    assert sum(p.numel() for p in train_gpt.weights_of(cfg).values()) == 35_896_408
     with torch.device("meta"):
         model = train_gpt.GPT(cfg)
     groups: dict[tuple[str, str], list[Tensor]] = {}
-    for row, params in train_gpt.route_parameters(model):
-        groups.setdefault((row.optimiser, row.lr), []).extend(p for p in params.values() if p.requires_grad)
+    for (optimiser, lr, _), params in train_gpt.optimiser_groups(model).items():
+        groups.setdefault((optimiser, lr), []).extend(p for p in params.values() if p.requires_grad)
     counts = {key: (len(params), sum(p.numel() for p in params)) for key, params in groups.items()}
     assert counts == {
         ("adamw", "tied_embed_lr"): (1, 4_194_304),

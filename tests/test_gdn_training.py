@@ -395,7 +395,7 @@ def test_frequent_rows(golden: rules.Entry, tmp_path: Path) -> None:
     counts = train_gpt.token_counts(cfg, rules.runtime())
     assert int(counts.sum()) == want["scanned_tokens"] and counts[:16].tolist() == want["counts_first16"]
     assert int(counts.square().sum()) == want["counts_sum_squares"]
-    rule = train_gpt.rule_for("tok_emb.weight", train_gpt.refined_plan(cfg, {}, {train_gpt.COUNTS: counts}))
+    rule = train_gpt.refined_plan(cfg, {}, {train_gpt.COUNTS: counts})["tok_emb.weight"]
     assert (rule.scheme, rule.bits, len(rule.rows)) == ("gptq_freqsplit", c["tail_bits"], c["topk"])
     if "top_ids_sorted_by_id" in want:
         assert sorted(rule.rows) == want["top_ids_sorted_by_id"]
@@ -420,13 +420,13 @@ def test_bits_by_pattern(golden: rules.Entry) -> None:
     for name, bits in zip(c["names"], golden.expected["bits"], strict=True):
         ours = name.replace("o_proj", "o").replace("ba_proj", "ba")
         ours = ours.replace("attn.proj", "attn.o").replace("mlp.proj", "mlp.down")
-        assert train_gpt.rule_for(ours, plan).bits == (16 if ".ba." in ours else bits), ours
+        assert plan[ours].bits == (16 if ".ba." in ours else bits), ours
 
 
 def test_the_first_override_that_fits_counts_and_keeps_scheme_and_clip() -> None:
     cfg = Config(matrix_bits_overrides=("attn.o:7", "blocks.1.*: 5", "mlp.down:8"))
     found = {
-        n: train_gpt.rule_for(n, train_gpt.quant_plan(cfg))
+        n: train_gpt.quant_plan(cfg)[n]
         for n in (
             "blocks.1.attn.o.weight",
             "blocks.1.attn.z.weight",
@@ -529,17 +529,17 @@ def test_rotation_changes_no_output(knobs: dict[str, Any], loop_on: bool) -> Non
     assert not cfg.problems()
     model, generator = train_gpt.GPT(cfg, dtype=torch.float64).double(), torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in model.reset(1).parameters():
+        for p in model.init_weights(1).parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     model.set_looping(loop_on)
     ids = torch.randint(0, c["V"], (2, 30), generator=generator)
     tap = train_gpt.HessianTap()
     logits = model(ids, taps=tap)
-    state, turned = train_gpt.ROTATIONS[cfg.rotate](cfg, model.state_dict(), tap.hessians(1))
+    state, turned = train_gpt.ROTATIONS[cfg.rotate](cfg, model.state_dict(), tap.hessians(model, 1, rules.runtime()))
     model.load_state_dict(state)
     again = train_gpt.HessianTap()
     torch.testing.assert_close(model(ids, taps=again), logits, rtol=0, atol=1e-11)
-    collected = again.hessians(1)
+    collected = again.hessians(model, 1, rules.runtime())
     assert collected.keys() == turned.keys()
     for name, H in collected.items():
         torch.testing.assert_close(turned[name], H, rtol=1e-4, atol=1e-4 * float(H.abs().max()), msg=name)
@@ -554,7 +554,7 @@ def test_hessians_of_the_golden_model(golden: rules.Entry, exact_rope: None) -> 
     with torch.no_grad():
         for ids in stream.view(c["batches"], c["rows"], c["T"]):
             model(ids, None, None, tap)
-    found = published(c, tap.hessians(c["batches"]))
+    found = published(c, tap.hessians(model, c["batches"], rules.runtime()))
     assert set(golden.expected["names"]) <= set(found) and not any("ba_proj" in name for name in found)
     assert all(f"blocks.0.attn.{n}_proj.weight" in found for n in ("qkv", "z", "o"))
     for name, want in golden.expected["hessians"].items():
@@ -600,7 +600,7 @@ def test_stored_dictionary(tmp_path: Path) -> None:
             hessians[mine] = golden_hessian(key, 2 * shape[1], shape[1], c["rho"], []).float()
     parts = train_gpt.quantize(cfg, rules.runtime(), state, hessians)
     restored = train_gpt.dequantize(parts)
-    top = list(train_gpt.refined_plan(cfg, state, hessians)[0].rows)
+    top = list(train_gpt.refined_plan(cfg, state, hessians)["tok_emb.weight"].rows)
     tail = torch.ones(V, dtype=torch.bool).index_fill_(0, torch.tensor(top), False)
     for name, mine in ours.items():
         value = restored[mine].bfloat16() if mine == "tok_emb.weight" else restored[mine]
@@ -705,8 +705,8 @@ def test_the_record_has_the_published_parts() -> None:
     with torch.device("meta"):
         model = train_gpt.GPT(cfg)
     sizes: dict[str, list[int]] = {}
-    for row, params in train_gpt.route_parameters(model):
-        sizes.setdefault(row.lr, []).extend(p.numel() for p in params.values())
+    for (_, lr, _), params in train_gpt.optimiser_groups(model).items():
+        sizes.setdefault(lr, []).extend(p.numel() for p in params.values())
     assert sum(map(sum, sizes.values())) == 35_896_408
     assert {lr: len(n) for lr, n in sizes.items()} == {"tied_embed_lr": 1, "matrix_lr": 66, "scalar_lr": 57 + 3}
     assert sum(sizes["matrix_lr"]) == 31_666_176 and sum(sizes["scalar_lr"]) == 32_856 + 3 * 1024
@@ -715,7 +715,7 @@ def test_the_record_has_the_published_parts() -> None:
     with torch.device("meta"):
         noisy = train_gpt.QuantNoise(cfg, model).params
     assert sorted(tuple(p.shape) for p in noisy) == [(256, 512)] * 8 + [(512, 512)] * 8
-    stored = {name: train_gpt.rule_for(name, train_gpt.quant_plan(cfg)) for name in model.state_dict()}
+    stored = {name: train_gpt.quant_plan(cfg)[name] for name in model.state_dict()}
     whole = [p for name, p in model.named_parameters() if stored[name].scheme == "fp16"]
     levels = [p for name, p in model.named_parameters() if stored[name].scheme != "fp16"]
     assert sum(p.numel() for p in levels) == 35_848_192 and sum(len(p) for p in levels) == 53_184

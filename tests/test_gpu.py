@@ -89,7 +89,7 @@ def test_compiled_training_step_needs_one_graph_per_route(tiny_data: Path) -> No
     )
     runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None, True), torch.bfloat16, True)
     model = train_gpt.GPT(cfg, train_gpt.flash_attention, torch.bfloat16).cuda()
-    model.load_state_dict(train_gpt.GPT(cfg).reset(0).state_dict())
+    model.load_state_dict(train_gpt.GPT(cfg).init_weights(0).state_dict())
     trainer = train_gpt.Trainer(cfg, runtime, model, None)
     trainer.warm_up()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

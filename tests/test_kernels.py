@@ -222,7 +222,7 @@ def test_backward_formula_of_the_loss_is_the_twins_in_float64() -> None:
 
 @pytest.mark.parametrize("slope", [0.0, 0.3, 0.5])
 def test_fused_mlp_is_the_twin_in_float64(slope: float) -> None:
-    model = train_gpt.GPT(SMALL).reset(1).double()
+    model = train_gpt.GPT(SMALL).init_weights(1).double()
     mlp = model.blocks[0].mlp
     mlp.slope = slope
     torch.nn.init.normal_(mlp.down.weight, generator=torch.Generator().manual_seed(5))
@@ -268,7 +268,7 @@ def test_operators_keep_their_promises_to_the_compiler() -> None:
 
 def small_model(kernels: Kernels, cfg: Config = SMALL) -> train_gpt.GPT:
     """Random weights everywhere, so that nothing is multiplied by the zeros of the initial model."""
-    model = train_gpt.GPT(cfg, kernels=kernels).reset(1)
+    model = train_gpt.GPT(cfg, kernels=kernels).init_weights(1)
     for i, p in enumerate(model.parameters()):
         p.data = noise(10 + i, *p.shape, size=0.3)
     return model
@@ -359,7 +359,7 @@ def test_a_kernel_that_is_asked_for_and_cannot_run_is_an_error(name: str) -> Non
 
 def short_run(embed_dtype: str, steps: int = 3) -> tuple[train_gpt.GPT, train_gpt.Optimisers, train_gpt.Ema]:
     cfg = dataclasses.replace(SMALL, embed_dtype=embed_dtype)
-    model = train_gpt.GPT(cfg).reset(1)
+    model = train_gpt.GPT(cfg).init_weights(1)
     optimisers = train_gpt.Optimisers(cfg, model, runtime("cpu", SINGLE))
     ema = train_gpt.Ema(cfg, list(model.parameters()))
     ids = torch.randint(2, 320, (4, 25), generator=torch.Generator().manual_seed(8))
@@ -382,7 +382,7 @@ def test_bf16_embedding_takes_its_moments_along_and_nothing_else() -> None:
 
 
 def test_bf16_embedding_starts_as_the_float32_one_rounded_and_stays_near() -> None:
-    first, wide = (train_gpt.GPT(dataclasses.replace(SMALL, embed_dtype=d)).reset(1) for d in ("bf16", "fp32"))
+    first, wide = (train_gpt.GPT(dataclasses.replace(SMALL, embed_dtype=d)).init_weights(1) for d in ("bf16", "fp32"))
     for (name, low), high in zip(first.named_parameters(), wide.parameters(), strict=True):
         assert torch.equal(low.float(), high.to(low.dtype).float()), name
     (low, _, low_ema), (high, _, high_ema) = short_run("bf16"), short_run("fp32")
@@ -400,7 +400,7 @@ def test_average_of_a_bf16_embedding_keeps_what_bf16_would_lose() -> None:
 
 def test_bf16_embedding_is_clipped_by_the_norm_in_float32() -> None:
     cfg = dataclasses.replace(SMALL, embed_dtype="bf16", grad_clip_norm=0.25)
-    model = train_gpt.GPT(cfg).reset(1)
+    model = train_gpt.GPT(cfg).init_weights(1)
     optimisers = train_gpt.Optimisers(cfg, model, runtime("cpu", SINGLE))
     for i, p in enumerate(model.parameters()):
         p.grad = noise(i, *p.shape, dtype=p.dtype)
@@ -416,8 +416,8 @@ def test_bf16_embedding_is_clipped_by_the_norm_in_float32() -> None:
 @pytest.mark.parametrize("scheme", ["rowwise", "gptq"])
 def test_bf16_embedding_is_quantised_as_floats(scheme: str) -> None:
     cfg = dataclasses.replace(SMALL, embed_dtype="bf16", embed_quant=scheme)
-    weight, inputs = train_gpt.GPT(cfg).reset(2).state_dict()["tok_emb.weight"], noise(3, 400, 32)
-    rule = train_gpt.rule_for("tok_emb.weight", train_gpt.quant_plan(cfg))
+    weight, inputs = train_gpt.GPT(cfg).init_weights(2).state_dict()["tok_emb.weight"], noise(3, 400, 32)
+    rule = train_gpt.quant_plan(cfg)["tok_emb.weight"]
     coded = [train_gpt.SCHEMES[scheme].encode(w, inputs.T @ inputs / 400, rule, cfg) for w in (weight, weight.float())]
     assert all(torch.equal(coded[0][key], coded[1][key]) for key in coded[1])
     restored = train_gpt.SCHEMES[scheme].decode(coded[0])

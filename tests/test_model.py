@@ -115,7 +115,7 @@ def test_parameter_count_of_the_published_configuration() -> None:
 @pytest.mark.parametrize("looping", [False, True])
 def test_blocks_begin_as_the_identity(looping: bool) -> None:
     cfg = rules.model_config(SMALL, vocab_size=512, tied_embed_init_std=0.005)
-    model = train_gpt.GPT(cfg).reset(3)
+    model = train_gpt.GPT(cfg).init_weights(3)
     model.set_looping(looping)
     ids = torch.from_numpy(rules.tokens(512, 2 * 257, [0])).view(2, -1)
     embedding = model.tok_emb.weight
@@ -126,7 +126,7 @@ def test_blocks_begin_as_the_identity(looping: bool) -> None:
 
 def test_initial_weights_follow_the_seed() -> None:
     cfg = rules.model_config(SMALL)
-    first, again, other = (train_gpt.GPT(cfg).reset(seed).state_dict() for seed in (5, 5, 6))
+    first, again, other = (train_gpt.GPT(cfg).init_weights(seed).state_dict() for seed in (5, 5, 6))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["tok_emb.weight"], other["tok_emb.weight"])
     q = first["blocks.0.attn.q.weight"]
@@ -248,7 +248,7 @@ def test_xsa_leaves_nothing_along_the_own_value() -> None:
 def test_sparse_gate_reads_its_window_and_begins_half_open() -> None:
     cfg = rules.model_config(SMALL, sparse_attn_gate_scale=0.5)
     gate = train_gpt.GATES["sparse"](cfg)
-    gate.reset(torch.Generator().manual_seed(0))
+    train_gpt.init_weights(gate, cfg, torch.Generator().manual_seed(0))
     n = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(gate(n, n), torch.full((1, 3, 4, 1), 0.5))
     with torch.no_grad():
@@ -263,18 +263,19 @@ def test_sparse_gate_reads_its_window_and_begins_half_open() -> None:
 def test_dense_and_out_gates() -> None:
     generator = torch.Generator().manual_seed(0)
     n, q = (torch.randn(2, 3, 32, generator=generator) for _ in range(2))
-    dense = train_gpt.GATES["dense"](rules.model_config(SMALL))
-    dense.reset(generator)
+    cfg = rules.model_config(SMALL)
+    dense = train_gpt.GATES["dense"](cfg)
+    train_gpt.init_weights(dense, cfg, generator)
     torch.testing.assert_close(dense(n, q)[..., 0], torch.sigmoid(n @ dense.weight.T))
     for source, tensor in (("proj", q), ("input", n)):
         out = train_gpt.GATES["out"](rules.model_config(SMALL, attn_out_gate_src=source))
-        out.reset(generator)
+        train_gpt.init_weights(out, cfg, generator)
         assert torch.equal(out(n, q), torch.ones(2, 3, 4, 1)), "open at the start"
         torch.nn.init.normal_(out.weight, generator=generator)
         wanted = 2 * torch.sigmoid(tensor[..., : SMALL["gate_window"]] @ out.weight.T)
         torch.testing.assert_close(out(n, q)[..., 0], wanted)
     for name in ("dense", "out"):
-        model = train_gpt.GPT(rules.model_config(SMALL, attn_gate=name)).reset(0)
+        model = train_gpt.GPT(rules.model_config(SMALL, attn_gate=name)).init_weights(0)
         assert {p.numel() for k, p in model.named_parameters() if k.endswith("gate.weight")} == {
             4 * (32 if name == "dense" else SMALL["gate_window"])
         }
@@ -283,8 +284,9 @@ def test_dense_and_out_gates() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_smear_stops_at_a_document_when_masked(masked: bool) -> None:
-    smear = train_gpt.Smear(rules.model_config(SMALL, smear_bos_mask=masked))
-    smear.reset(torch.Generator())
+    cfg = rules.model_config(SMALL, smear_bos_mask=masked)
+    smear = train_gpt.Smear(cfg)
+    train_gpt.init_weights(smear, cfg, torch.Generator())
     ids, e = torch.tensor([[5, 6, 1, 7]]), torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(smear(ids, e), e)
     with torch.no_grad():
@@ -349,7 +351,7 @@ def test_one_graph_per_route_whatever_the_number_of_documents(
     counter, runtime = CompileCounter(), rules.runtime(compile=True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     shallow = {"num_layers": 4, "num_loops": 1, "loop_start": 1, "loop_end": 1, "parallel_start_layer": 3}
-    model = train_gpt.GPT(rules.model_config(SMALL, **shallow), attend).reset(1)
+    model = train_gpt.GPT(rules.model_config(SMALL, **shallow), attend).init_weights(1)
     with torch.no_grad():
         for block in model.blocks:
             block.attn.o.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(2))

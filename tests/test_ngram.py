@@ -52,7 +52,7 @@ EVERYTHING = {  # every part of the stack beside loops and two lanes, at toy siz
 
 def everything(seed: int = 5, looping: bool = True, **knobs: Any) -> train_gpt.GPT:
     """A float32 model with every part, none of its tensors zero."""
-    model = train_gpt.GPT(train_gpt.Config(**EVERYTHING | knobs)).reset(seed)
+    model = train_gpt.GPT(train_gpt.Config(**EVERYTHING | knobs)).init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -247,7 +247,7 @@ def test_initial_values() -> None:
         num_layers=11,
         attn_gate="dense_bias",
     )
-    model = train_gpt.GPT(cfg).reset(3)
+    model = train_gpt.GPT(cfg).init_weights(3)
     state = model.state_dict()
     for gram in ("bigram", "trigram"):
         proj = state[f"embed_extras.{gram}.proj.weight"]
@@ -352,17 +352,13 @@ def test_the_whole_model_compiles_into_one_graph() -> None:
 # Optimisers, quantisation, runs
 
 
-def rows_of_parameters(model: train_gpt.GPT) -> dict[str, train_gpt.OptimRow]:
-    return {name: row for row, params in train_gpt.route_parameters(model) for name in params}
-
-
-def test_every_parameter_has_one_optimiser_and_one_quantisation_rule() -> None:
-    model = everything()
-    rows, plan = rows_of_parameters(model), train_gpt.quant_plan(train_gpt.Config(**EVERYTHING))
-    assert sorted(rows) == sorted(model.state_dict())
+def test_every_parameter_has_a_role_that_says_how_it_is_trained_and_stored() -> None:
+    model, plan = everything(), train_gpt.quant_plan(train_gpt.Config(**EVERYTHING))
+    roles = {name: train_gpt.ROLES[p.role] for name, p in model.named_parameters()}
+    assert sorted(roles) == sorted(model.state_dict()) == sorted(plan)
     tables = {"tok_emb", "embed_extras.bigram.table", "embed_extras.trigram.table", "value_embed.table"}
-    assert {n.removesuffix(".weight") for n, r in rows.items() if r.lr == "tied_embed_lr"} == tables
-    assert {r.optimiser for n, r in rows.items() if "attn.v.weight" in n} == {"muon"}
+    assert {n.removesuffix(".weight") for n, role in roles.items() if role.lr == "tied_embed_lr"} == tables
+    assert {role.optimiser for n, role in roles.items() if "attn.v.weight" in n} == {"muon"}
     for name in (
         "embed_extras.bigram.proj.weight",
         "value_embed.proj.weight",
@@ -371,9 +367,7 @@ def test_every_parameter_has_one_optimiser_and_one_quantisation_rule() -> None:
         "blocks.1.attn.values.lambdas",
         "blocks.1.attn.gate.bias",
     ):
-        assert (rows[name].optimiser, rows[name].lr, rows[name].wd) == ("adamw", "scalar_lr", "adam_wd")
-    for name in rows:
-        assert train_gpt.rule_for(name, plan) in plan
+        assert (roles[name].optimiser, roles[name].lr, roles[name].wd) == ("adamw", "scalar_lr", "adam_wd")
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -391,12 +385,12 @@ def test_the_published_trigram_is_not_trained(trained: bool) -> None:
 
 
 def test_tables_are_stored_in_bf16_when_asked() -> None:
-    model = train_gpt.GPT(train_gpt.Config(**EVERYTHING, embed_dtype="bf16")).reset(1)
+    model = train_gpt.GPT(train_gpt.Config(**EVERYTHING, embed_dtype="bf16")).init_weights(1)
     halves = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     tables = ("tok_emb", "embed_extras.bigram.table", "embed_extras.trigram.table", "value_embed.table")
     assert halves == {f"{name}.weight" for name in tables}
     assert torch.isfinite(model(sample(1, 9, [0]))).all()
-    wide = train_gpt.GPT(train_gpt.Config(**EVERYTHING)).reset(1).state_dict()
+    wide = train_gpt.GPT(train_gpt.Config(**EVERYTHING)).init_weights(1).state_dict()
     assert all(torch.equal(p, wide[name].to(p.dtype)) for name, p in model.named_parameters())
 
 

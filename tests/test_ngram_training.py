@@ -254,7 +254,7 @@ def test_swa_of_ema_averages_the_averages() -> None:
 def test_fake_quantisation_is_the_published_one(entry: rules.Entry) -> None:
     weight = full_rank("qat.weight", (5, 12), {"late_qat/on_floor": 0.05, "late_qat/above_floor": 2.5}[entry.name])
     weight = weight.float()
-    rule = train_gpt.QuantRule("*", "gptq_lite", 6, 0.0)
+    rule = train_gpt.QuantRule("gptq_lite", 6, 0.0)
     scale = train_gpt.SCHEMES["gptq_lite"].steps(weight, rule, Config(clip_floor=1.0))
     fake, expected = train_gpt.fake_quantize(weight, scale, 6), entry.expected
     assert scale.tolist() == approx(expected["row_scales"], 1e-6)
@@ -266,7 +266,7 @@ def test_fake_quantisation_is_the_published_one(entry: rules.Entry) -> None:
 def trainer(**knobs: Any) -> train_gpt.Trainer:
     cfg = Config(**SMALL | knobs)
     runtime = rules.runtime(torch.float32, compile=cfg.compile == "on")
-    return train_gpt.Trainer(cfg, runtime, train_gpt.GPT(cfg).reset(3), None)
+    return train_gpt.Trainer(cfg, runtime, train_gpt.GPT(cfg).init_weights(3), None)
 
 
 def one_batch() -> list[train_gpt.Batch]:
@@ -381,7 +381,7 @@ def cubed(entry: rules.Entry) -> Tensor:
 @each("int6")
 def test_clip_search_gives_the_published_integers(entry: rules.Entry) -> None:
     weight, expected = cubed(entry), entry.expected
-    rule = train_gpt.QuantRule("*", "gptq_lite", 6, 0.0)
+    rule = train_gpt.QuantRule("gptq_lite", 6, 0.0)
     parts = train_gpt.encode_clip_search(weight, None, rule, Config(clip_floor=1.0, clip_search_rows=False))
     assert parts["s"].tolist() == approx(expected["scales_fp16"])
     assert parts["q"].int().sum(dim=1).tolist() == expected["row_int_sums"]
@@ -402,7 +402,7 @@ def test_row_quantile_gives_the_published_integers(entry: rules.Entry) -> None:
         q.sum(dim=1).tolist() == expected["row_int_sums"]
         and q.abs().sum(dim=1).tolist() == expected["row_int_abs_sums"]
     )
-    rule = train_gpt.QuantRule("*", "row_quantile", 8, 0.0)
+    rule = train_gpt.QuantRule("row_quantile", 8, 0.0)
     parts = train_gpt.encode_row_quantile(weight, None, rule, Config(clip_floor=1.0))
     assert (parts["q"].float() - q).abs().max() <= 1
     ours = (weight.double() - train_gpt.decode_rows(parts).double()).square().mean().item()
@@ -425,10 +425,6 @@ def test_clip_search_by_row_is_never_worse_than_one_for_all(seed: int, bits: int
     assert (errors[0] <= (weight - train_gpt.fake_quantize(weight, loosest, bits)).square().sum(dim=1)).all()
 
 
-def published_plan(**knobs: Any) -> tuple[train_gpt.QuantRule, ...]:
-    return train_gpt.quant_plan(Config(matrix_quant="gptq_lite", embed_quant="row_quantile", embed_bits=8, **knobs))
-
-
 @each("quant_assignment")
 def test_every_tensor_is_stored_as_published(entry: rules.Entry) -> None:
     same = (
@@ -442,14 +438,18 @@ def test_every_tensor_is_stored_as_published(entry: rules.Entry) -> None:
         ve_layers=(5, 9, 10),
         parallel_start_layer=0,
         skip_gates_enabled=False,
+        matrix_quant="gptq_lite",
+        embed_quant="row_quantile",
+        embed_bits=8,
     )
+    plan = train_gpt.quant_plan(cfg)
     with torch.device("meta"):
         model = train_gpt.GPT(cfg)
     kinds = {"gptq_lite": "int6", "row_quantile": "int8", "fp16": "fp16"}
     lists: dict[str, list[str]] = {"int6": [], "int8": [], "fp16": []}
     weights = dict.fromkeys(lists, 0)
     for name, tensor in model.state_dict().items():
-        kind = kinds[train_gpt.rule_for(name, published_plan()).scheme]
+        kind = kinds[plan[name].scheme]
         published = published_name(name)
         weights[kind] += tensor.numel()
         split = [f"{published}.{i}" for i in range(3)] if published == "ve_layer_scales" else [published]
@@ -462,7 +462,10 @@ def test_every_tensor_is_stored_as_published(entry: rules.Entry) -> None:
 def test_the_loss_after_quantisation_is_the_published_one(entry: rules.Entry) -> None:
     config, expected = entry.config | {"overrides": {}}, entry.expected
     model = build(config)
-    plan, cfg = published_plan(), Config(clip_floor=1.0, clip_search_rows=False)
+    plan = train_gpt.quant_plan(
+        dataclasses.replace(model.cfg, matrix_quant="gptq_lite", embed_quant="row_quantile", embed_bits=8)
+    )
+    cfg = Config(clip_floor=1.0, clip_search_rows=False)
     with torch.no_grad():
         for name, p in model.named_parameters():
             matrix = name.startswith("blocks.") and name.endswith("weight")
@@ -473,7 +476,7 @@ def test_the_loss_after_quantisation_is_the_published_one(entry: rules.Entry) ->
     errors = {}
     with torch.no_grad():
         for name, p in model.named_parameters():
-            rule, weight = train_gpt.rule_for(name, plan), p.float()
+            rule, weight = plan[name], p.float()
             small = p.numel() <= 65_536  # at this size that cuts through the classes
             scheme = train_gpt.SCHEMES["fp16" if small else rule.scheme]
             p.copy_(scheme.decode(scheme.encode(weight, None, rule, cfg)))

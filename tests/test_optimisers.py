@@ -73,15 +73,16 @@ def test_muon_with_bf16_updates(golden: rules.Entry) -> None:
 @rules.parametrize("adamw")
 def test_adamw(golden: rules.Entry) -> None:
     config, key = golden.config, golden.name.rpartition("/")[2]
-    group = {"tok": ("tok_emb", "tied_embed_lr", "embed_wd"), "scalar": ("skips", "scalar_lr", "adam_wd")}
-    owner, lr, wd = group[key.partition("_")[0]]
-    model, holder = nn.Module(), nn.Module()
-    weight = rules.fill("hash", f"adamw.w.{key}", tuple(config["shape"]), 0.1)
-    holder.register_parameter("weight", nn.Parameter(weight))
-    model.add_module(owner, holder)
+    role, lr, wd = {"tok": ("embed", "tied_embed_lr", "embed_wd"), "scalar": ("scale", "scalar_lr", "adam_wd")}[
+        key.partition("_")[0]
+    ]
+    holder = nn.Module()
+    holder.weight = train_gpt.make_weight(role, *config["shape"], dtype=torch.float64)
+    with torch.no_grad():
+        holder.weight.copy_(rules.fill("hash", f"adamw.w.{key}", tuple(config["shape"]), 0.1))
     knobs = {"beta1": config["beta1"], "beta2": config["beta2"], "adam_eps": config["eps"], "grad_clip_norm": 0.0}
     cfg = train_gpt.Config(**knobs, **{lr: config["lr"], wd: config["weight_decay"]})
-    optimisers = train_gpt.Optimisers(cfg, model, rules.runtime())
+    optimisers = train_gpt.Optimisers(cfg, holder, rules.runtime())
     for step, want in enumerate(golden.expected["weights_after_step"]):
         grad = rules.fill("hash", f"adamw.g.{key}.{step}", tuple(config["shape"]), config["grad_amp"][step])
         holder.weight.grad = grad
@@ -152,30 +153,22 @@ def test_weights_without_gradient_only_decay() -> None:
 
 def test_every_parameter_has_one_optimiser() -> None:
     model = rules.build(SMALL)
-    routed = train_gpt.route_parameters(model)
-    names = [name for _, params in routed for name in params]
+    groups = train_gpt.optimiser_groups(model)
+    names = [name for params in groups.values() for name in params]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
-    muon = {name for row, params in routed if row.optimiser == "muon" for name in params}
     layers = range(SMALL["L"])
     parts = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
-    assert muon == {f"blocks.{layer}.{part}.weight" for layer in layers for part in parts}
-    embedding = next(row for row, params in routed if "tok_emb.weight" in params)
-    assert (embedding.lr, embedding.wd) == ("tied_embed_lr", "embed_wd")
+    muon = groups["muon", "matrix_lr", "muon_wd"]
+    assert muon.keys() == {f"blocks.{layer}.{part}.weight" for layer in layers for part in parts}
+    assert list(groups["adamw", "tied_embed_lr", "embed_wd"]) == ["tok_emb.weight"]
 
 
-@pytest.mark.parametrize("owner", ["", "blocks.0.attn", "tok_emb"])
-def test_an_unknown_parameter_is_refused(owner: str) -> None:
-    model = rules.build(SMALL)
-    model.get_submodule(owner).register_parameter("stray", nn.Parameter(torch.zeros(2)))
-    with pytest.raises(AssertionError, match="stray matches 0 rows"):
-        train_gpt.route_parameters(model)
-
-
-def test_a_parameter_in_two_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    twice = (*train_gpt.OPTIM_TABLE, train_gpt.OptimRow(r"tok_emb\..+", "adamw", "scalar_lr", "adam_wd"))
-    monkeypatch.setattr(train_gpt, "OPTIM_TABLE", twice)
-    with pytest.raises(AssertionError, match="tok_emb.weight matches 2 rows"):
-        train_gpt.route_parameters(rules.build(SMALL))
+def test_a_parameter_without_a_role_is_refused() -> None:
+    for owner in ("", "blocks.0.attn", "tok_emb"):
+        model = rules.build(SMALL)
+        model.get_submodule(owner).register_parameter("stray", nn.Parameter(torch.zeros(2)))
+        with pytest.raises(AttributeError, match="role"):
+            train_gpt.optimiser_groups(model)
 
 
 # One step of all
@@ -183,7 +176,7 @@ def test_a_parameter_in_two_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 def small_run(**knobs: object) -> tuple[train_gpt.GPT, train_gpt.Optimisers]:
     cfg = rules.model_config(SMALL, **knobs)
-    model = train_gpt.GPT(cfg).reset(1)
+    model = train_gpt.GPT(cfg).init_weights(1)
     return model, train_gpt.Optimisers(cfg, model, rules.runtime())
 
 

@@ -45,7 +45,7 @@ def test_scale_step_0_stores_float16_as_published() -> None:
 @pytest.mark.parametrize("scheme", ["rowwise", "gptq", "gptq_lite", "row_quantile"])
 def test_quantisers_divide_by_the_step_that_is_stored(scheme: str, tmp_path: Path) -> None:
     cfg = load_config({**TINY, "MATRIX_QUANT": scheme, "EMBED_QUANT": "rowwise", "SCALE_STEP": "0.25"})
-    rule = train_gpt.QuantRule("*", scheme, 6, 4.0)
+    rule = train_gpt.QuantRule(scheme, 6, 4.0)
     W = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, 24)[:, None]
     parts = train_gpt.SCHEMES[scheme].encode(W, torch.eye(32), rule, cfg)
     steps = train_gpt.scale_values(parts)
@@ -57,7 +57,7 @@ def test_quantisers_divide_by_the_step_that_is_stored(scheme: str, tmp_path: Pat
 
 def test_awq_columns_and_qat_share_the_stored_step() -> None:
     cfg = load_config({**TINY, "AWQ_LITE_ENABLED": "1", "AWQ_LITE_GROUP_SIZE": "8", "SCALE_STEP": "0.5"})
-    W, rule = rules.fill("hash", "awq", (12, 16), 1.0), train_gpt.QuantRule("*", "awq_lite", 6, 12.0, (8,))
+    W, rule = rules.fill("hash", "awq", (12, 16), 1.0), train_gpt.QuantRule("awq_lite", 6, 12.0, (8,))
     parts = train_gpt.SCHEMES["awq_lite"].encode(W, torch.eye(16), rule, cfg)
     coarse, fine = train_gpt.scale_values(parts), train_gpt.scale_values(parts, "hs")
     assert (fine < coarse).all() and parts["hs"].dtype == torch.int16
@@ -238,10 +238,10 @@ def test_a_quantised_model_survives(matrix_quant: str, tmp_path: Path) -> None:
             "GATED_ATTN_QUANT_GATE": "1",
         }
     )
-    model = train_gpt.GPT(cfg).reset(3)
+    model = train_gpt.GPT(cfg).init_weights(3)
     state = {name: w + 0.05 * torch.randn(w.shape) for name, w in model.state_dict().items()}
     plan = train_gpt.quant_plan(cfg)
-    calibrated = [n for n in state if train_gpt.rule_for(n, plan).scheme == "gptq_tcq"]
+    calibrated = [n for n in state if plan[n].scheme == "gptq_tcq"]
     hessians = {n: torch.eye(state[n].size(1)) for n in calibrated}
     parts = train_gpt.quantize(cfg, rules.runtime(), state, hessians)
     train_gpt.save_artifact(tmp_path / "model.bin", parts, "rans")

@@ -272,7 +272,7 @@ def test_warm_up_and_validation_leave_no_trace(
 def test_training_moves_every_tensor(quick: Done, tiny_data: Path) -> None:
     """All but the lane weights of layers outside the lanes, which no route uses."""
     cfg = train_gpt.load_config({**TINY, "DATA_PATH": str(tiny_data)})
-    initial = train_gpt.GPT(cfg).reset(1337).state_dict()
+    initial = train_gpt.GPT(cfg).init_weights(1337).state_dict()
     still = [name for name, tensor in quick.weights().items() if torch.equal(tensor, initial[name])]
     assert still == []
 

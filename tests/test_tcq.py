@@ -21,7 +21,7 @@ import train_gpt
 
 STATES = tuple(train_gpt.TCQ_CODES)[1:]  # one state is no trellis
 CFG = train_gpt.Config()
-RULE = train_gpt.QuantRule("*", "gptq_tcq", 6, 12.0)
+RULE = train_gpt.QuantRule("gptq_tcq", 6, 12.0)
 
 
 def search(x: Tensor, states: int, top: float = 62.0, real: Tensor | None = None) -> Tensor:
@@ -246,7 +246,7 @@ def tcq_state(**knobs: object) -> tuple[train_gpt.Config, dict[str, Tensor], dic
     cfg = rules.model_config(golden, **ours | knobs)
     model, tap = rules.build(golden, torch.float32), train_gpt.HessianTap()
     model(rules.rows_of(golden)[0], None, None, tap)
-    return cfg, {name: p.detach() for name, p in model.state_dict().items()}, tap.hessians(1)
+    return cfg, {name: p.detach() for name, p in model.state_dict().items()}, tap.hessians(model, 1, rules.runtime())
 
 
 @pytest.mark.parametrize("codec", ["rans", "lzma"])

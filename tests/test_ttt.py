@@ -81,7 +81,7 @@ def compare_adapter_gradients(lora: train_gpt.BatchedLoRA, expected: dict[str, f
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fresh_adapters_change_no_bit(dtype: torch.dtype) -> None:
     cfg = rules.model_config(SMALL, ttt_lora_rank=3)
-    model = train_gpt.GPT(cfg, dtype=dtype).reset(2)
+    model = train_gpt.GPT(cfg, dtype=dtype).init_weights(2)
     model.load_state_dict(rules.build(SMALL, torch.float32).state_dict())
     model.set_looping(True)
     lora = train_gpt.BatchedLoRA(cfg, model, 2)

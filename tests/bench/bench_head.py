@@ -41,7 +41,7 @@ def main() -> None:
     runtime = train_gpt.Runtime.start(cfg, {})
     kernels = train_gpt.choose_kernels(cfg, runtime)
     model = train_gpt.GPT(cfg, train_gpt.choose_attention(cfg, runtime), runtime.dtype, kernels).to(runtime.device)
-    model.load_state_dict(train_gpt.GPT(cfg).reset(cfg.seed).state_dict())
+    model.load_state_dict(train_gpt.GPT(cfg).init_weights(cfg.seed).state_dict())
     model.set_looping(train_gpt.loops(cfg))
     count = cfg.eval_seq_len + 2 * train_gpt.windows_per_batch(cfg) * cfg.eval_stride
     tokens = np.random.default_rng(0).integers(4, cfg.vocab_size, count + 1)

@@ -32,7 +32,7 @@ Weights = dict[str, Tensor]
 
 def random_weights(cfg: train_gpt.Config, kind: str) -> Weights:
     """A state dict of the right shapes; matrices are random, gains and scales as at the start of training."""
-    state = train_gpt.GPT(cfg).reset(0).state_dict()
+    state = train_gpt.GPT(cfg).init_weights(0).state_dict()
     rng = np.random.default_rng(0)
     for w in state.values():
         if w.dim() == 2 and w.numel() > 2**16:

@@ -45,7 +45,7 @@ def measure(cfg: train_gpt.Config, looping: bool, steps: int, peak_tflops: float
     runtime = train_gpt.Runtime.start(cfg, {})
     parts = train_gpt.choose_attention(cfg, runtime), runtime.dtype, train_gpt.choose_kernels(cfg, runtime)
     model = train_gpt.GPT(cfg, *parts).to(runtime.device)
-    model.load_state_dict(train_gpt.GPT(cfg).reset(cfg.seed).state_dict())
+    model.load_state_dict(train_gpt.GPT(cfg).init_weights(cfg.seed).state_dict())
     model.set_looping(looping)
     trainer = train_gpt.Trainer(cfg, runtime, model, None)
     rng = np.random.default_rng(0)

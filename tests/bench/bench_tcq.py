@@ -72,7 +72,7 @@ def packed(parts: dict[str, train_gpt.Parts], codec: str) -> int:
 
 def encode(setup: Setup, layers: list[Layer], clips: list[float]) -> list[train_gpt.Parts]:
     """The parts of matrices of any widths, each with a clip of its own."""
-    rules = [train_gpt.QuantRule("*", setup.scheme, 6, clip) for clip in clips]
+    rules = [train_gpt.QuantRule(setup.scheme, 6, clip) for clip in clips]
     together, found = train_gpt.SCHEMES[setup.scheme].encode_batch, [{}] * len(layers)
     if together is None:
         scheme = train_gpt.SCHEMES[setup.scheme]
@@ -152,7 +152,7 @@ def bar_q(args: argparse.Namespace) -> list[Row]:
     W, rows = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0)), []
     for states in train_gpt.TCQ_CODES:
         scheme = "gptq_tcq" if states > 1 else "rowwise"
-        rule = train_gpt.QuantRule("*", scheme, 6, 12.2)
+        rule = train_gpt.QuantRule(scheme, 6, 12.2)
         cfg = train_gpt.Config(tcq_states=states, tcq_chunk_rows=args.chunk_rows)
         parts, seconds = bench_quantize.timed(train_gpt.SCHEMES[scheme].encode, W, torch.eye(W.size(1)), rule, cfg)
         error = (train_gpt.SCHEMES[scheme].decode(parts) - W).square().mean() / W.square().mean()

@@ -103,7 +103,7 @@ def measure(cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torc
     runtime = train_gpt.Runtime.start(cfg, {})
     parts = train_gpt.choose_attention(cfg, runtime), runtime.dtype, train_gpt.choose_kernels(cfg, runtime)
     model = train_gpt.GPT(cfg, *parts)
-    model.load_state_dict(state or train_gpt.GPT(cfg).reset(cfg.seed).state_dict())
+    model.load_state_dict(state or train_gpt.GPT(cfg).init_weights(cfg.seed).state_dict())
     model.to(runtime.device).set_looping(train_gpt.loops(cfg))
     if state is not None:
         train_gpt.ByteMeter = Recorder
