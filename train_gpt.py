@@ -1191,9 +1191,9 @@ def atomic_save(path: Path, value: Any) -> None:
     atomic_write(path, buffer.getvalue())
 
 
-def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Callable:
-    """torch.compile of a whole function when the run compiles, else the function."""
-    return torch.compile(function, fullgraph=True, dynamic=dynamic) if runtime.compile else function
+def compiled(runtime: Runtime, function: Callable) -> Callable:
+    """torch.compile of a whole function when the run compiles, else the function; see mark_dynamic for shapes."""
+    return torch.compile(function, fullgraph=True, dynamic=False) if runtime.compile else function
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -5376,7 +5376,9 @@ class Adapters:
     def __init__(self, cfg: Config, runtime: Runtime, model: GPT, rows: int) -> None:
         self.cfg, self.runtime, rank = cfg, runtime, cfg.ttt_lora_rank
         self.scale = cfg.ttt_lora_alpha / rank
-        found, device = lora_sites(cfg, model), model.tok_emb.weight.device
+        # by name, as draws always were
+        found = sorted(lora_sites(cfg, model), key=lambda site: f"{site[0]}_{site[1]}")
+        device = model.tok_emb.weight.device
         self.sites = frozenset(name for name, _, _ in found)
         self.shapes_A = {f"{name}_{execution}": (rank, d_in) for name, execution, (_, d_in) in found}
         self.shapes_B = {f"{name}_{execution}": (d_out, rank) for name, execution, (d_out, _) in found}
@@ -5660,7 +5662,8 @@ class CarryLora(DocLora):
         self.ring = cfg.ttt_eval_seq_len // self.size - 1  # chunks in reach
         self.columns = (self.ring + 1) * self.size
         head = (cfg.num_kv_heads, cfg.model_dim // cfg.num_heads)
-        shape = (len(model.route.layers), 2, self.num_rows, self.columns, *head)
+        # a column more than is used: then every slice has the strides of a part, and one compiled graph serves all
+        shape = (len(model.route.layers), 2, self.num_rows, self.columns + 1, *head)
         self.cache = torch.zeros(shape, dtype=model.dtype, device=device)
         # of each row: begin, the ids that embeddings look back at, ids, targets
         self.inputs = torch.zeros(self.num_rows, 1 + model.reach + 2 * self.size, dtype=torch.int64, device=device)

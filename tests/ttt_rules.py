@@ -1,0 +1,84 @@
+"""What the tests of evaluation and test-time training share: streams, models, and every score by its position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import golden_rules as rules
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from torch import Tensor
+
+import train_gpt
+from train_gpt import BOS_ID, GPT, ByteMeter, Cells, Config, Score, ValData, load_config
+
+VOCAB = 64
+
+
+def small_config(**knobs: object) -> Config:
+    """A small looped model, short windows and chunks, and steps large enough to be seen."""
+    base = {**TINY, "VOCAB_SIZE": VOCAB, "MODEL_DIM": 16, "EVAL_SEQ_LEN": 16, "EVAL_STRIDE": 4, "VAL_BATCH_TOKENS": 192}
+    base |= {"TTT_CHUNK_TOKENS": 32, "TTT_LR": 0.05, "TTT_EPOCHS": 2}
+    base |= {"TTT_EVAL_SEQ_LEN": 16, "TTT_CHUNK_SIZE": 4, "TTT_LORA_LR": 0.05}
+    return load_config({key: str(value) for key, value in {**base, **knobs}.items()})
+
+
+def random_stream(num_targets: int, seed: int = 0, document: float = 0.08) -> ValData:
+    """Random tokens with document starts at this rate, the first at 0, and random bytes per token."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(4, VOCAB, num_targets + 1)
+    tokens[rng.random(num_targets + 1) < document] = BOS_ID
+    tokens[0] = BOS_ID
+    return ValData(tokens, rng.integers(0, 9, num_targets + 1).astype(np.int32))
+
+
+def golden_stream(raw_lengths: list[int], vocab: int = 97) -> ValData:
+    """The golden stream: documents of these lengths, and its rule of bytes."""
+    starts = np.cumsum([0, *raw_lengths[:-1]])
+    ids, position = rules.tokens(vocab, sum(raw_lengths), starts.tolist()), np.arange(sum(raw_lengths))
+    return ValData(ids, np.where(ids == BOS_ID, 0, 1 + position % 5).astype(np.int32))
+
+
+def strong_model(cfg: Config, dtype: torch.dtype = torch.float32, scale: float = 0.2) -> GPT:
+    """Random weights everywhere, large enough that context matters; looping, as at the end of training."""
+    model, generator = GPT(cfg, dtype=dtype).init_weights(1).to(dtype), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    model.set_looping(True)
+    return model
+
+
+@contextmanager
+def recorded() -> Iterator[dict[int, float]]:
+    """Within, every score that a meter counts, by stream position, in the order of scoring."""
+    scores, add = {}, ByteMeter.add
+
+    def listen(meter: ByteMeter, cells: Cells, nll: Tensor) -> None:
+        add(meter, cells, nll)
+        scores.update(zip(cells.scored().tolist(), nll.detach()[cells.rows, cells.cols].tolist(), strict=True))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ByteMeter, "add", listen)
+        yield scores
+
+
+def per_target(evaluate: Callable[[], object], length: int) -> np.ndarray:
+    """Nats of each target of a real evaluation, by position; NaN where none was scored."""
+    with recorded() as scores:
+        evaluate()
+    return np.array([scores.get(position, math.nan) for position in range(length)])
+
+
+def evaluate(cfg: Config, model: GPT, val: ValData, dtype: torch.dtype = torch.float32) -> Score:
+    """EVAL on one silent process."""
+    return train_gpt.EVALS[cfg.eval](cfg, rules.runtime(dtype), model, val)
+
+
+def scores_of(cfg: Config, model: GPT, val: ValData, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """per_target of EVAL."""
+    return per_target(lambda: evaluate(cfg, model, val, dtype), len(val.tokens))
