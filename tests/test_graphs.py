@@ -46,7 +46,6 @@ def small(**knobs: object) -> train_gpt.Config:
         ({"EVAL": "chunk_sgd"}, 2),  # scoring, gradient
         ({"EVAL": "slot"}, 2),  # trunk, gradient
         ({"EVAL": "phased_lora"}, 3),  # with gradient, without, AdamW; global updates run uncompiled
-        ({"EVAL": "doc_lora", "MIXERS": "G", "GDN_HEAD_DIM": 8}, 3),
         ({"EVAL": "phased_lora", "TTT_CONTEXT": "carry"}, 3),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
