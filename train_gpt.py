@@ -5701,8 +5701,8 @@ class CarryLora(DocLora):
     def captured(self) -> dict[int, tuple[Callable, Callable]]:
         """forward_chunk and learn_chunk for every width as CUDA graphs; none where they cannot be captured, which the
         log says."""
-        pool = torch.cuda.graph_pool_handle()  # one pool for all: graphs run in turn
         try:
+            pool = torch.cuda.graph_pool_handle()  # one for all: graphs run in turn
             return {width: self.capture(width, pool) for width in self.widths}
         except RuntimeError as error:
             self.runtime.log(f"carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")

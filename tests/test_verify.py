@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +63,14 @@ def examine(
 
 
 def with_learner(program: Any, make: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The program's evaluator with another learner in place of its class `name`."""
+    """The program's evaluator `name` with another learner."""
+    return program.EVALS[name]._replace(learner=make)
 
-    def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(program, name, make)
-            context = program.TTT_CONTEXTS["recompute"]
-            patch.setitem(program.TTT_CONTEXTS, "recompute", context._replace(learner=program.DocLora))
-            return (program.evaluate_plain if name == "Frozen" else program.evaluate_doc_lora)(cfg, runtime, model, val)
 
-    return evaluate
+def with_steps(program: Any, change: Callable[[list[Any]], list[Any]], name: str = "plain") -> Callable[..., Any]:
+    """The program's evaluator `name` with other steps."""
+    honest = program.EVALS[name].steps
+    return program.EVALS[name]._replace(steps=lambda *args: change(list(honest(*args))))
 
 
 # Every record: judged here, one of each way to evaluate; the others by `verify.py --all`, whose verdicts are committed
@@ -140,8 +138,7 @@ def test_a_slot_that_fits_on_what_it_scores_is_caught(bench: verify.Bench) -> No
         """A shift of the logits, fitted on the targets of the unit that it then scores: the published mistake."""
 
         def score(self, unit: Any) -> torch.Tensor:
-            batch = program.Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), unit.bounds)
-            ids, targets, meta = program.on_device(self.model, batch, self.runtime, self.max_len)
+            ids, targets, meta = self.inputs(unit)
             with torch.no_grad():
                 logits = self.model(ids, None, meta)
             delta = torch.zeros(logits.size(-1), requires_grad=True)
@@ -155,7 +152,7 @@ def test_a_slot_that_fits_on_what_it_scores_is_caught(bench: verify.Bench) -> No
                 )
             return nll.view_as(targets)
 
-    checks = examine(bench, with_learner(program, Slot, "Frozen"), "adapts", sums=True)
+    checks = examine(bench, with_learner(program, Slot, "plain"), "adapts", sums=True)
     assert {"C1 token", "C1 future", "C2 sums to 1"} <= failed(checks)
 
 
@@ -180,15 +177,10 @@ def test_a_smear_gate_without_the_document_mask_is_caught(bench: verify.Bench) -
 
 
 def test_attention_across_documents_is_caught(bench: verify.Bench) -> None:
-    program, units = bench.program, bench.program.plain_units
+    def borderless(steps: list[Any]) -> list[Any]:
+        return [step._replace(cells=step.cells._replace(cu_seqlens=None)) for step in steps]
 
-    def borderless(*args: Any) -> list[Callable[[], Any]]:
-        return [lambda make=make: make()._replace(bounds=None) for make in units(*args)]
-
-    def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
-        return program.evaluate_frozen(borderless, cfg, runtime, model, val)
-
-    assert failed(examine(bench, evaluate)) == {"documents apart"}
+    assert failed(examine(bench, with_steps(bench.program, borderless))) == {"documents apart"}
 
 
 def test_a_score_after_adaptation_is_caught(bench: verify.Bench) -> None:
@@ -199,41 +191,45 @@ def test_a_score_after_adaptation_is_caught(bench: verify.Bench) -> None:
 
         def score(self, unit: Any) -> torch.Tensor:
             first = super().score(unit)
-            if len(unit.learn_rows):
-                super().learn(unit, first)
+            if unit.learns:
+                width = unit.ids.shape[1]
+                rows = np.flatnonzero(unit.documents >= 0)
+                lesson = program.Lesson(rows, slice(width - self.cfg.ttt_chunk_size, width))
+                super().learn(lesson, unit, first)
             with torch.no_grad():
                 return self.losses(unit)
 
-        def learn(self, unit: Any, nll: torch.Tensor) -> None:
+        def learn(self, lesson: Any, unit: Any, nll: torch.Tensor) -> None:
             """Done already."""
 
-    checks = examine(bench, with_learner(program, Hasty, "DocLora"))
+    checks = examine(bench, with_learner(program, Hasty, "doc_lora"))
     assert {"C1 token", "C1 future", "C2 own target", "C3 scoring learns"} <= failed(checks)
 
 
 def test_learning_from_targets_without_a_score_is_caught(bench: verify.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    program, units = bench.program, bench.program.chunk_units
+    program = bench.program
 
-    def eager(*args: Any) -> Iterator[Any]:
-        """The first unit of a batch scores nothing but its last cell, and is learnt whole."""
-        for unit in units(*args):
-            yield unit._replace(rows=unit.rows[-1:], cols=unit.cols[-1:]) if unit.fresh else unit
+    def eager(steps: list[Any]) -> list[Any]:
+        """The first cells of a batch: nothing but the last one is scored, and all are learnt."""
+        return [
+            program.Step(cells._replace(rows=cells.rows[-1:], cols=cells.cols[-1:]), lesson)
+            if cells and cells.begin[0] == 0
+            else program.Step(cells, lesson)
+            for cells, lesson in steps
+        ]
 
-    monkeypatch.setattr(program, "chunk_units", eager)
-    checks = examine(bench, bench.final)
+    evaluate = with_steps(program, eager, bench.cfg.eval)
+    checks = examine(bench, evaluate)
     assert "C4 each target once" in failed(checks)  # the program's own ledger stops it
     for method in ("require", "close"):
         monkeypatch.setattr(program.Ledger, method, lambda self, _: None)
-    assert {"C3 score before update", "C4 each target once"} <= failed(examine(bench, bench.final))
+    assert {"C3 score before update", "C4 each target once"} <= failed(examine(bench, evaluate))
 
 
 def test_a_tail_that_is_scored_twice_is_caught(bench: verify.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     program = bench.program
 
-    def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
-        units = lambda *args: (made := program.plain_units(*args)) + made[-1:]  # noqa: E731
-        return program.evaluate_frozen(units, cfg, runtime, model, val)
-
+    evaluate = with_steps(program, lambda steps: steps + steps[-1:])
     stopped = examine(bench, evaluate)
     assert failed(stopped) == {"C4 each target once"} and "the program stops" in stopped[-1].detail
     monkeypatch.setattr(program.Ledger, "claim", lambda self, positions: None)
@@ -245,10 +241,7 @@ def test_a_tail_that_is_scored_twice_is_caught(bench: verify.Bench, monkeypatch:
 def test_targets_that_are_left_out_are_caught(bench: verify.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     program = bench.program
     monkeypatch.setattr(program.Ledger, "close", lambda self, runtime: None)
-
-    def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
-        return program.evaluate_frozen(lambda *args: program.plain_units(*args)[:-1], cfg, runtime, model, val)
-
+    evaluate = with_steps(program, lambda steps: steps[:-1])
     assert {"C4 each target once", "sums"} <= failed(examine(bench, evaluate))
 
 
@@ -263,7 +256,7 @@ def test_a_context_that_holds_its_own_target_is_caught(bench: verify.Bench) -> N
 
     def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
         Peeking.val_tokens = np.pad(val.tokens, (0, 4096))
-        return with_learner(program, Peeking, "Frozen")(cfg, runtime, model, val)
+        return with_learner(program, Peeking, "plain")(cfg, runtime, model, val)
 
     assert "C2 own target" in failed(examine(bench, evaluate))
 
@@ -278,7 +271,7 @@ def test_scores_that_are_no_distribution_are_caught(bench: verify.Bench, factor:
         def score(self, unit: Any) -> torch.Tensor:
             return factor * super().score(unit)
 
-    checks = examine(bench, with_learner(program, Blended, "Frozen"), sums=True)
+    checks = examine(bench, with_learner(program, Blended, "plain"), sums=True)
     assert failed(checks) == {"C2 sums to 1"}
 
 
@@ -293,7 +286,7 @@ def test_a_queue_ordered_by_the_text_is_caught(bench: verify.Bench, monkeypatch:
 
         context = program.TTT_CONTEXTS["recompute"]
         monkeypatch.setitem(program.TTT_CONTEXTS, "recompute", context._replace(batches=batches))
-        return program.evaluate_doc_lora(cfg, runtime, model, val)
+        return program.EVALS["doc_lora"](cfg, runtime, model, val)
 
     checks = examine(bench, evaluate)
     assert "C1 future" in failed(checks) and any("depends on the tokens" in check.detail for check in checks)
@@ -302,7 +295,7 @@ def test_a_queue_ordered_by_the_text_is_caught(bench: verify.Bench, monkeypatch:
 def test_a_global_update_that_reads_the_future_is_caught(bench: verify.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     program = bench.program
     cfg = dataclasses.replace(bench.cfg, eval="phased_lora", global_ttt_chunk_tokens=64, ttt_batch_size=1)
-    evaluate = lambda _, *rest: program.evaluate_phased_lora(cfg, *rest)  # noqa: E731
+    evaluate = lambda _, *rest: program.EVALS["phased_lora"](cfg, *rest)  # noqa: E731
     assert not failed(examine(bench, evaluate, "adapts"))
     segments = program.phase_segments
 
@@ -328,7 +321,7 @@ def test_scores_that_do_not_repeat_are_undecided(bench: verify.Bench) -> None:
         def score(self, unit: Any) -> torch.Tensor:
             return super().score(unit) + float(rng.normal()) * 1e-3
 
-    assert status(examine(bench, with_learner(bench.program, Noisy, "Frozen")), "C1 repeat") == [UNKNOWN]
+    assert status(examine(bench, with_learner(bench.program, Noisy, "plain")), "C1 repeat") == [UNKNOWN]
 
 
 # Bytes and split
