@@ -76,7 +76,7 @@ class Bench:
         model = train_gpt.GPT(self.cfg, attend, torch.float32, train_gpt.choose_kernels(self.cfg, self.runtime))
         model.set_looping(train_gpt.loops(self.cfg))
         train_gpt.fill_model(model, state, "the artifact")
-        return train_gpt.evaluate_plain(self.cfg, self.runtime, model, self.val)
+        return train_gpt.EVALS["plain"](self.cfg, self.runtime, model, self.val)
 
     def point(self, curve: str, clip: float) -> Point:
         """Quantise, write, read and score."""
