@@ -9,8 +9,7 @@ The contest: the best language model that fits, code and compressed weights toge
     PRESET=records/demo python train_gpt.py            train, quantise, evaluate on whatever device is there
     torchrun --nproc_per_node=8 train_gpt.py           the same on eight GPUs (or, with gloo, on eight CPU processes)
 
-A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, quant_report.tsv, record.env and
-result.json into its folder;
+A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, record.env and result.json into its folder;
 STAGES=quantize,eval resumes from those files. What differs between systems is data: values of Config, rows of the
 tables (ROLES, EVALS), keys into literal registries, and listeners at one seam (taps).
 
@@ -35,6 +34,7 @@ import io
 import json
 import lzma
 import math
+import operator
 import os
 import pickle
 import platform
@@ -58,6 +58,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 try:  # only the codec of that name needs it, and says so
     import brotli
@@ -104,567 +105,410 @@ class UserError(ValueError):
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-def knob(
-    default: Any,
-    doc: str,
-    group: str,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    choices: tuple[str, ...] = (),
-    when: str = "",
-) -> Any:
-    """One field of Config: default, one-line doc with unit, group of --help, bounds, choices, and when it matters."""
-    meta = {
-        "doc": doc,
-        "group": group,
-        "ge": ge,
-        "gt": gt,
-        "le": le,
-        "choices": choices,
-        "when": when,
-    }
-    return dataclasses.field(default=default, metadata=meta)
+def knob(default: Any, doc: str, allowed: str = "", when: str = "") -> Any:
+    """A field of Config.
 
-
-RUN, DATA, MODEL, OPTIM, SCHED = "run", "data", "model", "optimisers", "training schedule"
-QUANT, EVALUATION, TTT = "quantisation and artifact", "evaluation", "test-time training"
+    `doc` is one line with the unit; `allowed` lists choices, "a|b|c", or bounds, ">= 0, <= 1"; `when` names the
+    settings under which the knob matters.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "allowed": allowed, "when": when})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Every knob of a run. A knob's environment variable is its name in capitals."""
 
-    run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>", RUN)
-    artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>", RUN)
+    run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>")
+    artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>")
     stages: tuple[str, ...] = knob(
         ("train", "quantize", "eval"),
-        "stages to run; a suffix resumes from files",
-        RUN,
-        choices=("train", "quantize", "eval"),
+        "stages to run: all three, or the last one or two, which start from the files of an earlier run",
+        "train|quantize|eval",
     )
-    model_path: str = knob("", "artifact that STAGES=eval reads; empty: <run directory>/model.bin", RUN)
-    device: str = knob(
-        "auto",
-        "device; auto takes a GPU when there is one",
-        RUN,
-        choices=("auto", "cpu", "cuda"),
-    )
+    model_path: str = knob("", "artifact that STAGES=eval reads; empty: <run directory>/model.bin")
+    device: str = knob("auto", "auto: a GPU if torch sees one", "auto|cpu|cuda")
     attention: str = knob(
         "auto",
-        "attention backend; auto: the best flash attention installed on a GPU, the masked twin elsewhere",
-        RUN,
-        choices=("auto", "masked", "fa2", "fa3", "fa4"),
+        "attention backend; auto: the best flash attention installed, the masked reference on a CPU",
+        "auto|masked|fa2|fa3|fa4",
     )
     fused_ce_enabled: str = knob(
         "auto",
-        "Triton kernels of the softcapped cross-entropy; auto: on a GPU where triton is installed",
-        RUN,
-        choices=("auto", "1", "0"),
+        "Triton kernels for the softcapped cross-entropy; auto: on a GPU with triton",
+        "auto|1|0",
     )
     fused_mlp_enabled: str = knob(
         "auto",
-        "Triton kernels of the MLP where nothing listens inside it; auto: on a GPU in bf16 where triton is installed",
-        RUN,
-        choices=("auto", "1", "0"),
+        "Triton kernels for the MLP, used while no tap listens inside it; auto: on a GPU in bf16 with triton",
+        "auto|1|0",
     )
     fused_gdn_enabled: str = knob(
         "auto",
-        "flash-linear-attention's gated delta rule; auto: on a GPU in bf16 where it is installed",
-        RUN,
-        choices=("auto", "1", "0"),
-        when="MIXERS=G",
+        "gated delta rule of flash-linear-attention; auto: on a GPU in bf16 if it is installed",
+        "auto|1|0",
+        "MIXERS=G",
     )
-    compute_dtype: str = knob(
-        "auto",
-        "activation dtype; auto: bf16 on a GPU, fp32 elsewhere",
-        RUN,
-        choices=("auto", "bf16", "fp32"),
-    )
-    compile: str = knob("auto", "torch.compile; auto: on a GPU only", RUN, choices=("auto", "on", "off"))
-    seed: int = knob(1337, "seed of initialisation and of the adapters", RUN, ge=0)
+    compute_dtype: str = knob("auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", "auto|bf16|fp32")
+    compile: str = knob("auto", "torch.compile; auto: on a GPU only", "auto|on|off")
+    seed: int = knob(1337, "seed of the initial weights and of the adapters", ">= 0")
 
-    data_path: str = knob("data/sp8192", "directory with the shards", DATA)
-    tokenizer_path: str = knob("", "SentencePiece model; empty: the one *.model file in DATA_PATH", DATA)
-    vocab_size: int = knob(8192, "vocabulary, must equal the tokenizer's", DATA, ge=4, le=65536)
+    data_path: str = knob("data/sp8192", "folder with the shards")
+    tokenizer_path: str = knob("", "SentencePiece model; empty: the one *.model file in DATA_PATH")
+    vocab_size: int = knob(8192, "vocabulary size; must equal the tokenizer's", ">= 4, <= 65536")
     loader: str = knob(
         "packed_docs",
-        "packed_docs: attention stays inside documents; stream: contiguous rows; shuffled: rows in a random order",
-        DATA,
-        choices=("packed_docs", "stream", "shuffled"),
+        "packed_docs: attention stays inside a document; stream: contiguous rows; shuffled: rows in random order",
+        "packed_docs|stream|shuffled",
     )
-    train_batch_tokens: int = knob(786_432, "tokens of an optimiser step, over all ranks", DATA, gt=0)
+    train_batch_tokens: int = knob(786_432, "tokens per optimiser step, over all ranks", "> 0")
     batch_slices: int = knob(
         8,
-        "micro-batches of an optimiser step, over all ranks; a multiple of the ranks",
-        DATA,
-        gt=0,
+        "micro-batches per optimiser step, over all ranks; a multiple of the number of ranks",
+        "> 0",
     )
-    train_seq_len: int = knob(2048, "longest attention span in training, tokens", DATA, gt=1)
+    train_seq_len: int = knob(2048, "longest attention span in training, tokens", "> 1")
 
-    num_layers: int = knob(11, "physical layers", MODEL, gt=0)
-    model_dim: int = knob(512, "width of the residual stream", MODEL, gt=0)
-    num_heads: int = knob(8, "query heads", MODEL, gt=0)
-    num_kv_heads: int = knob(4, "key/value heads (GQA)", MODEL, gt=0)
+    num_layers: int = knob(11, "physical layers", "> 0")
+    model_dim: int = knob(512, "width of the residual stream", "> 0")
+    num_heads: int = knob(8, "query heads", "> 0")
+    num_kv_heads: int = knob(4, "key/value heads (GQA)", "> 0")
     mixers: str = knob(
         "",
-        "mixer of each layer, A attention, G gated delta net, such as G*2 A*8 G; empty: attention everywhere",
-        MODEL,
+        "mixer of each layer, A (attention) or G (gated delta net), e.g. G*2 A*8 G; empty: attention everywhere",
     )
-    gdn_head_dim: int = knob(64, "width of a delta net's heads", MODEL, gt=0, when="MIXERS=G")
-    gdn_qk_heads: int = knob(2, "query and key heads of a delta net", MODEL, gt=0, when="MIXERS=G")
-    gdn_v_heads: int = knob(4, "value heads of a delta net", MODEL, gt=0, when="MIXERS=G")
+    gdn_head_dim: int = knob(64, "width of a delta net's heads", "> 0", "MIXERS=G")
+    gdn_qk_heads: int = knob(2, "query and key heads of a delta net", "> 0", "MIXERS=G")
+    gdn_v_heads: int = knob(4, "value heads of a delta net", "> 0", "MIXERS=G")
     gdn_conv_trained: bool = knob(
         True,
-        "off: training leaves the convolution's taps as they were drawn, as published",
-        MODEL,
-        when="MIXERS=G",
+        "train the taps of the convolution; off, as published: they keep their initial values",
+        "",
+        "MIXERS=G",
     )
     gdn_bos_reset: bool = knob(
         True,
-        "state and convolution start afresh at a document's first token too, not only "
-        "with rows and attention segments; off as published",
-        MODEL,
-        when="MIXERS=G",
+        "reset state and convolution at every document's first token; off, as published: only at rows and segments",
+        "",
+        "MIXERS=G",
     )
-    mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", MODEL, gt=0)
-    mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", MODEL, ge=0)
-    tied_embed_init_std: float = knob(0.005, "std of the embedding at init", MODEL, gt=0)
-    logit_softcap: float = knob(30.0, "c of c*tanh(logits/c)", MODEL, gt=0)
-    rope_base: float = knob(10_000.0, "base of the rotary frequencies", MODEL, gt=1)
-    rope_dims: int = knob(16, "leading dims of a head that rotate", MODEL, ge=0)
+    mlp_mult: float = knob(4.0, "hidden width of the MLP / MODEL_DIM", "> 0")
+    tied_embed_init_std: float = knob(0.005, "std of the embedding at init", "> 0")
+    logit_softcap: float = knob(30.0, "c in c*tanh(logits/c)", "> 0")
+    rope_base: float = knob(10_000.0, "base of the rotary frequencies", "> 1")
+    rope_dims: int = knob(16, "leading dims of a head that rotate", ">= 0")
     rope_dtype: str = knob(
         "fp32",
-        "dtype of rotary frequencies, positions and tables; bf16, as PR 1895: positions over 256 are rounded",
-        MODEL,
-        choices=("fp32", "bf16"),
+        "dtype of rotary frequencies, positions and tables; bf16, as in PR 1895, rounds positions above 256",
+        "fp32|bf16",
     )
-    qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", MODEL, gt=0)
-    ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)", MODEL)
+    qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", "> 0")
+    ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)")
     attn_extras: tuple[str, ...] = knob(
         ("xsa",),
-        "xsa: remove each head output's part along its own value; "
-        "value_residual: mix in the first slot's values; value_embed: add a value of the token itself; sink: a learnt "
-        "key with value 0 in front of every context",
-        MODEL,
-        choices=("xsa", "value_residual", "value_embed", "sink"),
+        "xsa: remove from each head's output its component along the token's own value; value_residual: mix in "
+        "the values of the first execution; value_embed: add a value embedding of the token; sink: a learnt key "
+        "with value 0 before every context",
+        "xsa|value_residual|value_embed|sink",
     )
-    xsa_last_n: int = knob(11, "layers with XSA, counted from the last", MODEL, ge=0, when="ATTN_EXTRAS=xsa")
+    xsa_last_n: int = knob(11, "how many of the last layers use XSA", ">= 0", "ATTN_EXTRAS=xsa")
     attn_gate: str = knob(
         "none",
-        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense, dense_bias: "
-        "from the whole normed input, half open or (by a bias of 4) nearly open at init",
-        MODEL,
-        choices=("none", "sparse", "dense", "dense_bias", "out"),
+        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense: from the whole normed input, "
+        "half open at init; dense_bias: the same with a bias of 4, nearly open at init",
+        "none|sparse|dense|dense_bias|out",
     )
     attn_out_gate_src: str = knob(
         "proj",
-        "what ATTN_GATE=out reads: raw queries or the input",
-        MODEL,
-        choices=("proj", "input"),
-        when="ATTN_GATE=out",
+        "what ATTN_GATE=out reads; proj: the raw queries; input: the layer's input",
+        "proj|input",
+        "ATTN_GATE=out",
     )
-    gated_attn_init_std: float = knob(0.01, "std of the dense gate at init", MODEL, ge=0, when="ATTN_GATE=dense")
     embed_extras: tuple[str, ...] = knob(
         (),
-        "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; "
-        "smear: add a gated copy of the previous token's embedding; smear_channel: blend with it channel by channel, "
-        "after the norm (applied in this order)",
-        MODEL,
-        choices=("bigram", "trigram", "smear", "smear_channel"),
+        "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; smear: add a gated copy of the "
+        "previous token's embedding; smear_channel: blend it in per channel, after the norm; applied in this "
+        "order",
+        "bigram|trigram|smear|smear_channel",
     )
-    gate_window: int = knob(
-        12,
-        "leading dims that gates read",
-        MODEL,
-        gt=0,
-        when="ATTN_GATE=sparse or EMBED_EXTRAS=smear",
-    )
-    sparse_attn_gate_scale: float = knob(1.0, "factor inside the gate's sigmoid", MODEL, when="ATTN_GATE=sparse")
-    sparse_attn_gate_init_std: float = knob(0.0, "std of the gate at init", MODEL, ge=0, when="ATTN_GATE=sparse")
-    smear_bos_mask: bool = knob(
-        True,
-        "no smear into a document's first token",
-        MODEL,
-        when="EMBED_EXTRAS=smear|smear_channel",
-    )
-    skip_gates_enabled: bool = knob(True, "sigmoid gates on the U-net skips", MODEL)
-    num_loops: int = knob(2, "extra passes over the looped layers", MODEL, ge=0)
-    loop_start: int = knob(3, "first looped layer", MODEL, ge=0, when="NUM_LOOPS>0")
-    loop_end: int = knob(5, "last looped layer, inclusive", MODEL, ge=0, when="NUM_LOOPS>0")
-    enable_looping_at: float = knob(
-        0.35,
-        "fraction of the run at which looping starts",
-        MODEL,
-        ge=0,
-        le=1,
-        when="NUM_LOOPS>0",
-    )
-    parallel_start_layer: int = knob(8, "layers from here on run in parallel; 0: none", MODEL, ge=0)
+    gate_window: int = knob(12, "leading dims that gates read", "> 0", "ATTN_GATE=sparse or EMBED_EXTRAS=smear")
+    sparse_attn_gate_scale: float = knob(1.0, "factor inside the gate's sigmoid", "", "ATTN_GATE=sparse")
+    smear_bos_mask: bool = knob(True, "no smear into a document's first token", "", "EMBED_EXTRAS=smear|smear_channel")
+    skip_gates_enabled: bool = knob(True, "sigmoid gates on the U-net skips")
+    num_loops: int = knob(2, "extra passes over the looped layers", ">= 0")
+    loop_start: int = knob(3, "first looped layer", ">= 0", "NUM_LOOPS>0")
+    loop_end: int = knob(5, "last looped layer, inclusive", ">= 0", "NUM_LOOPS>0")
+    enable_looping_at: float = knob(0.35, "fraction of the run at which looping starts", ">= 0, <= 1", "NUM_LOOPS>0")
+    parallel_start_layer: int = knob(8, "first layer that runs attention and MLP in parallel; 0: none does", ">= 0")
     parallel_lanes: int = knob(
         2,
-        "2: decoder layers keep two learnt lanes, one for attention and one for the MLP; 1: "
-        "attention and MLP read and extend one stream side by side",
-        MODEL,
-        ge=1,
-        le=2,
+        "2: two learnt lanes in the decoder, one for attention and one for the MLP; 1: attention and MLP read "
+        "and extend one stream",
+        ">= 1, <= 2",
     )
-    parallel_final_lane: str = knob("mean", "what the two lanes end as", MODEL, choices=("mean", "mlp", "attn"))
-    bigram_vocab_size: int = knob(2048, "rows of the bigram table", MODEL, gt=1, when="EMBED_EXTRAS=bigram")
-    bigram_dim: int = knob(128, "width of the bigram table", MODEL, gt=0, when="EMBED_EXTRAS=bigram")
-    trigram_vocab_size: int = knob(1024, "rows of the trigram table", MODEL, gt=1, when="EMBED_EXTRAS=trigram")
-    trigram_dim: int = knob(128, "width of the trigram table", MODEL, gt=0, when="EMBED_EXTRAS=trigram")
+    parallel_final_lane: str = knob("mean", "how the two lanes end", "mean|mlp|attn")
+    bigram_vocab_size: int = knob(2048, "rows of the bigram table", "> 1", "EMBED_EXTRAS=bigram")
+    bigram_dim: int = knob(128, "width of the bigram table", "> 0", "EMBED_EXTRAS=bigram")
+    trigram_vocab_size: int = knob(1024, "rows of the trigram table", "> 1", "EMBED_EXTRAS=trigram")
+    trigram_dim: int = knob(128, "width of the trigram table", "> 0", "EMBED_EXTRAS=trigram")
     trigram_trained: bool = knob(
         True,
-        "off: training leaves the trigram as it was drawn, as published",
-        MODEL,
-        when="EMBED_EXTRAS=trigram",
+        "train the trigram table; off, as published: it keeps its initial values",
+        "",
+        "EMBED_EXTRAS=trigram",
     )
-    hash_bos_mask: bool = knob(
-        True,
-        "hashes do not reach over a document's first token",
-        MODEL,
-        when="EMBED_EXTRAS=bigram|trigram",
-    )
-    ve_layers: tuple[int, ...] = knob((9, 10), "layers with value embeddings", MODEL, when="ATTN_EXTRAS=value_embed")
-    ve_dim: int = knob(128, "width of the value embedding's table", MODEL, gt=0, when="ATTN_EXTRAS=value_embed")
+    hash_bos_mask: bool = knob(True, "hashes stop at a document's first token", "", "EMBED_EXTRAS=bigram|trigram")
+    ve_layers: tuple[int, ...] = knob((9, 10), "layers with value embeddings", "", "ATTN_EXTRAS=value_embed")
+    ve_dim: int = knob(128, "width of the value embedding's table", "> 0", "ATTN_EXTRAS=value_embed")
     rope_reference_len: int = knob(
         0,
-        "contexts of more tokens enlarge the rotary base (NTK); 0: never; published with 1024",
-        MODEL,
-        ge=0,
+        "longer contexts raise the rotary base (NTK scaling); 0: never; published: 1024",
+        ">= 0",
     )
 
-    matrix_lr: float = knob(0.026, "learning rate of Muon", OPTIM, ge=0)
-    tied_embed_lr: float = knob(0.03, "learning rate of the embedding", OPTIM, ge=0)
+    matrix_lr: float = knob(0.026, "learning rate of Muon", ">= 0")
+    tied_embed_lr: float = knob(0.03, "learning rate of the embedding", ">= 0")
     embed_dtype: str = knob(
         "fp32",
         "dtype of the embedding, its gradient and its AdamW moments; bf16: as published",
-        OPTIM,
-        choices=("fp32", "bf16"),
+        "fp32|bf16",
     )
-    scalar_lr: float = knob(0.02, "learning rate of gains, gates and scales", OPTIM, ge=0)
-    muon_momentum: float = knob(0.97, "momentum after warm-up", OPTIM, ge=0, le=1)
-    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", OPTIM, ge=0, le=1)
-    muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", OPTIM, ge=0)
-    muon_backend_steps: int = knob(5, "orthogonalisation iterations", OPTIM, ge=1, le=10)
+    scalar_lr: float = knob(0.02, "learning rate of gains, gates and scales", ">= 0")
+    muon_momentum: float = knob(0.97, "momentum after warm-up", ">= 0, <= 1")
+    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", ">= 0, <= 1")
+    muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", ">= 0")
+    muon_backend_steps: int = knob(5, "orthogonalisation iterations", ">= 1, <= 10")
     muon_coefficients: str = knob(
         "polar_express",
-        "coefficient set of the orthogonalisation; polar_express_safe: with a safety factor of 1.05",
-        OPTIM,
-        choices=("polar_express", "polar_express_safe", "quintic"),
+        "coefficients of the orthogonalisation; polar_express_safe: with a safety factor of 1.05",
+        "polar_express|polar_express_safe|quintic",
     )
-    muon_row_normalize: bool = knob(True, "unit-norm rows before the orthogonalisation", OPTIM)
-    muon_wd: float = knob(0.095, "decoupled weight decay of Muon", OPTIM, ge=0)
-    embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", OPTIM, ge=0)
-    adam_wd: float = knob(0.02, "decoupled weight decay of gains, gates and scales", OPTIM, ge=0)
-    beta1: float = knob(0.9, "AdamW beta1", OPTIM, ge=0, le=1)
-    beta2: float = knob(0.95, "AdamW beta2", OPTIM, ge=0, le=1)
-    adam_eps: float = knob(1e-8, "AdamW epsilon", OPTIM, gt=0)
-    grad_clip_norm: float = knob(0.3, "global norm limit of the averaged gradient; 0: none", OPTIM, ge=0)
+    muon_row_normalize: bool = knob(True, "normalise rows before the orthogonalisation")
+    muon_wd: float = knob(0.095, "decoupled weight decay of Muon", ">= 0")
+    embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", ">= 0")
+    adam_wd: float = knob(0.02, "decoupled weight decay of gains, gates and scales", ">= 0")
+    beta1: float = knob(0.9, "AdamW beta1", ">= 0, <= 1")
+    beta2: float = knob(0.95, "AdamW beta2", ">= 0, <= 1")
+    adam_eps: float = knob(1e-8, "AdamW epsilon", "> 0")
+    grad_clip_norm: float = knob(0.3, "limit on the global norm of the averaged gradient; 0: none", ">= 0")
     average: tuple[str, ...] = knob(
         ("ema",),
-        "weight average that is evaluated; both: swa over snapshots of ema; none: the last iterate",
-        OPTIM,
-        choices=("ema", "swa"),
+        "weight average to evaluate; ema,swa: SWA over snapshots of the EMA; none: the last weights",
+        "ema|swa",
     )
-    ema_decay: float = knob(0.9965, "decay of the weight average, per step", OPTIM, ge=0, le=1, when="AVERAGE=ema")
-    swa_every: int = knob(50, "steps between snapshots", OPTIM, gt=0, when="AVERAGE=swa")
-    swa_start_scale: float = knob(0.2, "LR multiplier under which snapshots are taken", OPTIM, gt=0, when="AVERAGE=swa")
+    ema_decay: float = knob(0.9965, "decay per step", ">= 0, <= 1", "AVERAGE=ema")
+    swa_every: int = knob(50, "steps between snapshots", "> 0", "AVERAGE=swa")
+    swa_start_scale: float = knob(0.2, "take snapshots while the LR multiplier is below this", "> 0", "AVERAGE=swa")
 
-    iterations: int = knob(20_000, "step limit", SCHED, gt=0)
-    max_wallclock_seconds: float = knob(600.0, "training budget, seconds; 0: none, schedules follow steps", SCHED, ge=0)
-    gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for calibration, seconds", SCHED, ge=0)
-    warmup_steps: int = knob(20, "untimed compile warm-up steps per graph, rolled back", SCHED, ge=0)
-    warmdown_frac: float = knob(0.75, "last fraction of the run with linear LR decay", SCHED, ge=0, le=1)
+    iterations: int = knob(20_000, "maximum number of steps", "> 0")
+    max_wallclock_seconds: float = knob(600.0, "training budget, seconds; 0: none, and schedules follow steps", ">= 0")
+    gptq_reserve_seconds: float = knob(8.0, "seconds of the budget reserved for calibration", ">= 0")
+    warmup_steps: int = knob(20, "untimed compile warm-up steps per graph, rolled back afterwards", ">= 0")
+    warmdown_frac: float = knob(0.75, "last fraction of the run, with linear LR decay", ">= 0, <= 1")
     warmdown_iters: int = knob(
         0,
-        "steps of linear LR decay at the end, made time by the measured step time; 0: WARMDOWN_FRAC",
-        SCHED,
-        ge=0,
+        "last steps, with linear LR decay, converted to time by the measured step time; 0: WARMDOWN_FRAC counts",
+        ">= 0",
     )
-    min_lr: float = knob(0.1, "floor of the LR multiplier", SCHED, ge=0, le=1)
+    min_lr: float = knob(0.1, "floor of the LR multiplier", ">= 0, <= 1")
     qat: str = knob(
         "none",
-        "how late training sees quantisation; ste: weights on the grid of MATRIX_QUANT, "
-        "straight-through gradient; noise: Gaussian noise of a fraction of the rounding error",
-        SCHED,
-        choices=("none", "ste", "noise"),
+        "quantisation during late training; ste: weights on the grid of MATRIX_QUANT, straight-through gradient; "
+        "noise: Gaussian noise, a fraction of the rounding error",
+        "none|ste|noise",
     )
     late_qat_threshold: float = knob(
         0.15,
-        "LR multiplier under which the rounding begins; over 1: from the start",
-        SCHED,
-        ge=0,
-        when="QAT=ste",
+        "start once the LR multiplier is below this; above 1: from the start",
+        ">= 0",
+        "QAT=ste",
     )
-    qat_noise_start_frac: float = knob(
-        0.95,
-        "fraction of the run at which the noise begins",
-        SCHED,
-        ge=0,
-        le=1,
-        when="QAT=noise",
-    )
-    qat_noise_mult: float = knob(0.05, "noise over the rounding error of uniform steps", SCHED, ge=0, when="QAT=noise")
-    qat_noise_every: int = knob(1, "steps from one noisy step to the next", SCHED, gt=0, when="QAT=noise")
+    qat_noise_start_frac: float = knob(0.95, "fraction of the run at which noise starts", ">= 0, <= 1", "QAT=noise")
+    qat_noise_mult: float = knob(0.05, "std of the noise / rounding error of a uniform grid", ">= 0", "QAT=noise")
+    qat_noise_every: int = knob(1, "steps from one noisy step to the next", "> 0", "QAT=noise")
     qat_noise_patterns: tuple[str, ...] = knob(
         ("attn.k.weight", "attn.o.weight"),
-        "parts or globs of the names of the noisy weights",
-        SCHED,
-        when="QAT=noise",
+        "substrings or globs of the names of the noisy weights",
+        "",
+        "QAT=noise",
     )
-    train_log_every: int = knob(500, "steps between log lines", SCHED, gt=0)
-    val_loss_every: int = knob(0, "steps between validations; 0: none", SCHED, ge=0)
+    train_log_every: int = knob(500, "steps between log lines", "> 0")
+    val_loss_every: int = knob(0, "steps between validations; 0: none", ">= 0")
 
     matrix_quant: str = knob(
         "gptq",
-        "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; "
-        "gptq_lite: rounding with a clip search; row_quantile: clip at CLIP_QUANTILE",
-        QUANT,
-        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
+        "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; gptq_lite: rounding with a "
+        "clip search; row_quantile: clip at CLIP_QUANTILE",
+        "gptq|gptq_tcq|rowwise|gptq_lite|row_quantile",
     )
     embed_quant: str = knob(
         "gptq",
-        "scheme of the embedding and of the hash and value tables (which all gptq round to "
+        "scheme of the embedding and of hash and value tables (every gptq scheme rounds those tables to "
         "nearest); gptq_freqsplit: more bits for frequent tokens",
-        QUANT,
-        choices=("gptq", "gptq_freqsplit", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
+        "gptq|gptq_freqsplit|gptq_tcq|rowwise|gptq_lite|row_quantile",
     )
-    matrix_bits: int = knob(6, "bits of the matrices", QUANT, ge=2, le=8)
+    matrix_bits: int = knob(6, "bits of the matrices", ">= 2, <= 8")
     matrix_bits_overrides: tuple[str, ...] = knob(
         (),
-        "other bits of some matrices: part or glob of a name, colon, bits; the first that fits counts",
-        QUANT,
+        "other bits for some matrices, as name:bits; name is a substring or glob, the first match counts",
     )
-    embed_bits: int = knob(7, "bits of the embedding", QUANT, ge=2, le=8)
-    embed_topk: int = knob(4025, "frequent tokens", QUANT, ge=1, when="EMBED_QUANT=gptq_freqsplit")
-    embed_top_bits: int = knob(8, "bits of their rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
-    embed_tail_bits: int = knob(7, "bits of the other rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
+    embed_bits: int = knob(7, "bits of the embedding", ">= 2, <= 8")
+    embed_topk: int = knob(4025, "number of frequent tokens", ">= 1", "EMBED_QUANT=gptq_freqsplit")
+    embed_top_bits: int = knob(8, "bits of their rows", ">= 2, <= 8", "EMBED_QUANT=gptq_freqsplit")
+    embed_tail_bits: int = knob(7, "bits of the other rows", ">= 2, <= 8", "EMBED_QUANT=gptq_freqsplit")
     embed_freq_tokens: int = knob(
         100_000_000,
-        "first training tokens that are counted; 0: all",
-        QUANT,
-        ge=0,
-        when="EMBED_QUANT=gptq_freqsplit",
+        "training tokens, from the first, over which frequencies are counted; 0: all",
+        ">= 0",
+        "EMBED_QUANT=gptq_freqsplit",
     )
     rotate: str = knob(
         "none",
         "hadamard_vo: rotate each head's values before quantisation, and its output weights back",
-        QUANT,
-        choices=("none", "hadamard_vo"),
+        "none|hadamard_vo",
     )
-    attn_clip_sigmas: float = knob(13.0, "clip of q, k, v, o rows, in standard deviations", QUANT, gt=0)
-    mlp_clip_sigmas: float = knob(11.5, "clip of up, down rows, in standard deviations", QUANT, gt=0)
-    embed_clip_sigmas: float = knob(14.0, "clip of embedding rows, in standard deviations", QUANT, gt=0)
+    attn_clip_sigmas: float = knob(13.0, "clip of q, k, v, o rows, in standard deviations", "> 0")
+    mlp_clip_sigmas: float = knob(11.5, "clip of up, down rows, in standard deviations", "> 0")
+    embed_clip_sigmas: float = knob(14.0, "clip of embedding rows, in standard deviations", "> 0")
     clip_quantile: float = knob(
         0.9999984,
-        "quantile of a row's magnitudes that is its clip",
-        QUANT,
-        gt=0,
-        le=1,
-        when="EMBED_QUANT=row_quantile",
+        "clip of a row: this quantile of its magnitudes",
+        "> 0, <= 1",
+        "EMBED_QUANT=row_quantile",
     )
     clip_floor: float = knob(
         0.0,
-        "least clip of a row; 1 as published: rows of small weights share a step",
-        QUANT,
-        ge=0,
-        when="MATRIX_QUANT=gptq_lite|row_quantile",
+        "smallest clip of a row; 1, as published, makes rows of small weights share a scale",
+        ">= 0",
+        "MATRIX_QUANT=gptq_lite|row_quantile",
     )
     clip_search_rows: bool = knob(
         True,
-        "each row has its own best quantile; off: one for a matrix, as published",
-        QUANT,
-        when="MATRIX_QUANT=gptq_lite",
+        "search the best quantile per row; off, as published: one per matrix",
+        "",
+        "MATRIX_QUANT=gptq_lite",
     )
     scale_step: float = knob(
         0.0,
-        "row steps are stored as whole multiples of this in log2, such as 0.02; 0: as float16",
-        QUANT,
-        ge=0,
-        le=1,
+        "store row scales as multiples of this in log2, e.g. 0.02; 0: as float16",
+        ">= 0, <= 1",
     )
-    gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
-    gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
-    gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
-    tcq_states: int = knob(
-        8,
-        "states of the trellis: 4, 8, 16, 32 or 64",
-        QUANT,
-        ge=4,
-        le=64,
-        when="MATRIX_QUANT=gptq_tcq",
-    )
-    tcq_chunk_rows: int = knob(
-        1024,
-        "rows between starts of the trellis",
-        QUANT,
-        ge=16,
-        le=2048,
-        when="MATRIX_QUANT=gptq_tcq",
-    )
-    tcq_column_beta: float = knob(
-        0.0,
-        "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this "
-        "power; gains by Hessian-weighted error, but lost val_bpb where it was tried: for study",
-        QUANT,
-        ge=0,
-        le=1,
-        when="MATRIX_QUANT=gptq_tcq",
-    )
-    gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
-    repair: str = knob(
-        "none",
-        "lqer: low-rank correction of the worst tensors",
-        QUANT,
-        choices=("none", "lqer"),
-    )
-    lqer_rank: int = knob(4, "rank of the correction", QUANT, ge=1, when="REPAIR=lqer")
-    lqer_top_k: int = knob(3, "tensors corrected, by Frobenius norm of the error", QUANT, ge=1, when="REPAIR=lqer")
+    gptq_calibration_batches: int = knob(16, "calibration batches, over all ranks", "> 0")
+    gptq_damp: float = knob(0.01, "damping / mean of the Hessian's diagonal", "> 0")
+    gptq_blocksize: int = knob(128, "columns per lazy update", "> 0")
+    tcq_states: int = knob(8, "trellis states: 4, 8, 16, 32 or 64", ">= 4, <= 64", "MATRIX_QUANT=gptq_tcq")
+    tcq_chunk_rows: int = knob(1024, "rows per trellis path", ">= 16, <= 2048", "MATRIX_QUANT=gptq_tcq")
+    gated_attn_quant_gate: bool = knob(False, "store attention gates as int8 with a scale per row; off: fp16")
+    repair: str = knob("none", "lqer: low-rank correction of the tensors with the largest error", "none|lqer")
+    lqer_rank: int = knob(4, "rank of the correction", ">= 1", "REPAIR=lqer")
+    lqer_top_k: int = knob(3, "number of corrected tensors, by Frobenius norm of the error", ">= 1", "REPAIR=lqer")
     lqer_asym_enabled: bool = knob(
         True,
-        "factors of 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each",
-        QUANT,
-        when="REPAIR=lqer",
+        "factors in 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each",
+        "",
+        "REPAIR=lqer",
     )
-    lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", QUANT, gt=0, when="LQER_ASYM_ENABLED=1")
-    lqer_factor_bits: int = knob(4, "bits of symmetric factors", QUANT, ge=2, le=8, when="LQER_ASYM_ENABLED=0")
-    awq_lite_enabled: bool = knob(False, "GPTQ with more bits for the most salient column groups", QUANT)
-    awq_lite_bits: int = knob(8, "bits of those columns", QUANT, ge=3, le=8, when="AWQ_LITE_ENABLED=1")
-    awq_lite_group_top_k: int = knob(1, "groups, over all tensors", QUANT, ge=1, when="AWQ_LITE_ENABLED=1")
-    awq_lite_group_size: int = knob(64, "columns of a group", QUANT, gt=0, when="AWQ_LITE_ENABLED=1")
-    quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain", QUANT)
+    lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", "> 0", "LQER_ASYM_ENABLED=1")
+    lqer_factor_bits: int = knob(4, "bits of symmetric factors", ">= 2, <= 8", "LQER_ASYM_ENABLED=0")
+    awq_lite_enabled: bool = knob(False, "GPTQ with more bits for the most salient column groups")
+    awq_lite_bits: int = knob(8, "bits of those columns", ">= 3, <= 8", "AWQ_LITE_ENABLED=1")
+    awq_lite_group_top_k: int = knob(1, "number of groups, over all tensors", ">= 1", "AWQ_LITE_ENABLED=1")
+    awq_lite_group_size: int = knob(64, "columns per group", "> 0", "AWQ_LITE_ENABLED=1")
     compressor: str = knob(
         "brotli",
-        "layout and entropy coder of the artifact; pergroup needs the program lrzip; "
-        "lzma6: preset 6, as published; rans: adaptive coder of this program, made for integer matrices",
-        QUANT,
-        choices=("brotli", "lzma", "pergroup", "lzma6", "rans"),
+        "layout and entropy coder of the artifact; pergroup: lrzip per group of roles; lzma6: preset 6, as "
+        "published; rans: the built-in adaptive coder for integer matrices",
+        "brotli|lzma|pergroup|lzma6|rans",
     )
 
-    eval: str = knob(
-        "doc_lora",
-        "how the final score is made",
-        EVALUATION,
-        choices=("plain", "sliding", "chunk_sgd", "slot", "doc_lora", "phased_lora"),
-    )
-    val_batch_tokens: int = knob(524_288, "tokens of an evaluation batch, over BATCH_SLICES", EVALUATION, gt=0)
-    eval_seq_len: int = knob(
-        2048,
-        "longest context; the validation stream is cut to a multiple of it",
-        EVALUATION,
-        gt=1,
-    )
-    eval_stride: int = knob(64, "tokens scored per window", EVALUATION, gt=0, when="EVAL=sliding|chunk_sgd|slot")
-    eval_include_tail: bool = knob(False, "score the last partial window too (not the canonical count)", EVALUATION)
+    eval: str = knob("doc_lora", "how the final score is computed", "plain|sliding|chunk_sgd|slot|doc_lora|phased_lora")
+    val_batch_tokens: int = knob(524_288, "tokens per evaluation batch, split into BATCH_SLICES forwards", "> 0")
+    eval_seq_len: int = knob(2048, "longest context; the validation stream is cut to a multiple of it", "> 1")
+    eval_stride: int = knob(64, "tokens scored per window", "> 0", "EVAL=sliding|chunk_sgd|slot")
+    eval_include_tail: bool = knob(False, "also score the last partial window (not the canonical token count)")
     allow_noncausal: bool = knob(
         False,
-        "let a score be fitted on the targets that it scores; the result then says legal: false",
-        EVALUATION,
+        "allow a score fitted on the targets it scores; the result then says legal: false",
     )
 
-    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
-    ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
-    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", TTT, ge=0, when="EVAL=doc_lora|phased_lora")
-    ttt_chunk_size: int = knob(48, "tokens scored, then learnt, at a time", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
-    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", TTT, gt=1, when="EVAL=doc_lora|phased_lora")
-    ttt_batch_size: int = knob(64, "documents adapted side by side", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
-    ttt_grad_steps: int = knob(1, "updates per chunk", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
-    ttt_weight_decay: float = knob(
-        0.5,
-        "decoupled weight decay of the adapters",
-        TTT,
-        ge=0,
-        when="EVAL=doc_lora|phased_lora",
-    )
-    ttt_beta1: float = knob(0.0, "AdamW beta1", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
-    ttt_beta2: float = knob(0.99, "AdamW beta2", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
+    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1", "EVAL=doc_lora|phased_lora")
+    ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", "> 0", "EVAL=doc_lora|phased_lora")
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", ">= 0", "EVAL=doc_lora|phased_lora")
+    ttt_chunk_size: int = knob(48, "tokens scored, then learnt, at a time", "> 0", "EVAL=doc_lora|phased_lora")
+    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", "> 1", "EVAL=doc_lora|phased_lora")
+    ttt_batch_size: int = knob(64, "documents adapted side by side", "> 0", "EVAL=doc_lora|phased_lora")
+    ttt_grad_steps: int = knob(1, "updates per chunk", ">= 1", "EVAL=doc_lora|phased_lora")
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", ">= 0", "EVAL=doc_lora|phased_lora")
+    ttt_beta1: float = knob(0.0, "AdamW beta1", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
+    ttt_beta2: float = knob(0.99, "AdamW beta2", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
     ttt_lora_sites: tuple[str, ...] = knob(
         ("q", "k", "v", "attn", "mlp", "head"),
         "where adapters act; attn, mlp: across the sublayer; any of q, k, v: the joint projection of a delta layer",
-        TTT,
-        choices=("q", "k", "v", "attn", "mlp", "head"),
-        when="EVAL=doc_lora|phased_lora",
+        "q|k|v|attn|mlp|head",
+        "EVAL=doc_lora|phased_lora",
     )
     ttt_warm_start_a: bool = knob(
         False,
         "keep each batch row's A from its document before, as published; the score then depends on TTT_BATCH_SIZE and "
         "on the ranks",
-        TTT,
-        when="EVAL=doc_lora|phased_lora",
+        "",
+        "EVAL=doc_lora|phased_lora",
     )
-    ttt_order_audit: bool = knob(False, "write every batch's documents to the log file", TTT)
+    ttt_order_audit: bool = knob(False, "write every batch's documents to the log file")
     ttt_context: str = knob(
         "recompute",
-        "how a chunk sees its document; recompute: the whole window runs again, with "
-        "gradient, as published; carry: only the chunk runs, over keys and values kept since earlier chunks ran (with "
-        "TTT_LORA_LR=0: plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in "
-        "reach)",
-        TTT,
-        choices=("recompute", "carry"),
-        when="EVAL=doc_lora|phased_lora",
+        "how a chunk sees its document; recompute: the whole window runs again, with gradient, as published; "
+        "carry: only the chunk runs, over keys and values kept since earlier chunks ran (with TTT_LORA_LR=0: "
+        "plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in reach)",
+        "recompute|carry",
+        "EVAL=doc_lora|phased_lora",
     )
     phased_ttt_prefix_docs: int = knob(
         2000,
         "scored documents by which the last global update is made",
-        TTT,
-        ge=0,
-        when="EVAL=phased_lora",
+        ">= 0",
+        "EVAL=phased_lora",
     )
-    phased_ttt_num_phases: int = knob(3, "global updates", TTT, ge=1, when="EVAL=phased_lora")
-    global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", TTT, ge=0, when="EVAL=phased_lora")
-    global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", TTT, ge=0, le=1, when="EVAL=phased_lora")
-    global_ttt_epochs: int = knob(1, "passes over the scored documents", TTT, ge=1, when="EVAL=phased_lora")
-    global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", TTT, gt=0, when="EVAL=phased_lora")
-    global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", TTT, ge=0, when="EVAL=phased_lora")
-    ttt_chunk_tokens: int = knob(
-        32_768, "targets scored, then learnt, at a time", TTT, gt=0, when="EVAL=chunk_sgd|slot"
-    )
-    ttt_epochs: int = knob(3, "passes of SGD over a chunk", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    phased_ttt_num_phases: int = knob(3, "global updates", ">= 1", "EVAL=phased_lora")
+    global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", ">= 0", "EVAL=phased_lora")
+    global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", ">= 0, <= 1", "EVAL=phased_lora")
+    global_ttt_epochs: int = knob(1, "passes over the scored documents", ">= 1", "EVAL=phased_lora")
+    global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", "> 0", "EVAL=phased_lora")
+    global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", ">= 0", "EVAL=phased_lora")
+    ttt_chunk_tokens: int = knob(32_768, "targets scored, then learnt, at a time", "> 0", "EVAL=chunk_sgd|slot")
+    ttt_epochs: int = knob(3, "passes of SGD over a chunk", ">= 0", "EVAL=chunk_sgd|slot")
     ttt_batch_seqs: int = knob(
         0,
         "sequences of an SGD step, over all ranks; 0: the whole chunk",
-        TTT,
-        ge=0,
-        when="EVAL=chunk_sgd|slot",
+        ">= 0",
+        "EVAL=chunk_sgd|slot",
     )
-    ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", ">= 0", "EVAL=chunk_sgd|slot")
     ttt_momentum: float = knob(
         0.9,
         "momentum of chunk SGD, kept from chunk to chunk",
-        TTT,
-        ge=0,
-        le=1,
-        when="EVAL=chunk_sgd|slot",
+        ">= 0, <= 1",
+        "EVAL=chunk_sgd|slot",
     )
-    ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", ">= 0", "EVAL=chunk_sgd|slot")
     ttt_trainable: tuple[str, ...] = knob(
         ("all",),
         "weights that chunk SGD trains: all, scalar (gains, gates, scales), or globs or parts of names, such as mlp",
-        TTT,
-        when="EVAL=chunk_sgd|slot",
+        "",
+        "EVAL=chunk_sgd|slot",
     )
     gdn_ttt_lr_mult: float = knob(
         1.0,
         "factor on TTT_LR for A_log, dt_bias, ba and taps of delta layers",
-        TTT,
-        ge=0,
-        when="EVAL=chunk_sgd|slot",
+        ">= 0",
+        "EVAL=chunk_sgd|slot",
     )
-    slot_lr: float = knob(
-        0.003,
-        "learning rate of the fitted shift of the hidden state",
-        TTT,
-        ge=0,
-        when="EVAL=slot",
-    )
-    slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", TTT, ge=1, when="EVAL=slot")
+    slot_lr: float = knob(0.003, "learning rate of the fitted shift of the hidden state", ">= 0", "EVAL=slot")
+    slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", ">= 1", "EVAL=slot")
     slot_causal: bool = knob(
         True,
         "fit on targets before the batch's first scored one; off: on those that it scores, as published (not legal)",
-        TTT,
-        when="EVAL=slot",
+        "",
+        "EVAL=slot",
     )
 
     def problems(self) -> list[str]:
@@ -675,22 +519,22 @@ class Config:
         return [message.format(c=self) for predicate, message in ILLEGAL if predicate(self)]
 
 
-# where a run happens, not what it is: not written to record.env
+# Where and how a run happens, not what it is: these knobs are never written to record.env.
 LOCAL_KNOBS = (
-    "run_id",
-    "artifact_dir",
-    "stages",
-    "model_path",
-    "device",
-    "attention",
-    "fused_ce_enabled",
-    "fused_mlp_enabled",
-    "fused_gdn_enabled",
-    "compute_dtype",
-    "compile",
-    "data_path",
-    "tokenizer_path",
+    *("run_id", "artifact_dir", "stages", "model_path", "device", "attention", "fused_ce_enabled"),
+    *("fused_mlp_enabled", "fused_gdn_enabled", "compute_dtype", "compile", "data_path", "tokenizer_path"),
 )
+
+GROUPS = {  # first knob -> the title that --help prints above it
+    "run_id": "run",
+    "data_path": "data",
+    "num_layers": "model",
+    "matrix_lr": "optimisers",
+    "iterations": "training schedule",
+    "matrix_quant": "quantisation and artifact",
+    "eval": "evaluation",
+    "ttt_lora_rank": "test-time training",
+}
 
 ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
@@ -707,11 +551,11 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.num_loops > 0 and not c.loop_start <= c.loop_end < c.num_layers,
-        "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be a range of layers below NUM_LAYERS={c.num_layers}",
+        "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be layers below NUM_LAYERS={c.num_layers}",
     ),
     (
         lambda c: len(mixer_letters(c)) != c.num_layers,
-        "MIXERS={c.mixers!r} does not give NUM_LAYERS={c.num_layers} layers a mixer each, A or G, such as G*2 A*8 G",
+        "MIXERS={c.mixers!r} must name a mixer, A or G, for each of NUM_LAYERS={c.num_layers} layers, e.g. G*2 A*8 G",
     ),
     (
         lambda c: c.gdn_v_heads % c.gdn_qk_heads != 0,
@@ -719,28 +563,25 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.gate_window > c.model_dim,
-        "GATE_WINDOW={c.gate_window} is over MODEL_DIM={c.model_dim}",
+        "GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}",
     ),
     (
         lambda c: (
             "value_embed" in c.attn_extras
             and not {*c.ve_layers} <= {i for i, letter in enumerate(mixer_letters(c)) if letter == "A"}
         ),
-        "VE_LAYERS={c.ve_layers} must be layers below NUM_LAYERS={c.num_layers}, and have attention",
+        "VE_LAYERS={c.ve_layers} must be attention layers below NUM_LAYERS={c.num_layers}",
     ),
     (
         lambda c: c.rope_reference_len > 0 and c.rope_dims == 2,
-        "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS over 2: one frequency cannot be stretched",
+        "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS above 2: a single frequency cannot be stretched",
     ),
     (
         lambda c: c.train_batch_tokens % c.batch_slices != 0,
         "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}",
     ),
     (
-        lambda c: (
-            c.train_batch_tokens // c.batch_slices < c.train_seq_len
-            or (c.train_batch_tokens // c.batch_slices) % c.train_seq_len != 0
-        ),
+        lambda c: c.train_batch_tokens // c.batch_slices % c.train_seq_len != 0,
         "TRAIN_BATCH_TOKENS/BATCH_SLICES must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
     ),
     (
@@ -749,11 +590,11 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.eval_stride > c.eval_seq_len,
-        "EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}",
+        "EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}",
     ),
     (
         lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
-        "TTT_CHUNK_SIZE={c.ttt_chunk_size} is over TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+        "TTT_CHUNK_SIZE={c.ttt_chunk_size} must be at most TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
     ),
     (
         lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
@@ -765,7 +606,7 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.awq_lite_enabled and c.awq_lite_bits <= min(c.matrix_bits, c.embed_bits),
-        "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
+        "AWQ_LITE_BITS={c.awq_lite_bits} must be above MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
     ),
     (
         lambda c: 0 < c.scale_step < 0.005,
@@ -773,20 +614,19 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
-        "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval",
+        "STAGES must be train,quantize,eval or quantize,eval or eval",
     ),
     (
         lambda c: c.eval == "slot" and not c.slot_causal and not c.allow_noncausal,
-        "SLOT_CAUSAL=0 fits on the targets that it scores, which the contest forbids; for study only, say "
-        "ALLOW_NONCAUSAL=1",
+        "SLOT_CAUSAL=0 fits on the targets it scores, which the contest forbids; to study it, say ALLOW_NONCAUSAL=1",
     ),
     (
         lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
-        "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is under EVAL_SEQ_LEN={c.eval_seq_len}: no sequence fits to learn from",
+        "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} must be at least EVAL_SEQ_LEN={c.eval_seq_len}, one training sequence",
     ),
     (
         lambda c: any(not re.fullmatch(r"[^:]+:\s*[2-8]", item) for item in c.matrix_bits_overrides),
-        "MATRIX_BITS_OVERRIDES={c.matrix_bits_overrides} must be parts of names with 2 to 8 bits, as attn.o.weight:7",
+        "MATRIX_BITS_OVERRIDES={c.matrix_bits_overrides} must be name:bits with 2 to 8 bits, e.g. attn.o.weight:7",
     ),
     (
         lambda c: c.rotate == "hadamard_vo" and (c.model_dim // c.num_heads).bit_count() != 1,
@@ -794,42 +634,41 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.rotate == "hadamard_vo" and "value_embed" in c.attn_extras,
-        "ROTATE=hadamard_vo would not turn what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
+        "ROTATE=hadamard_vo cannot rotate what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
     ),
     (
         lambda c: c.ttt_context == "carry" and not 8 <= c.ttt_chunk_size <= c.ttt_eval_seq_len // 2,
-        "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} from 8 (embeddings look back, as far as the chunk "
-        "before) to half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+        "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} between 8 (embeddings look back into the previous "
+        "chunk) and half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
     ),
     (
         lambda c: c.ttt_context == "carry" and c.ttt_warm_start_a,
-        "TTT_CONTEXT=carry gives a row to the next document as soon as one ends, each from its own A: set "
-        "TTT_WARM_START_A=0",
+        "TTT_CONTEXT=carry starts each document from an A of its own, as soon as a row is free; set TTT_WARM_START_A=0",
     ),
     (
         lambda c: c.ttt_context == "carry" and "G" in mixer_letters(c),
-        "TTT_CONTEXT=carry keeps keys and values; a gated delta net has a state in their place, which is not kept: say "
-        "TTT_CONTEXT=recompute, or MIXERS without G",
+        "TTT_CONTEXT=carry keeps keys and values, not the state of a gated delta net; say TTT_CONTEXT=recompute, or "
+        "MIXERS without G",
     ),
     (
         lambda c: c.ttt_context == "carry" and ("sink" in c.attn_extras or c.rope_dtype != "fp32"),
-        "TTT_CONTEXT=carry counts positions on beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
-        "depend on more than distances, have learnt nothing: say TTT_CONTEXT=recompute",
+        "TTT_CONTEXT=carry goes on to positions beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
+        "depend on more than distances, were never trained; say TTT_CONTEXT=recompute",
     ),
     (
         lambda c: c.tcq_states not in TCQ_CODES,
-        "TCQ_STATES={c.tcq_states} is none of 4, 8, 16, 32, 64",
+        "TCQ_STATES={c.tcq_states} must be 4, 8, 16, 32 or 64",
     ),
     (
         lambda c: (
             ("gptq_tcq", 8) in ((c.matrix_quant, c.matrix_bits), (c.embed_quant, c.embed_bits))
             or (c.matrix_quant == "gptq_tcq" and any(item.endswith("8") for item in c.matrix_bits_overrides))
         ),
-        "gptq_tcq stores points of a grid twice as fine in 8 bits; MATRIX_BITS and EMBED_BITS may be at most 7 with it",
+        "gptq_tcq stores points of a grid twice as fine in 8 bits; with it, MATRIX_BITS and EMBED_BITS are at most 7",
     ),
     (
         lambda c: "gptq_tcq" in (c.matrix_quant, c.embed_quant) and c.compressor != "rans",
-        "COMPRESSOR={c.compressor} does not know the trellis and would spend a bit more per weight; with gptq_tcq say "
+        "COMPRESSOR={c.compressor} spends one more bit per weight on gptq_tcq, as it does not know the trellis; say "
         "COMPRESSOR=rans",
     ),
     (
@@ -838,11 +677,12 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: not c.ttt_trainable,
-        "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0",
+        "TTT_TRAINABLE is empty; to train nothing at test time, say TTT_EPOCHS=0",
     ),
 )
 
 RENAMED = {  # names that became values of an axis, or that the published scripts read without effect
+    "BASE": "PRESET (BASE is the first line of a preset)",
     "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
     "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
     "ATTN_OUT_GATE_ENABLED": "ATTN_GATE=out",
@@ -885,24 +725,23 @@ def mixer_letters(cfg: Config) -> str:
     return "".join(letter * int(count or 1) for letter, count in re.findall(r"([AG])(?:\*(\d+))?", cfg.mixers))
 
 
+COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
+
+
 def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
-    """What is wrong with one value against its knob's bounds and choices."""
-    m, name, found = field.metadata, field.name.upper(), []
-    for item in value if isinstance(value, tuple) else (value,):
-        if m["choices"] and item not in m["choices"]:
-            found.append(f"{name}={item!r} is not one of {', '.join(m['choices'])}")
+    """What is wrong with one value by itself: not finite, repeated, or not what its knob allows."""
+    allowed, text = field.metadata["allowed"], f"{field.name.upper()}={format_knob(value)}"
     if isinstance(value, float) and not math.isfinite(value):
-        return [f"{name}={value} is not a finite number"]
-    for sign, limit, bad in (
-        ("at least", m["ge"], lambda v, b: v < b),
-        ("over", m["gt"], lambda v, b: v <= b),
-        ("at most", m["le"], lambda v, b: v > b),
-    ):
-        if limit is not None and bad(value, limit):
-            found.append(f"{name}={value} must be {sign} {limit:g}")
-    if isinstance(value, tuple) and len(set(value)) != len(value):
-        found.append(f"{name}={format_knob(value)} names a value twice")
-    return found
+        return [f"{text} must be a finite number"]
+    items = value if isinstance(value, tuple) else (value,)
+    if len(set(items)) < len(items):
+        return [f"{text} lists a value twice"]
+    if "|" in allowed:
+        good = set(items) <= set(allowed.split("|"))
+    else:
+        limits = [(COMPARE[sign], float(limit)) for sign, limit in re.findall(r"([<>]=?) ([\d.]+)", allowed)]
+        good = all(compare(value, limit) for compare, limit in limits)
+    return [] if good else [f"{text} must be {allowed}"]
 
 
 def parse_knob(field: dataclasses.Field, text: str) -> Any:
@@ -927,15 +766,9 @@ def format_knob(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
 
 
-def read_preset(folder: str) -> dict[str, str]:
-    """KEY -> VALUE of <folder>/record.env; lines are KEY=VALUE with an optional '# reason' after two spaces."""
-    path = Path(folder) / "record.env"
-    if not path.is_file():
-        known = sorted(str(p.parent) for p in Path("records").glob("**/record.env") if p.parent.name != "run")
-        raise UserError(
-            f"PRESET={folder}: no record.env there; known presets: {', '.join(known) or 'none below records/'}"
-        )
-    values = {}
+def parse_preset(path: Path) -> dict[str, str]:
+    """KEY -> VALUE of a record.env: lines KEY=VALUE, each with an optional comment after a space."""
+    values: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         text = re.split(r"\s#|^#", line, maxsplit=1)[0].strip()
         if not text:
@@ -945,15 +778,48 @@ def read_preset(folder: str) -> dict[str, str]:
             raise UserError(f"{path}:{number}: expected KEY=VALUE, got {line!r}")
         if key in values:
             raise UserError(f"{path}:{number}: {key} is set twice")
+        if key == "BASE" and values:
+            raise UserError(f"{path}:{number}: BASE={value.strip()} must be the first line")
         values[key] = value.strip()
     return values
+
+
+def preset_layers(folder: str) -> dict[str, dict[str, str]]:
+    """Folder -> its own KEY -> VALUE: the preset's BASE, if its record.env names one, then the preset.
+
+    BASE names a folder from the repository root: the nearest folder above the preset, or else the working directory,
+    under which it exists.
+    """
+    path = Path(folder) / "record.env"
+    if not path.is_file():
+        known = sorted(str(p.parent) for p in Path("records").glob("**/record.env") if p.parent.name != "run")
+        raise UserError(
+            f"PRESET={folder}: no record.env there; known presets: {', '.join(known) or 'none in records/'}"
+        )
+    own = parse_preset(path)
+    base = own.pop("BASE", None)
+    if base is None:
+        return {folder: own}
+    places = (root / base / "record.env" for root in (*path.resolve().parents, Path()))
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(f"{path}: BASE={base}: no record.env there; name a folder from the repository root")
+    inherited = parse_preset(found)
+    if "BASE" in inherited:
+        raise UserError(f"{path}: BASE={base} has a BASE itself; only one level is allowed, so list what differs here")
+    return {base: inherited, folder: own}
+
+
+def read_preset(folder: str) -> dict[str, str]:
+    """KEY -> VALUE of a preset, over the values of its BASE."""
+    return {key: value for layer in preset_layers(folder).values() for key, value in layer.items()}
 
 
 def name_problems(names: Iterable[str], knobs: Mapping[str, dataclasses.Field], strict: bool) -> list[str]:
     """Unknown, misspelt or renamed knob names; strict: every unknown name is wrong, not only a near miss."""
     found = []
     for name in names:
-        if name in knobs or (name == "PRESET" and not strict):  # a preset that names another would be ignored
+        if name in knobs or (name == "PRESET" and not strict):  # PRESET inside a preset would be ignored
             continue
         close = difflib.get_close_matches(name, knobs, n=1, cutoff=0.6 if strict else 0.9)
         if name in RENAMED:
@@ -966,20 +832,21 @@ def name_problems(names: Iterable[str], knobs: Mapping[str, dataclasses.Field], 
 
 
 def resolve(environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
-    """Config from default < preset < environment, and where each non-default value came from.
+    """Config from default < base < preset < environment, and where each non-default value came from.
 
     Raises UserError with every problem found, one a line.
     """
     knobs = {f.name.upper(): f for f in dataclasses.fields(Config)}
-    preset = read_preset(environ["PRESET"]) if environ.get("PRESET") else {}
-    problems = name_problems(preset, knobs, strict=True) + name_problems(environ, knobs, strict=False)
+    layers = preset_layers(environ["PRESET"]) if environ.get("PRESET") else {}
+    problems = [problem for layer in layers.values() for problem in name_problems(layer, knobs, strict=True)]
+    problems += name_problems(environ, knobs, strict=False)
     values, origin = {}, {}
-    for source, table in ((environ.get("PRESET", ""), preset), ("environment", environ)):
-        for name in sorted(knobs.keys() & table.keys()):
+    for source, layer in (*layers.items(), ("environment", environ)):
+        for name in sorted(knobs.keys() & layer.keys()):
             try:
-                value = parse_knob(knobs[name], table[name])
+                value = parse_knob(knobs[name], layer[name])
             except ValueError as error:
-                problems.append(f"{name}={table[name]!r} ({source}): {error}")
+                problems.append(f"{name}={layer[name]!r} ({source}): {error}")
                 continue
             values[knobs[name].name], origin[name] = value, source
     cfg = Config(**values)
@@ -1002,20 +869,13 @@ def record_env(cfg: Config) -> str:
 
 def help_text() -> str:
     """The knobs by group, for --help."""
-    lines, group = [__doc__.split("\nSections:")[0].strip()], ""
+    lines = [__doc__.split("\nSections:")[0].strip()]
     for f in dataclasses.fields(Config):
-        m = f.metadata
-        if m["group"] != group:
-            group = m["group"]
-            lines.append(f"\n{group}")
-        bounds = [f"{sign} {m[key]:g}" for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if m[key] is not None]
-        notes = "; ".join(
-            filter(
-                None,
-                ["|".join(m["choices"]), " ".join(bounds), m["when"] and "when " + m["when"]],
-            )
-        )
-        lines.append(f"  {f.name.upper()}={format_knob(f.default)}\n      {m['doc']}{f' [{notes}]' if notes else ''}")
+        allowed, when = f.metadata["allowed"], f.metadata["when"]
+        notes = "; ".join(filter(None, (allowed, when and f"when {when}")))
+        lines += [f"\n{GROUPS[f.name]}"] if f.name in GROUPS else []
+        lines.append(f"  {f.name.upper()}={format_knob(f.default)}")
+        lines.append(f"      {f.metadata['doc']}{notes and f' [{notes}]'}")
     return "\n".join(lines)
 
 
@@ -1025,23 +885,25 @@ def help_text() -> str:
 
 
 class Log:
-    """Prints to stdout and appends to a file; silent on every rank but the first."""
+    """Prints to stdout and appends to a file. Ranks other than 0 are quiet."""
 
     def __init__(self, path: Path | None, quiet: bool) -> None:
-        self.path, self.quiet, self.last = path, quiet, 0.0
+        self.path, self.quiet = path, quiet
+        self.last = 0.0  # when progress last wrote a line
 
     def __call__(self, message: str, to_file_only: bool = False) -> None:
-        """One message, which may have several lines."""
+        """Write one message, which may have several lines."""
         if self.quiet:
             return
         if not to_file_only:
             print(message, flush=True)
         if self.path is not None:
+            # Opened for each message, so the file is complete whatever ends the process.
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(message + "\n")
 
     def progress(self, what: str, done: int, total: int, started: float, every: float = 10.0) -> None:
-        """One line every `every` seconds: how much is done and how long the rest will take."""
+        """Write how much is done and the estimated seconds left, at most one line every `every` seconds."""
         now = time.perf_counter()
         if now - max(self.last, started) < every or done == 0:
             return
@@ -1052,7 +914,7 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where the program runs: rank, world, device, log. One process is world = 1, not a branch elsewhere."""
+    """Rank, world size, device, log, activation dtype, and whether to compile. A single process has world = 1."""
 
     rank: int
     world: int
@@ -1063,7 +925,10 @@ class Runtime:
 
     @classmethod
     def start(cls, cfg: Config, environ: Mapping[str, str], log_path: Path | None = None) -> Runtime:
-        """Join the process group that torchrun's variables describe and choose device, dtype and compilation."""
+        """Choose the device and dtype, and join the process group described by torchrun's variables in `environ`.
+
+        Raises UserError for a world size that does not divide BATCH_SLICES and for a missing GPU.
+        """
         rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
         if cfg.batch_slices % world != 0:
             raise UserError(f"BATCH_SLICES={cfg.batch_slices} is not a multiple of the {world} ranks")
@@ -1073,9 +938,11 @@ class Runtime:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(device)
-            torch._dynamo.config.recompile_limit = 64  # two routes, with and without gradient, of three models
+            # Two routes, with and without gradients, for three models: more graphs than the default limit of 8.
+            torch._dynamo.config.recompile_limit = 64
             torch.set_float32_matmul_precision("high")
         if world > 1:
+            # CPU tensors go over gloo and never wait for the GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
         dtypes = {
             "auto": torch.bfloat16 if use_cuda else torch.float32,
@@ -1086,24 +953,25 @@ class Runtime:
         return cls(rank, world, device, Log(log_path, rank != 0), dtypes[cfg.compute_dtype], compiled)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """All-reduce (sum) in place; the tensor itself."""
+        """All-reduce (sum) in place and return the tensor."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def barrier(self) -> None:
         """Wait for every rank."""
+        # An all-reduce ends only when every rank has joined it.
         self.sum_(torch.zeros(1))
 
     def broadcast_from_rank0(self, value: float) -> float:
-        """Rank 0's number on every rank, over the host network: the device is not synchronised."""
+        """Broadcast a float from rank 0 over gloo, without synchronising the GPU."""
         tensor = torch.tensor([value], dtype=torch.float64)
         if self.world > 1:
             dist.broadcast(tensor, 0)
         return tensor.item()
 
     def gather(self, items: dict[str, Any]) -> dict[str, Any]:
-        """The union of every rank's dict, on every rank."""
+        """Merge the dicts of all ranks; every rank gets the union."""
         if self.world == 1:
             return items
         parts: list[Any] = [None] * self.world
@@ -1111,16 +979,17 @@ class Runtime:
         return {key: value for part in parts for key, value in part.items()}
 
     def claim_tickets(self, queue_name: str, length: int) -> Iterator[int]:
-        """Tickets 0 <= i < length of a queue that all ranks take from, through the process group's store."""
+        """Yield the tickets 0 <= i < length that this rank claims; each ticket goes to exactly one rank."""
         if self.world == 1:
             yield from range(length)
             return
+        # The store's counter is atomic, so a rank that finishes early simply claims the next ticket.
         store = dist.distributed_c10d._get_default_store()
         while (ticket := store.add(queue_name, 1) - 1) < length:
             yield ticket
 
     def synchronize(self) -> None:
-        """Wait until the device has done what was launched."""
+        """Wait until the GPU has finished what was launched."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -1131,36 +1000,33 @@ class Runtime:
 
 
 class Clock:
-    """Rank 0's training clock, read as the same number by every rank, without a device sync on every step.
+    """Training time in seconds, the same number on every rank, without a GPU sync at every step.
 
-    Between readings (at most EVERY steps apart, each step near the end) time is extrapolated by the last step time, so
-    schedules, the looping switch and the end fall on the same step everywhere. budget 0: fractions follow steps.
+    Rank 0's clock is read at most EVERY steps apart, and every step near the end; between readings the time of the last
+    step is extrapolated. So schedules, the looping switch and the end fall on the same step everywhere. With
+    budget = 0 the fraction done counts steps.
     """
 
     EVERY = 10
 
     def __init__(self, runtime: Runtime, budget: float, iterations: int) -> None:
         self.runtime, self.budget, self.iterations = runtime, budget, iterations
-        self.started, self.mark_step, self.mark_time, self.step_time, self.next_reading = (
-            0.0,
-            0,
-            0.0,
-            0.0,
-            0,
-        )
+        self.started = 0.0
+        self.mark_step, self.mark_time = 0, 0.0  # the last reading
+        self.step_time, self.next_reading = 0.0, 0
 
     def start(self, elapsed: float = 0.0) -> None:
-        """Start, or go on after a pause, at `elapsed` seconds."""
+        """Start, or resume after a pause, with `elapsed` seconds on the clock."""
         self.runtime.synchronize()
         self.started = time.perf_counter() - elapsed
 
     def read(self) -> float:
-        """Seconds of training so far, after a device sync; rank 0's, on every rank."""
+        """Return rank 0's seconds of training so far, after a GPU sync."""
         self.runtime.synchronize()
         return self.runtime.broadcast_from_rank0(time.perf_counter() - self.started)
 
     def fraction(self, step: int) -> float:
-        """Fraction of the run done when step `step` begins: 1 and more means stop."""
+        """Return the fraction of the run that is done when `step` begins; 1 or more means stop."""
         if self.budget <= 0 or step >= self.iterations:
             return step / self.iterations
         if step >= self.next_reading:
@@ -1168,31 +1034,54 @@ class Clock:
             if step > self.mark_step:
                 self.step_time = (now - self.mark_time) / (step - self.mark_step)
             self.mark_step, self.mark_time = step, now
+            # Read again after half of the steps that still fit, so the last steps are measured one by one.
             left = (self.budget - now) / self.step_time if self.step_time > 0 else 2
             self.next_reading = step + max(1, min(self.EVERY, int(left / 2)))
         return (self.mark_time + (step - self.mark_step) * self.step_time) / self.budget
 
     def expect_change(self) -> None:
-        """Measure again at once: the step time is about to change."""
+        """Read the clock at the next step, because the time of a step is about to change."""
         self.next_reading = 0
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write bytes under a temporary name, then rename: a half-written file never has the final name."""
+    """Write bytes under a temporary name, then rename: the final name never holds half a file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
 def atomic_save(path: Path, value: Any) -> None:
-    """torch.save, atomically."""
+    """torch.save through atomic_write."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     atomic_write(path, buffer.getvalue())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or {} if there is no file. UserError for anything but an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); write it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object; it was not written by this project")
+    return value
+
+
+def load_saved(path: Path) -> Any:
+    """Load what atomic_save wrote onto the CPU. UserError if it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run the stage before (STAGES=train,quantize,eval)")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"{path} is damaged ({reason}); run the stage before again") from None
+
+
 def compiled(runtime: Runtime, function: Callable) -> Callable:
-    """torch.compile of a whole function when the run compiles, else the function; see mark_dynamic for shapes."""
+    """Return the function compiled as one graph if this run compiles, else the function itself; see mark_dynamic."""
     return torch.compile(function, fullgraph=True, dynamic=False) if runtime.compile else function
 
 
@@ -1202,7 +1091,7 @@ def compiled(runtime: Runtime, function: Callable) -> Callable:
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """Tokens of a shard, uint16, memory-mapped. UserError unless header and size are those of the format.
+    """Memory-map the tokens of a shard, (N,) uint16. UserError if the header or the file size is wrong.
 
     Format: 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then the tokens as uint16.
     """
@@ -1216,59 +1105,77 @@ def read_shard(path: str | Path) -> np.ndarray:
             f"{path}: not a shard: magic and version are {header[:2].tolist()}, expected "
             f"[{SHARD_MAGIC}, {SHARD_VERSION}]; prepare the data again"
         )
-    if size != header_bytes + 2 * int(header[2]):
+    count = int(header[2])
+    expected = header_bytes + 2 * count
+    if size != expected:
         raise UserError(
-            f"{path}: {size} bytes, but its header promises {header[2]} tokens = "
-            f"{header_bytes + 2 * int(header[2])} bytes; copy or prepare it again"
+            f"{path}: {size} bytes, but its header promises {count} tokens = {expected} bytes; copy or prepare it again"
         )
-    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(int(header[2]),))
+    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
 def list_shards(folder: str, kind: str) -> list[Path]:
-    """Shards of a kind (train, val, val_bytes) in order; UserError when there are none or a number is missing."""
-    paths = sorted(p for p in Path(folder).glob(f"fineweb_{kind}_*.bin") if p.stem[len(f"fineweb_{kind}_") :].isdigit())
+    """List the shards of a kind (train, val, val_bytes) in order.
+
+    UserError if a number is missing between two shards, or if there is no shard; only val_bytes is optional.
+    """
+    prefix = f"fineweb_{kind}_"
+    # "fineweb_val_*" also finds the byte sidecars, so what follows the prefix must be a number.
+    paths = sorted(p for p in Path(folder).glob(f"{prefix}*.bin") if p.stem.removeprefix(prefix).isdigit())
     if not paths and kind != "val_bytes":
         raise UserError(
-            f"DATA_PATH={folder} has no fineweb_{kind}_*.bin; make shards with data/prepare.py or fetch them "
-            "with data/download.py"
+            f"DATA_PATH={folder} has no {prefix}*.bin; make shards with data/prepare.py or fetch them with "
+            "data/download.py"
         )
-    numbers = [int(p.stem.rsplit("_", 1)[1]) for p in paths]
-    gaps = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers)) if numbers else []
+    numbers = [int(p.stem.removeprefix(prefix)) for p in paths]
+    gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers)) if numbers else []
     if gaps:
-        raise UserError(f"DATA_PATH={folder}: fineweb_{kind}_{gaps[0]:06d}.bin is missing between its neighbours")
+        raise UserError(f"DATA_PATH={folder}: {prefix}{gaps[0]:06d}.bin is missing between its neighbours")
     return paths
 
 
 def segment_bounds(starts: np.ndarray, total: int, cap: int) -> np.ndarray:
-    """Boundaries of attention segments in `total` tokens, int32, from 0 to total.
+    """Return the boundaries of attention segments in `total` tokens, int32, from 0 to total.
 
-    A segment begins at 0, at each of `starts` (document starts) and every `cap` tokens inside a document (0: no cap).
+    A segment begins at 0, at each document start in `starts`, and every `cap` tokens within a document (0: no cap).
     """
     edges = np.unique(np.concatenate(([0], starts, [total])))
     if cap > 0:
-        edges = np.concatenate([np.arange(a, b, cap) for a, b in zip(edges[:-1], edges[1:], strict=True)] + [[total]])
+        # arange starts again at every document, so the cap counts from the document start.
+        documents = zip(edges[:-1], edges[1:], strict=True)
+        parts = [np.arange(a, b, cap) for a, b in documents]
+        edges = np.concatenate([*parts, [total]])
     return edges.astype(np.int32)
 
 
 def pad_bounds(bounds: np.ndarray, multiple: int = 64) -> np.ndarray:
-    """Right-pad with the total to a multiple of entries: few distinct shapes, and zero-length segments do nothing."""
-    return np.pad(bounds, (0, -len(bounds) % multiple), mode="edge")
+    """Right-pad boundaries with their last entry to a multiple of `multiple` entries.
+
+    Compiled code then sees few shapes; the added segments are empty.
+    """
+    missing = -len(bounds) % multiple
+    return np.pad(bounds, (0, missing), mode="edge")
 
 
 class Batch(NamedTuple):
-    """A micro-batch on the host: ids and targets (B, T) int64, cu the padded segment boundaries over B*T or None."""
+    """A micro-batch: ids and targets (B, T) int64; padded segment boundaries over B*T tokens, or None."""
 
     ids: Tensor
     targets: Tensor
     cu_seqlens: Tensor | None
 
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a batch with the function applied to every tensor."""
+        parts = (None if t is None else function(t) for t in self)
+        return Batch(*parts)
+
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; copies from pinned memory do not block."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        """Copy the batch to a device; copies from pinned memory do not block."""
+        return self.apply(lambda t: t.to(device, non_blocking=True))
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
-    """UserError for training tokens of another vocabulary."""
+    """UserError if a token id is outside the vocabulary."""
     if tokens.size and tokens.max() >= vocab_size:
         raise UserError(
             f"{where}: token id {tokens.max()} is outside VOCAB_SIZE={vocab_size}; the shards were made with another "
@@ -1277,16 +1184,17 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
 
 
 class ShardWalker:
-    """A cursor over the training shards, in order, again from the first after the last: no randomness.
+    """Reads the training shards in order, and starts over after the last one. Nothing is random.
 
-    With whole_docs a shard's tokens before its first document and a tail shorter than a request are skipped (the
-    published packing); without, requests run on from one shard into the next.
+    whole_docs=True is the published packing: it skips a shard's tokens before the first document and a tail that is
+    shorter than a request. With False, a request continues in the next shard.
     """
 
     def __init__(self, paths: list[Path], vocab_size: int, whole_docs: bool) -> None:
         self.paths, self.vocab_size, self.whole_docs = paths, vocab_size, whole_docs
         self.index, self.position, self.tokens = -1, 0, np.empty(0, np.uint16)
-        sizes = [len(read_shard(path)) for path in paths]  # reads every header: a bad shard stops no later step
+        # Read every header now, so a bad shard cannot stop the run at a later step.
+        sizes = [len(read_shard(path)) for path in paths]
         if not any(sizes):
             raise UserError(f"{paths[0].parent}: no training shard holds a token; prepare the data again")
 
@@ -1300,13 +1208,14 @@ class ShardWalker:
         self.position = int(starts[0]) if self.whole_docs and len(starts) else 0
 
     def next_tokens(self, count: int) -> np.ndarray:
-        """The next `count` tokens, uint16."""
+        """Return the next `count` tokens, uint16. UserError if whole_docs and no shard holds that many."""
         parts, missing, opened = [], count, 0
         while missing:
             left = len(self.tokens) - self.position
             if left < (missing if self.whole_docs else 1):
                 self.open_next()
                 opened += 1
+                # All shards were opened without an answer: the next round would find nothing either.
                 if opened > len(self.paths) and self.whole_docs:
                     raise UserError(
                         f"{self.paths[0].parent}: no training shard holds the {count} tokens of one step; lower "
@@ -1320,20 +1229,20 @@ class ShardWalker:
 
 
 class ShuffledSequences:
-    """Sequences of `length` + 1 tokens of some pieces of the training text, each once, shuffled; then anew. Published
-    order (PR 1895): every piece gets a random phase and permutation, which is dealt from its end; the next sequence is
-    of a random piece, by how many each has left.
+    """Deals sequences of `length` + 1 tokens from pieces of text: each once in random order, then shuffles again.
+
+    Published order (PR 1895): every piece gets a random phase and a random permutation of its sequences, which is dealt
+    from its end. The next sequence comes from a random piece, weighted by how many sequences each has left.
     """
 
     def __init__(self, pieces: list[np.ndarray], length: int, seed: int) -> None:
-        self.pieces, self.length = [piece for piece in pieces if len(piece) > length], length
-        self.rng, self.starts = (
-            np.random.Generator(np.random.PCG64(seed)),
-            [np.empty(0, np.int64)],
-        )
+        self.length = length
+        self.pieces = [piece for piece in pieces if len(piece) > length]
+        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.starts = [np.empty(0, np.int64)]  # of the sequences that each piece has left
 
     def shuffle(self) -> None:
-        """Draw the starts of every piece's sequences, the next one last."""
+        """Draw every piece's sequence starts; the last one is dealt first."""
         self.starts = []
         for piece in self.pieces:
             phase = int(self.rng.integers(min(self.length, len(piece) - self.length)))
@@ -1341,50 +1250,49 @@ class ShuffledSequences:
             self.starts.append(phase + self.length * self.rng.permutation(count))
 
     def next_sequence(self) -> np.ndarray:
-        """The next sequence, (length + 1,) uint16."""
-        left = np.array([len(starts) for starts in self.starts])
-        if not left.any():
+        """Return the next sequence, (length + 1,) uint16."""
+        if not any(map(len, self.starts)):
             self.shuffle()
-            left = np.array([len(starts) for starts in self.starts])
+        left = np.array([len(starts) for starts in self.starts])
+        # Weighted by what is left, all pieces run out at about the same time.
         i = int(self.rng.choice(len(left), p=left / left.sum()))
         start, self.starts[i] = self.starts[i][-1], self.starts[i][:-1]
         return self.pieces[i][start : start + self.length + 1]
 
 
 def walked_spans(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
-    """Of each step the spans of TRAIN_BATCH_TOKENS/BATCH_SLICES + 1 tokens of some slices, in the order of the text."""
+    """Yield, for each step, the given slices of the text in order: spans of TRAIN_BATCH_TOKENS/BATCH_SLICES + 1."""
     span = cfg.train_batch_tokens // cfg.batch_slices + 1
     walker = ShardWalker(list_shards(cfg.data_path, "train"), cfg.vocab_size, LOADERS[cfg.loader].documents)
     while True:
+        # Every rank reads the whole step and keeps its slices, so all ranks agree on where the next step begins.
         tokens = walker.next_tokens(cfg.batch_slices * span).reshape(cfg.batch_slices, span)
         yield [tokens[j] for j in slices]
 
 
 def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
-    """Of each step the rows (n, TRAIN_SEQ_LEN + 1) of some slices.
+    """Yield, for each step, rows (n, TRAIN_SEQ_LEN + 1) of the given slices.
 
-    Slice j deals the shards j, j + BATCH_SLICES, ... from a deck of its own: with 8 slices it is the published rank j.
-    Shards that are too few for that are cut into equal pieces, each of which ends with the next one's first token.
+    Slice j deals from shards j, j + BATCH_SLICES, ... alone; with 8 slices it is the published rank j. UserError if a
+    slice gets no sequence.
     """
-    length, shards = (
-        cfg.train_seq_len,
-        [read_shard(path) for path in list_shards(cfg.data_path, "train")],
-    )
-    pieces, cuts = [], -(-cfg.batch_slices // len(shards))
+    length, count = cfg.train_seq_len, cfg.batch_slices
+    shards = [read_shard(path) for path in list_shards(cfg.data_path, "train")]
+    # With fewer shards than slices, cut every shard into equal pieces. A piece ends with the first token of the next,
+    # which is the target of its last token.
+    pieces, cuts = [], -(-count // len(shards))
     for shard in shards:
         edges = [(len(shard) - 1) * i // cuts for i in range(cuts + 1)]
         pieces += [shard[max(a, 0) : b + 1] for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    decks = [ShuffledSequences(pieces[j :: cfg.batch_slices], length, j) for j in range(cfg.batch_slices)]
-    if not all(deck.pieces for deck in decks):
+    dealers = [ShuffledSequences(pieces[j::count], length, j) for j in range(count)]
+    if not all(dealer.pieces for dealer in dealers):
         raise UserError(
-            f"DATA_PATH={cfg.data_path}: {len(shards)} training shards do not give each of BATCH_SLICES="
-            f"{cfg.batch_slices} a sequence of TRAIN_SEQ_LEN={length}; lower one of these, or prepare more text"
+            f"DATA_PATH={cfg.data_path}: {len(shards)} training shards do not give each of BATCH_SLICES={count} a "
+            f"sequence of TRAIN_SEQ_LEN={length}; lower one of these, or prepare more text"
         )
+    rows = range(cfg.train_batch_tokens // count // length)
     while True:
-        batches = [
-            np.stack([deck.next_sequence() for _ in range(cfg.train_batch_tokens // cfg.batch_slices // length)])
-            for deck in (decks[j] for j in slices)
-        ]
+        batches = [np.stack([dealers[j].next_sequence() for _ in rows]) for j in slices]
         check_ids(np.concatenate(batches), cfg.vocab_size, f"DATA_PATH={cfg.data_path}")
         yield batches
 
@@ -1392,29 +1300,30 @@ def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
 def rows_batch(rows: np.ndarray, seq_len: int) -> Batch:
     """Rows of seq_len + 1 tokens as they are; attention runs across documents."""
     tokens = torch.from_numpy(rows.astype(np.int64))
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+    ids, targets = tokens[:, :-1], tokens[:, 1:]
+    return Batch(ids.contiguous(), targets.contiguous(), None)
 
 
 def packed_docs_batch(span: np.ndarray, seq_len: int) -> Batch:
-    """One row of all tokens; attention stays inside documents, and inside pieces of seq_len of a document."""
-    ids = span[:-1]
-    bounds = segment_bounds(np.flatnonzero(ids == BOS_ID), len(ids), seq_len)
-    return Batch(as_row(ids), as_row(span[1:]), torch.from_numpy(pad_bounds(bounds)))
+    """One row of all tokens; attention stays inside a document and inside pieces of seq_len tokens."""
+    starts = np.flatnonzero(span[:-1] == BOS_ID)
+    bounds = segment_bounds(starts, len(span) - 1, seq_len)
+    row = rows_batch(span[None], seq_len)
+    return row._replace(cu_seqlens=torch.from_numpy(pad_bounds(bounds)))
 
 
 def stream_batch(span: np.ndarray, seq_len: int) -> Batch:
     """Contiguous rows of seq_len tokens; attention runs across documents."""
-    return Batch(as_row(span[:-1]).view(-1, seq_len), as_row(span[1:]).view(-1, seq_len), None)
-
-
-def as_row(tokens: np.ndarray) -> Tensor:
-    """uint16 (N,) -> int64 (1, N)."""
-    return torch.from_numpy(tokens.astype(np.int64))[None]
+    row = rows_batch(span[None], seq_len)
+    return row.apply(lambda t: t.view(-1, seq_len))
 
 
 class Loader(NamedTuple):
-    """A way to cut the training text: each step's tokens of some slices, a micro-batch of those of one slice, and
-    whether documents bound attention."""
+    """A way to cut the training text.
+
+    tokens yields each step's tokens for some slices; batch makes the micro-batch of one slice; documents says whether
+    attention stops at document borders.
+    """
 
     tokens: Callable[[Config, range], Iterator[list[np.ndarray]]]
     batch: Callable[[np.ndarray, int], Batch]
@@ -1429,38 +1338,27 @@ LOADERS = {
 
 
 def train_batches(cfg: Config, runtime: Runtime) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each optimiser step, for ever, prepared two steps ahead by a thread.
-
-    A step has BATCH_SLICES slices; slice j goes to rank j mod world, so that every world size sees the same tokens per
-    step in the same order.
-    """
+    """Yield this rank's micro-batches for each optimiser step, without end; a thread prepares two steps ahead."""
+    # Slice j goes to rank j mod world, so every world size sees the same tokens per step.
     loader, mine = LOADERS[cfg.loader], range(runtime.rank, cfg.batch_slices, runtime.world)
 
     def steps() -> Iterator[list[Batch]]:
         for parts in loader.tokens(cfg, mine):
             batches = [loader.batch(tokens, cfg.train_seq_len) for tokens in parts]
-            yield [pin(b) for b in batches] if runtime.device.type == "cuda" else batches
+            yield [b.apply(Tensor.pin_memory) for b in batches] if runtime.device.type == "cuda" else batches
 
     return prefetch(steps(), depth=2)
 
 
-def pin(batch: Batch) -> Batch:
-    """The batch in page-locked memory."""
-    return Batch(*(None if t is None else t.pin_memory() for t in batch))
-
-
 def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
-    """Items of an endless source, made by a daemon thread; its exception is raised at the consumer.
-
-    The thread has ended when the consumer's generator is closed: left alone, it may be inside torch when the program
-    exits, which aborts.
-    """
+    """Yield the items of an endless iterator, made ahead by a daemon thread; its exceptions are raised here."""
     ready: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()
 
     def put(item: Any) -> None:
         while not stop.is_set():
             try:
+                # The timeout lets the thread notice `stop` while the queue is full.
                 return ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
@@ -1469,7 +1367,7 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
         try:
             while not stop.is_set():
                 put(next(source))
-        except Exception as error:  # whatever it is: a consumer must not wait for ever
+        except Exception as error:  # any kind: the consumer must not wait for ever
             put(error)
 
     worker = threading.Thread(target=work, daemon=True)
@@ -1481,38 +1379,46 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
                 raise item
             yield item
     finally:
+        # Join: a thread that is still inside torch when the program exits aborts the process.
         stop.set()
         worker.join()
 
 
 def calibration_rows(cfg: Config, index: int) -> np.ndarray:
-    """Calibration batch `index`: random training windows, (rows, TRAIN_SEQ_LEN) int64, whatever the world."""
+    """Return calibration batch `index`: random training windows, (rows, TRAIN_SEQ_LEN) int64, for any world size."""
+    # Seeded by the index alone, so the rows do not depend on which rank draws them.
     rng = np.random.Generator(np.random.PCG64(index))
     shards = [read_shard(path) for path in list_shards(cfg.data_path, "train")]
-    room = np.array([max(0, len(s) - cfg.train_seq_len) for s in shards], dtype=np.float64)
+    length = cfg.train_seq_len
+    room = np.array([max(0, len(s) - length) for s in shards], dtype=np.float64)
     if not room.any():
-        raise UserError(f"DATA_PATH={cfg.data_path}: no training shard holds TRAIN_SEQ_LEN={cfg.train_seq_len} tokens")
-    rows = cfg.train_batch_tokens // cfg.batch_slices // cfg.train_seq_len
+        raise UserError(f"DATA_PATH={cfg.data_path}: no training shard holds TRAIN_SEQ_LEN={length} tokens")
+    rows = cfg.train_batch_tokens // cfg.batch_slices // length
+    # A shard is picked in proportion to its possible windows, so every window is equally likely.
     picks = rng.choice(len(shards), size=rows, p=room / room.sum())
     starts = [int(rng.integers(0, int(room[i]))) for i in picks]
-    return np.stack([shards[i][s : s + cfg.train_seq_len] for i, s in zip(picks, starts, strict=True)]).astype(np.int64)
+    windows = [shards[i][s : s + length] for i, s in zip(picks, starts, strict=True)]
+    return np.stack(windows).astype(np.int64)
 
 
 class ByteTable(NamedTuple):
-    """Bytes that a token stands for, by id: own bytes, a leading space, and whether nothing precedes (control ids)."""
+    """What each token id adds to the text, by id (V,): its bytes without a leading space (int32), whether it has a
+    leading space, and whether it is a boundary (a control id)."""
 
     bytes: np.ndarray
     space: np.ndarray
     boundary: np.ndarray
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes credited to each token as a target, int32; a leading space counts unless a control id precedes."""
-        previous_is_boundary = np.concatenate(([True], self.boundary[tokens[:-1]]))
-        return self.bytes[tokens] + (self.space[tokens] & ~previous_is_boundary)
+        """Return the bytes credited to each token of a stream as a target, int32."""
+        # The decoder drops a leading space at the start of a text, so it counts only if no control id precedes it.
+        after_boundary = np.concatenate(([True], self.boundary[tokens[:-1]]))
+        spaces = self.space[tokens] & ~after_boundary
+        return self.bytes[tokens] + spaces
 
 
 def find_tokenizer(cfg: Config) -> Path | None:
-    """The SentencePiece model of a run, or None when DATA_PATH holds none; UserError when ambiguous or missing."""
+    """Return TOKENIZER_PATH, or the only *.model in DATA_PATH, or None. UserError if missing or ambiguous."""
     if cfg.tokenizer_path:
         if not Path(cfg.tokenizer_path).is_file():
             raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file")
@@ -1524,86 +1430,88 @@ def find_tokenizer(cfg: Config) -> Path | None:
 
 
 def byte_table(path: Path, vocab_size: int) -> ByteTable:
-    """Byte counts by id of a SentencePiece model: UTF-8 length without the leading U+2581, 1 for byte pieces, 0 for
-    control, unknown and unused ids (which are boundaries). UserError when the vocabulary is another one."""
+    """Count the bytes of every id of a SentencePiece model. UserError if its vocabulary has another size."""
     try:
         processor = spm.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: not a SentencePiece model ({error})") from None
     if processor.vocab_size() != vocab_size:
         raise UserError(f"{path}: the tokenizer has {processor.vocab_size()} pieces, VOCAB_SIZE={vocab_size}")
+    # Without this piece a single space would become <unk>, and its byte would be lost.
     if processor.piece_to_id("\u2581") == processor.unk_id():
         raise UserError(f"{path}: the tokenizer has no bare U+2581 piece, so bytes cannot be counted")
-    size = np.zeros(vocab_size, np.int32)
-    space, boundary = np.zeros(vocab_size, bool), np.zeros(vocab_size, bool)
+    table = ByteTable(np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool), np.zeros(vocab_size, bool))
     for i in range(vocab_size):
         if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
-            boundary[i] = True
+            table.boundary[i] = True
         elif processor.is_byte(i):
-            size[i] = 1
+            table.bytes[i] = 1
         else:
+            # U+2581 stands for a space.
             piece = processor.id_to_piece(i)
-            space[i] = piece.startswith("\u2581")
-            size[i] = len(piece.removeprefix("\u2581").encode("utf-8"))
-    return ByteTable(size, space, boundary)
+            table.space[i] = piece.startswith("\u2581")
+            table.bytes[i] = len(piece.removeprefix("\u2581").encode("utf-8"))
+    return table
 
 
 class ValData(NamedTuple):
-    """The validation stream: tokens (N,) int64, and the bytes credited to each as a target (N,) int32."""
+    """The validation stream: tokens (N,) int64, and the bytes credited to each token as a target, (N,) int32."""
 
     tokens: np.ndarray
     bytes: np.ndarray
 
 
 def load_val(cfg: Config) -> ValData:
-    """Validation tokens with their bytes from the sidecar where there is one, else from the tokenizer.
+    """Load the validation tokens and their bytes: from the byte sidecar if there is one, else from the tokenizer.
 
-    Cut to a multiple of EVAL_SEQ_LEN targets (the canonical count) unless EVAL_INCLUDE_TAIL.
+    The stream is cut to a multiple of EVAL_SEQ_LEN targets, the canonical count, unless EVAL_INCLUDE_TAIL is set.
+    UserError if the stream is too short, or if shards, sidecars, tokenizer and VOCAB_SIZE do not fit together.
     """
-    shards, sidecars = (
-        list_shards(cfg.data_path, "val"),
-        list_shards(cfg.data_path, "val_bytes"),
-    )
+    where = f"DATA_PATH={cfg.data_path}"
+    shards, sidecars = list_shards(cfg.data_path, "val"), list_shards(cfg.data_path, "val_bytes")
     tokens = np.concatenate([read_shard(path) for path in shards]).astype(np.int64)
-    count = len(tokens) - 1 if cfg.eval_include_tail else (len(tokens) - 1) // cfg.eval_seq_len * cfg.eval_seq_len
+    count = len(tokens) - 1
+    if not cfg.eval_include_tail:
+        count -= count % cfg.eval_seq_len
     if count < 1:
         raise UserError(
-            f"DATA_PATH={cfg.data_path}: {len(tokens)} validation tokens are fewer than "
-            f"EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower EVAL_SEQ_LEN or prepare more --val-docs"
+            f"{where}: {len(tokens)} validation tokens are fewer than EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower "
+            "EVAL_SEQ_LEN or prepare more --val-docs"
         )
-    if tokens.max() >= cfg.vocab_size:
-        raise UserError(
-            f"DATA_PATH={cfg.data_path}: validation token id {tokens.max()} is outside "
-            f"VOCAB_SIZE={cfg.vocab_size}; the shards were made with another tokenizer"
-        )
+    check_ids(tokens, cfg.vocab_size, where)
+    # The tokenizer is checked against VOCAB_SIZE even where the sidecar has the bytes.
     tokenizer = find_tokenizer(cfg)
     table = byte_table(tokenizer, cfg.vocab_size) if tokenizer else None
     if sidecars:
-        sizes = [(len(read_shard(a)), len(read_shard(b))) for a, b in zip(shards, sidecars, strict=False)]
-        if len(shards) != len(sidecars) or any(a != b for a, b in sizes):
-            raise UserError(f"DATA_PATH={cfg.data_path}: the byte sidecars do not match the validation shards")
-        counted = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int32)
+        parts = [read_shard(path) for path in sidecars]
+        if list(map(len, parts)) != [len(read_shard(path)) for path in shards]:
+            raise UserError(f"{where}: the byte sidecars do not match the validation shards")
+        counted = np.concatenate(parts).astype(np.int32)
     elif table is not None:
         counted = table.count(tokens)
     else:
-        raise UserError(f"DATA_PATH={cfg.data_path} has neither a *.model nor a byte sidecar; set TOKENIZER_PATH")
+        raise UserError(f"{where} has neither a *.model nor a byte sidecar; set TOKENIZER_PATH")
     return ValData(tokens[: count + 1], counted[: count + 1])
 
 
 def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
-    """(start, length) of each document of a stream; the length includes the next document's BOS, the last target."""
+    """Return (start, length) of each document. The length includes the next document's BOS, which is a target too."""
     starts = np.flatnonzero(tokens == BOS_ID)
     if not len(starts):
         raise UserError("the validation stream has no document start (BOS); EVAL=doc_lora needs documents")
-    starts[0] = 0  # tokens before the first BOS belong to the first document: every target is scored
+    starts[0] = 0  # tokens before the first BOS join the first document, so every target is scored
+    # + 1: the last token of a document predicts the BOS of the next one.
     ends = np.append(starts[1:] + 1, len(tokens))
     return [(int(s), int(e - s)) for s, e in zip(starts, ends, strict=True)]
 
 
 def row_bounds(ids: np.ndarray) -> Tensor:
-    """Padded segment boundaries of rows (B, T): every row start and every document start, over B*T flattened tokens."""
-    starts = np.union1d(np.flatnonzero(ids.reshape(-1) == BOS_ID), np.arange(0, ids.size, ids.shape[1]))
-    return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, 0)))
+    """Return padded segment boundaries for rows (B, T) as B*T flat tokens: every row start and document start."""
+    documents = np.flatnonzero(ids.reshape(-1) == BOS_ID)
+    rows = np.arange(0, ids.size, ids.shape[1])
+    # The union counts a document start at a row start once; twice would make an empty segment.
+    bounds = segment_bounds(np.union1d(documents, rows), ids.size, 0)
+    return torch.from_numpy(pad_bounds(bounds))
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1612,13 +1520,23 @@ def row_bounds(ids: np.ndarray) -> Tensor:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """At least float32: norms, softmax and losses are never computed in half precision."""
+    """x in float32, or as it is in float64: norms, softmax and losses never run in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dim, no weight; computed wide, returned in x's dtype (no autocast)."""
-    return F.rms_norm(at_least_fp32(x), (x.size(-1),), eps=RMS_EPS).to(x.dtype)
+    """x / sqrt(mean(x^2) + eps) over the last dim, without a weight; computed in at least float32, returned as x."""
+    y = F.rms_norm(at_least_fp32(x), (x.size(-1),), eps=RMS_EPS)
+    return y.to(x.dtype)
+
+
+def rotary_frequencies(
+    dims: int,
+    base: float,
+    device: torch.device,
+) -> Tensor:
+    """(dims/2) float32: radians per token of each rotated pair (RoPE, Su et al. 2021)."""
+    return 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
 
 
 def rotary_tables(
@@ -1628,11 +1546,12 @@ def rotary_tables(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, dims/2), float32, of RoPE (Su et al. 2021); pairs are dims (m, m + dims/2). Frequencies,
-    positions, angles and results are rounded to dtype."""
-    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
+    """cos and sin (length, dims/2) of positions 0..length-1, float32; pairs are dims (m, m + dims/2).
+
+    Frequencies, positions, angles and results are rounded to `dtype`.
+    """
     position = torch.arange(length, dtype=torch.float32, device=device).to(dtype)
-    angle = position[:, None] * frequency.to(dtype)
+    angle = position[:, None] * rotary_frequencies(dims, base, device).to(dtype)
     return angle.cos().float(), angle.sin().float()
 
 
@@ -1642,23 +1561,38 @@ ROTARIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # values of ROPE_
 }
 
 
-def rotary_at(at: Tensor, dims: int, base: float, trained: int) -> tuple[Tensor, Tensor]:
-    """The rows of rotary_tables at positions (B, T), float32 (B, T, dims/2). From position `trained` on the angles are
-    float64: whatever a model has seen is as it saw it, and far positions do not lose the fraction of their angle."""
-    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=at.device) / max(dims, 1))
+def rotary_at(
+    at: Tensor,
+    dims: int,
+    base: float,
+    trained: int,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, T, dims/2), float32, of positions `at` (B, T). Positions below `trained` give the very rows of
+    rotary_tables; beyond, angles are float64, because a large float32 angle loses its fraction."""
+    frequency = rotary_frequencies(dims, base, at.device)
     near, far = (at.to(f.dtype).unsqueeze(-1) * f for f in (frequency, frequency.double()))
     inside = (at < trained).unsqueeze(-1)
-    return torch.where(inside, near.cos(), far.cos().float()), torch.where(inside, near.sin(), far.sin().float())
+    cos = torch.where(inside, near.cos(), far.cos().float())
+    return cos, torch.where(inside, near.sin(), far.sin().float())
 
 
-def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
-    """The rotary base of contexts of `span` tokens: over a reference length (0: none) it grows so that the lowest
-    frequency turns as far as at the reference (NTK-aware scaling, bloc97 2023)."""
+def stretched_base(
+    base: float,
+    dims: int,
+    span: int,
+    reference: int,
+) -> float:
+    """The rotary base for contexts of `span` tokens. Past a reference length (0: never) it grows, so that the lowest
+    frequency turns no further than at the reference (NTK-aware scaling, bloc97 2023)."""
     return base * (span / reference) ** (dims / (dims - 2)) if 0 < reference < span else base
 
 
-def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.size(-1) dims of each head, by tables of (T) or (B, T); the rest passes through."""
+def rotate(
+    x_BTHd: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """Rotate the first 2 * cos.size(-1) dims of each head by tables of (T) or (B, T) rows; the rest passes through."""
     half = cos.size(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     a, b, rest = x_BTHd.split([half, half, x_BTHd.size(-1) - 2 * half], dim=-1)
@@ -1666,28 +1600,27 @@ def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x_BTHd.dtype), rest], dim=-1)
 
 
-def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
-    """XSA: each head's output without its component along the token's own value (of its key/value group)."""
-    B, T, H, d = y_BTHd.shape
-    K = v_BTKd.size(2)
+def remove_self_value(
+    y_BTHd: Tensor,
+    v_BTKd: Tensor,
+) -> Tensor:
+    """XSA: remove from each head's output its component along the token's own value (that of its key/value head)."""
     own = F.normalize(at_least_fp32(v_BTKd), dim=-1, eps=1e-12).unsqueeze(3)
-    y = at_least_fp32(y_BTHd).view(B, T, K, H // K, d)
-    return (y - (y * own).sum(-1, keepdim=True) * own).view(B, T, H, d).to(y_BTHd.dtype)
+    y = at_least_fp32(y_BTHd).unflatten(2, (v_BTKd.size(2), -1))  # (B, T, K, H/K, d)
+    y = y - (y * own).sum(-1, keepdim=True) * own
+    return y.flatten(2, 3).to(y_BTHd.dtype)
 
 
 class AttnMeta(NamedTuple):
-    """What a batch's attention sees: segment boundaries over the flattened B*T tokens (or None), the longest segment,
-    rotary cos and sin (T, rope_dims/2) float32, the masked twin's mask (see segment_mask) or None, for recurrent mixers
-    where (B, T) their state is reset, beside row starts, and for rows that continue a document, the cache of its
-    earlier keys and values."""
+    """What the mixers need to know about a batch besides its activations."""
 
-    cu_seqlens: Tensor | None
-    max_len: int
-    cos: Tensor
+    cu_seqlens: Tensor | None  # segment boundaries over the flattened B*T tokens; None: each row is one segment
+    max_len: int  # the longest segment
+    cos: Tensor  # rotary tables, float32: (T, rope_dims/2), or (B, T, rope_dims/2)
     sin: Tensor
-    mask: Tensor | None
-    starts: Tensor | None = None
-    kv_cache: KVCache | None = None
+    mask: Tensor | None  # segment_mask, for masked_attention
+    starts: Tensor | None = None  # (B, T) bool, for recurrent mixers: tokens before which the state is cleared
+    kv_cache: KVCache | None = None  # keys and values of the documents' earlier parts
 
     def at(self, execution: int) -> AttnMeta:
         """The meta of one execution: its cache is that execution's."""
@@ -1698,57 +1631,80 @@ Attend = Callable[[Tensor, Tensor, Tensor, AttnMeta, Tensor | None], Tensor]
 
 
 def segments(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Number, from 1, of the segment that each of `total` tokens lies in."""
-    return torch.searchsorted(
-        cu_seqlens,
-        torch.arange(total, device=cu_seqlens.device).to(cu_seqlens.dtype),
-        right=True,
-    )
+    """The segment, numbered from 1, of each of `total` tokens."""
+    token = torch.arange(total, device=cu_seqlens.device).to(cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, token, right=True)
 
 
-def segment_mask(cu_seqlens: Tensor, total: int, band: int) -> Tensor:
+def segment_mask(
+    cu_seqlens: Tensor,
+    total: int,
+    band: int,
+) -> Tensor:
     """(total/band, 1, band, width) bool: a query sees the keys of its own segment up to itself.
 
     No segment is longer than `band`, so a block of `band` queries needs its own keys and those of the block before:
     width is 2 * band, or band when there is one block.
     """
+    width, before = (2 * band, band) if total > band else (band, 0)
     query = torch.arange(total, device=cu_seqlens.device).view(-1, band, 1)
-    first = query[:, :1] - (band if total > band else 0)
-    key = first + torch.arange(2 * band if total > band else band, device=cu_seqlens.device)
+    key = query[:, :1] - before + torch.arange(width, device=cu_seqlens.device)
     segment = segments(cu_seqlens, total)
     same = segment[query] == segment[key.clamp_min(0)]
     return (same & (key <= query) & (key >= 0)).unsqueeze(1)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-    """Exact causal attention with a mask, on any device: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d).
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+) -> Tensor:
+    """SDPA of q (B, T, H, d), k and v (B, keys, K, d) under a mask (B, 1, T, keys); without one, causal in each row."""
+    if sink is not None:
+        k = torch.cat([sink.to(k.dtype).expand(k.size(0), 1, -1, -1), k], dim=1)
+        v = F.pad(v, (0, 0, 0, 0, 1, 0))
+        if mask is None:
+            mask = q.new_ones(q.size(1), k.size(1), dtype=torch.bool).tril(1)
+        else:
+            mask = F.pad(mask, (1, 0), value=True)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meta: AttnMeta,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Causal attention inside each row. Shapes as masked_attention."""
+    return exact_attention(q, k, v, None, sink)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meta: AttnMeta,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Exact causal attention on any device, by meta.mask: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d).
 
     A sink (K, d) is one more key, with value 0, that every query sees: y sigmoid(logsumexp(logits) - its logit).
     """
     if meta.mask is None:
         return causal_attention(q, k, v, meta, sink)
     blocks, _, band, width = meta.mask.shape
-    flat_q, flat_k, flat_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
-    if width > band:
-        flat_k, flat_v = (torch.cat([F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), t], dim=1) for t in (flat_k, flat_v))
-    return exact_attention(flat_q, flat_k, flat_v, meta.mask, sink).reshape(q.shape)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-    """Causal attention inside each row, by SDPA. Shapes as masked_attention."""
-    return exact_attention(q, k, v, None, sink)
-
-
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> Tensor:
-    """Attention by SDPA where a mask (B, 1, T, keys) allows it; without one, causal inside each row."""
-    if sink is not None:
-        k = torch.cat([sink.to(k.dtype).expand(len(k), 1, -1, -1), k], dim=1)
-        v = F.pad(v, (0, 0, 0, 0, 1, 0))
-        seen = q.new_ones(q.size(1), k.size(1), dtype=torch.bool).tril(1) if mask is None else mask
-        mask = seen if mask is None else F.pad(mask, (1, 0), value=True)
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return y.transpose(1, 2)
+    block_q, block_k, block_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
+    if width > band:  # each block also sees the block before it; the first sees padding, which the mask hides
+        before_k, before_v = (F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)) for t in (block_k, block_v))
+        block_k = torch.cat([before_k, block_k], dim=1)
+        block_v = torch.cat([before_v, block_v], dim=1)
+    return exact_attention(block_q, block_k, block_v, meta.mask, sink).reshape(q.shape)
 
 
 class KVCache(NamedTuple):
@@ -1783,50 +1739,53 @@ class KVCache(NamedTuple):
         return y.view(rows.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
+# torch 2.11 has varlen_attn, but only 2.13 lets it share a key/value head among query heads
 VARLEN_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def with_sink(k: Tensor, v: Tensor, cu_seqlens: Tensor, sink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k and v (N, K, d) of segments, each with the sink's key and value 0 in front, and the boundaries among them.
+def with_sink(
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    sink: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k and v (N, K, d) with a sink key, of value 0, in front of each segment, and the boundaries that result.
 
-    torch's varlen attention returns a log-sum-exp but no gradient through it, so the sink is a key here.
+    The sink has to be a key: varlen_attn returns a log-sum-exp, but no gradient flows through it.
     """
-    place = torch.arange(len(k), device=k.device) + segments(cu_seqlens, len(k))
-    keys = sink.to(k.dtype).repeat(len(k) + len(cu_seqlens) - 1, 1, 1).index_copy(0, place, k)
-    return (
-        keys,
-        torch.zeros_like(keys).index_copy(0, place, v),
-        cu_seqlens + torch.arange(len(cu_seqlens), device=k.device).to(cu_seqlens.dtype),
-    )
+    place = torch.arange(k.size(0), device=k.device) + segments(cu_seqlens, k.size(0))
+    total = k.size(0) + cu_seqlens.size(0) - 1
+    keys = sink.to(k.dtype).repeat(total, 1, 1).index_copy(0, place, k)
+    values = torch.zeros_like(keys).index_copy(0, place, v)
+    shift = torch.arange(cu_seqlens.size(0), device=k.device).to(cu_seqlens.dtype)
+    return keys, values, cu_seqlens + shift
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-    """Flash attention over segments (varlen), or over rows when there are none. Shapes as masked_attention; with more
-    keys than queries, causality counts from the segments' ends."""
+    """Flash attention over segments, or over rows without any. Shapes as masked_attention; where a segment has more
+    keys than queries, causality is aligned to its end."""
     cu_seqlens, longest = meta.cu_seqlens, meta.max_len
     if cu_seqlens is None and sink is None:
         return causal_attention(q, k, v, meta)
     if cu_seqlens is None:
-        cu_seqlens, longest = (
-            torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.size(1),
-            q.size(1),
-        )
+        longest = q.size(1)
+        cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * longest
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
-    cu_k = cu_seqlens
+    cu_k, longest_k = cu_seqlens, longest
     if sink is not None:
         flat_k, flat_v, cu_k = with_sink(flat_k, flat_v, cu_seqlens, sink)
-    options: dict[str, Any] = {"window_size": (-1, 0)}
+        longest_k += 1
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # any earlier key, no later one
     if VARLEN_HAS_GQA:
         options["enable_gqa"] = True
     else:
-        groups = q.size(2) // k.size(2)
-        flat_k, flat_v = (t.repeat_interleave(groups, dim=1) for t in (flat_k, flat_v))
-    longest_k = longest if sink is None else longest + 1
-    return varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, longest, longest_k, **options).view_as(q)
+        flat_k, flat_v = (t.repeat_interleave(q.size(2) // k.size(2), dim=1) for t in (flat_k, flat_v))
+    y = varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, longest, longest_k, **options)
+    return y.view_as(q)
 
 
 def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
-    """The attention backend of a run, chosen once and logged; UserError when the asked-for one is not installed."""
+    """Choose and log the attention backend of a run. UserError: the one that ATTENTION names cannot run here."""
     wanted = cfg.attention
     half = runtime.device.type == "cuda" and runtime.dtype == torch.bfloat16
     if wanted == "masked" or (wanted == "auto" and not half):
@@ -1834,24 +1793,22 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
         return masked_attention
     if varlen_attn is None or not half:
         raise UserError(
-            f"ATTENTION={wanted} needs a GPU, COMPUTE_DTYPE=bf16 and torch >= 2.11; or say ATTENTION=masked"
+            f"ATTENTION={wanted} needs a GPU, COMPUTE_DTYPE=bf16 and torch >= 2.11; set ATTENTION=auto or masked"
         )
-    for name in ("fa3", "fa4") if wanted == "auto" else (wanted,):  # FA3 is made for the contest's GPU
-        if name == "fa2":
-            break
+    # FA3 is made for the contest's GPU, so it comes first
+    for name in {"auto": ("fa3", "fa4"), "fa2": ()}.get(wanted, (wanted,)):
         try:
             if activate_flash_attention_impl is None:
-                raise ImportError("this torch cannot activate other flash attentions")
+                raise ImportError("this torch cannot activate another flash attention")
             activate_flash_attention_impl(name.upper())
-            runtime.log(f"attention: {name} through torch.nn.attention")
-            return flash_attention
         except (ImportError, RuntimeError, ValueError) as error:
             if wanted != "auto":
-                raise UserError(f"ATTENTION={wanted} is not usable here: {error}") from None
-            runtime.log(
-                f"attention: {name} is not usable here ({str(error).splitlines()[0][:100]})",
-                to_file_only=True,
-            )
+                raise UserError(f"ATTENTION={wanted} cannot run here: {error}; set ATTENTION=auto") from None
+            reason = str(error).splitlines()[0][:100]
+            runtime.log(f"attention: {name} cannot run here ({reason})", to_file_only=True)
+        else:
+            runtime.log(f"attention: {name} through torch.nn.attention")
+            return flash_attention
     runtime.log("attention: fa2, built into torch")
     return flash_attention
 
@@ -1861,7 +1818,10 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-kernel = triton.jit if triton is not None else lambda function: function  # without triton they are never called
+kernel = triton.jit if triton is not None else lambda function: function  # without Triton nothing calls them
+
+CE_BLOCK = 1024  # columns of a row of logits at a time
+MLP_TILE = (128, 256, 64)  # rows, columns and depth of a matmul tile
 
 
 @kernel
@@ -1874,13 +1834,12 @@ def softcap_ce_kernel(
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """loss and log-sum-exp of one row of logits z (N, vocab); every lane keeps its own running peak and sum.
-
-    y = 2c sigmoid(2z/c) is c tanh(z/c) + c, and the shift cancels. y > 0, so that 0 is a safe first peak.
-    """
+    """Loss and log-sum-exp of one row of logits z (N, vocab)."""
     row = tl.program_id(0).to(tl.int64)
     z += row * vocab
     lanes = tl.arange(0, BLOCK)
+    # Online softmax: each lane keeps its own running maximum and sum, and they meet at the end.
+    # y = 2c sigmoid(2z/c) is c tanh(z/c) + c; the shift cancels, and as y > 0, 0 is a safe first maximum.
     peak, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         inside = start + lanes < vocab
@@ -1907,8 +1866,9 @@ def softcap_ce_back_kernel(
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """dz = g (p - [column is the target]) 4 s (1 - s) of a block of one row, s = sigmoid(2z/c), p = exp(2cs - lse)."""
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """dz = g (p - [column is the target]) 4 s (1 - s) of one block of a row; s = sigmoid(2z/c), p = exp(2cs - lse)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, place = column < vocab, row * vocab + column
     s = tl.sigmoid(2 * tl.load(z + place, mask=inside, other=0.0).to(tl.float32) / softcap)
     p = tl.exp(2 * softcap * s - tl.load(lse + row))
@@ -1919,217 +1879,138 @@ def softcap_ce_back_kernel(
 
 @kernel
 def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Left and right half of the columns: a whole float32 tile at once would not leave room to store it."""
-    split = tl.reshape(tile_RC, (tile_RC.shape[0], 2, tile_RC.shape[1] // 2))
+    """Left and right half of the columns: storing a whole float32 tile at once would need too much shared memory."""
+    R: tl.constexpr = tile_RC.shape[0]
+    C: tl.constexpr = tile_RC.shape[1]
+    split = tl.reshape(tile_RC, (R, 2, C // 2))
     return tl.split(tl.permute(split, (0, 2, 1)))
 
 
 @kernel
 def leaky_square_kernel(
-    m: tl.tensor_descriptor,
-    up: tl.tensor_descriptor,
+    x: tl.tensor_descriptor,
+    w: tl.tensor_descriptor,
     pre: tl.tensor_descriptor,
-    post: tl.tensor_descriptor,
+    out: tl.tensor_descriptor,
     SLOPE: tl.constexpr,
+    BACK: tl.constexpr,
 ) -> None:
-    """pre = m up^T and post = LeakyReLU(pre, SLOPE)^2 of the rounded pre; programs take tiles in turn, row by row.
+    """Forward: pre = x w^T and out = f(pre), f = LeakyReLU(., SLOPE)^2, of the rounded pre. Back: out = (x w) f'(pre).
 
-    Tile sizes are the descriptors' blocks: m (rows, depth), up (columns, depth), pre and post (rows, columns / 2).
+    The descriptors' blocks set the tile: x (rows, depth), w (columns, depth), or back (depth, columns), pre and out
+    (rows, columns / 2).
     """
-    R: tl.constexpr = m.block_shape[0]
-    K: tl.constexpr = m.block_shape[1]
-    C: tl.constexpr = up.block_shape[0]
-    across = tl.cdiv(up.shape[0], C)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(m.shape[0], R) * across, tl.num_programs(0)):
-        row, column = tile // across * R, tile % across * C
-        total = tl.zeros((R, C), tl.float32)
-        for k in tl.range(0, m.shape[1], K):
-            total = tl.dot(m.load([row, k]), up.load([column, k]).T, total)
+    R: tl.constexpr = x.block_shape[0]
+    K: tl.constexpr = x.block_shape[1]
+    HALF: tl.constexpr = pre.block_shape[1]
+    across = tl.cdiv(pre.shape[1], 2 * HALF)
+    # persistent programs: each takes every num_programs-th tile, row by row
+    for tile in tl.range(tl.program_id(0), tl.cdiv(x.shape[0], R) * across, tl.num_programs(0)):
+        row, column = tile // across * R, tile % across * (2 * HALF)
+        total = tl.zeros((R, 2 * HALF), tl.float32)
+        for k in tl.range(0, x.shape[1], K):
+            if BACK:
+                total = tl.dot(x.load([row, k]), w.load([k, column]), total)
+            else:
+                total = tl.dot(x.load([row, k]), w.load([column, k]).T, total)
         for half in tl.static_range(2):
-            z = halves(total)[half].to(pre.dtype)
-            pre.store([row, column + half * (C // 2)], z)
-            a = z.to(tl.float32)
-            a = tl.where(a > 0, a, SLOPE * a)
-            post.store([row, column + half * (C // 2)], (a * a).to(post.dtype))
+            y = halves(total)[half]
+            if BACK:
+                z = pre.load([row, column + half * HALF]).to(tl.float32)
+                y = y * tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
+            else:
+                z = y.to(pre.dtype)
+                pre.store([row, column + half * HALF], z)
+                a = z.to(tl.float32)
+                a = tl.where(a > 0, a, SLOPE * a)
+                y = a * a
+            out.store([row, column + half * HALF], y.to(out.dtype))
 
 
-@kernel
-def leaky_square_back_kernel(
-    g: tl.tensor_descriptor,
-    down: tl.tensor_descriptor,
-    pre: tl.tensor_descriptor,
-    dpre: tl.tensor_descriptor,
-    SLOPE: tl.constexpr,
-) -> None:
-    """dpre = (g down) d(LeakyReLU(pre, SLOPE)^2)/dpre; tiles as before, but down is (depth, columns)."""
-    R: tl.constexpr = g.block_shape[0]
-    K: tl.constexpr = g.block_shape[1]
-    C: tl.constexpr = down.block_shape[1]
-    across = tl.cdiv(down.shape[1], C)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(g.shape[0], R) * across, tl.num_programs(0)):
-        row, column = tile // across * R, tile % across * C
-        total = tl.zeros((R, C), tl.float32)
-        for k in tl.range(0, g.shape[1], K):
-            total = tl.dot(g.load([row, k]), down.load([k, column]), total)
-        for half in tl.static_range(2):
-            z = pre.load([row, column + half * (C // 2)]).to(tl.float32)
-            factor = tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
-            dpre.store([row, column + half * (C // 2)], (halves(total)[half] * factor).to(dpre.dtype))
-
-
-CE_BLOCK, MLP_TILE = (
-    1024,
-    (128, 256, 64),
-)  # columns of a softcapped row at a time; rows, columns, depth of a tile
-
-
-def launch_softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """softcap_ce through Triton."""
+def launch_softcap_ce(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """softcap_ce through Triton, one program a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
     loss, lse = (torch.empty(rows, dtype=torch.float32, device=z.device) for _ in range(2))
     softcap_ce_kernel[(rows,)](z, targets, loss, lse, softcap, vocab, CE_BLOCK)
     return loss, lse
 
 
-def launch_softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    """softcap_ce_back through Triton."""
+def launch_softcap_ce_back(
+    g: Tensor,
+    z: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    softcap: float,
+) -> Tensor:
+    """softcap_ce_back through Triton, one program a block of a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
-    dz, grid = torch.empty_like(z), (rows, -(-vocab // CE_BLOCK))
+    dz, grid = torch.empty_like(z), (rows, triton.cdiv(vocab, CE_BLOCK))
     softcap_ce_back_kernel[grid](g.contiguous(), z, targets, lse, dz, softcap, vocab, CE_BLOCK)
     return dz
 
 
-def num_programs(x: Tensor) -> int:
-    """Programs of a kernel that takes tiles in turn: one for each multiprocessor (a few under the interpreter)."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-
-
 def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads outside it give zeros."""
+    """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads out of bounds give zeros."""
     return TensorDescriptor.from_tensor(x.contiguous(), [rows, columns])
 
 
-def launch_leaky_square(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """leaky_square through Triton."""
+def launch_tiles(x: Tensor, w: Tensor, pre: Tensor, out: Tensor, slope: float, back: bool) -> None:
+    """leaky_square_kernel with one persistent program a multiprocessor, or a few under Triton's interpreter."""
     R, C, K = MLP_TILE
+    tiles = describe(x, R, K), describe(w, *((K, C) if back else (C, K)))
+    tiles += describe(pre, R, C // 2), describe(out, R, C // 2)
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    leaky_square_kernel[(programs,)](*tiles, slope, back, num_warps=8, num_stages=3 if back else 4)
+
+
+def launch_leaky_square(
+    m: Tensor,
+    up: Tensor,
+    down: Tensor,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """leaky_square through Triton; the second matmul has nothing to fuse and is cuBLAS's."""
     pre, post = (m.new_empty(m.size(0), up.size(0)) for _ in range(2))
-    blocks = (
-        describe(m, R, K),
-        describe(up, C, K),
-        describe(pre, R, C // 2),
-        describe(post, R, C // 2),
-    )
-    leaky_square_kernel[(num_programs(m),)](*blocks, slope, num_warps=8, num_stages=4)
-    return pre, post
+    launch_tiles(m, up, pre, post, slope, back=False)
+    return F.linear(post, down), pre, post
 
 
 def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
     """leaky_square_back through Triton."""
-    R, C, K = MLP_TILE
     dpre = torch.empty_like(pre)
-    blocks = (
-        describe(g, R, K),
-        describe(down, K, C),
-        describe(pre, R, C // 2),
-        describe(dpre, R, C // 2),
-    )
-    leaky_square_back_kernel[(num_programs(g),)](*blocks, slope, num_warps=8, num_stages=3)
+    launch_tiles(g, down, pre, dpre, slope, back=True)
     return dpre
 
 
-def operator(launch: Callable | None = None, shapes: Callable | None = None) -> Callable[[Callable], Callable]:
-    """Decorator that makes of a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
+def operator(
+    launch: Callable | None = None,
+    fake: Callable | None = None,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable[[Callable], Callable]:
+    """Decorator: make a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
 
-    On a GPU `launch` runs in its place, if given; while tracing, `shapes` or else the twin says what comes out. The
-    plain function stays reachable as `.twin`. Of two operators of one name torch keeps the younger: hence the module's
-    name in it, for a process may hold several copies of this program (the judge's, a packed one's).
+    launch: what runs on a GPU; fake: gives empty results while tracing; both default to the twin. setup_context and
+    backward: as in torch.library.register_autograd. The twin stays reachable as `.twin`.
     """
 
     def register(twin: Callable) -> Callable:
+        """The operator of a twin."""
+        # A process may hold several copies of this program (the judge's, a packed one's), and torch keeps only the
+        # younger of two operators of one name: hence the module's name in it.
         op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
         op.register_kernel("cuda")(launch or twin)
-        op.register_fake(shapes or twin)
+        op.register_fake(fake or twin)
+        if backward is not None:
+            op.register_autograd(backward, setup_context=setup_context)
         op.twin = twin
         return op
 
     return register
-
-
-@operator(launch_softcap_ce)
-def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (N,) of softcapped logits z (N, V), nats, and the log-sum-exp (N,) of the backward; float32."""
-    y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
-    lse = y.logsumexp(1)
-    return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
-
-
-@operator(launch_softcap_ce_back)
-def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
-    s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
-    p = torch.exp(2 * softcap * s - lse[:, None])
-    p.scatter_add_(1, targets[:, None], p.new_full((z.size(0), 1), -1.0))
-    return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
-
-
-@operator(launch_leaky_square)
-def leaky_square(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """pre = m up^T (N, F) and LeakyReLU(pre, slope)^2 of inputs m (N, D) and weights up (F, D)."""
-    pre = F.linear(m, up)
-    return pre, F.leaky_relu(pre, slope).square()
-
-
-@operator(launch_leaky_square_back)
-def leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
-    """Gradient (N, F) of pre from the gradient g (N, D) of LeakyReLU(pre, slope)^2 down^T, down (D, F)."""
-    return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
-
-
-class FusedCrossEntropy(torch.autograd.Function):
-    """softcapped_cross_entropy without float32 copies of the logits: two kernels, and only the bf16 logits are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        loss, lse = softcap_ce(z, targets, softcap)
-        ctx.save_for_backward(z, targets, lse)
-        ctx.softcap = softcap
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        z, targets, lse = ctx.saved_tensors
-        return softcap_ce_back(g, z, targets, lse, ctx.softcap), None, None
-
-
-class FusedMLP(torch.autograd.Function):
-    """leaky_square_mlp with the activation inside the kernels of its two large products.
-
-    pre and post are both kept: recomputing post in the backward would write it a second time, and time is what the
-    contest lacks, not memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
-        pre, post = leaky_square(m, up, slope)
-        ctx.save_for_backward(m, up, down, pre, post)
-        ctx.slope = slope
-        return F.linear(post, down)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        m, up, down, pre, post = ctx.saved_tensors
-        dpre = leaky_square_back(g, down, pre, ctx.slope)
-        return dpre @ up, dpre.T @ m, g.T @ post, None
-
-
-def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """Cross-entropy (N,) in nats of softcap * tanh(z / softcap), logits z (N, V): the plain twin, at least float32."""
-    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
-
-
-def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """softcapped_cross_entropy by kernels that read the logits once each way (Liger, Hsu et al. 2024, in idea)."""
-    return FusedCrossEntropy.apply(z, targets, softcap)
 
 
 def softcapped(z: Tensor, softcap: float) -> Tensor:
@@ -2137,9 +2018,105 @@ def softcapped(z: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(at_least_fp32(z) / softcap)
 
 
-def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """Cross-entropy (N,), nats, of softcapped logits z (N, V): the plain twin, in at least float32."""
+    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
+
+
+@operator(launch_softcap_ce_back)
+def softcap_ce_back(
+    g: Tensor,
+    z: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    softcap: float,
+) -> Tensor:
+    """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
+    s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
+    p = torch.exp(2 * softcap * s - lse[:, None])
+    # size(0), not len: as a fake kernel this sees symbolic sizes, which len would make constants
+    p.scatter_add_(1, targets[:, None], p.new_full((p.size(0), 1), -1.0))
+    return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
+
+
+def softcap_ce_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    """Keep the logits as they are, in bf16, and one float a row: no float32 copy of them exists."""
+    (z, targets, ctx.softcap), (_, lse) = inputs, output
+    ctx.save_for_backward(z, targets, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def softcap_ce_grad(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    """Gradients of softcap_ce's inputs."""
+    z, targets, lse = ctx.saved_tensors
+    return softcap_ce_back(g, z, targets, lse, ctx.softcap), None, None
+
+
+@operator(launch_softcap_ce, setup_context=softcap_ce_setup, backward=softcap_ce_grad)
+def softcap_ce(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """softcapped_cross_entropy (N,) of z (N, V), and the shifted log-sum-exp (N,) of its backward; both float32."""
+    y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
+    lse = y.logsumexp(1)
+    return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
+
+
+def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """softcapped_cross_entropy by kernels that read the logits once each way (idea: Liger, Hsu et al. 2024)."""
+    return softcap_ce(z, targets, softcap)[0]
+
+
+@operator(launch_leaky_square_back)
+def leaky_square_back(
+    g: Tensor,
+    down: Tensor,
+    pre: Tensor,
+    slope: float,
+) -> Tensor:
+    """Gradient (N, F) of pre from the gradient g (N, D) of LeakyReLU(pre, slope)^2 down^T, down (D, F)."""
+    return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
+
+
+def leaky_square_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep both activations: to recompute post, the backward would have to write it a second time."""
+    (m, up, down, ctx.slope), (_, pre, post) = inputs, output
+    ctx.save_for_backward(m, up, down, pre, post)
+    ctx.mark_non_differentiable(pre, post)
+    ctx.set_materialize_grads(False)  # no zeros of the size of pre and post
+
+
+def leaky_square_grad(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    """Gradients of leaky_square's inputs; frozen weights, as in test-time training, get none."""
+    m, up, down, pre, post = ctx.saved_tensors
+    _, trains_up, trains_down, _ = ctx.needs_input_grad
+    dpre = leaky_square_back(g, down, pre, ctx.slope)
+    dup = dpre.T @ m if trains_up else None
+    ddown = g.T @ post if trains_down else None
+    return dpre @ up, dup, ddown, None
+
+
+@operator(launch_leaky_square, setup_context=leaky_square_setup, backward=leaky_square_grad)
+def leaky_square(m: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """post down^T (N, D), pre = m up^T (N, F) and post = LeakyReLU(pre, slope)^2.
+
+    m (N, D), up (F, D), down (D, F); pre and post are for the backward.
+    """
+    pre = F.linear(m, up)
+    post = F.leaky_relu(pre, slope).square()
+    return F.linear(post, down), pre, post
+
+
+def fused_mlp(
+    m: Tensor,
+    up: Tensor,
+    down: Tensor,
+    slope: float,
+) -> Tensor:
     """LeakyReLU(m up^T, slope)^2 down^T of m (..., D), up (F, D), down (D, F); its twin is MLP's own forward."""
-    return FusedMLP.apply(m.flatten(0, -2), up, down, slope).view_as(m)
+    return leaky_square(m.flatten(0, -2), up, down, slope)[0].view_as(m)
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -2148,12 +2125,22 @@ def l2_normalize(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def states_like(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-    """An empty result of chunk_states."""
-    return b.new_empty(len(a) + 1, *first.shape)
+def chunk_states_grad(
+    ctx: Any,
+    g: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of chunk_states' inputs: the same recurrence, backwards in time with transposed maps."""
+    a, states = ctx.saved_tensors
+    total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1]).flip(0)  # of each state, through all later ones
+    first, later = total[0], total[1:]
+    return later @ states[:-1].mT, later, first
 
 
-@operator(shapes=states_like)
+@operator(
+    fake=lambda a, b, first: b.new_empty(b.size(0) + 1, *first.shape),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], output),
+    backward=chunk_states_grad,
+)
 def chunk_states(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     """S_0 = first (..., K, V), S_{i+1} = a_i S_i + b_i of a (n, ..., K, K), b (n, ..., K, V) -> all S, (n + 1, ...)."""
     states = [first]
@@ -2162,20 +2149,46 @@ def chunk_states(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     return torch.stack(states)
 
 
-class ChunkStates(torch.autograd.Function):
-    """chunk_states, one operator each way: gradients run through the same recurrence backwards."""
+def to_chunks(
+    x: Tensor,
+    size: int,
+) -> Tensor:
+    """(B, T, H, ...) -> (n, B, H, size, ...), padded with zeros, which write nothing and decay nothing."""
+    missing = -x.size(1) % size
+    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
+    return x.unflatten(1, (-1, size)).movedim(1, 0).movedim(3, 2)
 
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-        states = chunk_states(a, b, first)
-        ctx.save_for_backward(a, states)
-        return states
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, states = ctx.saved_tensors
-        total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1].clone()).flip(0)
-        return total[1:] @ states[:-1].mT, total[1:], total[0]
+def chunk_decays(
+    g: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """From log decays g and starts, both (n, B, H or 1, chunk): what a read at token i keeps of a write at token j of
+    its chunk, (n, B, H, chunk, chunk), and of the state before the chunk, (n, B, H, chunk, 1). Starts clear it."""
+    restarts, total = starts.cumsum(-1), g.cumsum(-1)  # both count from the chunk's first token
+    within = total[..., :, None] - total[..., None, :]
+    same = (restarts[..., :, None] == restarts[..., None, :]).tril()
+    # masked before exp, which may overflow where j > i: inf times a zero gradient is NaN
+    within = within.masked_fill(~same, -math.inf).exp()
+    return within, total.masked_fill(restarts > 0, -math.inf).exp().unsqueeze(-1)
+
+
+def chunk_writes(
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    within: Tensor,
+    before: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """U (..., chunk, V) and W (..., chunk, K): in a chunk that begins with state S, token i writes k_i (U_i - W_i S)^T.
+
+    Each write corrects what the earlier ones left, so all of them solve one unit lower triangular system (WY form).
+    """
+    system = (beta * (k @ k.mT) * within).tril(-1)
+    right = torch.cat([beta * v, beta * before * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    U, W = solved.split([v.size(-1), k.size(-1)], dim=-1)
+    return U, W
 
 
 def chunked_delta_rule(
@@ -2191,60 +2204,73 @@ def chunked_delta_rule(
     """The gated delta rule (Yang et al. 2024) of q and k (B, T, H, K), v (B, T, H, V), log decay g and beta (B, T, H).
 
     S <- e^g S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q / sqrt(K), from `state` (B, H, K, V) and, at tokens that
-    start (B, T), from 0. Returns all o (B, T, H, V) and the last S. Inside a chunk the writes X are a triangular system
-    (WY form), and a chunk is an affine map of the state before it.
+    start (B, T), from 0. Returns all o (B, T, H, V) and the last S. The work inside chunks is parallel.
     """
-    T, K, V = v.size(1), k.size(-1), v.size(-1)
-
-    def cut(x: Tensor) -> Tensor:
-        """(B, T, H, ...) -> (n, B, H, chunk, ...), filled up with zeros, which write and forget nothing."""
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -T % chunk)).unflatten(1, (-1, chunk))
-        return x.movedim(1, 0).movedim(3, 2)
-
-    q, k, v, g, beta = (cut(x) for x in (q * K**-0.5, k, v, g, beta.unsqueeze(-1)))
-    age, total = (
-        cut(starts[..., None].int()).cumsum(-1),
-        g.cumsum(-1),
-    )  # restarted in every chunk
-    same = (age[..., :, None] == age[..., None, :]).tril()
-    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~same, -math.inf).exp()  # masked first: no inf
-    carried = total.masked_fill(age > 0, -math.inf).exp().unsqueeze(-1)  # what is left of the state before the chunk
-    system = (beta * (k @ k.mT) * decay).tril(-1)
-    right = torch.cat([beta * v, beta * carried * k], dim=-1)
-    U, W = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split([V, K], dim=-1)
-    out = (k * decay[..., -1, :, None]).mT
-    keep = carried[..., -1:, :] * torch.eye(K, dtype=k.dtype, device=k.device) - out @ W
-    states = ChunkStates.apply(keep, out @ U, state)
+    T, K = q.size(1), q.size(-1)
+    columns = q * K**-0.5, k, v, g, beta.unsqueeze(-1), starts[..., None].int()
+    q, k, v, g, beta, starts = (to_chunks(x, chunk) for x in columns)
+    within, before = chunk_decays(g, starts)
+    U, W = chunk_writes(k, v, beta, within, before)
+    # A chunk maps the state before it to the state after it, S -> A S + b. Only this runs chunk after chunk.
+    into = (k * within[..., -1, :, None]).mT  # keys, with what the chunk's end keeps of their writes
+    identity = torch.eye(K, dtype=k.dtype, device=k.device)
+    states = chunk_states(before[..., -1:, :] * identity - into @ W, into @ U, state)
     S = states[:-1]
-    o = (carried * q) @ S + (q @ k.mT * decay) @ (U - W @ S)
+    o = (before * q) @ S + (q @ k.mT * within) @ (U - W @ S)
     return o.movedim(2, 3).movedim(0, 1).flatten(1, 2)[:, :T], states[-1]
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    starts: Tensor,
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """chunked_delta_rule of unit queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
-    o, last = chunked_delta_rule(
-        l2_normalize(q),
-        l2_normalize(k),
-        at_least_fp32(v),
-        at_least_fp32(g),
-        at_least_fp32(beta),
-        starts,
-        at_least_fp32(state),
-    )
+    """chunked_delta_rule of normalised queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
+    wide = (at_least_fp32(x) for x in (v, g, beta))
+    o, last = chunked_delta_rule(l2_normalize(q), l2_normalize(k), *wide, starts, at_least_fp32(state))
     return o.to(v.dtype), last
 
 
 FORGET = -104.0  # a log decay whose exponential is 0 in float32
+SixTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def fla_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty results of fla_rule."""
-    return v.new_empty(v.shape), state.new_empty(state.shape)
+@operator(fake=lambda go, gs, *inputs: tuple(map(torch.empty_like, inputs)))
+def fla_rule_back(
+    go: Tensor,
+    gs: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+) -> SixTensors:
+    """Gradients of fla_rule's inputs from those of its outputs; runs the forward again."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
+    with torch.enable_grad():
+        return torch.autograd.grad(fla_rule.twin(*inputs), inputs, (go, gs))
 
 
-@operator(shapes=fla_shapes)
+def fla_rule_grad(
+    ctx: Any,
+    go: Tensor,
+    gs: Tensor,
+) -> SixTensors:
+    """Gradients of fla_rule's inputs."""
+    return fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors)
+
+
+# The library's own autograd.Function would break a compiled graph, so each direction is an operator.
+@operator(
+    fake=lambda q, k, v, g, beta, state: (torch.empty_like(v), torch.empty_like(state)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    backward=fla_rule_grad,
+)
 def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """delta_rule without starts, by flash-linear-attention."""
     return chunk_gated_delta_rule(
@@ -2259,83 +2285,57 @@ def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Te
     )
 
 
-Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-@operator(shapes=lambda *args: tuple(x.new_empty(x.shape) for x in args[2:]))
-def fla_rule_back(
-    go: Tensor,
-    gs: Tensor,
+def fused_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     beta: Tensor,
+    starts: Tensor,
     state: Tensor,
-) -> Six:
-    """Gradients of fla_rule's inputs from those of its outputs; the forward runs again."""
-    inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
-    with torch.enable_grad():
-        return torch.autograd.grad(fla_rule.twin(*inputs), inputs, (go, gs))
-
-
-class FusedDeltaRule(torch.autograd.Function):
-    """fla_rule with its gradients, an operator each: the library's own function would break a compiled graph."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(*inputs)
-        return fla_rule(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, go: Tensor, gs: Tensor) -> Six:
-        return fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors)
-
-
-def fused_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """delta_rule by flash-linear-attention's kernels, chunks of 64 tokens. A start is a decay to nothing."""
+    """delta_rule by flash-linear-attention's kernels, which know no starts: a start is a decay to nothing."""
     g = at_least_fp32(g).masked_fill(starts[..., None], FORGET)
-    return FusedDeltaRule.apply(*(x.contiguous() for x in (q, k, v, g, beta, state)))
+    return fla_rule(*(x.contiguous() for x in (q, k, v, g, beta, state)))
 
 
 class Kernels(NamedTuple):
-    """What the model computes its loss with, its MLPs where nobody taps inside (None: always the plain twin), and its
-    delta nets."""
+    """The functions that a model computes its heavy parts with."""
 
     cross_entropy: Callable[[Tensor, Tensor, float], Tensor]
-    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None
-    delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = delta_rule
+    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None  # None: the modules' own plain forward
+    delta_rule: Callable[..., tuple[Tensor, Tensor]] = delta_rule
 
 
 PLAIN = Kernels(softcapped_cross_entropy, None)
 
 
 def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
-    """The fused kernels of a run, chosen once and logged; UserError when one that is asked for cannot run here."""
-    here = triton is not None and runtime.device.type == "cuda"
-    aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0
-    table = {  # knob: what it needs beside a GPU and triton, whether that is there, the kernel and its plain twin
-        "fused_ce_enabled": ("", here, fused_cross_entropy, softcapped_cross_entropy),
+    """Choose and log the fused kernels of a run. UserError: one that a knob asks for cannot run here."""
+    gpu = triton is not None and runtime.device.type == "cuda"
+    half = gpu and runtime.dtype == torch.bfloat16
+    aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0  # of bulk copies: 16 bytes
+    table = {  # knob: whether it can run here, what it needs beside a GPU and Triton, the kernel, its plain twin
+        "fused_ce_enabled": (gpu, "", fused_cross_entropy, softcapped_cross_entropy),
         "fused_mlp_enabled": (
+            half and aligned,
             ", COMPUTE_DTYPE=bf16 and widths that are multiples of 8",
-            here and runtime.dtype == torch.bfloat16 and aligned,
             fused_mlp,
             None,
         ),
         "fused_gdn_enabled": (
+            half and chunk_gated_delta_rule is not None,
             ", COMPUTE_DTYPE=bf16 and flash-linear-attention",
-            here and runtime.dtype == torch.bfloat16 and chunk_gated_delta_rule is not None,
             fused_delta_rule,
             delta_rule,
         ),
     }
     chosen = []
-    for name, (needs, usable, fused, plain) in table.items():
-        if getattr(cfg, name) == "1" and not usable:
-            raise UserError(f"{name.upper()}=1 needs a GPU, triton{needs}; or say {name.upper()}=auto")
-        chosen.append(fused if usable and getattr(cfg, name) != "0" else plain)
+    for name, (usable, needs, fused, plain) in table.items():
+        wanted = getattr(cfg, name)
+        if wanted == "1" and not usable:
+            raise UserError(f"{name.upper()}=1 needs a GPU, triton{needs}; set {name.upper()}=auto")
+        chosen.append(fused if usable and wanted != "0" else plain)
         runtime.log(f"{name}: {'fused' if chosen[-1] is fused else 'plain'}")
     return Kernels(*chosen)
 
@@ -2346,28 +2346,41 @@ def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
 
 
 class Site(NamedTuple):
-    """Where a tap listens: the name (q k v o up down head, or qkv for q k v of a delta net; attn mlp for whole
-    sublayers), the slot and the layer."""
+    """A place where a listener can read and change the model's activations."""
 
-    name: str
-    execution: int
+    name: str  # q k v o up down head (qkv for a delta net's q k v): a matmul; attn, mlp: a whole sublayer
+    execution: int  # position in the route; the head's is -1
     layer: int
 
 
-Taps = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> output
-LayerTap = Callable[[str, Tensor, Tensor], Tensor]
+class Taps(Protocol):
+    """A listener: called at each of its sites, it returns the output that goes on in place of y."""
+
+    sites: frozenset[str]  # names of the sites that it hears
+
+    def __call__(
+        self,
+        site: Site,
+        x: Tensor,
+        y: Tensor,
+    ) -> Tensor:
+        """x and y: input and output of a matmul, or the normed input and the output of a sublayer."""
 
 
-def untapped(name: str, x: Tensor, y: Tensor) -> Tensor:
-    """The tap of a slot that nobody listens to."""
-    return y
+class LayerTap:
+    """The listener as one layer execution calls it. Where it does not hear, outputs pass through."""
 
+    def __init__(self, taps: Taps | None, execution: int = -1, layer: int = -1) -> None:
+        self.taps, self.execution, self.layer = taps, execution, layer
+        self.sites = frozenset() if taps is None else taps.sites
 
-def bind(taps: Taps | None, execution: int, layer: int) -> LayerTap:
-    """The taps of one slot; without a listener the output passes through."""
-    if taps is None:
-        return untapped
-    return lambda name, x, y: taps(Site(name, execution, layer), x, y)
+    def __call__(
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+    ) -> Tensor:
+        return self.taps(Site(name, self.execution, self.layer), x, y) if name in self.sites else y
 
 
 Init = Callable[[Tensor, float, torch.Generator], Any]  # (weight, start, generator): fills the weight in place
@@ -2448,8 +2461,7 @@ ROLES = {
     "projection": Role(orthogonal),
     "hash_scale": Role(constant, 0.05),
     "value_scale": Role(constant, 0.1),
-    "sparse_gate": Role(normal, "sparse_attn_gate_init_std", store="gate"),
-    "dense_gate": Role(normal, "gated_attn_init_std", store="gate"),
+    "dense_gate": Role(normal, 0.01, store="gate"),
     "half_open_gate": Role(constant, 0.0, store="gate"),
     "gate_bias": Role(constant, 4.0),  # nearly open
     "q_gain": Role(constant, "qk_gain_init"),
@@ -2489,8 +2501,8 @@ class Linear(nn.Module):
 
 
 class HeadGate(nn.Module):
-    """factor * sigmoid(scale * (W source[:window] + b)) per head; source is the normed sublayer input or the raw
-    queries; b only when biased."""
+    """factor * sigmoid(scale * (W source[:window] + b)) per head. source: the normed sublayer input, or the raw queries
+    (reads_q). b only when biased."""
 
     def __init__(
         self,
@@ -2506,7 +2518,11 @@ class HeadGate(nn.Module):
         self.bias = make_weight("gate_bias", shape[0]) if biased else None
         self.scale, self.factor, self.reads_q = scale, factor, reads_q
 
-    def forward(self, n_BTD: Tensor, q_BTD: Tensor) -> Tensor:
+    def forward(
+        self,
+        n_BTD: Tensor,
+        q_BTD: Tensor,
+    ) -> Tensor:
         """(B, T, D) -> (B, T, H, 1)."""
         source = (q_BTD if self.reads_q else n_BTD)[..., : self.weight.size(1)]
         bias = None if self.bias is None else self.bias.to(source.dtype)
@@ -2516,7 +2532,7 @@ class HeadGate(nn.Module):
 
 GATES: dict[str, Callable[[Config], HeadGate | None]] = {
     "none": lambda c: None,
-    "sparse": lambda c: HeadGate("sparse_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
+    "sparse": lambda c: HeadGate("half_open_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
     "dense": lambda c: HeadGate("dense_gate", (c.num_heads, c.model_dim)),
     "dense_bias": lambda c: HeadGate("half_open_gate", (c.num_heads, c.model_dim), biased=True),
     "out": lambda c: HeadGate(
@@ -2543,7 +2559,7 @@ class Table(nn.Module):
 
 
 class Projected(nn.Module):
-    """scale * P table[id]: a narrow embedding, brought to a width by an orthogonal P (none when it has it already)."""
+    """scale * P table[id]: an embedding, projected to a width by P where it is narrower."""
 
     def __init__(self, table: Table, width: int, scale_role: str) -> None:
         super().__init__()
@@ -2561,9 +2577,9 @@ class Projected(nn.Module):
 class HashEmbedding(Projected):
     """Adds an embedding of the last `order` tokens, hashed into one table (BigramHash and TrigramHash of PR 1182).
 
-    The hash is an XOR of the tokens times constants, taken as a signed 32-bit number, modulo all rows but the last. The
-    last row stands for a token with none before it; where the tokens before are fewer than order - 1, those there are
-    count. With HASH_BOS_MASK a document's first token has none before it.
+    The hash is an XOR of the tokens times constants, taken as a signed 32-bit number, modulo all rows but the last,
+    which is for a token without a predecessor. Fewer than order - 1 predecessors: the hash of those that exist. With
+    HASH_BOS_MASK a document's first token has no predecessor.
     """
 
     MULTIPLIERS = (
@@ -2578,14 +2594,18 @@ class HashEmbedding(Projected):
         self.first_id = BOS_ID if cfg.hash_bos_mask else -1
         self.requires_grad_(trained)
 
-    def buckets(self, ids: Tensor) -> Tensor:
+    def buckets(
+        self,
+        ids: Tensor,
+    ) -> Tensor:
         """(B, T) ids -> (B, T) rows of the table."""
-        follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has one before it
-        key, seen = self.multipliers[0] * ids, torch.ones_like(follows)
+        follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has a predecessor
+        key, seen = self.multipliers[0] * ids, torch.ones_like(follows)  # seen: the token `back` before exists
         for back, multiplier in enumerate(self.multipliers[1:], 1):
             seen = follows & F.pad(seen[:, :-1], (1, 0))
             key = key ^ torch.where(seen, multiplier * F.pad(ids, (back, 0))[:, : ids.size(1)], 0)
-        signed = (key + 2**31) % 2**32 - 2**31  # computed in 64 bits: int32 overflow is not defined in compiled code
+        # wrap in 64 bits: compiled code may not rely on int32 overflow
+        signed = (key + 2**31) % 2**32 - 2**31
         return torch.where(follows, signed % (self.rows - 1), self.rows - 1)
 
     def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
@@ -2593,9 +2613,9 @@ class HashEmbedding(Projected):
 
 
 class Smear(nn.Module):
-    """e_t + lambda * sigmoid(w . e_t[:window]) * e_{t-1}, not into a document's first token when masked."""
+    """e_t + lambda * sigmoid(w . e_t[:window]) * e_{t-1}; with SMEAR_BOS_MASK a document's first token keeps e_t."""
 
-    reach = 1  # tokens that are looked back at
+    reach = 1  # earlier tokens that an output depends on
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -2603,7 +2623,11 @@ class Smear(nn.Module):
         self.scale = make_weight("shut", 1)
         self.bos_mask = cfg.smear_bos_mask
 
-    def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        e_BTD: Tensor,
+    ) -> Tensor:
         gate = torch.sigmoid(F.linear(e_BTD[..., : self.weight.size(1)], self.weight.to(e_BTD.dtype)))
         gate = gate * self.scale.to(e_BTD.dtype)
         if self.bos_mask:
@@ -2612,9 +2636,9 @@ class Smear(nn.Module):
 
 
 class ChannelSmear(nn.Module):
-    """(1 - g) x_t + g x_{t-1} with g = sigmoid(gate), a number per channel; a masked document start keeps its x_t.
+    """(1 - g) x_t + g x_{t-1}, g = sigmoid(gate) per channel; with SMEAR_BOS_MASK a document's first token keeps x_t.
 
-    The published gate (PR 1182) works on the normed embedding, whose first position blends with zeros.
+    As published (PR 1182) it acts on the normed embedding, and position 0 blends with zeros.
     """
 
     reach = 1
@@ -2624,7 +2648,11 @@ class ChannelSmear(nn.Module):
         self.gate = make_weight("shut", cfg.model_dim)
         self.first_id = BOS_ID if cfg.smear_bos_mask else -1
 
-    def forward(self, ids: Tensor, x_BTD: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        x_BTD: Tensor,
+    ) -> Tensor:
         gate = torch.sigmoid(self.gate.to(x_BTD.dtype)) * (ids != self.first_id).unsqueeze(-1).to(x_BTD.dtype)
         return (1 - gate) * x_BTD + gate * F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
 
@@ -2639,8 +2667,8 @@ NORMED_EXTRAS = ("smear_channel",)  # those that act after the norm
 
 
 class ValueContext:
-    """What the slots of one forward pass share about attention's values: the token's value embedding (B, T, K * d)
-    with a scale per layer that takes it, and the first slot's values once that slot has run."""
+    """What the layer executions of one forward pass share about attention's values: the tokens' value embedding
+    (B, T, K * d), a scale for each layer that adds it, and the first execution's values once it has run."""
 
     def __init__(self, embedded: Tensor | None, scales: Tensor | None) -> None:
         self.embedded, self.scales = embedded, scales
@@ -2648,20 +2676,24 @@ class ValueContext:
 
 
 class ValueEmbedding(Projected):
-    """Values of the token itself (Zhou et al. 2024, as in PR 1182): one table and projection, a scale per layer."""
+    """Attention values looked up by token (Zhou et al. 2024, as in PR 1182): one projected table, a scale per layer."""
 
     def __init__(self, cfg: Config) -> None:
         table = Table("value_table", cfg.vocab_size, cfg.ve_dim, cfg)
         super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, "value_scale")
         self.layer_scales = make_weight("scale", len(cfg.ve_layers))
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> ValueContext:
+    def forward(
+        self,
+        ids: Tensor,
+        dtype: torch.dtype,
+    ) -> ValueContext:
         return ValueContext(self.look_up(ids, dtype), self.layer_scales.to(dtype))
 
 
 class ValueResidual(nn.Module):
-    """How a layer takes part in Values: adds its share of the value embedding (layers in VE_LAYERS), then mixes with
-    the first slot's values by two learnt factors (ResFormer, Zhou et al. 2024)."""
+    """Adds the value embedding to a layer's values (layers in VE_LAYERS), then mixes in the first execution's values
+    by two learnt factors (ResFormer, Zhou et al. 2024)."""
 
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()
@@ -2670,7 +2702,7 @@ class ValueResidual(nn.Module):
         self.lambdas = make_weight("value_lambda", 2) if "value_residual" in cfg.attn_extras else None
 
     def forward(self, v: Tensor, values: ValueContext) -> Tensor:
-        """(B, T, K * d) values of this slot -> the same, mixed. The first slot only leaves its values."""
+        """(B, T, K * d) values of this execution -> the same, mixed. The first execution only leaves its own."""
         if self.scale_index is not None:
             v = v + values.scales[self.scale_index] * values.embedded
         if self.lambdas is None:
@@ -2683,7 +2715,7 @@ class ValueResidual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: QK norm, partial RoPE, query gain, then XSA and gate on the head outputs."""
+    """Grouped-query attention with QK norm, partial RoPE and a query gain; then XSA and a gate on the outputs."""
 
     INPUTS = ("q", "k", "v")  # the matrices that read the normed input, and their sites
 
@@ -2701,15 +2733,14 @@ class Attention(nn.Module):
 
     def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        raw_q, raw_k, raw_v = (
-            tap("q", n, self.q(n)),
-            tap("k", n, self.k(n)),
-            tap("v", n, self.v(n)),
-        )
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, self.values(raw_v, values)))
-        q, k = rotate(rms_norm(q), meta.cos, meta.sin), rotate(rms_norm(k), meta.cos, meta.sin)
+        raw_q = tap("q", n, self.q(n))
+        raw_k = tap("k", n, self.k(n))
+        raw_v = self.values(tap("v", n, self.v(n)), values)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, raw_v))
+        q, k = (rotate(rms_norm(x), meta.cos, meta.sin) for x in (q, k))
+        q = q * self.q_gain.to(q.dtype)[:, None]
         attend = self.attend if meta.kv_cache is None else meta.kv_cache.attend
-        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, meta, self.sink)
+        y = attend(q, k, v, meta, self.sink)
         if self.xsa:
             y = remove_self_value(y, v)
         if self.gate is not None:
@@ -2719,8 +2750,8 @@ class Attention(nn.Module):
 
 
 class DeltaNet(nn.Module):
-    """Gated delta net (Yang et al. 2024) as in PR 1895: a convolution over two tokens, ELU + 1 queries and keys, SiLU
-    values, a decay and a write strength per head, a SiLU gate on the outputs, and no norm on them."""
+    """Gated delta net (Yang et al. 2024) as in PR 1895: a convolution over two tokens, ELU + 1 on queries and keys,
+    SiLU on values, a decay and a write strength per head; outputs are gated by SiLU and not normed."""
 
     INPUTS = ("qkv",)
 
@@ -2737,17 +2768,26 @@ class DeltaNet(nn.Module):
         self.dt_bias = make_weight("delta_step", value_heads)
         self.groups, self.rule = value_heads // cfg.gdn_qk_heads, kernels.delta_rule
 
-    def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
+    def forward(
+        self,
+        n: Tensor,
+        meta: AttnMeta,
+        tap: LayerTap,
+        values: ValueContext,
+    ) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        p, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
-        before = F.pad(p[:, :-1], (0, 0, 1, 0)).masked_fill(meta.starts[..., None], 0)
-        parts = (taps[:, 1] * p + taps[:, 0] * before).split(self.widths, dim=-1)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
+        # causal convolution over two tokens, which does not reach into the segment before
+        qkv, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
+        before = F.pad(qkv[:, :-1], (0, 0, 1, 0)).masked_fill(meta.starts[..., None], 0)
+        qkv = taps[:, 1] * qkv + taps[:, 0] * before
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(self.widths, dim=-1))
         q, k = ((F.elu(x) + 1).repeat_interleave(self.groups, dim=2) for x in (q, k))
+        # write strength sigmoid(b), and Mamba-2's log decay -A softplus(a + dt_bias)
         b, a = at_least_fp32(self.ba(n)).chunk(2, dim=-1)
         g = -self.A_log.exp() * F.softplus(a + self.dt_bias)
-        state = g.new_zeros(len(n), g.size(-1), self.head_dim, self.head_dim)
-        y, _ = self.rule(q, k, F.silu(v), g, torch.sigmoid(b), meta.starts, state)
+        state = g.new_zeros(n.size(0), g.size(-1), self.head_dim, self.head_dim)
+        v, beta = F.silu(v), torch.sigmoid(b)
+        y, _ = self.rule(q, k, v, g, beta, meta.starts, state)
         y = y.flatten(2) * F.silu(self.z(n))
         return tap("attn", n, tap("o", y, self.o(y)))
 
@@ -2755,27 +2795,36 @@ class DeltaNet(nn.Module):
 MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
 
 
+LEAKY_SLOPE = 0.5  # of the MLP's LeakyReLU on the negative side
+
+
 class MLP(nn.Module):
-    """down(LeakyReLU(up(m), slope)^2); in fused kernels, when there are any, unless somebody taps inside."""
+    """down(LeakyReLU(up(m), slope)^2), by the fused kernel if the run has it and nobody listens at up or down."""
 
     def __init__(self, cfg: Config, kernels: Kernels) -> None:
         super().__init__()
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.up = Linear("up", cfg.model_dim, hidden)
         self.down = Linear("down", hidden, cfg.model_dim)
-        self.slope, self.fused = cfg.mlp_slope, kernels.mlp
+        self.slope, self.fused = LEAKY_SLOPE, kernels.mlp
 
-    def forward(self, m: Tensor, tap: LayerTap) -> Tensor:
+    def forward(
+        self,
+        m: Tensor,
+        tap: LayerTap,
+    ) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        if self.fused is not None and tap is untapped:
-            return self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
-        a = F.leaky_relu(tap("up", m, self.up(m)), self.slope).square()
-        return tap("mlp", m, tap("down", a, self.down(a)))
+        if self.fused is not None and tap.sites.isdisjoint(("up", "down")):
+            y = self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
+        else:
+            a = F.leaky_relu(tap("up", m, self.up(m)), self.slope).square()
+            y = tap("down", a, self.down(a))
+        return tap("mlp", m, y)
 
 
 class Block(nn.Module):
-    """A layer: a mixer, attention or another, then an MLP on one stream that also mixes in x0; or both side by side, on
-    one stream or in two lanes."""
+    """A layer: a mixer (attention or a delta net), then an MLP, on a residual that also mixes in the embedding x0. Both
+    may instead run in parallel, on one residual or on two lanes."""
 
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
@@ -2790,11 +2839,11 @@ class Block(nn.Module):
             p.layer = layer
 
     def norm(self, x: Tensor) -> Tensor:
-        """RMS norm and the layer's input scale."""
+        """RMS norm times the layer's input scale."""
         return rms_norm(x) * self.input_scale
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The residual with the embedding mixed in."""
+        """Mix the embedding into the residual."""
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
@@ -2807,7 +2856,7 @@ class Block(nn.Module):
         values: ValueContext,
         parallel_block: bool,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D). abreast: the MLP reads what attention reads, not what it adds."""
+        """(B, T, D) -> (B, T, D). parallel_block: the MLP reads the mixer's input, not its output."""
         u = self.mix(x, x0)
         y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), meta, tap, values)
         return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(u if parallel_block else y), tap)
@@ -2821,13 +2870,13 @@ class Block(nn.Module):
         tap: LayerTap,
         values: ValueContext,
     ) -> tuple[Tensor, Tensor]:
-        """What attention (from lane 0 with x0) and MLP (from lane 1) would add, each (B, T, D)."""
+        """Outputs (B, T, D) of the mixer, which reads lane 0 with x0, and of the MLP, which reads lane 1."""
         a = self.attn_scale.to(lane0.dtype) * self.attn(self.norm(self.mix(lane0, x0)), meta, tap, values)
         return a, self.mlp_scale.to(lane1.dtype) * self.mlp(self.norm(lane1), tap)
 
 
 class Skips(nn.Module):
-    """U-net skips: one weight row (and gate row) per decoder position; x <- q x + (1 - q) w s, or x + w s ungated."""
+    """U-net skips from encoder outputs s: x <- q x + (1 - q) w s, or x + w s ungated; a row of w and q per skip."""
 
     def __init__(self, rows: int, dim: int, gated: bool) -> None:
         super().__init__()
@@ -2842,7 +2891,7 @@ class Skips(nn.Module):
 
 
 class Lanes(nn.Module):
-    """Two parallel residual lanes: each keeps part of itself and takes part of both sublayers' outputs."""
+    """Two residual lanes: each becomes a weighted sum of itself and of both sublayers' outputs."""
 
     FINAL = {"mean": lambda a, b: 0.5 * (a + b), "mlp": lambda a, b: b, "attn": lambda a, b: a}
 
@@ -2852,9 +2901,15 @@ class Lanes(nn.Module):
         self.resid = make_weight("lane_residual", cfg.num_layers, 2)
         self.final = self.FINAL[cfg.parallel_final_lane]
 
-    def forward(self, lanes: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor], layer: int) -> tuple[Tensor, Tensor]:
-        r, p = self.resid[layer].to(lanes[0].dtype), self.post[layer].to(lanes[0].dtype)
-        first, second = (r[i] * lanes[i] + p[0, i] * added[0] + p[1, i] * added[1] for i in range(2))
+    def forward(
+        self,
+        lanes: tuple[Tensor, Tensor],
+        added: tuple[Tensor, Tensor],
+        layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        r, p = (w[layer].to(lanes[0].dtype) for w in (self.resid, self.post))
+        attn, mlp = added
+        first, second = (r[i] * lanes[i] + p[0, i] * attn + p[1, i] * mlp for i in range(2))
         return first, second
 
 
@@ -2865,70 +2920,68 @@ class Lanes(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """The order of layer executions as data. Per slot: layer, skip row and source slot (-1: none), two lanes or one,
-    and on one, whether attention and MLP stand abreast."""
+    """The order of layer executions, as data: one entry per execution in each tuple."""
 
     layers: tuple[int, ...]
-    num_encoder: int
-    skip_row: tuple[int, ...]
-    skip_source: tuple[int, ...]
-    parallel: tuple[bool, ...]
-    parallel_block: tuple[bool, ...]
+    num_encoder: int  # the first executions, whose outputs the skips read
+    skip_row: tuple[int, ...]  # row of Skips; -1: no skip
+    skip_source: tuple[int, ...]  # the execution whose output the skip adds; -1: no skip
+    parallel: tuple[bool, ...]  # attention and MLP on two lanes
+    parallel_block: tuple[bool, ...]  # attention and MLP in parallel on one residual
 
     def __str__(self) -> str:
         """One line for people."""
-        skips = " ".join(f"{i}<-{s}" for i, s in enumerate(self.skip_source) if s >= 0)
-        lanes = [i for i, p in enumerate(self.parallel) if p]
-        beside = "  attention beside MLP in slots " + " ".join(str(i) for i, p in enumerate(self.parallel_block) if p)
+        order = list(map(str, self.layers))
+        skips = [f"{i}<-{s}" for i, s in enumerate(self.skip_source) if s >= 0]
+        two_lanes = self.parallel.index(True) if any(self.parallel) else "none"
+        beside = [str(i) for i, on in enumerate(self.parallel_block) if on]
         return (
-            f"layers {' '.join(map(str, self.layers[: self.num_encoder]))} | "
-            f"{' '.join(map(str, self.layers[self.num_encoder :]))}  skips (slot<-slot) {skips}  "
-            f"two lanes from slot {lanes[0] if lanes else 'none'}{beside * any(self.parallel_block)}"
+            f"layers {' '.join(order[: self.num_encoder])} | {' '.join(order[self.num_encoder :])}"
+            f"  skips (execution<-execution) {' '.join(skips)}  two lanes from execution {two_lanes}"
+            + ("  attention beside MLP in executions " + " ".join(beside))
+            * bool(beside)
         )
 
 
 def plan_route(cfg: Config, looping: bool) -> Route:
-    """The route of a model: the first half of the executions is the encoder, and decoder position j takes the j-th last
-    encoder output. With looping, layers LOOP_START..LOOP_END run NUM_LOOPS more times."""
+    """The route of a model. With looping, layers LOOP_START..LOOP_END run NUM_LOOPS more times."""
     layers = list(range(cfg.num_layers))
     if looping:
-        a, b = cfg.loop_start, cfg.loop_end + 1
-        layers = layers[:a] + layers[a:b] * (cfg.num_loops + 1) + layers[b:]
+        looped = slice(cfg.loop_start, cfg.loop_end + 1)
+        layers[looped] = layers[looped] * (cfg.num_loops + 1)
+    # the first half is the encoder, and decoder position j takes the j-th last encoder output
     encoder = len(layers) // 2
-    rows = num_skip_rows(cfg)
-    skip = [-1] * encoder + [j if j < min(rows, encoder) else -1 for j in range(len(layers) - encoder)]
-    source = [encoder - 1 - j if j >= 0 else -1 for j in skip]
-    start = cfg.parallel_start_layer
-    parallel, on, two = [], False, cfg.parallel_lanes == 2
-    for execution, layer in enumerate(layers):
-        on = on or (two and execution >= encoder and 0 < start <= layer)
-        parallel.append(on)
-    parallel_block = tuple(not two and 0 < start <= layer for layer in layers)
-    return Route(tuple(layers), encoder, tuple(skip), tuple(source), tuple(parallel), parallel_block)
+    skip_row = [-1] * encoder + [j if j < encoder else -1 for j in range(len(layers) - encoder)]
+    skip_source = [encoder - 1 - j if j >= 0 else -1 for j in skip_row]
+    late = [0 < cfg.parallel_start_layer <= layer for layer in layers]
+    lanes = cfg.parallel_lanes == 2
+    # once the residual has split into two lanes, in the decoder, they last to the end
+    split = [lanes and any(late[encoder : i + 1]) for i in range(len(layers))]
+    beside = [on and not lanes for on in late]
+    return Route(tuple(layers), encoder, tuple(skip_row), tuple(skip_source), tuple(split), tuple(beside))
 
 
 def state_starts(ids: Tensor, cu_seqlens: Tensor | None, first_id: int) -> Tensor:
-    """(B, T) bool: tokens where a recurrent state starts afresh, those of first_id and those that start a segment."""
+    """(B, T) bool: tokens before which a recurrent state is cleared: first_id, and the first of each segment."""
     starts = (ids == first_id).flatten()
-    if cu_seqlens is not None:  # F.pad: boundaries include the end
+    if cu_seqlens is not None:  # boundaries include the end: one more place, cut off again
         starts = F.pad(starts, (0, 1)).index_fill(0, cu_seqlens.long(), True)[:-1]
     return starts.view(ids.shape)
 
 
 def loops(cfg: Config) -> bool:
-    """Whether a run ever switches depth recurrence on."""
+    """Does a run ever switch depth recurrence on?"""
     return cfg.num_loops > 0 and cfg.enable_looping_at < 1
 
 
 def num_skip_rows(cfg: Config) -> int:
     """Skip rows that a model needs: those of its looped route."""
-    executions = cfg.num_layers + cfg.num_loops * (cfg.loop_end + 1 - cfg.loop_start) * (cfg.num_loops > 0)
-    return executions // 2
+    return plan_route(cfg, True).num_encoder
 
 
 class GPT(nn.Module):
-    """The language model. Parameters float32, but the embedding by EMBED_DTYPE; activations in `dtype`. set_looping
-    chooses the route."""
+    """The language model: float32 parameters (the embedding: EMBED_DTYPE), activations in `dtype`; set_looping chooses
+    the route."""
 
     def __init__(
         self,
@@ -3001,7 +3054,7 @@ class GPT(nn.Module):
         return AttnMeta(cu_seqlens, max_len, cos, sin, mask)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, D): the embedding with what adds to it, normed, then what acts on the normed."""
+        """(B, T) ids -> (B, T, D): the embedding and its extras, normed, then the extras that act after the norm."""
         x = F.embedding(ids, self.tok_emb.weight).to(self.dtype)
         for name, extra in self.embed_extras.items():
             x = x if name in NORMED_EXTRAS else extra(ids, x)
@@ -3011,11 +3064,10 @@ class GPT(nn.Module):
         return x
 
     def trunk(self, ids: Tensor, meta: AttnMeta | None = None, taps: Taps | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, D) normed hidden states before the head. seq None: plain causal rows."""
+        """(B, T) ids -> (B, T, D) normed hidden states before the head. Without meta: plain causal rows."""
         meta = self.plan(ids.size(1), ids.device) if meta is None else meta
-        meta = (
-            meta if self.first_id is None else meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
-        )
+        if self.first_id is not None:
+            meta = meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
         x = self.embed(ids)
         if meta.kv_cache is not None:  # cut off what embeddings looked back at; a document's start looks at nothing
             ids = ids[:, self.reach :]
@@ -3024,10 +3076,11 @@ class GPT(nn.Module):
         values = ValueContext(None, None) if self.value_embed is None else self.value_embed(ids, self.dtype)
         lanes, outputs, route = (x,), [], self.route
         for execution, layer in enumerate(route.layers):
-            lane0, block, tap = lanes[0], self.blocks[layer], bind(taps, execution, layer)
+            lane0, block, tap = lanes[0], self.blocks[layer], LayerTap(taps, execution, layer)
             here = meta.at(execution)
-            if route.skip_row[execution] >= 0:
-                lane0 = self.skips(lane0, outputs[route.skip_source[execution]], route.skip_row[execution])
+            row, source = route.skip_row[execution], route.skip_source[execution]
+            if row >= 0:
+                lane0 = self.skips(lane0, outputs[source], row)
             if route.parallel[execution]:
                 pair = (lane0, lanes[-1])
                 lanes = self.lanes(pair, block.branches(*pair, x0, here, tap, values), layer)
@@ -3046,15 +3099,14 @@ class GPT(nn.Module):
         reduction: str = "mean",
         cells: Tensor | None = None,
     ) -> Tensor:
-        """Softcapped logits (B, T, V) in at least float32; with targets (B, T) their cross-entropy in nats:
-        a scalar for reduction="mean", (B, T) for "none". With cells (n,), indices into the B*T flattened positions,
-        the head is computed there alone, and n stands in place of B, T."""
+        """Softcapped logits (B, T, V) in at least float32; with targets (B, T), their cross-entropy in nats: a scalar
+        for reduction="mean", (B, T) for "none". cells (n,): indices into the B*T flattened positions, the only ones
+        that the head is computed for; (n) then takes the place of (B, T)."""
         h = self.trunk(ids, meta, taps)
         if cells is not None:
             h = h.flatten(0, 1)[cells]
             targets = targets if targets is None else targets.flatten()[cells]
-        z = self.tok_emb(h)
-        z = z if taps is None else taps(Site("head", -1, -1), h, z)
+        z = LayerTap(taps)("head", h, self.tok_emb(h))
         if targets is None:
             return softcapped(z, self.softcap)
         loss = self.cross_entropy(z.flatten(0, -2), targets.flatten(), self.softcap)
@@ -3078,7 +3130,7 @@ def weights_by_role(cfg: Config, role: str) -> dict[int, str]:
 
 
 def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple[Tensor, Tensor, AttnMeta]:
-    """ids, targets and Seq of a batch on the device; the number of boundaries is a dynamic dimension of the graph."""
+    """ids, targets and AttnMeta of a batch on the device. The number of boundaries is a dynamic size of the graph."""
     ids, targets, cu_seqlens = batch.to(runtime.device)
     if cu_seqlens is not None and runtime.compile:
         torch._dynamo.mark_dynamic(cu_seqlens, 0)
@@ -3126,14 +3178,14 @@ COEFFICIENTS = {  # a, b, c of X <- a X + (b A + c A A) X with A = X X^T; the la
 
 
 def orthogonalize(x: Tensor, coefficients: str, steps: int) -> Tensor:
-    """About U V^T of each matrix of x (k, rows, cols), by `steps` polynomial iterations in x's dtype (see also
-    gram_iterations)."""
+    """Approximate U V^T of each matrix in x (k, rows, cols) by `steps` Newton-Schulz iterations in x's dtype."""
     triples = COEFFICIENTS[coefficients]
     plan = [triples[min(i, len(triples) - 1)] for i in range(steps)]
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if 3 * x.size(-2) < 2 * x.size(-1):  # five steps then cost less: 4 r^2 c + 14 r^3 against 10 r^2 c + 5 r^3
+    # With r rows and c columns, five steps cost 4 r^2 c + 14 r^3 on the Gram matrix and 10 r^2 c + 5 r^3 on x itself
+    if 3 * x.size(-2) < 2 * x.size(-1):
         x = gram_iterations(x.half() if x.dtype == torch.bfloat16 else x, plan).to(x.dtype)
         return x.mT if tall else x
     for a, b, c in plan:
@@ -3143,12 +3195,12 @@ def orthogonalize(x: Tensor, coefficients: str, steps: int) -> Tensor:
 
 
 def gram_iterations(x: Tensor, plan: list[tuple[float, float, float]]) -> Tensor:
-    """x (k, rows, cols) after the same polynomials, by products of (rows, rows) alone (Gram Newton-Schulz): x <- Q x,
-    where Q is the product of p = a I + b R + c R R, and R = x x^T is carried on as p R p.
+    """The same iterations on x (k, rows, cols) by products of (rows, rows) matrices alone: Gram Newton-Schulz.
 
-    Rounding grows in R, so it is computed afresh after two steps and then every three. In bfloat16 it still overshoots
-    on spectra of four decades, by half, which float16 does not: at norm 1 its range is ample.
+    x becomes Q x, where Q is the product of p = a I + b R + c R R over the steps, and R = x x^T becomes p R p.
     """
+    # Rounding errors grow in R, so it is computed again from x after two steps and then after every three. bfloat16
+    # still overshoots by half on spectra of four decades; float16 does not, and at norm 1 its range suffices
     cuts = [0, *range(2, len(plan), 3), len(plan)]
     for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
         R, Q = x @ x.mT, None
@@ -3172,20 +3224,20 @@ def muon_direction(grad: Tensor, buffer: Tensor, momentum: float, row_normalize:
 class Muon:
     """Orthogonalised momentum on 2-D weights (Jordan et al. 2024), stacked by shape and sharded over the ranks.
 
-    Each rank reduces, keeps momentum for, and orthogonalises its share of the matrices of a shape; the updates are
-    gathered and applied everywhere. All reduces are launched before the first is awaited, and all gathers likewise.
+    Each rank reduces, keeps momentum for, and orthogonalises its share of the matrices of a shape.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], cfg: Config, runtime: Runtime) -> None:
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
+        # the largest groups first: their communication overlaps the work on the others
         self.groups = sorted(shapes.values(), key=lambda g: -len(g) * g[0].numel())
         self.cfg, self.runtime = cfg, runtime
-        self.buffers = [
-            torch.zeros(-(-len(g) // runtime.world), *g[0].shape, dtype=g[0].dtype, device=g[0].device)
-            for g in self.groups
-        ]
+        self.buffers = []
+        for group in self.groups:
+            share = -(-len(group) // runtime.world)
+            self.buffers.append(group[0].new_zeros(share, *group[0].shape))
 
     def reduce(self) -> list[Tensor]:
         """This rank's shares (k, rows, cols) of the gradients averaged over the ranks, in the parameters' dtype."""
@@ -3195,10 +3247,12 @@ class Muon:
             if world == 1:
                 shares.append(grads)
                 continue
-            padded = F.pad(grads, (0, 0, 0, 0, 0, len(buffer) * world - len(group))).to(self.runtime.dtype)
+            # whole shares for every rank; sent in bf16 on a GPU, half the bytes
+            missing = len(buffer) * world - len(group)
+            padded = F.pad(grads, (0, 0, 0, 0, 0, missing)).to(self.runtime.dtype)
             shares.append(torch.empty_like(padded[: len(buffer)]))
             waits.append(reduce_scatter(shares[-1], padded, async_op=True))
-        for work in waits:
+        for work in waits:  # every reduce is launched before the first is awaited
             work.wait()
         return [share.to(buffer.dtype) / world for share, buffer in zip(shares, self.buffers, strict=True)]
 
@@ -3207,12 +3261,13 @@ class Muon:
         cfg, world, updates, waits = self.cfg, self.runtime.world, [], []
         for share, buffer in zip(shares, self.buffers, strict=True):
             direction = muon_direction(share, buffer, momentum, cfg.muon_row_normalize)
+            # the iterations tolerate bf16; tests in float64 keep it
             low = self.runtime.dtype if direction.dtype == torch.float32 else direction.dtype
             update = orthogonalize(direction.to(low), cfg.muon_coefficients, cfg.muon_backend_steps)
             if world > 1:
-                whole = update.new_empty(len(buffer) * world, *update.shape[1:])
-                waits.append(all_gather(whole, update.contiguous(), async_op=True))
-                update = whole
+                gathered = update.new_empty(len(buffer) * world, *update.shape[1:])
+                waits.append(all_gather(gathered, update.contiguous(), async_op=True))
+                update = gathered
             updates.append(update)
         for work in waits:
             work.wait()
@@ -3224,8 +3279,10 @@ class Muon:
 
 
 class Optimisers:
-    """Muon and AdamW by the parameters' roles, with one global-norm clip of the averaged gradient. A parameter that was
-    built to want no gradient stays as it is."""
+    """Muon and AdamW by the parameters' roles, with one global-norm clip of the averaged gradient.
+
+    A parameter that was built with requires_grad off is left alone.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
@@ -3254,19 +3311,20 @@ class Optimisers:
             return
         flat = self.runtime.sum_(torch.cat([p.grad.flatten() for p in self.small])) / self.runtime.world
         parts = flat.split([p.numel() for p in self.small])
-        torch._foreach_copy_(
-            [p.grad for p in self.small],
-            [x.view_as(p) for x, p in zip(parts, self.small, strict=True)],
-        )
+        for p, part in zip(self.small, parts, strict=True):
+            p.grad.copy_(part.view_as(p))
 
     def clip(self, shares: list[Tensor]) -> None:
-        """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM; no host sync."""
-        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM."""
         grads = [p.grad for p in self.small]
-        norm = (squares + torch.stack(torch._foreach_norm([at_least_fp32(g) for g in grads])).square().sum()).sqrt()
+        # each rank has its own shares, but all of the small gradients
+        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        small_norms = torch._foreach_norm([at_least_fp32(g) for g in grads])
+        norm = (squares + torch.stack(small_norms).square().sum()).sqrt()
+        # the factor stays on the device, so the host waits for nothing
         factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(shares, factor)
-        for dtype in dict.fromkeys(g.dtype for g in grads):  # batched operations are fast on one dtype at a time
+        for dtype in dict.fromkeys(g.dtype for g in grads):  # _foreach is fast on one dtype at a time
             torch._foreach_mul_([g for g in grads if g.dtype == dtype], factor)
 
     @torch.no_grad()
@@ -3290,8 +3348,8 @@ class Optimisers:
         for p in [*self.small, *(p for group in self.muon.groups for p in group)]:
             p.grad = None
 
-    def forget(self) -> None:
-        """Back to the state before the first step (after warm-up)."""
+    def clear(self) -> None:
+        """Back to the state before the first step."""
         self.adamw.state.clear()
         for buffer in self.muon.buffers:
             buffer.zero_()
@@ -3310,7 +3368,7 @@ def lr_multiplier(fraction: float, warmdown_frac: float, floor: float) -> float:
 
 
 def warmdown_share(cfg: Config, fraction: float, step: int) -> float:
-    """Share of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
+    """Fraction of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
     return cfg.warmdown_iters * fraction / max(step, 1) if cfg.warmdown_iters else cfg.warmdown_frac
 
 
@@ -3319,38 +3377,57 @@ def muon_momentum(step: int, start: float, end: float, ramp_steps: int) -> float
     return start + (end - start) * min(step / ramp_steps, 1.0) if ramp_steps > 0 else end
 
 
+class Progress(NamedTuple):
+    """Where a run is when a step begins."""
+
+    step: int  # from 0
+    fraction: float  # of the run that is done
+    multiplier: float  # of the learning rates
+
+    @classmethod
+    def at(cls, cfg: Config, fraction: float, step: int) -> Progress:
+        """The step with its LR multiplier."""
+        warmdown = warmdown_share(cfg, fraction, step)
+        return cls(step, fraction, lr_multiplier(fraction, warmdown, cfg.min_lr))
+
+
+# What changes during a run, and at which steps it is on: one row for each thing that a knob can switch on.
+STAGES: dict[str, Callable[[Config, Progress], bool]] = {
+    "looping": lambda c, now: now.fraction >= c.enable_looping_at,
+    "ste": lambda c, now: now.multiplier < c.late_qat_threshold,
+    "noise": lambda c, now: now.fraction >= c.qat_noise_start_frac and now.step % c.qat_noise_every == 0,
+    "swa": lambda c, now: now.multiplier < c.swa_start_scale and (now.step + 1) % c.swa_every == 0,
+}
+
+
+def stages_of(cfg: Config) -> list[str]:
+    """The stages that a run has."""
+    chosen = {"looping"} if loops(cfg) else set()
+    return [name for name in STAGES if name in {*chosen, cfg.qat, *cfg.average}]
+
+
 class Ema:
-    """Exponential moving average of tensors (the live weights), float32, started at their initial values, without bias
-    correction."""
+    """Exponential moving average of tensors, float32, without bias correction: it starts at their initial values."""
 
     def __init__(self, cfg: Config, source: list[Tensor]) -> None:
         self.decay, self.source = cfg.ema_decay, source
         self.shadow = [at_least_fp32(p.detach()).clone() for p in source]
 
     @torch.no_grad()
-    def update(self, step: int, multiplier: float) -> None:
-        """After optimiser step number `step`, counted from 1, at an LR multiplier."""
+    def update(self) -> None:
+        """Take in the tensors as they are after a step."""
         torch._foreach_lerp_(self.shadow, [at_least_fp32(p) for p in self.source], 1 - self.decay)
 
 
 class Swa:
-    """Mean of snapshots of tensors, float32: one every SWA_EVERY steps while the LR multiplier is under
-    SWA_START_SCALE (Izmailov et al. 2018). Before the first snapshot, and without any, the tensors themselves."""
+    """Mean of snapshots of tensors, float32 (Izmailov et al. 2018); without a snapshot, the tensors themselves."""
 
     def __init__(self, cfg: Config, source: list[Tensor]) -> None:
-        self.every, self.start, self.source, self.count = (
-            cfg.swa_every,
-            cfg.swa_start_scale,
-            source,
-            0,
-        )
-        self.shadow = source
+        self.source, self.shadow, self.count = source, source, 0
 
     @torch.no_grad()
-    def update(self, step: int, multiplier: float) -> None:
-        """After optimiser step number `step`, counted from 1, at an LR multiplier."""
-        if multiplier >= self.start or step % self.every:
-            return
+    def update(self) -> None:
+        """Take a snapshot."""
         if not self.count:
             self.shadow = [torch.zeros_like(at_least_fp32(p.detach())) for p in self.source]
         self.count += 1
@@ -3360,27 +3437,27 @@ class Swa:
 AVERAGES = {"ema": Ema, "swa": Swa}  # in this order: each averages what the one before it holds
 
 
-def averages_of(cfg: Config, params: list[Tensor]) -> list[Ema | Swa]:
-    """The chain of averages of AVERAGE; its last `shadow` is what training ends with."""
-    chain: list[Ema | Swa] = []
-    for average in (AVERAGES[name] for name in AVERAGES if name in cfg.average):
-        chain.append(average(cfg, chain[-1].shadow if chain else params))
+def averages_of(cfg: Config, params: list[Tensor]) -> dict[str, Ema | Swa]:
+    """The chain of averages of AVERAGE; the `shadow` of the last is what training ends with."""
+    chain: dict[str, Ema | Swa] = {}
+    for name in (name for name in AVERAGES if name in cfg.average):
+        source = list(chain.values())[-1].shadow if chain else params
+        chain[name] = AVERAGES[name](cfg, source)
     return chain
 
 
 class FakeQuantSTE:
-    """Quantisation-aware training: the forward pass sees the weights on the grid that they will be stored on, and their
-    gradient goes straight through to the weights (Bengio et al. 2013). For all that is stored in under 8 bits."""
+    """Quantisation-aware training with the straight-through estimator (Bengio et al. 2013).
+
+    The forward pass sees the weights on the grid that they will be stored on; their gradient goes to the weights
+    themselves. For every weight that is stored in under 8 bits.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg, plan = cfg, quant_plan(cfg)
         rounded = {name for name, rule in plan.items() if rule.bits < 8 and SCHEMES[rule.scheme].steps is not None}
         self.jobs = [(p, plan[name]) for name, p in model.named_parameters() if name in rounded]
         self.params = [p for p, _ in self.jobs]
-
-    def due(self, fraction: float, multiplier: float, step: int) -> bool:
-        """Whether this step trains so."""
-        return multiplier < self.cfg.late_qat_threshold
 
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
@@ -3392,8 +3469,10 @@ class FakeQuantSTE:
 
 
 class QuantNoise:
-    """Quantisation-aware training by noise: Gaussian, of a fraction of the rounding error of each row's step, on
-    weights chosen by name, the same on every rank; the optimiser sees the weights without it."""
+    """Quantisation-aware training by Gaussian noise, QAT_NOISE_MULT of the rounding error of a uniform grid.
+
+    Weights are chosen by name; the noise is the same on every rank, and the optimiser sees the weights without it.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
@@ -3403,20 +3482,16 @@ class QuantNoise:
             raise UserError(f"QAT_NOISE_PATTERNS={format_knob(cfg.qat_noise_patterns)} is in no name of a matrix")
         self.params = list(chosen.values())
 
-    def due(self, fraction: float, multiplier: float, step: int) -> bool:
-        """Whether this step trains so."""
-        return fraction >= self.cfg.qat_noise_start_frac and step % self.cfg.qat_noise_every == 0
-
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
         """What the forward pass of a step sees instead of self.params."""
-        cfg, generator = self.cfg, torch.Generator(self.params[0].device)
-        generator.manual_seed(cfg.seed * 2**20 + step)
-        noisy = []
+        cfg, noisy = self.cfg, []
+        generator = torch.Generator(self.params[0].device).manual_seed(cfg.seed * 2**20 + step)
         for p in self.params:
-            sigma = cfg.qat_noise_mult * sigma_clip_scale(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
+            # the error of rounding to a grid is uniform over one interval, whose variance is its square / 12
+            rounding = sigma_clip_scale(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
             draw = torch.randn(p.shape, generator=generator, device=p.device)
-            noisy.append((p + draw * sigma[:, None]).to(p.dtype))
+            noisy.append((p + draw * (cfg.qat_noise_mult * rounding)[:, None]).to(p.dtype))
         return noisy
 
 
@@ -3425,7 +3500,7 @@ QATS = {"none": None, "ste": FakeQuantSTE, "noise": QuantNoise}
 
 @contextlib.contextmanager
 def temporarily_set(params: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """Within, the parameters hold other values, in place: a compiled graph reads them as it would the weights."""
+    """Inside the block the parameters hold other values, in place, where a compiled graph reads them."""
     kept = [p.detach().clone() for p in params]
     with torch.no_grad():
         torch._foreach_copy_(params, values)
@@ -3453,40 +3528,51 @@ class Trainer:
         self.optimisers = Optimisers(cfg, model, runtime)
         self.averages = averages_of(cfg, list(model.parameters()))
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
-        self.rounding = self.rounded = False
+        self.stages, self.begun = stages_of(cfg), set()
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
-        self.loss, self.noted = torch.zeros((), device=runtime.device), 0
+        self.loss = torch.zeros((), device=runtime.device)
+        self.reported_step = 0
 
-    def step(self, batches: list[Batch], multiplier: float, step: int) -> None:
-        """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss."""
+    def step(self, batches: list[Batch], multiplier: float, step: int, rounded: bool = False) -> None:
+        """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss.
+
+        rounded: the forward pass sees the weights as QAT has them.
+        """
         self.loss = torch.zeros((), device=self.runtime.device)
-        with temporarily_set(self.qat.params, self.qat.values(step)) if self.rounding else contextlib.nullcontext():
+        weights = contextlib.nullcontext()
+        if rounded:
+            weights = temporarily_set(self.qat.params, self.qat.values(step))
+        with weights:
             for batch in batches:
-                loss = self.forward(*on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)) / len(batches)
+                inputs = on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)
+                loss = self.forward(*inputs) / len(batches)
                 loss.backward()
                 self.loss += loss.detach()
         self.optimisers.step(multiplier, step)
 
-    def multiplier(self, fraction: float, step: int) -> float:
-        """LR multiplier of a step."""
-        return lr_multiplier(fraction, warmdown_share(self.cfg, fraction, step), self.cfg.min_lr)
+    def stages_at(self, now: Progress) -> set[str]:
+        """The stages that a step is in. The log says when one begins, and looping changes the route."""
+        on = {name for name in self.stages if STAGES[name](self.cfg, now)}
+        for name in sorted(on - self.begun):
+            self.runtime.log(f"{name} on from step {now.step}, fraction {now.fraction:.3f}")
+            if name == "looping":
+                self.model.set_looping(True)
+                self.clock.expect_change()  # steps take longer from here on
+        self.begun |= on
+        return on
 
     def advance(self, batches: list[Batch], fraction: float, step: int) -> None:
-        """Step number `step` (from 0) of the run with its schedules, and the averages after it."""
-        multiplier, before = self.multiplier(fraction, step), self.rounding
-        self.rounding = self.qat is not None and self.qat.due(fraction, multiplier, step)
-        if self.rounding and not before and not self.rounded:
-            self.runtime.log(
-                f"QAT={self.cfg.qat} on from step {step}, fraction {fraction:.3f}: {len(self.qat.params)} weights"
-            )
-        self.rounded |= self.rounding
-        self.step(batches, multiplier, step)
-        for average in self.averages:
-            average.update(step + 1, multiplier)
+        """Step number `step`, from 0, with the stages that it is in, and the averages after it."""
+        now = Progress.at(self.cfg, fraction, step)
+        on = self.stages_at(now)
+        self.step(batches, now.multiplier, step, rounded=not on.isdisjoint(QATS))
+        for name, average in self.averages.items():
+            if name not in STAGES or name in on:
+                average.update()
 
     def warm_up(self) -> None:
-        """Compile every graph and let allocators settle, then take it all back: weights, moments and data order."""
+        """Compile every graph and let allocators settle, then roll back weights, moments and the order of the data."""
         before = [p.detach().clone() for p in self.model.parameters()]
         started = time.perf_counter()
         with contextlib.closing(train_batches(self.cfg, self.runtime)) as batches:
@@ -3496,7 +3582,7 @@ class Trainer:
                     self.step(next(batches), 1.0, step)
                     self.runtime.log.progress(f"warm-up (looping {looping})", step + 1, self.cfg.warmup_steps, started)
         self.model.set_looping(False)
-        self.optimisers.forget()
+        self.optimisers.clear()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), before)
         self.runtime.log(
@@ -3509,33 +3595,34 @@ class Trainer:
         return self.runtime.sum_(self.loss.clone()).item() / self.runtime.world
 
     def report(self, step: int, fraction: float, seconds: float) -> None:
-        """Log line and metrics of a step; stops the run on a loss that is not finite."""
+        """Log line and metrics after `step` steps; stops the run on a loss that is not finite."""
         loss = self.mean_loss()
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"training loss is {loss} at step {step}; earlier stages' files are untouched. Lower "
+                f"training loss is {loss} at step {step}; the files of earlier stages are untouched. Lower "
                 "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data"
             )
-        if step == self.noted or (fraction < 1 and step % self.cfg.train_log_every and step > 5):
+        due = step <= 5 or step % self.cfg.train_log_every == 0 or fraction >= 1
+        if not due or step == self.reported_step:
             return
-        self.noted = step
+        self.reported_step = step
         tokens = step * self.cfg.train_batch_tokens
         left = seconds / fraction * (1 - fraction) if fraction > 0 else math.nan
         self.runtime.log(
             f"step {step} train_loss {loss:.4f} {seconds:.1f} s {1e3 * seconds / step:.1f} ms/step "
             f"{tokens / seconds:,.0f} tok/s, about {max(left, 0):.0f} s left"
         )
-        self.note(
+        self.write_metrics(
             {
                 "step": step,
                 "train_loss": loss,
-                "lr_mult": self.multiplier(fraction, step),
+                "lr_mult": Progress.at(self.cfg, fraction, step).multiplier,
                 "seconds": seconds,
                 "looping": self.model.route is self.model.routes[True],
             }
         )
 
-    def note(self, record: dict[str, Any]) -> None:
+    def write_metrics(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
         if self.metrics is not None:
             with self.metrics.open("a", encoding="utf-8") as handle:
@@ -3543,38 +3630,39 @@ class Trainer:
 
     def store_average(self) -> None:
         """Put the weight average into the model."""
-        for average in self.averages:
-            if isinstance(average, Swa):
-                self.runtime.log(f"SWA: {average.count} snapshots")
-                if not average.count:
-                    self.runtime.log(
-                        "WARNING: no step was a multiple of SWA_EVERY with the LR multiplier under "
-                        "SWA_START_SCALE: SWA averages nothing; lower SWA_EVERY or raise SWA_START_SCALE"
-                    )
-        if self.averages:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self.model.parameters()), self.averages[-1].shadow)
+        if not self.averages:
+            return
+        swa = self.averages.get("swa")
+        if swa is not None:
+            self.runtime.log(f"SWA: {swa.count} snapshots")
+            if not swa.count:
+                self.runtime.log(
+                    "WARNING: no step was a multiple of SWA_EVERY with the LR multiplier under "
+                    "SWA_START_SCALE: SWA averages nothing; lower SWA_EVERY or raise SWA_START_SCALE"
+                )
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), list(self.averages.values())[-1].shadow)
 
-    def run(self, validate: Callable[[], Score]) -> TrainReport:
-        """Train; afterwards the model holds the weight average. validate scores the live weights, clock stopped."""
-        cfg, log, clock = self.cfg, self.runtime.log, self.clock
+    def validate(self, step: int, evaluate: Callable[[], Score]) -> None:
+        """Score the live weights with the clock stopped."""
+        elapsed = self.clock.read()
+        score = evaluate()
+        self.runtime.log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
+        self.write_metrics({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
+        self.clock.start(elapsed)
+
+    def run(self, evaluate: Callable[[], Score]) -> TrainReport:
+        """Train; afterwards the model holds the weight average."""
+        cfg, clock = self.cfg, self.clock
         self.warm_up()
-        step = 0
-        if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the one before
+        if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the run before it
             self.metrics.write_text("", encoding="utf-8")
+        step = 0
         clock.start()
         with contextlib.closing(train_batches(cfg, self.runtime)) as batches:
             while (fraction := clock.fraction(step)) < 1:
                 if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-                    elapsed = clock.read()
-                    score = validate()
-                    log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
-                    self.note({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
-                    clock.start(elapsed)
-                if loops(cfg) and fraction >= cfg.enable_looping_at and self.model.route is self.model.routes[False]:
-                    self.model.set_looping(True)
-                    clock.expect_change()
-                    log(f"looping on at step {step}, fraction {fraction:.3f}: {self.model.route}")
+                    self.validate(step, evaluate)
                 self.advance(next(batches), fraction, step)
                 step += 1
                 if step <= 5 or step % min(cfg.train_log_every, 10) == 0:
@@ -3583,9 +3671,8 @@ class Trainer:
         self.report(step, 1.0, seconds)
         self.store_average()
         self.model.set_looping(loops(cfg))
-        log(
-            f"training stopped at step {step} after {seconds:.2f} s; weights: {'+'.join(cfg.average) or 'last iterate'}"
-        )
+        weights = "+".join(cfg.average) or "last iterate"
+        self.runtime.log(f"training stopped at step {step} after {seconds:.2f} s; weights: {weights}")
         return TrainReport(step, seconds, self.mean_loss())
 
 
@@ -3705,11 +3792,10 @@ class HessianTap:
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Listen at a site; the output passes through."""
-        if site.name in self.sites:
-            flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
-            if key not in self.sums:
-                self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
-            self.sums[key].addmm_(flat.T, flat)
+        flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
+        if key not in self.sums:
+            self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
+        self.sums[key].addmm_(flat.T, flat)
         return y
 
     def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> dict[str, Tensor]:
@@ -3900,67 +3986,81 @@ def gptq(
     return gptq_columns(W[:, order].contiguous(), Hinv, blocksize, nearest)[:, torch.argsort(order)].to(torch.int8)
 
 
-# states -> taps of the two subset bits; one state is no trellis
+# A trellis is a shift register (Ungerboeck 1982, codes for amplitude modulation). State s goes by branch b to state
+# (2 s + b) mod states, here for four states:
+#
+#     row r          row r + 1
+#       0 ---b---> 0 or 1         Two states lead to each next state: s in the upper half, s + states / 2 in the lower.
+#       1 ---b---> 2 or 3         A branch requires an integer that is d mod 4, where d depends on the state and on b.
+#       2 ---b---> 0 or 1         Its parity depends on the state alone, which so allows even integers or odd ones.
+#       3 ---b---> 2 or 3
+#
+# states -> masks of the bits of 2 s + b whose sums mod 2 are the high and the low bit of d; one state is no trellis
 TCQ_CODES = {1: (64, 64), 4: (5, 2), 8: (13, 2), 16: (25, 4), 32: (41, 4), 64: (97, 20)}
 
 
 def trellis(states: int) -> Tensor:
-    """Subset of the integers (j mod 4) for each state and branch, (states, 2); state s goes by branch b to
-    (2 s + b) mod states. The codes are Ungerboeck's (1982) for amplitude modulation, as a shift register; the low bit
-    of a subset, its parity, is the same for both branches of a state."""
+    """The subset d of each state and branch, (states, 2)."""
     register = torch.arange(2 * states)
     high, low = (sum(register >> i & 1 for i in range(7) if taps >> i & 1) % 2 for taps in TCQ_CODES[states])
     return (2 * high + low).view(states, 2)
 
 
 class Viterbi:
-    """The best path through the trellis for many sequences at once (Marcellin and Fischer 1990): of all the integer
-    sequences that are one, that of least squared error. Each starts in state 0 and ends anywhere.
+    """Viterbi search: for each column, the valid trellis path with the smallest squared error (Marcellin and Fischer
+    1990). Columns are searched in parallel; each path starts in state 0 and may end in any.
 
-    Sequences side by side make every step of the two loops over rows a few operations on (states, sequences).
+    All buffers are allocated once: a search is two loops over rows, of a few small operations each.
     """
 
     def __init__(self, states: int, real: Tensor, top: Tensor) -> None:
-        """real (rows, sequences): 0 where a sequence has ended before; top (sequences,): their largest integers."""
-        rows, count = real.shape
-        self.real, self.half, self.subset = (
-            real[:, None],
-            states // 2 * count,
-            trellis(states).flatten().to(top.device),
-        )
-        self.offset = torch.arange(4.0, device=top.device)[:, None]
-        self.low, self.high = (
-            ((-top - self.offset) / 4).ceil(),
-            ((top - self.offset) / 4).floor(),
-        )
-        self.sums = real.new_empty(rows, 2 * states, count)  # of a path's cost, by last state and branch
-        self.best = real.new_empty(states, count)
-        branches = self.sums.view(rows, 2, states, count)  # the two ways into each next state
-        self.steps = [(s.view(2, states // 2, 2, count), *s) for s in branches.unbind()]
-        self.path = torch.empty(rows + 1, count, dtype=torch.int32, device=top.device)  # state * count + sequence
-        self.back = torch.empty(rows, states * count, dtype=torch.int32, device=top.device)
-        self.moves = list(zip(self.back.unbind(), self.path[1:].unbind(), self.path[:-1].unbind(), strict=True))[::-1]
-        state = torch.arange(states * count, dtype=torch.int32, device=top.device)
-        self.column, self.base = state[:count], state // (2 * count) * count + state % count
+        """real (rows, columns): False in the padding below a short column; top (columns,): its largest integer."""
+        rows, columns = real.shape
+        self.real = real[:, None]
+        self.subset = trellis(states).flatten().to(top.device)  # by 2 * state + branch
+        self.residue = torch.arange(4.0, device=top.device)[:, None]
+        self.low = ((-top - self.residue) / 4).ceil()
+        self.high = ((top - self.residue) / 4).floor()
+        # The least cost of a path to each state; the cost of each branch in each row, later of the path up to it
+        self.best = top.new_empty(states, columns)
+        self.costs = top.new_empty(rows, 2 * states, columns)
+        # The branches of a row as [half, state in it, branch], then those from each half as [next state]
+        by_half = self.costs.view(rows, 2, states, columns)
+        self.forward = [(halves.view(2, states // 2, 2, columns), *halves) for halves in by_half.unbind()]
+        # A node is state * columns + column. back[row] holds the node before each node, and path the nodes of the best
+        # paths; upper is the node before, if it is in the upper half, and half the distance to the one in the lower
+        node = torch.arange(states * columns, dtype=torch.int32, device=top.device)
+        self.column = node[:columns]
+        self.upper, self.half = node // (2 * columns) * columns + node % columns, states // 2 * columns
+        self.back = node.new_empty(rows, states * columns)
+        self.path = node.new_empty(rows + 1, columns)
+        links = zip(self.back.unbind(), self.path[1:].unbind(), self.path[:-1].unbind(), strict=True)
+        self.backward = list(links)[::-1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The integers, float32 (rows, sequences), nearest to x (rows, sequences)."""
-        points = (x[:, None] - self.offset).mul_(0.25).round_().clamp_(self.low, self.high).mul_(4).add_(self.offset)
-        costs = (points - x[:, None]).square_().mul_(self.real)
-        torch.index_select(costs, 1, self.subset, out=self.sums)
-        rows, count = x.shape
-        before = self.best.fill_(math.inf).view(2, -1, 1, count)
+        """The integers on the best paths for x (rows, columns), as float32 (rows, columns)."""
+        # The nearest point of each subset, (rows, 4, columns), and what it costs
+        points = (x[:, None] - self.residue).mul_(0.25).round_()
+        points.clamp_(self.low, self.high).mul_(4).add_(self.residue)
+        errors = (points - x[:, None]).square_().mul_(self.real)
+        torch.index_select(errors, 1, self.subset, out=self.costs)
+        # Forward: add the cost of the path so far to the branches, keep the cheaper of two ways into each state
+        rows, columns = x.shape
+        before = self.best.fill_(math.inf).view(2, -1, 1, columns)
         self.best[0] = 0
-        for branches, upper, lower in self.steps:
+        for branches, upper, lower in self.forward:
             branches += before
             torch.minimum(upper, lower, out=self.best)
-        upper, lower = self.sums.view(rows, 2, -1).unbind(1)
-        torch.add(self.base, lower < upper, alpha=self.half, out=self.back)
-        self.path[-1] = self.best.argmin(dim=0).int() * count + self.column
-        for back, after, here in self.moves:
+        # Backward: from the cheapest last state along the ways that were kept
+        upper, lower = self.costs.view(rows, 2, -1).unbind(1)
+        torch.add(self.upper, lower < upper, alpha=self.half, out=self.back)
+        self.path[-1] = self.best.argmin(dim=0).int() * columns + self.column
+        for back, after, here in self.backward:
             torch.index_select(back, 0, after, out=here)
-        state = self.path // count
-        return points.gather(1, self.subset[(2 * state[:-1] + state[1:] % 2).long()][:, None])[:, 0]
+        state = self.path // columns
+        branch = state[1:] % 2  # the bit that was shifted in
+        subset = self.subset[(2 * state[:-1] + branch).long()]
+        return points.gather(1, subset[:, None])[:, 0]
 
 
 Parts = dict[str, Tensor]
@@ -4031,52 +4131,71 @@ def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Co
     return {"q": q} | parts
 
 
-COLUMN_STEP = 0.125  # of the log2 of column factors: finer ones cost more bytes than they save
-TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; 1/12 of a scalar quantiser's step, less 1.1 dB
+TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; a scalar quantiser's 1/12 (2 steps)^2, less 1.1 dB
+
+
+def gptq_trellis(
+    weights: list[Tensor],
+    hessians: list[Tensor],
+    scales: list[Tensor],
+    tops: list[int],
+    states: int,
+    chunk_rows: int,
+    damp: float,
+    blocksize: int,
+) -> list[Tensor]:
+    """GPTQ with trellis-coded quantisation, of matrices of equal width side by side: their int8 integers (rows, cols).
+
+    scales: the scale of each row (rows,); tops: the largest integer of each matrix. The rows of a GPTQ column do not
+    depend on one another, so each column is rounded to its best path, in chunks of rows that each start in state 0.
+    """
+    orders, factors, chunks, steps, owners = [], [], [], [], []
+    for i, (weight, hessian, scale) in enumerate(zip(weights, hessians, scales, strict=True)):
+        order, Hinv, dead = inverse_factor(hessian, damp)
+        orders.append(order)
+        factors.append(Hinv)
+        chunks += torch.where(dead, 0.0, weight.float())[:, order].split(chunk_rows)
+        steps += scale.split(chunk_rows)
+        owners += [i] * (len(chunks) - len(owners))
+    W = pad_sequence(chunks, batch_first=True)  # (chunks, rows, cols)
+    scale = pad_sequence(steps, batch_first=True)
+    real = scale > 0  # a stored scale is never 0
+    scale = torch.where(real, scale, 1.0)
+    rows = real.sum(dim=1)
+    search = Viterbi(states, real.T.contiguous(), W.new_tensor(tops)[owners])
+
+    def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        x = (column / scale).T.contiguous()
+        # Shrink the target, as a Gaussian source of this power asks for at the expected error (rate-distortion theory)
+        power = x.square().sum(dim=0) / rows
+        levels = search(x * (power / (power + TCQ_ERROR))).T
+        return levels, levels * scale
+
+    W = W.mT.contiguous().mT  # the rows of a column lie side by side
+    levels = gptq_columns(W, torch.stack(factors)[owners], blocksize, on_trellis)
+    found = levels[real].to(torch.int8).split(list(map(len, weights)))
+    return [q[:, torch.argsort(order)] for q, order in zip(found, orders, strict=True)]
 
 
 def encode_tcq(
-    weights: list[Tensor], hessians: list[Tensor | None], rules: list[QuantRule], cfg: Config
+    weights: list[Tensor],
+    hessians: list[Tensor | None],
+    rules: list[QuantRule],
+    cfg: Config,
 ) -> list[Parts]:
-    """GPTQ by trellis-coded quantisation, of matrices of equal width side by side: the rows of a GPTQ column do not
-    depend on one another, so in each the best path is searched, by chunks of TCQ_CHUNK_ROWS rows.
+    """gptq_trellis of matrices of equal width, as parts: q, s, and t (states of the trellis, chunk rows).
 
-    q are points of a grid twice as fine as a scalar quantiser's of this rate, of which a state of the trellis allows
-    every other one; s is that finer step of a row, c (log2) what the step of a column is over it, t the trellis.
+    q are points of a grid twice as fine as a scalar quantiser's of this rate; a state allows every other one.
     """
-    length, found, orders, jobs = min(cfg.tcq_chunk_rows, max(map(len, weights))), [], [], []
-    for weight, hessian, rule in zip(weights, hessians, rules, strict=True):
+    for hessian in hessians:
         require_hessian(hessian)
-        order, Hinv, dead = inverse_factor(hessian, cfg.gptq_damp)
-        tilt = Hinv.diagonal().log2() * cfg.tcq_column_beta / COLUMN_STEP
-        codes = (tilt - tilt.mean()).round().clamp(-127, 127).to(torch.int8)
-        parts = stored_scales(sigma_clip_scale(weight, rule.bits, rule.clip) / 2, cfg.scale_step)
-        parts["t"] = torch.tensor([cfg.tcq_states, cfg.tcq_chunk_rows], dtype=torch.int32)
-        parts |= {"c": codes[torch.argsort(order)]} if cfg.tcq_column_beta > 0 else {}
-        count = -(-len(weight) // length)
-        pad = count * length - len(weight)
-        W = F.pad(torch.where(dead, 0.0, weight.float())[:, order], (0, 0, 0, pad)).view(count, length, -1)
-        step = F.pad(scale_values(parts), (0, pad), value=1.0).view(count, length)
-        real = F.pad(torch.ones_like(weight[:, 0], dtype=torch.float32), (0, pad)).view(count, length)
-        factor = (COLUMN_STEP * codes.float()).exp2().expand(count, -1)
-        top = torch.full((count,), 2.0**rule.bits - 2, device=weight.device)
-        jobs.append((W.transpose(1, 2), Hinv.expand(count, -1, -1), step, real, factor, top))
-        found.append(parts)
-        orders.append(order)
-    W, Hinv, step, real, factor, top = (torch.cat(part) for part in zip(*jobs, strict=True))
-    search, rows = Viterbi(cfg.tcq_states, real.T.contiguous(), top), real.sum(dim=1)
-
-    def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        scale = step * factor[:, j, None]
-        x = (column / scale).T.contiguous()
-        power = x.square().sum(dim=0) / rows
-        points = search(x * (power / (power + TCQ_ERROR))).T  # shrunk: by rate and distortion, for Gaussian weights
-        return points, points * scale
-
-    W = gptq_columns(W.transpose(1, 2), Hinv, cfg.gptq_blocksize, on_trellis)
-    for parts, order, weight, Q in zip(found, orders, weights, W.split([len(j[0]) for j in jobs]), strict=True):
-        parts["q"] = Q.flatten(0, 1)[: len(weight), torch.argsort(order)].to(torch.int8)
-    return found
+    pairs = zip(weights, rules, strict=True)
+    found = [stored_scales(sigma_clip_scale(w, rule.bits, rule.clip) / 2, cfg.scale_step) for w, rule in pairs]
+    scales, tops = list(map(scale_values, found)), [2**rule.bits - 2 for rule in rules]
+    walk = cfg.tcq_states, cfg.tcq_chunk_rows
+    levels = gptq_trellis(weights, hessians, scales, tops, *walk, cfg.gptq_damp, cfg.gptq_blocksize)
+    t = torch.tensor(walk, dtype=torch.int32)
+    return [{"q": q, "t": t} | parts for q, parts in zip(levels, found, strict=True)]
 
 
 def encode_freqsplit(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
@@ -4100,12 +4219,6 @@ def decode_rows(parts: Parts) -> Tensor:
     return parts["q"].float() * scale_values(parts)[:, None]
 
 
-def decode_tcq(parts: Parts) -> Tensor:
-    """q * s * (column factor); the trellis is nothing but the coder's context."""
-    weight = decode_rows(parts)
-    return weight * (COLUMN_STEP * parts["c"].float()).exp2() if "c" in parts else weight
-
-
 def decode_awq(parts: Parts) -> Tensor:
     """q * s, and q * hs in AWQ-lite's columns."""
     weight, columns = decode_rows(parts), fine_columns(parts["hc"], parts["q"].size(1))
@@ -4118,7 +4231,7 @@ SCHEMES = {
     "gptq_freqsplit": Scheme(encode_freqsplit, decode_rows, True, hessian=True, counts=True),
     "gptq_tcq": Scheme(
         lambda w, hessian, rule, cfg: encode_tcq([w], [hessian], [rule], cfg)[0],
-        decode_tcq,
+        decode_rows,
         True,
         ruled_scales,
         encode_tcq,
@@ -4205,13 +4318,6 @@ def decode_lqer(parts: Parts) -> Tensor:
     rows, cols = parts["q"].shape
     A = Grid(*head[:2]).decode(parts["lqa"], parts["lqas"], (rows, rank))
     return A @ Grid(*head[2:]).decode(parts["lqb"], parts["lqbs"], (rank, cols))
-
-
-def lqer_bytes(parts: Parts) -> tuple[int, int]:
-    """Bytes of a tensor's correction as stored here, and with a byte per entry as published."""
-    stored = sum(part.nbytes for key, part in parts.items() if key.startswith("lq"))
-    scales = parts["lqas"].nbytes + parts["lqbs"].nbytes
-    return stored, int(parts["lqm"][0]) * sum(parts["q"].shape) + scales
 
 
 class Repair(NamedTuple):
@@ -4362,120 +4468,21 @@ ROTATIONS = {
 }
 
 
-class TensorReport(NamedTuple):
-    """What storing one tensor costs and loses; squared errors and powers, plain and weighted by the input Hessian."""
-
-    name: str
-    stored: str
-    weights: int
-    error: float
-    power: float
-    weighted_error: float
-    weighted_power: float
-    raw_bytes: int
-    entropy_bytes: int
-
-
-def entropy_bytes(parts: Parts) -> int:
-    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy, given their parity if they are
-    from a trellis, whose state says it."""
-    total = sum(part.nbytes for part in parts.values())
-    if "q" in parts:
-        levels = torch.bincount(parts["q"].flatten().long() + 128, minlength=256).double()
-        counts = levels.view(128, 2).T if "t" in parts else levels[None]
-        lengths = torch.where(counts > 0, counts.sum(dim=1, keepdim=True) / counts, 1.0).log2()
-        total += int((counts * lengths).sum().item() / 8) - parts["q"].numel()
-    return total
-
-
-def weighted_power(x: Tensor, hessian: Tensor | None) -> float:
-    """trace(x H x^T), the summed squares of a layer's outputs; not a number without a Hessian."""
-    return math.nan if hessian is None else ((x.float() @ hessian.float()) * x).double().sum().item()
-
-
-def tensor_reports(
-    runtime: Runtime,
-    state: dict[str, Tensor],
-    hessians: dict[str, Tensor],
-    parts: dict[str, Parts],
-) -> list[TensorReport]:
-    """A report of every stored tensor, in the order of parts."""
-    reports = []
+def plan_report(cfg: Config, parts: dict[str, Parts]) -> str:
+    """The plan as it was carried out: a line for each scheme and bits, with bytes before entropy coding."""
+    plan, weights, rows = quant_plan(cfg), weights_of(cfg), {}
     for key, value in parts.items():
-        name, stored = key.split(":")
-        weight = state[name].to(runtime.device).float()
-        hessian = hessians[name].to(runtime.device) if name in hessians else None
-        error = weight - decode(key, value).to(runtime.device)
-        squares = [t.double().square().sum().item() for t in (error, weight)]
-        weighted = [weighted_power(t, hessian) for t in (error, weight)]
-        raw = sum(part.nbytes for part in value.values())
-        reports.append(TensorReport(name, stored, weight.numel(), *squares, *weighted, raw, entropy_bytes(value)))
-    return reports
-
-
-def ratio(a: float, b: float) -> float:
-    """a / b, not a number when b is nothing."""
-    return a / b if b > 0 else math.nan
-
-
-def report_table(reports: list[TensorReport]) -> str:
-    """quant_report.tsv: one line a tensor, with relative errors."""
-    lines = ["name\tstored\tweights\trelative_error\thessian_weighted_error\traw_bytes\tentropy_bytes"]
-    for r in reports:
-        errors = ratio(r.error, r.power), ratio(r.weighted_error, r.weighted_power)
-        lines.append("\t".join(map(str, (r.name, r.stored, r.weights, *(f"{e:.4e}" for e in errors), *r[-2:]))))
-    return "\n".join(lines) + "\n"
-
-
-def error_report(cfg: Config, reports: list[TensorReport], parts: dict[str, Parts]) -> list[str]:
-    """Per rule of the plan: tensors, weights, relative squared error of the stored weights and (weighted by the input
-    Hessians) of the layers' outputs, bytes; then the tensors stored in a way of their own, and LQER's bytes."""
-    lines, plan, weights = [], quant_plan(cfg), weights_of(cfg)
-    for rule in dict.fromkeys(plan.values()):
-        mine = [r for r in reports if plan[r.name] == rule]
-        total = [sum(getattr(r, field) for r in mine) for field in TensorReport._fields[2:]]
-        label = " ".join(dict.fromkeys(weights[r.name].role for r in mine))
-        if mine:
-            lines.append(
-                f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(mine):3} tensors "
-                f"{total[0]:>11,} weights  relative error {ratio(total[1], total[2]):.3e}  weighted "
-                f"{ratio(total[3], total[4]):.3e}  {total[5]:,} bytes raw, {total[6]:,} at entropy"
-            )
-        lines += [f"    {r.name} as {r.stored}" for r in mine if r.stored != rule.scheme]
-    sizes = [lqer_bytes(value) for value in parts.values() if "lqm" in value]
-    if sizes:
-        stored, published = map(sum, zip(*sizes, strict=True))
-        lines.append(f"  LQER: {len(sizes)} tensors, {stored:,} bytes bit-packed ({published:,} with int8 factors)")
-    return lines
-
-
-def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> list[str]:
-    """What AWQ-lite, and the clip search on the largest tensor of each class, would cost (bytes at order-0 entropy) and
-    gain (Hessian-weighted error over the present one), measured by quantising those tensors again."""
-    plan, lines = quant_plan(cfg), []
-
-    def encode(name: str, rule: QuantRule) -> Parts:
-        return SCHEMES[rule.scheme].encode(state[name].float(), hessians[name], rule, cfg)
-
-    refined = refined_plan(dataclasses.replace(cfg, awq_lite_enabled=True), state, hessians)
-    probes = [
-        (f"AWQ-lite from columns {rule.fine}", name, "awq_lite", encode(name, rule))
-        for name, rule in refined.items()
-        if rule.fine
-    ]
-    for rule, name in {
-        plan[n]: n for n in sorted(hessians.keys() & state, key=lambda n: (state[n].numel(), n))
-    }.items():
-        clipped = rounded_rows(state[name], searched_scales(state[name].float(), rule.bits), rule.bits)
-        probes.append(("clip search", name, "rowwise", clipped))
-    for what, name, scheme, then in probes:
-        rule = plan[name]
-        now = encode(name, rule)
-        decoded = SCHEMES[scheme].decode(then), SCHEMES[rule.scheme].decode(now)
-        loss = [weighted_power(state[name] - weight, hessians[name]) for weight in decoded]
-        cost = entropy_bytes(then) - entropy_bytes(now)
-        lines.append(f"  {what}, {name}: {cost:+,} bytes, Hessian-weighted error times {ratio(*loss):.3f}")
-    return lines
+        name, _, stored = key.partition(":")
+        size = sum(part.nbytes for part in value.values())
+        rows.setdefault((stored, plan[name].bits), []).append((weights[name].role, weights[name].numel(), size))
+    lines = ["quantisation plan:"]
+    for (stored, bits), tensors in rows.items():
+        roles, counts, sizes = zip(*tensors, strict=True)
+        lines.append(
+            f"  {stored:14} {bits:2} bits  {len(tensors):3} tensors {sum(counts):>11,} weights "
+            f"{sum(sizes):>11,} bytes raw: {' '.join(dict.fromkeys(roles))}"
+        )
+    return "\n".join(lines)
 
 
 def similarity_order(matrix: Tensor) -> Tensor:
@@ -4564,151 +4571,184 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
         return target.read_bytes()
 
 
-RANS_BITS, RANS_LANES = 14, 512
-RANS_HEAD = struct.Struct("<4i")  # rows, columns, states of the trellis (1: none), rows after which it starts again
+# COMPRESSOR=rans. rans_model predicts each integer of a matrix from those before it; rans_encode and rans_decode turn
+# the predictions into bits. rans_priors measures what the model could not learn in time, and the blob carries it as
+# side information. The model computes with integers only, so that it predicts the same on every machine.
+
+RANS_BITS, RANS_LANES = 14, 512  # a table's frequencies sum to 2^RANS_BITS; coder states that run side by side
+RANS_HEAD = struct.Struct("<4i")  # rows, columns, states of the trellis (1: none), rows per trellis chunk
+RANS_ONE, RANS_UNIT = 1 << 16, 64  # 1.0 in fixed point; the coarser unit leaves room for products and squares
+MAGNITUDE_VARIANCE = 0.57  # pi/2 - 1: the variance of |x| over (E |x|)^2 for Gaussian x
 
 
 def rans_frame(array: np.ndarray, trellis: np.ndarray | None) -> bytes:
-    """The bytes of an array, row by row, after a RANS_HEAD. What is no matrix of int8 is a row of bytes."""
-    rows, cols = array.shape if array.ndim == 2 and array.itemsize == 1 else (1, array.nbytes)
-    return RANS_HEAD.pack(rows, cols, *([1, 1] if trellis is None else trellis.tolist())) + array.tobytes()
+    """RANS_HEAD and the bytes of an array, row by row. Anything but an int8 matrix counts as one row of bytes."""
+    is_matrix = array.ndim == 2 and array.itemsize == 1
+    rows, cols = array.shape if is_matrix else (1, array.nbytes)
+    walk = [1, 1] if trellis is None else trellis.tolist()
+    return RANS_HEAD.pack(rows, cols, *walk) + array.tobytes()
 
 
 def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The array of rans_frame."""
-    return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
+    """The inverse of rans_frame."""
+    flat = np.frombuffer(data, dtype, offset=RANS_HEAD.size)
+    return flat.reshape(shape).copy()
+
+
+def rans_column_prior(
+    profile: np.ndarray,
+    past: np.ndarray,
+    rows: int,
+) -> tuple[int, int]:
+    """How closely the columns follow those of an earlier matrix, in sixteenths, and how many rows that guess is worth.
+
+    profile, past (cols,): each column's mean magnitude over the matrix's mean, here and in the earlier matrix.
+    """
+    spread, likeness = min((np.log(profile / (1 + w / 16 * (past - 1))).var(), w) for w in range(17))
+    # The mean of n rows has a relative variance of MAGNITUDE_VARIANCE / n. `profile` has that noise itself; what
+    # remains of the spread is the error of the guess, and n rows of data would have the same
+    error = spread - MAGNITUDE_VARIANCE / rows
+    return likeness, math.ceil(MAGNITUDE_VARIANCE / max(0.003, error))
+
+
+def rans_row_prior(matrix: np.ndarray) -> tuple[int, int]:
+    """The mean energy (sum of squares) of a row, and how loosely rows keep to it.
+
+    This slack is 0 if all rows have the same energy, and large if energies vary as those of independent columns do.
+    """
+    squares = np.square(matrix, dtype=np.float64)
+    independent = squares.var(axis=0).sum() + 1e-9
+    actual = squares.sum(axis=1).var()
+    removed = max(independent - actual, actual / 2**20 + 1e-9)
+    slack = min(2.0**30, 2 * matrix.shape[1] * actual / removed)
+    return int(squares.sum() / len(matrix)), int(slack)
 
 
 def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
-    """What rans_model is told of each matrix: 64 times its mean magnitude; how far its columns' mean magnitudes are
-    like those of the matrix as wide before it, in sixteenths; how many rows' worth that guess is; a row's sum of
-    squares, and how far from certain that is, half a variance as of so many columns."""
-    past, side_info = {}, []
+    """For each matrix: mean magnitude (in RANS_UNIT), rans_column_prior, rans_row_prior."""
+    past, priors = {}, []
     for matrix in matrices:
-        squares, sums = (
-            np.square(matrix, dtype=np.float64),
-            np.abs(matrix, dtype=np.int16).sum(axis=0),
-        )
-        if not sums.any():
-            side_info.append([0, 0, 1, 0, 0])
-            continue
-        own = (sums + 1) / (sums + 1).mean()
-        others = past.get(len(sums), own**0)
-        spread, like = min((np.log(own / (1 + w / 16 * (others - 1))).var(), w) for w in range(17))
-        noise = 0.57 / len(matrix)  # variance of the log of a mean of magnitudes
-        strength = math.ceil(0.57 / max(0.003, spread - noise))
-        free, bound = squares.var(axis=0).sum() + 1e-9, squares.sum(axis=1).var()
-        loose = min(2.0**30, 2 * len(sums) * bound / max(free - bound, bound / 2**20 + 1e-9))
-        side_info.append(
-            [
-                64 * int(sums.sum()) // matrix.size,
-                like,
-                strength,
-                squares.sum() / len(matrix),
-                loose,
-            ]
-        )
-        past[len(sums)] = own
-    return [list(map(int, row)) for row in side_info]
-
-
-def rans_model(heads: np.ndarray, step: Callable) -> list[np.ndarray]:
-    """The matrices, flat, of heads (matrices, 9: RANS_HEAD and rans_priors), integers by integers from
-    step(matrix, places in it, table of each place, tables).
-
-    What is known of a symbol before it is coded is a class, 12 to an octave: the mean magnitude of its column so far,
-    times what the columns on its left leave to the others of a row's sum of squares (the row's step came from its
-    standard deviation, so that sum is hardly news). And the parity that the state of its trellis allows. Each such
-    context has a histogram of all that was seen in it, which begins as a bell. Groups of columns, each a quarter of
-    those that remain, are coded each a row behind the group on its left, so that a step codes a symbol of every column.
-
-    Tables, made anew every few steps: frequency and start of each level, by 256 * table + level + 128, and that key of
-    each of 2^RANS_BITS slots. Level -128 stands for what has no frequency there: an escape. Integers only: the same on
-    any machine.
-    """
-    edges, values, found, past = [4096], np.arange(-128, 128), [], {}
-    while len(edges) < 512:
-        edges.append(edges[-1] * 1014545335 // 10**9)
-    edges = np.array(edges)  # 2^(i / 48) / 16, in 2^16ths
-    allowed = np.stack([values < 128, values % 2 == 0, values % 2 == 1])  # all levels, even ones, odd ones
-    counts = np.maximum(0, 4864 - (values * 2**20 // edges[2::4, None, None]) ** 2) * allowed
-    counts[:, :, 0] = 1
-    for rows, cols, states, chunk, level, like, seen, energy, loose in heads.tolist():
-        subsets = trellis(states).numpy()
-        follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states
-        kinds, state, bounds, due = (
-            np.array([1, 2] if states > 1 else [0]),
-            np.zeros(cols, int),
-            [0],
-            0,
-        )
-        while cols - bounds[-1] > 16:
-            bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
-        starts, bounds = np.array(bounds), np.array([*bounds, cols])
-        delay, left = np.repeat(np.arange(len(starts)), np.diff(bounds)), cols - starts
-        origin, spent, flat = (
-            np.arange(cols) - delay * cols,
-            np.zeros(len(bounds), int),
-            np.empty(rows * cols, np.int8),
-        )
-        sums = past.get(cols, np.ones(cols, int))
-        sums = (64 * cols * sums // max(1, sums.sum()) * like + 64 * (16 - like)) * (seen * level) // 2**16
-        squares = sums**2 * 11 // (7 * seen)
-        for t in range((rows + len(left) - 1) * (flat.size > 0)):
-            if t == due:
-                due += max(2, min(64, t // 8))
-                count = seen + np.maximum(0, t - delay)
-                fine, power = (
-                    np.searchsorted(edges, sums * 2**16 // count),
-                    squares * 64 // count,
-                )
-                rest = np.maximum(1, power[::-1].cumsum()[::-1][starts])
-                low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
-                tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
-            first, last = max(0, t - rows + 1), min(t + 1, len(left))
-            part = slice(bounds[first], bounds[last])
-            more = (left << 17) // (2 * left + loose) * (64 * (energy - spent[:-1]) - rest) // rest
-            shift = np.searchsorted(edges, 2**16 + more) - 192 >> 1
-            context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
-            places, table = origin[part] + t * cols, (context - low) * len(kinds)
-            here = np.where((t - delay[part]) % chunk, state[part], 0)
-            table += subsets[here, 0] & 1
-            line = flat[places] = step(len(found), places, table, tables)
-            wide = line.astype(int)
-            state[part] = follow[here, wide & 3]
-            np.add.at(
-                counts.reshape(-1),
-                (3 * context + kinds[wide % len(kinds)]) * 256 + wide + 128,
-                1024,
-            )
-            sums[part] += np.abs(wide)
-            wide *= wide
-            squares[part] += wide
-            spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(wide, starts[first:last] - part.start)
-        past[cols] = sums
-        found.append(flat)
-    return found
+        sums = np.abs(matrix, dtype=np.int16).sum(axis=0)
+        cols, prior = len(sums), [0, 0, 1, 0, 0]
+        if sums.any():
+            profile = (sums + 1) / (sums + 1).mean()
+            columns = rans_column_prior(profile, past.get(cols, np.ones(cols)), len(matrix))
+            prior = [RANS_UNIT * int(sums.sum()) // matrix.size, *columns, *rans_row_prior(matrix)]
+            past[cols] = profile
+        priors.append(prior)
+    return priors
 
 
 def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frequencies in proportion to counts (contexts, 256), at least 1 for what was seen; starts; keys of slots."""
-    some, total = counts > 0, 1 << RANS_BITS
-    freq = np.maximum(some, counts * (total - some.sum(1)[:, None]) // counts.sum(1)[:, None])
-    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
+    """Frequency and start of each key, and the key of each slot, for histograms (tables, 256).
+
+    A key is 256 * table + level + 128. Frequencies are proportional to the counts, and at least 1 where a count is not
+    0; those of a table sum to 2^RANS_BITS, its number of slots.
+    """
+    total = 1 << RANS_BITS
+    seen = counts > 0
+    share = counts * (total - seen.sum(1)[:, None]) // counts.sum(1)[:, None]
+    freq = np.maximum(seen, share)
+    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)  # rounding error goes to the largest
+    start = freq.cumsum(1) - freq
     keys = np.repeat(np.arange(freq.size, dtype=np.uint16), freq.ravel())
-    return (
-        freq.astype(np.uint32).ravel(),
-        (freq.cumsum(1) - freq).astype(np.uint32).ravel(),
-        keys,
-    )
+    return freq.ravel(), start.ravel(), keys
+
+
+def rans_model(side_info: np.ndarray, flats: list[np.ndarray]) -> Iterator[tuple]:
+    """Predict the symbols of matrices, in the same way for the encoder and the decoder.
+
+    side_info (matrices, 9): RANS_HEAD and rans_priors. flats: the matrices as flat int8. Each step yields flat, places,
+    the table of each place, and rans_tables; the decoder must set flat[places] before it asks for the next step.
+    """
+    # Classes of magnitude, 48 to an octave: edge i is 2^(i / 48) / 16
+    root = 1014545335  # 2^(1 / 48) in billionths
+    edges = [RANS_ONE // 16]
+    while len(edges) < 512:
+        edges.append(edges[-1] * root // 10**9)
+    edges = np.array(edges)
+    # Four classes form a context. It has a histogram for each kind of symbol (any, even, odd), which starts as the bell
+    # 19 - (level / magnitude)^2, in 256ths. Level -128 marks an escape: a level that the histogram has no room for
+    levels = np.arange(-128, 128)
+    kinds = np.stack([levels < 128, levels % 2 == 0, levels % 2 == 1])
+    sixteenths = levels * 16 * RANS_ONE // edges[2::4, None, None]
+    counts = np.maximum(0, 19 * 16**2 - sixteenths**2) * kinds
+    counts[:, :, 0] = 1
+    past = {}
+    for info, flat in zip(side_info.tolist(), flats, strict=True):
+        yield from rans_wavefront(info, flat, past, edges, counts)
+
+
+# A row's energy is nearly known, so what its left columns have spent tells how large the others are. To use that and
+# still code many symbols at once, the columns form groups, each a quarter of the columns that remain, and each group
+# runs one row behind its left neighbour. One step codes one symbol in every column:
+#
+#                group 0   group 1   group 2
+#     row 0      step 0    step 1    step 2
+#     row 1      step 1    step 2    step 3
+#     row 2      step 2    step 3    step 4
+
+
+def rans_wavefront(
+    info: list[int],
+    flat: np.ndarray,
+    past: dict[int, np.ndarray],
+    edges: np.ndarray,
+    counts: np.ndarray,
+) -> Iterator[tuple]:
+    """The steps of rans_model for one matrix; updates the histograms, and past: magnitudes of columns by width."""
+    rows, cols, states, chunk_rows, magnitude, likeness, prior_rows, energy, slack = info
+    # Each column's sum of magnitudes starts as if prior_rows had been seen: a mixture, in sixteenths, of columns like
+    # those of the last matrix of this width and of columns that are all alike
+    sums = past.get(cols, np.ones(cols, int))
+    share = RANS_UNIT * cols * sums // max(1, sums.sum())
+    share = share * likeness + RANS_UNIT * (16 - likeness)
+    past[cols] = sums = share * (prior_rows * magnitude) // RANS_ONE
+    bounds = [0]
+    while cols - bounds[-1] > 16:
+        bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
+    starts, bounds = np.array(bounds), np.array([*bounds, cols])
+    groups, left = len(starts), cols - starts
+    delay = np.repeat(np.arange(groups), np.diff(bounds))
+    subsets, state = trellis(states).numpy(), np.zeros(cols, int)
+    follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states  # [state, level mod 4]
+    kinds = np.array([1, 2] if states > 1 else [0])
+    pi_half = 11  # in sevenths: E x^2 = pi/2 (E |x|)^2 for Gaussian x
+    squares = sums**2 * pi_half // (7 * prior_rows)
+    spent, due = np.zeros(groups + 1, int), 0
+    for t in range((rows + groups - 1) * (flat.size > 0)):
+        if t == due:  # slow, so only now and then: the columns' classes, and tables for the contexts around them
+            due += max(2, min(64, t // 8))
+            seen = prior_rows + np.maximum(0, t - delay)
+            fine, power = np.searchsorted(edges, sums * RANS_ONE // seen), squares * RANS_UNIT // seen
+            expected = np.maximum(1, power[::-1].cumsum()[::-1][starts])
+            low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
+            tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
+        first, last = max(0, t - rows + 1), min(t + 1, groups)  # groups whose row exists
+        part = slice(bounds[first], bounds[last])
+        # How far the energy left exceeds the expected one; trusted less with few columns left or much slack
+        trust = 2 * left * RANS_ONE // (2 * left + slack)
+        excess = trust * (RANS_UNIT * (energy - spent[:-1]) - expected) // expected
+        shift = np.searchsorted(edges, RANS_ONE + excess) - 4 * 48 >> 1  # in classes; edge 4 * 48 is 1.0, >> 1 the root
+        context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
+        row = t - delay[part]
+        here = state[part] * (row % chunk_rows > 0)
+        places = row * cols + np.arange(cols)[part]
+        yield flat, places, (context - low) * len(kinds) + (subsets[here, 0] & 1), tables
+        levels = flat[places].astype(int)
+        state[part] = follow[here, levels & 3]
+        histogram = 3 * context + kinds[levels % len(kinds)]
+        np.add.at(counts.reshape(-1), histogram * 256 + levels + 128, 1024)  # a symbol weighs 4, in 256ths
+        sums[part] += np.abs(levels)
+        levels *= levels
+        squares[part] += levels
+        spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(levels, starts[first:last] - part.start)
 
 
 def rans_encode(raw: bytes) -> bytes:
-    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame: what rans_model is told, by zlib,
-    then words of 16 bits: states of the lanes, what the lanes read.
+    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame.
 
-    A lane, one of up to RANS_LANES side by side, holds a state of 32 bits. As the decoder gives back in reverse what
-    the encoder was given, the encoder goes from the last step to the first.
+    The blob: side information, compressed by zlib; then 16-bit words: the lanes' first states, and what they read.
     """
     heads, matrices, at, log, words = [], [], 0, [], []
     while at < len(raw):
@@ -4716,64 +4756,52 @@ def rans_encode(raw: bytes) -> bytes:
         size, at = math.prod(heads[-1][:2]), at + RANS_HEAD.size
         matrices.append(np.frombuffer(raw, np.int8, size, at).reshape(heads[-1][:2]))
         at += size
-
-    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The levels at these places, which are noted."""
-        line = matrices[number].reshape(-1)[places]
-        key = 256 * table + line + 128
-        lost = (tables[0][key] == 0) | (line == -128)
-        key[lost] &= -256
-        freq, start = tables[0][key], tables[1][key]
-        for part in (slice(a, a + RANS_LANES) for a in range(0, len(line), RANS_LANES)):
-            log.append((freq[part], start[part], line[part][lost[part]].view(np.uint8) ^ 128))
-        return line
-
-    side_info = np.array([[*a, *b] for a, b in zip(heads, rans_priors(matrices), strict=True)], "<i4").reshape(-1, 9)
-    rans_model(side_info, step)
-    x = np.full(min(RANS_LANES, side_info[:, 1].max()), 1 << 16, np.uint32)
-    for freq, start, lost in reversed(log):
-        mine = x[: len(freq)]
-        full = mine >> (32 - RANS_BITS) >= freq
-        words += [lost, mine[full] & 0xFFFF]
-        mine[full] >>= 16
-        mine[:] = (mine // freq << RANS_BITS) + mine % freq + start
-    words = np.concatenate([x >> 16, x & 0xFFFF, *words[::-1]])
+    side_info = np.hstack([heads, rans_priors(matrices)]).astype("<i4")
+    for flat, places, table, (freq, start, _) in rans_model(side_info, [m.reshape(-1) for m in matrices]):
+        level = flat[places].astype(int) + 128
+        key = 256 * table + level
+        escaped = (freq[key] == 0) | (level == 0)
+        key[escaped] &= -256
+        for a in range(0, len(key), RANS_LANES):
+            part = slice(a, a + RANS_LANES)
+            log.append((freq[key[part]], start[key[part]], level[part][escaped[part]]))
+    lanes = np.full(min(RANS_LANES, side_info[:, 1].max()), 1 << 16)
+    for freq, start, escapes in reversed(log):  # a state is a stack: the decoder pops last what was pushed first
+        lane = lanes[: len(freq)]
+        full = lane >> (32 - RANS_BITS) >= freq
+        words += [escapes, lane[full] & 0xFFFF]
+        lane[full] >>= 16
+        quotient, slot = np.divmod(lane, freq)
+        lane[:] = (quotient << RANS_BITS) + slot + start
+    words = np.concatenate([lanes >> 16, lanes & 0xFFFF, *words[::-1]])
     return zlib.compress(side_info.tobytes(), 9) + words.astype("<u2").tobytes()
 
 
 def rans_decode(blob: bytes) -> bytes:
-    """The inverse of rans_encode; some ordinary exception when it is none of its results."""
+    """The inverse of rans_encode; some ordinary exception when the blob is damaged."""
     unzip = zlib.decompressobj()
     side_info = np.frombuffer(unzip.decompress(blob), "<i4").reshape(-1, 9)
-    words = np.frombuffer(unzip.unused_data, "<u2").astype(np.uint32)
-    at = min(RANS_LANES, side_info[:, 1].max())
-    x, words, at = words[:at] << 16 | words[at : 2 * at], words[2 * at :], 0
-
-    def fill(array: np.ndarray, where: np.ndarray) -> None:
-        """Shift a word into each of the chosen places."""
-        nonlocal at
-        (places,) = where.nonzero()
-        at += len(places)
-        array[places] = (array[places] << 16) + words[at - len(places) : at]
-
-    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The levels at these places."""
-        freq, start, keys = tables
+    words = np.frombuffer(unzip.unused_data, "<u2").astype(int)
+    count = min(RANS_LANES, side_info[:, 1].max())
+    lanes, at = words[:count] << 16 | words[count : 2 * count], 2 * count
+    flats = [np.empty(size, np.int8) for size in side_info[:, :2].prod(1)]
+    for flat, places, table, (freq, start, keys) in rans_model(side_info, flats):
         for a in range(0, len(table), RANS_LANES):
             part = table[a : a + RANS_LANES]
-            mine = x[: len(part)]
-            slot = mine & (1 << RANS_BITS) - 1
-            part[:] = key = keys[(part << RANS_BITS) + slot]
-            mine[:] = freq[key] * (mine >> RANS_BITS) + slot - start[key]
-            fill(mine, mine < 1 << 16)
+            lane = lanes[: len(part)]
+            slot = lane & (1 << RANS_BITS) - 1
+            part[:] = keys[(part << RANS_BITS) + slot]
+            lane[:] = freq[part] * (lane >> RANS_BITS) + slot - start[part]
             part &= 255
-            fill(part, part == 0)
-        return (table - 128).astype(np.int8)
-
-    matrices = rans_model(side_info, step)
+            # Lanes below 2^16 read a word each, then escapes, whose word is the level itself
+            for array, empty in (lane, lane < 1 << 16), (part, part == 0):
+                (chosen,) = empty.nonzero()
+                array[chosen] = (array[chosen] << 16) + words[at : at + len(chosen)]
+                at += len(chosen)
+        flat[places] = table - 128
     if at != len(words):
-        raise ValueError("lanes out of step")
-    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(side_info, matrices, strict=True))
+        raise ValueError("words left over")
+    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(side_info, flats, strict=True))
 
 
 CODERS = {
@@ -6106,12 +6134,8 @@ class Run:
         if "quantize" in cfg.stages:
             CODECS[cfg.compressor].need()  # before the training, not after it
         self.result: dict[str, Any] = {"preset": preset, "seed": cfg.seed, "stages": {}}
-        old = folder / "result.json"
-        if "train" not in cfg.stages and old.is_file():
-            try:
-                self.result |= json.loads(old.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{old} is damaged ({error}); delete it to resume without it") from None
+        if "train" not in cfg.stages:
+            self.result |= read_json(folder / "result.json")
         self.result["source_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     def model(self) -> GPT:
@@ -6156,16 +6180,6 @@ class Run:
             atomic_save(self.folder / name, value)
         self.runtime.barrier()
 
-    def load(self, name: str) -> Any:
-        """A file that an earlier stage wrote; UserError when it is not there."""
-        if not (self.folder / name).is_file():
-            raise UserError(f"{self.folder / name} is missing; run the stage before (STAGES=train,quantize,eval)")
-        try:
-            return torch.load(self.folder / name, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0][:100]
-            raise UserError(f"{self.folder / name} is damaged ({reason}); run the stage before again") from None
-
     def train(self) -> None:
         """Train, average, collect Hessians within the budget; model.pt, hessians.pt and the pre-quantisation score."""
         cfg, runtime = self.cfg, self.runtime
@@ -6208,16 +6222,16 @@ class Run:
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
         cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
-        state = self.load("model.pt")["model"]
+        state = load_saved(self.folder / "model.pt")["model"]
         fill_model(self.model(), state, str(self.folder / "model.pt"))
-        hessians = self.load("hessians.pt")
+        hessians = load_saved(self.folder / "hessians.pt")
         state, hessians = ROTATIONS[cfg.rotate](cfg, state, hessians)
         if CODECS[cfg.compressor].sort_hidden:
             state, hessians = sort_hidden(cfg, runtime, state, hessians)
         parts = quantize(cfg, runtime, state, hessians)
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
-            self.report_errors(state, hessians, parts)
+            self.log(plan_report(cfg, parts))
             started = time.perf_counter()
             save_artifact(self.folder / "model.bin", parts, cfg.compressor)
         runtime.barrier()
@@ -6231,29 +6245,6 @@ class Run:
         self.record(
             "quantized",
             EVALS["plain"](cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val),
-        )
-
-    def report_errors(self, state: dict[str, Tensor], hessians: dict[str, Tensor], parts: dict[str, Parts]) -> None:
-        """What quantisation costs and loses: by class into the log, by tensor into quant_report.tsv."""
-        started, reports = (
-            time.perf_counter(),
-            tensor_reports(self.runtime, state, hessians, parts),
-        )
-        atomic_write(self.folder / "quant_report.tsv", report_table(reports).encode())
-        lines = error_report(self.cfg, reports, parts)
-        if self.cfg.quant_report:
-            lines += [
-                "other quantisers, at the bytes of their order-0 entropy:",
-                *probe_report(self.cfg, state, hessians),
-            ]
-        self.log(
-            "\n".join(
-                [
-                    "quantisation plan:",
-                    *lines,
-                    f"  report in {time.perf_counter() - started:.1f} s",
-                ]
-            )
         )
 
     def from_artifact(self, path: Path) -> GPT:

@@ -17,17 +17,17 @@ import torch
 import ttt_rules
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "records"))
-import verify  # noqa: E402
+import verify
 
-import train_gpt  # noqa: E402
-from train_gpt import Adapters, CarryLora, Cells, Evaluator, Lesson, NoAdaptation, Step  # noqa: E402
+import train_gpt
+from train_gpt import Adapters, CarryLora, Cells, Evaluator, Lesson, NoAdaptation, Step
 
 LENGTHS = [30, 61, 22, 13, 9, 2, 17]  # documents
 PLAIN = next(iter(ttt_rules.STRUCTURES))
 LEAKY = {"smear over document starts", "the same over document starts"}  # on purpose, as published
 
 
-class Bench(verify.Bench):
+class Toy(verify.Scorer):
     """What the judge examines, with the model of a structure in place of an artifact's."""
 
     def __init__(self, cfg: train_gpt.Config) -> None:
@@ -42,7 +42,7 @@ class Bench(verify.Bench):
 def examine(cfg: train_gpt.Config, evaluator: Evaluator | None = None, apart: str = "", sums: bool = True) -> set[str]:
     """The questions that an evaluator does not pass."""
     evaluator = evaluator or train_gpt.EVALS[cfg.eval]
-    checks = verify.examine(Bench(cfg), evaluator, "matrix", 2, apart, sums)
+    checks = verify.examine(Toy(cfg), evaluator, "matrix", 2, apart, sums)
     assert len(checks) > 1
     return {check.name.split(" (")[0] for check in checks if check.status not in (verify.PASS, verify.NOT_ASKED)}
 
@@ -132,7 +132,7 @@ def test_lessons_that_offer_the_next_chunk_are_caught(context: str) -> None:
     evaluator = train_gpt.EVALS["doc_lora"]._replace(steps=greedy)
     assert "C4 each target once" in examine(config(ttt_context=context), evaluator)  # the program's ledger stops it
     with pytest.raises(train_gpt.LegalityError, match="not scored yet"):
-        bench = Bench(config(ttt_context=context))
+        bench = Toy(config(ttt_context=context))
         evaluator(bench.cfg, bench.runtime, bench.model(), bench.val)
 
 
