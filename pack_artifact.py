@@ -31,7 +31,6 @@ import argparse
 import ast
 import base64
 import dataclasses
-import fnmatch
 import functools
 import hashlib
 import importlib.util
@@ -230,7 +229,7 @@ def cut_sections(packed: str, plain: str, name: str = "source") -> list[Section]
     banners = [m for m in BANNER.finditer(plain) if plain.count("\n", 0, m.start()) + 1 not in inside]
     titles = [BEFORE_BANNERS, *(m["title"] for m in banners)]
     edges = [0, *(m.start() for m in banners), len(plain)]
-    raws = {title: plain[a:b] for title, a, b in zip(titles, edges, edges[1:], strict=True)}
+    raws = {title: plain[a:b] for title, (a, b) in zip(titles, itertools.pairwise(edges), strict=True)}
 
     home: dict[str, str] = {}
     for node, start in nodes:
@@ -641,7 +640,6 @@ def pack(args: argparse.Namespace) -> int:
 # +---------------------------------------------------------------------------------------------------------------+
 
 Check = tuple[str, bool, str]  # what is compared, is it equal, detail
-
 # What a child may inherit: the machine, never a knob of the run (those must come out of the artifact).
 INHERITED = re.compile(
     r"(PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|LD_\w+|DYLD_\w+|CUDA_\w+|NVIDIA_\w+|NCCL_\w+"
@@ -668,10 +666,10 @@ def load_program(path: Path, name: str = "train_gpt") -> Any:
     return module
 
 
-def clean_environment(room: Path, data: Path | None, tokenizer: Path | None) -> dict[str, str]:
+def clean_environment(workdir: Path, data: Path | None, tokenizer: Path | None) -> dict[str, str]:
     """Environment of a child: the machine's variables, the data, and a cache inside the empty directory."""
     env = {k: v for k, v in os.environ.items() if INHERITED.fullmatch(k)}
-    env |= {"XDG_CACHE_HOME": str(room / "cache"), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= {"XDG_CACHE_HOME": str(workdir / "cache"), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if data is not None:
         env["DATA_PATH"] = str(data.resolve())
     if tokenizer is not None:
@@ -703,10 +701,10 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
-def compare_weights(script: Path, args: argparse.Namespace, room: Path, env: dict[str, str]) -> list[Check]:
+def compare_weights(script: Path, args: argparse.Namespace, workdir: Path, env: dict[str, str]) -> list[Check]:
     """Extract by the artifact's own code, then compare blob, configuration and decoded tensors with the run's."""
-    run_child([str(script), "--explain"], room, env, quiet=True)
-    folders = [path.parent for path in (room / "cache" / "train_gpt").glob("*/*/train_gpt.py")]
+    run_child([str(script), "--explain"], workdir, env, quiet=True)
+    folders = [path.parent for path in (workdir / "cache" / "train_gpt").glob("*/*/train_gpt.py")]
     if len(folders) != 1:
         raise RuntimeError(f"the artifact extracted {len(folders)} folders, expected one")
     folder = folders[0]
@@ -743,14 +741,14 @@ def run_alone(args: argparse.Namespace, embedded: bool) -> tuple[list[Check], di
     data, tokenizer = args.data or named.get("DATA_PATH"), args.tokenizer or named.get("TOKENIZER_PATH")
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={args.nproc}"] if args.nproc > 1 else []
     with tempfile.TemporaryDirectory(prefix="verify_") as name:
-        room = Path(name)
-        env = clean_environment(room, data, None if embedded else tokenizer)
+        workdir = Path(name)
+        env = clean_environment(workdir, data, None if embedded else tokenizer)
         for file in artifact_files(args.file):
-            shutil.copyfile(file, room / file.name)
-        script = room / artifact_files(args.file)[0].name
-        rows = compare_weights(script, args, room, env) if args.run else []
-        run_child([*launcher, str(script)], room, env)
-        return rows, read_result(room / "logs" / f"{script.stem}_eval")
+            shutil.copyfile(file, workdir / file.name)
+        script = workdir / artifact_files(args.file)[0].name
+        rows = compare_weights(script, args, workdir, env) if args.run else []
+        run_child([*launcher, str(script)], workdir, env)
+        return rows, read_result(workdir / "logs" / f"{script.stem}_eval")
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -792,7 +790,8 @@ def verify(args: argparse.Namespace) -> int:
 # | 6 INSPECT                                                                                                     |
 # +---------------------------------------------------------------------------------------------------------------+
 
-PART_KINDS = (("q", "symbols"), ("s", "scales"), ("[hs]s", "scales"), ("order", "row order"), ("lq*", "correction"))
+PART_KINDS = {"q": "symbols", "s": "scales", "hs": "scales", "ss": "scales", "order": "row order"}
+PART_KINDS |= dict.fromkeys(("lqa", "lqas", "lqb", "lqbs", "lqm"), "correction")
 INK, MUTED, BAR, MARK = "#1f2933", "#6b7785", "#627d98", "#d1495b"
 
 
@@ -845,8 +844,7 @@ def role_of(name: str) -> str:
 
 def kind_of(key: str) -> str:
     """Kind of part that a stored array is: blocks.3.attn.q.weight:gptq:s -> scales."""
-    part = key.rpartition(":")[2]
-    return next((kind for pattern, kind in PART_KINDS if fnmatch.fnmatchcase(part, pattern)), "other")
+    return PART_KINDS.get(key.rpartition(":")[2], "other")
 
 
 def cost(size: float, items: float, bound: float) -> dict[str, Any]:
@@ -906,7 +904,8 @@ def draw_inspection(report: dict[str, Any], path: Path) -> None:
         for place, row in enumerate(rows):
             if row.get(mark) is not None:
                 ax.plot([row[mark] / scale] * 2, [place - 0.4, place + 0.4], color=MARK)
-        ax.set_yticks(range(len(rows)), [f"{row[label]} {row.get('part', '')}" for row in rows], fontsize=8, color=INK)
+        names = [f"{row[label]} {row.get('part') or row.get('stored') or ''}" for row in rows]
+        ax.set_yticks(range(len(rows)), names, fontsize=8, color=INK)
         ax.invert_yaxis()
         ax.set_title(title, loc="left", color=INK)
         ax.set_xlabel(unit, color=MUTED)

@@ -1617,13 +1617,23 @@ def row_bounds(ids: np.ndarray) -> Tensor:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """At least float32: norms, softmax and losses are never computed in half precision."""
+    """x in float32, or as it is in float64: norms, softmax and losses never run in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dim, no weight; computed wide, returned in x's dtype (no autocast)."""
-    return F.rms_norm(at_least_fp32(x), (x.size(-1),), eps=RMS_EPS).to(x.dtype)
+    """x / sqrt(mean(x^2) + eps) over the last dim, without a weight; computed in at least float32, returned as x."""
+    y = F.rms_norm(at_least_fp32(x), (x.size(-1),), eps=RMS_EPS)
+    return y.to(x.dtype)
+
+
+def rotary_frequencies(
+    dims: int,
+    base: float,
+    device: torch.device,
+) -> Tensor:
+    """(dims/2) float32: radians per token of each rotated pair (RoPE, Su et al. 2021)."""
+    return 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
 
 
 def rotary_tables(
@@ -1633,11 +1643,12 @@ def rotary_tables(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, dims/2), float32, of RoPE (Su et al. 2021); pairs are dims (m, m + dims/2). Frequencies,
-    positions, angles and results are rounded to dtype."""
-    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
+    """cos and sin (length, dims/2) of positions 0..length-1, float32; pairs are dims (m, m + dims/2).
+
+    Frequencies, positions, angles and results are rounded to `dtype`.
+    """
     position = torch.arange(length, dtype=torch.float32, device=device).to(dtype)
-    angle = position[:, None] * frequency.to(dtype)
+    angle = position[:, None] * rotary_frequencies(dims, base, device).to(dtype)
     return angle.cos().float(), angle.sin().float()
 
 
@@ -1647,23 +1658,38 @@ ROTARIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # values of ROPE_
 }
 
 
-def rotary_at(at: Tensor, dims: int, base: float, trained: int) -> tuple[Tensor, Tensor]:
-    """The rows of rotary_tables at positions (B, T), float32 (B, T, dims/2). From position `trained` on the angles are
-    float64: whatever a model has seen is as it saw it, and far positions do not lose the fraction of their angle."""
-    frequency = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=at.device) / max(dims, 1))
+def rotary_at(
+    at: Tensor,
+    dims: int,
+    base: float,
+    trained: int,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, T, dims/2), float32, of positions `at` (B, T). Positions below `trained` give the very rows of
+    rotary_tables; beyond, angles are float64, because a large float32 angle loses its fraction."""
+    frequency = rotary_frequencies(dims, base, at.device)
     near, far = (at.to(f.dtype).unsqueeze(-1) * f for f in (frequency, frequency.double()))
     inside = (at < trained).unsqueeze(-1)
-    return torch.where(inside, near.cos(), far.cos().float()), torch.where(inside, near.sin(), far.sin().float())
+    cos = torch.where(inside, near.cos(), far.cos().float())
+    return cos, torch.where(inside, near.sin(), far.sin().float())
 
 
-def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
-    """The rotary base of contexts of `span` tokens: over a reference length (0: none) it grows so that the lowest
-    frequency turns as far as at the reference (NTK-aware scaling, bloc97 2023)."""
+def stretched_base(
+    base: float,
+    dims: int,
+    span: int,
+    reference: int,
+) -> float:
+    """The rotary base for contexts of `span` tokens. Past a reference length (0: never) it grows, so that the lowest
+    frequency turns no further than at the reference (NTK-aware scaling, bloc97 2023)."""
     return base * (span / reference) ** (dims / (dims - 2)) if 0 < reference < span else base
 
 
-def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.size(-1) dims of each head, by tables of (T) or (B, T); the rest passes through."""
+def rotate(
+    x_BTHd: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """Rotate the first 2 * cos.size(-1) dims of each head by tables of (T) or (B, T) rows; the rest passes through."""
     half = cos.size(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     a, b, rest = x_BTHd.split([half, half, x_BTHd.size(-1) - 2 * half], dim=-1)
@@ -1671,85 +1697,107 @@ def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x_BTHd.dtype), rest], dim=-1)
 
 
-def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
-    """XSA: each head's output without its component along the token's own value (of its key/value group)."""
-    B, T, H, d = y_BTHd.shape
-    K = v_BTKd.size(2)
+def remove_self_value(
+    y_BTHd: Tensor,
+    v_BTKd: Tensor,
+) -> Tensor:
+    """XSA: remove from each head's output its component along the token's own value (that of its key/value head)."""
     own = F.normalize(at_least_fp32(v_BTKd), dim=-1, eps=1e-12).unsqueeze(3)
-    y = at_least_fp32(y_BTHd).view(B, T, K, H // K, d)
-    return (y - (y * own).sum(-1, keepdim=True) * own).view(B, T, H, d).to(y_BTHd.dtype)
+    y = at_least_fp32(y_BTHd).unflatten(2, (v_BTKd.size(2), -1))  # (B, T, K, H/K, d)
+    y = y - (y * own).sum(-1, keepdim=True) * own
+    return y.flatten(2, 3).to(y_BTHd.dtype)
 
 
 class AttnMeta(NamedTuple):
-    """What a batch's attention sees: segment boundaries over the flattened B*T tokens (or None), the longest segment,
-    rotary cos and sin (T, rope_dims/2) float32, the masked twin's mask (see segment_mask) or None, for recurrent mixers
-    where (B, T) their state starts afresh, beside row starts, and where rows are parts of documents, what is kept of
-    the parts before them."""
+    """What the mixers need to know about a batch besides its activations."""
 
-    cu_seqlens: Tensor | None
-    max_len: int
-    cos: Tensor
+    cu_seqlens: Tensor | None  # segment boundaries over the flattened B*T tokens; None: each row is one segment
+    max_len: int  # the longest segment
+    cos: Tensor  # rotary tables, float32: (T, rope_dims/2), or (B, T, rope_dims/2)
     sin: Tensor
-    mask: Tensor | None
-    starts: Tensor | None = None
-    carry: KVCache | None = None
+    mask: Tensor | None  # segment_mask, for masked_attention
+    starts: Tensor | None = None  # (B, T) bool, for recurrent mixers: tokens before which the state is cleared
+    carry: KVCache | None = None  # keys and values of the documents' earlier parts
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttnMeta, Tensor | None], Tensor]
 
 
 def segments(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Number, from 1, of the segment that each of `total` tokens lies in."""
-    return torch.searchsorted(
-        cu_seqlens,
-        torch.arange(total, device=cu_seqlens.device).to(cu_seqlens.dtype),
-        right=True,
-    )
+    """The segment, numbered from 1, of each of `total` tokens."""
+    token = torch.arange(total, device=cu_seqlens.device).to(cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, token, right=True)
 
 
-def segment_mask(cu_seqlens: Tensor, total: int, band: int) -> Tensor:
+def segment_mask(
+    cu_seqlens: Tensor,
+    total: int,
+    band: int,
+) -> Tensor:
     """(total/band, 1, band, width) bool: a query sees the keys of its own segment up to itself.
 
     No segment is longer than `band`, so a block of `band` queries needs its own keys and those of the block before:
     width is 2 * band, or band when there is one block.
     """
+    width, before = (2 * band, band) if total > band else (band, 0)
     query = torch.arange(total, device=cu_seqlens.device).view(-1, band, 1)
-    first = query[:, :1] - (band if total > band else 0)
-    key = first + torch.arange(2 * band if total > band else band, device=cu_seqlens.device)
+    key = query[:, :1] - before + torch.arange(width, device=cu_seqlens.device)
     segment = segments(cu_seqlens, total)
     same = segment[query] == segment[key.clamp_min(0)]
     return (same & (key <= query) & (key >= 0)).unsqueeze(1)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-    """Exact causal attention with a mask, on any device: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d).
+def exact_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sink: Tensor | None,
+) -> Tensor:
+    """SDPA of q (B, T, H, d), k and v (B, keys, K, d) under a mask (B, 1, T, keys); without one, causal in each row."""
+    if sink is not None:
+        k = torch.cat([sink.to(k.dtype).expand(k.size(0), 1, -1, -1), k], dim=1)
+        v = F.pad(v, (0, 0, 0, 0, 1, 0))
+        if mask is None:
+            mask = q.new_ones(q.size(1), k.size(1), dtype=torch.bool).tril(1)
+        else:
+            mask = F.pad(mask, (1, 0), value=True)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meta: AttnMeta,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Causal attention inside each row. Shapes as masked_attention."""
+    return exact_attention(q, k, v, None, sink)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meta: AttnMeta,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Exact causal attention on any device, by meta.mask: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d).
 
     A sink (K, d) is one more key, with value 0, that every query sees: y sigmoid(logsumexp(logits) - its logit).
     """
     if meta.mask is None:
         return causal_attention(q, k, v, meta, sink)
     blocks, _, band, width = meta.mask.shape
-    flat_q, flat_k, flat_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
-    if width > band:
-        flat_k, flat_v = (torch.cat([F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), t], dim=1) for t in (flat_k, flat_v))
-    return exact_attention(flat_q, flat_k, flat_v, meta.mask, sink).reshape(q.shape)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-    """Causal attention inside each row, by SDPA. Shapes as masked_attention."""
-    return exact_attention(q, k, v, None, sink)
-
-
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sink: Tensor | None) -> Tensor:
-    """Attention by SDPA where a mask (B, 1, T, keys) allows it; without one, causal inside each row."""
-    if sink is not None:
-        k = torch.cat([sink.to(k.dtype).expand(len(k), 1, -1, -1), k], dim=1)
-        v = F.pad(v, (0, 0, 0, 0, 1, 0))
-        seen = q.new_ones(q.size(1), k.size(1), dtype=torch.bool).tril(1) if mask is None else mask
-        mask = seen if mask is None else F.pad(mask, (1, 0), value=True)
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return y.transpose(1, 2)
+    block_q, block_k, block_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
+    if width > band:  # each block also sees the block before it; the first sees padding, which the mask hides
+        before_k, before_v = (F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)) for t in (block_k, block_v))
+        block_k = torch.cat([before_k, block_k], dim=1)
+        block_v = torch.cat([before_v, block_v], dim=1)
+    return exact_attention(block_q, block_k, block_v, meta.mask, sink).reshape(q.shape)
 
 
 class KVCache(NamedTuple):
@@ -1785,50 +1833,53 @@ class KVCache(NamedTuple):
         return y.view(rows.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
+# torch 2.11 has varlen_attn, but only 2.13 lets it share a key/value head among query heads
 VARLEN_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def with_sink(k: Tensor, v: Tensor, cu_seqlens: Tensor, sink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k and v (N, K, d) of segments, each with the sink's key and value 0 in front, and the boundaries among them.
+def with_sink(
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    sink: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k and v (N, K, d) with a sink key, of value 0, in front of each segment, and the boundaries that result.
 
-    torch's varlen attention returns a log-sum-exp but no gradient through it, so the sink is a key here.
+    The sink has to be a key: varlen_attn returns a log-sum-exp, but no gradient flows through it.
     """
-    place = torch.arange(len(k), device=k.device) + segments(cu_seqlens, len(k))
-    keys = sink.to(k.dtype).repeat(len(k) + len(cu_seqlens) - 1, 1, 1).index_copy(0, place, k)
-    return (
-        keys,
-        torch.zeros_like(keys).index_copy(0, place, v),
-        cu_seqlens + torch.arange(len(cu_seqlens), device=k.device).to(cu_seqlens.dtype),
-    )
+    place = torch.arange(k.size(0), device=k.device) + segments(cu_seqlens, k.size(0))
+    total = k.size(0) + cu_seqlens.size(0) - 1
+    keys = sink.to(k.dtype).repeat(total, 1, 1).index_copy(0, place, k)
+    values = torch.zeros_like(keys).index_copy(0, place, v)
+    shift = torch.arange(cu_seqlens.size(0), device=k.device).to(cu_seqlens.dtype)
+    return keys, values, cu_seqlens + shift
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-    """Flash attention over segments (varlen), or over rows when there are none. Shapes as masked_attention; with more
-    keys than queries, causality counts from the segments' ends."""
+    """Flash attention over segments, or over rows without any. Shapes as masked_attention; where a segment has more
+    keys than queries, causality is aligned to its end."""
     cu_seqlens, longest = meta.cu_seqlens, meta.max_len
     if cu_seqlens is None and sink is None:
         return causal_attention(q, k, v, meta)
     if cu_seqlens is None:
-        cu_seqlens, longest = (
-            torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.size(1),
-            q.size(1),
-        )
+        longest = q.size(1)
+        cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * longest
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
-    cu_k = cu_seqlens
+    cu_k, longest_k = cu_seqlens, longest
     if sink is not None:
         flat_k, flat_v, cu_k = with_sink(flat_k, flat_v, cu_seqlens, sink)
-    options: dict[str, Any] = {"window_size": (-1, 0)}
+        longest_k += 1
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # any earlier key, no later one
     if VARLEN_HAS_GQA:
         options["enable_gqa"] = True
     else:
-        groups = q.size(2) // k.size(2)
-        flat_k, flat_v = (t.repeat_interleave(groups, dim=1) for t in (flat_k, flat_v))
-    longest_k = longest if sink is None else longest + 1
-    return varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, longest, longest_k, **options).view_as(q)
+        flat_k, flat_v = (t.repeat_interleave(q.size(2) // k.size(2), dim=1) for t in (flat_k, flat_v))
+    y = varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, longest, longest_k, **options)
+    return y.view_as(q)
 
 
 def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
-    """The attention backend of a run, chosen once and logged; UserError when the asked-for one is not installed."""
+    """Choose and log the attention backend of a run. UserError: the one that ATTENTION names cannot run here."""
     wanted = cfg.attention
     half = runtime.device.type == "cuda" and runtime.dtype == torch.bfloat16
     if wanted == "masked" or (wanted == "auto" and not half):
@@ -1836,24 +1887,22 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
         return masked_attention
     if varlen_attn is None or not half:
         raise UserError(
-            f"ATTENTION={wanted} needs a GPU, COMPUTE_DTYPE=bf16 and torch >= 2.11; or say ATTENTION=masked"
+            f"ATTENTION={wanted} needs a GPU, COMPUTE_DTYPE=bf16 and torch >= 2.11; set ATTENTION=auto or masked"
         )
-    for name in ("fa3", "fa4") if wanted == "auto" else (wanted,):  # FA3 is made for the contest's GPU
-        if name == "fa2":
-            break
+    # FA3 is made for the contest's GPU, so it comes first
+    for name in {"auto": ("fa3", "fa4"), "fa2": ()}.get(wanted, (wanted,)):
         try:
             if activate_flash_attention_impl is None:
-                raise ImportError("this torch cannot activate other flash attentions")
+                raise ImportError("this torch cannot activate another flash attention")
             activate_flash_attention_impl(name.upper())
-            runtime.log(f"attention: {name} through torch.nn.attention")
-            return flash_attention
         except (ImportError, RuntimeError, ValueError) as error:
             if wanted != "auto":
-                raise UserError(f"ATTENTION={wanted} is not usable here: {error}") from None
-            runtime.log(
-                f"attention: {name} is not usable here ({str(error).splitlines()[0][:100]})",
-                to_file_only=True,
-            )
+                raise UserError(f"ATTENTION={wanted} cannot run here: {error}; set ATTENTION=auto") from None
+            reason = str(error).splitlines()[0][:100]
+            runtime.log(f"attention: {name} cannot run here ({reason})", to_file_only=True)
+        else:
+            runtime.log(f"attention: {name} through torch.nn.attention")
+            return flash_attention
     runtime.log("attention: fa2, built into torch")
     return flash_attention
 
@@ -1863,7 +1912,10 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-kernel = triton.jit if triton is not None else lambda function: function  # without triton they are never called
+kernel = triton.jit if triton is not None else lambda function: function  # without Triton nothing calls them
+
+CE_BLOCK = 1024  # columns of a row of logits at a time
+MLP_TILE = (128, 256, 64)  # rows, columns and depth of a matmul tile
 
 
 @kernel
@@ -1876,13 +1928,12 @@ def softcap_ce_kernel(
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """loss and log-sum-exp of one row of logits z (N, vocab); every lane keeps its own running peak and sum.
-
-    y = 2c sigmoid(2z/c) is c tanh(z/c) + c, and the shift cancels. y > 0, so that 0 is a safe first peak.
-    """
+    """Loss and log-sum-exp of one row of logits z (N, vocab)."""
     row = tl.program_id(0).to(tl.int64)
     z += row * vocab
     lanes = tl.arange(0, BLOCK)
+    # Online softmax: each lane keeps its own running maximum and sum, and they meet at the end.
+    # y = 2c sigmoid(2z/c) is c tanh(z/c) + c; the shift cancels, and as y > 0, 0 is a safe first maximum.
     peak, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         inside = start + lanes < vocab
@@ -1909,8 +1960,9 @@ def softcap_ce_back_kernel(
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """dz = g (p - [column is the target]) 4 s (1 - s) of a block of one row, s = sigmoid(2z/c), p = exp(2cs - lse)."""
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """dz = g (p - [column is the target]) 4 s (1 - s) of one block of a row; s = sigmoid(2z/c), p = exp(2cs - lse)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, place = column < vocab, row * vocab + column
     s = tl.sigmoid(2 * tl.load(z + place, mask=inside, other=0.0).to(tl.float32) / softcap)
     p = tl.exp(2 * softcap * s - tl.load(lse + row))
@@ -1921,8 +1973,10 @@ def softcap_ce_back_kernel(
 
 @kernel
 def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Left and right half of the columns: a whole float32 tile at once would not leave room to store it."""
-    split = tl.reshape(tile_RC, (tile_RC.shape[0], 2, tile_RC.shape[1] // 2))
+    """Left and right half of the columns: storing a whole float32 tile at once would need too much shared memory."""
+    R: tl.constexpr = tile_RC.shape[0]
+    C: tl.constexpr = tile_RC.shape[1]
+    split = tl.reshape(tile_RC, (R, 2, C // 2))
     return tl.split(tl.permute(split, (0, 2, 1)))
 
 
@@ -1934,14 +1988,15 @@ def leaky_square_kernel(
     post: tl.tensor_descriptor,
     SLOPE: tl.constexpr,
 ) -> None:
-    """pre = m up^T and post = LeakyReLU(pre, SLOPE)^2 of the rounded pre; programs take tiles in turn, row by row.
+    """pre = m up^T and post = LeakyReLU(pre, SLOPE)^2 of the rounded pre.
 
-    Tile sizes are the descriptors' blocks: m (rows, depth), up (columns, depth), pre and post (rows, columns / 2).
+    The descriptors' blocks set the tile: m (rows, depth), up (columns, depth), pre and post (rows, columns / 2).
     """
     R: tl.constexpr = m.block_shape[0]
     K: tl.constexpr = m.block_shape[1]
     C: tl.constexpr = up.block_shape[0]
     across = tl.cdiv(up.shape[0], C)
+    # persistent programs: each takes every num_programs-th tile, row by row
     for tile in tl.range(tl.program_id(0), tl.cdiv(m.shape[0], R) * across, tl.num_programs(0)):
         row, column = tile // across * R, tile % across * C
         total = tl.zeros((R, C), tl.float32)
@@ -1963,7 +2018,7 @@ def leaky_square_back_kernel(
     dpre: tl.tensor_descriptor,
     SLOPE: tl.constexpr,
 ) -> None:
-    """dpre = (g down) d(LeakyReLU(pre, SLOPE)^2)/dpre; tiles as before, but down is (depth, columns)."""
+    """dpre = (g down) d(LeakyReLU(pre, SLOPE)^2)/dpre; tiles as in leaky_square_kernel, down (depth, columns)."""
     R: tl.constexpr = g.block_shape[0]
     K: tl.constexpr = g.block_shape[1]
     C: tl.constexpr = down.block_shape[1]
@@ -1979,159 +2034,91 @@ def leaky_square_back_kernel(
             dpre.store([row, column + half * (C // 2)], (halves(total)[half] * factor).to(dpre.dtype))
 
 
-CE_BLOCK, MLP_TILE = (
-    1024,
-    (128, 256, 64),
-)  # columns of a softcapped row at a time; rows, columns, depth of a tile
-
-
-def launch_softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """softcap_ce through Triton."""
+def launch_softcap_ce(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """softcap_ce through Triton, one program a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
     loss, lse = (torch.empty(rows, dtype=torch.float32, device=z.device) for _ in range(2))
     softcap_ce_kernel[(rows,)](z, targets, loss, lse, softcap, vocab, CE_BLOCK)
     return loss, lse
 
 
-def launch_softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    """softcap_ce_back through Triton."""
+def launch_softcap_ce_back(
+    g: Tensor,
+    z: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    softcap: float,
+) -> Tensor:
+    """softcap_ce_back through Triton, one program a block of a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
-    dz, grid = torch.empty_like(z), (rows, -(-vocab // CE_BLOCK))
+    dz, grid = torch.empty_like(z), (rows, triton.cdiv(vocab, CE_BLOCK))
     softcap_ce_back_kernel[grid](g.contiguous(), z, targets, lse, dz, softcap, vocab, CE_BLOCK)
     return dz
 
 
 def num_programs(x: Tensor) -> int:
-    """Programs of a kernel that takes tiles in turn: one for each multiprocessor (a few under the interpreter)."""
+    """Persistent programs of a matmul kernel: one a multiprocessor, a few under Triton's interpreter."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
 def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads outside it give zeros."""
+    """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads out of bounds give zeros."""
     return TensorDescriptor.from_tensor(x.contiguous(), [rows, columns])
 
 
-def launch_leaky_square(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """leaky_square through Triton."""
+def launch_leaky_square(
+    m: Tensor,
+    up: Tensor,
+    down: Tensor,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """leaky_square through Triton; the second matmul has nothing to fuse and is cuBLAS's."""
     R, C, K = MLP_TILE
     pre, post = (m.new_empty(m.size(0), up.size(0)) for _ in range(2))
-    blocks = (
-        describe(m, R, K),
-        describe(up, C, K),
-        describe(pre, R, C // 2),
-        describe(post, R, C // 2),
-    )
-    leaky_square_kernel[(num_programs(m),)](*blocks, slope, num_warps=8, num_stages=4)
-    return pre, post
+    inputs = describe(m, R, K), describe(up, C, K)
+    outputs = describe(pre, R, C // 2), describe(post, R, C // 2)
+    leaky_square_kernel[(num_programs(m),)](*inputs, *outputs, slope, num_warps=8, num_stages=4)
+    return F.linear(post, down), pre, post
 
 
 def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
     """leaky_square_back through Triton."""
     R, C, K = MLP_TILE
     dpre = torch.empty_like(pre)
-    blocks = (
-        describe(g, R, K),
-        describe(down, K, C),
-        describe(pre, R, C // 2),
-        describe(dpre, R, C // 2),
-    )
-    leaky_square_back_kernel[(num_programs(g),)](*blocks, slope, num_warps=8, num_stages=3)
+    inputs = describe(g, R, K), describe(down, K, C)
+    outputs = describe(pre, R, C // 2), describe(dpre, R, C // 2)
+    leaky_square_back_kernel[(num_programs(g),)](*inputs, *outputs, slope, num_warps=8, num_stages=3)
     return dpre
 
 
-def operator(launch: Callable | None = None, shapes: Callable | None = None) -> Callable[[Callable], Callable]:
-    """Decorator that makes of a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
+def operator(
+    launch: Callable | None = None,
+    fake: Callable | None = None,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable[[Callable], Callable]:
+    """Decorator: make a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
 
-    On a GPU `launch` runs in its place, if given; while tracing, `shapes` or else the twin says what comes out. The
-    plain function stays reachable as `.twin`. Of two operators of one name torch keeps the younger: hence the module's
-    name in it, for a process may hold several copies of this program (the judge's, a packed one's).
+    launch: what runs on a GPU; fake: gives empty results while tracing; both default to the twin. setup_context and
+    backward: as in torch.library.register_autograd. The twin stays reachable as `.twin`.
     """
 
     def register(twin: Callable) -> Callable:
+        # A process may hold several copies of this program (the judge's, a packed one's), and torch keeps only the
+        # younger of two operators of one name: hence the module's name in it.
         op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
         op.register_kernel("cuda")(launch or twin)
-        op.register_fake(shapes or twin)
+        op.register_fake(fake or twin)
+        if backward is not None:
+            op.register_autograd(backward, setup_context=setup_context)
         op.twin = twin
         return op
 
     return register
-
-
-@operator(launch_softcap_ce)
-def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (N,) of softcapped logits z (N, V), nats, and the log-sum-exp (N,) of the backward; float32."""
-    y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
-    lse = y.logsumexp(1)
-    return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
-
-
-@operator(launch_softcap_ce_back)
-def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
-    s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
-    p = torch.exp(2 * softcap * s - lse[:, None])
-    p.scatter_add_(1, targets[:, None], p.new_full((len(z), 1), -1.0))
-    return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
-
-
-@operator(launch_leaky_square)
-def leaky_square(m: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """pre = m up^T (N, F) and LeakyReLU(pre, slope)^2 of inputs m (N, D) and weights up (F, D)."""
-    pre = F.linear(m, up)
-    return pre, F.leaky_relu(pre, slope).square()
-
-
-@operator(launch_leaky_square_back)
-def leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
-    """Gradient (N, F) of pre from the gradient g (N, D) of LeakyReLU(pre, slope)^2 down^T, down (D, F)."""
-    return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
-
-
-class FusedCrossEntropy(torch.autograd.Function):
-    """softcapped_cross_entropy without float32 copies of the logits: two kernels, and only the bf16 logits are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        loss, lse = softcap_ce(z, targets, softcap)
-        ctx.save_for_backward(z, targets, lse)
-        ctx.softcap = softcap
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        z, targets, lse = ctx.saved_tensors
-        return softcap_ce_back(g, z, targets, lse, ctx.softcap), None, None
-
-
-class FusedMLP(torch.autograd.Function):
-    """leaky_square_mlp with the activation inside the kernels of its two large products.
-
-    pre and post are both kept: recomputing post in the backward would write it a second time, and time is what the
-    contest lacks, not memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
-        pre, post = leaky_square(m, up, slope)
-        ctx.save_for_backward(m, up, down, pre, post)
-        ctx.slope = slope
-        return F.linear(post, down)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        m, up, down, pre, post = ctx.saved_tensors
-        dpre = leaky_square_back(g, down, pre, ctx.slope)
-        return dpre @ up, dpre.T @ m, g.T @ post, None
-
-
-def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """Cross-entropy (N,) in nats of softcap * tanh(z / softcap), logits z (N, V): the plain twin, at least float32."""
-    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
-
-
-def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """softcapped_cross_entropy by kernels that read the logits once each way (Liger, Hsu et al. 2024, in idea)."""
-    return FusedCrossEntropy.apply(z, targets, softcap)
 
 
 def softcapped(z: Tensor, softcap: float) -> Tensor:
@@ -2139,9 +2126,105 @@ def softcapped(z: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(at_least_fp32(z) / softcap)
 
 
-def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """Cross-entropy (N,), nats, of softcapped logits z (N, V): the plain twin, in at least float32."""
+    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
+
+
+@operator(launch_softcap_ce_back)
+def softcap_ce_back(
+    g: Tensor,
+    z: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    softcap: float,
+) -> Tensor:
+    """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
+    s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
+    p = torch.exp(2 * softcap * s - lse[:, None])
+    # size(0), not len: as a fake kernel this sees symbolic sizes, which len would make constants
+    p.scatter_add_(1, targets[:, None], p.new_full((p.size(0), 1), -1.0))
+    return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
+
+
+def softcap_ce_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    """Keep the logits as they are, in bf16, and one float a row: no float32 copy of them exists."""
+    (z, targets, ctx.softcap), (_, lse) = inputs, output
+    ctx.save_for_backward(z, targets, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def softcap_ce_grad(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    """Gradients of softcap_ce's inputs."""
+    z, targets, lse = ctx.saved_tensors
+    return softcap_ce_back(g, z, targets, lse, ctx.softcap), None, None
+
+
+@operator(launch_softcap_ce, setup_context=softcap_ce_setup, backward=softcap_ce_grad)
+def softcap_ce(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """softcapped_cross_entropy (N,) of z (N, V), and the shifted log-sum-exp (N,) of its backward; both float32."""
+    y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
+    lse = y.logsumexp(1)
+    return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
+
+
+def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """softcapped_cross_entropy by kernels that read the logits once each way (idea: Liger, Hsu et al. 2024)."""
+    return softcap_ce(z, targets, softcap)[0]
+
+
+@operator(launch_leaky_square_back)
+def leaky_square_back(
+    g: Tensor,
+    down: Tensor,
+    pre: Tensor,
+    slope: float,
+) -> Tensor:
+    """Gradient (N, F) of pre from the gradient g (N, D) of LeakyReLU(pre, slope)^2 down^T, down (D, F)."""
+    return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
+
+
+def leaky_square_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep both activations: to recompute post, the backward would have to write it a second time."""
+    (m, up, down, ctx.slope), (_, pre, post) = inputs, output
+    ctx.save_for_backward(m, up, down, pre, post)
+    ctx.mark_non_differentiable(pre, post)
+    ctx.set_materialize_grads(False)  # no zeros of the size of pre and post
+
+
+def leaky_square_grad(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    """Gradients of leaky_square's inputs; frozen weights, as in test-time training, get none."""
+    m, up, down, pre, post = ctx.saved_tensors
+    _, trains_up, trains_down, _ = ctx.needs_input_grad
+    dpre = leaky_square_back(g, down, pre, ctx.slope)
+    dup = dpre.T @ m if trains_up else None
+    ddown = g.T @ post if trains_down else None
+    return dpre @ up, dup, ddown, None
+
+
+@operator(launch_leaky_square, setup_context=leaky_square_setup, backward=leaky_square_grad)
+def leaky_square(m: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """post down^T (N, D), pre = m up^T (N, F) and post = LeakyReLU(pre, slope)^2.
+
+    m (N, D), up (F, D), down (D, F); pre and post are for the backward.
+    """
+    pre = F.linear(m, up)
+    post = F.leaky_relu(pre, slope).square()
+    return F.linear(post, down), pre, post
+
+
+def fused_mlp(
+    m: Tensor,
+    up: Tensor,
+    down: Tensor,
+    slope: float,
+) -> Tensor:
     """LeakyReLU(m up^T, slope)^2 down^T of m (..., D), up (F, D), down (D, F); its twin is MLP's own forward."""
-    return FusedMLP.apply(m.flatten(0, -2), up, down, slope).view_as(m)
+    return leaky_square(m.flatten(0, -2), up, down, slope)[0].view_as(m)
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -2150,12 +2233,22 @@ def l2_normalize(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def states_like(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-    """An empty result of chunk_states."""
-    return b.new_empty(len(a) + 1, *first.shape)
+def chunk_states_grad(
+    ctx: Any,
+    g: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of chunk_states' inputs: the same recurrence, backwards in time with transposed maps."""
+    a, states = ctx.saved_tensors
+    total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1]).flip(0)  # of each state, through all later ones
+    first, later = total[0], total[1:]
+    return later @ states[:-1].mT, later, first
 
 
-@operator(shapes=states_like)
+@operator(
+    fake=lambda a, b, first: b.new_empty(b.size(0) + 1, *first.shape),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], output),
+    backward=chunk_states_grad,
+)
 def chunk_states(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     """S_0 = first (..., K, V), S_{i+1} = a_i S_i + b_i of a (n, ..., K, K), b (n, ..., K, V) -> all S, (n + 1, ...)."""
     states = [first]
@@ -2164,20 +2257,46 @@ def chunk_states(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     return torch.stack(states)
 
 
-class ChunkStates(torch.autograd.Function):
-    """chunk_states, one operator each way: gradients run through the same recurrence backwards."""
+def to_chunks(
+    x: Tensor,
+    size: int,
+) -> Tensor:
+    """(B, T, H, ...) -> (n, B, H, size, ...), padded with zeros, which write nothing and decay nothing."""
+    missing = -x.size(1) % size
+    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
+    return x.unflatten(1, (-1, size)).movedim(1, 0).movedim(3, 2)
 
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, first: Tensor) -> Tensor:
-        states = chunk_states(a, b, first)
-        ctx.save_for_backward(a, states)
-        return states
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, states = ctx.saved_tensors
-        total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1].clone()).flip(0)
-        return total[1:] @ states[:-1].mT, total[1:], total[0]
+def chunk_decays(
+    g: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """From log decays g and starts, both (n, B, H or 1, chunk): what a read at token i keeps of a write at token j of
+    its chunk, (n, B, H, chunk, chunk), and of the state before the chunk, (n, B, H, chunk, 1). Starts clear it."""
+    restarts, total = starts.cumsum(-1), g.cumsum(-1)  # both count from the chunk's first token
+    within = total[..., :, None] - total[..., None, :]
+    same = (restarts[..., :, None] == restarts[..., None, :]).tril()
+    # masked before exp, which may overflow where j > i: inf times a zero gradient is NaN
+    within = within.masked_fill(~same, -math.inf).exp()
+    return within, total.masked_fill(restarts > 0, -math.inf).exp().unsqueeze(-1)
+
+
+def chunk_writes(
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    within: Tensor,
+    before: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """U (..., chunk, V) and W (..., chunk, K): in a chunk that begins with state S, token i writes k_i (U_i - W_i S)^T.
+
+    Each write corrects what the earlier ones left, so all of them solve one unit lower triangular system (WY form).
+    """
+    system = (beta * (k @ k.mT) * within).tril(-1)
+    right = torch.cat([beta * v, beta * before * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    U, W = solved.split([v.size(-1), k.size(-1)], dim=-1)
+    return U, W
 
 
 def chunked_delta_rule(
@@ -2193,60 +2312,73 @@ def chunked_delta_rule(
     """The gated delta rule (Yang et al. 2024) of q and k (B, T, H, K), v (B, T, H, V), log decay g and beta (B, T, H).
 
     S <- e^g S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q / sqrt(K), from `state` (B, H, K, V) and, at tokens that
-    start (B, T), from 0. Returns all o (B, T, H, V) and the last S. Inside a chunk the writes X are a triangular system
-    (WY form), and a chunk is an affine map of the state before it.
+    start (B, T), from 0. Returns all o (B, T, H, V) and the last S. The work inside chunks is parallel.
     """
-    T, K, V = v.size(1), k.size(-1), v.size(-1)
-
-    def cut(x: Tensor) -> Tensor:
-        """(B, T, H, ...) -> (n, B, H, chunk, ...), filled up with zeros, which write and forget nothing."""
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -T % chunk)).unflatten(1, (-1, chunk))
-        return x.movedim(1, 0).movedim(3, 2)
-
-    q, k, v, g, beta = (cut(x) for x in (q * K**-0.5, k, v, g, beta.unsqueeze(-1)))
-    age, total = (
-        cut(starts[..., None].int()).cumsum(-1),
-        g.cumsum(-1),
-    )  # restarted in every chunk
-    same = (age[..., :, None] == age[..., None, :]).tril()
-    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~same, -math.inf).exp()  # masked first: no inf
-    carried = total.masked_fill(age > 0, -math.inf).exp().unsqueeze(-1)  # what is left of the state before the chunk
-    system = (beta * (k @ k.mT) * decay).tril(-1)
-    right = torch.cat([beta * v, beta * carried * k], dim=-1)
-    U, W = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split([V, K], dim=-1)
-    out = (k * decay[..., -1, :, None]).mT
-    keep = carried[..., -1:, :] * torch.eye(K, dtype=k.dtype, device=k.device) - out @ W
-    states = ChunkStates.apply(keep, out @ U, state)
+    T, K = q.size(1), q.size(-1)
+    columns = q * K**-0.5, k, v, g, beta.unsqueeze(-1), starts[..., None].int()
+    q, k, v, g, beta, starts = (to_chunks(x, chunk) for x in columns)
+    within, before = chunk_decays(g, starts)
+    U, W = chunk_writes(k, v, beta, within, before)
+    # A chunk maps the state before it to the state after it, S -> A S + b. Only this runs chunk after chunk.
+    into = (k * within[..., -1, :, None]).mT  # keys, with what the chunk's end keeps of their writes
+    identity = torch.eye(K, dtype=k.dtype, device=k.device)
+    states = chunk_states(before[..., -1:, :] * identity - into @ W, into @ U, state)
     S = states[:-1]
-    o = (carried * q) @ S + (q @ k.mT * decay) @ (U - W @ S)
+    o = (before * q) @ S + (q @ k.mT * within) @ (U - W @ S)
     return o.movedim(2, 3).movedim(0, 1).flatten(1, 2)[:, :T], states[-1]
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    starts: Tensor,
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """chunked_delta_rule of unit queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
-    o, last = chunked_delta_rule(
-        l2_normalize(q),
-        l2_normalize(k),
-        at_least_fp32(v),
-        at_least_fp32(g),
-        at_least_fp32(beta),
-        starts,
-        at_least_fp32(state),
-    )
+    """chunked_delta_rule of normalised queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
+    wide = (at_least_fp32(x) for x in (v, g, beta))
+    o, last = chunked_delta_rule(l2_normalize(q), l2_normalize(k), *wide, starts, at_least_fp32(state))
     return o.to(v.dtype), last
 
 
 FORGET = -104.0  # a log decay whose exponential is 0 in float32
+SixTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def fla_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty results of fla_rule."""
-    return v.new_empty(v.shape), state.new_empty(state.shape)
+@operator(fake=lambda go, gs, *inputs: tuple(map(torch.empty_like, inputs)))
+def fla_rule_back(
+    go: Tensor,
+    gs: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+) -> SixTensors:
+    """Gradients of fla_rule's inputs from those of its outputs; runs the forward again."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
+    with torch.enable_grad():
+        return torch.autograd.grad(fla_rule.twin(*inputs), inputs, (go, gs))
 
 
-@operator(shapes=fla_shapes)
+def fla_rule_grad(
+    ctx: Any,
+    go: Tensor,
+    gs: Tensor,
+) -> SixTensors:
+    """Gradients of fla_rule's inputs."""
+    return fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors)
+
+
+# The library's own autograd.Function would break a compiled graph, so each direction is an operator.
+@operator(
+    fake=lambda q, k, v, g, beta, state: (torch.empty_like(v), torch.empty_like(state)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    backward=fla_rule_grad,
+)
 def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """delta_rule without starts, by flash-linear-attention."""
     return chunk_gated_delta_rule(
@@ -2261,83 +2393,57 @@ def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Te
     )
 
 
-Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-@operator(shapes=lambda *args: tuple(x.new_empty(x.shape) for x in args[2:]))
-def fla_rule_back(
-    go: Tensor,
-    gs: Tensor,
+def fused_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     beta: Tensor,
+    starts: Tensor,
     state: Tensor,
-) -> Six:
-    """Gradients of fla_rule's inputs from those of its outputs; the forward runs again."""
-    inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
-    with torch.enable_grad():
-        return torch.autograd.grad(fla_rule.twin(*inputs), inputs, (go, gs))
-
-
-class FusedDeltaRule(torch.autograd.Function):
-    """fla_rule with its gradients, an operator each: the library's own function would break a compiled graph."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(*inputs)
-        return fla_rule(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, go: Tensor, gs: Tensor) -> Six:
-        return fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors)
-
-
-def fused_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, starts: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """delta_rule by flash-linear-attention's kernels, chunks of 64 tokens. A start is a decay to nothing."""
+    """delta_rule by flash-linear-attention's kernels, which know no starts: a start is a decay to nothing."""
     g = at_least_fp32(g).masked_fill(starts[..., None], FORGET)
-    return FusedDeltaRule.apply(*(x.contiguous() for x in (q, k, v, g, beta, state)))
+    return fla_rule(*(x.contiguous() for x in (q, k, v, g, beta, state)))
 
 
 class Kernels(NamedTuple):
-    """What the model computes its loss with, its MLPs where nobody taps inside (None: always the plain twin), and its
-    delta nets."""
+    """The functions that a model computes its heavy parts with."""
 
     cross_entropy: Callable[[Tensor, Tensor, float], Tensor]
-    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None
-    delta_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = delta_rule
+    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None  # None: the modules' own plain forward
+    delta_rule: Callable[..., tuple[Tensor, Tensor]] = delta_rule
 
 
 PLAIN = Kernels(softcapped_cross_entropy, None)
 
 
 def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
-    """The fused kernels of a run, chosen once and logged; UserError when one that is asked for cannot run here."""
-    here = triton is not None and runtime.device.type == "cuda"
-    aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0
-    table = {  # knob: what it needs beside a GPU and triton, whether that is there, the kernel and its plain twin
-        "fused_ce_enabled": ("", here, fused_cross_entropy, softcapped_cross_entropy),
+    """Choose and log the fused kernels of a run. UserError: one that a knob asks for cannot run here."""
+    gpu = triton is not None and runtime.device.type == "cuda"
+    half = gpu and runtime.dtype == torch.bfloat16
+    aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0  # of bulk copies: 16 bytes
+    table = {  # knob: whether it can run here, what it needs beside a GPU and Triton, the kernel, its plain twin
+        "fused_ce_enabled": (gpu, "", fused_cross_entropy, softcapped_cross_entropy),
         "fused_mlp_enabled": (
+            half and aligned,
             ", COMPUTE_DTYPE=bf16 and widths that are multiples of 8",
-            here and runtime.dtype == torch.bfloat16 and aligned,
             fused_mlp,
             None,
         ),
         "fused_gdn_enabled": (
+            half and chunk_gated_delta_rule is not None,
             ", COMPUTE_DTYPE=bf16 and flash-linear-attention",
-            here and runtime.dtype == torch.bfloat16 and chunk_gated_delta_rule is not None,
             fused_delta_rule,
             delta_rule,
         ),
     }
     chosen = []
-    for name, (needs, usable, fused, plain) in table.items():
-        if getattr(cfg, name) == "1" and not usable:
-            raise UserError(f"{name.upper()}=1 needs a GPU, triton{needs}; or say {name.upper()}=auto")
-        chosen.append(fused if usable and getattr(cfg, name) != "0" else plain)
+    for name, (usable, needs, fused, plain) in table.items():
+        wanted = getattr(cfg, name)
+        if wanted == "1" and not usable:
+            raise UserError(f"{name.upper()}=1 needs a GPU, triton{needs}; set {name.upper()}=auto")
+        chosen.append(fused if usable and wanted != "0" else plain)
         runtime.log(f"{name}: {'fused' if chosen[-1] is fused else 'plain'}")
     return Kernels(*chosen)
 
@@ -2348,28 +2454,41 @@ def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
 
 
 class Site(NamedTuple):
-    """Where a tap listens: the name (q k v o up down head, or qkv for q k v of a delta net; attn mlp for whole
-    sublayers), the slot and the layer."""
+    """A place where a listener can read and change the model's activations."""
 
-    name: str
-    execution: int
+    name: str  # q k v o up down head (qkv for a delta net's q k v): a matmul; attn, mlp: a whole sublayer
+    execution: int  # position in the route; the head's is -1
     layer: int
 
 
-Taps = Callable[[Site, Tensor, Tensor], Tensor]  # (site, input, output) -> output
-LayerTap = Callable[[str, Tensor, Tensor], Tensor]
+class Taps(Protocol):
+    """A listener: called at each of its sites, it returns the output that goes on in place of y."""
+
+    sites: frozenset[str]  # names of the sites that it hears
+
+    def __call__(
+        self,
+        site: Site,
+        x: Tensor,
+        y: Tensor,
+    ) -> Tensor:
+        """x and y: input and output of a matmul, or the normed input and the output of a sublayer."""
 
 
-def untapped(name: str, x: Tensor, y: Tensor) -> Tensor:
-    """The tap of a slot that nobody listens to."""
-    return y
+class LayerTap:
+    """The listener as one layer execution calls it. Where it does not hear, outputs pass through."""
 
+    def __init__(self, taps: Taps | None, execution: int = -1, layer: int = -1) -> None:
+        self.taps, self.execution, self.layer = taps, execution, layer
+        self.sites = frozenset() if taps is None else taps.sites
 
-def bind(taps: Taps | None, execution: int, layer: int) -> LayerTap:
-    """The taps of one slot; without a listener the output passes through."""
-    if taps is None:
-        return untapped
-    return lambda name, x, y: taps(Site(name, execution, layer), x, y)
+    def __call__(
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+    ) -> Tensor:
+        return self.taps(Site(name, self.execution, self.layer), x, y) if name in self.sites else y
 
 
 Init = Callable[[Tensor, float, torch.Generator], Any]  # (weight, start, generator): fills the weight in place
@@ -2491,8 +2610,8 @@ class Linear(nn.Module):
 
 
 class HeadGate(nn.Module):
-    """factor * sigmoid(scale * (W source[:window] + b)) per head; source is the normed sublayer input or the raw
-    queries; b only when biased."""
+    """factor * sigmoid(scale * (W source[:window] + b)) per head. source: the normed sublayer input, or the raw queries
+    (reads_q). b only when biased."""
 
     def __init__(
         self,
@@ -2508,7 +2627,11 @@ class HeadGate(nn.Module):
         self.bias = make_weight("gate_bias", shape[0]) if biased else None
         self.scale, self.factor, self.reads_q = scale, factor, reads_q
 
-    def forward(self, n_BTD: Tensor, q_BTD: Tensor) -> Tensor:
+    def forward(
+        self,
+        n_BTD: Tensor,
+        q_BTD: Tensor,
+    ) -> Tensor:
         """(B, T, D) -> (B, T, H, 1)."""
         source = (q_BTD if self.reads_q else n_BTD)[..., : self.weight.size(1)]
         bias = None if self.bias is None else self.bias.to(source.dtype)
@@ -2545,7 +2668,7 @@ class Table(nn.Module):
 
 
 class Projected(nn.Module):
-    """scale * P table[id]: a narrow embedding, brought to a width by an orthogonal P (none when it has it already)."""
+    """scale * P table[id]: an embedding, projected to a width by P where it is narrower."""
 
     def __init__(self, table: Table, width: int, scale_role: str) -> None:
         super().__init__()
@@ -2563,9 +2686,9 @@ class Projected(nn.Module):
 class HashEmbedding(Projected):
     """Adds an embedding of the last `order` tokens, hashed into one table (BigramHash and TrigramHash of PR 1182).
 
-    The hash is an XOR of the tokens times constants, taken as a signed 32-bit number, modulo all rows but the last. The
-    last row stands for a token with none before it; where the tokens before are fewer than order - 1, those there are
-    count. With HASH_BOS_MASK a document's first token has none before it.
+    The hash is an XOR of the tokens times constants, taken as a signed 32-bit number, modulo all rows but the last,
+    which is for a token without a predecessor. Fewer than order - 1 predecessors: the hash of those that exist. With
+    HASH_BOS_MASK a document's first token has no predecessor.
     """
 
     MULTIPLIERS = (
@@ -2580,14 +2703,18 @@ class HashEmbedding(Projected):
         self.first_id = BOS_ID if cfg.hash_bos_mask else -1
         self.requires_grad_(trained)
 
-    def buckets(self, ids: Tensor) -> Tensor:
+    def buckets(
+        self,
+        ids: Tensor,
+    ) -> Tensor:
         """(B, T) ids -> (B, T) rows of the table."""
-        follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has one before it
-        key, seen = self.multipliers[0] * ids, torch.ones_like(follows)
+        follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has a predecessor
+        key, seen = self.multipliers[0] * ids, torch.ones_like(follows)  # seen: the token `back` before exists
         for back, multiplier in enumerate(self.multipliers[1:], 1):
             seen = follows & F.pad(seen[:, :-1], (1, 0))
             key = key ^ torch.where(seen, multiplier * F.pad(ids, (back, 0))[:, : ids.size(1)], 0)
-        signed = (key + 2**31) % 2**32 - 2**31  # computed in 64 bits: int32 overflow is not defined in compiled code
+        # wrap in 64 bits: compiled code may not rely on int32 overflow
+        signed = (key + 2**31) % 2**32 - 2**31
         return torch.where(follows, signed % (self.rows - 1), self.rows - 1)
 
     def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
@@ -2595,9 +2722,9 @@ class HashEmbedding(Projected):
 
 
 class Smear(nn.Module):
-    """e_t + lambda * sigmoid(w . e_t[:window]) * e_{t-1}, not into a document's first token when masked."""
+    """e_t + lambda * sigmoid(w . e_t[:window]) * e_{t-1}; with SMEAR_BOS_MASK a document's first token keeps e_t."""
 
-    reach = 1  # tokens that are looked back at
+    reach = 1  # earlier tokens that an output depends on
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -2605,7 +2732,11 @@ class Smear(nn.Module):
         self.scale = make_weight("shut", 1)
         self.bos_mask = cfg.smear_bos_mask
 
-    def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        e_BTD: Tensor,
+    ) -> Tensor:
         gate = torch.sigmoid(F.linear(e_BTD[..., : self.weight.size(1)], self.weight.to(e_BTD.dtype)))
         gate = gate * self.scale.to(e_BTD.dtype)
         if self.bos_mask:
@@ -2614,9 +2745,9 @@ class Smear(nn.Module):
 
 
 class ChannelSmear(nn.Module):
-    """(1 - g) x_t + g x_{t-1} with g = sigmoid(gate), a number per channel; a masked document start keeps its x_t.
+    """(1 - g) x_t + g x_{t-1}, g = sigmoid(gate) per channel; with SMEAR_BOS_MASK a document's first token keeps x_t.
 
-    The published gate (PR 1182) works on the normed embedding, whose first position blends with zeros.
+    As published (PR 1182) it acts on the normed embedding, and position 0 blends with zeros.
     """
 
     reach = 1
@@ -2626,7 +2757,11 @@ class ChannelSmear(nn.Module):
         self.gate = make_weight("shut", cfg.model_dim)
         self.first_id = BOS_ID if cfg.smear_bos_mask else -1
 
-    def forward(self, ids: Tensor, x_BTD: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        x_BTD: Tensor,
+    ) -> Tensor:
         gate = torch.sigmoid(self.gate.to(x_BTD.dtype)) * (ids != self.first_id).unsqueeze(-1).to(x_BTD.dtype)
         return (1 - gate) * x_BTD + gate * F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
 
@@ -2641,8 +2776,8 @@ NORMED_EXTRAS = ("smear_channel",)  # those that act after the norm
 
 
 class ValueContext:
-    """What the slots of one forward pass share about attention's values: the token's value embedding (B, T, K * d)
-    with a scale per layer that takes it, and the first slot's values once that slot has run."""
+    """What the layer executions of one forward pass share about attention's values: the tokens' value embedding
+    (B, T, K * d), a scale for each layer that adds it, and the first execution's values once it has run."""
 
     def __init__(self, embedded: Tensor | None, scales: Tensor | None) -> None:
         self.embedded, self.scales = embedded, scales
@@ -2650,20 +2785,24 @@ class ValueContext:
 
 
 class ValueEmbedding(Projected):
-    """Values of the token itself (Zhou et al. 2024, as in PR 1182): one table and projection, a scale per layer."""
+    """Attention values looked up by token (Zhou et al. 2024, as in PR 1182): one projected table, a scale per layer."""
 
     def __init__(self, cfg: Config) -> None:
         table = Table("value_table", cfg.vocab_size, cfg.ve_dim, cfg)
         super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, "value_scale")
         self.layer_scales = make_weight("scale", len(cfg.ve_layers))
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> ValueContext:
+    def forward(
+        self,
+        ids: Tensor,
+        dtype: torch.dtype,
+    ) -> ValueContext:
         return ValueContext(self.look_up(ids, dtype), self.layer_scales.to(dtype))
 
 
 class ValueResidual(nn.Module):
-    """How a layer takes part in Values: adds its share of the value embedding (layers in VE_LAYERS), then mixes with
-    the first slot's values by two learnt factors (ResFormer, Zhou et al. 2024)."""
+    """Adds the value embedding to a layer's values (layers in VE_LAYERS), then mixes in the first execution's values
+    by two learnt factors (ResFormer, Zhou et al. 2024)."""
 
     def __init__(self, cfg: Config, layer: int) -> None:
         super().__init__()
@@ -2672,7 +2811,7 @@ class ValueResidual(nn.Module):
         self.lambdas = make_weight("value_lambda", 2) if "value_residual" in cfg.attn_extras else None
 
     def forward(self, v: Tensor, values: ValueContext) -> Tensor:
-        """(B, T, K * d) values of this slot -> the same, mixed. The first slot only leaves its values."""
+        """(B, T, K * d) values of this execution -> the same, mixed. The first execution only leaves its own."""
         if self.scale_index is not None:
             v = v + values.scales[self.scale_index] * values.embedded
         if self.lambdas is None:
@@ -2685,7 +2824,7 @@ class ValueResidual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: QK norm, partial RoPE, query gain, then XSA and gate on the head outputs."""
+    """Grouped-query attention with QK norm, partial RoPE and a query gain; then XSA and a gate on the outputs."""
 
     INPUTS = ("q", "k", "v")  # the matrices that read the normed input, and their sites
 
@@ -2703,15 +2842,14 @@ class Attention(nn.Module):
 
     def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        raw_q, raw_k, raw_v = (
-            tap("q", n, self.q(n)),
-            tap("k", n, self.k(n)),
-            tap("v", n, self.v(n)),
-        )
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, self.values(raw_v, values)))
-        q, k = rotate(rms_norm(q), meta.cos, meta.sin), rotate(rms_norm(k), meta.cos, meta.sin)
+        raw_q = tap("q", n, self.q(n))
+        raw_k = tap("k", n, self.k(n))
+        raw_v = self.values(tap("v", n, self.v(n)), values)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, raw_v))
+        q, k = (rotate(rms_norm(x), meta.cos, meta.sin) for x in (q, k))
+        q = q * self.q_gain.to(q.dtype)[:, None]
         attend = self.attend if meta.carry is None else meta.carry.attend
-        y = attend(q * self.q_gain.to(q.dtype)[:, None], k, v, meta, self.sink)
+        y = attend(q, k, v, meta, self.sink)
         if self.xsa:
             y = remove_self_value(y, v)
         if self.gate is not None:
@@ -2721,8 +2859,8 @@ class Attention(nn.Module):
 
 
 class DeltaNet(nn.Module):
-    """Gated delta net (Yang et al. 2024) as in PR 1895: a convolution over two tokens, ELU + 1 queries and keys, SiLU
-    values, a decay and a write strength per head, a SiLU gate on the outputs, and no norm on them."""
+    """Gated delta net (Yang et al. 2024) as in PR 1895: a convolution over two tokens, ELU + 1 on queries and keys,
+    SiLU on values, a decay and a write strength per head; outputs are gated by SiLU and not normed."""
 
     INPUTS = ("qkv",)
 
@@ -2739,17 +2877,26 @@ class DeltaNet(nn.Module):
         self.dt_bias = make_weight("delta_step", value_heads)
         self.groups, self.rule = value_heads // cfg.gdn_qk_heads, kernels.delta_rule
 
-    def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
+    def forward(
+        self,
+        n: Tensor,
+        meta: AttnMeta,
+        tap: LayerTap,
+        values: ValueContext,
+    ) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        p, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
-        before = F.pad(p[:, :-1], (0, 0, 1, 0)).masked_fill(meta.starts[..., None], 0)
-        parts = (taps[:, 1] * p + taps[:, 0] * before).split(self.widths, dim=-1)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
+        # causal convolution over two tokens, which does not reach into the segment before
+        qkv, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
+        before = F.pad(qkv[:, :-1], (0, 0, 1, 0)).masked_fill(meta.starts[..., None], 0)
+        qkv = taps[:, 1] * qkv + taps[:, 0] * before
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(self.widths, dim=-1))
         q, k = ((F.elu(x) + 1).repeat_interleave(self.groups, dim=2) for x in (q, k))
+        # write strength sigmoid(b), and Mamba-2's log decay -A softplus(a + dt_bias)
         b, a = at_least_fp32(self.ba(n)).chunk(2, dim=-1)
         g = -self.A_log.exp() * F.softplus(a + self.dt_bias)
-        state = g.new_zeros(len(n), g.size(-1), self.head_dim, self.head_dim)
-        y, _ = self.rule(q, k, F.silu(v), g, torch.sigmoid(b), meta.starts, state)
+        state = g.new_zeros(n.size(0), g.size(-1), self.head_dim, self.head_dim)
+        v, beta = F.silu(v), torch.sigmoid(b)
+        y, _ = self.rule(q, k, v, g, beta, meta.starts, state)
         y = y.flatten(2) * F.silu(self.z(n))
         return tap("attn", n, tap("o", y, self.o(y)))
 
@@ -2758,7 +2905,7 @@ MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
 
 
 class MLP(nn.Module):
-    """down(LeakyReLU(up(m), slope)^2); in fused kernels, when there are any, unless somebody taps inside."""
+    """down(LeakyReLU(up(m), slope)^2), by the fused kernel if the run has it and nobody listens at up or down."""
 
     def __init__(self, cfg: Config, kernels: Kernels) -> None:
         super().__init__()
@@ -2767,17 +2914,23 @@ class MLP(nn.Module):
         self.down = Linear("down", hidden, cfg.model_dim)
         self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
-    def forward(self, m: Tensor, tap: LayerTap) -> Tensor:
+    def forward(
+        self,
+        m: Tensor,
+        tap: LayerTap,
+    ) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        if self.fused is not None and tap is untapped:
-            return self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
-        a = F.leaky_relu(tap("up", m, self.up(m)), self.slope).square()
-        return tap("mlp", m, tap("down", a, self.down(a)))
+        if self.fused is not None and tap.sites.isdisjoint(("up", "down")):
+            y = self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
+        else:
+            a = F.leaky_relu(tap("up", m, self.up(m)), self.slope).square()
+            y = tap("down", a, self.down(a))
+        return tap("mlp", m, y)
 
 
 class Block(nn.Module):
-    """A layer: a mixer, attention or another, then an MLP on one stream that also mixes in x0; or both side by side, on
-    one stream or in two lanes."""
+    """A layer: a mixer (attention or a delta net), then an MLP, on a residual that also mixes in the embedding x0. Both
+    may instead run in parallel, on one residual or on two lanes."""
 
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
@@ -2792,11 +2945,11 @@ class Block(nn.Module):
             p.layer = layer
 
     def norm(self, x: Tensor) -> Tensor:
-        """RMS norm and the layer's input scale."""
+        """RMS norm times the layer's input scale."""
         return rms_norm(x) * self.input_scale
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The residual with the embedding mixed in."""
+        """Mix the embedding into the residual."""
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
@@ -2809,7 +2962,7 @@ class Block(nn.Module):
         values: ValueContext,
         parallel_block: bool,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D). abreast: the MLP reads what attention reads, not what it adds."""
+        """(B, T, D) -> (B, T, D). parallel_block: the MLP reads the mixer's input, not its output."""
         u = self.mix(x, x0)
         y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), meta, tap, values)
         return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(u if parallel_block else y), tap)
@@ -2823,13 +2976,13 @@ class Block(nn.Module):
         tap: LayerTap,
         values: ValueContext,
     ) -> tuple[Tensor, Tensor]:
-        """What attention (from lane 0 with x0) and MLP (from lane 1) would add, each (B, T, D)."""
+        """Outputs (B, T, D) of the mixer, which reads lane 0 with x0, and of the MLP, which reads lane 1."""
         a = self.attn_scale.to(lane0.dtype) * self.attn(self.norm(self.mix(lane0, x0)), meta, tap, values)
         return a, self.mlp_scale.to(lane1.dtype) * self.mlp(self.norm(lane1), tap)
 
 
 class Skips(nn.Module):
-    """U-net skips: one weight row (and gate row) per decoder position; x <- q x + (1 - q) w s, or x + w s ungated."""
+    """U-net skips from encoder outputs s: x <- q x + (1 - q) w s, or x + w s ungated; a row of w and q per skip."""
 
     def __init__(self, rows: int, dim: int, gated: bool) -> None:
         super().__init__()
@@ -2844,7 +2997,7 @@ class Skips(nn.Module):
 
 
 class Lanes(nn.Module):
-    """Two parallel residual lanes: each keeps part of itself and takes part of both sublayers' outputs."""
+    """Two residual lanes: each becomes a weighted sum of itself and of both sublayers' outputs."""
 
     FINAL = {"mean": lambda a, b: 0.5 * (a + b), "mlp": lambda a, b: b, "attn": lambda a, b: a}
 
@@ -2854,9 +3007,15 @@ class Lanes(nn.Module):
         self.resid = make_weight("lane_residual", cfg.num_layers, 2)
         self.final = self.FINAL[cfg.parallel_final_lane]
 
-    def forward(self, lanes: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor], layer: int) -> tuple[Tensor, Tensor]:
-        r, p = self.resid[layer].to(lanes[0].dtype), self.post[layer].to(lanes[0].dtype)
-        first, second = (r[i] * lanes[i] + p[0, i] * added[0] + p[1, i] * added[1] for i in range(2))
+    def forward(
+        self,
+        lanes: tuple[Tensor, Tensor],
+        added: tuple[Tensor, Tensor],
+        layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        r, p = (w[layer].to(lanes[0].dtype) for w in (self.resid, self.post))
+        attn, mlp = added
+        first, second = (r[i] * lanes[i] + p[0, i] * attn + p[1, i] * mlp for i in range(2))
         return first, second
 
 
@@ -2867,70 +3026,68 @@ class Lanes(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """The order of layer executions as data. Per slot: layer, skip row and source slot (-1: none), two lanes or one,
-    and on one, whether attention and MLP stand abreast."""
+    """The order of layer executions, as data: one entry per execution in each tuple."""
 
     layers: tuple[int, ...]
-    num_encoder: int
-    skip_row: tuple[int, ...]
-    skip_source: tuple[int, ...]
-    parallel: tuple[bool, ...]
-    parallel_block: tuple[bool, ...]
+    num_encoder: int  # the first executions, whose outputs the skips read
+    skip_row: tuple[int, ...]  # row of Skips; -1: no skip
+    skip_source: tuple[int, ...]  # the execution whose output the skip adds; -1: no skip
+    parallel: tuple[bool, ...]  # attention and MLP on two lanes
+    parallel_block: tuple[bool, ...]  # attention and MLP in parallel on one residual
 
     def __str__(self) -> str:
         """One line for people."""
-        skips = " ".join(f"{i}<-{s}" for i, s in enumerate(self.skip_source) if s >= 0)
-        lanes = [i for i, p in enumerate(self.parallel) if p]
-        beside = "  attention beside MLP in slots " + " ".join(str(i) for i, p in enumerate(self.parallel_block) if p)
+        order = list(map(str, self.layers))
+        skips = [f"{i}<-{s}" for i, s in enumerate(self.skip_source) if s >= 0]
+        two_lanes = self.parallel.index(True) if any(self.parallel) else "none"
+        beside = [str(i) for i, on in enumerate(self.parallel_block) if on]
         return (
-            f"layers {' '.join(map(str, self.layers[: self.num_encoder]))} | "
-            f"{' '.join(map(str, self.layers[self.num_encoder :]))}  skips (slot<-slot) {skips}  "
-            f"two lanes from slot {lanes[0] if lanes else 'none'}{beside * any(self.parallel_block)}"
+            f"layers {' '.join(order[: self.num_encoder])} | {' '.join(order[self.num_encoder :])}"
+            f"  skips (execution<-execution) {' '.join(skips)}  two lanes from execution {two_lanes}"
+            + ("  attention beside MLP in executions " + " ".join(beside))
+            * bool(beside)
         )
 
 
 def plan_route(cfg: Config, looping: bool) -> Route:
-    """The route of a model: the first half of the executions is the encoder, and decoder position j takes the j-th last
-    encoder output. With looping, layers LOOP_START..LOOP_END run NUM_LOOPS more times."""
+    """The route of a model. With looping, layers LOOP_START..LOOP_END run NUM_LOOPS more times."""
     layers = list(range(cfg.num_layers))
     if looping:
-        a, b = cfg.loop_start, cfg.loop_end + 1
-        layers = layers[:a] + layers[a:b] * (cfg.num_loops + 1) + layers[b:]
+        looped = slice(cfg.loop_start, cfg.loop_end + 1)
+        layers[looped] = layers[looped] * (cfg.num_loops + 1)
+    # the first half is the encoder, and decoder position j takes the j-th last encoder output
     encoder = len(layers) // 2
-    rows = num_skip_rows(cfg)
-    skip = [-1] * encoder + [j if j < min(rows, encoder) else -1 for j in range(len(layers) - encoder)]
-    source = [encoder - 1 - j if j >= 0 else -1 for j in skip]
-    start = cfg.parallel_start_layer
-    parallel, on, two = [], False, cfg.parallel_lanes == 2
-    for execution, layer in enumerate(layers):
-        on = on or (two and execution >= encoder and 0 < start <= layer)
-        parallel.append(on)
-    parallel_block = tuple(not two and 0 < start <= layer for layer in layers)
-    return Route(tuple(layers), encoder, tuple(skip), tuple(source), tuple(parallel), parallel_block)
+    skip_row = [-1] * encoder + [j if j < encoder else -1 for j in range(len(layers) - encoder)]
+    skip_source = [encoder - 1 - j if j >= 0 else -1 for j in skip_row]
+    late = [0 < cfg.parallel_start_layer <= layer for layer in layers]
+    lanes = cfg.parallel_lanes == 2
+    # once the residual has split into two lanes, in the decoder, they last to the end
+    split = [lanes and any(late[encoder : i + 1]) for i in range(len(layers))]
+    beside = [on and not lanes for on in late]
+    return Route(tuple(layers), encoder, tuple(skip_row), tuple(skip_source), tuple(split), tuple(beside))
 
 
 def state_starts(ids: Tensor, cu_seqlens: Tensor | None, first_id: int) -> Tensor:
-    """(B, T) bool: tokens where a recurrent state starts afresh, those of first_id and those that start a segment."""
+    """(B, T) bool: tokens before which a recurrent state is cleared: first_id, and the first of each segment."""
     starts = (ids == first_id).flatten()
-    if cu_seqlens is not None:  # F.pad: boundaries include the end
+    if cu_seqlens is not None:  # boundaries include the end: one more place, cut off again
         starts = F.pad(starts, (0, 1)).index_fill(0, cu_seqlens.long(), True)[:-1]
     return starts.view(ids.shape)
 
 
 def loops(cfg: Config) -> bool:
-    """Whether a run ever switches depth recurrence on."""
+    """Does a run ever switch depth recurrence on?"""
     return cfg.num_loops > 0 and cfg.enable_looping_at < 1
 
 
 def num_skip_rows(cfg: Config) -> int:
     """Skip rows that a model needs: those of its looped route."""
-    executions = cfg.num_layers + cfg.num_loops * (cfg.loop_end + 1 - cfg.loop_start) * (cfg.num_loops > 0)
-    return executions // 2
+    return plan_route(cfg, True).num_encoder
 
 
 class GPT(nn.Module):
-    """The language model. Parameters float32, but the embedding by EMBED_DTYPE; activations in `dtype`. set_looping
-    chooses the route."""
+    """The language model: float32 parameters (the embedding: EMBED_DTYPE), activations in `dtype`; set_looping chooses
+    the route."""
 
     def __init__(
         self,
@@ -3005,7 +3162,7 @@ class GPT(nn.Module):
         return AttnMeta(None, max_len, *rotary_at(at, dims, base, max_len), None, carry=carry)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, D): the embedding with what adds to it, normed, then what acts on the normed."""
+        """(B, T) ids -> (B, T, D): the embedding and its extras, normed, then the extras that act after the norm."""
         x = F.embedding(ids, self.tok_emb.weight).to(self.dtype)
         for name, extra in self.embed_extras.items():
             x = x if name in NORMED_EXTRAS else extra(ids, x)
@@ -3015,11 +3172,10 @@ class GPT(nn.Module):
         return x
 
     def trunk(self, ids: Tensor, meta: AttnMeta | None = None, taps: Taps | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, D) normed hidden states before the head. seq None: plain causal rows."""
+        """(B, T) ids -> (B, T, D) normed hidden states before the head. Without meta: plain causal rows."""
         meta = self.plan(ids.size(1), ids.device) if meta is None else meta
-        meta = (
-            meta if self.first_id is None else meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
-        )
+        if self.first_id is not None:
+            meta = meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
         x = self.embed(ids)
         if meta.carry is not None:
             ids = ids[:, self.reach :]
@@ -3028,9 +3184,10 @@ class GPT(nn.Module):
         values = ValueContext(None, None) if self.value_embed is None else self.value_embed(ids, self.dtype)
         lanes, outputs, route = (x,), [], self.route
         for execution, layer in enumerate(route.layers):
-            lane0, block, tap = lanes[0], self.blocks[layer], bind(taps, execution, layer)
-            if route.skip_row[execution] >= 0:
-                lane0 = self.skips(lane0, outputs[route.skip_source[execution]], route.skip_row[execution])
+            lane0, block, tap = lanes[0], self.blocks[layer], LayerTap(taps, execution, layer)
+            row, source = route.skip_row[execution], route.skip_source[execution]
+            if row >= 0:
+                lane0 = self.skips(lane0, outputs[source], row)
             if route.parallel[execution]:
                 pair = (lane0, lanes[-1])
                 lanes = self.lanes(pair, block.branches(*pair, x0, meta, tap, values), layer)
@@ -3051,15 +3208,14 @@ class GPT(nn.Module):
         reduction: str = "mean",
         cells: Tensor | None = None,
     ) -> Tensor:
-        """Softcapped logits (B, T, V) in at least float32; with targets (B, T) their cross-entropy in nats:
-        a scalar for reduction="mean", (B, T) for "none". With cells (n,), indices into the B*T flattened positions,
-        the head is computed there alone, and n stands in place of B, T."""
+        """Softcapped logits (B, T, V) in at least float32; with targets (B, T), their cross-entropy in nats: a scalar
+        for reduction="mean", (B, T) for "none". cells (n,): indices into the B*T flattened positions, the only ones
+        that the head is computed for; (n) then takes the place of (B, T)."""
         h = self.trunk(ids, meta, taps)
         if cells is not None:
             h = h.flatten(0, 1)[cells]
             targets = targets if targets is None else targets.flatten()[cells]
-        z = self.tok_emb(h)
-        z = z if taps is None else taps(Site("head", -1, -1), h, z)
+        z = LayerTap(taps)("head", h, self.tok_emb(h))
         if targets is None:
             return softcapped(z, self.softcap)
         loss = self.cross_entropy(z.flatten(0, -2), targets.flatten(), self.softcap)
@@ -3083,7 +3239,7 @@ def weights_by_role(cfg: Config, role: str) -> dict[int, str]:
 
 
 def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple[Tensor, Tensor, AttnMeta]:
-    """ids, targets and Seq of a batch on the device; the number of boundaries is a dynamic dimension of the graph."""
+    """ids, targets and AttnMeta of a batch on the device. The number of boundaries is a dynamic size of the graph."""
     ids, targets, cu_seqlens = batch.to(runtime.device)
     if cu_seqlens is not None and runtime.compile:
         torch._dynamo.mark_dynamic(cu_seqlens, 0)
@@ -3177,20 +3333,20 @@ def muon_direction(grad: Tensor, buffer: Tensor, momentum: float, row_normalize:
 class Muon:
     """Orthogonalised momentum on 2-D weights (Jordan et al. 2024), stacked by shape and sharded over the ranks.
 
-    Each rank reduces, keeps momentum for, and orthogonalises its share of the matrices of a shape; the updates are
-    gathered and applied everywhere. All reduces are launched before the first is awaited, and all gathers likewise.
+    Each rank reduces, keeps momentum for, and orthogonalises its share of the matrices of a shape.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], cfg: Config, runtime: Runtime) -> None:
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
+        # the largest groups first: their communication overlaps the work on the others
         self.groups = sorted(shapes.values(), key=lambda g: -len(g) * g[0].numel())
         self.cfg, self.runtime = cfg, runtime
-        self.buffers = [
-            torch.zeros(-(-len(g) // runtime.world), *g[0].shape, dtype=g[0].dtype, device=g[0].device)
-            for g in self.groups
-        ]
+        self.buffers = []
+        for group in self.groups:
+            share = -(-len(group) // runtime.world)
+            self.buffers.append(group[0].new_zeros(share, *group[0].shape))
 
     def reduce(self) -> list[Tensor]:
         """This rank's shares (k, rows, cols) of the gradients averaged over the ranks, in the parameters' dtype."""
@@ -3200,10 +3356,12 @@ class Muon:
             if world == 1:
                 shares.append(grads)
                 continue
-            padded = F.pad(grads, (0, 0, 0, 0, 0, len(buffer) * world - len(group))).to(self.runtime.dtype)
+            # whole shares for every rank; sent in bf16 on a GPU, half the bytes
+            missing = len(buffer) * world - len(group)
+            padded = F.pad(grads, (0, 0, 0, 0, 0, missing)).to(self.runtime.dtype)
             shares.append(torch.empty_like(padded[: len(buffer)]))
             waits.append(reduce_scatter(shares[-1], padded, async_op=True))
-        for work in waits:
+        for work in waits:  # every reduce is launched before the first is awaited
             work.wait()
         return [share.to(buffer.dtype) / world for share, buffer in zip(shares, self.buffers, strict=True)]
 
@@ -3212,12 +3370,13 @@ class Muon:
         cfg, world, updates, waits = self.cfg, self.runtime.world, [], []
         for share, buffer in zip(shares, self.buffers, strict=True):
             direction = muon_direction(share, buffer, momentum, cfg.muon_row_normalize)
+            # the iterations tolerate bf16; tests in float64 keep it
             low = self.runtime.dtype if direction.dtype == torch.float32 else direction.dtype
             update = orthogonalize(direction.to(low), cfg.muon_coefficients, cfg.muon_backend_steps)
             if world > 1:
-                whole = update.new_empty(len(buffer) * world, *update.shape[1:])
-                waits.append(all_gather(whole, update.contiguous(), async_op=True))
-                update = whole
+                gathered = update.new_empty(len(buffer) * world, *update.shape[1:])
+                waits.append(all_gather(gathered, update.contiguous(), async_op=True))
+                update = gathered
             updates.append(update)
         for work in waits:
             work.wait()
@@ -3229,8 +3388,10 @@ class Muon:
 
 
 class Optimisers:
-    """Muon and AdamW by the parameters' roles, with one global-norm clip of the averaged gradient. A parameter that was
-    built to want no gradient stays as it is."""
+    """Muon and AdamW by the parameters' roles, with one global-norm clip of the averaged gradient.
+
+    A parameter that was built with requires_grad off is left alone.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module, runtime: Runtime) -> None:
         self.cfg, self.runtime = cfg, runtime
@@ -3259,19 +3420,20 @@ class Optimisers:
             return
         flat = self.runtime.sum_(torch.cat([p.grad.flatten() for p in self.small])) / self.runtime.world
         parts = flat.split([p.numel() for p in self.small])
-        torch._foreach_copy_(
-            [p.grad for p in self.small],
-            [x.view_as(p) for x, p in zip(parts, self.small, strict=True)],
-        )
+        for p, part in zip(self.small, parts, strict=True):
+            p.grad.copy_(part.view_as(p))
 
     def clip(self, shares: list[Tensor]) -> None:
-        """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM; no host sync."""
-        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM."""
         grads = [p.grad for p in self.small]
-        norm = (squares + torch.stack(torch._foreach_norm([at_least_fp32(g) for g in grads])).square().sum()).sqrt()
+        # each rank has its own shares, but all of the small gradients
+        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        small_norms = torch._foreach_norm([at_least_fp32(g) for g in grads])
+        norm = (squares + torch.stack(small_norms).square().sum()).sqrt()
+        # the factor stays on the device, so the host waits for nothing
         factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(shares, factor)
-        for dtype in dict.fromkeys(g.dtype for g in grads):  # batched operations are fast on one dtype at a time
+        for dtype in dict.fromkeys(g.dtype for g in grads):  # _foreach is fast on one dtype at a time
             torch._foreach_mul_([g for g in grads if g.dtype == dtype], factor)
 
     @torch.no_grad()
@@ -3295,8 +3457,8 @@ class Optimisers:
         for p in [*self.small, *(p for group in self.muon.groups for p in group)]:
             p.grad = None
 
-    def forget(self) -> None:
-        """Back to the state before the first step (after warm-up)."""
+    def clear(self) -> None:
+        """Back to the state before the first step."""
         self.adamw.state.clear()
         for buffer in self.muon.buffers:
             buffer.zero_()
@@ -3315,7 +3477,7 @@ def lr_multiplier(fraction: float, warmdown_frac: float, floor: float) -> float:
 
 
 def warmdown_share(cfg: Config, fraction: float, step: int) -> float:
-    """Share of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
+    """Fraction of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
     return cfg.warmdown_iters * fraction / max(step, 1) if cfg.warmdown_iters else cfg.warmdown_frac
 
 
@@ -3324,38 +3486,57 @@ def muon_momentum(step: int, start: float, end: float, ramp_steps: int) -> float
     return start + (end - start) * min(step / ramp_steps, 1.0) if ramp_steps > 0 else end
 
 
+class Progress(NamedTuple):
+    """Where a run is when a step begins."""
+
+    step: int  # from 0
+    fraction: float  # of the run that is done
+    multiplier: float  # of the learning rates
+
+    @classmethod
+    def at(cls, cfg: Config, fraction: float, step: int) -> Progress:
+        """The step with its LR multiplier."""
+        warmdown = warmdown_share(cfg, fraction, step)
+        return cls(step, fraction, lr_multiplier(fraction, warmdown, cfg.min_lr))
+
+
+# What changes during a run, and at which steps it is on: one row for each thing that a knob can switch on.
+STAGES: dict[str, Callable[[Config, Progress], bool]] = {
+    "looping": lambda c, now: now.fraction >= c.enable_looping_at,
+    "ste": lambda c, now: now.multiplier < c.late_qat_threshold,
+    "noise": lambda c, now: now.fraction >= c.qat_noise_start_frac and now.step % c.qat_noise_every == 0,
+    "swa": lambda c, now: now.multiplier < c.swa_start_scale and (now.step + 1) % c.swa_every == 0,
+}
+
+
+def stages_of(cfg: Config) -> list[str]:
+    """The stages that a run has."""
+    chosen = {"looping"} if loops(cfg) else set()
+    return [name for name in STAGES if name in {*chosen, cfg.qat, *cfg.average}]
+
+
 class Ema:
-    """Exponential moving average of tensors (the live weights), float32, started at their initial values, without bias
-    correction."""
+    """Exponential moving average of tensors, float32, without bias correction: it starts at their initial values."""
 
     def __init__(self, cfg: Config, source: list[Tensor]) -> None:
         self.decay, self.source = cfg.ema_decay, source
         self.shadow = [at_least_fp32(p.detach()).clone() for p in source]
 
     @torch.no_grad()
-    def update(self, step: int, multiplier: float) -> None:
-        """After optimiser step number `step`, counted from 1, at an LR multiplier."""
+    def update(self) -> None:
+        """Take in the tensors as they are after a step."""
         torch._foreach_lerp_(self.shadow, [at_least_fp32(p) for p in self.source], 1 - self.decay)
 
 
 class Swa:
-    """Mean of snapshots of tensors, float32: one every SWA_EVERY steps while the LR multiplier is under
-    SWA_START_SCALE (Izmailov et al. 2018). Before the first snapshot, and without any, the tensors themselves."""
+    """Mean of snapshots of tensors, float32 (Izmailov et al. 2018); without a snapshot, the tensors themselves."""
 
     def __init__(self, cfg: Config, source: list[Tensor]) -> None:
-        self.every, self.start, self.source, self.count = (
-            cfg.swa_every,
-            cfg.swa_start_scale,
-            source,
-            0,
-        )
-        self.shadow = source
+        self.source, self.shadow, self.count = source, source, 0
 
     @torch.no_grad()
-    def update(self, step: int, multiplier: float) -> None:
-        """After optimiser step number `step`, counted from 1, at an LR multiplier."""
-        if multiplier >= self.start or step % self.every:
-            return
+    def update(self) -> None:
+        """Take a snapshot."""
         if not self.count:
             self.shadow = [torch.zeros_like(at_least_fp32(p.detach())) for p in self.source]
         self.count += 1
@@ -3365,17 +3546,21 @@ class Swa:
 AVERAGES = {"ema": Ema, "swa": Swa}  # in this order: each averages what the one before it holds
 
 
-def averages_of(cfg: Config, params: list[Tensor]) -> list[Ema | Swa]:
-    """The chain of averages of AVERAGE; its last `shadow` is what training ends with."""
-    chain: list[Ema | Swa] = []
-    for average in (AVERAGES[name] for name in AVERAGES if name in cfg.average):
-        chain.append(average(cfg, chain[-1].shadow if chain else params))
+def averages_of(cfg: Config, params: list[Tensor]) -> dict[str, Ema | Swa]:
+    """The chain of averages of AVERAGE; the `shadow` of the last is what training ends with."""
+    chain: dict[str, Ema | Swa] = {}
+    for name in (name for name in AVERAGES if name in cfg.average):
+        source = list(chain.values())[-1].shadow if chain else params
+        chain[name] = AVERAGES[name](cfg, source)
     return chain
 
 
 class FakeQuantSTE:
-    """Quantisation-aware training: the forward pass sees the weights on the grid that they will be stored on, and their
-    gradient goes straight through to the weights (Bengio et al. 2013). For all that is stored in under 8 bits."""
+    """Quantisation-aware training with the straight-through estimator (Bengio et al. 2013).
+
+    The forward pass sees the weights on the grid that they will be stored on; their gradient goes to the weights
+    themselves. For every weight that is stored in under 8 bits.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg, plan = cfg, quant_plan(cfg)
@@ -3383,10 +3568,6 @@ class FakeQuantSTE:
         rounded = {name for name, rule in plan.items() if rule.bits < 8 and not SCHEMES[rule.scheme].counts}
         self.jobs = [(p, plan[name]) for name, p in model.named_parameters() if name in rounded]
         self.params = [p for p, _ in self.jobs]
-
-    def due(self, fraction: float, multiplier: float, step: int) -> bool:
-        """Whether this step trains so."""
-        return multiplier < self.cfg.late_qat_threshold
 
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
@@ -3400,8 +3581,10 @@ class FakeQuantSTE:
 
 
 class QuantNoise:
-    """Quantisation-aware training by noise: Gaussian, of a fraction of the rounding error of each row's step, on
-    weights chosen by name, the same on every rank; the optimiser sees the weights without it."""
+    """Quantisation-aware training by Gaussian noise, QAT_NOISE_MULT of the rounding error of a uniform grid.
+
+    Weights are chosen by name; the noise is the same on every rank, and the optimiser sees the weights without it.
+    """
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
@@ -3411,20 +3594,16 @@ class QuantNoise:
             raise UserError(f"QAT_NOISE_PATTERNS={format_knob(cfg.qat_noise_patterns)} is in no name of a matrix")
         self.params = list(chosen.values())
 
-    def due(self, fraction: float, multiplier: float, step: int) -> bool:
-        """Whether this step trains so."""
-        return fraction >= self.cfg.qat_noise_start_frac and step % self.cfg.qat_noise_every == 0
-
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
         """What the forward pass of a step sees instead of self.params."""
-        cfg, generator = self.cfg, torch.Generator(self.params[0].device)
-        generator.manual_seed(cfg.seed * 2**20 + step)
-        noisy = []
+        cfg, noisy = self.cfg, []
+        generator = torch.Generator(self.params[0].device).manual_seed(cfg.seed * 2**20 + step)
         for p in self.params:
-            sigma = cfg.qat_noise_mult * sigma_clip_scale(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
+            # the error of rounding to a grid is uniform over one interval, whose variance is its square / 12
+            rounding = sigma_clip_scale(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
             draw = torch.randn(p.shape, generator=generator, device=p.device)
-            noisy.append((p + draw * sigma[:, None]).to(p.dtype))
+            noisy.append((p + draw * (cfg.qat_noise_mult * rounding)[:, None]).to(p.dtype))
         return noisy
 
 
@@ -3433,7 +3612,7 @@ QATS = {"none": None, "ste": FakeQuantSTE, "noise": QuantNoise}
 
 @contextlib.contextmanager
 def temporarily_set(params: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """Within, the parameters hold other values, in place: a compiled graph reads them as it would the weights."""
+    """Inside the block the parameters hold other values, in place, where a compiled graph reads them."""
     kept = [p.detach().clone() for p in params]
     with torch.no_grad():
         torch._foreach_copy_(params, values)
@@ -3461,40 +3640,51 @@ class Trainer:
         self.optimisers = Optimisers(cfg, model, runtime)
         self.averages = averages_of(cfg, list(model.parameters()))
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
-        self.rounding = self.rounded = False
+        self.stages, self.begun = stages_of(cfg), set()
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
-        self.loss, self.noted = torch.zeros((), device=runtime.device), 0
+        self.loss = torch.zeros((), device=runtime.device)
+        self.reported_step = 0
 
-    def step(self, batches: list[Batch], multiplier: float, step: int) -> None:
-        """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss."""
+    def step(self, batches: list[Batch], multiplier: float, step: int, rounded: bool = False) -> None:
+        """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss.
+
+        rounded: the forward pass sees the weights as QAT has them.
+        """
         self.loss = torch.zeros((), device=self.runtime.device)
-        with temporarily_set(self.qat.params, self.qat.values(step)) if self.rounding else contextlib.nullcontext():
+        weights = contextlib.nullcontext()
+        if rounded:
+            weights = temporarily_set(self.qat.params, self.qat.values(step))
+        with weights:
             for batch in batches:
-                loss = self.forward(*on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)) / len(batches)
+                inputs = on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)
+                loss = self.forward(*inputs) / len(batches)
                 loss.backward()
                 self.loss += loss.detach()
         self.optimisers.step(multiplier, step)
 
-    def multiplier(self, fraction: float, step: int) -> float:
-        """LR multiplier of a step."""
-        return lr_multiplier(fraction, warmdown_share(self.cfg, fraction, step), self.cfg.min_lr)
+    def stages_at(self, now: Progress) -> set[str]:
+        """The stages that a step is in. The log says when one begins, and looping changes the route."""
+        on = {name for name in self.stages if STAGES[name](self.cfg, now)}
+        for name in sorted(on - self.begun):
+            self.runtime.log(f"{name} on from step {now.step}, fraction {now.fraction:.3f}")
+            if name == "looping":
+                self.model.set_looping(True)
+                self.clock.expect_change()  # steps take longer from here on
+        self.begun |= on
+        return on
 
     def advance(self, batches: list[Batch], fraction: float, step: int) -> None:
-        """Step number `step` (from 0) of the run with its schedules, and the averages after it."""
-        multiplier, before = self.multiplier(fraction, step), self.rounding
-        self.rounding = self.qat is not None and self.qat.due(fraction, multiplier, step)
-        if self.rounding and not before and not self.rounded:
-            self.runtime.log(
-                f"QAT={self.cfg.qat} on from step {step}, fraction {fraction:.3f}: {len(self.qat.params)} weights"
-            )
-        self.rounded |= self.rounding
-        self.step(batches, multiplier, step)
-        for average in self.averages:
-            average.update(step + 1, multiplier)
+        """Step number `step`, from 0, with the stages that it is in, and the averages after it."""
+        now = Progress.at(self.cfg, fraction, step)
+        on = self.stages_at(now)
+        self.step(batches, now.multiplier, step, rounded=not on.isdisjoint(QATS))
+        for name, average in self.averages.items():
+            if name not in STAGES or name in on:
+                average.update()
 
     def warm_up(self) -> None:
-        """Compile every graph and let allocators settle, then take it all back: weights, moments and data order."""
+        """Compile every graph and let allocators settle, then roll back weights, moments and the order of the data."""
         before = [p.detach().clone() for p in self.model.parameters()]
         started = time.perf_counter()
         with contextlib.closing(train_batches(self.cfg, self.runtime)) as batches:
@@ -3504,7 +3694,7 @@ class Trainer:
                     self.step(next(batches), 1.0, step)
                     self.runtime.log.progress(f"warm-up (looping {looping})", step + 1, self.cfg.warmup_steps, started)
         self.model.set_looping(False)
-        self.optimisers.forget()
+        self.optimisers.clear()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), before)
         self.runtime.log(
@@ -3517,33 +3707,34 @@ class Trainer:
         return self.runtime.sum_(self.loss.clone()).item() / self.runtime.world
 
     def report(self, step: int, fraction: float, seconds: float) -> None:
-        """Log line and metrics of a step; stops the run on a loss that is not finite."""
+        """Log line and metrics after `step` steps; stops the run on a loss that is not finite."""
         loss = self.mean_loss()
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"training loss is {loss} at step {step}; earlier stages' files are untouched. Lower "
+                f"training loss is {loss} at step {step}; the files of earlier stages are untouched. Lower "
                 "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or check the data"
             )
-        if step == self.noted or (fraction < 1 and step % self.cfg.train_log_every and step > 5):
+        due = step <= 5 or step % self.cfg.train_log_every == 0 or fraction >= 1
+        if not due or step == self.reported_step:
             return
-        self.noted = step
+        self.reported_step = step
         tokens = step * self.cfg.train_batch_tokens
         left = seconds / fraction * (1 - fraction) if fraction > 0 else math.nan
         self.runtime.log(
             f"step {step} train_loss {loss:.4f} {seconds:.1f} s {1e3 * seconds / step:.1f} ms/step "
             f"{tokens / seconds:,.0f} tok/s, about {max(left, 0):.0f} s left"
         )
-        self.note(
+        self.write_metrics(
             {
                 "step": step,
                 "train_loss": loss,
-                "lr_mult": self.multiplier(fraction, step),
+                "lr_mult": Progress.at(self.cfg, fraction, step).multiplier,
                 "seconds": seconds,
                 "looping": self.model.route is self.model.routes[True],
             }
         )
 
-    def note(self, record: dict[str, Any]) -> None:
+    def write_metrics(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
         if self.metrics is not None:
             with self.metrics.open("a", encoding="utf-8") as handle:
@@ -3551,38 +3742,39 @@ class Trainer:
 
     def store_average(self) -> None:
         """Put the weight average into the model."""
-        for average in self.averages:
-            if isinstance(average, Swa):
-                self.runtime.log(f"SWA: {average.count} snapshots")
-                if not average.count:
-                    self.runtime.log(
-                        "WARNING: no step was a multiple of SWA_EVERY with the LR multiplier under "
-                        "SWA_START_SCALE: SWA averages nothing; lower SWA_EVERY or raise SWA_START_SCALE"
-                    )
-        if self.averages:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self.model.parameters()), self.averages[-1].shadow)
+        if not self.averages:
+            return
+        swa = self.averages.get("swa")
+        if swa is not None:
+            self.runtime.log(f"SWA: {swa.count} snapshots")
+            if not swa.count:
+                self.runtime.log(
+                    "WARNING: no step was a multiple of SWA_EVERY with the LR multiplier under "
+                    "SWA_START_SCALE: SWA averages nothing; lower SWA_EVERY or raise SWA_START_SCALE"
+                )
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), list(self.averages.values())[-1].shadow)
 
-    def run(self, validate: Callable[[], Score]) -> TrainReport:
-        """Train; afterwards the model holds the weight average. validate scores the live weights, clock stopped."""
-        cfg, log, clock = self.cfg, self.runtime.log, self.clock
+    def validate(self, step: int, evaluate: Callable[[], Score]) -> None:
+        """Score the live weights with the clock stopped."""
+        elapsed = self.clock.read()
+        score = evaluate()
+        self.runtime.log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
+        self.write_metrics({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
+        self.clock.start(elapsed)
+
+    def run(self, evaluate: Callable[[], Score]) -> TrainReport:
+        """Train; afterwards the model holds the weight average."""
+        cfg, clock = self.cfg, self.clock
         self.warm_up()
-        step = 0
-        if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the one before
+        if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the run before it
             self.metrics.write_text("", encoding="utf-8")
+        step = 0
         clock.start()
         with contextlib.closing(train_batches(cfg, self.runtime)) as batches:
             while (fraction := clock.fraction(step)) < 1:
                 if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-                    elapsed = clock.read()
-                    score = validate()
-                    log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
-                    self.note({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
-                    clock.start(elapsed)
-                if loops(cfg) and fraction >= cfg.enable_looping_at and self.model.route is self.model.routes[False]:
-                    self.model.set_looping(True)
-                    clock.expect_change()
-                    log(f"looping on at step {step}, fraction {fraction:.3f}: {self.model.route}")
+                    self.validate(step, evaluate)
                 self.advance(next(batches), fraction, step)
                 step += 1
                 if step <= 5 or step % min(cfg.train_log_every, 10) == 0:
@@ -3591,9 +3783,8 @@ class Trainer:
         self.report(step, 1.0, seconds)
         self.store_average()
         self.model.set_looping(loops(cfg))
-        log(
-            f"training stopped at step {step} after {seconds:.2f} s; weights: {'+'.join(cfg.average) or 'last iterate'}"
-        )
+        weights = "+".join(cfg.average) or "last iterate"
+        self.runtime.log(f"training stopped at step {step} after {seconds:.2f} s; weights: {weights}")
         return TrainReport(step, seconds, self.mean_loss())
 
 
@@ -3709,11 +3900,10 @@ class HessianTap:
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Listen at a site; the output passes through."""
-        if site.name in self.sites:
-            flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
-            if key not in self.sums:
-                self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
-            self.sums[key].addmm_(flat.T, flat)
+        flat, key = x.detach().flatten(0, -2).float(), (site.name, site.layer)
+        if key not in self.sums:
+            self.sums[key] = flat.new_zeros(flat.size(1), flat.size(1))
+        self.sums[key].addmm_(flat.T, flat)
         return y
 
     def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> Weights:
@@ -5194,6 +5384,7 @@ class BatchedLoRA(nn.Module):
     def __init__(self, cfg: Config, model: GPT, rows: int) -> None:
         super().__init__()
         self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank
+        self.sites = frozenset(name for name, _, _ in lora_sites(cfg, model))
         shapes = {f"{name}_{execution}": shape for name, execution, shape in lora_sites(cfg, model)}
         like = {
             "device": model.tok_emb.weight.device,

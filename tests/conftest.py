@@ -46,6 +46,12 @@ TINY = {  # a preset-sized model that trains in seconds on one core
 }
 
 
+def listener(function: Callable, sites: str = "q k v qkv o up down head attn mlp") -> Callable:
+    """A function (or partial) as a listener at some sites of the model, by default at all of them."""
+    function.sites = frozenset(sites.split())
+    return function
+
+
 def words(seed: int, count: int) -> str:
     """`count` words of a small vocabulary with seeded repetition, so that a model has something to learn."""
     stems = "river stone Light under carry window morning paper Quiet seven garden letter".split()

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 import train_gpt
 from train_gpt import (
+    ARTIFACT_HEADER,
     CODECS,
     CODERS,
     GPT,
-    HEAD,
     Log,
     Runtime,
     UserError,
@@ -113,10 +113,10 @@ def test_layers_of_one_role_lie_together_in_number_order() -> None:
 
 def test_blob_says_how_to_open_itself() -> None:
     for number, codec in ((1, "brotli"), (2, "lzma")):
-        magic, version, stored, size, crc = HEAD.unpack_from(example_blob(codec))
-        payload = example_blob(codec)[HEAD.size :]
+        magic, version, stored, size, crc = ARTIFACT_HEADER.unpack_from(example_blob(codec))
+        payload = example_blob(codec)[ARTIFACT_HEADER.size :]
         assert (magic, version, stored) == (b"PGLF", 2, number) and size == len(payload)
-        assert crc == zlib.crc32(example_blob(codec)[: HEAD.size - 4] + payload)
+        assert crc == zlib.crc32(example_blob(codec)[: ARTIFACT_HEADER.size - 4] + payload)
 
 
 # Wrong blobs
@@ -135,7 +135,7 @@ def test_every_truncation_is_a_user_error(codec: str) -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_change_of_a_head_byte_is_a_user_error(codec: str) -> None:
     blob = example_blob(codec)
-    for position, mask in itertools.product(range(HEAD.size), range(1, 256)):
+    for position, mask in itertools.product(range(ARTIFACT_HEADER.size), range(1, 256)):
         damaged = bytearray(blob)
         damaged[position] ^= mask
         with pytest.raises(UserError):

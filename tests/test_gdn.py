@@ -342,7 +342,7 @@ def test_column_1_of_the_taps_is_the_token_itself() -> None:
     meta = train_gpt.AttnMeta(None, 0, torch.empty(0), torch.empty(0), None, starts)
     x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
-        net(x, meta, train_gpt.untapped, train_gpt.ValueContext(None, None))
+        net(x, meta, train_gpt.LayerTap(None), train_gpt.ValueContext(None, None))
         kernel = net.taps.unsqueeze(1)  # (channels, 1, 2), as torch's convolution has it, the last column the newest
         parts = (F.pad(net.qkv(x[:, s]).mT, (1, 0)) for s in (slice(0, 4), slice(4, 6)))
         wanted = torch.cat([F.conv1d(part, kernel, groups=len(kernel)) for part in parts], dim=2).mT

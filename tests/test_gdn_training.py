@@ -219,7 +219,6 @@ def test_fraction_of_the_run_and_what_it_switches(monkeypatch: pytest.MonkeyPatc
     (golden,) = entries("training_fraction")
     c, want = golden.config, golden.expected
     cfg = Config(**RECORD, qat="noise", qat_noise_start_frac=c["noise_start_frac"])
-    noise = train_gpt.QuantNoise(cfg, train_gpt.GPT(Config(vocab_size=8, model_dim=64, rope_dims=8)))
     budget = c["max_wallclock_seconds"] - c["reserve_seconds"]
     for elapsed, fraction, mult, on, noisy in zip(
         c["elapsed_ms"], want["fraction"], want["multiplier"], want["loop_on"], want["noise_on"], strict=True
@@ -229,7 +228,8 @@ def test_fraction_of_the_run_and_what_it_switches(monkeypatch: pytest.MonkeyPatc
         found = clock.fraction(0)
         assert found == pytest.approx(fraction, rel=1e-9)
         assert train_gpt.lr_multiplier(found, cfg.warmdown_frac, cfg.min_lr) == pytest.approx(mult, rel=1e-9)
-        assert (found >= cfg.enable_looping_at, noise.due(found, mult, 1)) == (on, noisy)
+        now = train_gpt.Progress.at(cfg, found, 1)
+        assert [train_gpt.STAGES[name](cfg, now) for name in ("looping", "noise")] == [on, noisy]
     free = train_gpt.Clock(rules.runtime(), 0.0, c["iterations"])
     assert [free.fraction(step) for step in c["steps_without_cap"]] == pytest.approx(want["fraction_without_cap"])
 
@@ -414,6 +414,8 @@ def test_bits_by_pattern(golden: rules.Entry) -> None:
             "MATRIX_BITS_OVERRIDES": c["overrides"].replace("attn.proj.weight:", " , blocks.[2-9].attn.o.weight: "),
             "MATRIX_BITS": str(c["matrix_bits"]),
             "EMBED_BITS": str(c["embed_bits"]),
+            "MIXERS": "G*2 A*8 G",
+            "ATTN_EXTRAS": "xsa,sink",
         }
     )
     plan = train_gpt.quant_plan(cfg)
@@ -424,7 +426,11 @@ def test_bits_by_pattern(golden: rules.Entry) -> None:
 
 
 def test_the_first_override_that_fits_counts_and_keeps_scheme_and_clip() -> None:
-    cfg = Config(matrix_bits_overrides=("attn.o:7", "blocks.1.*: 5", "mlp.down:8"))
+    cfg = Config(
+        mixers="G*2 A*9",
+        attn_extras=("sink",),
+        matrix_bits_overrides=("attn.o:7", "blocks.1.*: 5", "mlp.down:8"),
+    )
     found = {
         n: train_gpt.quant_plan(cfg)[n]
         for n in (
@@ -436,7 +442,7 @@ def test_the_first_override_that_fits_counts_and_keeps_scheme_and_clip() -> None
             "blocks.2.attn.q.weight",
             "blocks.1.attn.ba.weight",
             "blocks.1.attn.taps",
-            "blocks.1.attn.sink",
+            "blocks.2.attn.sink",
             "blocks.1.attn.A_log",
             "blocks.1.attn.dt_bias",
         )
@@ -580,6 +586,8 @@ def test_stored_dictionary(tmp_path: Path) -> None:
     cfg = Config(
         data_path=str(folder),
         vocab_size=V,
+        mixers="G*2 A*9",
+        attn_extras=("sink",),
         matrix_bits_overrides=("blocks.[2-9].attn.o.weight:7",),
         attn_clip_sigmas=c["matrix_clip_sigmas"],
         mlp_clip_sigmas=c["matrix_clip_sigmas"],
@@ -767,7 +775,7 @@ def test_two_processes_are_one_and_quantising_can_be_resumed(run_gpt: Callable, 
     trained = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["model"]
     assert blob.keys() == trained.keys() and blob["blocks.0.attn.taps"].shape == trained["blocks.0.attn.taps"].shape
     v = "blocks.2.attn.v.weight"
-    turned = train_gpt.rotate_values(Config(model_dim=32, num_heads=4), trained, {})[0]
+    turned = train_gpt.rotate_values(train_gpt.load_config({"PRESET": str(tmp_path / "run")}), trained, {})[0]
     assert (blob[v] - turned[v]).norm() < 0.2 * (blob[v] - trained[v]).norm(), "the artifact holds rotated values"
 
 

@@ -10,6 +10,7 @@ import golden_rules as rules
 import numpy as np
 import pytest
 import torch
+from conftest import listener
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -313,7 +314,7 @@ def test_a_listener_that_passes_changes_no_bit() -> None:
         heard.append(site)
         return y
 
-    for taps in (listen, train_gpt.HessianTap()):
+    for taps in (listener(listen), train_gpt.HessianTap()):
         assert torch.equal(model(ids, None, None, taps), model(ids))
         assert torch.equal(model(ids, targets, None, taps, "none"), model(ids, targets, None, None, "none"))
     slots = [(slot, layer) for slot, layer in enumerate(model.route.layers)]
@@ -327,11 +328,11 @@ def test_every_site_counts() -> None:
     plain = model(ids)
     for name in ("q", "k", "v", "o", "attn", "up", "down", "mlp", "head"):
         # a random direction: q and k are normalised, and XSA removes what lies along v
-        def nudge(site: train_gpt.Site, x: Tensor, y: Tensor, name: str = name) -> Tensor:
+        def nudge(site: train_gpt.Site, x: Tensor, y: Tensor) -> Tensor:
             noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(site.execution + 2), dtype=y.dtype)
-            return y + 0.1 * noise if site.name == name else y
+            return y + 0.1 * noise
 
-        assert (model(ids, None, None, nudge) - plain).abs().max() > 1e-4, name
+        assert (model(ids, None, None, listener(nudge, name)) - plain).abs().max() > 1e-4, name
 
 
 # Compilation

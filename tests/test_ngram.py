@@ -14,6 +14,7 @@ from typing import Any
 import golden_rules as rules
 import pytest
 import torch
+from conftest import listener
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ngram_rules import GOLDEN, build, exact_tables, published_name
@@ -281,8 +282,9 @@ def test_value_residual_takes_the_first_slot_and_the_first_slot_mixes_nothing(lo
 
     later = range(1, len(model.route.layers))
     assert (model.route.layers.count(0) == 2) == looping
-    assert torch.equal(model(ids, None, None, functools.partial(replace, slots=later)), before)
-    assert not torch.allclose(model(ids, None, None, functools.partial(replace, slots=range(1))), before)
+    taps = [listener(functools.partial(replace, slots=slots)) for slots in (later, range(1))]
+    assert torch.equal(model(ids, taps=taps[0]), before)
+    assert not torch.allclose(model(ids, taps=taps[1]), before)
     with torch.no_grad():
         model.value_embed.scale.zero_()  # it was added to the first slot's values before they were kept
     assert not torch.allclose(model(ids), before)
@@ -300,7 +302,7 @@ def test_value_embeddings_enter_at_their_layers_alone() -> None:
     values = []
     for block in model.blocks:
         block.attn.values.register_forward_hook(lambda module, args, output: values.append(output))
-    model(ids, None, None, listen)
+    model(ids, taps=listener(listen, "v"))
     base = model.value_embed.look_up(ids, torch.float32)
     for layer, mixed in enumerate(values):
         index = model.blocks[layer].attn.values.scale_index

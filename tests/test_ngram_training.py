@@ -7,6 +7,7 @@ import dataclasses
 import json
 import lzma
 import math
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -77,16 +78,13 @@ def test_warmdown_in_iterations(entry: rules.Entry) -> None:
         budget = 1e3 * config["max_wallclock_seconds"]
         found = [multiplier(s, s * config["step_ms"] / budget) for s in range(expected["total_steps"] + 1)]
         assert {s: found[int(s)] for s in expected["lr_multiplier"]} == approx(expected["lr_multiplier"], 1e-8, 1e-9)
-        ste = Config(qat="ste")
-        late = [s for s, m in enumerate(found) if train_gpt.FakeQuantSTE(ste, nn.Module()).due(0.0, m, s)]
+        late, taken = (
+            [s for s, m in enumerate(found[:-1]) if train_gpt.STAGES[name](cfg, train_gpt.Progress(s, 0.0, m))]
+            for name in ("ste", "swa")
+        )
         assert late[0] == expected["late_qat_step"]
-        swa = train_gpt.Swa(cfg, [torch.zeros(1)])
-        taken = []
-        for step, m in enumerate(found[:-1], 1):
-            count = swa.count
-            swa.update(step, m)
-            taken += [step] * (swa.count > count)
-        assert [taken[0], taken[-1], len(taken)] == [expected[f"swa_{k}"] for k in ("first", "last", "count")]
+        counted = [taken[0] + 1, taken[-1] + 1, len(taken)]  # published: steps from 1, after the update
+        assert counted == [expected[f"swa_{k}"] for k in ("first", "last", "count")]
     else:
         for step, value in expected["step_based"].items():
             assert multiplier(int(step), int(step) / config["iterations"]) == approx(value)
@@ -184,7 +182,7 @@ def test_three_whole_steps(entry: rules.Entry) -> None:
         norm = nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
         assert norm.item() == approx(want["total_grad_norm_before_clip"], 1e-7)
         optimisers.step(1.0, step)
-        ema.update(step + 1, 1.0)
+        ema.update()
     parameters = by_published_name(model)
     averaged = dict(zip(parameters, ema.shadow, strict=True))
     del parameters["blocks.0.attn.vr_lambda"]  # it mixes nothing and has no gradient; here it decays all the same
@@ -207,9 +205,9 @@ def test_ema_is_the_published_one(entry: rules.Entry) -> None:
     weight = rules.fill("sine", "ema_test.weight", (4, 6), 0.05)
     ema = train_gpt.Ema(Config(ema_decay=entry.config["decay"]), [weight])
     norms = []
-    for step, value in enumerate(iterates(), 1):
+    for value in iterates():
         weight.copy_(value)
-        ema.update(step, 1.0)
+        ema.update()
         norms.append(ema.shadow[0].norm().item())
     expected = entry.expected["float64"]
     assert norms == approx(expected["l2_after_each_step"])
@@ -219,14 +217,16 @@ def test_ema_is_the_published_one(entry: rules.Entry) -> None:
 @each("swa")
 def test_swa_is_the_mean_of_its_snapshots(entry: rules.Entry) -> None:
     weight = torch.zeros(4, 6, dtype=torch.float64)
-    swa = train_gpt.Swa(Config(average=("swa",), swa_every=2), [weight])
+    swa_cfg = Config(average=("swa",), swa_every=2)
+    swa = train_gpt.Swa(swa_cfg, [weight])
     assert swa.shadow[0] is weight, "nothing collected: the weights themselves"
-    for k, value in enumerate(iterates(), 1):
+    for value in iterates():
         weight.copy_(value)
-        swa.update(2 * k, 0.1)
-        weight.fill_(1e6)
-        swa.update(2 * k + 1, 0.1)  # no snapshot between two
-    swa.update(20, 0.2)  # nor before the LR has fallen
+        swa.update()
+        weight.fill_(1e6)  # between two snapshots
+    due = [(2, 0.1), (1, 0.1), (3, 0.2)]  # every second step, and not before the LR has fallen
+    found = [train_gpt.STAGES["swa"](swa_cfg, train_gpt.Progress(step - 1, 0.5, m)) for step, m in due]
+    assert found == [True, False, False]
     expected = entry.expected
     assert swa.count == expected["swa_count"]
     assert swa.shadow[0][0].tolist() == approx(expected["swa_mean_if_it_were_applied_row0"])
@@ -236,15 +236,17 @@ def test_swa_is_the_mean_of_its_snapshots(entry: rules.Entry) -> None:
 def test_swa_of_ema_averages_the_averages() -> None:
     cfg = Config(average=("swa", "ema"), ema_decay=0.5, swa_every=1)
     weight = torch.zeros(1)
-    ema, swa = train_gpt.averages_of(cfg, [weight])
+    chain = train_gpt.averages_of(cfg, [weight])
+    assert list(chain) == ["ema", "swa"]
+    ema, swa = chain.values()
     seen = []
     for step in range(1, 4):
         weight.fill_(float(step))
         for average in (ema, swa):
-            average.update(step, 0.0)
+            average.update()
         seen.append(ema.shadow[0].item())
     assert swa.shadow[0].item() == pytest.approx(sum(seen) / 3)
-    assert train_gpt.averages_of(Config(average=()), [weight]) == []
+    assert train_gpt.averages_of(Config(average=()), [weight]) == {}
 
 
 # Quantisation-aware training
@@ -316,11 +318,12 @@ def test_ste_is_for_what_is_stored_in_under_eight_bits() -> None:
     assert rounded_names(at) == {f"blocks.{i}.{part}.weight" for i in range(2) for part in parts}
     tables = {"tok_emb.weight", "embed_extras.bigram.table.weight"}
     assert rounded_names(trainer(qat="ste")) - rounded_names(at) == tables, "seven bits by default"
-    assert at.qat.due(0.5, 0.149, 9) and not at.qat.due(0.5, 0.15, 9)
-    assert trainer(qat="ste", late_qat_threshold=2.0).qat.due(0.0, 1.0, 0), "from the start"
+    due = train_gpt.STAGES["ste"]
+    assert [due(Config(), train_gpt.Progress(9, 0.5, m)) for m in (0.149, 0.15)] == [True, False]
+    assert due(Config(late_qat_threshold=2.0), train_gpt.Progress(0, 0.0, 1.0)), "from the start"
 
 
-def test_noise_is_of_the_stated_size_seeded_and_taken_back() -> None:
+def test_noise_is_of_the_stated_size_seeded_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     at, again = (trainer(qat="noise", qat_noise_mult=0.05, seed=7) for _ in range(2))
     assert len(at.qat.params) == 4, "two matrices in each of two layers"
     generator = torch.Generator().manual_seed(2)
@@ -336,13 +339,14 @@ def test_noise_is_of_the_stated_size_seeded_and_taken_back() -> None:
     torch.testing.assert_close(many.std(dim=(0, 2)), wanted, rtol=0.05, atol=0.0)
     before = [p.detach().clone() for p in at.model.parameters()]
     at.optimisers.step = lambda multiplier, step: None
+    rounded = []
+    monkeypatch.setattr(at.qat, "values", lambda step: rounded.append(step) or values)
     at.advance(one_batch(), 0.96, 100)
-    assert at.rounding and all(map(torch.equal, before, at.model.parameters()))
     at.advance(one_batch(), 0.94, 101)
-    assert not at.rounding
-    assert [at.qat.due(0.96, 1.0, s) for s in range(4)] == [True] * 4
-    every = trainer(qat="noise", qat_noise_every=3)
-    assert [every.qat.due(0.96, 1.0, s) for s in range(4)] == [True, False, False, True]
+    assert rounded == [100] and all(map(torch.equal, before, at.model.parameters()))
+    for every, wanted in ((1, [True] * 4), (3, [True, False, False, True])):
+        cfg = Config(qat_noise_every=every)
+        assert [train_gpt.STAGES["noise"](cfg, train_gpt.Progress(s, 0.96, 1.0)) for s in range(4)] == wanted
     with pytest.raises(train_gpt.UserError, match="QAT_NOISE_PATTERNS=nothing is in no name"):
         trainer(qat="noise", qat_noise_patterns=("nothing",))
 
@@ -533,10 +537,11 @@ def test_two_processes_round_and_average_as_one(
         folder = tmp_path / f"ranks{ranks}"
         done = run_gpt(ranks=ranks, **RUN, ARTIFACT_DIR=folder)
         assert done.returncode == 0, done.stderr
-        assert "QAT=ste on from step" in done.stdout and "weights: ema+swa" in done.stdout
+        assert "ste on from step" in done.stdout and "weights: ema+swa" in done.stdout
         assert "SWA: 4 snapshots" in done.stdout
-        report = (folder / "quant_report.tsv").read_text()
-        assert "\tgptq_lite\t" in report and "embed_extras.bigram.table.weight\trow_quantile" in report
+        plan = done.stdout.rpartition("quantisation plan:\n")[2]
+        assert re.search(r"^  gptq_lite .*\bq\b", plan, re.MULTILINE), plan
+        assert re.search(r"^  row_quantile .*\bhash_table\b", plan, re.MULTILINE), plan
         states.append(torch.load(folder / "model.pt", weights_only=True)["model"])
     for name, one in states[0].items():
         torch.testing.assert_close(states[1][name], one, rtol=1e-4, atol=1e-5)

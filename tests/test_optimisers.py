@@ -240,7 +240,7 @@ def test_a_zero_multiplier_moves_nothing() -> None:
     assert all(torch.equal(b, p) for b, p in zip(before, model.parameters(), strict=True))
 
 
-def test_forget_returns_to_the_first_step() -> None:
+def test_clear_returns_to_the_first_step() -> None:
     model, optimisers = small_run()
     start = weights_of(model)
 
@@ -250,13 +250,13 @@ def test_forget_returns_to_the_first_step() -> None:
         return weights_of(model)
 
     first, second = first_step(), first_step()
-    for forget in (True, False):
-        if forget:
-            optimisers.forget()
+    for clear in (True, False):
+        if clear:
+            optimisers.clear()
         with torch.no_grad():
             torch._foreach_copy_(list(model.parameters()), start)
         again = first_step()
-        assert all(map(torch.equal, again, first)) == forget  # without it the moments of the steps before show
+        assert all(map(torch.equal, again, first)) == clear  # without it the moments of the steps before show
     assert not all(map(torch.equal, first, second))
 
 
@@ -267,7 +267,7 @@ def test_ema_is_the_weighted_sum_of_the_iterates() -> None:
     for step in range(4):
         with torch.no_grad():
             model.weight.add_(step + 1.0)
-        ema.update(step + 1, 1.0)
+        ema.update()
         iterates.append(model.weight.detach().clone())
     shares = [0.75**4, *(0.25 * 0.75 ** (3 - step) for step in range(4))]
     assert sum(shares) == pytest.approx(1)

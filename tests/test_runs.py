@@ -31,7 +31,6 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PRESET")
 QUICK = {"ITERATIONS": 6, "EVAL": "plain", "AVERAGE": "none"}
 STAGES = ("pre_quant", "quantized", "final")
 WRITTEN = {"log.txt", "metrics.jsonl", "model.pt", "hessians.pt", "model.bin", "record.env", "result.json"}
-WRITTEN |= {"quant_report.tsv"}
 
 
 class Done(NamedTuple):

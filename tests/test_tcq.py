@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import pack_artifact
 import train_gpt
 
 STATES = tuple(train_gpt.TCQ_CODES)[1:]  # one state is no trellis
@@ -288,7 +289,7 @@ def test_report_counts_the_parity_that_the_coder_knows() -> None:
     parts = train_gpt.SCHEMES["gptq_tcq"].encode(W, H, RULE, CFG)
     side = sum(part.nbytes for key, part in parts.items() if key != "q")
     want = side + conditional_entropy(parts["q"]) * parts["q"].numel() / 8
-    assert train_gpt.entropy_bytes(parts) == pytest.approx(want, abs=2)
+    assert pack_artifact.entropy_bytes(parts) == pytest.approx(want, abs=2)
 
 
 def test_the_program_runs_with_it(run_gpt: Callable, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import pack_artifact  # noqa: E402
 import train_gpt  # noqa: E402
 
 CAP = 16_000_000
@@ -70,18 +71,17 @@ def measure(cfg: train_gpt.Config, runtime: train_gpt.Runtime, kind: str) -> str
     if train_gpt.CODECS[cfg.compressor].sort_hidden:
         (state, hessians), seconds["sort hidden"] = timed(train_gpt.sort_hidden, cfg, runtime, state, hessians)
     parts, seconds["quantise and repair"] = timed(train_gpt.quantize, cfg, runtime, state, hessians)
-    reports, seconds["report"] = timed(train_gpt.tensor_reports, runtime, state, hessians, parts)
     arrays = {f"{key}:{part}": t.numpy() for key, value in parts.items() for part, t in value.items()}
     blob, seconds["pack"] = timed(train_gpt.pack_arrays, arrays, cfg.compressor)
     restored, seconds["unpack"] = timed(train_gpt.unpack_arrays, blob)
     if any(restored[name].tobytes() != array.tobytes() for name, array in arrays.items()):
         raise SystemExit("unpacking does not give back what was packed")
     total = sum(seconds[stage] for stage in seconds if stage != "unpack")
-    entropy = sum(r.entropy_bytes for r in reports)
+    entropy = sum(map(pack_artifact.entropy_bytes, parts.values()))
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
     return (
         f"{len(blob):,} bytes ({CAP - len(blob):+,} to the cap), order-0 entropy {entropy:,}; {total:.1f} s: {stages}\n"
-        + "\n".join(train_gpt.error_report(cfg, reports, parts))
+        + train_gpt.plan_report(cfg, parts)
     )
 
 

@@ -30,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import bench_quantize  # noqa: E402
 
+import pack_artifact  # noqa: E402
 import train_gpt  # noqa: E402
 
 SITES = {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o", "up": "mlp.up", "down": "mlp.down"}
@@ -158,7 +159,7 @@ def bar_q(args: argparse.Namespace) -> list[Row]:
         error = (train_gpt.SCHEMES[scheme].decode(parts) - W).square().mean() / W.square().mean()
         coded = {key: part for key, part in parts.items() if key in "qt"}
         bits = 8 * packed({f"blocks.0.mlp.up.weight:{scheme}": coded}, "rans") / W.numel()
-        entropy, gap = 8 * train_gpt.entropy_bytes(coded) / W.numel(), bits + error.log2().item() / 2
+        entropy, gap = 8 * pack_artifact.entropy_bytes(coded) / W.numel(), bits + error.log2().item() / 2
         rows.append(
             {
                 "states": states if states > 1 else "scalar",
