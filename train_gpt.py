@@ -855,6 +855,7 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "LZMA_PRESET": "COMPRESSOR=lzma6 (or COMPRESSOR=lzma: preset 9, extreme)",
     "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
     "LQER_ENABLED": "REPAIR=lqer (or REPAIR=none)",
+    "LQER_ASYM_ENABLED": "nothing (LQER factors are always asymmetric)",
     "LQER_SELECT": "REPAIR=lqer (the tensors of largest error are corrected)",
     "MATRIX_CLIP_SIGMAS": "ATTN_CLIP_SIGMAS and MLP_CLIP_SIGMAS",
     "SLOT_ENABLED": "EVAL=slot (as published: with SLOT_CAUSAL=0 and ALLOW_NONCAUSAL=1)",
@@ -4574,7 +4575,7 @@ MAGIC, ARTIFACT_VERSION = b"PGLF", 3
 ARTIFACT_HEADER = struct.Struct("<4sBBII")  # magic, version, codec, payload bytes, CRC-32 of all that and the payload
 
 
-def shuffle_bytes(array: np.ndarray, trellis: Tensor | None = None) -> bytes:
+def shuffle_bytes(array: np.ndarray, trellis: np.ndarray | None = None) -> bytes:
     """Bytes of an array for a general coder: matrices column by column, wider items in planes by significance."""
     flat = np.ascontiguousarray(array.T if array.ndim == 2 else array)
     return flat.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
@@ -4592,7 +4593,7 @@ class Coder(NamedTuple):
 
     encode: Callable[[bytes], bytes]
     decode: Callable[[bytes], bytes]
-    frame: Callable[[np.ndarray, Tensor | None], bytes] = shuffle_bytes  # (array, its trellis) -> bytes
+    frame: Callable[[np.ndarray, np.ndarray | None], bytes] = shuffle_bytes  # (array, its trellis) -> bytes
     unframe: Callable[[bytes, str, tuple[int, ...]], np.ndarray] = unshuffle_bytes  # (bytes, dtype, shape) -> array
     head: int = 0  # bytes that a frame adds to those of the array
     require: Callable[[], Any] = lambda: None  # raises UserError if what it runs on is not installed
@@ -4895,30 +4896,27 @@ CODECS = {
 }
 
 
-def sort_rows(tensor: Stored) -> Stored:
-    """The tensor with similar rows of "q" side by side, and where each came from as a further part, "order"."""
-    q = tensor.parts["q"]
-    assert len(q) <= 2**16, f"{tensor.name} has too many rows for an order in uint16"
-    order = similarity_order(q)
-    return dataclasses.replace(tensor, parts=tensor.parts | {"q": q[order], "order": order.to(torch.uint16)})
+def sort_rows(parts: Parts) -> Parts:
+    """The parts with similar rows of "q" side by side, and where each came from as a further part, "order"."""
+    order = similarity_order(parts["q"])
+    assert len(order) <= 2**16, "too many rows for an order in uint16"
+    return parts | {"q": parts["q"][order], "order": order.to(torch.uint16)}
 
 
-def unsort_rows(tensor: Stored) -> Stored:
-    """The inverse of sort_rows."""
-    if "order" not in tensor.parts:
-        return tensor
-    parts = dict(tensor.parts)
-    places = parts.pop("order").long().argsort()
-    return dataclasses.replace(tensor, parts=parts | {"q": parts["q"][places]})
+def unsort_rows(parts: Parts) -> Parts:
+    """The inverse of sort_rows, in place."""
+    if "order" in parts:
+        parts["q"] = parts["q"][parts.pop("order").long().argsort()]
+    return parts
 
 
 class Stream(NamedTuple):
-    """One stream of an artifact: its coder, its coded bytes, and which parts of which tensors it holds, in order."""
+    """One stream of an artifact: its coder, its coded bytes, and (Stored.key, part) -> array as it is stored."""
 
     name: str
     coder: str
     size: int
-    arrays: list[tuple[Stored, str]]
+    arrays: dict[tuple[str, str], np.ndarray]
 
 
 class Blob(NamedTuple):
@@ -4929,17 +4927,17 @@ class Blob(NamedTuple):
     index: bytes
 
 
-def storage_order(tensors: list[Stored], index: list[Any]) -> dict[str, list[Any]]:
-    """Stream -> (tensor, part, dtype, shape) of its arrays, in order.
+def storage_order(index: list[Any]) -> dict[str, list[Any]]:
+    """Stream -> (key, part, dtype, shape) of its arrays, in order.
 
-    index: the key of each tensor and {part: [stream, dtype, shape]}.
+    index: for each tensor its key and {part: [stream, dtype, shape]}.
     """
     streams = {"": []}
-    for tensor, (_, parts) in zip(tensors, index, strict=True):
+    for key, parts in index:
         for part, (stream, dtype, shape) in parts.items():
-            streams.setdefault(stream, []).append((tensor, part, dtype, tuple(shape)))
+            streams.setdefault(stream, []).append((key, part, dtype, tuple(shape)))
     # like parts of like weights together, layer after layer; the integers stay in the order of the model
-    streams[""].sort(key=lambda entry: (entry[1], entry[0].role))
+    streams[""].sort(key=lambda row: (row[1], Stored.parse(row[0], {}).role))
     return streams
 
 
@@ -4949,18 +4947,20 @@ def pack_stored(stored: list[Stored], codec: str) -> bytes:
     Payload: number of streams (u8), their lengths (u32 each), the streams. The first one begins with the length of the
     index (u32) and the index, which is JSON.
     """
-    layout, tensors, index = CODECS[codec], [], []
+    layout, index, arrays = CODECS[codec], [], {}
     for tensor in stored:
-        stream = layout.stream_of(ROLES[tensor.role])
-        tensors.append(sort_rows(tensor) if stream in layout.sorted_rows else tensor)
-        arrays = {part: values.numpy() for part, values in tensors[-1].parts.items()}
-        types = {part: [stream if part == "q" else "", a.dtype.str, a.shape] for part, a in arrays.items()}
-        index.append([tensor.key(), types])
-    text, streams = json.dumps(index, separators=(",", ":")).encode(), storage_order(tensors, index)
-    coders, raws = layout.coders(len(streams)), []
-    for coder, entries in zip(coders, streams.values(), strict=True):
-        frames = [coder.frame(tensor.parts[part].numpy(), tensor.parts.get("t")) for tensor, part, *_ in entries]
-        raws.append(b"".join(frames))
+        key, stream, types = tensor.key(), layout.stream_of(ROLES[tensor.role]), {}
+        parts = sort_rows(tensor.parts) if stream in layout.sorted_rows else tensor.parts
+        for part, values in parts.items():
+            array = arrays[key, part] = values.numpy()
+            types[part] = [stream if part == "q" else "", array.dtype.str, array.shape]
+        index.append([key, types])
+    text, streams = json.dumps(index, separators=(",", ":")).encode(), storage_order(index)
+    coders = layout.coders(len(streams))
+    raws = [
+        b"".join(coder.frame(arrays[key, part], arrays.get((key, "t"))) for key, part, *_ in rows)
+        for coder, rows in zip(coders, streams.values(), strict=True)
+    ]
     raws[0] = struct.pack("<I", len(text)) + text + raws[0]
     coded = in_parallel([coder.encode for coder in coders], raws)
     payload = struct.pack(f"<B{len(coded)}I", len(coded), *map(len, coded)) + b"".join(coded)
@@ -5015,26 +5015,25 @@ def decode_payload(payload: bytes, layout: Codec) -> Blob:
     (length,) = struct.unpack_from("<I", raws[0])
     text, raws[0] = raws[0][4 : 4 + length], raws[0][4 + length :]
     index = json.loads(text)
-    tensors = [Stored.parse(key, {}) for key, _ in index]
-    streams = []
-    for coder, size, raw, (name, entries) in zip(
-        coders, sizes, raws, storage_order(tensors, index).items(), strict=True
-    ):
-        unframe_arrays(coder, raw, entries)
-        kind = layout.integer_coder if name else layout.coder
-        streams.append(Stream(name, kind, size, [(tensor, part) for tensor, part, *_ in entries]))
-    return Blob([unsort_rows(tensor) for tensor in tensors], streams, text)
+    parts, streams = {key: {} for key, _ in index}, []
+    for coder, size, raw, (name, rows) in zip(coders, sizes, raws, storage_order(index).items(), strict=True):
+        arrays = unframe_arrays(coder, raw, rows)
+        streams.append(Stream(name, layout.integer_coder if name else layout.coder, size, arrays))
+        for (key, part), array in arrays.items():
+            parts[key][part] = torch.from_numpy(array)
+    return Blob([Stored.parse(key, unsort_rows(parts[key])) for key in parts], streams, text)
 
 
-def unframe_arrays(coder: Coder, raw: bytes, entries: list[Any]) -> None:
-    """Cut a decoded stream into arrays, which become parts of their tensors."""
-    sizes = [coder.head + np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in entries]
+def unframe_arrays(coder: Coder, raw: bytes, rows: list[Any]) -> dict[tuple[str, str], np.ndarray]:
+    """The arrays of a decoded stream; ValueError unless they take exactly its bytes."""
+    sizes = [coder.head + np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows]
     if sum(sizes) != len(raw) or min(sizes, default=0) < 0:
         raise ValueError("the index does not account for all bytes")
-    end = 0
-    for (tensor, part, dtype, shape), size in zip(entries, sizes, strict=True):
+    arrays, end = {}, 0
+    for (key, part, dtype, shape), size in zip(rows, sizes, strict=True):
         start, end = end, end + size
-        tensor.parts[part] = torch.from_numpy(coder.unframe(raw[start:end], dtype, shape))
+        arrays[key, part] = coder.unframe(raw[start:end], dtype, shape)
+    return arrays
 
 
 def save_artifact(path: Path, stored: list[Stored], codec: str) -> int:
@@ -6364,7 +6363,7 @@ class Run:
         stored = quantize(cfg, runtime, *reparametrize(cfg, runtime, state, hessians))
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
-            self.log("\n".join(["quantisation plan:", *explain_stored(cfg, stored)]))
+            self.log("\n".join(["stored tensors:", *explain_stored(stored)]))
             started = time.perf_counter()
             save_artifact(self.folder / "model.bin", stored, cfg.compressor)
         runtime.barrier()
@@ -6438,28 +6437,22 @@ def explain_plan(cfg: Config, plan: Plan) -> list[str]:
     return storage_lines(rows)
 
 
-def explain_stored(cfg: Config, stored: list[Stored]) -> list[str]:
-    """The same for what was stored, with the bytes that the coder gets."""
-    plan, rows = quant_plan(cfg), []
+def explain_stored(stored: list[Stored]) -> list[str]:
+    """A line for each encoding, with the bytes that the coder gets."""
+    rows = []
     for tensor in stored:
-        encoding = "+".join((tensor.scheme, *tensor.repairs))
         size = sum(part.nbytes for part in tensor.parts.values())
-        rows.append((f"{encoding:14} {plan[tensor.name].bits:2} bits", tensor.role, size))
+        rows.append(("+".join((tensor.scheme, *tensor.repairs)), tensor.role, size))
     return storage_lines(rows)
 
 
 def storage_lines(rows: list[tuple[str, str, float]]) -> list[str]:
     """A line for each encoding: tensors, bytes, roles. rows: encoding, role and bytes of each tensor."""
-    groups: dict[str, list[Any]] = {}
-    for encoding, *row in rows:
-        groups.setdefault(encoding, []).append(row)
     lines = []
-    for encoding, members in groups.items():
-        roles, sizes = zip(*members, strict=True)
-        lines.append(
-            f"  {encoding}  {len(roles):3} tensors {sum(sizes):>12,.0f} bytes before entropy coding: "
-            + " ".join(dict.fromkeys(roles))
-        )
+    for encoding in dict.fromkeys(row[0] for row in rows):
+        _, roles, sizes = zip(*(row for row in rows if row[0] == encoding), strict=True)
+        count, names = len(roles), " ".join(dict.fromkeys(roles))
+        lines.append(f"  {encoding:35} {count:3} tensors {sum(sizes):>12,.0f} bytes before entropy coding: {names}")
     return lines
 
 
