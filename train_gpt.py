@@ -57,6 +57,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 try:  # only the codec of that name needs it, and says so
     import brotli
@@ -502,15 +503,6 @@ class Config:
         QUANT,
         ge=16,
         le=2048,
-        when="MATRIX_QUANT=gptq_tcq",
-    )
-    tcq_column_beta: float = knob(
-        0.0,
-        "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this "
-        "power; gains by Hessian-weighted error, but lost val_bpb where it was tried: for study",
-        QUANT,
-        ge=0,
-        le=1,
         when="MATRIX_QUANT=gptq_tcq",
     )
     gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
@@ -3288,14 +3280,14 @@ COEFFICIENTS = {  # a, b, c of X <- a X + (b A + c A A) X with A = X X^T; the la
 
 
 def orthogonalize(x: Tensor, coefficients: str, steps: int) -> Tensor:
-    """About U V^T of each matrix of x (k, rows, cols), by `steps` polynomial iterations in x's dtype (see also
-    gram_iterations)."""
+    """Approximate U V^T of each matrix in x (k, rows, cols) by `steps` Newton-Schulz iterations in x's dtype."""
     triples = COEFFICIENTS[coefficients]
     plan = [triples[min(i, len(triples) - 1)] for i in range(steps)]
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if 3 * x.size(-2) < 2 * x.size(-1):  # five steps then cost less: 4 r^2 c + 14 r^3 against 10 r^2 c + 5 r^3
+    # With r rows and c columns, five steps cost 4 r^2 c + 14 r^3 on the Gram matrix and 10 r^2 c + 5 r^3 on x itself
+    if 3 * x.size(-2) < 2 * x.size(-1):
         x = gram_iterations(x.half() if x.dtype == torch.bfloat16 else x, plan).to(x.dtype)
         return x.mT if tall else x
     for a, b, c in plan:
@@ -3305,12 +3297,12 @@ def orthogonalize(x: Tensor, coefficients: str, steps: int) -> Tensor:
 
 
 def gram_iterations(x: Tensor, plan: list[tuple[float, float, float]]) -> Tensor:
-    """x (k, rows, cols) after the same polynomials, by products of (rows, rows) alone (Gram Newton-Schulz): x <- Q x,
-    where Q is the product of p = a I + b R + c R R, and R = x x^T is carried on as p R p.
+    """The same iterations on x (k, rows, cols) by products of (rows, rows) matrices alone: Gram Newton-Schulz.
 
-    Rounding grows in R, so it is computed afresh after two steps and then every three. In bfloat16 it still overshoots
-    on spectra of four decades, by half, which float16 does not: at norm 1 its range is ample.
+    x becomes Q x, where Q is the product of p = a I + b R + c R R over the steps, and R = x x^T becomes p R p.
     """
+    # Rounding errors grow in R, so it is computed again from x after two steps and then after every three. bfloat16
+    # still overshoots by half on spectra of four decades; float16 does not, and at norm 1 its range suffices
     cuts = [0, *range(2, len(plan), 3), len(plan)]
     for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
         R, Q = x @ x.mT, None
@@ -4099,67 +4091,81 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits, percdamp: f
     return gptq_columns(W, Hinv, blocksize, nearest_level)[:, torch.argsort(order)].to(torch.int8)
 
 
-# states -> taps of the two subset bits; one state is no trellis
+# A trellis is a shift register (Ungerboeck 1982, codes for amplitude modulation). State s goes by branch b to state
+# (2 s + b) mod states, here for four states:
+#
+#     row r          row r + 1
+#       0 ---b---> 0 or 1         Two states lead to each next state: s in the upper half, s + states / 2 in the lower.
+#       1 ---b---> 2 or 3         A branch requires an integer that is d mod 4, where d depends on the state and on b.
+#       2 ---b---> 0 or 1         Its parity depends on the state alone, which so allows even integers or odd ones.
+#       3 ---b---> 2 or 3
+#
+# states -> masks of the bits of 2 s + b whose sums mod 2 are the high and the low bit of d; one state is no trellis
 TCQ_CODES = {1: (64, 64), 4: (5, 2), 8: (13, 2), 16: (25, 4), 32: (41, 4), 64: (97, 20)}
 
 
 def trellis(states: int) -> Tensor:
-    """Subset of the integers (j mod 4) for each state and branch, (states, 2); state s goes by branch b to
-    (2 s + b) mod states. The codes are Ungerboeck's (1982) for amplitude modulation, as a shift register; the low bit
-    of a subset, its parity, is the same for both branches of a state."""
+    """The subset d of each state and branch, (states, 2)."""
     register = torch.arange(2 * states)
     high, low = (sum(register >> i & 1 for i in range(7) if taps >> i & 1) % 2 for taps in TCQ_CODES[states])
     return (2 * high + low).view(states, 2)
 
 
 class Viterbi:
-    """The best path through the trellis for many sequences at once (Marcellin and Fischer 1990): of all the integer
-    sequences that are one, that of least squared error. Each starts in state 0 and ends anywhere.
+    """Viterbi search: for each column, the valid trellis path with the smallest squared error (Marcellin and Fischer
+    1990). Columns are searched in parallel; each path starts in state 0 and may end in any.
 
-    Sequences side by side make every step of the two loops over rows a few operations on (states, sequences).
+    All buffers are allocated once: a search is two loops over rows, of a few small operations each.
     """
 
     def __init__(self, states: int, real: Tensor, top: Tensor) -> None:
-        """real (rows, sequences): 0 where a sequence has ended before; top (sequences,): their largest integers."""
-        rows, count = real.shape
-        self.real, self.half, self.subset = (
-            real[:, None],
-            states // 2 * count,
-            trellis(states).flatten().to(top.device),
-        )
-        self.offset = torch.arange(4.0, device=top.device)[:, None]
-        self.low, self.high = (
-            ((-top - self.offset) / 4).ceil(),
-            ((top - self.offset) / 4).floor(),
-        )
-        self.sums = real.new_empty(rows, 2 * states, count)  # of a path's cost, by last state and branch
-        self.best = real.new_empty(states, count)
-        branches = self.sums.view(rows, 2, states, count)  # the two ways into each next state
-        self.steps = [(s.view(2, states // 2, 2, count), *s) for s in branches.unbind()]
-        self.path = torch.empty(rows + 1, count, dtype=torch.int32, device=top.device)  # state * count + sequence
-        self.back = torch.empty(rows, states * count, dtype=torch.int32, device=top.device)
-        self.moves = list(zip(self.back.unbind(), self.path[1:].unbind(), self.path[:-1].unbind(), strict=True))[::-1]
-        state = torch.arange(states * count, dtype=torch.int32, device=top.device)
-        self.column, self.base = state[:count], state // (2 * count) * count + state % count
+        """real (rows, columns): False in the padding below a short column; top (columns,): its largest integer."""
+        rows, columns = real.shape
+        self.real = real[:, None]
+        self.subset = trellis(states).flatten().to(top.device)  # by 2 * state + branch
+        self.residue = torch.arange(4.0, device=top.device)[:, None]
+        self.low = ((-top - self.residue) / 4).ceil()
+        self.high = ((top - self.residue) / 4).floor()
+        # The least cost of a path to each state; the cost of each branch in each row, later of the path up to it
+        self.best = top.new_empty(states, columns)
+        self.costs = top.new_empty(rows, 2 * states, columns)
+        # The branches of a row as [half, state in it, branch], then those from each half as [next state]
+        by_half = self.costs.view(rows, 2, states, columns)
+        self.forward = [(halves.view(2, states // 2, 2, columns), *halves) for halves in by_half.unbind()]
+        # A node is state * columns + column. back[row] holds the node before each node, and path the nodes of the best
+        # paths; upper is the node before, if it is in the upper half, and half the distance to the one in the lower
+        node = torch.arange(states * columns, dtype=torch.int32, device=top.device)
+        self.column = node[:columns]
+        self.upper, self.half = node // (2 * columns) * columns + node % columns, states // 2 * columns
+        self.back = node.new_empty(rows, states * columns)
+        self.path = node.new_empty(rows + 1, columns)
+        links = zip(self.back.unbind(), self.path[1:].unbind(), self.path[:-1].unbind(), strict=True)
+        self.backward = list(links)[::-1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The integers, float32 (rows, sequences), nearest to x (rows, sequences)."""
-        points = (x[:, None] - self.offset).mul_(0.25).round_().clamp_(self.low, self.high).mul_(4).add_(self.offset)
-        costs = (points - x[:, None]).square_().mul_(self.real)
-        torch.index_select(costs, 1, self.subset, out=self.sums)
-        rows, count = x.shape
-        before = self.best.fill_(math.inf).view(2, -1, 1, count)
+        """The integers on the best paths for x (rows, columns), as float32 (rows, columns)."""
+        # The nearest point of each subset, (rows, 4, columns), and what it costs
+        points = (x[:, None] - self.residue).mul_(0.25).round_()
+        points.clamp_(self.low, self.high).mul_(4).add_(self.residue)
+        errors = (points - x[:, None]).square_().mul_(self.real)
+        torch.index_select(errors, 1, self.subset, out=self.costs)
+        # Forward: add the cost of the path so far to the branches, keep the cheaper of two ways into each state
+        rows, columns = x.shape
+        before = self.best.fill_(math.inf).view(2, -1, 1, columns)
         self.best[0] = 0
-        for branches, upper, lower in self.steps:
+        for branches, upper, lower in self.forward:
             branches += before
             torch.minimum(upper, lower, out=self.best)
-        upper, lower = self.sums.view(rows, 2, -1).unbind(1)
-        torch.add(self.base, lower < upper, alpha=self.half, out=self.back)
-        self.path[-1] = self.best.argmin(dim=0).int() * count + self.column
-        for back, after, here in self.moves:
+        # Backward: from the cheapest last state along the ways that were kept
+        upper, lower = self.costs.view(rows, 2, -1).unbind(1)
+        torch.add(self.upper, lower < upper, alpha=self.half, out=self.back)
+        self.path[-1] = self.best.argmin(dim=0).int() * columns + self.column
+        for back, after, here in self.backward:
             torch.index_select(back, 0, after, out=here)
-        state = self.path // count
-        return points.gather(1, self.subset[(2 * state[:-1] + state[1:] % 2).long()][:, None])[:, 0]
+        state = self.path // columns
+        branch = state[1:] % 2  # the bit that was shifted in
+        subset = self.subset[(2 * state[:-1] + branch).long()]
+        return points.gather(1, subset[:, None])[:, 0]
 
 
 def nearest(weight: Tensor, hessian: Tensor | None, scale: Tensor, bits: Bits, cfg: Config) -> Tensor:
@@ -4223,64 +4229,77 @@ class Scheme(NamedTuple):
         return {"q": self.rounder(weight, hessian, weight_scales(parts, cols), bits, cfg)} | parts
 
 
-COLUMN_STEP = 0.125  # of the log2 of column factors: finer ones cost more bytes than they save
-TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; 1/12 of a scalar quantiser's step, less 1.1 dB
+TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; a scalar quantiser's 1/12 (2 steps)^2, less 1.1 dB
+
+
+def gptq_trellis(
+    weights: list[Tensor],
+    hessians: list[Tensor],
+    scales: list[Tensor],
+    tops: list[int],
+    states: int,
+    chunk_rows: int,
+    damp: float,
+    blocksize: int,
+) -> list[Tensor]:
+    """GPTQ with trellis-coded quantisation, of matrices of equal width side by side: their int8 integers (rows, cols).
+
+    scales: the scale of each row (rows,); tops: the largest integer of each matrix. The rows of a GPTQ column do not
+    depend on one another, so each column is rounded to its best path, in chunks of rows that each start in state 0.
+    """
+    orders, factors, chunks, steps, owners = [], [], [], [], []
+    for i, (weight, hessian, scale) in enumerate(zip(weights, hessians, scales, strict=True)):
+        order, Hinv, dead = inverse_factor(hessian, damp)
+        orders.append(order)
+        factors.append(Hinv)
+        chunks += torch.where(dead, 0.0, weight.float())[:, order].split(chunk_rows)
+        steps += scale.split(chunk_rows)
+        owners += [i] * (len(chunks) - len(owners))
+    W = pad_sequence(chunks, batch_first=True)  # (chunks, rows, cols)
+    scale = pad_sequence(steps, batch_first=True)
+    real = scale > 0  # a stored scale is never 0
+    scale = torch.where(real, scale, 1.0)
+    rows = real.sum(dim=1)
+    search = Viterbi(states, real.T.contiguous(), W.new_tensor(tops)[owners])
+
+    def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        x = (column / scale).T.contiguous()
+        # Shrink the target, as a Gaussian source of this power asks for at the expected error (rate-distortion theory)
+        power = x.square().sum(dim=0) / rows
+        levels = search(x * (power / (power + TCQ_ERROR))).T
+        return levels, levels * scale
+
+    W = W.mT.contiguous().mT  # the rows of a column lie side by side
+    levels = gptq_columns(W, torch.stack(factors)[owners], blocksize, on_trellis)
+    found = levels[real].to(torch.int8).split(list(map(len, weights)))
+    return [q[:, torch.argsort(order)] for q, order in zip(found, orders, strict=True)]
 
 
 def encode_tcq(
-    weights: list[Tensor], hessians: list[Tensor | None], rules: list[QuantRule], cfg: Config
+    weights: list[Tensor],
+    hessians: list[Tensor | None],
+    rules: list[QuantRule],
+    cfg: Config,
 ) -> list[Parts]:
-    """GPTQ by trellis-coded quantisation, of matrices of equal width side by side: the rows of a GPTQ column do not
-    depend on one another, so in each the best path is searched, by chunks of TCQ_CHUNK_ROWS rows.
+    """gptq_trellis of matrices of equal width, as parts: q, s, and t (states of the trellis, chunk rows).
 
-    q are points of a grid twice as fine as a scalar quantiser's of this rate, of which a state of the trellis allows
-    every other one; s is that finer step of a row, c (log2) what the step of a column is over it, t the trellis.
+    q are points of a grid twice as fine as a scalar quantiser's of this rate; a state allows every other one.
     """
-    length, found, orders, jobs = min(cfg.tcq_chunk_rows, max(map(len, weights))), [], [], []
-    for weight, hessian, rule in zip(weights, hessians, rules, strict=True):
+    for hessian in hessians:
         require_hessian(hessian)
-        order, Hinv, dead = inverse_factor(hessian, cfg.gptq_damp)
-        tilt = Hinv.diagonal().log2() * cfg.tcq_column_beta / COLUMN_STEP
-        codes = (tilt - tilt.mean()).round().clamp(-127, 127).to(torch.int8)
-        parts = stored_scales(sigma_clip_scale(weight, rule.bits, rule.clip) / 2, cfg.scale_step)
-        parts["t"] = torch.tensor([cfg.tcq_states, cfg.tcq_chunk_rows], dtype=torch.int32)
-        parts |= {"c": codes[torch.argsort(order)]} if cfg.tcq_column_beta > 0 else {}
-        count = -(-len(weight) // length)
-        pad = count * length - len(weight)
-        W = F.pad(torch.where(dead, 0.0, weight.float())[:, order], (0, 0, 0, pad)).view(count, length, -1)
-        step = F.pad(scale_values(parts), (0, pad), value=1.0).view(count, length)
-        real = F.pad(torch.ones_like(weight[:, 0], dtype=torch.float32), (0, pad)).view(count, length)
-        factor = (COLUMN_STEP * codes.float()).exp2().expand(count, -1)
-        top = torch.full((count,), 2.0**rule.bits - 2, device=weight.device)
-        jobs.append((W.transpose(1, 2), Hinv.expand(count, -1, -1), step, real, factor, top))
-        found.append(parts)
-        orders.append(order)
-    W, Hinv, step, real, factor, top = (torch.cat(part) for part in zip(*jobs, strict=True))
-    search, rows = Viterbi(cfg.tcq_states, real.T.contiguous(), top), real.sum(dim=1)
-
-    def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        scale = step * factor[:, j, None]
-        x = (column / scale).T.contiguous()
-        power = x.square().sum(dim=0) / rows
-        points = search(x * (power / (power + TCQ_ERROR))).T  # shrunk: by rate and distortion, for Gaussian weights
-        return points, points * scale
-
-    W = gptq_columns(W.transpose(1, 2), Hinv, cfg.gptq_blocksize, on_trellis)
-    for parts, order, weight, Q in zip(found, orders, weights, W.split([len(j[0]) for j in jobs]), strict=True):
-        parts["q"] = Q.flatten(0, 1)[: len(weight), torch.argsort(order)].to(torch.int8)
-    return found
-
-
-def decode_tcq(parts: Parts) -> Tensor:
-    """q * s * (column factor); the trellis is nothing but the coder's context."""
-    weight = decode_rows(parts)
-    return weight * (COLUMN_STEP * parts["c"].float()).exp2() if "c" in parts else weight
+    pairs = zip(weights, rules, strict=True)
+    found = [stored_scales(sigma_clip_scale(w, rule.bits, rule.clip) / 2, cfg.scale_step) for w, rule in pairs]
+    scales, tops = list(map(scale_values, found)), [2**rule.bits - 2 for rule in rules]
+    walk = cfg.tcq_states, cfg.tcq_chunk_rows
+    levels = gptq_trellis(weights, hessians, scales, tops, *walk, cfg.gptq_damp, cfg.gptq_blocksize)
+    t = torch.tensor(walk, dtype=torch.int32)
+    return [{"q": q, "t": t} | parts for q, parts in zip(levels, found, strict=True)]
 
 
 SCHEMES = {
     "gptq": Scheme(sigma_clip, with_feedback, hessian=True),
     "gptq_freqsplit": Scheme(sigma_clip, with_feedback, hessian=True, counts=True),
-    "gptq_tcq": Scheme(sigma_clip, decode=decode_tcq, batch_encoder=encode_tcq, hessian=True),
+    "gptq_tcq": Scheme(sigma_clip, batch_encoder=encode_tcq, hessian=True),
     "awq_lite": Scheme(sigma_clip, with_feedback, hessian=True),
     "rowwise": Scheme(sigma_clip),
     "gptq_lite": Scheme(
@@ -4634,151 +4653,184 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
         return target.read_bytes()
 
 
-RANS_BITS, RANS_LANES = 14, 512
-RANS_HEAD = struct.Struct("<4i")  # rows, columns, states of the trellis (1: none), rows after which it starts again
+# COMPRESSOR=rans. rans_model predicts each integer of a matrix from those before it; rans_encode and rans_decode turn
+# the predictions into bits. rans_priors measures what the model could not learn in time, and the blob carries it as
+# side information. The model computes with integers only, so that it predicts the same on every machine.
+
+RANS_BITS, RANS_LANES = 14, 512  # a table's frequencies sum to 2^RANS_BITS; coder states that run side by side
+RANS_HEAD = struct.Struct("<4i")  # rows, columns, states of the trellis (1: none), rows per trellis chunk
+RANS_ONE, RANS_UNIT = 1 << 16, 64  # 1.0 in fixed point; the coarser unit leaves room for products and squares
+MAGNITUDE_VARIANCE = 0.57  # pi/2 - 1: the variance of |x| over (E |x|)^2 for Gaussian x
 
 
 def rans_frame(array: np.ndarray, trellis: np.ndarray | None) -> bytes:
-    """The bytes of an array, row by row, after a RANS_HEAD. What is no matrix of int8 is a row of bytes."""
-    rows, cols = array.shape if array.ndim == 2 and array.itemsize == 1 else (1, array.nbytes)
-    return RANS_HEAD.pack(rows, cols, *([1, 1] if trellis is None else trellis.tolist())) + array.tobytes()
+    """RANS_HEAD and the bytes of an array, row by row. Anything but an int8 matrix counts as one row of bytes."""
+    is_matrix = array.ndim == 2 and array.itemsize == 1
+    rows, cols = array.shape if is_matrix else (1, array.nbytes)
+    walk = [1, 1] if trellis is None else trellis.tolist()
+    return RANS_HEAD.pack(rows, cols, *walk) + array.tobytes()
 
 
 def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The array of rans_frame."""
-    return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
+    """The inverse of rans_frame."""
+    flat = np.frombuffer(data, dtype, offset=RANS_HEAD.size)
+    return flat.reshape(shape).copy()
+
+
+def rans_column_prior(
+    profile: np.ndarray,
+    past: np.ndarray,
+    rows: int,
+) -> tuple[int, int]:
+    """How closely the columns follow those of an earlier matrix, in sixteenths, and how many rows that guess is worth.
+
+    profile, past (cols,): each column's mean magnitude over the matrix's mean, here and in the earlier matrix.
+    """
+    spread, likeness = min((np.log(profile / (1 + w / 16 * (past - 1))).var(), w) for w in range(17))
+    # The mean of n rows has a relative variance of MAGNITUDE_VARIANCE / n. `profile` has that noise itself; what
+    # remains of the spread is the error of the guess, and n rows of data would have the same
+    error = spread - MAGNITUDE_VARIANCE / rows
+    return likeness, math.ceil(MAGNITUDE_VARIANCE / max(0.003, error))
+
+
+def rans_row_prior(matrix: np.ndarray) -> tuple[int, int]:
+    """The mean energy (sum of squares) of a row, and how loosely rows keep to it.
+
+    This slack is 0 if all rows have the same energy, and large if energies vary as those of independent columns do.
+    """
+    squares = np.square(matrix, dtype=np.float64)
+    independent = squares.var(axis=0).sum() + 1e-9
+    actual = squares.sum(axis=1).var()
+    removed = max(independent - actual, actual / 2**20 + 1e-9)
+    slack = min(2.0**30, 2 * matrix.shape[1] * actual / removed)
+    return int(squares.sum() / len(matrix)), int(slack)
 
 
 def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
-    """What rans_model is told of each matrix: 64 times its mean magnitude; how far its columns' mean magnitudes are
-    like those of the matrix as wide before it, in sixteenths; how many rows' worth that guess is; a row's sum of
-    squares, and how far from certain that is, half a variance as of so many columns."""
-    past, side_info = {}, []
+    """For each matrix: mean magnitude (in RANS_UNIT), rans_column_prior, rans_row_prior."""
+    past, priors = {}, []
     for matrix in matrices:
-        squares, sums = (
-            np.square(matrix, dtype=np.float64),
-            np.abs(matrix, dtype=np.int16).sum(axis=0),
-        )
-        if not sums.any():
-            side_info.append([0, 0, 1, 0, 0])
-            continue
-        own = (sums + 1) / (sums + 1).mean()
-        others = past.get(len(sums), own**0)
-        spread, like = min((np.log(own / (1 + w / 16 * (others - 1))).var(), w) for w in range(17))
-        noise = 0.57 / len(matrix)  # variance of the log of a mean of magnitudes
-        strength = math.ceil(0.57 / max(0.003, spread - noise))
-        free, bound = squares.var(axis=0).sum() + 1e-9, squares.sum(axis=1).var()
-        loose = min(2.0**30, 2 * len(sums) * bound / max(free - bound, bound / 2**20 + 1e-9))
-        side_info.append(
-            [
-                64 * int(sums.sum()) // matrix.size,
-                like,
-                strength,
-                squares.sum() / len(matrix),
-                loose,
-            ]
-        )
-        past[len(sums)] = own
-    return [list(map(int, row)) for row in side_info]
-
-
-def rans_model(heads: np.ndarray, step: Callable) -> list[np.ndarray]:
-    """The matrices, flat, of heads (matrices, 9: RANS_HEAD and rans_priors), integers by integers from
-    step(matrix, places in it, table of each place, tables).
-
-    What is known of a symbol before it is coded is a class, 12 to an octave: the mean magnitude of its column so far,
-    times what the columns on its left leave to the others of a row's sum of squares (the row's step came from its
-    standard deviation, so that sum is hardly news). And the parity that the state of its trellis allows. Each such
-    context has a histogram of all that was seen in it, which begins as a bell. Groups of columns, each a quarter of
-    those that remain, are coded each a row behind the group on its left, so that a step codes a symbol of every column.
-
-    Tables, made anew every few steps: frequency and start of each level, by 256 * table + level + 128, and that key of
-    each of 2^RANS_BITS slots. Level -128 stands for what has no frequency there: an escape. Integers only: the same on
-    any machine.
-    """
-    edges, values, found, past = [4096], np.arange(-128, 128), [], {}
-    while len(edges) < 512:
-        edges.append(edges[-1] * 1014545335 // 10**9)
-    edges = np.array(edges)  # 2^(i / 48) / 16, in 2^16ths
-    allowed = np.stack([values < 128, values % 2 == 0, values % 2 == 1])  # all levels, even ones, odd ones
-    counts = np.maximum(0, 4864 - (values * 2**20 // edges[2::4, None, None]) ** 2) * allowed
-    counts[:, :, 0] = 1
-    for rows, cols, states, chunk, level, like, seen, energy, loose in heads.tolist():
-        subsets = trellis(states).numpy()
-        follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states
-        kinds, state, bounds, due = (
-            np.array([1, 2] if states > 1 else [0]),
-            np.zeros(cols, int),
-            [0],
-            0,
-        )
-        while cols - bounds[-1] > 16:
-            bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
-        starts, bounds = np.array(bounds), np.array([*bounds, cols])
-        delay, left = np.repeat(np.arange(len(starts)), np.diff(bounds)), cols - starts
-        origin, spent, flat = (
-            np.arange(cols) - delay * cols,
-            np.zeros(len(bounds), int),
-            np.empty(rows * cols, np.int8),
-        )
-        sums = past.get(cols, np.ones(cols, int))
-        sums = (64 * cols * sums // max(1, sums.sum()) * like + 64 * (16 - like)) * (seen * level) // 2**16
-        squares = sums**2 * 11 // (7 * seen)
-        for t in range((rows + len(left) - 1) * (flat.size > 0)):
-            if t == due:
-                due += max(2, min(64, t // 8))
-                count = seen + np.maximum(0, t - delay)
-                fine, power = (
-                    np.searchsorted(edges, sums * 2**16 // count),
-                    squares * 64 // count,
-                )
-                rest = np.maximum(1, power[::-1].cumsum()[::-1][starts])
-                low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
-                tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
-            first, last = max(0, t - rows + 1), min(t + 1, len(left))
-            part = slice(bounds[first], bounds[last])
-            more = (left << 17) // (2 * left + loose) * (64 * (energy - spent[:-1]) - rest) // rest
-            shift = np.searchsorted(edges, 2**16 + more) - 192 >> 1
-            context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
-            places, table = origin[part] + t * cols, (context - low) * len(kinds)
-            here = np.where((t - delay[part]) % chunk, state[part], 0)
-            table += subsets[here, 0] & 1
-            line = flat[places] = step(len(found), places, table, tables)
-            wide = line.astype(int)
-            state[part] = follow[here, wide & 3]
-            np.add.at(
-                counts.reshape(-1),
-                (3 * context + kinds[wide % len(kinds)]) * 256 + wide + 128,
-                1024,
-            )
-            sums[part] += np.abs(wide)
-            wide *= wide
-            squares[part] += wide
-            spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(wide, starts[first:last] - part.start)
-        past[cols] = sums
-        found.append(flat)
-    return found
+        sums = np.abs(matrix, dtype=np.int16).sum(axis=0)
+        cols, prior = len(sums), [0, 0, 1, 0, 0]
+        if sums.any():
+            profile = (sums + 1) / (sums + 1).mean()
+            columns = rans_column_prior(profile, past.get(cols, np.ones(cols)), len(matrix))
+            prior = [RANS_UNIT * int(sums.sum()) // matrix.size, *columns, *rans_row_prior(matrix)]
+            past[cols] = profile
+        priors.append(prior)
+    return priors
 
 
 def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frequencies in proportion to counts (contexts, 256), at least 1 for what was seen; starts; keys of slots."""
-    some, total = counts > 0, 1 << RANS_BITS
-    freq = np.maximum(some, counts * (total - some.sum(1)[:, None]) // counts.sum(1)[:, None])
-    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
+    """Frequency and start of each key, and the key of each slot, for histograms (tables, 256).
+
+    A key is 256 * table + level + 128. Frequencies are proportional to the counts, and at least 1 where a count is not
+    0; those of a table sum to 2^RANS_BITS, its number of slots.
+    """
+    total = 1 << RANS_BITS
+    seen = counts > 0
+    share = counts * (total - seen.sum(1)[:, None]) // counts.sum(1)[:, None]
+    freq = np.maximum(seen, share)
+    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)  # rounding error goes to the largest
+    start = freq.cumsum(1) - freq
     keys = np.repeat(np.arange(freq.size, dtype=np.uint16), freq.ravel())
-    return (
-        freq.astype(np.uint32).ravel(),
-        (freq.cumsum(1) - freq).astype(np.uint32).ravel(),
-        keys,
-    )
+    return freq.ravel(), start.ravel(), keys
+
+
+def rans_model(side_info: np.ndarray, flats: list[np.ndarray]) -> Iterator[tuple]:
+    """Predict the symbols of matrices, in the same way for the encoder and the decoder.
+
+    side_info (matrices, 9): RANS_HEAD and rans_priors. flats: the matrices as flat int8. Each step yields flat, places,
+    the table of each place, and rans_tables; the decoder must set flat[places] before it asks for the next step.
+    """
+    # Classes of magnitude, 48 to an octave: edge i is 2^(i / 48) / 16
+    root = 1014545335  # 2^(1 / 48) in billionths
+    edges = [RANS_ONE // 16]
+    while len(edges) < 512:
+        edges.append(edges[-1] * root // 10**9)
+    edges = np.array(edges)
+    # Four classes form a context. It has a histogram for each kind of symbol (any, even, odd), which starts as the bell
+    # 19 - (level / magnitude)^2, in 256ths. Level -128 marks an escape: a level that the histogram has no room for
+    levels = np.arange(-128, 128)
+    kinds = np.stack([levels < 128, levels % 2 == 0, levels % 2 == 1])
+    sixteenths = levels * 16 * RANS_ONE // edges[2::4, None, None]
+    counts = np.maximum(0, 19 * 16**2 - sixteenths**2) * kinds
+    counts[:, :, 0] = 1
+    past = {}
+    for info, flat in zip(side_info.tolist(), flats, strict=True):
+        yield from rans_wavefront(info, flat, past, edges, counts)
+
+
+# A row's energy is nearly known, so what its left columns have spent tells how large the others are. To use that and
+# still code many symbols at once, the columns form groups, each a quarter of the columns that remain, and each group
+# runs one row behind its left neighbour. One step codes one symbol in every column:
+#
+#                group 0   group 1   group 2
+#     row 0      step 0    step 1    step 2
+#     row 1      step 1    step 2    step 3
+#     row 2      step 2    step 3    step 4
+
+
+def rans_wavefront(
+    info: list[int],
+    flat: np.ndarray,
+    past: dict[int, np.ndarray],
+    edges: np.ndarray,
+    counts: np.ndarray,
+) -> Iterator[tuple]:
+    """The steps of rans_model for one matrix; updates the histograms, and past: magnitudes of columns by width."""
+    rows, cols, states, chunk_rows, magnitude, likeness, prior_rows, energy, slack = info
+    # Each column's sum of magnitudes starts as if prior_rows had been seen: a mixture, in sixteenths, of columns like
+    # those of the last matrix of this width and of columns that are all alike
+    sums = past.get(cols, np.ones(cols, int))
+    share = RANS_UNIT * cols * sums // max(1, sums.sum())
+    share = share * likeness + RANS_UNIT * (16 - likeness)
+    past[cols] = sums = share * (prior_rows * magnitude) // RANS_ONE
+    bounds = [0]
+    while cols - bounds[-1] > 16:
+        bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
+    starts, bounds = np.array(bounds), np.array([*bounds, cols])
+    groups, left = len(starts), cols - starts
+    delay = np.repeat(np.arange(groups), np.diff(bounds))
+    subsets, state = trellis(states).numpy(), np.zeros(cols, int)
+    follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states  # [state, level mod 4]
+    kinds = np.array([1, 2] if states > 1 else [0])
+    pi_half = 11  # in sevenths: E x^2 = pi/2 (E |x|)^2 for Gaussian x
+    squares = sums**2 * pi_half // (7 * prior_rows)
+    spent, due = np.zeros(groups + 1, int), 0
+    for t in range((rows + groups - 1) * (flat.size > 0)):
+        if t == due:  # slow, so only now and then: the columns' classes, and tables for the contexts around them
+            due += max(2, min(64, t // 8))
+            seen = prior_rows + np.maximum(0, t - delay)
+            fine, power = np.searchsorted(edges, sums * RANS_ONE // seen), squares * RANS_UNIT // seen
+            expected = np.maximum(1, power[::-1].cumsum()[::-1][starts])
+            low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
+            tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
+        first, last = max(0, t - rows + 1), min(t + 1, groups)  # groups whose row exists
+        part = slice(bounds[first], bounds[last])
+        # How far the energy left exceeds the expected one; trusted less with few columns left or much slack
+        trust = 2 * left * RANS_ONE // (2 * left + slack)
+        excess = trust * (RANS_UNIT * (energy - spent[:-1]) - expected) // expected
+        shift = np.searchsorted(edges, RANS_ONE + excess) - 4 * 48 >> 1  # in classes; edge 4 * 48 is 1.0, >> 1 the root
+        context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
+        row = t - delay[part]
+        here = state[part] * (row % chunk_rows > 0)
+        places = row * cols + np.arange(cols)[part]
+        yield flat, places, (context - low) * len(kinds) + (subsets[here, 0] & 1), tables
+        levels = flat[places].astype(int)
+        state[part] = follow[here, levels & 3]
+        histogram = 3 * context + kinds[levels % len(kinds)]
+        np.add.at(counts.reshape(-1), histogram * 256 + levels + 128, 1024)  # a symbol weighs 4, in 256ths
+        sums[part] += np.abs(levels)
+        levels *= levels
+        squares[part] += levels
+        spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(levels, starts[first:last] - part.start)
 
 
 def rans_encode(raw: bytes) -> bytes:
-    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame: what rans_model is told, by zlib,
-    then words of 16 bits: states of the lanes, what the lanes read.
+    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame.
 
-    A lane, one of up to RANS_LANES side by side, holds a state of 32 bits. As the decoder gives back in reverse what
-    the encoder was given, the encoder goes from the last step to the first.
+    The blob: side information, compressed by zlib; then 16-bit words: the lanes' first states, and what they read.
     """
     heads, matrices, at, log, words = [], [], 0, [], []
     while at < len(raw):
@@ -4786,64 +4838,52 @@ def rans_encode(raw: bytes) -> bytes:
         size, at = math.prod(heads[-1][:2]), at + RANS_HEAD.size
         matrices.append(np.frombuffer(raw, np.int8, size, at).reshape(heads[-1][:2]))
         at += size
-
-    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The levels at these places, which are noted."""
-        line = matrices[number].reshape(-1)[places]
-        key = 256 * table + line + 128
-        lost = (tables[0][key] == 0) | (line == -128)
-        key[lost] &= -256
-        freq, start = tables[0][key], tables[1][key]
-        for part in (slice(a, a + RANS_LANES) for a in range(0, len(line), RANS_LANES)):
-            log.append((freq[part], start[part], line[part][lost[part]].view(np.uint8) ^ 128))
-        return line
-
-    side_info = np.array([[*a, *b] for a, b in zip(heads, rans_priors(matrices), strict=True)], "<i4").reshape(-1, 9)
-    rans_model(side_info, step)
-    x = np.full(min(RANS_LANES, side_info[:, 1].max()), 1 << 16, np.uint32)
-    for freq, start, lost in reversed(log):
-        mine = x[: len(freq)]
-        full = mine >> (32 - RANS_BITS) >= freq
-        words += [lost, mine[full] & 0xFFFF]
-        mine[full] >>= 16
-        mine[:] = (mine // freq << RANS_BITS) + mine % freq + start
-    words = np.concatenate([x >> 16, x & 0xFFFF, *words[::-1]])
+    side_info = np.hstack([heads, rans_priors(matrices)]).astype("<i4")
+    for flat, places, table, (freq, start, _) in rans_model(side_info, [m.reshape(-1) for m in matrices]):
+        level = flat[places].astype(int) + 128
+        key = 256 * table + level
+        escaped = (freq[key] == 0) | (level == 0)
+        key[escaped] &= -256
+        for a in range(0, len(key), RANS_LANES):
+            part = slice(a, a + RANS_LANES)
+            log.append((freq[key[part]], start[key[part]], level[part][escaped[part]]))
+    lanes = np.full(min(RANS_LANES, side_info[:, 1].max()), 1 << 16)
+    for freq, start, escapes in reversed(log):  # a state is a stack: the decoder pops last what was pushed first
+        lane = lanes[: len(freq)]
+        full = lane >> (32 - RANS_BITS) >= freq
+        words += [escapes, lane[full] & 0xFFFF]
+        lane[full] >>= 16
+        quotient, slot = np.divmod(lane, freq)
+        lane[:] = (quotient << RANS_BITS) + slot + start
+    words = np.concatenate([lanes >> 16, lanes & 0xFFFF, *words[::-1]])
     return zlib.compress(side_info.tobytes(), 9) + words.astype("<u2").tobytes()
 
 
 def rans_decode(blob: bytes) -> bytes:
-    """The inverse of rans_encode; some ordinary exception when it is none of its results."""
+    """The inverse of rans_encode; some ordinary exception when the blob is damaged."""
     unzip = zlib.decompressobj()
     side_info = np.frombuffer(unzip.decompress(blob), "<i4").reshape(-1, 9)
-    words = np.frombuffer(unzip.unused_data, "<u2").astype(np.uint32)
-    at = min(RANS_LANES, side_info[:, 1].max())
-    x, words, at = words[:at] << 16 | words[at : 2 * at], words[2 * at :], 0
-
-    def fill(array: np.ndarray, where: np.ndarray) -> None:
-        """Shift a word into each of the chosen places."""
-        nonlocal at
-        (places,) = where.nonzero()
-        at += len(places)
-        array[places] = (array[places] << 16) + words[at - len(places) : at]
-
-    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The levels at these places."""
-        freq, start, keys = tables
+    words = np.frombuffer(unzip.unused_data, "<u2").astype(int)
+    count = min(RANS_LANES, side_info[:, 1].max())
+    lanes, at = words[:count] << 16 | words[count : 2 * count], 2 * count
+    flats = [np.empty(size, np.int8) for size in side_info[:, :2].prod(1)]
+    for flat, places, table, (freq, start, keys) in rans_model(side_info, flats):
         for a in range(0, len(table), RANS_LANES):
             part = table[a : a + RANS_LANES]
-            mine = x[: len(part)]
-            slot = mine & (1 << RANS_BITS) - 1
-            part[:] = key = keys[(part << RANS_BITS) + slot]
-            mine[:] = freq[key] * (mine >> RANS_BITS) + slot - start[key]
-            fill(mine, mine < 1 << 16)
+            lane = lanes[: len(part)]
+            slot = lane & (1 << RANS_BITS) - 1
+            part[:] = keys[(part << RANS_BITS) + slot]
+            lane[:] = freq[part] * (lane >> RANS_BITS) + slot - start[part]
             part &= 255
-            fill(part, part == 0)
-        return (table - 128).astype(np.int8)
-
-    matrices = rans_model(side_info, step)
+            # Lanes below 2^16 read a word each, then escapes, whose word is the level itself
+            for array, empty in (lane, lane < 1 << 16), (part, part == 0):
+                (chosen,) = empty.nonzero()
+                array[chosen] = (array[chosen] << 16) + words[at : at + len(chosen)]
+                at += len(chosen)
+        flat[places] = table - 128
     if at != len(words):
-        raise ValueError("lanes out of step")
-    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(side_info, matrices, strict=True))
+        raise ValueError("words left over")
+    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(side_info, flats, strict=True))
 
 
 CODERS = {
