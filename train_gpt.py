@@ -4391,9 +4391,13 @@ class Stored:
     repairs: tuple[str, ...]  # keys of REPAIRS
     parts: Parts
 
+    def encoding(self) -> str:
+        """Scheme and repairs as text, `scheme+repair`."""
+        return "+".join((self.scheme, *self.repairs))
+
     def key(self) -> str:
         """Everything but the parts as text, `name:role:scheme+repair`."""
-        return f"{self.name}:{self.role}:{'+'.join((self.scheme, *self.repairs))}"
+        return f"{self.name}:{self.role}:{self.encoding()}"
 
     @classmethod
     def parse(cls, key: str, parts: Parts) -> Stored:
@@ -6403,7 +6407,7 @@ class Run:
         stored = quantize(cfg, runtime, *reparametrize(cfg, runtime, state, hessians))
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
-            self.log("\n".join(["stored tensors:", *explain_stored(stored)]))
+            self.log("\n".join(["stored tensors:", *explain_stored(cfg, stored)]))
             started = time.perf_counter()
             save_artifact(self.folder / "model.bin", stored, cfg.compressor)
         runtime.barrier()
@@ -6477,12 +6481,12 @@ def explain_plan(cfg: Config, plan: Plan) -> list[str]:
     return storage_lines(rows)
 
 
-def explain_stored(stored: list[Stored]) -> list[str]:
-    """A line for each encoding, with the bytes that the coder gets."""
-    rows = []
+def explain_stored(cfg: Config, stored: list[Stored]) -> list[str]:
+    """A line for each encoding and number of bits, with the bytes that the coder gets."""
+    plan, rows = quant_plan(cfg), []
     for tensor in stored:
         size = sum(part.nbytes for part in tensor.parts.values())
-        rows.append(("+".join((tensor.scheme, *tensor.repairs)), tensor.role, size))
+        rows.append((f"{tensor.encoding():14} {plan[tensor.name].bits:2} bits", tensor.role, size))
     return storage_lines(rows)
 
 

@@ -898,7 +898,7 @@ def shrink(record: Path, source: Path, room: Path, given: Path | None) -> Subjec
     numbers = {"VOCAB_SIZE": str(vocabulary(program, data))}
     cfg = toy_config(program, values, data, **numbers)
     try:
-        program.CODECS[cfg.compressor].need()
+        program.CODECS[cfg.compressor].require()
     except program.UserError as error:
         notes.append(f"COMPRESSOR=brotli in place of {cfg.compressor}: {error}")
         cfg = toy_config(program, values, data, **numbers, COMPRESSOR="brotli")

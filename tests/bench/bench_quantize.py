@@ -63,25 +63,28 @@ def timed(function: object, *args: object) -> tuple[object, float]:
     return function(*args), time.perf_counter() - start
 
 
+def check_equal(stored: list[train_gpt.Stored], restored: list[train_gpt.Stored]) -> None:
+    """Stop unless unpacking gave back what was packed, bit for bit."""
+    for a, b in zip(stored, restored, strict=True):
+        if a.key() != b.key() or not all(torch.equal(a.parts[part], b.parts[part]) for part in a.parts):
+            raise SystemExit(f"unpacking does not give back {a.key()}")
+
+
 def measure(cfg: train_gpt.Config, runtime: train_gpt.Runtime, kind: str) -> str:
     """Quantise, report, pack and unpack once; the numbers. Stops when unpacking does not give back the bits."""
     state = random_weights(cfg, kind)
-    hessians, seconds = synthetic_hessians(state), {}
-    state, hessians = train_gpt.ROTATIONS[cfg.rotate](cfg, state, hessians)
-    if train_gpt.CODECS[cfg.compressor].sort_hidden:
-        (state, hessians), seconds["sort hidden"] = timed(train_gpt.sort_hidden, cfg, runtime, state, hessians)
-    parts, seconds["quantise and repair"] = timed(train_gpt.quantize, cfg, runtime, state, hessians)
-    arrays = {f"{key}:{part}": t.numpy() for key, value in parts.items() for part, t in value.items()}
-    blob, seconds["pack"] = timed(train_gpt.pack_arrays, arrays, cfg.compressor)
-    restored, seconds["unpack"] = timed(train_gpt.unpack_arrays, blob)
-    if any(restored[name].tobytes() != array.tobytes() for name, array in arrays.items()):
-        raise SystemExit("unpacking does not give back what was packed")
+    seconds = {}
+    pair, seconds["prepare"] = timed(train_gpt.reparametrize, cfg, runtime, state, synthetic_hessians(state))
+    stored, seconds["quantise and repair"] = timed(train_gpt.quantize, cfg, runtime, *pair)
+    blob, seconds["pack"] = timed(train_gpt.pack_stored, stored, cfg.compressor)
+    blob_again, seconds["unpack"] = timed(train_gpt.open_blob, blob)
+    check_equal(stored, blob_again.tensors)
     total = sum(seconds[stage] for stage in seconds if stage != "unpack")
-    entropy = sum(map(pack_artifact.entropy_bytes, parts.values()))
+    entropy = sum(pack_artifact.entropy_bytes(tensor.parts) for tensor in stored)
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
     return (
         f"{len(blob):,} bytes ({CAP - len(blob):+,} to the cap), order-0 entropy {entropy:,}; {total:.1f} s: {stages}\n"
-        + train_gpt.plan_report(cfg, parts)
+        + "\n".join(train_gpt.explain_stored(cfg, stored))
     )
 
 

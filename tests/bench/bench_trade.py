@@ -82,13 +82,12 @@ class Bench:
         """Quantise, write, read and score."""
         clips = dict.fromkeys(("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas"), clip)
         cfg = dataclasses.replace(self.cfg, **CURVES[curve], **clips)
-        start, state, hessians = time.perf_counter(), self.state, self.hessians
-        if train_gpt.CODECS[cfg.compressor].sort_hidden:
-            state, hessians = train_gpt.sort_hidden(cfg, self.runtime, state, hessians)
-        parts = train_gpt.quantize(cfg, self.runtime, state, hessians)
+        start = time.perf_counter()
+        pair = train_gpt.reparametrize(cfg, self.runtime, self.state, self.hessians)
+        stored = train_gpt.quantize(cfg, self.runtime, *pair)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.bin"
-            size = train_gpt.save_artifact(path, parts, cfg.compressor)
+            size = train_gpt.save_artifact(path, stored, cfg.compressor)
             seconds, restored = time.perf_counter() - start, train_gpt.load_artifact(path)
         key = clip, *(v for name, v in CURVES[curve].items() if name != "compressor")
         bpb = self.scores[key] = self.scores.get(key) or self.score(restored).val_bpb
