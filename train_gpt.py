@@ -34,6 +34,7 @@ import itertools
 import json
 import lzma
 import math
+import operator
 import os
 import pickle
 import platform
@@ -104,560 +105,411 @@ class UserError(ValueError):
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-def knob(
-    default: Any,
-    doc: str,
-    group: str,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    choices: tuple[str, ...] = (),
-    when: str = "",
-) -> Any:
-    """One field of Config: default, one-line doc with unit, group of --help, bounds, choices, and when it matters."""
-    meta = {
-        "doc": doc,
-        "group": group,
-        "ge": ge,
-        "gt": gt,
-        "le": le,
-        "choices": choices,
-        "when": when,
-    }
-    return dataclasses.field(default=default, metadata=meta)
+def knob(default: Any, doc: str, allowed: str = "", when: str = "") -> Any:
+    """A field of Config.
 
-
-RUN, DATA, MODEL, OPTIM, SCHED = "run", "data", "model", "optimisers", "training schedule"
-QUANT, EVALUATION, TTT = "quantisation and artifact", "evaluation", "test-time training"
-CARRY = "TTT_CONTEXT=carry"
+    `doc` is one line with the unit; `allowed` lists choices, "a|b|c", or bounds, ">= 0, <= 1"; `when` names the
+    settings under which the knob matters.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "allowed": allowed, "when": when})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Every knob of a run. A knob's environment variable is its name in capitals."""
 
-    run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>", RUN)
-    artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>", RUN)
+    run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>")
+    artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>")
     stages: tuple[str, ...] = knob(
         ("train", "quantize", "eval"),
-        "stages to run; a suffix resumes from files",
-        RUN,
-        choices=("train", "quantize", "eval"),
+        "stages to run: all three, or the last one or two, which start from the files of an earlier run",
+        "train|quantize|eval",
     )
-    model_path: str = knob("", "artifact that STAGES=eval reads; empty: <run directory>/model.bin", RUN)
-    device: str = knob(
-        "auto",
-        "device; auto takes a GPU when there is one",
-        RUN,
-        choices=("auto", "cpu", "cuda"),
-    )
+    model_path: str = knob("", "artifact that STAGES=eval reads; empty: <run directory>/model.bin")
+    device: str = knob("auto", "auto: a GPU if torch sees one", "auto|cpu|cuda")
     attention: str = knob(
         "auto",
-        "attention backend; auto: the best flash attention installed on a GPU, the masked twin elsewhere",
-        RUN,
-        choices=("auto", "masked", "fa2", "fa3", "fa4"),
+        "attention backend; auto: the best flash attention installed, the masked reference on a CPU",
+        "auto|masked|fa2|fa3|fa4",
     )
     fused_ce_enabled: str = knob(
         "auto",
-        "Triton kernels of the softcapped cross-entropy; auto: on a GPU where triton is installed",
-        RUN,
-        choices=("auto", "1", "0"),
+        "Triton kernels for the softcapped cross-entropy; auto: on a GPU with triton",
+        "auto|1|0",
     )
     fused_mlp_enabled: str = knob(
         "auto",
-        "Triton kernels of the MLP where nothing listens inside it; auto: on a GPU in bf16 where triton is installed",
-        RUN,
-        choices=("auto", "1", "0"),
+        "Triton kernels for the MLP, used while no tap listens inside it; auto: on a GPU in bf16 with triton",
+        "auto|1|0",
     )
     fused_gdn_enabled: str = knob(
         "auto",
-        "flash-linear-attention's gated delta rule; auto: on a GPU in bf16 where it is installed",
-        RUN,
-        choices=("auto", "1", "0"),
-        when="MIXERS=G",
+        "gated delta rule of flash-linear-attention; auto: on a GPU in bf16 if it is installed",
+        "auto|1|0",
+        "MIXERS=G",
     )
-    compute_dtype: str = knob(
-        "auto",
-        "activation dtype; auto: bf16 on a GPU, fp32 elsewhere",
-        RUN,
-        choices=("auto", "bf16", "fp32"),
-    )
-    compile: str = knob("auto", "torch.compile; auto: on a GPU only", RUN, choices=("auto", "on", "off"))
-    seed: int = knob(1337, "seed of initialisation and of the adapters", RUN, ge=0)
+    compute_dtype: str = knob("auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", "auto|bf16|fp32")
+    compile: str = knob("auto", "torch.compile; auto: on a GPU only", "auto|on|off")
+    seed: int = knob(1337, "seed of the initial weights and of the adapters", ">= 0")
 
-    data_path: str = knob("data/sp8192", "directory with the shards", DATA)
-    tokenizer_path: str = knob("", "SentencePiece model; empty: the one *.model file in DATA_PATH", DATA)
-    vocab_size: int = knob(8192, "vocabulary, must equal the tokenizer's", DATA, ge=4, le=65536)
+    data_path: str = knob("data/sp8192", "folder with the shards")
+    tokenizer_path: str = knob("", "SentencePiece model; empty: the one *.model file in DATA_PATH")
+    vocab_size: int = knob(8192, "vocabulary size; must equal the tokenizer's", ">= 4, <= 65536")
     loader: str = knob(
         "packed_docs",
-        "packed_docs: attention stays inside documents; stream: contiguous rows; shuffled: rows in a random order",
-        DATA,
-        choices=("packed_docs", "stream", "shuffled"),
+        "packed_docs: attention stays inside a document; stream: contiguous rows; shuffled: rows in random order",
+        "packed_docs|stream|shuffled",
     )
-    train_batch_tokens: int = knob(786_432, "tokens of an optimiser step, over all ranks", DATA, gt=0)
+    train_batch_tokens: int = knob(786_432, "tokens per optimiser step, over all ranks", "> 0")
     batch_slices: int = knob(
         8,
-        "micro-batches of an optimiser step, over all ranks; a multiple of the ranks",
-        DATA,
-        gt=0,
+        "micro-batches per optimiser step, over all ranks; a multiple of the number of ranks",
+        "> 0",
     )
-    train_seq_len: int = knob(2048, "longest attention span in training, tokens", DATA, gt=1)
+    train_seq_len: int = knob(2048, "longest attention span in training, tokens", "> 1")
 
-    num_layers: int = knob(11, "physical layers", MODEL, gt=0)
-    model_dim: int = knob(512, "width of the residual stream", MODEL, gt=0)
-    num_heads: int = knob(8, "query heads", MODEL, gt=0)
-    num_kv_heads: int = knob(4, "key/value heads (GQA)", MODEL, gt=0)
+    num_layers: int = knob(11, "physical layers", "> 0")
+    model_dim: int = knob(512, "width of the residual stream", "> 0")
+    num_heads: int = knob(8, "query heads", "> 0")
+    num_kv_heads: int = knob(4, "key/value heads (GQA)", "> 0")
     mixers: str = knob(
         "",
-        "mixer of each layer, A attention, G gated delta net, such as G*2 A*8 G; empty: attention everywhere",
-        MODEL,
+        "mixer of each layer, A (attention) or G (gated delta net), e.g. G*2 A*8 G; empty: attention everywhere",
     )
-    gdn_head_dim: int = knob(64, "width of a delta net's heads", MODEL, gt=0, when="MIXERS=G")
-    gdn_qk_heads: int = knob(2, "query and key heads of a delta net", MODEL, gt=0, when="MIXERS=G")
-    gdn_v_heads: int = knob(4, "value heads of a delta net", MODEL, gt=0, when="MIXERS=G")
+    gdn_head_dim: int = knob(64, "width of a delta net's heads", "> 0", "MIXERS=G")
+    gdn_qk_heads: int = knob(2, "query and key heads of a delta net", "> 0", "MIXERS=G")
+    gdn_v_heads: int = knob(4, "value heads of a delta net", "> 0", "MIXERS=G")
     gdn_conv_trained: bool = knob(
         True,
-        "off: training leaves the convolution's taps as they were drawn, as published",
-        MODEL,
-        when="MIXERS=G",
+        "train the taps of the convolution; off, as published: they keep their initial values",
+        "",
+        "MIXERS=G",
     )
     gdn_bos_reset: bool = knob(
         True,
-        "state and convolution start afresh at a document's first token too, not only "
-        "with rows and attention segments; off as published",
-        MODEL,
-        when="MIXERS=G",
+        "reset state and convolution at every document's first token; off, as published: only at rows and segments",
+        "",
+        "MIXERS=G",
     )
-    mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", MODEL, gt=0)
-    mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", MODEL, ge=0)
-    tied_embed_init_std: float = knob(0.005, "std of the embedding at init", MODEL, gt=0)
-    logit_softcap: float = knob(30.0, "c of c*tanh(logits/c)", MODEL, gt=0)
-    rope_base: float = knob(10_000.0, "base of the rotary frequencies", MODEL, gt=1)
-    rope_dims: int = knob(16, "leading dims of a head that rotate", MODEL, ge=0)
+    mlp_mult: float = knob(4.0, "hidden width of the MLP / MODEL_DIM", "> 0")
+    tied_embed_init_std: float = knob(0.005, "std of the embedding at init", "> 0")
+    logit_softcap: float = knob(30.0, "c in c*tanh(logits/c)", "> 0")
+    rope_base: float = knob(10_000.0, "base of the rotary frequencies", "> 1")
+    rope_dims: int = knob(16, "leading dims of a head that rotate", ">= 0")
     rope_dtype: str = knob(
         "fp32",
-        "dtype of rotary frequencies, positions and tables; bf16, as PR 1895: positions over 256 are rounded",
-        MODEL,
-        choices=("fp32", "bf16"),
+        "dtype of rotary frequencies, positions and tables; bf16, as in PR 1895, rounds positions above 256",
+        "fp32|bf16",
     )
-    qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", MODEL, gt=0)
-    ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)", MODEL)
+    qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", "> 0")
+    ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)")
     attn_extras: tuple[str, ...] = knob(
         ("xsa",),
-        "xsa: remove each head output's part along its own value; "
-        "value_residual: mix in the first slot's values; value_embed: add a value of the token itself; sink: a learnt "
-        "key with value 0 in front of every context",
-        MODEL,
-        choices=("xsa", "value_residual", "value_embed", "sink"),
+        "xsa: remove from each head's output its component along the token's own value; value_residual: mix in "
+        "the values of the first execution; value_embed: add a value embedding of the token; sink: a learnt key "
+        "with value 0 before every context",
+        "xsa|value_residual|value_embed|sink",
     )
-    xsa_last_n: int = knob(11, "layers with XSA, counted from the last", MODEL, ge=0, when="ATTN_EXTRAS=xsa")
+    xsa_last_n: int = knob(11, "how many of the last layers use XSA", ">= 0", "ATTN_EXTRAS=xsa")
     attn_gate: str = knob(
         "none",
-        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense, dense_bias: "
-        "from the whole normed input, half open or (by a bias of 4) nearly open at init",
-        MODEL,
-        choices=("none", "sparse", "dense", "dense_bias", "out"),
+        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense: from the whole normed input, "
+        "half open at init; dense_bias: the same with a bias of 4, nearly open at init",
+        "none|sparse|dense|dense_bias|out",
     )
     attn_out_gate_src: str = knob(
         "proj",
-        "what ATTN_GATE=out reads: raw queries or the input",
-        MODEL,
-        choices=("proj", "input"),
-        when="ATTN_GATE=out",
+        "what ATTN_GATE=out reads; proj: the raw queries; input: the layer's input",
+        "proj|input",
+        "ATTN_GATE=out",
     )
-    gated_attn_init_std: float = knob(0.01, "std of the dense gate at init", MODEL, ge=0, when="ATTN_GATE=dense")
     embed_extras: tuple[str, ...] = knob(
         (),
-        "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; "
-        "smear: add a gated copy of the previous token's embedding; smear_channel: blend with it channel by channel, "
-        "after the norm (applied in this order)",
-        MODEL,
-        choices=("bigram", "trigram", "smear", "smear_channel"),
+        "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; smear: add a gated copy of the "
+        "previous token's embedding; smear_channel: blend it in per channel, after the norm; applied in this "
+        "order",
+        "bigram|trigram|smear|smear_channel",
     )
-    gate_window: int = knob(
-        12,
-        "leading dims that gates read",
-        MODEL,
-        gt=0,
-        when="ATTN_GATE=sparse or EMBED_EXTRAS=smear",
-    )
-    sparse_attn_gate_scale: float = knob(1.0, "factor inside the gate's sigmoid", MODEL, when="ATTN_GATE=sparse")
-    sparse_attn_gate_init_std: float = knob(0.0, "std of the gate at init", MODEL, ge=0, when="ATTN_GATE=sparse")
-    smear_bos_mask: bool = knob(
-        True,
-        "no smear into a document's first token",
-        MODEL,
-        when="EMBED_EXTRAS=smear|smear_channel",
-    )
-    skip_gates_enabled: bool = knob(True, "sigmoid gates on the U-net skips", MODEL)
-    num_loops: int = knob(2, "extra passes over the looped layers", MODEL, ge=0)
-    loop_start: int = knob(3, "first looped layer", MODEL, ge=0, when="NUM_LOOPS>0")
-    loop_end: int = knob(5, "last looped layer, inclusive", MODEL, ge=0, when="NUM_LOOPS>0")
-    enable_looping_at: float = knob(
-        0.35,
-        "fraction of the run at which looping starts",
-        MODEL,
-        ge=0,
-        le=1,
-        when="NUM_LOOPS>0",
-    )
-    parallel_start_layer: int = knob(8, "layers from here on run in parallel; 0: none", MODEL, ge=0)
+    gate_window: int = knob(12, "leading dims that gates read", "> 0", "ATTN_GATE=sparse or EMBED_EXTRAS=smear")
+    sparse_attn_gate_scale: float = knob(1.0, "factor inside the gate's sigmoid", "", "ATTN_GATE=sparse")
+    smear_bos_mask: bool = knob(True, "no smear into a document's first token", "", "EMBED_EXTRAS=smear|smear_channel")
+    skip_gates_enabled: bool = knob(True, "sigmoid gates on the U-net skips")
+    num_loops: int = knob(2, "extra passes over the looped layers", ">= 0")
+    loop_start: int = knob(3, "first looped layer", ">= 0", "NUM_LOOPS>0")
+    loop_end: int = knob(5, "last looped layer, inclusive", ">= 0", "NUM_LOOPS>0")
+    enable_looping_at: float = knob(0.35, "fraction of the run at which looping starts", ">= 0, <= 1", "NUM_LOOPS>0")
+    parallel_start_layer: int = knob(8, "first layer that runs attention and MLP in parallel; 0: none does", ">= 0")
     parallel_lanes: int = knob(
         2,
-        "2: decoder layers keep two learnt lanes, one for attention and one for the MLP; 1: "
-        "attention and MLP read and extend one stream side by side",
-        MODEL,
-        ge=1,
-        le=2,
+        "2: two learnt lanes in the decoder, one for attention and one for the MLP; 1: attention and MLP read "
+        "and extend one stream",
+        ">= 1, <= 2",
     )
-    parallel_final_lane: str = knob("mean", "what the two lanes end as", MODEL, choices=("mean", "mlp", "attn"))
-    bigram_vocab_size: int = knob(2048, "rows of the bigram table", MODEL, gt=1, when="EMBED_EXTRAS=bigram")
-    bigram_dim: int = knob(128, "width of the bigram table", MODEL, gt=0, when="EMBED_EXTRAS=bigram")
-    trigram_vocab_size: int = knob(1024, "rows of the trigram table", MODEL, gt=1, when="EMBED_EXTRAS=trigram")
-    trigram_dim: int = knob(128, "width of the trigram table", MODEL, gt=0, when="EMBED_EXTRAS=trigram")
+    parallel_final_lane: str = knob("mean", "how the two lanes end", "mean|mlp|attn")
+    bigram_vocab_size: int = knob(2048, "rows of the bigram table", "> 1", "EMBED_EXTRAS=bigram")
+    bigram_dim: int = knob(128, "width of the bigram table", "> 0", "EMBED_EXTRAS=bigram")
+    trigram_vocab_size: int = knob(1024, "rows of the trigram table", "> 1", "EMBED_EXTRAS=trigram")
+    trigram_dim: int = knob(128, "width of the trigram table", "> 0", "EMBED_EXTRAS=trigram")
     trigram_trained: bool = knob(
         True,
-        "off: training leaves the trigram as it was drawn, as published",
-        MODEL,
-        when="EMBED_EXTRAS=trigram",
+        "train the trigram table; off, as published: it keeps its initial values",
+        "",
+        "EMBED_EXTRAS=trigram",
     )
-    hash_bos_mask: bool = knob(
-        True,
-        "hashes do not reach over a document's first token",
-        MODEL,
-        when="EMBED_EXTRAS=bigram|trigram",
-    )
-    ve_layers: tuple[int, ...] = knob((9, 10), "layers with value embeddings", MODEL, when="ATTN_EXTRAS=value_embed")
-    ve_dim: int = knob(128, "width of the value embedding's table", MODEL, gt=0, when="ATTN_EXTRAS=value_embed")
+    hash_bos_mask: bool = knob(True, "hashes stop at a document's first token", "", "EMBED_EXTRAS=bigram|trigram")
+    ve_layers: tuple[int, ...] = knob((9, 10), "layers with value embeddings", "", "ATTN_EXTRAS=value_embed")
+    ve_dim: int = knob(128, "width of the value embedding's table", "> 0", "ATTN_EXTRAS=value_embed")
     rope_reference_len: int = knob(
         0,
-        "contexts of more tokens enlarge the rotary base (NTK); 0: never; published with 1024",
-        MODEL,
-        ge=0,
+        "longer contexts raise the rotary base (NTK scaling); 0: never; published: 1024",
+        ">= 0",
     )
 
-    matrix_lr: float = knob(0.026, "learning rate of Muon", OPTIM, ge=0)
-    tied_embed_lr: float = knob(0.03, "learning rate of the embedding", OPTIM, ge=0)
+    matrix_lr: float = knob(0.026, "learning rate of Muon", ">= 0")
+    tied_embed_lr: float = knob(0.03, "learning rate of the embedding", ">= 0")
     embed_dtype: str = knob(
         "fp32",
         "dtype of the embedding, its gradient and its AdamW moments; bf16: as published",
-        OPTIM,
-        choices=("fp32", "bf16"),
+        "fp32|bf16",
     )
-    scalar_lr: float = knob(0.02, "learning rate of gains, gates and scales", OPTIM, ge=0)
-    muon_momentum: float = knob(0.97, "momentum after warm-up", OPTIM, ge=0, le=1)
-    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", OPTIM, ge=0, le=1)
-    muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", OPTIM, ge=0)
-    muon_backend_steps: int = knob(5, "orthogonalisation iterations", OPTIM, ge=1, le=10)
+    scalar_lr: float = knob(0.02, "learning rate of gains, gates and scales", ">= 0")
+    muon_momentum: float = knob(0.97, "momentum after warm-up", ">= 0, <= 1")
+    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", ">= 0, <= 1")
+    muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", ">= 0")
+    muon_backend_steps: int = knob(5, "orthogonalisation iterations", ">= 1, <= 10")
     muon_coefficients: str = knob(
         "polar_express",
-        "coefficient set of the orthogonalisation; polar_express_safe: with a safety factor of 1.05",
-        OPTIM,
-        choices=("polar_express", "polar_express_safe", "quintic"),
+        "coefficients of the orthogonalisation; polar_express_safe: with a safety factor of 1.05",
+        "polar_express|polar_express_safe|quintic",
     )
-    muon_row_normalize: bool = knob(True, "unit-norm rows before the orthogonalisation", OPTIM)
-    muon_wd: float = knob(0.095, "decoupled weight decay of Muon", OPTIM, ge=0)
-    embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", OPTIM, ge=0)
-    adam_wd: float = knob(0.02, "decoupled weight decay of gains, gates and scales", OPTIM, ge=0)
-    beta1: float = knob(0.9, "AdamW beta1", OPTIM, ge=0, le=1)
-    beta2: float = knob(0.95, "AdamW beta2", OPTIM, ge=0, le=1)
-    adam_eps: float = knob(1e-8, "AdamW epsilon", OPTIM, gt=0)
-    grad_clip_norm: float = knob(0.3, "global norm limit of the averaged gradient; 0: none", OPTIM, ge=0)
+    muon_row_normalize: bool = knob(True, "normalise rows before the orthogonalisation")
+    muon_wd: float = knob(0.095, "decoupled weight decay of Muon", ">= 0")
+    embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", ">= 0")
+    adam_wd: float = knob(0.02, "decoupled weight decay of gains, gates and scales", ">= 0")
+    beta1: float = knob(0.9, "AdamW beta1", ">= 0, <= 1")
+    beta2: float = knob(0.95, "AdamW beta2", ">= 0, <= 1")
+    adam_eps: float = knob(1e-8, "AdamW epsilon", "> 0")
+    grad_clip_norm: float = knob(0.3, "limit on the global norm of the averaged gradient; 0: none", ">= 0")
     average: tuple[str, ...] = knob(
         ("ema",),
-        "weight average that is evaluated; both: swa over snapshots of ema; none: the last iterate",
-        OPTIM,
-        choices=("ema", "swa"),
+        "weight average to evaluate; ema,swa: SWA over snapshots of the EMA; none: the last weights",
+        "ema|swa",
     )
-    ema_decay: float = knob(0.9965, "decay of the weight average, per step", OPTIM, ge=0, le=1, when="AVERAGE=ema")
-    swa_every: int = knob(50, "steps between snapshots", OPTIM, gt=0, when="AVERAGE=swa")
-    swa_start_scale: float = knob(0.2, "LR multiplier under which snapshots are taken", OPTIM, gt=0, when="AVERAGE=swa")
+    ema_decay: float = knob(0.9965, "decay per step", ">= 0, <= 1", "AVERAGE=ema")
+    swa_every: int = knob(50, "steps between snapshots", "> 0", "AVERAGE=swa")
+    swa_start_scale: float = knob(0.2, "take snapshots while the LR multiplier is below this", "> 0", "AVERAGE=swa")
 
-    iterations: int = knob(20_000, "step limit", SCHED, gt=0)
-    max_wallclock_seconds: float = knob(600.0, "training budget, seconds; 0: none, schedules follow steps", SCHED, ge=0)
-    gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for calibration, seconds", SCHED, ge=0)
-    warmup_steps: int = knob(20, "untimed compile warm-up steps per graph, rolled back", SCHED, ge=0)
-    warmdown_frac: float = knob(0.75, "last fraction of the run with linear LR decay", SCHED, ge=0, le=1)
+    iterations: int = knob(20_000, "maximum number of steps", "> 0")
+    max_wallclock_seconds: float = knob(600.0, "training budget, seconds; 0: none, and schedules follow steps", ">= 0")
+    gptq_reserve_seconds: float = knob(8.0, "seconds of the budget reserved for calibration", ">= 0")
+    warmup_steps: int = knob(20, "untimed compile warm-up steps per graph, rolled back afterwards", ">= 0")
+    warmdown_frac: float = knob(0.75, "last fraction of the run, with linear LR decay", ">= 0, <= 1")
     warmdown_iters: int = knob(
         0,
-        "steps of linear LR decay at the end, made time by the measured step time; 0: WARMDOWN_FRAC",
-        SCHED,
-        ge=0,
+        "last steps, with linear LR decay, converted to time by the measured step time; 0: WARMDOWN_FRAC counts",
+        ">= 0",
     )
-    min_lr: float = knob(0.1, "floor of the LR multiplier", SCHED, ge=0, le=1)
+    min_lr: float = knob(0.1, "floor of the LR multiplier", ">= 0, <= 1")
     qat: str = knob(
         "none",
-        "how late training sees quantisation; ste: weights on the grid of MATRIX_QUANT, "
-        "straight-through gradient; noise: Gaussian noise of a fraction of the rounding error",
-        SCHED,
-        choices=("none", "ste", "noise"),
+        "quantisation during late training; ste: weights on the grid of MATRIX_QUANT, straight-through gradient; "
+        "noise: Gaussian noise, a fraction of the rounding error",
+        "none|ste|noise",
     )
     late_qat_threshold: float = knob(
         0.15,
-        "LR multiplier under which the rounding begins; over 1: from the start",
-        SCHED,
-        ge=0,
-        when="QAT=ste",
+        "start once the LR multiplier is below this; above 1: from the start",
+        ">= 0",
+        "QAT=ste",
     )
-    qat_noise_start_frac: float = knob(
-        0.95,
-        "fraction of the run at which the noise begins",
-        SCHED,
-        ge=0,
-        le=1,
-        when="QAT=noise",
-    )
-    qat_noise_mult: float = knob(0.05, "noise over the rounding error of uniform steps", SCHED, ge=0, when="QAT=noise")
-    qat_noise_every: int = knob(1, "steps from one noisy step to the next", SCHED, gt=0, when="QAT=noise")
+    qat_noise_start_frac: float = knob(0.95, "fraction of the run at which noise starts", ">= 0, <= 1", "QAT=noise")
+    qat_noise_mult: float = knob(0.05, "std of the noise / rounding error of a uniform grid", ">= 0", "QAT=noise")
+    qat_noise_every: int = knob(1, "steps from one noisy step to the next", "> 0", "QAT=noise")
     qat_noise_patterns: tuple[str, ...] = knob(
         ("attn.k.weight", "attn.o.weight"),
-        "parts or globs of the names of the noisy weights",
-        SCHED,
-        when="QAT=noise",
+        "substrings or globs of the names of the noisy weights",
+        "",
+        "QAT=noise",
     )
-    train_log_every: int = knob(500, "steps between log lines", SCHED, gt=0)
-    val_loss_every: int = knob(0, "steps between validations; 0: none", SCHED, ge=0)
+    train_log_every: int = knob(500, "steps between log lines", "> 0")
+    val_loss_every: int = knob(0, "steps between validations; 0: none", ">= 0")
 
     matrix_quant: str = knob(
         "gptq",
-        "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; "
-        "gptq_lite: rounding with a clip search; row_quantile: clip at CLIP_QUANTILE",
-        QUANT,
-        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
+        "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; gptq_lite: rounding with a "
+        "clip search; row_quantile: clip at CLIP_QUANTILE",
+        "gptq|gptq_tcq|rowwise|gptq_lite|row_quantile",
     )
     embed_quant: str = knob(
         "gptq",
-        "scheme of the embedding and of the hash and value tables (which all gptq round to "
+        "scheme of the embedding and of hash and value tables (every gptq scheme rounds those tables to "
         "nearest); gptq_freqsplit: more bits for frequent tokens",
-        QUANT,
-        choices=("gptq", "gptq_freqsplit", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
+        "gptq|gptq_freqsplit|gptq_tcq|rowwise|gptq_lite|row_quantile",
     )
-    matrix_bits: int = knob(6, "bits of the matrices", QUANT, ge=2, le=8)
+    matrix_bits: int = knob(6, "bits of the matrices", ">= 2, <= 8")
     matrix_bits_overrides: tuple[str, ...] = knob(
         (),
-        "other bits of some matrices: part or glob of a name, colon, bits; the first that fits counts",
-        QUANT,
+        "other bits for some matrices, as name:bits; name is a substring or glob, the first match counts",
     )
-    embed_bits: int = knob(7, "bits of the embedding", QUANT, ge=2, le=8)
-    embed_topk: int = knob(4025, "frequent tokens", QUANT, ge=1, when="EMBED_QUANT=gptq_freqsplit")
-    embed_top_bits: int = knob(8, "bits of their rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
-    embed_tail_bits: int = knob(7, "bits of the other rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
+    embed_bits: int = knob(7, "bits of the embedding", ">= 2, <= 8")
+    embed_topk: int = knob(4025, "number of frequent tokens", ">= 1", "EMBED_QUANT=gptq_freqsplit")
+    embed_top_bits: int = knob(8, "bits of their rows", ">= 2, <= 8", "EMBED_QUANT=gptq_freqsplit")
+    embed_tail_bits: int = knob(7, "bits of the other rows", ">= 2, <= 8", "EMBED_QUANT=gptq_freqsplit")
     embed_freq_tokens: int = knob(
         100_000_000,
-        "first training tokens that are counted; 0: all",
-        QUANT,
-        ge=0,
-        when="EMBED_QUANT=gptq_freqsplit",
+        "training tokens, from the first, over which frequencies are counted; 0: all",
+        ">= 0",
+        "EMBED_QUANT=gptq_freqsplit",
     )
     rotate: str = knob(
         "none",
         "hadamard_vo: rotate each head's values before quantisation, and its output weights back",
-        QUANT,
-        choices=("none", "hadamard_vo"),
+        "none|hadamard_vo",
     )
-    attn_clip_sigmas: float = knob(13.0, "clip of q, k, v, o rows, in standard deviations", QUANT, gt=0)
-    mlp_clip_sigmas: float = knob(11.5, "clip of up, down rows, in standard deviations", QUANT, gt=0)
-    embed_clip_sigmas: float = knob(14.0, "clip of embedding rows, in standard deviations", QUANT, gt=0)
+    attn_clip_sigmas: float = knob(13.0, "clip of q, k, v, o rows, in standard deviations", "> 0")
+    mlp_clip_sigmas: float = knob(11.5, "clip of up, down rows, in standard deviations", "> 0")
+    embed_clip_sigmas: float = knob(14.0, "clip of embedding rows, in standard deviations", "> 0")
     clip_quantile: float = knob(
         0.9999984,
-        "quantile of a row's magnitudes that is its clip",
-        QUANT,
-        gt=0,
-        le=1,
-        when="EMBED_QUANT=row_quantile",
+        "clip of a row: this quantile of its magnitudes",
+        "> 0, <= 1",
+        "EMBED_QUANT=row_quantile",
     )
     clip_floor: float = knob(
         0.0,
-        "least clip of a row; 1 as published: rows of small weights share a step",
-        QUANT,
-        ge=0,
-        when="MATRIX_QUANT=gptq_lite|row_quantile",
+        "smallest clip of a row; 1, as published, makes rows of small weights share a scale",
+        ">= 0",
+        "MATRIX_QUANT=gptq_lite|row_quantile",
     )
     clip_search_rows: bool = knob(
         True,
-        "each row has its own best quantile; off: one for a matrix, as published",
-        QUANT,
-        when="MATRIX_QUANT=gptq_lite",
+        "search the best quantile per row; off, as published: one per matrix",
+        "",
+        "MATRIX_QUANT=gptq_lite",
     )
     scale_step: float = knob(
         0.0,
-        "row steps are stored as whole multiples of this in log2, such as 0.02; 0: as float16",
-        QUANT,
-        ge=0,
-        le=1,
+        "store row scales as multiples of this in log2, e.g. 0.02; 0: as float16",
+        ">= 0, <= 1",
     )
-    gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
-    gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
-    gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
-    tcq_states: int = knob(
-        8,
-        "states of the trellis: 4, 8, 16, 32 or 64",
-        QUANT,
-        ge=4,
-        le=64,
-        when="MATRIX_QUANT=gptq_tcq",
-    )
-    tcq_chunk_rows: int = knob(
-        1024,
-        "rows between starts of the trellis",
-        QUANT,
-        ge=16,
-        le=2048,
-        when="MATRIX_QUANT=gptq_tcq",
-    )
-    gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
-    repair: str = knob(
-        "none",
-        "lqer: low-rank correction of the worst tensors",
-        QUANT,
-        choices=("none", "lqer"),
-    )
-    lqer_rank: int = knob(4, "rank of the correction", QUANT, ge=1, when="REPAIR=lqer")
-    lqer_top_k: int = knob(3, "tensors corrected, by Frobenius norm of the error", QUANT, ge=1, when="REPAIR=lqer")
-    lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", QUANT, gt=0, when="REPAIR=lqer")
-    awq_lite_enabled: bool = knob(False, "GPTQ with more bits for the most salient column groups", QUANT)
-    awq_lite_bits: int = knob(8, "bits of those columns", QUANT, ge=3, le=8, when="AWQ_LITE_ENABLED=1")
-    awq_lite_group_top_k: int = knob(1, "groups, over all tensors", QUANT, ge=1, when="AWQ_LITE_ENABLED=1")
-    awq_lite_group_size: int = knob(64, "columns of a group", QUANT, gt=0, when="AWQ_LITE_ENABLED=1")
+    gptq_calibration_batches: int = knob(16, "calibration batches, over all ranks", "> 0")
+    gptq_damp: float = knob(0.01, "damping / mean of the Hessian's diagonal", "> 0")
+    gptq_blocksize: int = knob(128, "columns per lazy update", "> 0")
+    tcq_states: int = knob(8, "trellis states: 4, 8, 16, 32 or 64", ">= 4, <= 64", "MATRIX_QUANT=gptq_tcq")
+    tcq_chunk_rows: int = knob(1024, "rows per trellis path", ">= 16, <= 2048", "MATRIX_QUANT=gptq_tcq")
+    gated_attn_quant_gate: bool = knob(False, "store attention gates as int8 with a scale per row; off: fp16")
+    repair: str = knob("none", "lqer: low-rank correction of the tensors with the largest error", "none|lqer")
+    lqer_rank: int = knob(4, "rank of the correction", ">= 1", "REPAIR=lqer")
+    lqer_top_k: int = knob(3, "number of corrected tensors, by Frobenius norm of the error", ">= 1", "REPAIR=lqer")
+    lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", "> 0", "REPAIR=lqer")
+    awq_lite_enabled: bool = knob(False, "GPTQ with more bits for the most salient column groups")
+    awq_lite_bits: int = knob(8, "bits of those columns", ">= 3, <= 8", "AWQ_LITE_ENABLED=1")
+    awq_lite_group_top_k: int = knob(1, "number of groups, over all tensors", ">= 1", "AWQ_LITE_ENABLED=1")
+    awq_lite_group_size: int = knob(64, "columns per group", "> 0", "AWQ_LITE_ENABLED=1")
     compressor: str = knob(
         "brotli",
-        "layout and entropy coder of the artifact; pergroup needs the program lrzip; "
-        "lzma6: preset 6, as published; rans: adaptive coder of this program, made for integer matrices",
-        QUANT,
-        choices=("brotli", "lzma", "pergroup", "lzma6", "rans"),
+        "layout and entropy coder of the artifact; pergroup: lrzip per group of roles; lzma6: preset 6, as "
+        "published; rans: the built-in adaptive coder for integer matrices",
+        "brotli|lzma|pergroup|lzma6|rans",
     )
 
-    eval: str = knob(
-        "doc_lora",
-        "how the final score is made",
-        EVALUATION,
-        choices=("plain", "sliding", "chunk_sgd", "slot", "doc_lora", "phased_lora"),
-    )
-    val_batch_tokens: int = knob(524_288, "tokens of an evaluation batch, over BATCH_SLICES", EVALUATION, gt=0)
-    eval_seq_len: int = knob(
-        2048,
-        "longest context; the validation stream is cut to a multiple of it",
-        EVALUATION,
-        gt=1,
-    )
-    eval_stride: int = knob(64, "tokens scored per window", EVALUATION, gt=0, when="EVAL=sliding|chunk_sgd|slot")
-    eval_include_tail: bool = knob(False, "score the last partial window too (not the canonical count)", EVALUATION)
+    eval: str = knob("doc_lora", "how the final score is computed", "plain|sliding|chunk_sgd|slot|doc_lora|phased_lora")
+    val_batch_tokens: int = knob(524_288, "tokens per evaluation batch, split into BATCH_SLICES forwards", "> 0")
+    eval_seq_len: int = knob(2048, "longest context; the validation stream is cut to a multiple of it", "> 1")
+    eval_stride: int = knob(64, "tokens scored per window", "> 0", "EVAL=sliding|chunk_sgd|slot")
+    eval_include_tail: bool = knob(False, "also score the last partial window (not the canonical token count)")
     allow_noncausal: bool = knob(
         False,
-        "let a score be fitted on the targets that it scores; the result then says legal: false",
-        EVALUATION,
+        "allow a score fitted on the targets it scores; the result then says legal: false",
     )
 
-    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
-    ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
-    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", TTT, ge=0, when="EVAL=doc_lora|phased_lora")
-    ttt_chunk_size: int = knob(48, "tokens scored, then learnt, at a time", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
-    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", TTT, gt=1, when="EVAL=doc_lora|phased_lora")
-    ttt_batch_size: int = knob(64, "documents adapted side by side", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
-    ttt_grad_steps: int = knob(1, "updates per chunk", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
-    ttt_weight_decay: float = knob(
-        0.5,
-        "decoupled weight decay of the adapters",
-        TTT,
-        ge=0,
-        when="EVAL=doc_lora|phased_lora",
-    )
-    ttt_beta1: float = knob(0.0, "AdamW beta1", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
-    ttt_beta2: float = knob(0.99, "AdamW beta2", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
-    ttt_k_lora: bool = knob(True, "adapters on keys", TTT, when="EVAL=doc_lora|phased_lora")
-    ttt_o_lora: bool = knob(True, "adapters across the attention sublayer", TTT, when="EVAL=doc_lora|phased_lora")
-    ttt_mlp_lora: bool = knob(True, "adapters across the MLP sublayer", TTT, when="EVAL=doc_lora|phased_lora")
+    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1", "EVAL=doc_lora|phased_lora")
+    ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", "> 0", "EVAL=doc_lora|phased_lora")
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", ">= 0", "EVAL=doc_lora|phased_lora")
+    ttt_chunk_size: int = knob(48, "tokens scored, then learnt, at a time", "> 0", "EVAL=doc_lora|phased_lora")
+    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", "> 1", "EVAL=doc_lora|phased_lora")
+    ttt_batch_size: int = knob(64, "documents adapted side by side", "> 0", "EVAL=doc_lora|phased_lora")
+    ttt_grad_steps: int = knob(1, "updates per chunk", ">= 1", "EVAL=doc_lora|phased_lora")
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", ">= 0", "EVAL=doc_lora|phased_lora")
+    ttt_beta1: float = knob(0.0, "AdamW beta1", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
+    ttt_beta2: float = knob(0.99, "AdamW beta2", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
+    ttt_k_lora: bool = knob(True, "adapters on keys", "", "EVAL=doc_lora|phased_lora")
+    ttt_o_lora: bool = knob(True, "adapters across the attention sublayer", "", "EVAL=doc_lora|phased_lora")
+    ttt_mlp_lora: bool = knob(True, "adapters across the MLP sublayer", "", "EVAL=doc_lora|phased_lora")
     ttt_warm_start_a: bool = knob(
         False,
         "keep each batch slot's A from its document before (the score then depends on the ranks)",
-        TTT,
-        when="EVAL=doc_lora|phased_lora",
+        "",
+        "EVAL=doc_lora|phased_lora",
     )
-    ttt_order_audit: bool = knob(False, "write every batch's documents to the log file", TTT)
+    ttt_order_audit: bool = knob(False, "write every batch's documents to the log file")
     ttt_context: str = knob(
         "recompute",
-        "how a chunk sees its document; recompute: the whole window runs again, with "
-        "gradient, as published; carry: only the chunk runs, over keys and values kept since earlier chunks ran (with "
-        "TTT_LORA_LR=0: plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in "
-        "reach)",
-        TTT,
-        choices=("recompute", "carry"),
-        when="EVAL=doc_lora|phased_lora",
+        "how a chunk sees its document; recompute: the whole window runs again, with gradient, as published; "
+        "carry: only the chunk runs, over keys and values kept since earlier chunks ran (with TTT_LORA_LR=0: "
+        "plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in reach)",
+        "recompute|carry",
+        "EVAL=doc_lora|phased_lora",
     )
     ttt_carry_recompute: int = knob(
         0,
         "tokens before a chunk, whole chunks of them, that run again with gradient",
-        TTT,
-        ge=0,
-        when=CARRY,
+        ">= 0",
+        "TTT_CONTEXT=carry",
     )
     ttt_carry_refresh: int = knob(
         0,
         "chunks after which what is kept is made anew, without gradient; 0: never",
-        TTT,
-        ge=0,
-        when=CARRY,
+        ">= 0",
+        "TTT_CONTEXT=carry",
     )
     phased_ttt_prefix_docs: int = knob(
         2000,
         "scored documents by which the last global update is made",
-        TTT,
-        ge=0,
-        when="EVAL=phased_lora",
+        ">= 0",
+        "EVAL=phased_lora",
     )
-    phased_ttt_num_phases: int = knob(3, "global updates", TTT, ge=1, when="EVAL=phased_lora")
-    global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", TTT, ge=0, when="EVAL=phased_lora")
-    global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", TTT, ge=0, le=1, when="EVAL=phased_lora")
-    global_ttt_epochs: int = knob(1, "passes over the scored documents", TTT, ge=1, when="EVAL=phased_lora")
-    global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", TTT, gt=0, when="EVAL=phased_lora")
-    global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", TTT, ge=0, when="EVAL=phased_lora")
-    ttt_chunk_tokens: int = knob(
-        32_768, "targets scored, then learnt, at a time", TTT, gt=0, when="EVAL=chunk_sgd|slot"
-    )
-    ttt_epochs: int = knob(3, "passes of SGD over a chunk", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    phased_ttt_num_phases: int = knob(3, "global updates", ">= 1", "EVAL=phased_lora")
+    global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", ">= 0", "EVAL=phased_lora")
+    global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", ">= 0, <= 1", "EVAL=phased_lora")
+    global_ttt_epochs: int = knob(1, "passes over the scored documents", ">= 1", "EVAL=phased_lora")
+    global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", "> 0", "EVAL=phased_lora")
+    global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", ">= 0", "EVAL=phased_lora")
+    ttt_chunk_tokens: int = knob(32_768, "targets scored, then learnt, at a time", "> 0", "EVAL=chunk_sgd|slot")
+    ttt_epochs: int = knob(3, "passes of SGD over a chunk", ">= 0", "EVAL=chunk_sgd|slot")
     ttt_batch_seqs: int = knob(
         0,
         "sequences of an SGD step, over all ranks; 0: the whole chunk",
-        TTT,
-        ge=0,
-        when="EVAL=chunk_sgd|slot",
+        ">= 0",
+        "EVAL=chunk_sgd|slot",
     )
-    ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", ">= 0", "EVAL=chunk_sgd|slot")
     ttt_momentum: float = knob(
         0.9,
         "momentum of chunk SGD, kept from chunk to chunk",
-        TTT,
-        ge=0,
-        le=1,
-        when="EVAL=chunk_sgd|slot",
+        ">= 0, <= 1",
+        "EVAL=chunk_sgd|slot",
     )
-    ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", ">= 0", "EVAL=chunk_sgd|slot")
     ttt_trainable: tuple[str, ...] = knob(
         ("all",),
         "weights that chunk SGD trains: all, scalar (gains, gates, scales), or globs or parts of names, such as mlp",
-        TTT,
-        when="EVAL=chunk_sgd|slot",
+        "",
+        "EVAL=chunk_sgd|slot",
     )
     gdn_ttt_lr_mult: float = knob(
         1.0,
         "factor on TTT_LR for A_log, dt_bias, ba and taps of delta layers",
-        TTT,
-        ge=0,
-        when="EVAL=chunk_sgd|slot",
+        ">= 0",
+        "EVAL=chunk_sgd|slot",
     )
-    slot_lr: float = knob(
-        0.003,
-        "learning rate of the fitted shift of the hidden state",
-        TTT,
-        ge=0,
-        when="EVAL=slot",
-    )
-    slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", TTT, ge=1, when="EVAL=slot")
+    slot_lr: float = knob(0.003, "learning rate of the fitted shift of the hidden state", ">= 0", "EVAL=slot")
+    slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", ">= 1", "EVAL=slot")
     slot_causal: bool = knob(
         True,
         "fit on targets before the batch's first scored one; off: on those that it scores, as published (not legal)",
-        TTT,
-        when="EVAL=slot",
+        "",
+        "EVAL=slot",
     )
 
     def problems(self) -> list[str]:
@@ -668,22 +520,22 @@ class Config:
         return [message.format(c=self) for predicate, message in ILLEGAL if predicate(self)]
 
 
-# where a run happens, not what it is: not written to record.env
+# Where and how a run happens, not what it is: these knobs are never written to record.env.
 LOCAL_KNOBS = (
-    "run_id",
-    "artifact_dir",
-    "stages",
-    "model_path",
-    "device",
-    "attention",
-    "fused_ce_enabled",
-    "fused_mlp_enabled",
-    "fused_gdn_enabled",
-    "compute_dtype",
-    "compile",
-    "data_path",
-    "tokenizer_path",
+    *("run_id", "artifact_dir", "stages", "model_path", "device", "attention", "fused_ce_enabled"),
+    *("fused_mlp_enabled", "fused_gdn_enabled", "compute_dtype", "compile", "data_path", "tokenizer_path"),
 )
+
+GROUPS = {  # first knob -> the title that --help prints above it
+    "run_id": "run",
+    "data_path": "data",
+    "num_layers": "model",
+    "matrix_lr": "optimisers",
+    "iterations": "training schedule",
+    "matrix_quant": "quantisation and artifact",
+    "eval": "evaluation",
+    "ttt_lora_rank": "test-time training",
+}
 
 ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
@@ -700,11 +552,11 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.num_loops > 0 and not c.loop_start <= c.loop_end < c.num_layers,
-        "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be a range of layers below NUM_LAYERS={c.num_layers}",
+        "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be layers below NUM_LAYERS={c.num_layers}",
     ),
     (
         lambda c: len(mixer_letters(c)) != c.num_layers,
-        "MIXERS={c.mixers!r} does not give NUM_LAYERS={c.num_layers} layers a mixer each, A or G, such as G*2 A*8 G",
+        "MIXERS={c.mixers!r} must name a mixer, A or G, for each of NUM_LAYERS={c.num_layers} layers, e.g. G*2 A*8 G",
     ),
     (
         lambda c: c.gdn_v_heads % c.gdn_qk_heads != 0,
@@ -712,28 +564,25 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.gate_window > c.model_dim,
-        "GATE_WINDOW={c.gate_window} is over MODEL_DIM={c.model_dim}",
+        "GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}",
     ),
     (
         lambda c: (
             "value_embed" in c.attn_extras
             and not {*c.ve_layers} <= {i for i, letter in enumerate(mixer_letters(c)) if letter == "A"}
         ),
-        "VE_LAYERS={c.ve_layers} must be layers below NUM_LAYERS={c.num_layers}, and have attention",
+        "VE_LAYERS={c.ve_layers} must be attention layers below NUM_LAYERS={c.num_layers}",
     ),
     (
         lambda c: c.rope_reference_len > 0 and c.rope_dims == 2,
-        "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS over 2: one frequency cannot be stretched",
+        "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS above 2: a single frequency cannot be stretched",
     ),
     (
         lambda c: c.train_batch_tokens % c.batch_slices != 0,
         "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}",
     ),
     (
-        lambda c: (
-            c.train_batch_tokens // c.batch_slices < c.train_seq_len
-            or (c.train_batch_tokens // c.batch_slices) % c.train_seq_len != 0
-        ),
+        lambda c: c.train_batch_tokens // c.batch_slices % c.train_seq_len != 0,
         "TRAIN_BATCH_TOKENS/BATCH_SLICES must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
     ),
     (
@@ -742,11 +591,11 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.eval_stride > c.eval_seq_len,
-        "EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}",
+        "EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}",
     ),
     (
         lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
-        "TTT_CHUNK_SIZE={c.ttt_chunk_size} is over TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+        "TTT_CHUNK_SIZE={c.ttt_chunk_size} must be at most TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
     ),
     (
         lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
@@ -758,7 +607,7 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.awq_lite_enabled and c.awq_lite_bits <= min(c.matrix_bits, c.embed_bits),
-        "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
+        "AWQ_LITE_BITS={c.awq_lite_bits} must be above MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
     ),
     (
         lambda c: 0 < c.scale_step < 0.005,
@@ -766,20 +615,19 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
-        "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval",
+        "STAGES must be train,quantize,eval or quantize,eval or eval",
     ),
     (
         lambda c: c.eval == "slot" and not c.slot_causal and not c.allow_noncausal,
-        "SLOT_CAUSAL=0 fits on the targets that it scores, which the contest forbids; for study only, say "
-        "ALLOW_NONCAUSAL=1",
+        "SLOT_CAUSAL=0 fits on the targets it scores, which the contest forbids; to study it, say ALLOW_NONCAUSAL=1",
     ),
     (
         lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
-        "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is under EVAL_SEQ_LEN={c.eval_seq_len}: no sequence fits to learn from",
+        "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} must be at least EVAL_SEQ_LEN={c.eval_seq_len}, one training sequence",
     ),
     (
         lambda c: any(not re.fullmatch(r"[^:]+:\s*[2-8]", item) for item in c.matrix_bits_overrides),
-        "MATRIX_BITS_OVERRIDES={c.matrix_bits_overrides} must be parts of names with 2 to 8 bits, as attn.o.weight:7",
+        "MATRIX_BITS_OVERRIDES={c.matrix_bits_overrides} must be name:bits with 2 to 8 bits, e.g. attn.o.weight:7",
     ),
     (
         lambda c: c.rotate == "hadamard_vo" and (c.model_dim // c.num_heads).bit_count() != 1,
@@ -787,51 +635,51 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.rotate == "hadamard_vo" and "value_embed" in c.attn_extras,
-        "ROTATE=hadamard_vo would not turn what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
+        "ROTATE=hadamard_vo cannot rotate what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
     ),
     (
         lambda c: c.ttt_context == "carry" and not 8 <= c.ttt_chunk_size <= c.ttt_eval_seq_len // 2,
-        "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} from 8 (embeddings look back, as far as the chunk "
-        "before) to half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+        "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} between 8 (embeddings look back into the previous "
+        "chunk) and half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
     ),
     (
         lambda c: c.ttt_context == "carry" and c.ttt_warm_start_a,
-        "TTT_CONTEXT=carry gives a row to the next document as soon as one ends, each from its own A: set "
-        "TTT_WARM_START_A=0",
+        "TTT_CONTEXT=carry starts each document from an A of its own, as soon as a row is free; set TTT_WARM_START_A=0",
     ),
     (
         lambda c: c.ttt_context == "carry" and "G" in mixer_letters(c),
-        "TTT_CONTEXT=carry keeps keys and values; a gated delta net has a state in their place, which is not kept: say "
-        "TTT_CONTEXT=recompute, or MIXERS without G",
+        "TTT_CONTEXT=carry keeps keys and values, not the state of a gated delta net; say TTT_CONTEXT=recompute, or "
+        "MIXERS without G",
     ),
     (
         lambda c: c.ttt_context == "carry" and ("sink" in c.attn_extras or c.rope_dtype != "fp32"),
-        "TTT_CONTEXT=carry counts positions on beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
-        "depend on more than distances, have learnt nothing: say TTT_CONTEXT=recompute",
+        "TTT_CONTEXT=carry goes on to positions beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
+        "depend on more than distances, were never trained; say TTT_CONTEXT=recompute",
     ),
     (
         lambda c: c.tcq_states not in TCQ_CODES,
-        "TCQ_STATES={c.tcq_states} is none of 4, 8, 16, 32, 64",
+        "TCQ_STATES={c.tcq_states} must be 4, 8, 16, 32 or 64",
     ),
     (
         lambda c: (
             ("gptq_tcq", 8) in ((c.matrix_quant, c.matrix_bits), (c.embed_quant, c.embed_bits))
             or (c.matrix_quant == "gptq_tcq" and any(item.endswith("8") for item in c.matrix_bits_overrides))
         ),
-        "gptq_tcq stores points of a grid twice as fine in 8 bits; MATRIX_BITS and EMBED_BITS may be at most 7 with it",
+        "gptq_tcq stores points of a grid twice as fine in 8 bits; with it, MATRIX_BITS and EMBED_BITS are at most 7",
     ),
     (
         lambda c: "gptq_tcq" in (c.matrix_quant, c.embed_quant) and c.compressor != "rans",
-        "COMPRESSOR={c.compressor} does not know the trellis and would spend a bit more per weight; with gptq_tcq say "
+        "COMPRESSOR={c.compressor} spends one more bit per weight on gptq_tcq, as it does not know the trellis; say "
         "COMPRESSOR=rans",
     ),
     (
         lambda c: not c.ttt_trainable,
-        "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0",
+        "TTT_TRAINABLE is empty; to train nothing at test time, say TTT_EPOCHS=0",
     ),
 )
 
 RENAMED = {  # names that became values of an axis, or that the published scripts read without effect
+    "BASE": "PRESET (BASE is the first line of a preset)",
     "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
     "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
     "ATTN_OUT_GATE_ENABLED": "ATTN_GATE=out",
@@ -872,24 +720,23 @@ def mixer_letters(cfg: Config) -> str:
     return "".join(letter * int(count or 1) for letter, count in re.findall(r"([AG])(?:\*(\d+))?", cfg.mixers))
 
 
+COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
+
+
 def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
-    """What is wrong with one value against its knob's bounds and choices."""
-    m, name, found = field.metadata, field.name.upper(), []
-    for item in value if isinstance(value, tuple) else (value,):
-        if m["choices"] and item not in m["choices"]:
-            found.append(f"{name}={item!r} is not one of {', '.join(m['choices'])}")
+    """What is wrong with one value by itself: not finite, repeated, or not what its knob allows."""
+    allowed, text = field.metadata["allowed"], f"{field.name.upper()}={format_knob(value)}"
     if isinstance(value, float) and not math.isfinite(value):
-        return [f"{name}={value} is not a finite number"]
-    for sign, limit, bad in (
-        ("at least", m["ge"], lambda v, b: v < b),
-        ("over", m["gt"], lambda v, b: v <= b),
-        ("at most", m["le"], lambda v, b: v > b),
-    ):
-        if limit is not None and bad(value, limit):
-            found.append(f"{name}={value} must be {sign} {limit:g}")
-    if isinstance(value, tuple) and len(set(value)) != len(value):
-        found.append(f"{name}={format_knob(value)} names a value twice")
-    return found
+        return [f"{text} must be a finite number"]
+    items = value if isinstance(value, tuple) else (value,)
+    if len(set(items)) < len(items):
+        return [f"{text} lists a value twice"]
+    if "|" in allowed:
+        good = set(items) <= set(allowed.split("|"))
+    else:
+        limits = [(COMPARE[sign], float(limit)) for sign, limit in re.findall(r"([<>]=?) ([\d.]+)", allowed)]
+        good = all(compare(value, limit) for compare, limit in limits)
+    return [] if good else [f"{text} must be {allowed}"]
 
 
 def parse_knob(field: dataclasses.Field, text: str) -> Any:
@@ -914,15 +761,9 @@ def format_knob(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
 
 
-def read_preset(folder: str) -> dict[str, str]:
-    """KEY -> VALUE of <folder>/record.env; lines are KEY=VALUE with an optional '# reason' after two spaces."""
-    path = Path(folder) / "record.env"
-    if not path.is_file():
-        known = sorted(str(p.parent) for p in Path("records").glob("**/record.env") if p.parent.name != "run")
-        raise UserError(
-            f"PRESET={folder}: no record.env there; known presets: {', '.join(known) or 'none below records/'}"
-        )
-    values = {}
+def parse_preset(path: Path) -> dict[str, str]:
+    """KEY -> VALUE of a record.env: lines KEY=VALUE, each with an optional comment after a space."""
+    values: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         text = re.split(r"\s#|^#", line, maxsplit=1)[0].strip()
         if not text:
@@ -932,15 +773,48 @@ def read_preset(folder: str) -> dict[str, str]:
             raise UserError(f"{path}:{number}: expected KEY=VALUE, got {line!r}")
         if key in values:
             raise UserError(f"{path}:{number}: {key} is set twice")
+        if key == "BASE" and values:
+            raise UserError(f"{path}:{number}: BASE={value.strip()} must be the first line")
         values[key] = value.strip()
     return values
+
+
+def preset_layers(folder: str) -> dict[str, dict[str, str]]:
+    """Folder -> its own KEY -> VALUE: the preset's BASE, if its record.env names one, then the preset.
+
+    BASE names a folder from the repository root: the nearest folder above the preset, or else the working directory,
+    under which it exists.
+    """
+    path = Path(folder) / "record.env"
+    if not path.is_file():
+        known = sorted(str(p.parent) for p in Path("records").glob("**/record.env") if p.parent.name != "run")
+        raise UserError(
+            f"PRESET={folder}: no record.env there; known presets: {', '.join(known) or 'none in records/'}"
+        )
+    own = parse_preset(path)
+    base = own.pop("BASE", None)
+    if base is None:
+        return {folder: own}
+    places = (root / base / "record.env" for root in (*path.resolve().parents, Path()))
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(f"{path}: BASE={base}: no record.env there; name a folder from the repository root")
+    inherited = parse_preset(found)
+    if "BASE" in inherited:
+        raise UserError(f"{path}: BASE={base} has a BASE itself; only one level is allowed, so list what differs here")
+    return {base: inherited, folder: own}
+
+
+def read_preset(folder: str) -> dict[str, str]:
+    """KEY -> VALUE of a preset, over the values of its BASE."""
+    return {key: value for layer in preset_layers(folder).values() for key, value in layer.items()}
 
 
 def name_problems(names: Iterable[str], knobs: Mapping[str, dataclasses.Field], strict: bool) -> list[str]:
     """Unknown, misspelt or renamed knob names; strict: every unknown name is wrong, not only a near miss."""
     found = []
     for name in names:
-        if name in knobs or (name == "PRESET" and not strict):  # a preset that names another would be ignored
+        if name in knobs or (name == "PRESET" and not strict):  # PRESET inside a preset would be ignored
             continue
         close = difflib.get_close_matches(name, knobs, n=1, cutoff=0.6 if strict else 0.9)
         if name in RENAMED:
@@ -953,20 +827,21 @@ def name_problems(names: Iterable[str], knobs: Mapping[str, dataclasses.Field], 
 
 
 def resolve(environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
-    """Config from default < preset < environment, and where each non-default value came from.
+    """Config from default < base < preset < environment, and where each non-default value came from.
 
     Raises UserError with every problem found, one a line.
     """
     knobs = {f.name.upper(): f for f in dataclasses.fields(Config)}
-    preset = read_preset(environ["PRESET"]) if environ.get("PRESET") else {}
-    problems = name_problems(preset, knobs, strict=True) + name_problems(environ, knobs, strict=False)
+    layers = preset_layers(environ["PRESET"]) if environ.get("PRESET") else {}
+    problems = [problem for layer in layers.values() for problem in name_problems(layer, knobs, strict=True)]
+    problems += name_problems(environ, knobs, strict=False)
     values, origin = {}, {}
-    for source, table in ((environ.get("PRESET", ""), preset), ("environment", environ)):
-        for name in sorted(knobs.keys() & table.keys()):
+    for source, layer in (*layers.items(), ("environment", environ)):
+        for name in sorted(knobs.keys() & layer.keys()):
             try:
-                value = parse_knob(knobs[name], table[name])
+                value = parse_knob(knobs[name], layer[name])
             except ValueError as error:
-                problems.append(f"{name}={table[name]!r} ({source}): {error}")
+                problems.append(f"{name}={layer[name]!r} ({source}): {error}")
                 continue
             values[knobs[name].name], origin[name] = value, source
     cfg = Config(**values)
@@ -989,20 +864,13 @@ def record_env(cfg: Config) -> str:
 
 def help_text() -> str:
     """The knobs by group, for --help."""
-    lines, group = [__doc__.split("\nSections:")[0].strip()], ""
+    lines = [__doc__.split("\nSections:")[0].strip()]
     for f in dataclasses.fields(Config):
-        m = f.metadata
-        if m["group"] != group:
-            group = m["group"]
-            lines.append(f"\n{group}")
-        bounds = [f"{sign} {m[key]:g}" for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if m[key] is not None]
-        notes = "; ".join(
-            filter(
-                None,
-                ["|".join(m["choices"]), " ".join(bounds), m["when"] and "when " + m["when"]],
-            )
-        )
-        lines.append(f"  {f.name.upper()}={format_knob(f.default)}\n      {m['doc']}{f' [{notes}]' if notes else ''}")
+        allowed, when = f.metadata["allowed"], f.metadata["when"]
+        notes = "; ".join(filter(None, (allowed, when and f"when {when}")))
+        lines += [f"\n{GROUPS[f.name]}"] if f.name in GROUPS else []
+        lines.append(f"  {f.name.upper()}={format_knob(f.default)}")
+        lines.append(f"      {f.metadata['doc']}{notes and f' [{notes}]'}")
     return "\n".join(lines)
 
 
@@ -1975,56 +1843,43 @@ def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 @kernel
 def leaky_square_kernel(
-    m: tl.tensor_descriptor,
-    up: tl.tensor_descriptor,
+    x: tl.tensor_descriptor,
+    w: tl.tensor_descriptor,
     pre: tl.tensor_descriptor,
-    post: tl.tensor_descriptor,
+    out: tl.tensor_descriptor,
     SLOPE: tl.constexpr,
+    BACK: tl.constexpr,
 ) -> None:
-    """pre = m up^T and post = LeakyReLU(pre, SLOPE)^2 of the rounded pre.
+    """Forward: pre = x w^T and out = f(pre), f = LeakyReLU(., SLOPE)^2, of the rounded pre. Back: out = (x w) f'(pre).
 
-    The descriptors' blocks set the tile: m (rows, depth), up (columns, depth), pre and post (rows, columns / 2).
+    The descriptors' blocks set the tile: x (rows, depth), w (columns, depth), or back (depth, columns), pre and out
+    (rows, columns / 2).
     """
-    R: tl.constexpr = m.block_shape[0]
-    K: tl.constexpr = m.block_shape[1]
-    C: tl.constexpr = up.block_shape[0]
-    across = tl.cdiv(up.shape[0], C)
+    R: tl.constexpr = x.block_shape[0]
+    K: tl.constexpr = x.block_shape[1]
+    HALF: tl.constexpr = pre.block_shape[1]
+    across = tl.cdiv(pre.shape[1], 2 * HALF)
     # persistent programs: each takes every num_programs-th tile, row by row
-    for tile in tl.range(tl.program_id(0), tl.cdiv(m.shape[0], R) * across, tl.num_programs(0)):
-        row, column = tile // across * R, tile % across * C
-        total = tl.zeros((R, C), tl.float32)
-        for k in tl.range(0, m.shape[1], K):
-            total = tl.dot(m.load([row, k]), up.load([column, k]).T, total)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(x.shape[0], R) * across, tl.num_programs(0)):
+        row, column = tile // across * R, tile % across * (2 * HALF)
+        total = tl.zeros((R, 2 * HALF), tl.float32)
+        for k in tl.range(0, x.shape[1], K):
+            if BACK:
+                total = tl.dot(x.load([row, k]), w.load([k, column]), total)
+            else:
+                total = tl.dot(x.load([row, k]), w.load([column, k]).T, total)
         for half in tl.static_range(2):
-            z = halves(total)[half].to(pre.dtype)
-            pre.store([row, column + half * (C // 2)], z)
-            a = z.to(tl.float32)
-            a = tl.where(a > 0, a, SLOPE * a)
-            post.store([row, column + half * (C // 2)], (a * a).to(post.dtype))
-
-
-@kernel
-def leaky_square_back_kernel(
-    g: tl.tensor_descriptor,
-    down: tl.tensor_descriptor,
-    pre: tl.tensor_descriptor,
-    dpre: tl.tensor_descriptor,
-    SLOPE: tl.constexpr,
-) -> None:
-    """dpre = (g down) d(LeakyReLU(pre, SLOPE)^2)/dpre; tiles as in leaky_square_kernel, down (depth, columns)."""
-    R: tl.constexpr = g.block_shape[0]
-    K: tl.constexpr = g.block_shape[1]
-    C: tl.constexpr = down.block_shape[1]
-    across = tl.cdiv(down.shape[1], C)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(g.shape[0], R) * across, tl.num_programs(0)):
-        row, column = tile // across * R, tile % across * C
-        total = tl.zeros((R, C), tl.float32)
-        for k in tl.range(0, g.shape[1], K):
-            total = tl.dot(g.load([row, k]), down.load([k, column]), total)
-        for half in tl.static_range(2):
-            z = pre.load([row, column + half * (C // 2)]).to(tl.float32)
-            factor = tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
-            dpre.store([row, column + half * (C // 2)], (halves(total)[half] * factor).to(dpre.dtype))
+            y = halves(total)[half]
+            if BACK:
+                z = pre.load([row, column + half * HALF]).to(tl.float32)
+                y = y * tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
+            else:
+                z = y.to(pre.dtype)
+                pre.store([row, column + half * HALF], z)
+                a = z.to(tl.float32)
+                a = tl.where(a > 0, a, SLOPE * a)
+                y = a * a
+            out.store([row, column + half * HALF], y.to(out.dtype))
 
 
 def launch_softcap_ce(
@@ -2053,14 +1908,18 @@ def launch_softcap_ce_back(
     return dz
 
 
-def num_programs(x: Tensor) -> int:
-    """Persistent programs of a matmul kernel: one a multiprocessor, a few under Triton's interpreter."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-
-
 def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads out of bounds give zeros."""
     return TensorDescriptor.from_tensor(x.contiguous(), [rows, columns])
+
+
+def launch_tiles(x: Tensor, w: Tensor, pre: Tensor, out: Tensor, slope: float, back: bool) -> None:
+    """leaky_square_kernel with one persistent program a multiprocessor, or a few under Triton's interpreter."""
+    R, C, K = MLP_TILE
+    tiles = describe(x, R, K), describe(w, *((K, C) if back else (C, K)))
+    tiles += describe(pre, R, C // 2), describe(out, R, C // 2)
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    leaky_square_kernel[(programs,)](*tiles, slope, back, num_warps=8, num_stages=3 if back else 4)
 
 
 def launch_leaky_square(
@@ -2070,21 +1929,15 @@ def launch_leaky_square(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """leaky_square through Triton; the second matmul has nothing to fuse and is cuBLAS's."""
-    R, C, K = MLP_TILE
     pre, post = (m.new_empty(m.size(0), up.size(0)) for _ in range(2))
-    inputs = describe(m, R, K), describe(up, C, K)
-    outputs = describe(pre, R, C // 2), describe(post, R, C // 2)
-    leaky_square_kernel[(num_programs(m),)](*inputs, *outputs, slope, num_warps=8, num_stages=4)
+    launch_tiles(m, up, pre, post, slope, back=False)
     return F.linear(post, down), pre, post
 
 
 def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
     """leaky_square_back through Triton."""
-    R, C, K = MLP_TILE
     dpre = torch.empty_like(pre)
-    inputs = describe(g, R, K), describe(down, K, C)
-    outputs = describe(pre, R, C // 2), describe(dpre, R, C // 2)
-    leaky_square_back_kernel[(num_programs(g),)](*inputs, *outputs, slope, num_warps=8, num_stages=3)
+    launch_tiles(g, down, pre, dpre, slope, back=True)
     return dpre
 
 
@@ -2101,6 +1954,7 @@ def operator(
     """
 
     def register(twin: Callable) -> Callable:
+        """The operator of a twin."""
         # A process may hold several copies of this program (the judge's, a packed one's), and torch keeps only the
         # younger of two operators of one name: hence the module's name in it.
         op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
@@ -2562,8 +2416,7 @@ ROLES = {
     "projection": Role(orthogonal),
     "hash_scale": Role(constant, 0.05),
     "value_scale": Role(constant, 0.1),
-    "sparse_gate": Role(normal, "sparse_attn_gate_init_std", store="gate"),
-    "dense_gate": Role(normal, "gated_attn_init_std", store="gate"),
+    "dense_gate": Role(normal, 0.01, store="gate"),
     "half_open_gate": Role(constant, 0.0, store="gate"),
     "gate_bias": Role(constant, 4.0),  # nearly open
     "q_gain": Role(constant, "qk_gain_init"),
@@ -2634,7 +2487,7 @@ class HeadGate(nn.Module):
 
 GATES: dict[str, Callable[[Config], HeadGate | None]] = {
     "none": lambda c: None,
-    "sparse": lambda c: HeadGate("sparse_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
+    "sparse": lambda c: HeadGate("half_open_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
     "dense": lambda c: HeadGate("dense_gate", (c.num_heads, c.model_dim)),
     "dense_bias": lambda c: HeadGate("half_open_gate", (c.num_heads, c.model_dim), biased=True),
     "out": lambda c: HeadGate(
@@ -2897,6 +2750,9 @@ class DeltaNet(nn.Module):
 MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
 
 
+LEAKY_SLOPE = 0.5  # of the MLP's LeakyReLU on the negative side
+
+
 class MLP(nn.Module):
     """down(LeakyReLU(up(m), slope)^2), by the fused kernel if the run has it and nobody listens at up or down."""
 
@@ -2905,7 +2761,7 @@ class MLP(nn.Module):
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.up = Linear("up", cfg.model_dim, hidden)
         self.down = Linear("down", hidden, cfg.model_dim)
-        self.slope, self.fused = cfg.mlp_slope, kernels.mlp
+        self.slope, self.fused = LEAKY_SLOPE, kernels.mlp
 
     def forward(
         self,
