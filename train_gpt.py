@@ -4915,7 +4915,7 @@ def decode_payload(payload: bytes, layout: Codec) -> Blob:
     (length,) = struct.unpack_from("<I", raws[0])
     text, raws[0] = raws[0][4 : 4 + length], raws[0][4 + length :]
     index = json.loads(text)
-    parts, streams = {key: {} for key, _ in index}, []
+    parts, streams = {key: dict.fromkeys(types) for key, types in index}, []
     for coder, size, raw, (name, rows) in zip(coders, sizes, raws, storage_order(index).items(), strict=True):
         arrays = unframe_arrays(coder, raw, rows)
         streams.append(Stream(name, layout.integer_coder if name else layout.coder, size, arrays))

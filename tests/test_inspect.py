@@ -247,7 +247,13 @@ def test_a_run_is_inspected_against_its_own_weights(
     done = run_gpt(**knobs, ITERATIONS=3, WARMUP_STEPS=0, EVAL="plain")
     assert done.returncode == 0, done.stderr
     plan = done.stdout.rpartition("stored tensors:\n")[2]
-    for words in ("  awq_lite        6 bits", "  gptq+lqer", "  int8_row        8 bits", " 5 tensors ", " bytes before entropy "):
+    for words in (
+        "  awq_lite        6 bits",
+        "  gptq+lqer",
+        "  int8_row        8 bits",
+        " 5 tensors ",
+        " bytes before entropy ",
+    ):
         assert words in plan, words
 
     folder = tmp_path / "run"

@@ -195,7 +195,7 @@ def test_a_missing_hessian_and_knobs_that_do_not_fit_are_refused() -> None:
     ours = {"MATRIX_QUANT": "gptq_tcq", "COMPRESSOR": "rans"}
     for knobs, message in (
         ({"TCQ_STATES": "12"}, "TCQ_STATES=12 must be 4, 8, 16, 32 or 64"),
-        ({"MATRIX_BITS": "8"}, "MATRIX_BITS and EMBED_BITS may be at most 7"),
+        ({"MATRIX_BITS": "8"}, "MATRIX_BITS and EMBED_BITS are at most 7"),
         ({"COMPRESSOR": "brotli"}, "COMPRESSOR=rans"),
     ):
         with pytest.raises(train_gpt.UserError, match=message):
