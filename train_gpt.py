@@ -4914,6 +4914,8 @@ def decode_payload(payload: bytes, layout: Codec) -> Blob:
     raws = in_parallel([coder.decode for coder in coders], coded)
     (length,) = struct.unpack_from("<I", raws[0])
     text, raws[0] = raws[0][4 : 4 + length], raws[0][4 + length :]
+    if len(text) != length:
+        raise ValueError("the index is cut off")
     index = json.loads(text)
     parts, streams = {key: dict.fromkeys(types) for key, types in index}, []
     for coder, size, raw, (name, rows) in zip(coders, sizes, raws, storage_order(index).items(), strict=True):
