@@ -58,7 +58,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import train_gpt
-from train_gpt import Parts, Stored, Stream, UserError, atomic_write
+from train_gpt import Parts, Stored, Stream, UserError, atomic_write, read_json
 
 CAP_BYTES = 16_000_000
 MAGIC = b"#coding:error-artifact-truncated\n"
@@ -475,14 +475,8 @@ def read_input(path: Path, what: str) -> bytes:
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in a file that must exist. UserError when it is missing, broken or not an object."""
-    text = read_input(path, what)
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); write it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, not an object; it was not written by this project")
-    return found
+    read_input(path, what)
+    return read_json(path)
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:

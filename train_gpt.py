@@ -192,6 +192,7 @@ class Config:
         "MIXERS=G",
     )
     mlp_mult: float = knob(4.0, "hidden width of the MLP / MODEL_DIM", "> 0")
+    mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", ">= 0")
     tied_embed_init_std: float = knob(0.005, "std of the embedding at init", "> 0")
     logit_softcap: float = knob(30.0, "c in c*tanh(logits/c)", "> 0")
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", "> 1")
@@ -880,23 +881,25 @@ def help_text() -> str:
 
 
 class Log:
-    """Prints to stdout and appends to a file; silent on every rank but the first."""
+    """Prints to stdout and appends to a file. Ranks other than 0 are quiet."""
 
     def __init__(self, path: Path | None, quiet: bool) -> None:
-        self.path, self.quiet, self.last = path, quiet, 0.0
+        self.path, self.quiet = path, quiet
+        self.last = 0.0  # when progress last wrote a line
 
     def __call__(self, message: str, to_file_only: bool = False) -> None:
-        """One message, which may have several lines."""
+        """Write one message, which may have several lines."""
         if self.quiet:
             return
         if not to_file_only:
             print(message, flush=True)
         if self.path is not None:
+            # Opened for each message, so the file is complete whatever ends the process.
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(message + "\n")
 
     def progress(self, what: str, done: int, total: int, started: float, every: float = 10.0) -> None:
-        """One line every `every` seconds: how much is done and how long the rest will take."""
+        """Write how much is done and the estimated seconds left, at most one line every `every` seconds."""
         now = time.perf_counter()
         if now - max(self.last, started) < every or done == 0:
             return
@@ -907,7 +910,7 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where the program runs: rank, world, device, log. One process is world = 1, not a branch elsewhere."""
+    """Rank, world size, device, log, activation dtype, and whether to compile. A single process has world = 1."""
 
     rank: int
     world: int
@@ -918,7 +921,10 @@ class Runtime:
 
     @classmethod
     def start(cls, cfg: Config, environ: Mapping[str, str], log_path: Path | None = None) -> Runtime:
-        """Join the process group that torchrun's variables describe and choose device, dtype and compilation."""
+        """Choose the device and dtype, and join the process group described by torchrun's variables in `environ`.
+
+        Raises UserError for a world size that does not divide BATCH_SLICES and for a missing GPU.
+        """
         rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
         if cfg.batch_slices % world != 0:
             raise UserError(f"BATCH_SLICES={cfg.batch_slices} is not a multiple of the {world} ranks")
@@ -928,9 +934,11 @@ class Runtime:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(device)
-            torch._dynamo.config.recompile_limit = 64  # two routes, with and without gradient, of three models
+            # Two routes, with and without gradients, for three models: more graphs than the default limit of 8.
+            torch._dynamo.config.recompile_limit = 64
             torch.set_float32_matmul_precision("high")
         if world > 1:
+            # CPU tensors go over gloo and never wait for the GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
         dtypes = {
             "auto": torch.bfloat16 if use_cuda else torch.float32,
@@ -941,24 +949,25 @@ class Runtime:
         return cls(rank, world, device, Log(log_path, rank != 0), dtypes[cfg.compute_dtype], compiled)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """All-reduce (sum) in place; the tensor itself."""
+        """All-reduce (sum) in place and return the tensor."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def barrier(self) -> None:
         """Wait for every rank."""
+        # An all-reduce ends only when every rank has joined it.
         self.sum_(torch.zeros(1))
 
     def broadcast_from_rank0(self, value: float) -> float:
-        """Rank 0's number on every rank, over the host network: the device is not synchronised."""
+        """Broadcast a float from rank 0 over gloo, without synchronising the GPU."""
         tensor = torch.tensor([value], dtype=torch.float64)
         if self.world > 1:
             dist.broadcast(tensor, 0)
         return tensor.item()
 
     def gather(self, items: dict[str, Any]) -> dict[str, Any]:
-        """The union of every rank's dict, on every rank."""
+        """Merge the dicts of all ranks; every rank gets the union."""
         if self.world == 1:
             return items
         parts: list[Any] = [None] * self.world
@@ -966,16 +975,17 @@ class Runtime:
         return {key: value for part in parts for key, value in part.items()}
 
     def claim_tickets(self, queue_name: str, length: int) -> Iterator[int]:
-        """Tickets 0 <= i < length of a queue that all ranks take from, through the process group's store."""
+        """Yield the tickets 0 <= i < length that this rank claims; each ticket goes to exactly one rank."""
         if self.world == 1:
             yield from range(length)
             return
+        # The store's counter is atomic, so a rank that finishes early simply claims the next ticket.
         store = dist.distributed_c10d._get_default_store()
         while (ticket := store.add(queue_name, 1) - 1) < length:
             yield ticket
 
     def synchronize(self) -> None:
-        """Wait until the device has done what was launched."""
+        """Wait until the GPU has finished what was launched."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -986,36 +996,33 @@ class Runtime:
 
 
 class Clock:
-    """Rank 0's training clock, read as the same number by every rank, without a device sync on every step.
+    """Training time in seconds, the same number on every rank, without a GPU sync at every step.
 
-    Between readings (at most EVERY steps apart, each step near the end) time is extrapolated by the last step time, so
-    schedules, the looping switch and the end fall on the same step everywhere. budget 0: fractions follow steps.
+    Rank 0's clock is read at most EVERY steps apart, and every step near the end; between readings the time of the last
+    step is extrapolated. So schedules, the looping switch and the end fall on the same step everywhere. With
+    budget = 0 the fraction done counts steps.
     """
 
     EVERY = 10
 
     def __init__(self, runtime: Runtime, budget: float, iterations: int) -> None:
         self.runtime, self.budget, self.iterations = runtime, budget, iterations
-        self.started, self.mark_step, self.mark_time, self.step_time, self.next_reading = (
-            0.0,
-            0,
-            0.0,
-            0.0,
-            0,
-        )
+        self.started = 0.0
+        self.mark_step, self.mark_time = 0, 0.0  # the last reading
+        self.step_time, self.next_reading = 0.0, 0
 
     def start(self, elapsed: float = 0.0) -> None:
-        """Start, or go on after a pause, at `elapsed` seconds."""
+        """Start, or resume after a pause, with `elapsed` seconds on the clock."""
         self.runtime.synchronize()
         self.started = time.perf_counter() - elapsed
 
     def read(self) -> float:
-        """Seconds of training so far, after a device sync; rank 0's, on every rank."""
+        """Return rank 0's seconds of training so far, after a GPU sync."""
         self.runtime.synchronize()
         return self.runtime.broadcast_from_rank0(time.perf_counter() - self.started)
 
     def fraction(self, step: int) -> float:
-        """Fraction of the run done when step `step` begins: 1 and more means stop."""
+        """Return the fraction of the run that is done when `step` begins; 1 or more means stop."""
         if self.budget <= 0 or step >= self.iterations:
             return step / self.iterations
         if step >= self.next_reading:
@@ -1023,31 +1030,43 @@ class Clock:
             if step > self.mark_step:
                 self.step_time = (now - self.mark_time) / (step - self.mark_step)
             self.mark_step, self.mark_time = step, now
+            # Read again after half of the steps that still fit, so the last steps are measured one by one.
             left = (self.budget - now) / self.step_time if self.step_time > 0 else 2
             self.next_reading = step + max(1, min(self.EVERY, int(left / 2)))
         return (self.mark_time + (step - self.mark_step) * self.step_time) / self.budget
 
     def expect_change(self) -> None:
-        """Measure again at once: the step time is about to change."""
+        """Read the clock at the next step, because the time of a step is about to change."""
         self.next_reading = 0
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write bytes under a temporary name, then rename: a half-written file never has the final name."""
+    """Write bytes under a temporary name, then rename: the final name never holds half a file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
 def atomic_save(path: Path, value: Any) -> None:
-    """torch.save, atomically."""
+    """torch.save through atomic_write."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     atomic_write(path, buffer.getvalue())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or {} if there is no file. UserError for anything but an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); write it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object; it was not written by this project")
+    return value
+
+
 def load_saved(path: Path) -> Any:
-    """What atomic_save wrote, on the CPU; UserError when it is missing or damaged."""
+    """Load what atomic_save wrote onto the CPU. UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path} is missing; run the stage before (STAGES=train,quantize,eval)")
     try:
@@ -1058,8 +1077,10 @@ def load_saved(path: Path) -> Any:
 
 
 def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Callable:
-    """torch.compile of a whole function when the run compiles, else the function."""
-    return torch.compile(function, fullgraph=True, dynamic=dynamic) if runtime.compile else function
+    """Return the function compiled as one graph if this run compiles, else the function itself."""
+    if not runtime.compile:
+        return function
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1068,7 +1089,7 @@ def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Cal
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """Tokens of a shard, uint16, memory-mapped. UserError unless header and size are those of the format.
+    """Memory-map the tokens of a shard, (N,) uint16. UserError if the header or the file size is wrong.
 
     Format: 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then the tokens as uint16.
     """
@@ -1082,59 +1103,77 @@ def read_shard(path: str | Path) -> np.ndarray:
             f"{path}: not a shard: magic and version are {header[:2].tolist()}, expected "
             f"[{SHARD_MAGIC}, {SHARD_VERSION}]; prepare the data again"
         )
-    if size != header_bytes + 2 * int(header[2]):
+    count = int(header[2])
+    expected = header_bytes + 2 * count
+    if size != expected:
         raise UserError(
-            f"{path}: {size} bytes, but its header promises {header[2]} tokens = "
-            f"{header_bytes + 2 * int(header[2])} bytes; copy or prepare it again"
+            f"{path}: {size} bytes, but its header promises {count} tokens = {expected} bytes; copy or prepare it again"
         )
-    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(int(header[2]),))
+    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
 def list_shards(folder: str, kind: str) -> list[Path]:
-    """Shards of a kind (train, val, val_bytes) in order; UserError when there are none or a number is missing."""
-    paths = sorted(p for p in Path(folder).glob(f"fineweb_{kind}_*.bin") if p.stem[len(f"fineweb_{kind}_") :].isdigit())
+    """List the shards of a kind (train, val, val_bytes) in order.
+
+    UserError if a number is missing between two shards, or if there is no shard; only val_bytes is optional.
+    """
+    prefix = f"fineweb_{kind}_"
+    # "fineweb_val_*" also finds the byte sidecars, so what follows the prefix must be a number.
+    paths = sorted(p for p in Path(folder).glob(f"{prefix}*.bin") if p.stem.removeprefix(prefix).isdigit())
     if not paths and kind != "val_bytes":
         raise UserError(
-            f"DATA_PATH={folder} has no fineweb_{kind}_*.bin; make shards with data/prepare.py or fetch them "
-            "with data/download.py"
+            f"DATA_PATH={folder} has no {prefix}*.bin; make shards with data/prepare.py or fetch them with "
+            "data/download.py"
         )
-    numbers = [int(p.stem.rsplit("_", 1)[1]) for p in paths]
-    gaps = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers)) if numbers else []
+    numbers = [int(p.stem.removeprefix(prefix)) for p in paths]
+    gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers)) if numbers else []
     if gaps:
-        raise UserError(f"DATA_PATH={folder}: fineweb_{kind}_{gaps[0]:06d}.bin is missing between its neighbours")
+        raise UserError(f"DATA_PATH={folder}: {prefix}{gaps[0]:06d}.bin is missing between its neighbours")
     return paths
 
 
 def segment_bounds(starts: np.ndarray, total: int, cap: int) -> np.ndarray:
-    """Boundaries of attention segments in `total` tokens, int32, from 0 to total.
+    """Return the boundaries of attention segments in `total` tokens, int32, from 0 to total.
 
-    A segment begins at 0, at each of `starts` (document starts) and every `cap` tokens inside a document (0: no cap).
+    A segment begins at 0, at each document start in `starts`, and every `cap` tokens within a document (0: no cap).
     """
     edges = np.unique(np.concatenate(([0], starts, [total])))
     if cap > 0:
-        edges = np.concatenate([np.arange(a, b, cap) for a, b in zip(edges[:-1], edges[1:], strict=True)] + [[total]])
+        # arange starts again at every document, so the cap counts from the document start.
+        documents = zip(edges[:-1], edges[1:], strict=True)
+        parts = [np.arange(a, b, cap) for a, b in documents]
+        edges = np.concatenate([*parts, [total]])
     return edges.astype(np.int32)
 
 
 def pad_bounds(bounds: np.ndarray, multiple: int = 64) -> np.ndarray:
-    """Right-pad with the total to a multiple of entries: few distinct shapes, and zero-length segments do nothing."""
-    return np.pad(bounds, (0, -len(bounds) % multiple), mode="edge")
+    """Right-pad boundaries with their last entry to a multiple of `multiple` entries.
+
+    Compiled code then sees few shapes; the added segments are empty.
+    """
+    missing = -len(bounds) % multiple
+    return np.pad(bounds, (0, missing), mode="edge")
 
 
 class Batch(NamedTuple):
-    """A micro-batch on the host: ids and targets (B, T) int64, cu the padded segment boundaries over B*T or None."""
+    """A micro-batch: ids and targets (B, T) int64; padded segment boundaries over B*T tokens, or None."""
 
     ids: Tensor
     targets: Tensor
     cu_seqlens: Tensor | None
 
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a batch with the function applied to every tensor."""
+        parts = (None if t is None else function(t) for t in self)
+        return Batch(*parts)
+
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; copies from pinned memory do not block."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        """Copy the batch to a device; copies from pinned memory do not block."""
+        return self.apply(lambda t: t.to(device, non_blocking=True))
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
-    """UserError for training tokens of another vocabulary."""
+    """UserError if a token id is outside the vocabulary."""
     if tokens.size and tokens.max() >= vocab_size:
         raise UserError(
             f"{where}: token id {tokens.max()} is outside VOCAB_SIZE={vocab_size}; the shards were made with another "
@@ -1143,16 +1182,17 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
 
 
 class ShardWalker:
-    """A cursor over the training shards, in order, again from the first after the last: no randomness.
+    """Reads the training shards in order, and starts over after the last one. Nothing is random.
 
-    With whole_docs a shard's tokens before its first document and a tail shorter than a request are skipped (the
-    published packing); without, requests run on from one shard into the next.
+    whole_docs=True is the published packing: it skips a shard's tokens before the first document and a tail that is
+    shorter than a request. With False, a request continues in the next shard.
     """
 
     def __init__(self, paths: list[Path], vocab_size: int, whole_docs: bool) -> None:
         self.paths, self.vocab_size, self.whole_docs = paths, vocab_size, whole_docs
         self.index, self.position, self.tokens = -1, 0, np.empty(0, np.uint16)
-        sizes = [len(read_shard(path)) for path in paths]  # reads every header: a bad shard stops no later step
+        # Read every header now, so a bad shard cannot stop the run at a later step.
+        sizes = [len(read_shard(path)) for path in paths]
         if not any(sizes):
             raise UserError(f"{paths[0].parent}: no training shard holds a token; prepare the data again")
 
@@ -1166,13 +1206,14 @@ class ShardWalker:
         self.position = int(starts[0]) if self.whole_docs and len(starts) else 0
 
     def next_tokens(self, count: int) -> np.ndarray:
-        """The next `count` tokens, uint16."""
+        """Return the next `count` tokens, uint16. UserError if whole_docs and no shard holds that many."""
         parts, missing, opened = [], count, 0
         while missing:
             left = len(self.tokens) - self.position
             if left < (missing if self.whole_docs else 1):
                 self.open_next()
                 opened += 1
+                # All shards were opened without an answer: the next round would find nothing either.
                 if opened > len(self.paths) and self.whole_docs:
                     raise UserError(
                         f"{self.paths[0].parent}: no training shard holds the {count} tokens of one step; lower "
@@ -1186,20 +1227,20 @@ class ShardWalker:
 
 
 class ShuffledSequences:
-    """Sequences of `length` + 1 tokens of some pieces of the training text, each once, shuffled; then anew. Published
-    order (PR 1895): every piece gets a random phase and permutation, which is dealt from its end; the next sequence is
-    of a random piece, by how many each has left.
+    """Deals sequences of `length` + 1 tokens from pieces of text: each once in random order, then shuffles again.
+
+    Published order (PR 1895): every piece gets a random phase and a random permutation of its sequences, which is dealt
+    from its end. The next sequence comes from a random piece, weighted by how many sequences each has left.
     """
 
     def __init__(self, pieces: list[np.ndarray], length: int, seed: int) -> None:
-        self.pieces, self.length = [piece for piece in pieces if len(piece) > length], length
-        self.rng, self.starts = (
-            np.random.Generator(np.random.PCG64(seed)),
-            [np.empty(0, np.int64)],
-        )
+        self.length = length
+        self.pieces = [piece for piece in pieces if len(piece) > length]
+        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.starts = [np.empty(0, np.int64)]  # of the sequences that each piece has left
 
     def shuffle(self) -> None:
-        """Draw the starts of every piece's sequences, the next one last."""
+        """Draw every piece's sequence starts; the last one is dealt first."""
         self.starts = []
         for piece in self.pieces:
             phase = int(self.rng.integers(min(self.length, len(piece) - self.length)))
@@ -1207,50 +1248,49 @@ class ShuffledSequences:
             self.starts.append(phase + self.length * self.rng.permutation(count))
 
     def next_sequence(self) -> np.ndarray:
-        """The next sequence, (length + 1,) uint16."""
-        left = np.array([len(starts) for starts in self.starts])
-        if not left.any():
+        """Return the next sequence, (length + 1,) uint16."""
+        if not any(map(len, self.starts)):
             self.shuffle()
-            left = np.array([len(starts) for starts in self.starts])
+        left = np.array([len(starts) for starts in self.starts])
+        # Weighted by what is left, all pieces run out at about the same time.
         i = int(self.rng.choice(len(left), p=left / left.sum()))
         start, self.starts[i] = self.starts[i][-1], self.starts[i][:-1]
         return self.pieces[i][start : start + self.length + 1]
 
 
 def walked_spans(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
-    """Of each step the spans of TRAIN_BATCH_TOKENS/BATCH_SLICES + 1 tokens of some slices, in the order of the text."""
+    """Yield, for each step, the given slices of the text in order: spans of TRAIN_BATCH_TOKENS/BATCH_SLICES + 1."""
     span = cfg.train_batch_tokens // cfg.batch_slices + 1
     walker = ShardWalker(list_shards(cfg.data_path, "train"), cfg.vocab_size, LOADERS[cfg.loader].documents)
     while True:
+        # Every rank reads the whole step and keeps its slices, so all ranks agree on where the next step begins.
         tokens = walker.next_tokens(cfg.batch_slices * span).reshape(cfg.batch_slices, span)
         yield [tokens[j] for j in slices]
 
 
 def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
-    """Of each step the rows (n, TRAIN_SEQ_LEN + 1) of some slices.
+    """Yield, for each step, rows (n, TRAIN_SEQ_LEN + 1) of the given slices.
 
-    Slice j deals the shards j, j + BATCH_SLICES, ... from a deck of its own: with 8 slices it is the published rank j.
-    Shards that are too few for that are cut into equal pieces, each of which ends with the next one's first token.
+    Slice j deals from shards j, j + BATCH_SLICES, ... alone; with 8 slices it is the published rank j. UserError if a
+    slice gets no sequence.
     """
-    length, shards = (
-        cfg.train_seq_len,
-        [read_shard(path) for path in list_shards(cfg.data_path, "train")],
-    )
-    pieces, cuts = [], -(-cfg.batch_slices // len(shards))
+    length, count = cfg.train_seq_len, cfg.batch_slices
+    shards = [read_shard(path) for path in list_shards(cfg.data_path, "train")]
+    # With fewer shards than slices, cut every shard into equal pieces. A piece ends with the first token of the next,
+    # which is the target of its last token.
+    pieces, cuts = [], -(-count // len(shards))
     for shard in shards:
         edges = [(len(shard) - 1) * i // cuts for i in range(cuts + 1)]
         pieces += [shard[max(a, 0) : b + 1] for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    decks = [ShuffledSequences(pieces[j :: cfg.batch_slices], length, j) for j in range(cfg.batch_slices)]
-    if not all(deck.pieces for deck in decks):
+    dealers = [ShuffledSequences(pieces[j::count], length, j) for j in range(count)]
+    if not all(dealer.pieces for dealer in dealers):
         raise UserError(
-            f"DATA_PATH={cfg.data_path}: {len(shards)} training shards do not give each of BATCH_SLICES="
-            f"{cfg.batch_slices} a sequence of TRAIN_SEQ_LEN={length}; lower one of these, or prepare more text"
+            f"DATA_PATH={cfg.data_path}: {len(shards)} training shards do not give each of BATCH_SLICES={count} a "
+            f"sequence of TRAIN_SEQ_LEN={length}; lower one of these, or prepare more text"
         )
+    rows = range(cfg.train_batch_tokens // count // length)
     while True:
-        batches = [
-            np.stack([deck.next_sequence() for _ in range(cfg.train_batch_tokens // cfg.batch_slices // length)])
-            for deck in (decks[j] for j in slices)
-        ]
+        batches = [np.stack([dealers[j].next_sequence() for _ in rows]) for j in slices]
         check_ids(np.concatenate(batches), cfg.vocab_size, f"DATA_PATH={cfg.data_path}")
         yield batches
 
@@ -1258,29 +1298,30 @@ def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
 def rows_batch(rows: np.ndarray, seq_len: int) -> Batch:
     """Rows of seq_len + 1 tokens as they are; attention runs across documents."""
     tokens = torch.from_numpy(rows.astype(np.int64))
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+    ids, targets = tokens[:, :-1], tokens[:, 1:]
+    return Batch(ids.contiguous(), targets.contiguous(), None)
 
 
 def packed_docs_batch(span: np.ndarray, seq_len: int) -> Batch:
-    """One row of all tokens; attention stays inside documents, and inside pieces of seq_len of a document."""
-    ids = span[:-1]
-    bounds = segment_bounds(np.flatnonzero(ids == BOS_ID), len(ids), seq_len)
-    return Batch(as_row(ids), as_row(span[1:]), torch.from_numpy(pad_bounds(bounds)))
+    """One row of all tokens; attention stays inside a document and inside pieces of seq_len tokens."""
+    starts = np.flatnonzero(span[:-1] == BOS_ID)
+    bounds = segment_bounds(starts, len(span) - 1, seq_len)
+    row = rows_batch(span[None], seq_len)
+    return row._replace(cu_seqlens=torch.from_numpy(pad_bounds(bounds)))
 
 
 def stream_batch(span: np.ndarray, seq_len: int) -> Batch:
     """Contiguous rows of seq_len tokens; attention runs across documents."""
-    return Batch(as_row(span[:-1]).view(-1, seq_len), as_row(span[1:]).view(-1, seq_len), None)
-
-
-def as_row(tokens: np.ndarray) -> Tensor:
-    """uint16 (N,) -> int64 (1, N)."""
-    return torch.from_numpy(tokens.astype(np.int64))[None]
+    row = rows_batch(span[None], seq_len)
+    return row.apply(lambda t: t.view(-1, seq_len))
 
 
 class Loader(NamedTuple):
-    """A way to cut the training text: each step's tokens of some slices, a micro-batch of those of one slice, and
-    whether documents bound attention."""
+    """A way to cut the training text.
+
+    tokens yields each step's tokens for some slices; batch makes the micro-batch of one slice; documents says whether
+    attention stops at document borders.
+    """
 
     tokens: Callable[[Config, range], Iterator[list[np.ndarray]]]
     batch: Callable[[np.ndarray, int], Batch]
@@ -1295,38 +1336,27 @@ LOADERS = {
 
 
 def train_batches(cfg: Config, runtime: Runtime) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each optimiser step, for ever, prepared two steps ahead by a thread.
-
-    A step has BATCH_SLICES slices; slice j goes to rank j mod world, so that every world size sees the same tokens per
-    step in the same order.
-    """
+    """Yield this rank's micro-batches for each optimiser step, without end; a thread prepares two steps ahead."""
+    # Slice j goes to rank j mod world, so every world size sees the same tokens per step.
     loader, mine = LOADERS[cfg.loader], range(runtime.rank, cfg.batch_slices, runtime.world)
 
     def steps() -> Iterator[list[Batch]]:
         for parts in loader.tokens(cfg, mine):
             batches = [loader.batch(tokens, cfg.train_seq_len) for tokens in parts]
-            yield [pin(b) for b in batches] if runtime.device.type == "cuda" else batches
+            yield [b.apply(Tensor.pin_memory) for b in batches] if runtime.device.type == "cuda" else batches
 
     return prefetch(steps(), depth=2)
 
 
-def pin(batch: Batch) -> Batch:
-    """The batch in page-locked memory."""
-    return Batch(*(None if t is None else t.pin_memory() for t in batch))
-
-
 def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
-    """Items of an endless source, made by a daemon thread; its exception is raised at the consumer.
-
-    The thread has ended when the consumer's generator is closed: left alone, it may be inside torch when the program
-    exits, which aborts.
-    """
+    """Yield the items of an endless iterator, made ahead by a daemon thread; its exceptions are raised here."""
     ready: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()
 
     def put(item: Any) -> None:
         while not stop.is_set():
             try:
+                # The timeout lets the thread notice `stop` while the queue is full.
                 return ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
@@ -1335,7 +1365,7 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
         try:
             while not stop.is_set():
                 put(next(source))
-        except Exception as error:  # whatever it is: a consumer must not wait for ever
+        except Exception as error:  # any kind: the consumer must not wait for ever
             put(error)
 
     worker = threading.Thread(target=work, daemon=True)
@@ -1347,38 +1377,46 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
                 raise item
             yield item
     finally:
+        # Join: a thread that is still inside torch when the program exits aborts the process.
         stop.set()
         worker.join()
 
 
 def calibration_rows(cfg: Config, index: int) -> np.ndarray:
-    """Calibration batch `index`: random training windows, (rows, TRAIN_SEQ_LEN) int64, whatever the world."""
+    """Return calibration batch `index`: random training windows, (rows, TRAIN_SEQ_LEN) int64, for any world size."""
+    # Seeded by the index alone, so the rows do not depend on which rank draws them.
     rng = np.random.Generator(np.random.PCG64(index))
     shards = [read_shard(path) for path in list_shards(cfg.data_path, "train")]
-    room = np.array([max(0, len(s) - cfg.train_seq_len) for s in shards], dtype=np.float64)
+    length = cfg.train_seq_len
+    room = np.array([max(0, len(s) - length) for s in shards], dtype=np.float64)
     if not room.any():
-        raise UserError(f"DATA_PATH={cfg.data_path}: no training shard holds TRAIN_SEQ_LEN={cfg.train_seq_len} tokens")
-    rows = cfg.train_batch_tokens // cfg.batch_slices // cfg.train_seq_len
+        raise UserError(f"DATA_PATH={cfg.data_path}: no training shard holds TRAIN_SEQ_LEN={length} tokens")
+    rows = cfg.train_batch_tokens // cfg.batch_slices // length
+    # A shard is picked in proportion to its possible windows, so every window is equally likely.
     picks = rng.choice(len(shards), size=rows, p=room / room.sum())
     starts = [int(rng.integers(0, int(room[i]))) for i in picks]
-    return np.stack([shards[i][s : s + cfg.train_seq_len] for i, s in zip(picks, starts, strict=True)]).astype(np.int64)
+    windows = [shards[i][s : s + length] for i, s in zip(picks, starts, strict=True)]
+    return np.stack(windows).astype(np.int64)
 
 
 class ByteTable(NamedTuple):
-    """Bytes that a token stands for, by id: own bytes, a leading space, and whether nothing precedes (control ids)."""
+    """What each token id adds to the text, by id (V,): its bytes without a leading space (int32), whether it has a
+    leading space, and whether it is a boundary (a control id)."""
 
     bytes: np.ndarray
     space: np.ndarray
     boundary: np.ndarray
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes credited to each token as a target, int32; a leading space counts unless a control id precedes."""
-        previous_is_boundary = np.concatenate(([True], self.boundary[tokens[:-1]]))
-        return self.bytes[tokens] + (self.space[tokens] & ~previous_is_boundary)
+        """Return the bytes credited to each token of a stream as a target, int32."""
+        # The decoder drops a leading space at the start of a text, so it counts only if no control id precedes it.
+        after_boundary = np.concatenate(([True], self.boundary[tokens[:-1]]))
+        spaces = self.space[tokens] & ~after_boundary
+        return self.bytes[tokens] + spaces
 
 
 def find_tokenizer(cfg: Config) -> Path | None:
-    """The SentencePiece model of a run, or None when DATA_PATH holds none; UserError when ambiguous or missing."""
+    """Return TOKENIZER_PATH, or the only *.model in DATA_PATH, or None. UserError if missing or ambiguous."""
     if cfg.tokenizer_path:
         if not Path(cfg.tokenizer_path).is_file():
             raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file")
@@ -1390,86 +1428,88 @@ def find_tokenizer(cfg: Config) -> Path | None:
 
 
 def byte_table(path: Path, vocab_size: int) -> ByteTable:
-    """Byte counts by id of a SentencePiece model: UTF-8 length without the leading U+2581, 1 for byte pieces, 0 for
-    control, unknown and unused ids (which are boundaries). UserError when the vocabulary is another one."""
+    """Count the bytes of every id of a SentencePiece model. UserError if its vocabulary has another size."""
     try:
         processor = spm.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: not a SentencePiece model ({error})") from None
     if processor.vocab_size() != vocab_size:
         raise UserError(f"{path}: the tokenizer has {processor.vocab_size()} pieces, VOCAB_SIZE={vocab_size}")
+    # Without this piece a single space would become <unk>, and its byte would be lost.
     if processor.piece_to_id("\u2581") == processor.unk_id():
         raise UserError(f"{path}: the tokenizer has no bare U+2581 piece, so bytes cannot be counted")
-    size = np.zeros(vocab_size, np.int32)
-    space, boundary = np.zeros(vocab_size, bool), np.zeros(vocab_size, bool)
+    table = ByteTable(np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool), np.zeros(vocab_size, bool))
     for i in range(vocab_size):
         if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
-            boundary[i] = True
+            table.boundary[i] = True
         elif processor.is_byte(i):
-            size[i] = 1
+            table.bytes[i] = 1
         else:
+            # U+2581 stands for a space.
             piece = processor.id_to_piece(i)
-            space[i] = piece.startswith("\u2581")
-            size[i] = len(piece.removeprefix("\u2581").encode("utf-8"))
-    return ByteTable(size, space, boundary)
+            table.space[i] = piece.startswith("\u2581")
+            table.bytes[i] = len(piece.removeprefix("\u2581").encode("utf-8"))
+    return table
 
 
 class ValData(NamedTuple):
-    """The validation stream: tokens (N,) int64, and the bytes credited to each as a target (N,) int32."""
+    """The validation stream: tokens (N,) int64, and the bytes credited to each token as a target, (N,) int32."""
 
     tokens: np.ndarray
     bytes: np.ndarray
 
 
 def load_val(cfg: Config) -> ValData:
-    """Validation tokens with their bytes from the sidecar where there is one, else from the tokenizer.
+    """Load the validation tokens and their bytes: from the byte sidecar if there is one, else from the tokenizer.
 
-    Cut to a multiple of EVAL_SEQ_LEN targets (the canonical count) unless EVAL_INCLUDE_TAIL.
+    The stream is cut to a multiple of EVAL_SEQ_LEN targets, the canonical count, unless EVAL_INCLUDE_TAIL is set.
+    UserError if the stream is too short, or if shards, sidecars, tokenizer and VOCAB_SIZE do not fit together.
     """
-    shards, sidecars = (
-        list_shards(cfg.data_path, "val"),
-        list_shards(cfg.data_path, "val_bytes"),
-    )
+    where = f"DATA_PATH={cfg.data_path}"
+    shards, sidecars = list_shards(cfg.data_path, "val"), list_shards(cfg.data_path, "val_bytes")
     tokens = np.concatenate([read_shard(path) for path in shards]).astype(np.int64)
-    count = len(tokens) - 1 if cfg.eval_include_tail else (len(tokens) - 1) // cfg.eval_seq_len * cfg.eval_seq_len
+    count = len(tokens) - 1
+    if not cfg.eval_include_tail:
+        count -= count % cfg.eval_seq_len
     if count < 1:
         raise UserError(
-            f"DATA_PATH={cfg.data_path}: {len(tokens)} validation tokens are fewer than "
-            f"EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower EVAL_SEQ_LEN or prepare more --val-docs"
+            f"{where}: {len(tokens)} validation tokens are fewer than EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower "
+            "EVAL_SEQ_LEN or prepare more --val-docs"
         )
-    if tokens.max() >= cfg.vocab_size:
-        raise UserError(
-            f"DATA_PATH={cfg.data_path}: validation token id {tokens.max()} is outside "
-            f"VOCAB_SIZE={cfg.vocab_size}; the shards were made with another tokenizer"
-        )
+    check_ids(tokens, cfg.vocab_size, where)
+    # The tokenizer is checked against VOCAB_SIZE even where the sidecar has the bytes.
     tokenizer = find_tokenizer(cfg)
     table = byte_table(tokenizer, cfg.vocab_size) if tokenizer else None
     if sidecars:
-        sizes = [(len(read_shard(a)), len(read_shard(b))) for a, b in zip(shards, sidecars, strict=False)]
-        if len(shards) != len(sidecars) or any(a != b for a, b in sizes):
-            raise UserError(f"DATA_PATH={cfg.data_path}: the byte sidecars do not match the validation shards")
-        counted = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int32)
+        parts = [read_shard(path) for path in sidecars]
+        if list(map(len, parts)) != [len(read_shard(path)) for path in shards]:
+            raise UserError(f"{where}: the byte sidecars do not match the validation shards")
+        counted = np.concatenate(parts).astype(np.int32)
     elif table is not None:
         counted = table.count(tokens)
     else:
-        raise UserError(f"DATA_PATH={cfg.data_path} has neither a *.model nor a byte sidecar; set TOKENIZER_PATH")
+        raise UserError(f"{where} has neither a *.model nor a byte sidecar; set TOKENIZER_PATH")
     return ValData(tokens[: count + 1], counted[: count + 1])
 
 
 def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
-    """(start, length) of each document of a stream; the length includes the next document's BOS, the last target."""
+    """Return (start, length) of each document. The length includes the next document's BOS, which is a target too."""
     starts = np.flatnonzero(tokens == BOS_ID)
     if not len(starts):
         raise UserError("the validation stream has no document start (BOS); EVAL=doc_lora needs documents")
-    starts[0] = 0  # tokens before the first BOS belong to the first document: every target is scored
+    starts[0] = 0  # tokens before the first BOS join the first document, so every target is scored
+    # + 1: the last token of a document predicts the BOS of the next one.
     ends = np.append(starts[1:] + 1, len(tokens))
     return [(int(s), int(e - s)) for s, e in zip(starts, ends, strict=True)]
 
 
 def row_bounds(ids: np.ndarray) -> Tensor:
-    """Padded segment boundaries of rows (B, T): every row start and every document start, over B*T flattened tokens."""
-    starts = np.union1d(np.flatnonzero(ids.reshape(-1) == BOS_ID), np.arange(0, ids.size, ids.shape[1]))
-    return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, 0)))
+    """Return padded segment boundaries for rows (B, T) as B*T flat tokens: every row start and document start."""
+    documents = np.flatnonzero(ids.reshape(-1) == BOS_ID)
+    rows = np.arange(0, ids.size, ids.shape[1])
+    # The union counts a document start at a row start once; twice would make an empty segment.
+    bounds = segment_bounds(np.union1d(documents, rows), ids.size, 0)
+    return torch.from_numpy(pad_bounds(bounds))
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -2750,9 +2790,6 @@ class DeltaNet(nn.Module):
 MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
 
 
-LEAKY_SLOPE = 0.5  # of the MLP's LeakyReLU on the negative side
-
-
 class MLP(nn.Module):
     """down(LeakyReLU(up(m), slope)^2), by the fused kernel if the run has it and nobody listens at up or down."""
 
@@ -2761,7 +2798,7 @@ class MLP(nn.Module):
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.up = Linear("up", cfg.model_dim, hidden)
         self.down = Linear("down", hidden, cfg.model_dim)
-        self.slope, self.fused = LEAKY_SLOPE, kernels.mlp
+        self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
     def forward(
         self,
@@ -6167,12 +6204,8 @@ class Run:
         if "quantize" in cfg.stages:
             CODECS[cfg.compressor].require()  # before the training, not after it
         self.result: dict[str, Any] = {"preset": preset, "seed": cfg.seed, "stages": {}}
-        old = folder / "result.json"
-        if "train" not in cfg.stages and old.is_file():
-            try:
-                self.result |= json.loads(old.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{old} is damaged ({error}); delete it to resume without it") from None
+        if "train" not in cfg.stages:
+            self.result |= read_json(folder / "result.json")
         self.result["source_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     def model(self) -> GPT:
