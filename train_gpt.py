@@ -21,12 +21,14 @@ Nouns: Config, Runtime, Route, AttnMeta, taps, QuantRule, Codec, ByteMeter, Lear
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import copy
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import hashlib
 import inspect
 import io
@@ -3763,11 +3765,13 @@ def refined_plan(cfg: Config, state: Weights, hessians: Weights) -> Plan:
 def salient_groups(cfg: Config, plan: Plan, state: Weights, hessians: Weights) -> dict[str, list[int]]:
     """Name -> first columns of its groups among the AWQ_LITE_GROUP_TOP_K most salient ones of all tensors."""
     groups, chosen, size = [], {}, cfg.awq_lite_group_size
-    for name, p in weights_of(cfg).items():
-        eligible = plan[name].scheme in FINER and plan[name].bits < cfg.awq_lite_bits
-        if eligible and name in state.keys() & hessians.keys():
-            salience = column_salience(state[name], hessians[name], passes(cfg, p.layer))
-            groups += [(-part.sum().item(), name, i * size) for i, part in enumerate(salience.split(size))]
+    layers = {name: p.layer for name, p in weights_of(cfg).items()}
+    for name in layers.keys() & state.keys() & hessians.keys():
+        if plan[name].scheme not in FINER or plan[name].bits >= cfg.awq_lite_bits:
+            continue
+        salience = column_salience(state[name], hessians[name], passes(cfg, layers[name]))
+        for i, part in enumerate(salience.split(size)):
+            groups.append((-part.sum().item(), name, i * size))
     for _, name, start in sorted(groups)[: cfg.awq_lite_group_top_k]:
         chosen.setdefault(name, []).append(start)
     return chosen
@@ -3974,14 +3978,18 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits, percdamp: f
     order, Hinv, dead = inverse_factor(hessian, percdamp)
     W = torch.where(dead, 0.0, weight.float())[:, order].contiguous()
     scales = scale.expand_as(W).T[order]  # (cols, rows), in GPTQ's order
-    widths = bits.expand_as(W).T[order] if isinstance(bits, Tensor) else [bits] * len(order)
+    if isinstance(bits, int):
+        widths = [bits] * len(order)
+    else:
+        widths = bits.expand_as(W).T[order]
 
     def nearest_level(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
         """The nearest levels of a column, and their values."""
         levels = round_to_grid(column, scales[j], widths[j])
         return levels, levels * scales[j]
 
-    return gptq_columns(W, Hinv, blocksize, nearest_level)[:, torch.argsort(order)].to(torch.int8)
+    q = gptq_columns(W, Hinv, blocksize, nearest_level)
+    return q[:, torch.argsort(order)].to(torch.int8)
 
 
 # A trellis is a shift register (Ungerboeck 1982, codes for amplitude modulation). State s goes by branch b to state
@@ -4228,11 +4236,13 @@ class Grid(NamedTuple):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Packed integers and float16 scales."""
         half = 2 ** (self.bits - 1)
-        rows = F.pad(x.flatten(), (0, -x.numel() % self.group)).view(-1, self.group)
+        padding = -x.numel() % self.group
+        rows = F.pad(x.flatten(), (0, padding)).view(-1, self.group)
         # levels go from -half to half - 1; the largest magnitude lies half a level over the top one
         scale = storable(rows.abs().amax(dim=1) / (half - 0.5))
-        q = torch.clamp(torch.round(rows / scale.float()[:, None]), -half, half - 1)
-        return pack_bits(q.flatten()[: x.numel()] + half, self.bits), scale
+        q = torch.round(rows / scale.float()[:, None])
+        q = q.clamp(-half, half - 1).flatten()[: x.numel()]
+        return pack_bits(q + half, self.bits), scale
 
     def decode(self, packed: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
         """The float32 factor."""
@@ -4245,11 +4255,13 @@ def encode_lqer(error: Tensor, cfg: Config) -> Parts:
     """LQER (Zhang et al. 2024): the factors A (rows, r), B (r, cols) of the best rank-r fit to an error matrix."""
     U, S, Vh = torch.linalg.svd(error.float(), full_matrices=False)
     rank = min(cfg.lqer_rank, len(S))
-    A, B = U[:, :rank] * S[:rank], Vh[:rank]
+    A = U[:, :rank] * S[:rank]
+    B = Vh[:rank]
     # The grids are asymmetric, so the sign of a pair shows in the result, but the library's choice must not:
     # the largest entry of each row of B is made positive
     sign = B.gather(1, B.abs().argmax(dim=1, keepdim=True)).sign()
-    grid_a, grid_b = Grid(2, A.numel()), Grid(4, cfg.lqer_asym_group)  # as published
+    grid_a = Grid(2, A.numel())  # bits and groups as published
+    grid_b = Grid(4, cfg.lqer_asym_group)
     lqa, lqas = grid_a.encode(A * sign.T)
     lqb, lqbs = grid_b.encode(B * sign)
     layout = torch.tensor([rank, *grid_a, *grid_b], dtype=torch.int32)
@@ -4310,9 +4322,10 @@ def dequantize(stored: list[Stored]) -> Weights:
     return {tensor.name: tensor.decode() for tensor in stored}
 
 
-def deal_jobs(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def deal_jobs(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict]) -> dict[str, Any]:
     """The union of work(job) over all jobs, which the ranks take in turn."""
-    mine, done, started = jobs[runtime.rank :: runtime.world], {}, time.perf_counter()
+    started, done = time.perf_counter(), {}
+    mine = jobs[runtime.rank :: runtime.world]
     for count, job in enumerate(mine):
         done |= work(job)
         runtime.log.progress(what, count + 1, len(mine), started)
@@ -4330,10 +4343,11 @@ def quantisation_jobs(plan: Plan, state: Weights, world: int) -> list[list[str]]
     A scheme that encodes a batch gets its matrices of equal width at once, split evenly over `world` ranks.
     """
     groups: dict[Any, list[str]] = {}
-    for name in sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n)):
+    costs = {name: w.numel() * w.size(-1) for name, w in state.items()}
+    for name in sorted(state, key=lambda name: (-costs[name], name)):
         scheme = plan[name].scheme
-        in_batches = SCHEMES[scheme].batch_encoder is not None
-        groups.setdefault((scheme, state[name].size(-1)) if in_batches else name, []).append(name)
+        group = name if SCHEMES[scheme].batch_encoder is None else (scheme, state[name].size(-1))
+        groups.setdefault(group, []).append(name)
     shares = [names[rank::world] for names in groups.values() for rank in range(world)]
     return [names for names in shares if names]
 
@@ -4416,10 +4430,8 @@ def sort_hidden(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights
 
 def hadamard(size: int) -> Tensor:
     """Sylvester's orthogonal matrix of a power of two, symmetric, float64."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
-    return matrix / math.sqrt(size)
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    return functools.reduce(torch.kron, [two] * int(math.log2(size)), torch.ones(1, 1)) / math.sqrt(size)
 
 
 def rotate_values(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
@@ -6298,7 +6310,8 @@ class Run:
         stored = quantize(cfg, runtime, *reparametrize(cfg, runtime, state, hessians))
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
-            self.log("\n".join(["stored tensors:", *explain_stored(cfg, stored)]))
+            counts = collections.Counter(tensor.encoding() for tensor in stored)
+            self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
             started = time.perf_counter()
             save_artifact(self.folder / "model.bin", stored, cfg.compressor)
         runtime.barrier()
@@ -6358,36 +6371,21 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
 
 def explain_plan(cfg: Config, plan: Plan) -> list[str]:
     """A line for each rule: the roles that are stored so, tensors, bytes. UserError for an override without effect."""
-    tensors = weights_of(cfg)
+    tensors, rules = weights_of(cfg), {}
     matrices = [name for name, p in tensors.items() if ROLES[p.role].store == "matrix"]
     for word, _ in bits_overrides(cfg):
         matrices, before = [name for name in matrices if not fits(name, word)], matrices
         if len(matrices) == len(before):
             raise UserError(f"MATRIX_BITS_OVERRIDES={word} is in no name of a matrix (or of none that is left for it)")
-    rows = []
     for name, rule in plan.items():
-        p = tensors[name]
-        size = p.numel() * rule.bits / 8 + (2 * p.size(0) if rule.clip else 0)
-        rows.append((f"{rule.scheme:14} {rule.bits:2} bits  clip {rule.clip:5.2f}", p.role, size))
-    return storage_lines(rows)
-
-
-def explain_stored(cfg: Config, stored: list[Stored]) -> list[str]:
-    """A line for each encoding and number of bits, with the bytes that the coder gets."""
-    plan, rows = quant_plan(cfg), []
-    for tensor in stored:
-        size = sum(part.nbytes for part in tensor.parts.values())
-        rows.append((f"{tensor.encoding():14} {plan[tensor.name].bits:2} bits", tensor.role, size))
-    return storage_lines(rows)
-
-
-def storage_lines(rows: list[tuple[str, str, float]]) -> list[str]:
-    """A line for each encoding: tensors, bytes, roles. rows: encoding, role and bytes of each tensor."""
+        rules.setdefault(rule, []).append(tensors[name])
     lines = []
-    for encoding in dict.fromkeys(row[0] for row in rows):
-        _, roles, sizes = zip(*(row for row in rows if row[0] == encoding), strict=True)
-        count, names = len(roles), " ".join(dict.fromkeys(roles))
-        lines.append(f"  {encoding:35} {count:3} tensors {sum(sizes):>12,.0f} bytes before entropy coding: {names}")
+    for rule, params in rules.items():
+        size = sum(p.numel() * rule.bits / 8 + (2 * p.size(0) if rule.clip else 0) for p in params)
+        lines.append(
+            f"  {rule.scheme:14} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(params):3} tensors "
+            f"{size:>12,.0f} bytes before entropy coding: {' '.join(dict.fromkeys(p.role for p in params))}"
+        )
     return lines
 
 

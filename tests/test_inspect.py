@@ -246,15 +246,8 @@ def test_a_run_is_inspected_against_its_own_weights(
     knobs = {"REPAIR": "lqer", "AWQ_LITE_ENABLED": 1, "AWQ_LITE_GROUP_SIZE": 8, "GATED_ATTN_QUANT_GATE": 1}
     done = run_gpt(**knobs, ITERATIONS=3, WARMUP_STEPS=0, EVAL="plain")
     assert done.returncode == 0, done.stderr
-    plan = done.stdout.rpartition("stored tensors:\n")[2]
-    for words in (
-        "  awq_lite        6 bits",
-        "  gptq+lqer",
-        "  int8_row        8 bits",
-        " 5 tensors ",
-        " bytes before entropy ",
-    ):
-        assert words in plan, words
+    counts = done.stdout.rpartition("stored tensors: ")[2].splitlines()[0].split(", ")
+    assert {"1 awq_lite", "3 gptq+lqer", "5 int8_row"} <= set(counts), counts
 
     folder = tmp_path / "run"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -535,7 +535,7 @@ def test_two_processes_round_and_average_as_one(
         assert done.returncode == 0, done.stderr
         assert "ste on from step" in done.stdout and "weights: ema+swa" in done.stdout
         assert "SWA: 4 snapshots" in done.stdout
-        plan = done.stdout.rpartition("stored tensors:\n")[2]
+        plan = done.stdout.rpartition("quantisation plan:\n")[2]
         assert re.search(r"^  gptq_lite .*\bq\b", plan, re.MULTILINE), plan
         assert re.search(r"^  row_quantile .*\bhash_table\b", plan, re.MULTILINE), plan
         states.append(torch.load(folder / "model.pt", weights_only=True)["model"])
