@@ -744,7 +744,7 @@ def shrink(record: Path, source: Path, room: Path, given: Path | None) -> Candid
     own = {"DATA_PATH": str(found.data), "VOCAB_SIZE": str(vocab_size)}
     found.cfg = toy_config(program, values, **own)
     try:
-        program.CODECS[found.cfg.compressor].need()
+        program.CODECS[found.cfg.compressor].require()
     except program.UserError as error:
         found.notes.append(f"COMPRESSOR=brotli in place of {found.cfg.compressor}: {error}")
         found.cfg = toy_config(program, values, **own, COMPRESSOR="brotli")
