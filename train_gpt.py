@@ -50,7 +50,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -436,12 +436,16 @@ class Config:
     ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", ">= 0", "EVAL=doc_lora|phased_lora")
     ttt_beta1: float = knob(0.0, "AdamW beta1", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
     ttt_beta2: float = knob(0.99, "AdamW beta2", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
-    ttt_k_lora: bool = knob(True, "adapters on keys", "", "EVAL=doc_lora|phased_lora")
-    ttt_o_lora: bool = knob(True, "adapters across the attention sublayer", "", "EVAL=doc_lora|phased_lora")
-    ttt_mlp_lora: bool = knob(True, "adapters across the MLP sublayer", "", "EVAL=doc_lora|phased_lora")
+    ttt_lora_sites: tuple[str, ...] = knob(
+        ("q", "k", "v", "attn", "mlp", "head"),
+        "where adapters act; attn, mlp: across the sublayer; any of q, k, v: the joint projection of a delta layer",
+        "q|k|v|attn|mlp|head",
+        "EVAL=doc_lora|phased_lora",
+    )
     ttt_warm_start_a: bool = knob(
         False,
-        "keep each batch slot's A from its document before (the score then depends on the ranks)",
+        "keep each batch row's A from its document before, as published; the score then depends on TTT_BATCH_SIZE and "
+        "on the ranks",
         "",
         "EVAL=doc_lora|phased_lora",
     )
@@ -453,18 +457,6 @@ class Config:
         "plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in reach)",
         "recompute|carry",
         "EVAL=doc_lora|phased_lora",
-    )
-    ttt_carry_recompute: int = knob(
-        0,
-        "tokens before a chunk, whole chunks of them, that run again with gradient",
-        ">= 0",
-        "TTT_CONTEXT=carry",
-    )
-    ttt_carry_refresh: int = knob(
-        0,
-        "chunks after which what is kept is made anew, without gradient; 0: never",
-        ">= 0",
-        "TTT_CONTEXT=carry",
     )
     phased_ttt_prefix_docs: int = knob(
         2000,
@@ -676,6 +668,10 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "COMPRESSOR=rans",
     ),
     (
+        lambda c: not c.ttt_lora_sites,
+        "TTT_LORA_SITES is empty; to adapt nothing say TTT_LORA_LR=0",
+    ),
+    (
         lambda c: not c.ttt_trainable,
         "TTT_TRAINABLE is empty; to train nothing at test time, say TTT_EPOCHS=0",
     ),
@@ -704,6 +700,9 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "SLOT_ENABLED": "EVAL=slot (as published: with SLOT_CAUSAL=0 and ALLOW_NONCAUSAL=1)",
     "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
     "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
+    "TTT_K_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without k: 0)",
+    "TTT_O_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without attn: 0)",
+    "TTT_MLP_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without mlp: 0)",
     "FULL_ATTENTION_START": "MIXERS (published: G*2 A*8 G)",
     "FULL_ATTENTION_END": "MIXERS (published: G*2 A*8 G)",
     "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER and PARALLEL_LANES=1",
@@ -1078,11 +1077,9 @@ def load_saved(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({reason}); run the stage before again") from None
 
 
-def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Callable:
-    """Return the function compiled as one graph if this run compiles, else the function itself."""
-    if not runtime.compile:
-        return function
-    return torch.compile(function, fullgraph=True, dynamic=dynamic)
+def compiled(runtime: Runtime, function: Callable) -> Callable:
+    """Return the function compiled as one graph if this run compiles, else the function itself; see mark_dynamic."""
+    return torch.compile(function, fullgraph=True, dynamic=False) if runtime.compile else function
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1620,7 +1617,11 @@ class AttnMeta(NamedTuple):
     sin: Tensor
     mask: Tensor | None  # segment_mask, for masked_attention
     starts: Tensor | None = None  # (B, T) bool, for recurrent mixers: tokens before which the state is cleared
-    carry: KVCache | None = None  # keys and values of the documents' earlier parts
+    kv_cache: KVCache | None = None  # keys and values of the documents' earlier parts
+
+    def at(self, execution: int) -> AttnMeta:
+        """The meta of one execution: its cache is that execution's."""
+        return self if self.kv_cache is None else self._replace(kv_cache=self.kv_cache._replace(execution=execution))
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttnMeta, Tensor | None], Tensor]
@@ -1704,33 +1705,32 @@ def masked_attention(
 
 
 class KVCache(NamedTuple):
-    """What a forward pass over parts of documents has of the parts before; its ids begin with GPT.reach earlier tokens.
+    """Keys and values of earlier tokens, for rows that continue their documents.
 
-    first: (B, 1, 1) bool, rows that begin with their document, before which nothing counts. cache: (slots, 2, B, C, K,
-    d), keys and values of earlier tokens, or None; mask: (B, 1, H/K * T, C + T), what is added to the scores, its own
-    tokens last. cells: (B, n) columns that the head gets; None: all. new: what the slots leave, in turn: k, v, k, ...
+    first: (B, 1, 1) bool, rows that begin a document: nothing before them counts, neither tokens nor cache.
+    positions: (B, T), of the rows' tokens in their documents.
+    cached: (executions, 2, B, C, K, d), keys and values of earlier tokens.
+    mask: (B, 1, H/K * T, C + T), added to the scores; the rows' own tokens are the last T columns.
+    new: what each execution leaves, (2, B, T, K, d); attend fills it in.
+    The ids of such a forward begin with the GPT.reach tokens before the row, for embeddings that look back.
     """
 
     first: Tensor
-    cache: Tensor | None
-    mask: Tensor | None
-    cells: Tensor | None
-    new: list[Tensor]
+    positions: Tensor
+    cached: Tensor
+    mask: Tensor
+    new: dict[int, Tensor]
+    execution: int = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-        """An Attend for the slot whose turn it is. The queries of a key/value group lie side by side: a GPU's tiles
-        are fuller, and no key is copied for them. The cache itself is copied, so it may be written before a backward.
-
-        Queries are the last of the keys (bottom-right alignment). Flash attention with seqused_k would read only the
-        columns in use; a mask reads all of a bucket and is exact everywhere.
-        """
-        execution = len(self.new) // 2
-        self.new.extend((k.detach(), v.detach()))
-        if self.cache is None:
-            return causal_attention(q, k, v, meta)
+        """Attention over the cached and the row's own keys. Shapes as masked_attention; there are no sinks here."""
+        self.new[self.execution] = torch.stack((k.detach(), v.detach()))
+        # cat copies the cache, so that it may be written before the backward
         k, v = (
-            torch.cat((old, x), dim=1).transpose(1, 2) for old, x in zip(self.cache[execution], (k, v), strict=True)
+            torch.cat((old, x), dim=1).transpose(1, 2)
+            for old, x in zip(self.cached[self.execution], (k, v), strict=True)
         )
+        # the queries of a key/value group lie side by side: a GPU's tiles are fuller, and no key is repeated for them
         rows = q.unflatten(2, (k.size(1), -1)).permute(0, 2, 3, 1, 4)  # (B, K, H/K, T, d)
         y = F.scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=self.mask)
         return y.view(rows.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)
@@ -2736,7 +2736,7 @@ class Attention(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, raw_v))
         q, k = (rotate(rms_norm(x), meta.cos, meta.sin) for x in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
-        attend = self.attend if meta.carry is None else meta.carry.attend
+        attend = self.attend if meta.kv_cache is None else meta.kv_cache.attend
         y = attend(q, k, v, meta, self.sink)
         if self.xsa:
             y = remove_self_value(y, v)
@@ -3022,14 +3022,18 @@ class GPT(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_len: int = 0,
         rows: int = 1,
+        kv_cache: KVCache | None = None,
     ) -> AttnMeta:
-        """The Seq of rows of `length` tokens; cu: boundaries over the rows * length flattened tokens, row starts in it;
-        max_len: no segment is longer (0: not known)."""
+        """The AttnMeta of rows of `length` tokens; cu_seqlens: boundaries over the rows * length flattened tokens, row
+        starts in it; max_len: no segment is longer (0: not known). With a cache, rows continue their documents."""
         total, mask = rows * length, None
         if cu_seqlens is not None and self.masked:
             mask = segment_mask(cu_seqlens, total, max_len if max_len > 0 and total % max_len == 0 else total)
         dims, base, reference = self.rope
         stretched = stretched_base(base, dims, max_len or length, reference)
+        if kv_cache is not None:
+            cos, sin = rotary_at(kv_cache.positions, dims, stretched, max_len)
+            return AttnMeta(None, max_len, cos, sin, None, kv_cache=kv_cache)
         rotary = self.rotary if stretched == base else rotary_tables  # published: a stretched table is float32
         cos, sin = rotary(
             length if cu_seqlens is None or not self.anchored else total,
@@ -3042,12 +3046,6 @@ class GPT(nn.Module):
             position = (token - cu_seqlens[segments(cu_seqlens, total) - 1]).view(rows, length)
             cos, sin = cos[position], sin[position]
         return AttnMeta(cu_seqlens, max_len, cos, sin, mask)
-
-    def plan_carry(self, at: Tensor, max_len: int, carry: KVCache) -> AttnMeta:
-        """The Seq of rows that are parts of documents, their tokens at positions `at` (B, T) of them."""
-        dims, base, reference = self.rope
-        base = stretched_base(base, dims, max_len, reference)
-        return AttnMeta(None, max_len, *rotary_at(at, dims, base, max_len), None, carry=carry)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, D): the embedding and its extras, normed, then the extras that act after the norm."""
@@ -3065,26 +3063,25 @@ class GPT(nn.Module):
         if self.first_id is not None:
             meta = meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
         x = self.embed(ids)
-        if meta.carry is not None:
+        if meta.kv_cache is not None:  # cut off what embeddings looked back at; a document's start looks at nothing
             ids = ids[:, self.reach :]
-            x = torch.where(meta.carry.first, self.embed(ids), x[:, self.reach :])
+            x = torch.where(meta.kv_cache.first, self.embed(ids), x[:, self.reach :])
         x0 = x
         values = ValueContext(None, None) if self.value_embed is None else self.value_embed(ids, self.dtype)
         lanes, outputs, route = (x,), [], self.route
         for execution, layer in enumerate(route.layers):
             lane0, block, tap = lanes[0], self.blocks[layer], LayerTap(taps, execution, layer)
+            here = meta.at(execution)
             row, source = route.skip_row[execution], route.skip_source[execution]
             if row >= 0:
                 lane0 = self.skips(lane0, outputs[source], row)
             if route.parallel[execution]:
                 pair = (lane0, lanes[-1])
-                lanes = self.lanes(pair, block.branches(*pair, x0, meta, tap, values), layer)
+                lanes = self.lanes(pair, block.branches(*pair, x0, here, tap, values), layer)
             else:
-                lanes = (block(lane0, x0, meta, tap, values, route.parallel_block[execution]),)
+                lanes = (block(lane0, x0, here, tap, values, route.parallel_block[execution]),)
             outputs.append(lanes[0])
         x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
-        if meta.carry is not None and meta.carry.cells is not None:
-            x = x.gather(1, meta.carry.cells.unsqueeze(-1).expand(-1, -1, x.size(-1)))
         return rms_norm(x)
 
     def forward(
@@ -5033,15 +5030,16 @@ class Score(NamedTuple):
     legal: bool
 
 
-class Unit(NamedTuple):
-    """What is scored in one forward, and what may then be learnt from.
+class Cells(NamedTuple):
+    """What is scored in one forward.
 
-    ids and targets (B, T) int64; the target in cell (row, col) stands at origin[row] + col of the validation stream;
-    rows, cols: the scored cells; bounds: attention segments or None. learn_rows: rows whose cells learn_cols may be
-    learnt once they are scored. docs, fresh: for adapters per document, which document a row is, and whether it begins.
-    cells: of the B*T flattened ones, those that need the head, the scored ones first; None: all. fit: those whose
-    targets the score itself is fitted on. span: stream positions of targets that all ranks then learn together.
-    begin: for rows that go on where they were (docs of -1 are idle), tokens of their documents before them.
+    ids, targets: (B, T) int64; the target in cell (row, col) is token origin[row] + col of the validation stream.
+    rows, cols: the cells that are scored.
+    cu_seqlens: attention segments over the B*T cells; None: rows are the segments.
+    documents, begin: where rows adapt to documents, which one each row holds (-1: the row is idle), and how many of its
+    targets come before the scored ones.
+    learns: whether a lesson on these cells follows, so that the forward must keep what a backward needs.
+    fit: flattened cells whose targets the score itself is fitted on.
     """
 
     ids: np.ndarray
@@ -5049,29 +5047,54 @@ class Unit(NamedTuple):
     origin: np.ndarray
     rows: np.ndarray
     cols: np.ndarray
-    bounds: Tensor | None = None
-    learn_rows: np.ndarray = np.empty(0, np.int64)
-    learn_cols: slice = slice(0)
-    docs: tuple[int, ...] = ()
-    fresh: bool = False
-    cells: np.ndarray | None = None
-    fit: np.ndarray = np.empty(0, np.int64)
-    span: range = range(0)
-    begin: np.ndarray = np.empty(0, np.int64)
+    cu_seqlens: Tensor | None = None
+    documents: np.ndarray | None = None
+    begin: np.ndarray | None = None
+    learns: bool = False
+    fit: np.ndarray | None = None
 
     def scored(self) -> np.ndarray:
         """Stream positions of the scored targets."""
         return self.origin[self.rows] + self.cols
 
-    def learnt(self) -> np.ndarray:
-        """Stream positions of the targets that learning would read."""
-        cols = np.arange(self.learn_cols.start or 0, self.learn_cols.stop)
-        return (self.origin[self.learn_rows][:, None] + cols).reshape(-1)
-
     def fitted(self) -> np.ndarray:
-        """Stream positions of the targets that scoring reads beside the context."""
-        width = max(1, self.ids.shape[1])
-        return self.origin[self.fit // width] + self.fit % width
+        """Stream positions of the targets that the score is fitted on."""
+        row, col = np.divmod(self.fit, self.ids.shape[1])
+        return self.origin[row] + col
+
+
+class Lesson(NamedTuple):
+    """What may be learnt from the cells just scored: the targets of some rows in some columns, by this rank alone."""
+
+    rows: np.ndarray
+    cols: slice
+    shared = False
+
+    def targets(self, cells: Cells) -> np.ndarray:
+        """Stream positions of the targets that are learnt."""
+        return (cells.origin[self.rows, None] + np.arange(self.cols.start, self.cols.stop)).reshape(-1)
+
+
+class SharedLesson(NamedTuple):
+    """What all ranks learn together: ranges of stream positions, whichever rank has scored them."""
+
+    spans: tuple[range, ...]
+    shared = True
+
+    def targets(self, cells: None = None) -> np.ndarray:
+        """Stream positions of the targets that are learnt."""
+        return np.concatenate([np.arange(span.start, span.stop) for span in self.spans])
+
+    def tokens(self) -> np.ndarray:
+        """Stream positions of what is read: each span's targets, and the token before them."""
+        return np.concatenate([np.arange(span.start - 1, span.stop) for span in self.spans])
+
+
+class Step(NamedTuple):
+    """What happens next in an evaluation: cells are scored, then a lesson is learnt; either may be missing."""
+
+    cells: Cells | None
+    lesson: Lesson | SharedLesson | None = None
 
 
 class LegalityError(AssertionError):
@@ -5089,14 +5112,14 @@ class Ledger:
         self.count[0] = 1  # the first token of the stream is never a target
         self.noncausal, self.legal = noncausal, True
 
-    def admit(self, unit: Unit) -> None:
-        """Check that a unit's scores are fitted only on targets before all that it scores: windows are scored in the
-        order of the stream, so those are scored already. Where noncausal scores are allowed, note that this is one."""
-        fitted = unit.fitted()
-        if len(fitted) and fitted.max() >= unit.scored().min():
-            if not self.noncausal:
-                raise LegalityError("a score is fitted on a target that it scores, or on a later one")
-            self.legal = False
+    def admit(self, cells: Cells) -> None:
+        """Check that a score is fitted only on targets before all that it scores."""
+        # windows are scored in the order of the stream, so what comes before them is scored already
+        if cells.fit is None or not len(cells.fit) or cells.fitted().max() < cells.scored().min():
+            return
+        if not self.noncausal:
+            raise LegalityError("a score is fitted on a target that it scores, or on a later one")
+        self.legal = False
 
     def claim(self, positions: np.ndarray) -> None:
         """Mark targets as scored."""
@@ -5113,7 +5136,7 @@ class Ledger:
         """Check that some rank has scored each target; every rank calls this."""
         counts = runtime.sum_(torch.from_numpy(self.count[positions].astype(np.int32)))
         if not bool((counts > 0).all()):
-            raise LegalityError("a global update would read a target that no rank has scored yet")
+            raise LegalityError("a shared lesson would read a target that no rank has scored yet")
 
     def close(self, runtime: Runtime) -> None:
         """Check over all ranks that every target has been scored exactly once."""
@@ -5133,11 +5156,11 @@ class ByteMeter:
         self.loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
         self.tokens, self.bytes, self.started = 0, 0, time.perf_counter()
 
-    def add(self, unit: Unit, nll: Tensor) -> None:
-        """Count a unit's scored cells of nll (B, T)."""
-        positions = unit.scored()
+    def add(self, cells: Cells, nll: Tensor) -> None:
+        """Count the scored cells of nll (B, T)."""
+        positions = cells.scored()
         self.ledger.claim(positions)
-        rows, cols = (torch.from_numpy(a).to(nll.device, non_blocking=True) for a in (unit.rows, unit.cols))
+        rows, cols = (torch.from_numpy(a).to(nll.device, non_blocking=True) for a in (cells.rows, cells.cols))
         self.loss += nll.detach()[rows, cols].double().sum()
         self.tokens += len(positions)
         self.bytes += int(self.val.bytes[positions].sum())
@@ -5156,91 +5179,106 @@ class ByteMeter:
 
 
 class Learner(Protocol):
-    """What test-time training does: score with the state before the unit, learn from it once scored, end."""
+    """What test-time training does with cells. It is made, and compiles, before the clock of the evaluation runs."""
 
-    def score(self, unit: Unit) -> Tensor:
-        """(B, T) nats, of the scored cells at least."""
+    def score(self, cells: Cells) -> Tensor:
+        """(B, T) nats, at least of the scored cells, from what was learnt before; asking twice changes nothing."""
 
-    def learn(self, unit: Unit, nll: Tensor) -> None:
-        """Adapt on the unit's learn cells and span; nll is what score returned."""
-
-    def after(self) -> None:
-        """The last unit is done."""
+    def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
+        """Learn from what is scored; cells, and nll as score returned it, are those of the same step."""
 
 
-def score_first(units: Iterable[Unit], learner: Learner, meter: ByteMeter) -> None:
-    """The only loop that may adapt a model: a unit is scored, in the ledger, before anything learns from it."""
-    for unit in units:
-        meter.ledger.admit(unit)
-        nll = learner.score(unit)
-        meter.add(unit, nll)
-        meter.ledger.require(unit.learnt())
-        if unit.span:
-            meter.ledger.require_anywhere(np.arange(unit.span.start, unit.span.stop), meter.runtime)
-        learner.learn(unit, nll)
-    learner.after()
+def score_first(steps: Iterable[Step], learner: Learner, meter: ByteMeter) -> None:
+    """The only loop that may adapt a model: cells are scored and in the ledger before anything learns from them."""
+    for cells, lesson in steps:
+        nll = None
+        if cells is not None:
+            meter.ledger.admit(cells)
+            nll = learner.score(cells)
+            meter.add(cells, nll)
+        if lesson is None:
+            continue
+        if lesson.shared:
+            meter.ledger.require_anywhere(lesson.targets(), meter.runtime)
+        else:
+            meter.ledger.require(lesson.targets(cells))
+        learner.learn(lesson, cells, nll)
+
+
+def with_progress(steps: Iterable[Step], meter: ByteMeter) -> Iterator[Step]:
+    """The steps, with progress by scored tokens (this rank's, times the ranks)."""
+    runtime, total = meter.runtime, len(meter.val.tokens) - 1
+    for step in steps:
+        yield step
+        done = min(total, meter.tokens * runtime.world)
+        runtime.log.progress("evaluation, tokens", done, total, meter.started)
+
+
+class Evaluator(NamedTuple):
+    """A way to evaluate, a row of EVALS: a rank's steps in their order, and the learner that scores them."""
+
+    steps: Callable[[Config, Runtime, ValData], Iterable[Step]]
+    learner: Callable[[Config, Runtime, GPT, ValData], Learner]
+
+    def __call__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
+        learner = self.learner(cfg, runtime, model, val)
+        meter = ByteMeter(val, runtime, cfg.allow_noncausal)
+        score_first(with_progress(self.steps(cfg, runtime, val), meter), learner, meter)
+        return meter.close()
+
+
+def mark_dynamic(runtime: Runtime, dims: tuple[int, ...], *tensors: Tensor) -> None:
+    """Let one compiled graph serve every size of these dimensions."""
+    if runtime.compile:
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, dims)
 
 
 class NoAdaptation:
     """The learner that does not learn."""
 
-    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> None:
         self.model, self.runtime, self.max_len = model, runtime, cfg.eval_seq_len
         self.forward = compiled(runtime, model)
 
-    def inputs(self, unit: Unit) -> tuple[Tensor, Tensor, AttnMeta]:
-        """ids, targets and Seq of a unit on the device."""
-        batch = Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), unit.bounds)
+    def inputs(self, cells: Cells) -> tuple[Tensor, Tensor, AttnMeta]:
+        """ids, targets and AttnMeta on the device."""
+        batch = Batch(torch.from_numpy(cells.ids), torch.from_numpy(cells.targets), cells.cu_seqlens)
         return on_device(self.model, batch, self.runtime, self.max_len)
 
     @torch.no_grad()
-    def score(self, unit: Unit) -> Tensor:
-        """(B, T) nats of every cell, or of the scored ones where the unit says which need the head."""
-        ids, targets, meta = self.inputs(unit)
-        if unit.cells is None:
-            return self.forward(ids, targets, meta, None, "none")
-        cells = torch.from_numpy(unit.cells).to(ids.device)
-        return scatter_losses(unit, self.forward(ids, targets, meta, None, "none", cells))
+    def score(self, cells: Cells) -> Tensor:
+        """(B, T) nats of the scored cells, which alone get the head."""
+        ids, targets, meta = self.inputs(cells)
+        scored = torch.from_numpy(cells.rows * ids.size(1) + cells.cols).to(ids.device)
+        mark_dynamic(self.runtime, (0,), scored)
+        return scatter_losses(cells, self.forward(ids, targets, meta, None, "none", scored))
 
-    def learn(self, unit: Unit, nll: Tensor) -> None:
-        """Nothing."""
-
-    def after(self) -> None:
+    def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
         """Nothing."""
 
 
-def scatter_losses(unit: Unit, losses: Tensor) -> Tensor:
-    """(B, T) with the scored cells' losses, the first of (n,), in their place; elsewhere NaN, which no sum forgives."""
-    nll = losses.new_full(unit.ids.shape, math.nan)
-    rows, cols = (torch.from_numpy(a).to(losses.device) for a in (unit.rows, unit.cols))
-    nll[rows, cols] = losses[: len(rows)]
+def scatter_losses(cells: Cells, losses: Tensor) -> Tensor:
+    """(B, T) with the scored cells' losses in place. Other cells are NaN, so an accidental use poisons the sum."""
+    nll = losses.new_full(cells.ids.shape, math.nan)
+    rows, cols = (torch.from_numpy(a).to(losses.device) for a in (cells.rows, cells.cols))
+    nll[rows, cols] = losses
     return nll
 
 
-def plain_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
+def plain_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """Non-overlapping spans: packed documents cut at EVAL_SEQ_LEN, or rows of it, as the model was trained."""
-    documents = LOADERS[cfg.loader].documents
-    row = cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len * cfg.eval_seq_len
-    shape = (1, row) if documents else (row // cfg.eval_seq_len, cfg.eval_seq_len)
-
-    def unit(start: int) -> Unit:
-        """The span from `start`, zero-padded at the end of the stream."""
-        span = np.zeros(row + 1, np.int64)
-        real = val.tokens[start : start + row + 1]
+    make_batch = packed_docs_batch if LOADERS[cfg.loader].documents else stream_batch
+    size = cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len * cfg.eval_seq_len
+    for start in range(0, len(val.tokens) - 1, size)[runtime.rank :: runtime.world]:
+        span = np.zeros(size + 1, np.int64)  # the last span is padded with zeros: one shape, one graph
+        real = val.tokens[start : start + size + 1]
         span[: len(real)] = real
-        cells = np.arange(len(real) - 1)
-        bounds = segment_bounds(np.flatnonzero(span[:-1] == BOS_ID), row, cfg.eval_seq_len) if documents else None
-        return Unit(
-            span[:-1].reshape(shape),
-            span[1:].reshape(shape),
-            start + 1 + np.arange(0, row, shape[1]),
-            cells // shape[1],
-            cells % shape[1],
-            None if bounds is None else torch.from_numpy(pad_bounds(bounds)),
-        )
-
-    starts = range(0, len(val.tokens) - 1, row)[runtime.rank :: runtime.world]
-    return [lambda start=start: unit(start) for start in starts]
+        batch = make_batch(span, cfg.eval_seq_len)
+        width = batch.ids.size(1)
+        rows, cols = np.divmod(np.arange(len(real) - 1), width)
+        origin = start + 1 + np.arange(0, size, width)
+        yield Step(Cells(batch.ids.numpy(), batch.targets.numpy(), origin, rows, cols, batch.cu_seqlens))
 
 
 def window_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
@@ -5257,23 +5295,16 @@ def window_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
     return np.stack([start, stop - start, reached - start, stop - start], axis=1)
 
 
-def window_unit(cfg: Config, val: ValData, windows: np.ndarray) -> Unit:
-    """A batch of some of window_rows, zero-padded to full size. Context as the model was trained.
-
-    Only the scored cells get the head; there are as many in every full batch but the first, and a smaller batch is
-    filled up with cell 0, so that two compiled graphs do.
-    """
-    size = windows_per_batch(cfg)
-    ids, targets = (np.zeros((size, cfg.eval_seq_len), np.int64) for _ in range(2))
+def window_cells(cfg: Config, val: ValData, windows: np.ndarray) -> Cells:
+    """A batch of some of window_rows, zero-padded to full size. Context as the model was trained."""
+    ids, targets = (np.zeros((windows_per_batch(cfg), cfg.eval_seq_len), np.int64) for _ in range(2))
     for row, (start, length, _, _) in enumerate(windows.tolist()):
         ids[row, :length] = val.tokens[start : start + length]
         targets[row, :length] = val.tokens[start + 1 : start + length + 1]
-    counts = windows[:, 3] - windows[:, 2]
-    rows = np.repeat(np.arange(len(windows)), counts)
+    rows = np.repeat(np.arange(len(windows)), windows[:, 3] - windows[:, 2])
     cols = np.concatenate([np.arange(first, last) for first, last in windows[:, 2:].tolist()])
-    cells = np.pad(rows * cfg.eval_seq_len + cols, (0, max(0, size * cfg.eval_stride - len(rows))))
-    bounds = row_bounds(ids) if LOADERS[cfg.loader].documents else None
-    return Unit(ids, targets, windows[:, 0] + 1, rows, cols, bounds, cells=cells)
+    cu_seqlens = row_bounds(ids) if LOADERS[cfg.loader].documents else None
+    return Cells(ids, targets, windows[:, 0] + 1, rows, cols, cu_seqlens)
 
 
 def windows_per_batch(cfg: Config) -> int:
@@ -5281,40 +5312,11 @@ def windows_per_batch(cfg: Config) -> int:
     return max(1, cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len)
 
 
-def sliding_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
+def sliding_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """Windows of EVAL_SEQ_LEN every EVAL_STRIDE tokens, some per batch."""
-    windows = window_rows(len(val.tokens) - 1, cfg.eval_seq_len, cfg.eval_stride)
-    starts, size = range(0, len(windows), windows_per_batch(cfg)), windows_per_batch(cfg)
-    return [lambda i=i: window_unit(cfg, val, windows[i : i + size]) for i in starts[runtime.rank :: runtime.world]]
-
-
-def build_each(units: list[Callable[[], Unit]], what: str, log: Log) -> Iterator[Unit]:
-    """Build units one by one, with progress."""
-    started = time.perf_counter()
-    for done, make in enumerate(units):
-        log.progress(what, done, len(units), started)
-        yield make()
-
-
-def evaluate_frozen(units: Callable, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score without adaptation, over units of the given cut."""
-    meter = ByteMeter(val, runtime)
-    score_first(
-        build_each(units(cfg, runtime, val), "evaluation", runtime.log),
-        NoAdaptation(cfg, runtime, model),
-        meter,
-    )
-    return meter.close()
-
-
-def evaluate_plain(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score of non-overlapping spans (see plain_units)."""
-    return evaluate_frozen(plain_units, cfg, runtime, model, val)
-
-
-def evaluate_sliding(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score of overlapping windows (see sliding_units)."""
-    return evaluate_frozen(sliding_units, cfg, runtime, model, val)
+    windows, size = window_rows(len(val.tokens) - 1, cfg.eval_seq_len, cfg.eval_stride), windows_per_batch(cfg)
+    for first in range(0, len(windows), size)[runtime.rank :: runtime.world]:
+        yield Step(window_cells(cfg, val, windows[first : first + size]))
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -5322,68 +5324,152 @@ def evaluate_sliding(cfg: Config, runtime: Runtime, model: GPT, val: ValData) ->
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-class BatchedLoRA(nn.Module):
-    """One low-rank adapter per document, site and slot (Hu et al. 2021): a taps listener that adds scale * x A^T B^T.
-
-    A (rows, rank, in) is uniform in +-1/sqrt(in), drawn per document; B (rows, out, rank) starts at zero, so that a
-    fresh adapter leaves the model bitwise unchanged. "attn" and "mlp" adapters read the sublayer's normed input.
-    """
-
-    def __init__(self, cfg: Config, model: GPT, rows: int) -> None:
-        super().__init__()
-        self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank
-        self.sites = frozenset(name for name, _, _ in lora_sites(cfg, model))
-        shapes = {f"{name}_{execution}": shape for name, execution, shape in lora_sites(cfg, model)}
-        like = {
-            "device": model.tok_emb.weight.device,
-            "dtype": at_least_fp32(torch.empty(0, dtype=model.dtype)).dtype,
-        }
-        rank = cfg.ttt_lora_rank
-        self.A = nn.ParameterDict({key: torch.zeros(rows, rank, d_in, **like) for key, (d_out, d_in) in shapes.items()})
-        self.B = nn.ParameterDict(
-            {key: torch.zeros(rows, d_out, rank, **like) for key, (d_out, d_in) in shapes.items()}
-        )
-
-    @torch.no_grad()
-    def reset(self, seed: int, docs: tuple[int, ...]) -> None:
-        """Fresh adapters: row i is document docs[i], whose A depends on the seed and the document alone."""
-        sizes = [a[0].numel() for a in self.A.values()]
-        for row, doc in enumerate(docs):
-            for a, draw in zip(self.A.values(), self.draw(seed, doc, sum(sizes)).split(sizes), strict=True):
-                a[row].copy_(draw.view_as(a[row])).mul_(a.size(-1) ** -0.5)
-        torch._foreach_zero_(list(self.B.values()))
-
-    def draw(self, seed: int, doc: int, count: int) -> Tensor:
-        """All entries of a document's A before their bound: uniform in +-1, site after site."""
-        device = next(iter(self.A.values())).device
-        mixed = int(np.random.SeedSequence((seed, doc)).generate_state(1)[0])  # torch's CPU seeds are 32 bits
-        generator = torch.Generator(device).manual_seed(mixed)
-        return torch.rand(count, generator=generator, device=device).mul_(2).sub_(1)
-
-    def share(self, flat: Tensor) -> None:
-        """Make every adapter a view of flat (rows, entries): a row is a document's A of all sites, then its B."""
-        sizes = [p[0].numel() for p in self.parameters()]
-        for p, part in zip(self.parameters(), flat.split(sizes, dim=1), strict=True):
-            p.data = part.unflatten(1, p.shape[1:])
-
-    def forward(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        key = f"{site.name}_{max(site.execution, 0)}"
-        if key not in self.A:
-            return y
-        a, b = self.A[key].to(x.dtype), self.B[key].to(x.dtype)
-        return torch.baddbmm(y, x @ a.mT, b.mT, alpha=self.scale)
-
-
 def lora_sites(cfg: Config, model: GPT) -> list[tuple[str, int, tuple[int, int]]]:
-    """(site, slot, (out, in)) of every adapter on the model's current route."""
-    D, V = cfg.model_dim, cfg.vocab_size
-    used, sites = {"k": cfg.ttt_k_lora, "attn": cfg.ttt_o_lora, "mlp": cfg.ttt_mlp_lora}, []
+    """(site, execution, (out, in)) of every adapter on the model's current route."""
+    D, V, chosen = cfg.model_dim, cfg.vocab_size, {*cfg.ttt_lora_sites}
+    if chosen & {"q", "k", "v"}:
+        chosen.add("qkv")  # the joint projection of a delta layer
+    sites = []
     for execution, layer in enumerate(model.route.layers):
         attn = model.blocks[layer].attn
         shapes = {name: tuple(getattr(attn, name).weight.shape) for name in attn.INPUTS}
         shapes |= {"attn": (D, D), "mlp": (D, D)}
-        sites += [(name, execution, shape) for name, shape in shapes.items() if used.get(name, True)]
-    return [*sites, ("head", 0, (V, D))]
+        sites += [(name, execution, shape) for name, shape in shapes.items() if name in chosen]
+    return sites + [("head", 0, (V, D))] * ("head" in chosen)
+
+
+ADAPTER_EPS = 1e-10  # of AdamW, as published
+
+
+class AdapterState(NamedTuple):
+    """Buffers of adapters, (rows, entries); a row holds one document's A of all sites, then its B of all sites.
+
+    weights: at least float32. live: the copy that computes, in the activations' dtype; None where weights has it.
+    first, second: AdamW's moments; first is None where beta1 is 0. steps: (rows, 1) float64.
+    """
+
+    weights: Tensor
+    live: Tensor | None
+    first: Tensor | None
+    second: Tensor
+    steps: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> AdapterState:
+        """A function applied to every buffer."""
+        return AdapterState(*(None if t is None else function(t) for t in self))
+
+
+@torch.no_grad()
+def adapter_adamw_(cfg: Config, state: AdapterState, grad: Tensor) -> None:
+    """A step of AdamW (Loshchilov & Hutter 2019) on every entry, each row by its own step count."""
+    weights, live, first, second, steps = state
+    steps += 1
+    weights.mul_(1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay)
+    second.mul_(cfg.ttt_beta2).addcmul_(grad, grad, value=1 - cfg.ttt_beta2)
+    if first is not None:
+        grad = first.lerp_(grad, 1 - cfg.ttt_beta1)
+    rate = (cfg.ttt_lora_lr / (1 - cfg.ttt_beta1**steps)).to(grad.dtype)
+    unbias = (1 - cfg.ttt_beta2**steps).sqrt().to(grad.dtype)
+    weights.sub_(rate * grad / (second.sqrt() / unbias + ADAPTER_EPS))
+    if live is not None:
+        live.copy_(weights)
+
+
+class Adapters:
+    """Low-rank adapters, one set per document, site and execution (Hu et al. 2021), with their AdamW: a taps listener
+    that adds scale * x A^T B^T.
+
+    A (rows, rank, in) is uniform in +-1/sqrt(in), drawn per document; B (rows, out, rank) starts at zero, so that fresh
+    adapters leave the model bitwise unchanged. "attn" and "mlp" adapters read the sublayer's normed input. A and B are
+    plain tensors, views of the rows in use: Dynamo would keep every dimension of an nn.Parameter static.
+    """
+
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT, rows: int) -> None:
+        self.cfg, self.runtime, rank = cfg, runtime, cfg.ttt_lora_rank
+        self.scale = cfg.ttt_lora_alpha / rank
+        # by name, as draws always were
+        found = sorted(lora_sites(cfg, model), key=lambda site: f"{site[0]}_{site[1]}")
+        device = model.tok_emb.weight.device
+        self.sites = frozenset(name for name, _, _ in found)
+        self.shapes_A = {f"{name}_{execution}": (rank, d_in) for name, execution, (_, d_in) in found}
+        self.shapes_B = {f"{name}_{execution}": (d_out, rank) for name, execution, (d_out, _) in found}
+        sizes_A, sizes_B = ([math.prod(s) for s in shapes.values()] for shapes in (self.shapes_A, self.shapes_B))
+        self.sizes = sizes_A + sizes_B
+        weights = torch.zeros(
+            rows, sum(self.sizes), device=device, dtype=at_least_fp32(torch.empty(0, dtype=model.dtype)).dtype
+        )
+        self.all = AdapterState(
+            weights,
+            None if model.dtype == weights.dtype else weights.to(model.dtype),
+            torch.zeros_like(weights) if cfg.ttt_beta1 > 0 else None,
+            torch.zeros_like(weights),
+            torch.zeros(rows, 1, dtype=torch.float64, device=device),
+        )
+        bounds = [
+            torch.full((size,), d_in**-0.5) for size, (_, d_in) in zip(sizes_A, self.shapes_A.values(), strict=True)
+        ]
+        self.bound = torch.cat(bounds).to(weights)
+        self.adamw_ = compiled(runtime, adapter_adamw_)
+        self.use_rows(rows)
+
+    def use_rows(self, rows: int) -> None:
+        """Let the first `rows` rows compute; A and B become leaves of their own, so that no gradient is the size of a
+        whole buffer."""
+        self.state = self.all.map(lambda t: t[:rows])
+        live = self.state.weights if self.state.live is None else self.state.live
+        views = iter(live.split(self.sizes, dim=1))
+        self.A, self.B = (
+            {key: next(views).unflatten(1, shape).detach().requires_grad_() for key, shape in shapes.items()}
+            for shapes in (self.shapes_A, self.shapes_B)
+        )
+        mark_dynamic(self.runtime, (0,), *self.leaves(), *(t for t in self.state if t is not None))
+
+    def leaves(self) -> list[Tensor]:
+        """A of all sites, then B of all sites: the order of a buffer's entries."""
+        return [*self.A.values(), *self.B.values()]
+
+    @torch.no_grad()
+    def keep_rows(self, index: Tensor) -> None:
+        """Go on with some of the rows only, moved to the front."""
+        rows = len(index)
+        self.all.map(lambda t: t[:rows].copy_(t[index]))
+        self.use_rows(rows)
+
+    @torch.no_grad()
+    def renew(self, row: int, document: int, keep_A: bool = False) -> None:
+        """Fresh adapters for a row's new document; keep_A: but for A, which goes on from the row's document before."""
+        state, size = self.all.map(lambda t: t[row]), len(self.bound)
+        A = state.weights[:size].clone() if keep_A else self.draw(document).mul_(self.bound)
+        state.map(Tensor.zero_)
+        state.weights[:size] = A
+        if state.live is not None:
+            state.live.copy_(state.weights)
+
+    def draw(self, document: int) -> Tensor:
+        """All entries of a document's A before their bound, uniform in +-1, by the seed and the document alone."""
+        mixed = int(
+            np.random.SeedSequence((self.cfg.seed, document)).generate_state(1)[0]
+        )  # torch's CPU seeds: 32 bits
+        device = self.bound.device
+        generator = torch.Generator(device).manual_seed(mixed)
+        return torch.rand(len(self.bound), generator=generator, device=device).mul_(2).sub_(1)
+
+    def step(self, nll: Tensor, learns: Tensor) -> None:
+        """Learn from nll (rows, chunk): each row the mean of its own, times learns (rows,), which is 0 or 1.
+
+        AdamW moves the other rows too; their documents have ended.
+        """
+        loss = (nll.mean(dim=1) * learns).sum()
+        grads = torch.autograd.grad(loss, self.leaves())
+        flat = torch.cat([g.flatten(1) for g in grads], dim=1).to(self.state.weights.dtype)
+        mark_dynamic(self.runtime, (0,), flat)
+        self.adamw_(self.cfg, self.state, flat)
+
+    def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        key = f"{site.name}_{max(site.execution, 0)}"
+        if key not in self.A:
+            return y
+        return torch.baddbmm(y, x @ self.A[key].mT, self.B[key].mT, alpha=self.scale)
 
 
 def document_batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
@@ -5393,431 +5479,299 @@ def document_batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
     return sorted(groups, key=lambda g: -docs[g[-1]][1])
 
 
-def chunk_window(chunk: int, predictions: int, size: int, window: int) -> tuple[int, int, int, int]:
-    """Of chunk number `chunk` of a document with so many predictions: window start, window length, and the scored
-    chunk's offset and length inside the window. The window ends with the chunk and is at most `window` long."""
-    stop = min((chunk + 1) * size, predictions)
-    start = max(0, stop - window)
-    return start, stop - start, chunk * size - start, stop - chunk * size
-
-
-def batch_units(cfg: Config, val: ValData, docs: list[tuple[int, int]], batches: Iterator[list[int]]) -> Iterator[Unit]:
-    """The units of batches of documents, one batch after another."""
-    for batch in batches:
-        yield from chunk_units(cfg, val, docs, batch)
-
-
-def chunk_units(cfg: Config, val: ValData, docs: list[tuple[int, int]], batch: list[int]) -> Iterator[Unit]:
-    """The units of a batch of documents: chunk after chunk, the rows side by side, right-padded with id 0.
-
-    Rows of finished documents are dropped as soon as a quarter of the rows is idle, unless the slots' A live on.
-    """
-    size, window = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
-    rows_docs = np.array(batch)
-    for c in range(-(-max(docs[i][1] - 1 for i in batch) // size)):
-        unfinished = np.array([docs[i][1] - 1 > c * size for i in rows_docs])
-        if unfinished.sum() <= 0.75 * len(rows_docs) and not cfg.ttt_warm_start_a:
-            rows_docs = rows_docs[unfinished]
-        yield chunk_unit(val, [docs[i] for i in rows_docs], tuple(rows_docs.tolist()), c, (size, window))
-
-
-def chunk_unit(
-    val: ValData,
-    docs: list[tuple[int, int]],
-    indices: tuple[int, ...],
-    c: int,
-    sizes: tuple[int, int],
-) -> Unit:
-    """Chunk number c of some documents (start, length), with sizes (chunk, window)."""
-    size, window = sizes
-    starts, predictions = np.array([d[0] for d in docs]), np.array([d[1] - 1 for d in docs])
-    width = min((c + 1) * size, window)
-    ids, targets = (np.zeros((len(docs), width), np.int64) for _ in range(2))
-    origin, cells = starts + 1, []
-    for row in np.flatnonzero(predictions > c * size):
-        begin, length, offset, count = chunk_window(c, int(predictions[row]), size, window)
-        origin[row] = starts[row] + begin + 1
-        ids[row, :length] = val.tokens[origin[row] - 1 : origin[row] - 1 + length]
-        targets[row, :length] = val.tokens[origin[row] : origin[row] + length]
-        cells.append(np.stack([np.full(count, row), np.arange(offset, offset + count)]))
-    rows, cols = np.concatenate(cells, axis=1)
-    learn = np.flatnonzero(predictions > (c + 1) * size)
-    return Unit(
-        ids,
-        targets,
-        origin,
-        rows,
-        cols,
-        None,
-        learn,
-        slice(width - size, width),
-        indices,
-        c == 0,
-    )
-
-
-def adapter_adamw(cfg: Config, parameters: Iterable[nn.Parameter], **options: bool) -> torch.optim.Optimizer:
-    """The optimiser of adapters."""
-    betas = (cfg.ttt_beta1, cfg.ttt_beta2)
-    return torch.optim.AdamW(
-        parameters,
-        lr=cfg.ttt_lora_lr,
-        betas=betas,
-        eps=1e-10,
-        weight_decay=cfg.ttt_weight_decay,
-        **options,
-    )
-
-
-class DocLora:
-    """Per-document adapters: each chunk is scored, then learnt; every document starts from fresh adapters.
-
-    Rows are independent: AdamW is elementwise and the loss is a sum over rows of a row's mean over its chunk.
-    """
-
-    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
-        self.cfg, self.runtime, self.model = cfg, runtime, model.requires_grad_(False)
-        self.forward = compiled(runtime, model, dynamic=True)
-        self.docs: tuple[int, ...] = ()
-        self.lora: BatchedLoRA | None = None
-        self.warm: BatchedLoRA | None = None  # the full-sized set whose A lives on, with TTT_WARM_START_A
-        self.optimiser: torch.optim.Optimizer | None = None
-
-    @torch.no_grad()
-    def begin(self, docs: tuple[int, ...]) -> None:
-        """Fresh adapters (or, warm-started, fresh B) and optimiser state for a batch of documents."""
-        full = len(docs) == self.cfg.ttt_batch_size
-        if full and self.warm is not None:
-            self.lora = self.warm
-            torch._foreach_zero_(list(self.lora.B.values()))
-        else:
-            if self.lora is None or len(next(iter(self.lora.A.values()))) != len(docs) or self.lora is self.warm:
-                self.lora = BatchedLoRA(self.cfg, self.model, len(docs))
-            self.lora.reset(self.cfg.seed, docs)
-            self.warm = self.lora if full and self.cfg.ttt_warm_start_a else self.warm
-        self.docs, self.optimiser = docs, self.new_optimiser()
-
-    def warm_up(self) -> None:
-        """Compile for the shortest and the longest window, on random tokens, outside the evaluation clock."""
-        if not self.runtime.compile:
-            return
-        rng, rows = np.random.default_rng(0), self.cfg.ttt_batch_size
-        for width in (self.cfg.ttt_chunk_size, self.cfg.ttt_eval_seq_len):
-            ids = rng.integers(0, self.cfg.vocab_size, (rows, width))
-            everything = slice(width - self.cfg.ttt_chunk_size, width)
-            none = np.empty(0, np.int64)
-            unit = Unit(
-                ids,
-                ids,
-                none,
-                none,
-                none,
-                None,
-                np.arange(rows),
-                everything,
-                tuple(range(rows)),
-                True,
-            )
-            self.learn(unit, self.score(unit))
-        self.forget()
-
-    def keep(self, docs: tuple[int, ...]) -> None:
-        """Go on with some of the documents only: their adapters and moments, in smaller tensors."""
-        rows = torch.tensor([self.docs.index(doc) for doc in docs], device=self.runtime.device)
-        old, state, self.docs = self.lora, self.optimiser.state, docs
-        self.lora = BatchedLoRA(self.cfg, self.model, len(docs))
-        self.optimiser = self.new_optimiser()
-        for parameter, before in zip(self.lora.parameters(), old.parameters(), strict=True):
-            parameter.data.copy_(before.data[rows])
-            kept = {key: value[rows] if value.dim() else value for key, value in state[before].items()}
-            if kept:
-                self.optimiser.state[parameter] = kept
-
-    def new_optimiser(self) -> torch.optim.Optimizer:
-        """AdamW over the adapters."""
-        return adapter_adamw(self.cfg, self.lora.parameters(), fused=self.runtime.device.type == "cuda")
-
-    def losses(self, unit: Unit) -> Tensor:
-        """(B, T) nats with the adapters as they are."""
-        batch = Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), None)
-        ids, targets, meta = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
-        return self.forward(ids, targets, meta, self.lora, "none")
-
-    def score(self, unit: Unit) -> Tensor:
-        """(B, T) nats; the graph is kept only when something will be learnt."""
-        if unit.fresh:
-            self.begin(unit.docs)
-        elif unit.docs != self.docs:
-            self.keep(unit.docs)
-        with torch.set_grad_enabled(bool(len(unit.learn_rows))):
-            return self.losses(unit)
-
-    def learn(self, unit: Unit, nll: Tensor) -> None:
-        """TTT_GRAD_STEPS updates on the scored chunk; the first uses the graph of the score itself."""
-        if not len(unit.learn_rows):
-            return
-        rows = torch.from_numpy(unit.learn_rows).to(nll.device)
-        for step in range(self.cfg.ttt_grad_steps):
-            nll = nll if step == 0 else self.losses(unit)
-            nll[rows, unit.learn_cols].mean(dim=1).sum().backward()
-            self.optimiser.step()
-            self.optimiser.zero_grad(set_to_none=True)
-
-    def after(self) -> None:
-        """Nothing: the next batch begins with `fresh`."""
-
-    def forget(self) -> None:
-        """Drop every adapter: the weights under them have changed."""
-        self.docs, self.lora, self.warm, self.optimiser = (), None, None, None
-
-
 def longest_first(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
     """Documents one by one, so that the last rows to work have short ones and none waits long for another."""
     return [[i] for i in sorted(range(len(docs)), key=lambda i: -docs[i][1])]
 
 
-def carried_units(
-    cfg: Config, val: ValData, docs: list[tuple[int, int]], batches: Iterator[list[int]]
-) -> Iterator[Unit]:
-    """The next chunk of each row's document, over and over; a row whose document has ended takes the next of the queue,
-    and is idle (document -1) once there is none."""
-    size, num_rows, queue = (
-        cfg.ttt_chunk_size,
-        min(cfg.ttt_batch_size, len(docs)),
-        (i for b in batches for i in b),
-    )
-    starts, predictions = np.array([d[0] for d in docs]), np.array([d[1] - 1 for d in docs])
-    doc, begin, cols = np.full(num_rows, -1), np.zeros(num_rows, np.int64), np.arange(size)
+def chunk_window(chunk: int, predictions: Any, size: int, window: int) -> tuple[Any, Any, Any, Any]:
+    """For chunk number `chunk` of documents with so many predictions (an int, or an array): window start, window
+    length, and the scored chunk's offset and length inside the window. The window ends with the chunk and is at most
+    `window` long."""
+    stop = np.minimum((chunk + 1) * size, predictions)
+    start = np.maximum(0, stop - window)
+    return start, stop - start, chunk * size - start, stop - chunk * size
+
+
+def document_step(
+    val: ValData,
+    documents: np.ndarray,
+    begin: np.ndarray,
+    first: np.ndarray,
+    length: np.ndarray,
+    offset: np.ndarray,
+    lesson: Lesson,
+) -> Step:
+    """Rows of documents: (rows, lesson.cols.stop) cells with `length` tokens from stream position `first` on, then
+    zeros; they are scored from column `offset` on. See Cells for documents and begin."""
+    cols = np.arange(lesson.cols.stop)
+    inside = cols < length[:, None]
+    where = np.where(inside, first[:, None] + cols, 0)
+    ids, targets = (np.where(inside, val.tokens[where + inside * i], 0) for i in (0, 1))
+    rows, scored = np.nonzero(inside & (cols >= offset[:, None]))
+    learns = len(lesson.rows) > 0
+    cells = Cells(ids, targets, first + 1, rows, scored, None, documents, begin, learns)
+    return Step(cells, lesson if learns else None)
+
+
+def rows_to_keep(unfinished: np.ndarray) -> np.ndarray:
+    """The rows that go on: all of them, or half, a quarter ... where those hold every unfinished one. Few different
+    numbers of rows, as each costs the attention backend a plan; never 1, which is a graph of its own."""
+    rows = len(unfinished)
+    while rows // 2 >= max(2, unfinished.sum()):
+        rows //= 2
+    return np.sort(np.argsort(~unfinished, kind="stable")[:rows])
+
+
+def batch_steps(cfg: Config, val: ValData, docs: list[tuple[int, int]], batches: Iterable[list[int]]) -> Iterator[Step]:
+    """The steps of batches of documents: chunk after chunk, the rows side by side, each with its window.
+
+    Rows of finished documents are dropped, unless A lives on in them.
+    """
+    size, window, most = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, min(cfg.ttt_batch_size, len(docs))
+    starts, lengths = np.array(docs).T
+    for batch in batches:
+        documents = np.pad(batch, (0, most - len(batch)), constant_values=-1)
+        for c in range(-(-(lengths[batch].max() - 1) // size)):
+            left = np.where(documents < 0, 0, lengths[documents] - 1 - c * size)  # predictions from this chunk on
+            if not cfg.ttt_warm_start_a:
+                kept = rows_to_keep(left > 0)
+                documents, left = documents[kept], left[kept]
+            start, length, offset, _ = chunk_window(c, lengths[documents] - 1, size, window)
+            width = min((c + 1) * size, window)
+            lesson = Lesson(np.flatnonzero(left > size), slice(width - size, width))
+            begin, length = np.full(len(documents), c * size), np.where(left > 0, length, 0)
+            yield document_step(val, documents, begin, starts[documents] + start, length, offset, lesson)
+
+
+def carried_steps(
+    cfg: Config, val: ValData, docs: list[tuple[int, int]], batches: Iterable[list[int]]
+) -> Iterator[Step]:
+    """The next chunk of each row's document, over and over. A row whose document has ended takes the next of the queue;
+    once the queue is empty, it is idle."""
+    size, rows, queued = cfg.ttt_chunk_size, min(cfg.ttt_batch_size, len(docs)), (i for b in batches for i in b)
+    starts, lengths = np.array(docs).T
+    documents, begin, offset = np.full(rows, -1), np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     while True:
-        for row in np.flatnonzero(doc < 0):
-            doc[row], begin[row] = next(queue, -1), 0
-        if (doc < 0).all():
+        for row in np.flatnonzero(documents < 0):
+            documents[row], begin[row] = next(queued, -1), 0
+        if (documents < 0).all():
             return
-        left = np.where(doc < 0, 0, predictions[doc] - begin)
-        origin, inside = np.where(doc < 0, 0, starts[doc] + begin) + 1, cols < left[:, None]
-        ids, targets = (
-            np.where(inside, val.tokens[np.where(inside, origin[:, None] + cols - 1 + i, 0)], 0) for i in (0, 1)
-        )
-        rows, columns = np.nonzero(inside)
-        learn, docs_now = np.flatnonzero(left > size), tuple(doc.tolist())
-        yield Unit(
-            ids,
-            targets,
-            origin,
-            rows,
-            columns,
-            None,
-            learn,
-            slice(0, size),
-            docs_now,
-            begin=begin.copy(),
-        )
-        begin = begin + size
-        doc[left <= size] = -1
+        left = np.where(documents < 0, 0, lengths[documents] - 1 - begin)
+        first = np.where(documents < 0, 0, starts[documents] + begin)
+        lesson = Lesson(np.flatnonzero(left > size), slice(0, size))
+        yield document_step(val, documents.copy(), begin.copy(), first, left, offset, lesson)
+        begin += size
+        documents[left <= size] = -1
 
 
-class CarryLora:
+class DocLora:
+    """Adapters per document: each chunk is scored, then learnt; every document starts from fresh adapters. A shared
+    lesson is a global update of all weights (see global_update).
+
+    Rows are independent: AdamW is elementwise and the loss is a sum over rows of a row's mean over its chunk. A score
+    depends on its document alone, but with TTT_WARM_START_A on all documents that were in its row before.
+    """
+
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> None:
+        self.cfg, self.runtime, self.model, self.tokens = cfg, runtime, model.requires_grad_(False), val.tokens
+        self.num_rows = min(cfg.ttt_batch_size, len(val_documents(val.tokens)))
+        self.forward = compiled(runtime, model)
+        self.adapters = Adapters(cfg, runtime, model, self.num_rows) if cfg.ttt_lora_lr > 0 else None
+        self.documents, self.warm = np.full(self.num_rows, -1), False
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Compile with and without gradient, on random tokens: one graph each serves all windows and rows."""
+        if not self.runtime.compile:
+            return
+        size, rows = self.cfg.ttt_chunk_size, self.num_rows
+        width = self.cfg.ttt_eval_seq_len - (self.cfg.ttt_eval_seq_len == rows)  # equal sizes would become one symbol
+        ids = np.random.default_rng(0).integers(0, self.cfg.vocab_size, (rows, width))
+        zeros, none = np.zeros(rows, np.int64), np.empty(0, np.int64)
+        for learns in (True, False):
+            cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros, learns)
+            nll = self.score(cells)
+            if learns:
+                self.learn(Lesson(np.arange(rows), slice(width - size, width)), cells, nll)
+        self.warm = False
+
+    def place(self, cells: Cells) -> None:
+        """Bring the adapters into the rows of their documents; those of documents that begin are fresh."""
+        if cells.begin[0] == 0:  # a new batch
+            self.adapters.use_rows(len(cells.documents))
+        elif len(cells.documents) < len(self.documents):
+            index = [np.flatnonzero(self.documents == document)[0] for document in cells.documents]
+            self.adapters.keep_rows(torch.tensor(index, device=self.runtime.device))
+        self.documents = cells.documents
+        self.renew(cells)
+
+    def renew(self, cells: Cells) -> None:
+        """Fresh adapters for the documents that begin."""
+        starting = np.flatnonzero((cells.begin == 0) & (cells.documents >= 0))
+        # published: the rows of a full batch keep their A from the batch before
+        full = self.cfg.ttt_warm_start_a and len(starting) == self.cfg.ttt_batch_size
+        for row in starting:
+            self.adapters.renew(row, cells.documents[row], keep_A=full and self.warm)
+        self.warm = self.warm or full
+
+    def losses(self, cells: Cells) -> Tensor:
+        """(rows, T) nats with the adapters as they are."""
+        batch = Batch(torch.from_numpy(cells.ids), torch.from_numpy(cells.targets), None)
+        ids, targets, meta = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
+        mark_dynamic(self.runtime, (0, 1), ids, targets)
+        mark_dynamic(self.runtime, (0,), meta.cos, meta.sin)
+        return self.forward(ids, targets, meta, self.adapters, "none")
+
+    def score(self, cells: Cells) -> Tensor:
+        """(rows, T) nats; the graph is kept only when something will be learnt."""
+        if self.adapters is not None:
+            self.place(cells)
+        with torch.set_grad_enabled(cells.learns and self.adapters is not None):
+            return self.losses(cells)
+
+    def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
+        """TTT_GRAD_STEPS updates of the adapters, the first by the graph of the score itself; or a global update."""
+        if lesson.shared:
+            steps = global_update(self.cfg, self.runtime, self.model, self.tokens[lesson.tokens()])
+            self.runtime.log(f"{steps} global steps on {len(lesson.spans)} scored documents")
+            self.warm = False  # A was learnt on other weights
+        elif self.adapters is not None:
+            for number in range(self.cfg.ttt_grad_steps):
+                self.step(lesson, nll if number == 0 else self.losses(cells))
+
+    def step(self, lesson: Lesson, nll: Tensor) -> None:
+        """One update of the adapters."""
+        self.adapters.step(nll[:, lesson.cols], self.learning(lesson).to(nll))
+
+    def learning(self, lesson: Lesson) -> Tensor:
+        """(rows,) bool on the host: the rows that learn."""
+        return torch.from_numpy(np.isin(np.arange(len(self.documents)), lesson.rows))
+
+
+CACHE_WIDTHS = (256, 512, 1024, 2048, 4096)  # columns that attention may read, each a pair of CUDA graphs
+
+
+class CarryLora(DocLora):
     """DocLora at a fraction of the work: a chunk attends to the keys and values that were kept when earlier chunks of
     its document ran, under older adapters, and no gradient goes there (Transformer-XL's recurrence, Dai et al. 2019).
 
-    A row's state is its document's: adapters, second moments, steps, and a ring of whole chunks of rotated keys, values
-    and ids; rows are independent, so each goes through its documents at its own pace. The ring has one chunk more than
-    is in reach: what a chunk writes, it does not read, and scoring it again changes nothing. With TTT_LORA_LR=0 nothing
-    is learnt, and the model is scored as it is.
+    Rows go through their documents at their own pace, each with a cache of its own, a ring of whole chunks, one more
+    than are in reach. What a chunk writes it does not read, so scoring it again changes nothing:
 
-    On a GPU, forward and backward with step are two CUDA graphs per bucket of cache columns; what a step reads lies in
-    static tensors, and the host waits for nothing.
+        column   0      8      16     24            chunks of 8 tokens, 3 in reach: chunk 6 is scored;
+        chunk    4      5      2      3             it reads 3, 4, 5 and takes the place of 2
+
+    With TTT_LORA_LR=0 nothing is learnt, and the model is scored as it is. On a GPU, forward and backward with step are
+    two CUDA graphs per width of the cache; what they read lies in static tensors, and the host waits for nothing.
     """
 
-    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
-        self.cfg, self.runtime, self.model = cfg, runtime, model.requires_grad_(False)
-        self.size, self.reach = cfg.ttt_chunk_size, model.reach
-        self.ring = cfg.ttt_eval_seq_len // self.size - 1  # chunks within reach
-        self.again = min(cfg.ttt_carry_recompute // self.size, self.ring) * self.size
-        self.columns = (self.ring + 1) * self.size
-        self.forward = compiled(runtime, model)
-        self.on_gpu, self.num_rows = runtime.device.type == "cuda", 0
-        widths = (256, 512, 1024, 2048, 4096) if self.on_gpu else range(self.size, self.columns, self.size)
-        self.buckets = [
-            *(w for w in widths if w < self.columns),
-            self.columns,
-        ]  # few, where each is compiled
-
-    def allocate(self, rows: int) -> None:
-        """State of `rows` documents at once, and the programs that work on it."""
+    def prepare(self) -> None:
+        """The cache, and what scores and learns for each number of its columns."""
         cfg, model, device = self.cfg, self.model, self.runtime.device
-        self.num_rows, self.lora = rows, None
-        heads = (
-            len(model.route.layers),
-            2,
-            rows,
-            self.columns,
-            cfg.num_kv_heads,
-            cfg.model_dim // cfg.num_heads,
-        )
-        self.cache = torch.zeros(heads, dtype=model.dtype, device=device)
-        self.history = torch.zeros(rows, self.columns + self.size, dtype=torch.int64, device=device)
-        self.inputs = torch.zeros(rows, 2 + 2 * self.size, dtype=torch.int64, device=device)
-        if cfg.ttt_lora_lr > 0:
-            self.equip(BatchedLoRA(cfg, model, rows))
+        self.size, self.on_gpu = cfg.ttt_chunk_size, device.type == "cuda"
+        self.ring = cfg.ttt_eval_seq_len // self.size - 1  # chunks in reach
+        self.columns = (self.ring + 1) * self.size
+        head = (cfg.num_kv_heads, cfg.model_dim // cfg.num_heads)
+        # a column more than is used: then every slice has the strides of a part, and one compiled graph serves all
+        shape = (len(model.route.layers), 2, self.num_rows, self.columns + 1, *head)
+        self.cache = torch.zeros(shape, dtype=model.dtype, device=device)
+        # of each row: begin, the ids that embeddings look back at, ids, targets
+        self.inputs = torch.zeros(self.num_rows, 1 + model.reach + 2 * self.size, dtype=torch.int64, device=device)
+        self.learns = torch.zeros(self.num_rows, dtype=model.dtype, device=device)
+        widths = CACHE_WIDTHS if self.on_gpu else range(self.size, self.columns, self.size)
+        self.widths = [*(w for w in widths if w < self.columns), self.columns]
         self.programs = self.captured() if self.on_gpu else {}
         how = "CUDA graphs" if self.programs else "eager"
-        self.runtime.log(f"carry: {rows} documents abreast, {self.ring} chunks of {self.size} kept, {how}")
+        self.runtime.log(f"carry: {self.num_rows} documents at once, {self.ring} chunks of {self.size} kept, {how}")
 
-    def equip(self, lora: BatchedLoRA) -> None:
-        """Adapters, a document's in each row of one buffer, and their AdamW, to which a row is a parameter."""
-        cfg, self.lora, self.some = self.cfg, lora, BatchedLoRA(self.cfg, self.model, 1)
-        self.bound = torch.cat([a.new_full((a[0].numel(),), a.size(-1) ** -0.5) for a in lora.A.values()])
-        self.adapters = self.bound.new_zeros(self.num_rows, sum(p[0].numel() for p in lora.parameters()))
-        self.live = self.adapters.to(self.model.dtype)  # what computes: the same tensor unless the dtypes differ
-        lora.share(self.live)
-        self.rows, one = (
-            [nn.Parameter(row) for row in self.adapters],
-            {"fused": True, "capturable": True},
-        )
-        self.optimiser = adapter_adamw(cfg, self.rows, **one if self.on_gpu else {})
-
-    @torch.no_grad()
-    def renew(self, row: int, doc: int) -> None:
-        """Fresh adapters for a row's new document."""
-        draws = self.lora.draw(self.cfg.seed, doc, len(self.bound))
-        for state in (self.adapters[row], *self.optimiser.state[self.rows[row]].values()):
-            state.zero_()
-        self.adapters[row, : len(self.bound)].copy_(draws).mul_(self.bound)
-        self.live[row].copy_(self.adapters[row])
-
-    def losses(self, bucket: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Of what `inputs` holds: (rows, chunk) nats, the keys and values that the slots leave, and their positions."""
-        size, device, model = self.size, self.runtime.device, self.model
-        begin, ids, targets = (
-            self.inputs[:, :1],
-            self.inputs[:, 2 : 2 + size],
-            self.inputs[:, 2 + size :],
-        )
-        chunk, width = torch.arange(size, device=device), self.again + size
-        self.history.scatter_(1, (begin + chunk) % self.history.size(1), ids)
-        first = (begin - self.again).clamp_min(0)
-        at = first + torch.arange(width, device=device)
-        kept = begin - 1 - (begin - 1 - torch.arange(bucket, device=device)) % self.columns  # position in each column
-        seen = (kept >= (begin - self.ring * size).clamp_min(0)) & (kept < first)
-        own = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    def forward_chunk(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For what `inputs` holds, over the first `width` columns of the cache: (rows, chunk) nats, the keys and values
+        (executions, 2, rows, chunk, K, d) that the chunk leaves, and the columns (rows, chunk) where they go."""
+        size, reach, device = self.size, self.model.reach, self.runtime.device
+        begin, ids, targets = self.inputs.split([1, reach + size, size], dim=1)
+        positions = begin + torch.arange(size, device=device)
+        # column j holds the last position before `begin` that is j modulo the ring; negative: nothing yet
+        held = begin - 1 - (begin - 1 - torch.arange(width, device=device)) % self.columns
+        seen = held >= (begin - self.ring * size).clamp_min(0)
+        own = torch.ones(size, size, dtype=torch.bool, device=device).tril()
         own = own.repeat(self.cfg.num_heads // self.cfg.num_kv_heads, 1)
         rows = (self.num_rows, len(own), -1)
-        mask = torch.zeros((), dtype=model.dtype, device=device).where(
-            torch.cat((seen[:, None].expand(rows), own.expand(rows)), dim=2), -math.inf
-        )
-        cells = begin - first + chunk if self.again else None
-        carry = KVCache((first == 0)[:, None], self.cache[:, :, :, :bucket], mask[:, None], cells, [])
-        meta = model.plan_carry(at, self.cfg.ttt_eval_seq_len, carry)
-        return self.forward(self.recall(at), targets, meta, self.lora, "none"), carry.new, at
+        visible = torch.cat((seen[:, None].expand(rows), own.expand(rows)), dim=2)[:, None]
+        mask = torch.zeros((), dtype=self.model.dtype, device=device).where(visible, -math.inf)
+        kv_cache = KVCache((begin == 0)[:, None], positions, self.cache[:, :, :, :width], mask, {})
+        mark_dynamic(self.runtime, (3,), kv_cache.cached, mask)
+        meta = self.model.plan(size, device, max_len=self.cfg.ttt_eval_seq_len, kv_cache=kv_cache)
+        nll = self.forward(ids, targets, meta, self.adapters, "none")
+        return nll, torch.stack([kv_cache.new[i] for i in range(len(self.cache))]), positions % self.columns
 
-    def recall(self, at: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The ids at positions at (rows, T), and the `reach` before them."""
-        history = self.history if rows is None else self.history[rows]
-        before = at[:, :1] + torch.arange(-self.reach, 0, device=at.device)
-        return history.gather(1, torch.cat((before, at), dim=1) % history.size(1))
-
-    def keep(self, new: list[Tensor], at: Tensor, rows: Tensor) -> None:
-        """Store what a forward pass left."""
-        stacked = torch.stack(new).unflatten(0, (-1, 2))
-        self.cache[:, :, rows[:, None], at % self.columns] = stacked
-
-    def step(self, nll: Tensor) -> None:
-        """Gradient of each learning row's mean, and AdamW. Rows that do not learn end here: theirs is renewed."""
-        loss = (nll.mean(dim=1) * self.inputs[:, 1].to(nll.dtype)).sum()
-        grads = torch.autograd.grad(loss, list(self.lora.parameters()))
-        flat = torch.cat([g.flatten(1) for g in grads], dim=1).to(self.adapters.dtype)
-        for row, gradient in zip(self.rows, flat, strict=True):
-            row.grad = gradient
-        self.optimiser.step()
-        self.live.copy_(self.adapters)
-
-    @torch.no_grad()
-    def refresh(self, begin: np.ndarray) -> None:
-        """Keys and values of all tokens in reach anew, under the adapters as they are, of the rows that it is time for;
-        so many tokens are computed for each that it is done in parts."""
-        every = self.cfg.ttt_carry_refresh * self.size
-        due = np.flatnonzero((begin > 0) & (begin % every == 0))
-        for rows in (due[i : i + 8] for i in range(0, len(due), 8)):
-            start = np.maximum(begin[rows] - self.ring * self.size, 0)
-            index, first = (torch.from_numpy(a).to(self.runtime.device) for a in (rows, start))
-            at = first[:, None] + torch.arange(int((begin[rows] - start).max()), device=first.device)
-            carry = KVCache((first == 0)[:, None, None], None, None, None, [])
-            self.some.share(self.live[index])
-            meta = self.model.plan_carry(at, self.cfg.ttt_eval_seq_len, carry)
-            self.model.trunk(self.recall(at, index), meta, self.some)
-            self.keep(carry.new, at, index)
+    def learn_chunk(self, nll: Tensor) -> None:
+        """One update of the adapters from what forward_chunk returned, in the rows that `learns` says."""
+        self.adapters.step(nll, self.learns.to(nll.dtype))
 
     def captured(self) -> dict[int, tuple[Callable, Callable]]:
-        """losses and step of every bucket as CUDA graphs; none where they cannot be captured, which the log says."""
+        """forward_chunk and learn_chunk for every width as CUDA graphs; none where they cannot be captured, which the
+        log says."""
         try:
-            return {bucket: self.capture(bucket) for bucket in self.buckets}
+            pool = torch.cuda.graph_pool_handle()  # one for all: graphs run in turn
+            return {width: self.capture(width, pool) for width in self.widths}
         except RuntimeError as error:
             self.runtime.log(f"carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
             return {}
 
-    def capture(self, bucket: int) -> tuple[Callable, Callable]:
-        """Two graphs that share their memory: the first keeps what the second's backward needs, so they always run in
-        turn. What is trained here is renewed before it counts."""
-        side = torch.cuda.Stream()
+    def capture(self, width: int, pool: tuple[int, int]) -> tuple[Callable, Callable]:
+        """Two graphs: the first keeps what the second's backward needs. What is trained here is renewed before it
+        counts."""
+        side, learns = torch.cuda.Stream(), self.adapters is not None
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.set_grad_enabled(self.lora is not None):
+        with torch.cuda.stream(side), torch.set_grad_enabled(learns):
             for _ in range(2):
-                nll, *_ = self.losses(bucket)
-                if self.lora is not None:
-                    self.step(nll)
+                nll, *_ = self.forward_chunk(width)
+                if learns:
+                    self.learn_chunk(nll)
+        del nll  # its graph would keep the side stream in the captured backward
         torch.cuda.current_stream().wait_stream(side)
-        score, learn = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.set_grad_enabled(self.lora is not None):
-            with torch.cuda.graph(score):
-                result = self.losses(bucket)
-            if self.lora is not None:
-                with torch.cuda.graph(learn, pool=score.pool()):
-                    self.step(result[0])
+        forward, learn = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.set_grad_enabled(learns):
+            with torch.cuda.graph(forward, pool=pool):
+                nll, new, columns = self.forward_chunk(width)
+            if learns:
+                with torch.cuda.graph(learn, pool=pool):
+                    self.learn_chunk(nll)
+        result = nll.detach(), new, columns
 
-        def replay() -> tuple[Tensor, list[Tensor], Tensor]:
-            score.replay()
+        def replay() -> tuple[Tensor, Tensor, Tensor]:
+            forward.replay()
             return result
 
         return replay, lambda nll: learn.replay()
 
-    def warm_up(self) -> None:
-        """Compile and capture every bucket, on zeros, outside the evaluation clock."""
-        if self.on_gpu:
-            self.allocate(self.cfg.ttt_batch_size)
+    def send(self, source: Tensor, target: Tensor) -> None:
+        """Copy from the host into a static tensor, without waiting for the device."""
+        target.copy_(source.pin_memory() if self.on_gpu else source, non_blocking=True)
 
-    def score(self, unit: Unit) -> Tensor:
-        """(rows, chunk) nats; what the chunk leaves is kept."""
-        if self.num_rows != len(unit.docs):
-            self.allocate(len(unit.docs))
-        learns = np.isin(np.arange(self.num_rows), unit.learn_rows)
-        table = torch.from_numpy(np.column_stack((unit.begin, learns, unit.ids, unit.targets)))
-        self.inputs.copy_(table.pin_memory() if self.on_gpu else table, non_blocking=True)
-        if self.lora is not None:
-            for row in np.flatnonzero((unit.begin == 0) & (np.array(unit.docs) >= 0)):
-                self.renew(row, unit.docs[row])
-            if self.cfg.ttt_carry_refresh > 0:
-                self.refresh(unit.begin)
-        bucket = next(b for b in self.buckets if b >= min(unit.begin.max(), self.columns))
-        self.program = self.programs.get(bucket, (lambda: self.losses(bucket), self.step))
-        with torch.set_grad_enabled(self.lora is not None and bool(len(unit.learn_rows))):
-            nll, new, at = self.program[0]()
-        self.keep(new, at, torch.arange(self.num_rows, device=at.device))
+    def score(self, cells: Cells) -> Tensor:
+        """(rows, chunk) nats; what the chunk leaves goes into the cache."""
+        before = np.maximum(0, cells.origin[:, None] - 1 + np.arange(-self.model.reach, 0))
+        table = np.column_stack((cells.begin, self.tokens[before], cells.ids, cells.targets))
+        self.send(torch.from_numpy(table), self.inputs)
+        if self.adapters is not None:
+            self.renew(cells)
+        width = next(w for w in self.widths if w >= min(cells.begin.max(), self.columns))
+        self.program = self.programs.get(width, (lambda: self.forward_chunk(width), self.learn_chunk))
+        with torch.set_grad_enabled(cells.learns and self.adapters is not None):
+            nll, new, columns = self.program[0]()
+        self.cache[:, :, torch.arange(self.num_rows, device=new.device)[:, None], columns] = new
         return nll
 
-    def learn(self, unit: Unit, nll: Tensor) -> None:
-        """TTT_GRAD_STEPS updates on the scored chunk; the first uses the graph of the score itself."""
-        if self.lora is None or not len(unit.learn_rows):
-            return
-        losses, step = self.program
-        for number in range(self.cfg.ttt_grad_steps):
-            step(nll if number == 0 else losses()[0])
+    def losses(self, cells: Cells) -> Tensor:
+        """The same chunk again, with the adapters as they are; the cache keeps what the score left."""
+        return self.program[0]()[0]
 
-    def after(self) -> None:
-        """Nothing: every document has ended."""
-
-    def forget(self) -> None:
-        """Nothing: documents that come begin afresh."""
+    def step(self, lesson: Lesson, nll: Tensor) -> None:
+        """One update of the adapters."""
+        self.send(self.learning(lesson).to(self.learns.dtype), self.learns)
+        self.program[1](nll)
 
 
 def phase_boundaries(prefix_docs: int, phases: int, documents: int) -> list[int]:
@@ -5843,54 +5797,6 @@ def phase_segments(batches: list[list[int]], boundaries: list[int]) -> list[tupl
     return [*segments, (segment, [])]
 
 
-class GlobalSgd:
-    """SGD with momentum on all weights over documents that are already scored; a new optimiser for every phase."""
-
-    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
-        self.cfg, self.runtime, self.model = cfg, runtime, model
-
-    def learn(self, tokens: np.ndarray) -> int:
-        """One phase over the concatenated documents; the number of steps. The last chunk is left out, as published.
-
-        A chunk is cut into BATCH_SLICES packed rows that are shared out over the ranks, whatever their number.
-        """
-        cfg, size = self.cfg, self.cfg.global_ttt_chunk_tokens
-        chunks, params = -(-(len(tokens) - 1) // size), list(self.model.parameters())
-        self.model.requires_grad_(True)
-        optimiser = torch.optim.SGD(params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-        for _ in range(cfg.global_ttt_epochs):
-            for c in range(chunks - 1):
-                optimiser.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * c / (chunks - 1)))
-                self.backward(tokens[c * size : (c + 1) * size + 1])
-                if cfg.global_ttt_grad_clip > 0:
-                    torch.nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
-                optimiser.step()
-                optimiser.zero_grad(set_to_none=True)
-        self.model.requires_grad_(False)
-        return cfg.global_ttt_epochs * max(0, chunks - 1)
-
-    def backward(self, span: np.ndarray) -> None:
-        """Gradient of the mean loss of a chunk (size + 1 tokens), over all ranks."""
-        slices, runtime = self.cfg.batch_slices, self.runtime
-        row = (len(span) - 1) // slices
-        for j in range(runtime.rank, slices, runtime.world):
-            batch = packed_docs_batch(span[j * row : (j + 1) * row + 1], self.cfg.eval_seq_len)
-            ids, targets, meta = on_device(self.model, batch, runtime, self.cfg.eval_seq_len)
-            (self.model(ids, targets, meta) / slices).backward()
-        for p in self.model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            runtime.sum_(p.grad)
-
-
-def with_progress(units: Iterable[Unit], meter: ByteMeter) -> Iterator[Unit]:
-    """The units, with progress by scored tokens (this rank's, times the ranks)."""
-    runtime, total = meter.runtime, len(meter.val.tokens) - 1
-    for unit in units:
-        yield unit
-        done = min(total, meter.tokens * runtime.world)
-        runtime.log.progress("test-time training, tokens", done, total, meter.started)
-
-
 def claim_batches(cfg: Config, runtime: Runtime, queue_id: str, batches: list[list[int]]) -> Iterator[list[int]]:
     """This rank's batches of a queue that the ranks share, each when it is asked for."""
     for ticket in runtime.claim_tickets(queue_id, len(batches)):
@@ -5904,57 +5810,118 @@ def claim_batches(cfg: Config, runtime: Runtime, queue_id: str, batches: list[li
 
 
 class Context(NamedTuple):
-    """A way in which adapters see their documents: the learner, how documents queue, and the units of those taken."""
+    """A way in which adapters see their documents: the learner, how documents queue, and the steps of those taken."""
 
-    learner: type[DocLora] | type[CarryLora]
+    learner: type[DocLora]
     batches: Callable[[list[tuple[int, int]], int], list[list[int]]]
-    units: Callable[[Config, ValData, list[tuple[int, int]], Iterator[list[int]]], Iterator[Unit]]
+    steps: Callable[[Config, ValData, list[tuple[int, int]], Iterable[list[int]]], Iterator[Step]]
 
 
 TTT_CONTEXTS = {
-    "recompute": Context(DocLora, document_batches, batch_units),
-    "carry": Context(CarryLora, longest_first, carried_units),
+    "recompute": Context(DocLora, document_batches, batch_steps),
+    "carry": Context(CarryLora, longest_first, carried_steps),
 }
 
 
-def adapt_documents(cfg: Config, runtime: Runtime, model: GPT, val: ValData, boundaries: list[int]) -> Score:
-    """Score with adapters that learn each document as it is read, and global updates between segments of documents.
+def document_learner(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> DocLora:
+    """The learner of TTT_CONTEXT."""
+    return TTT_CONTEXTS[cfg.ttt_context].learner(cfg, runtime, model, val)
 
-    Batches come from a queue that the ranks share; with cold A the score does not depend on which rank takes which.
+
+def document_steps(cfg: Config, runtime: Runtime, val: ValData, boundaries: Sequence[int] = ()) -> Iterator[Step]:
+    """Documents by a queue that the ranks share, with a shared lesson at each boundary.
+
+    With cold A the score does not depend on which rank takes which.
     """
     context, docs = TTT_CONTEXTS[cfg.ttt_context], val_documents(val.tokens)
-    learner, trainer = context.learner(cfg, runtime, model), GlobalSgd(cfg, runtime, model)
-    learner.warm_up()
+    queue_id = f"ttt {runtime.broadcast_from_rank0(time.time())}"  # a queue is used once
     segments = phase_segments(context.batches(docs, cfg.ttt_batch_size), boundaries)
-    queue_id, meter = (
-        f"ttt {runtime.broadcast_from_rank0(time.time())}",
-        ByteMeter(val, runtime),
-    )  # a queue is used once
     for number, (batches, learnt) in enumerate(segments):
-        queue = claim_batches(cfg, runtime, f"{queue_id}/{number}", batches)
-        score_first(with_progress(context.units(cfg, val, docs, queue), meter), learner, meter)
+        claimed = claim_batches(cfg, runtime, f"{queue_id}/{number}", batches)
+        yield from context.steps(cfg, val, docs, claimed)
         if learnt:
-            spans = [np.arange(docs[i][0], docs[i][0] + docs[i][1]) for i in learnt]
-            meter.ledger.require_anywhere(np.concatenate([span[1:] for span in spans]), runtime)
-            steps = trainer.learn(val.tokens[np.concatenate(spans)])
-            learner.forget()
-            seconds = time.perf_counter() - meter.started
-            runtime.log(
-                f"phase {number + 1}: {steps} global steps on {len(learnt)} scored documents, at {seconds:.1f} s"
-            )
-    return meter.close()
+            spans = (range(docs[i][0] + 1, docs[i][0] + docs[i][1]) for i in learnt)
+            yield Step(None, SharedLesson(tuple(spans)))
 
 
-def evaluate_doc_lora(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score with adapters per document alone."""
-    return adapt_documents(cfg, runtime, model, val, [])
-
-
-def evaluate_phased_lora(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score with adapters per document, and global SGD on scored documents at PHASED_TTT_NUM_PHASES boundaries."""
+def phased_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
+    """document_steps with PHASED_TTT_NUM_PHASES boundaries."""
     documents = int((val.tokens == BOS_ID).sum())
-    phases = phase_boundaries(cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, documents)
-    return adapt_documents(cfg, runtime, model, val, phases)
+    boundaries = phase_boundaries(cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, documents)
+    return document_steps(cfg, runtime, val, boundaries)
+
+
+def cosine_to_zero(done: float) -> float:
+    """Factor on a learning rate: 1 at the start, 0 when all is done."""
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+class SpanSgd:
+    """SGD with momentum on gradients that the ranks share out and sum.
+
+    groups: parameters and their factor on the learning rate. A gradient lives in a flat buffer, one per dtype, whose
+    views are the parameters' .grad, so that one all-reduce makes it the same everywhere.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        model: GPT,
+        forward: Callable,
+        groups: list[tuple[list[nn.Parameter], float]],
+        momentum: float,
+        clip: float,
+    ) -> None:
+        self.runtime, self.model, self.forward, self.clip = runtime, model, forward, clip
+        self.params = [p for params, _ in groups for p in params]
+        self.grads: list[Tensor] = []
+        for dtype in dict.fromkeys(p.dtype for p in self.params):
+            own = [p for p in self.params if p.dtype == dtype]
+            sizes = [p.numel() for p in own]
+            self.grads.append(torch.zeros(sum(sizes), dtype=dtype, device=runtime.device))
+            for p, grad in zip(own, self.grads[-1].split(sizes), strict=True):
+                p.requires_grad_(True).grad = grad.view_as(p)
+        rated = [{"params": params, "factor": factor} for params, factor in groups]
+        self.optimiser = torch.optim.SGD(rated, momentum=momentum)
+
+    def gradient(self, batches: list[tuple[float, Batch]], max_len: int) -> Tensor:
+        """The sum of share * mean loss over (share, batch), differentiated into the buffers; its norm."""
+        for grad in self.grads:
+            grad.zero_()
+        for share, batch in batches[self.runtime.rank :: self.runtime.world]:
+            (self.forward(*on_device(self.model, batch, self.runtime, max_len)) * share).backward()
+        for grad in self.grads:
+            self.runtime.sum_(grad)
+        return torch.nn.utils.get_total_norm(self.grads)
+
+    def step(self, rate: float, batches: list[tuple[float, Batch]], max_len: int) -> None:
+        """One step at a learning rate, on a gradient of limited norm."""
+        norm = self.gradient(batches, max_len)
+        if self.clip > 0:
+            for grad in self.grads:
+                grad.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.optimiser.step()
+
+
+def global_update(cfg: Config, runtime: Runtime, model: GPT, tokens: np.ndarray) -> int:
+    """SGD on all weights over concatenated documents, with an optimiser of its own; the number of steps.
+
+    The last chunk is left out, as published. A chunk is cut into BATCH_SLICES packed rows that the ranks share out,
+    whatever their number.
+    """
+    size, slices, length = cfg.global_ttt_chunk_tokens, cfg.batch_slices, cfg.eval_seq_len
+    row, chunks = size // slices, -(-(len(tokens) - 1) // size)
+    params = list(model.parameters())
+    sgd = SpanSgd(runtime, model, model, [(params, 1.0)], cfg.global_ttt_momentum, cfg.global_ttt_grad_clip)
+    for c in [*range(chunks - 1)] * cfg.global_ttt_epochs:
+        starts = (c * size + j * row for j in range(slices))
+        batches = [(1 / slices, packed_docs_batch(tokens[start : start + row + 1], length)) for start in starts]
+        sgd.step(cfg.global_ttt_lr * cosine_to_zero(c / (chunks - 1)), batches, length)
+    for p in params:
+        p.requires_grad_(False).grad = None
+    return cfg.global_ttt_epochs * max(0, chunks - 1)
 
 
 def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -5982,8 +5949,8 @@ def fp32_copy(model: GPT) -> GPT:
 class ChunkSgd:
     """Windows scored by `scorer` on weights that earlier chunks have trained; then SGD steps on the chunk just scored.
 
-    The gradient of a chunk is a mean over its sequences, which the ranks share out by BATCH_SLICES; it lives in one
-    buffer, so that one all-reduce makes it the same everywhere. Works on a copy of the model.
+    The gradient of a chunk is a mean over its sequences, which the ranks share out by BATCH_SLICES. Works on a copy of
+    the model.
     """
 
     def __init__(
@@ -5992,110 +5959,84 @@ class ChunkSgd:
         runtime: Runtime,
         model: GPT,
         val: ValData,
-        scorer: type[NoAdaptation],
+        scorer: type[NoAdaptation] = NoAdaptation,
     ) -> None:
-        self.cfg, self.runtime, self.tokens, self.model = (
-            cfg,
-            runtime,
-            val.tokens,
-            fp32_copy(model),
-        )
+        self.cfg, self.runtime, self.tokens = cfg, runtime, val.tokens
+        self.model = fp32_copy(model).requires_grad_(False)
         self.num_chunks = -(-(len(val.tokens) - 1) // cfg.ttt_chunk_tokens)
-        self.model.requires_grad_(False)
         chosen = trainable(cfg, self.model)
-        self.params = list(chosen.values())
-        self.grads = torch.zeros(
-            sum(p.numel() for p in self.params),
-            dtype=self.params[0].dtype,
-            device=runtime.device,
-        )
-        for p, grad in zip(self.params, self.grads.split([p.numel() for p in self.params]), strict=True):
-            p.requires_grad_(True).grad = grad.view_as(p)
         groups: dict[str, list[nn.Parameter]] = {}
-        for p in self.params:
+        for p in chosen.values():
             groups.setdefault(ROLES[p.role].ttt_lr_mult, []).append(p)
-        rated = [{"params": ps, "factor": getattr(cfg, knob) if knob else 1.0} for knob, ps in groups.items()]
-        self.optimiser = torch.optim.SGD(rated, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
-        self.scorer = scorer(cfg, runtime, self.model)
+        rated = [(params, getattr(cfg, knob) if knob else 1.0) for knob, params in groups.items()]
+        self.scorer = scorer(cfg, runtime, self.model, val)
+        self.sgd = SpanSgd(runtime, self.model, self.scorer.forward, rated, cfg.ttt_momentum, cfg.ttt_grad_clip)
+        runtime.log(
+            f"chunk SGD: {self.num_chunks} chunks of {cfg.ttt_chunk_tokens} targets, {cfg.ttt_epochs} passes over each "
+            f"but the last, {sum(p.numel() for p in chosen.values()):,} weights in {len(chosen)} tensors"
+        )
+        if runtime.compile:
+            self.warm_up()
 
     def warm_up(self) -> None:
-        """Compile the scoring of both sizes of batch, and the gradient, on random tokens, outside the clock."""
-        if not self.runtime.compile:
-            return
-        cfg, real = self.cfg, self.tokens
-        count = cfg.eval_seq_len + 2 * windows_per_batch(cfg) * cfg.eval_stride
-        self.tokens = np.random.default_rng(0).integers(4, cfg.vocab_size, max(count, cfg.ttt_chunk_tokens) + 1)
-        val = ValData(self.tokens, np.zeros(len(self.tokens), np.int32))
-        alone = dataclasses.replace(self.runtime, rank=0, world=1)
-        for make in sliding_units(cfg, alone, val)[:2]:
-            self.scorer.score(make())
+        """Compile the scoring and the gradient, on random tokens."""
+        cfg = self.cfg
+        tokens = np.random.default_rng(0).integers(4, cfg.vocab_size, max(cfg.eval_seq_len, cfg.ttt_chunk_tokens) + 1)
+        windows = window_rows(cfg.eval_seq_len, cfg.eval_seq_len, cfg.eval_stride)
+        self.score(window_cells(cfg, ValData(tokens, tokens), windows))
         if cfg.ttt_epochs > 0:
-            self.gradient(learn_span(cfg, 0))
-        self.tokens = real
+            self.sgd.gradient(self.batches(tokens[: len(learn_span(cfg, 0)) + 1]), cfg.eval_seq_len)
 
-    def score(self, unit: Unit) -> Tensor:
-        """(B, T) nats of the scored cells; a unit without any is there to be learnt."""
-        return self.scorer.score(unit) if len(unit.rows) else torch.empty(unit.ids.shape)
+    def score(self, cells: Cells) -> Tensor:
+        """(B, T) nats of the scored cells."""
+        return self.scorer.score(cells)
 
-    def learn(self, unit: Unit, nll: Tensor) -> None:
-        """TTT_EPOCHS passes over the unit's span; momentum stays from chunk to chunk, the rate falls as a cosine."""
-        if not unit.span:
-            return
-        cfg, chunk = self.cfg, (unit.span.start - 1) // self.cfg.ttt_chunk_tokens
-        rate = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / (self.num_chunks - 1)))
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate * group["factor"]
-        span, width = unit.span, cfg.ttt_batch_seqs * cfg.eval_seq_len or len(unit.span)
+    def learn(self, lesson: SharedLesson, cells: None, nll: None) -> None:
+        """TTT_EPOCHS passes over the span; momentum stays from chunk to chunk, the rate falls as a cosine."""
+        cfg, (span,) = self.cfg, lesson.spans
+        chunk = (span.start - 1) // cfg.ttt_chunk_tokens
+        rate = cfg.ttt_lr * cosine_to_zero(chunk / (self.num_chunks - 1))
+        width = cfg.ttt_batch_seqs * cfg.eval_seq_len or len(span)
         for start in [*range(span.start, span.stop, width)] * cfg.ttt_epochs:
-            self.gradient(range(start, min(start + width, span.stop)))
-            if cfg.ttt_grad_clip > 0:
-                self.grads.mul_((cfg.ttt_grad_clip / (self.grads.norm() + 1e-6)).clamp(max=1.0))
-            self.optimiser.step()
+            tokens = self.tokens[start - 1 : min(start + width, span.stop)]
+            self.sgd.step(rate, self.batches(tokens), cfg.eval_seq_len)
 
-    def gradient(self, span: range) -> None:
-        """Gradient of the mean loss over a span's sequences of EVAL_SEQ_LEN, over all ranks, into the buffer."""
-        cfg, runtime, length = self.cfg, self.runtime, self.cfg.eval_seq_len
-        ids, targets = (self.tokens[span.start - 1 + i : span.stop - 1 + i].reshape(-1, length) for i in (0, 1))
-        cuts = [len(ids) * j // cfg.batch_slices for j in range(cfg.batch_slices + 1)]
-        self.grads.zero_()
-        for a, b in list(zip(cuts[:-1], cuts[1:], strict=True))[runtime.rank :: runtime.world]:
+    def batches(self, tokens: np.ndarray) -> list[tuple[float, Batch]]:
+        """Sequences of EVAL_SEQ_LEN, cut into BATCH_SLICES batches, each with its share of them; none is empty."""
+        ids, targets = (tokens[i : len(tokens) - 1 + i].reshape(-1, self.cfg.eval_seq_len) for i in (0, 1))
+        cuts = [len(ids) * j // self.cfg.batch_slices for j in range(self.cfg.batch_slices + 1)]
+        made = []
+        for a, b in zip(cuts[:-1], cuts[1:], strict=True):
             if a < b:
-                bounds = row_bounds(ids[a:b]) if LOADERS[cfg.loader].documents else None
+                bounds = row_bounds(ids[a:b]) if LOADERS[self.cfg.loader].documents else None
                 batch = Batch(torch.from_numpy(ids[a:b]), torch.from_numpy(targets[a:b]), bounds)
-                loss = self.scorer.forward(*on_device(self.model, batch, runtime, length))
-                (loss * ((b - a) / len(ids))).backward()
-        runtime.sum_(self.grads)
-
-    def after(self) -> None:
-        """Nothing: the copy that has learnt is not used again."""
+                made.append(((b - a) / len(ids), batch))
+        return made
 
 
 class Slot(NoAdaptation):
     """Scores with a shift of the last hidden state that is fitted for each batch (SLOT, sample-specific test-time
-    parameters, Hu et al. 2025), by AdamW on the loss of the unit's fit cells, from zero.
+    parameters, Hu et al. 2025), by AdamW on the loss of the cells' `fit`, from zero.
 
     The head is linear, so a shift d that all cells share is a bias E d of the logits: they are computed once, and a
     step costs no matrix product over the cells. Published: on H + d in bf16, which rounds small shifts away.
     """
 
-    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
-        super().__init__(cfg, runtime, model)
-        self.lr, self.steps, self.trunk = (
-            cfg.slot_lr,
-            cfg.slot_steps,
-            compiled(runtime, model.trunk),
-        )
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> None:
+        super().__init__(cfg, runtime, model, val)
+        self.lr, self.steps, self.trunk = cfg.slot_lr, cfg.slot_steps, compiled(runtime, model.trunk)
 
     @torch.no_grad()
-    def score(self, unit: Unit) -> Tensor:
+    def score(self, cells: Cells) -> Tensor:
         """(B, T) nats of the scored cells."""
-        ids, targets, meta = self.inputs(unit)
+        ids, targets, meta = self.inputs(cells)
         h, y, head = self.trunk(ids, meta).flatten(0, 1), targets.flatten(), self.model.tok_emb
-        cells, fit = (torch.from_numpy(a).to(ids.device) for a in (unit.cells[: len(unit.rows)], unit.fit))
-        z = at_least_fp32(head(h[cells]))
-        if len(fit):
+        scored = torch.from_numpy(cells.rows * ids.size(1) + cells.cols).to(ids.device)
+        z = at_least_fp32(head(h[scored]))
+        if cells.fit is not None and len(cells.fit):
+            fit = torch.from_numpy(cells.fit).to(ids.device)
             z += head.weight @ self.fitted_shift(head(h[fit]), y[fit])
-        return scatter_losses(unit, self.model.cross_entropy(z, y[cells], self.model.softcap))
+        return scatter_losses(cells, self.model.cross_entropy(z, y[scored], self.model.softcap))
 
     @torch.enable_grad()
     def fitted_shift(self, z: Tensor, targets: Tensor) -> Tensor:
@@ -6111,11 +6052,11 @@ class Slot(NoAdaptation):
         return shift.detach()
 
 
-def fit_cells(unit: Unit, causal: bool) -> np.ndarray:
+def fit_cells(cells: Cells, causal: bool) -> np.ndarray:
     """Flattened cells that SLOT is fitted on: those of targets before the batch's first scored one; or, as published,
     all cells of its windows but the last of each, scored or not, padded or not."""
-    cols = np.arange(unit.ids.shape[1])
-    before = unit.origin[:, None] + cols < unit.scored().min()
+    cols = np.arange(cells.ids.shape[1])
+    before = cells.origin[:, None] + cols < cells.scored().min()
     return np.flatnonzero(before if causal else np.broadcast_to(cols < len(cols) - 1, before.shape))
 
 
@@ -6133,69 +6074,31 @@ def windows_by_chunk(cfg: Config, num_targets: int) -> tuple[np.ndarray, np.ndar
     return windows, np.searchsorted(windows[:, 0] + windows[:, 2], edges)
 
 
-def chunk_sgd_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
-    """Of each chunk this rank's batches of windows, then, except of the last, a unit that scores nothing and has the
-    chunk as its span: every rank has as many of those. Batches do not depend on the ranks."""
+def chunk_sgd_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
+    """For each chunk this rank's batches of windows, then, except after the last, the chunk as a lesson for all ranks.
+    Batches do not depend on the ranks."""
     windows, edges = windows_by_chunk(cfg, len(val.tokens) - 1)
-    size, none = windows_per_batch(cfg), np.empty(0, np.int64)
-    pause = Unit(none.reshape(0, 0), none.reshape(0, 0), none, none, none)
-
-    units: list[Callable[[], Unit]] = []
+    size = windows_per_batch(cfg)
     for chunk, (first, last) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-        starts = range(first, last, size)[runtime.rank :: runtime.world]
-        units += [lambda i=i, last=last: window_unit(cfg, val, windows[i : min(i + size, last)]) for i in starts]
+        for i in range(first, last, size)[runtime.rank :: runtime.world]:
+            yield Step(window_cells(cfg, val, windows[i : min(i + size, last)]))
         if chunk < len(edges) - 2 and cfg.ttt_epochs > 0:
-            units.append(lambda chunk=chunk: pause._replace(span=learn_span(cfg, chunk)))
-    return units
+            yield Step(None, SharedLesson((learn_span(cfg, chunk),)))
 
 
-def slot_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
-    """chunk_sgd_units that say which cells the score is fitted on (see Slot)."""
-
-    def fitted(unit: Unit) -> Unit:
-        """The unit with its fit cells; those that score nothing have none."""
-        return unit._replace(fit=fit_cells(unit, cfg.slot_causal)) if len(unit.rows) else unit
-
-    return [lambda make=make: fitted(make()) for make in chunk_sgd_units(cfg, runtime, val)]
+def slot_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
+    """chunk_sgd_steps that say which cells the score is fitted on (see Slot)."""
+    for cells, lesson in chunk_sgd_steps(cfg, runtime, val):
+        yield Step(cells and cells._replace(fit=fit_cells(cells, cfg.slot_causal)), lesson)
 
 
-def adapt_chunks(
-    cfg: Config,
-    runtime: Runtime,
-    model: GPT,
-    val: ValData,
-    units: Callable,
-    scorer: type[NoAdaptation],
-) -> Score:
-    """Score sliding windows chunk by chunk, with SGD on each chunk once it is scored. The model is left as it was."""
-    learner, made = ChunkSgd(cfg, runtime, model, val, scorer), units(cfg, runtime, val)
-    runtime.log(
-        f"chunk SGD: {learner.num_chunks} chunks of {cfg.ttt_chunk_tokens} targets, {cfg.ttt_epochs} passes over each "
-        f"but the last, {learner.grads.numel():,} weights in {len(learner.params)} tensors"
-    )
-    learner.warm_up()
-    meter = ByteMeter(val, runtime, cfg.allow_noncausal)
-    score_first(build_each(made, "chunk SGD, batches and chunks", runtime.log), learner, meter)
-    return meter.close()
-
-
-def evaluate_chunk_sgd(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score of sliding windows with SGD on each scored chunk (see ChunkSgd)."""
-    return adapt_chunks(cfg, runtime, model, val, chunk_sgd_units, NoAdaptation)
-
-
-def evaluate_slot(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """The same with a shift of the hidden state fitted for each batch of windows (see Slot)."""
-    return adapt_chunks(cfg, runtime, model, val, slot_units, Slot)
-
-
-EVALS: dict[str, Callable[[Config, Runtime, GPT, ValData], Score]] = {
-    "plain": evaluate_plain,
-    "sliding": evaluate_sliding,
-    "chunk_sgd": evaluate_chunk_sgd,
-    "slot": evaluate_slot,
-    "doc_lora": evaluate_doc_lora,
-    "phased_lora": evaluate_phased_lora,
+EVALS = {
+    "plain": Evaluator(plain_steps, NoAdaptation),
+    "sliding": Evaluator(sliding_steps, NoAdaptation),
+    "chunk_sgd": Evaluator(chunk_sgd_steps, ChunkSgd),
+    "slot": Evaluator(slot_steps, functools.partial(ChunkSgd, scorer=Slot)),
+    "doc_lora": Evaluator(document_steps, document_learner),
+    "phased_lora": Evaluator(phased_steps, document_learner),
 }
 
 
@@ -6268,7 +6171,7 @@ class Run:
         model.set_looping(False)
         metrics = self.folder / "metrics.jsonl" if runtime.rank == 0 else None
         trainer = Trainer(cfg, runtime, model, metrics)
-        report = trainer.run(lambda: evaluate_plain(cfg, runtime, model, self.val))
+        report = trainer.run(lambda: EVALS["plain"](cfg, runtime, model, self.val))
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise FloatingPointError(
                 "the trained weights are not all finite; earlier files are untouched. Lower MATRIX_LR, "
@@ -6297,7 +6200,7 @@ class Run:
         }
         if runtime.device.type == "cuda":
             self.result["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
-        self.record("pre_quant", evaluate_plain(cfg, runtime, model, self.val))
+        self.record("pre_quant", EVALS["plain"](cfg, runtime, model, self.val))
 
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
@@ -6322,7 +6225,7 @@ class Run:
         self.result |= {"bytes_code": code, "bytes_model": size, "bytes_total": code + size}
         self.record(
             "quantized",
-            evaluate_plain(cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val),
+            EVALS["plain"](cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val),
         )
 
     def from_artifact(self, path: Path) -> GPT:

@@ -633,7 +633,7 @@ def test_plain_evaluation(golden: rules.Entry, exact_rope: None) -> None:
     c, want = golden.config, golden.expected
     count = c["targets_before_trim"] // c["seq_len"] * c["seq_len"]
     val, cfg = golden_stream(c, count), model_config(c, eval_seq_len=c["seq_len"], val_batch_tokens=3 * c["seq_len"])
-    score = train_gpt.evaluate_plain(cfg, rules.runtime(torch.float64), build(c), val)
+    score = train_gpt.EVALS["plain"](cfg, rules.runtime(torch.float64), build(c), val)
     assert (score.tokens, score.bytes) == (want["targets"], want["bytes"])
     assert (score.val_loss, score.val_bpb) == pytest.approx((want["val_loss"], want["val_bpb"]), rel=1e-8)
 
@@ -669,23 +669,24 @@ def test_chunk_sgd_follows_the_published_trajectory(
     )
     model, runtime, norms = build(c), rules.runtime(torch.float64), []
     learner, meter = (
-        train_gpt.ChunkSgd(cfg, runtime, model, val, train_gpt.NoAdaptation),
+        train_gpt.ChunkSgd(cfg, runtime, model, val),
         train_gpt.ByteMeter(val, runtime),
     )
-    gradient = learner.gradient
+    gradient = learner.sgd.gradient
 
-    def note(span: range) -> None:
-        gradient(span)
-        norms.append(learner.grads.norm().item())
+    def note(*args: Any) -> torch.Tensor:
+        norm = gradient(*args)
+        norms.append(norm.item())
+        return norm
 
-    monkeypatch.setattr(learner, "gradient", note)
+    monkeypatch.setattr(learner.sgd, "gradient", note)
     sums, windows = [0.0], [0]
-    for make in train_gpt.chunk_sgd_units(cfg, runtime, val):
-        unit, before = make(), meter.loss.item()
-        train_gpt.score_first([unit], learner, meter)
+    for step in train_gpt.chunk_sgd_steps(cfg, runtime, val):
+        before = meter.loss.item()
+        train_gpt.score_first([step], learner, meter)
         sums[-1] += meter.loss.item() - before
-        windows[-1] += len(np.unique(unit.rows))
-        if unit.span:
+        windows[-1] += len(np.unique(step.cells.rows)) if step.cells else 0
+        if step.lesson:
             sums.append(0.0)
             windows.append(0)
     score = meter.close()
@@ -693,7 +694,7 @@ def test_chunk_sgd_follows_the_published_trajectory(
     assert sums == pytest.approx(want["scored_nll_sum_per_chunk"], rel=1e-7)
     assert (score.val_loss, score.val_bpb) == pytest.approx((want["val_loss"], want["val_bpb"]), rel=1e-7)
     assert norms == pytest.approx(want["steps"], rel=1e-7)
-    rates = [group["lr"] for group in learner.optimiser.param_groups]
+    rates = [group["lr"] for group in learner.sgd.optimiser.param_groups]
     assert rates == pytest.approx(want["learning_rate_per_trained_chunk"][-1], rel=1e-7, abs=1e-15)
     after, own = (published(c, m.state_dict()) for m in (learner.model, model))
     assert sum(not torch.equal(after[name], own[name]) for name in own) == want["changed"]

@@ -162,7 +162,7 @@ class Trained:
         model = train_gpt.GPT(self.cfg, attend, torch.float32, train_gpt.choose_kernels(self.cfg, RUNTIME))
         model.set_looping(train_gpt.loops(self.cfg))
         train_gpt.fill_model(model, state, "the artifact")
-        return train_gpt.evaluate_plain(self.cfg, RUNTIME, model, self.val).val_bpb
+        return train_gpt.EVALS["plain"](self.cfg, RUNTIME, model, self.val).val_bpb
 
     def point(self, curve: str, clip: float) -> Point:
         """Quantise, write, read and score."""
