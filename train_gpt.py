@@ -3949,12 +3949,10 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits, percdamp: f
     weight (rows, cols), hessian (cols, cols); scale and bits broadcast to (rows, cols).
     """
     order, Hinv, dead = inverse_factor(hessian, percdamp)
-    W = torch.where(dead, 0.0, weight.float())[:, order].contiguous()
+    W = torch.where(dead, 0.0, weight.float())
+    W = W[:, order].contiguous()
     scales = scale.expand_as(W).T[order]  # (cols, rows), in GPTQ's order
-    if isinstance(bits, int):
-        widths = [bits] * len(order)
-    else:
-        widths = bits.expand_as(W).T[order]
+    widths = [bits] * len(order) if isinstance(bits, int) else bits.expand_as(W).T[order]
 
     def nearest_level(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
         """The nearest levels of a column, and their values."""
