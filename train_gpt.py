@@ -398,7 +398,6 @@ class Config:
     )
     gptq_calibration_batches: int = knob(16, "calibration batches, over all ranks", "> 0")
     gptq_damp: float = knob(0.01, "damping / mean of the Hessian's diagonal", "> 0")
-    gptq_blocksize: int = knob(128, "columns per lazy update", "> 0")
     tcq_states: int = knob(8, "trellis states: 4, 8, 16, 32 or 64", ">= 4, <= 64", "MATRIX_QUANT=gptq_tcq")
     tcq_chunk_rows: int = knob(1024, "rows per trellis path", ">= 16, <= 2048", "MATRIX_QUANT=gptq_tcq")
     gated_attn_quant_gate: bool = knob(False, "store attention gates as int8 with a scale per row; off: fp16")
@@ -428,55 +427,55 @@ class Config:
     )
 
     ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1")
-    ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", "> 0")
+    ttt_lora_alpha: float = knob(144.0, "LoRA scale * rank", "> 0")
     ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", ">= 0")
-    ttt_chunk_size: int = knob(48, "tokens scored, then learnt, at a time", "> 0")
-    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", "> 1")
-    ttt_batch_size: int = knob(64, "documents adapted side by side", "> 0")
+    ttt_chunk_size: int = knob(48, "tokens per chunk: scored, then learnt", "> 0")
+    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk, tokens", "> 1")
+    ttt_batch_size: int = knob(64, "documents adapted in parallel", "> 0")
     ttt_grad_steps: int = knob(1, "updates per chunk", ">= 1")
     ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", ">= 0")
     ttt_beta1: float = knob(0.0, "AdamW beta1", ">= 0, <= 1")
     ttt_beta2: float = knob(0.99, "AdamW beta2", ">= 0, <= 1")
     ttt_lora_sites: Words = knob(
         ("q", "k", "v", "attn", "mlp", "head"),
-        "where adapters act; attn, mlp: across the sublayer; any of q, k, v: the joint projection of a delta layer",
+        "where adapters act; attn, mlp: across the sublayer; any of q, k, v: the joint projection of a delta net",
         "q|k|v|attn|mlp|head",
     )
     ttt_warm_start_a: bool = knob(
         False,
-        "keep each batch row's A from its document before, as published; the score then depends on TTT_BATCH_SIZE and "
-        "on the ranks",
+        "start a document's A from the previous document in its row, as published; the score then depends on "
+        "TTT_BATCH_SIZE and the ranks",
     )
     ttt_context: str = knob(
         "recompute",
         "how a chunk sees its document; recompute: the whole window runs again, with gradient, as published; "
-        "carry: only the chunk runs, over keys and values kept since earlier chunks ran (with TTT_LORA_LR=0: "
-        "plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in reach)",
+        "carry: only the chunk runs, over the keys and values of earlier chunks (with TTT_LORA_LR=0: plain "
+        "scoring that computes each token once and reaches back up to TTT_EVAL_SEQ_LEN tokens)",
         "recompute|carry",
     )
-    phased_ttt_prefix_docs: int = knob(2000, "scored documents by which the last global update is made", ">= 0")
-    phased_ttt_num_phases: int = knob(3, "global updates", ">= 1")
-    global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", ">= 0")
-    global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", ">= 0, <= 1")
+    phased_ttt_prefix_docs: int = knob(2000, "scored documents after which the last global update happens", ">= 0")
+    phased_ttt_num_phases: int = knob(3, "number of global updates", ">= 1")
+    global_ttt_lr: float = knob(1e-3, "peak learning rate, cosine to 0", ">= 0")
+    global_ttt_momentum: float = knob(0.9, "momentum", ">= 0, <= 1")
     global_ttt_epochs: int = knob(1, "passes over the scored documents", ">= 1")
-    global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", "> 0")
-    global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", ">= 0")
-    ttt_chunk_tokens: int = knob(32_768, "targets scored, then learnt, at a time", "> 0")
-    ttt_epochs: int = knob(3, "passes of SGD over a chunk", ">= 0")
-    ttt_batch_seqs: int = knob(0, "sequences of an SGD step, over all ranks; 0: the whole chunk", ">= 0")
-    ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", ">= 0")
-    ttt_momentum: float = knob(0.9, "momentum of chunk SGD, kept from chunk to chunk", ">= 0, <= 1")
-    ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", ">= 0")
+    global_ttt_chunk_tokens: int = knob(32_768, "tokens per step", "> 0")
+    global_ttt_grad_clip: float = knob(1.0, "limit on the global norm of the gradient; 0: none", ">= 0")
+    ttt_chunk_tokens: int = knob(32_768, "targets per chunk: scored, then learnt", "> 0")
+    ttt_epochs: int = knob(3, "passes over a chunk", ">= 0")
+    ttt_batch_seqs: int = knob(0, "sequences per step, over all ranks; 0: the whole chunk", ">= 0")
+    ttt_lr: float = knob(0.002, "peak learning rate, cosine to 0", ">= 0")
+    ttt_momentum: float = knob(0.9, "momentum, kept from chunk to chunk", ">= 0, <= 1")
+    ttt_grad_clip: float = knob(1.0, "limit on the norm of a chunk's gradient; 0: none", ">= 0")
     ttt_trainable: Words = knob(
         ("all",),
-        "weights that chunk SGD trains: all, scalar (gains, gates, scales), or globs or parts of names, such as mlp",
+        "weights to train: all, scalar (gains, gates, scales), or globs or substrings of names, e.g. mlp",
     )
-    gdn_ttt_lr_mult: float = knob(1.0, "factor on TTT_LR for A_log, dt_bias, ba and taps of delta layers", ">= 0")
-    slot_lr: float = knob(0.003, "learning rate of the fitted shift of the hidden state", ">= 0")
-    slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", ">= 1")
+    gdn_ttt_lr_mult: float = knob(1.0, "factor on TTT_LR for A_log, dt_bias, ba and taps of delta nets", ">= 0")
+    slot_lr: float = knob(0.003, "learning rate", ">= 0")
+    slot_steps: int = knob(5, "AdamW steps per batch of windows", ">= 1")
     slot_causal: bool = knob(
         True,
-        "fit on targets before the batch's first scored one; off: on those that it scores, as published (not legal)",
+        "fit on targets before the batch's first scored one; off, as published: on those it scores (not legal)",
     )
 
     def problems(self) -> list[str]:
@@ -502,10 +501,10 @@ GROUPS = {  # first knob -> the title that --help prints above it
     "iterations": "training schedule",
     "matrix_quant": "quantisation and artifact",
     "eval": "evaluation",
-    "ttt_lora_rank": "adapters per document, when EVAL=doc_lora|phased_lora",
-    "phased_ttt_prefix_docs": "global updates between documents, when EVAL=phased_lora",
-    "ttt_chunk_tokens": "SGD on scored chunks, when EVAL=chunk_sgd|slot",
-    "slot_lr": "a fitted shift of the hidden state, when EVAL=slot",
+    "ttt_lora_rank": "test-time training of adapters (EVAL=doc_lora or phased_lora)",
+    "phased_ttt_prefix_docs": "global phases of test-time training (EVAL=phased_lora)",
+    "ttt_chunk_tokens": "test-time training by SGD (EVAL=chunk_sgd or slot)",
+    "slot_lr": "fitted shift of the hidden state (EVAL=slot)",
 }
 
 ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
@@ -3912,6 +3911,9 @@ def inverse_factor(hessian: Tensor, percdamp: float) -> tuple[Tensor, Tensor, Te
     return order, torch.linalg.cholesky(Hinv, upper=True), dead
 
 
+GPTQ_BLOCKSIZE = 128  # columns per lazy update: speed alone depends on it
+
+
 def gptq_columns(
     W: Tensor,
     Hinv: Tensor,
@@ -4047,7 +4049,7 @@ def require_hessian(hessian: Tensor | None) -> Tensor:
 
 def with_feedback(weight: Tensor, hessian: Tensor | None, scale: Tensor, bits: Bits, cfg: Config) -> Tensor:
     """Round column by column with GPTQ, int8."""
-    return gptq(weight, require_hessian(hessian), scale, bits, cfg.gptq_damp, cfg.gptq_blocksize)
+    return gptq(weight, require_hessian(hessian), scale, bits, cfg.gptq_damp, GPTQ_BLOCKSIZE)
 
 
 def row_bits(weight: Tensor, rule: QuantRule, cfg: Config) -> Bits:
@@ -4156,7 +4158,7 @@ def encode_tcq(
     found = [stored_scales(sigma_clip_scale(w, rule.bits, rule.clip) / 2, cfg.scale_step) for w, rule in pairs]
     scales, tops = list(map(scale_values, found)), [2**rule.bits - 2 for rule in rules]
     walk = cfg.tcq_states, cfg.tcq_chunk_rows
-    levels = gptq_trellis(weights, hessians, scales, tops, *walk, cfg.gptq_damp, cfg.gptq_blocksize)
+    levels = gptq_trellis(weights, hessians, scales, tops, *walk, cfg.gptq_damp, GPTQ_BLOCKSIZE)
     t = torch.tensor(walk, dtype=torch.int32)
     return [{"q": q, "t": t} | parts for q, parts in zip(levels, found, strict=True)]
 
@@ -5766,7 +5768,7 @@ def phase_segments(batches: list[list[int]], boundaries: list[int]) -> list[tupl
     return [*segments, (segment, [])]
 
 
-def claim_batches(cfg: Config, runtime: Runtime, queue_id: str, batches: list[list[int]]) -> Iterator[list[int]]:
+def claim_batches(runtime: Runtime, queue_id: str, batches: list[list[int]]) -> Iterator[list[int]]:
     """This rank's batches of a queue that the ranks share, each when it is asked for."""
     for ticket in runtime.claim_tickets(queue_id, len(batches)):
         yield batches[ticket]
@@ -5800,7 +5802,7 @@ def document_steps(cfg: Config, runtime: Runtime, val: ValData, boundaries: Sequ
     queue_id = f"ttt {runtime.broadcast_from_rank0(time.time())}"  # a queue is used once
     segments = phase_segments(context.batches(docs, cfg.ttt_batch_size), boundaries)
     for number, (batches, learnt) in enumerate(segments):
-        claimed = claim_batches(cfg, runtime, f"{queue_id}/{number}", batches)
+        claimed = claim_batches(runtime, f"{queue_id}/{number}", batches)
         yield from context.steps(cfg, val, docs, claimed)
         if learnt:
             spans = (range(docs[i][0] + 1, docs[i][0] + docs[i][1]) for i in learnt)
