@@ -4234,7 +4234,8 @@ class Grid(NamedTuple):
         padding = -x.numel() % self.group
         rows = F.pad(x.flatten(), (0, padding)).view(-1, self.group)
         # levels go from -half to half - 1; the largest magnitude lies half a level over the top one
-        scale = storable(rows.abs().amax(dim=1) / (half - 0.5))
+        largest = rows.abs().amax(dim=1)
+        scale = storable(largest / (half - 0.5))
         q = torch.round(rows / scale.float()[:, None])
         q = q.clamp(-half, half - 1).flatten()
         return pack_bits(q[: x.numel()] + half, self.bits), scale
