@@ -4205,10 +4205,11 @@ class Grid(NamedTuple):
         padding = -x.numel() % self.group
         rows = F.pad(x.flatten(), (0, padding)).view(-1, self.group)
         # levels go from -half to half - 1; the largest magnitude lies half a level over the top one
-        scale = storable(rows.abs().amax(dim=1) / (half - 0.5))
+        largest = rows.abs().amax(dim=1)
+        scale = storable(largest / (half - 0.5))
         q = torch.round(rows / scale.float()[:, None])
-        q = q.clamp(-half, half - 1).flatten()[: x.numel()]
-        return pack_bits(q + half, self.bits), scale
+        q = q.clamp(-half, half - 1).flatten()
+        return pack_bits(q[: x.numel()] + half, self.bits), scale
 
     def decode(self, packed: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
         """The float32 factor."""
@@ -4311,8 +4312,9 @@ def quantisation_jobs(plan: Plan, state: Weights, world: int) -> list[list[str]]
     groups = {}
     costs = {name: w.numel() * w.size(-1) for name, w in state.items()}
     for name in sorted(state, key=lambda name: (-costs[name], name)):
-        scheme = plan[name].scheme
-        group = name if SCHEMES[scheme].batch_encoder is None else (scheme, state[name].size(-1))
+        group, scheme = name, plan[name].scheme
+        if SCHEMES[scheme].batch_encoder is not None:
+            group = scheme, state[name].size(-1)
         groups.setdefault(group, []).append(name)
     shares = [names[rank::world] for names in groups.values() for rank in range(world)]
     return [names for names in shares if names]
