@@ -36,7 +36,6 @@ import itertools
 import json
 import lzma
 import math
-import operator
 import os
 import pickle
 import platform
@@ -51,6 +50,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import ge, gt, le
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -697,7 +697,7 @@ def mixer_letters(cfg: Config) -> str:
     return "".join(letter * int(count or 1) for letter, count in re.findall(r"([AG])(?:\*(\d+))?", cfg.mixers))
 
 
-COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
+COMPARE = {">": gt, ">=": ge, "<=": le}
 
 
 def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
@@ -1324,9 +1324,9 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
     stop = threading.Event()
 
     def put(item: Any) -> None:
+        """Wait for room, but no longer than the consumer lives."""
         while not stop.is_set():
             try:
-                # The timeout lets the thread notice `stop` while the queue is full.
                 return ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
@@ -2410,7 +2410,7 @@ EMBED = ("adamw", "tied_embed_lr", "embed_wd")
 MUON = ("muon", "matrix_lr", "muon_wd")
 ATTN = (*MUON, "matrix", "attn_clip_sigmas")
 MLP_MATRIX = (*MUON, "matrix", "mlp_clip_sigmas")
-ROLES = {
+ROLES = {  # the tap at a matrix of a block has the name of its role
     "embed": Role(normal, "tied_embed_init_std", *EMBED, "embed", "embed_clip_sigmas", "head", "embed"),  # tied head
     "hash_table": Role(constant, 0.0, *EMBED, "table", "embed_clip_sigmas"),
     "value_table": Role(normal, 0.01, *EMBED, "table", "embed_clip_sigmas"),
@@ -2418,7 +2418,7 @@ ROLES = {
     "k": Role(orthogonal, 0.0, *ATTN, "q", "k"),  # q, k and v read the same input
     "v": Role(orthogonal, 0.0, *ATTN, "q", "v"),
     "o": Role(constant, 0.0, *ATTN, "o", "o"),
-    "delta_qkv": Role(orthogonal, 0.0, *ATTN, "qkv"),
+    "qkv": Role(orthogonal, 0.0, *ATTN, "qkv"),
     "delta_z": Role(orthogonal, 0.0, *ATTN, "qkv"),
     "up": Role(orthogonal, 0.0, *MLP_MATRIX, "up", "up"),
     "down": Role(constant, 0.0, *MLP_MATRIX, "down", "down"),
@@ -2682,8 +2682,6 @@ class ValueResidual(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with QK norm, partial RoPE and a query gain; then XSA and a gate on the outputs."""
 
-    INPUTS = ("q", "k", "v")  # the matrices that read the normed input, and their sites
-
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
         D, head = cfg.model_dim, cfg.model_dim // cfg.num_heads
@@ -2718,13 +2716,11 @@ class DeltaNet(nn.Module):
     """Gated delta net (Yang et al. 2024) as in PR 1895: a convolution over two tokens, ELU + 1 on queries and keys,
     SiLU on values, a decay and a write strength per head; outputs are gated by SiLU and not normed."""
 
-    INPUTS = ("qkv",)
-
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
         D, d, value_heads = cfg.model_dim, cfg.gdn_head_dim, cfg.gdn_v_heads
         self.widths, self.head_dim = [cfg.gdn_qk_heads * d] * 2 + [value_heads * d], d
-        self.qkv = Linear("delta_qkv", D, sum(self.widths))
+        self.qkv = Linear("qkv", D, sum(self.widths))
         self.ba = Linear("delta_ba", D, 2 * value_heads)
         self.z = Linear("delta_z", D, value_heads * d)
         self.o = Linear("o", value_heads * d, D)
@@ -5304,8 +5300,7 @@ def lora_sites(cfg: Config, model: GPT) -> list[tuple[str, int, tuple[int, int]]
         chosen.add("qkv")  # the joint projection of a delta layer
     sites = []
     for execution, layer in enumerate(model.route.layers):
-        attn = model.blocks[layer].attn
-        shapes = {name: tuple(getattr(attn, name).weight.shape) for name in attn.INPUTS}
+        shapes = {p.role: tuple(p.shape) for p in model.blocks[layer].attn.parameters()}
         shapes |= {"attn": (D, D), "mlp": (D, D)}
         sites += [(name, execution, shape) for name, shape in shapes.items() if name in chosen]
     return sites + [("head", 0, (V, D))] * ("head" in chosen)
@@ -6079,10 +6074,11 @@ class Run:
 
     def __init__(self, cfg: Config, runtime: Runtime, preset: str, folder: Path) -> None:
         self.cfg, self.runtime, self.log, self.folder = cfg, runtime, runtime.log, folder
+        # whatever can be missing is found here, before the training and not after it
         self.attend, self.kernels = choose_attention(cfg, runtime), choose_kernels(cfg, runtime)
         self.val = load_val(cfg)
         if "quantize" in cfg.stages:
-            CODECS[cfg.compressor].require()  # before the training, not after it
+            CODECS[cfg.compressor].require()
         self.result = {"preset": preset, "seed": cfg.seed, "stages": {}}
         if "train" not in cfg.stages:
             self.result |= read_json(folder / "result.json")
@@ -6094,32 +6090,23 @@ class Run:
         model.set_looping(loops(self.cfg))
         return model
 
+    def evaluate(self, name: str, model: GPT) -> Score:
+        """Score the validation stream by a row of EVALS."""
+        return EVALS[name](self.cfg, self.runtime, model, self.val)
+
     def record(self, stage: str, score: Score) -> None:
-        """Log a stage's score and write result.json."""
+        """Log a stage's score and write result.json, with the configuration that it belongs to."""
         self.log(
             f"{stage}: val_loss {score.val_loss:.8f} val_bpb {score.val_bpb:.8f} ({score.tokens:,} tokens, "
             f"{score.bytes:,} bytes, {score.seconds:.1f} s)"
         )
         if not score.legal:
-            self.log(
-                f"WARNING: the {stage} score is not legal: it was fitted on targets that it scores (SLOT_CAUSAL=0)"
-            )
-        self.result["stages"][stage] = {
-            "val_loss": score.val_loss,
-            "val_bpb": score.val_bpb,
-            "seconds": score.seconds,
-        }
-        self.result |= {
-            "val_loss": score.val_loss,
-            "val_bpb": score.val_bpb,
-            "tokens_scored": score.tokens,
-            "bytes_scored": score.bytes,
-            "legal": score.legal,
-        }
-        self.write_result()
-
-    def write_result(self) -> None:
-        """result.json, and the configuration that it is of, by the first rank."""
+            self.log(f"WARNING: the {stage} score is not legal: it was fitted on the targets it scores (SLOT_CAUSAL=0)")
+        losses = {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
+        self.result["stages"][stage] = losses | {"seconds": score.seconds}
+        # the last stage's score is the run's
+        counts = {"tokens_scored": score.tokens, "bytes_scored": score.bytes, "legal": score.legal}
+        self.result |= losses | counts
         if self.runtime.rank == 0:
             atomic_write(self.folder / "record.env", record_env(self.cfg).encode())
             atomic_write(self.folder / "result.json", json.dumps(self.result, indent=1).encode() + b"\n")
@@ -6131,69 +6118,67 @@ class Run:
         self.runtime.barrier()
 
     def train(self) -> None:
-        """Train, average, collect Hessians within the budget; model.pt, hessians.pt and the pre-quantisation score."""
+        """Train, average and calibrate within the budget: model.pt, hessians.pt, the score before quantisation."""
         cfg, runtime = self.cfg, self.runtime
         model = self.model()
+        # drawn on the CPU: the same initial weights on every rank and device
         model.load_state_dict(GPT(cfg).init_weights(cfg.seed).state_dict())
         model.set_looping(False)
         metrics = self.folder / "metrics.jsonl" if runtime.rank == 0 else None
         trainer = Trainer(cfg, runtime, model, metrics)
-        report = trainer.run(lambda: EVALS["plain"](cfg, runtime, model, self.val))
+        report = trainer.run(lambda: self.evaluate("plain", model))
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise FloatingPointError(
                 "the trained weights are not all finite; earlier files are untouched. Lower MATRIX_LR, "
                 "TIED_EMBED_LR or SCALAR_LR"
             )
-        self.save(
-            "model.pt",
-            {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps},
-        )
-        schemes = [SCHEMES[name] for name in (cfg.matrix_quant, cfg.embed_quant)]
-        hessians = collect_hessians(cfg, runtime, model) if any(scheme.hessian for scheme in schemes) else {}
-        hessians |= {COUNTS: token_counts(cfg, runtime)} if any(scheme.counts for scheme in schemes) else {}
+        self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
+        self.calibrate(model)
         seconds = trainer.clock.read()
-        self.save("hessians.pt", hessians)
-        collected = len(hessians.keys() - {COUNTS})
-        self.log(f"calibration: {collected} Hessians, {seconds - report.seconds:.2f} s, inside the training budget")
+        self.log(f"calibration: {seconds - report.seconds:.2f} s, inside the training budget")
         if 0 < cfg.max_wallclock_seconds < seconds:
             self.log(
                 f"WARNING: training with calibration took {seconds:.2f} s, over MAX_WALLCLOCK_SECONDS="
                 f"{cfg.max_wallclock_seconds:g}; raise GPTQ_RESERVE_SECONDS"
             )
-        self.result |= {
-            "train_seconds": seconds,
-            "train_steps": report.steps,
-            "train_loss": report.loss,
-        }
+        self.result |= {"train_seconds": seconds, "train_steps": report.steps, "train_loss": report.loss}
         if runtime.device.type == "cuda":
             self.result["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
-        self.record("pre_quant", EVALS["plain"](cfg, runtime, model, self.val))
+        self.record("pre_quant", self.evaluate("plain", model))
+
+    def calibrate(self, model: GPT) -> None:
+        """What the quantisers need to know of the data: hessians.pt."""
+        schemes = [SCHEMES[name] for name in (self.cfg.matrix_quant, self.cfg.embed_quant)]
+        known = {}
+        if any(scheme.hessian for scheme in schemes):
+            known |= collect_hessians(self.cfg, self.runtime, model)
+        if any(scheme.counts for scheme in schemes):
+            known[COUNTS] = token_counts(self.cfg, self.runtime)
+        self.save("hessians.pt", known)
 
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
         cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
-        state = load_saved(self.folder / "model.pt")["model"]
-        fill_model(self.model(), state, str(self.folder / "model.pt"))
+        trained, path = self.folder / "model.pt", self.folder / "model.bin"
+        state = load_saved(trained)["model"]
+        fill_model(self.model(), state, str(trained))
         hessians = load_saved(self.folder / "hessians.pt")
         stored = quantize(cfg, runtime, *reparametrize(cfg, runtime, state, hessians))
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
             counts = collections.Counter(tensor.encoding() for tensor in stored)
             self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-            started = time.perf_counter()
-            save_artifact(self.folder / "model.bin", stored, cfg.compressor)
+            save_artifact(path, stored, cfg.compressor)
         runtime.barrier()
-        size, code = (self.folder / "model.bin").stat().st_size, Path(__file__).stat().st_size
+        size, code = path.stat().st_size, Path(__file__).stat().st_size
         self.log(
             f"artifact: {size:,} bytes ({cfg.compressor}), quantised in {seconds:.1f} s, compressed in "
-            f"{time.perf_counter() - started:.1f} s"
+            f"{time.perf_counter() - started - seconds:.1f} s"
         )
-        self.result = {k: v for k, v in self.result.items() if not k.startswith("artifact")}  # an older pack's
+        # what the packer noted is about an older model.bin
+        self.result = {k: v for k, v in self.result.items() if not k.startswith("artifact")}
         self.result |= {"bytes_code": code, "bytes_model": size, "bytes_total": code + size}
-        self.record(
-            "quantized",
-            EVALS["plain"](cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val),
-        )
+        self.record("quantized", self.evaluate("plain", self.from_artifact(path)))
 
     def from_artifact(self, path: Path) -> GPT:
         """A model with an artifact's weights."""
@@ -6202,10 +6187,10 @@ class Run:
         return model
 
     def eval(self) -> None:
-        """The final score of the artifact, by EVAL; eval_seconds counts reading the artifact too."""
+        """The final score of the artifact, by EVAL; eval_seconds counts reading the artifact and compiling too."""
         started = time.perf_counter()
-        path = Path(self.cfg.model_path) if self.cfg.model_path else self.folder / "model.bin"
-        score = EVALS[self.cfg.eval](self.cfg, self.runtime, self.from_artifact(path), self.val)
+        path = Path(self.cfg.model_path or self.folder / "model.bin")
+        score = self.evaluate(self.cfg.eval, self.from_artifact(path))
         self.result["eval_seconds"] = self.runtime.broadcast_from_rank0(time.perf_counter() - started)
         self.record("final", score)
 
@@ -6213,57 +6198,57 @@ class Run:
 def explain(cfg: Config, origin: dict[str, str]) -> str:
     """The resolved run: non-default knobs with their origin, parameters, routes, optimiser table, quantisation plan."""
     lines = ["knobs that are not default:"]
-    values = {f.name.upper(): getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
-    lines += [f"  {name}={format_knob(values[name])}  ({source})" for name, source in sorted(origin.items())]
+    for name, source in sorted(origin.items()):
+        lines.append(f"  {name}={format_knob(getattr(cfg, name.lower()))}  ({source})")
     with torch.device("meta"):
         model = GPT(cfg)
-    lines += [
-        f"parameters {count_parameters(cfg)}",
-        f"route, looping off: {model.routes[False]}",
-    ]
-    lines += [f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}"] * loops(cfg)
+    lines += [f"parameters {count_parameters(cfg)}", f"route, looping off: {model.routes[False]}"]
+    if loops(cfg):
+        lines.append(f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}")
     lines.append("optimisers:")
-    for (optimiser, lr, wd), params in optimiser_groups(model).items():
-        roles = " ".join(dict.fromkeys(p.role for p in params.values()))
-        lines.append(
-            f"  {optimiser:6} {lr.upper()}={getattr(cfg, lr):g} {wd.upper()}={getattr(cfg, wd):g}  "
-            f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {roles}"
-        )
-    lines += {"chunk_sgd": explain_chunk_sgd, "slot": explain_chunk_sgd}.get(cfg.eval, lambda *_: [])(cfg, model)
-    frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
-    lines += [f"  of them not trained: {len(frozen)} tensors, {sum(frozen):,} weights"] * bool(frozen)
-    lines.append("quantisation plan:")
-    lines += explain_plan(cfg, quant_plan(cfg))
-    return "\n".join(lines)
+    for (optimiser, lr, wd), named in optimiser_groups(model).items():
+        rates = f"{optimiser:6} {lr.upper()}={getattr(cfg, lr):g} {wd.upper()}={getattr(cfg, wd):g}"
+        lines.append(f"  {rates}  {summary(named.values())}: {roles_of(named.values())}")
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    lines += [f"  of them not trained: {summary(frozen)}"] * bool(frozen)
+    if EVALS[cfg.eval].learner in (EVALS["chunk_sgd"].learner, EVALS["slot"].learner):
+        # a word of TTT_TRAINABLE that selects nothing is found here, before the training
+        chosen = trainable(cfg, model).values()
+        lines.append(f"test-time training: {summary(chosen)} (TTT_TRAINABLE={format_knob(cfg.ttt_trainable)})")
+    return "\n".join([*lines, "quantisation plan:", *explain_plan(cfg)])
 
 
-def explain_plan(cfg: Config, plan: Plan) -> list[str]:
+def summary(params: Iterable[Tensor]) -> str:
+    """Tensors and weights, counted."""
+    sizes = [p.numel() for p in params]
+    return f"{len(sizes)} tensors, {sum(sizes):,} weights"
+
+
+def roles_of(params: Iterable[nn.Parameter]) -> str:
+    """The roles of parameters, each once."""
+    return " ".join(dict.fromkeys(p.role for p in params))
+
+
+def explain_plan(cfg: Config) -> list[str]:
     """A line for each rule: the roles that are stored so, tensors, bytes. UserError for an override without effect."""
     tensors, rules = weights_of(cfg), {}
-    matrices = [name for name, p in tensors.items() if ROLES[p.role].store == "matrix"]
+    matrices = {name for name, p in tensors.items() if ROLES[p.role].store == "matrix"}
     for word, _ in bits_overrides(cfg):
-        matrices, before = [name for name in matrices if not fits(name, word)], matrices
-        if len(matrices) == len(before):
+        hits = {name for name in matrices if fits(name, word)}
+        if not hits:
             raise UserError(f"MATRIX_BITS_OVERRIDES={word} is in no name of a matrix (or of none that is left for it)")
-    for name, rule in plan.items():
+        matrices -= hits
+    for name, rule in quant_plan(cfg).items():
         rules.setdefault(rule, []).append(tensors[name])
     lines = []
     for rule, params in rules.items():
+        # a clipped row has a scale of two bytes beside its integers
         size = sum(p.numel() * rule.bits / 8 + (2 * p.size(0) if rule.clip else 0) for p in params)
         lines.append(
             f"  {rule.scheme:14} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(params):3} tensors "
-            f"{size:>12,.0f} bytes before entropy coding: {' '.join(dict.fromkeys(p.role for p in params))}"
+            f"{size:>12,.0f} bytes before entropy coding: {roles_of(params)}"
         )
     return lines
-
-
-def explain_chunk_sgd(cfg: Config, model: GPT) -> list[str]:
-    """What test-time training changes; a wrong TTT_TRAINABLE is found here, before the training."""
-    chosen = trainable(cfg, model)
-    size = sum(p.numel() for p in chosen.values())
-    return [
-        f"test-time training: {len(chosen)} tensors, {size:,} weights (TTT_TRAINABLE={','.join(cfg.ttt_trainable)})"
-    ]
 
 
 def versions(runtime: Runtime) -> str:
@@ -6285,15 +6270,21 @@ def execute(cfg: Config, origin: dict[str, str], environ: Mapping[str, str]) -> 
     runtime = Runtime.start(cfg, environ, folder / "log.txt")
     try:
         runtime.log(f"run {run_id}, preset {preset or 'none'}, stages {','.join(cfg.stages)}, files in {folder}")
+        # a log begins with what runs: knobs, source, versions
         runtime.log(explain(cfg, origin))
         run = Run(cfg, runtime, preset, folder)
         runtime.log(f"source sha256 {run.result['source_sha256']}")
         runtime.log(versions(runtime))
         for stage in cfg.stages:
-            {"train": run.train, "quantize": run.quantize, "eval": run.eval}[stage]()
+            getattr(run, stage)()
         runtime.log("RESULT " + json.dumps(run.result))
     finally:
         runtime.close()
+
+
+# Exit status of what main reports in a line or a few instead of a traceback.
+STATUS = {UserError: 2, FloatingPointError: 1, KeyboardInterrupt: 130}
+INTERRUPTED = "interrupted; finished stages are on disk, resume with STAGES=quantize,eval or STAGES=eval"
 
 
 def main(argv: list[str]) -> int:
@@ -6308,20 +6299,12 @@ def main(argv: list[str]) -> int:
         cfg, origin = resolve(os.environ)
         if "--explain" in argv:
             print(explain(cfg, origin))
-            return 0
-        execute(cfg, origin, os.environ)
-    except UserError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "error: interrupted; finished stages are on disk, resume with STAGES=quantize,eval or STAGES=eval",
-            file=sys.stderr,
-        )
-        return 130
+        else:
+            execute(cfg, origin, os.environ)
+    except tuple(STATUS) as error:
+        message = INTERRUPTED if isinstance(error, KeyboardInterrupt) else str(error)
+        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+        return STATUS[type(error)]
     return 0
 
 
