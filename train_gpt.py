@@ -1360,8 +1360,7 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
     def put(item: Any) -> None:
         while not stop.is_set():
             try:
-                # The timeout lets the thread notice `stop` while the queue is full.
-                return ready.put(item, timeout=0.1)
+                return ready.put(item, timeout=0.1)  # a timeout, to notice `stop` while the queue is full
             except queue.Full:
                 continue
 
