@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from records.verify import BUDGET_SECONDS, CAP_BYTES, FAIL, read_log  # noqa: E402  (needs the line above)
-from train_gpt import LOCAL_KNOBS, UserError, atomic_write, read_json, read_preset  # noqa: E402
+from train_gpt import LOCAL_KNOBS, UserError, atomic_write, preset_layers, read_json, read_preset  # noqa: E402
 
 BEGIN, END = "<!-- results: written by records/submit.py -->", "<!-- end of results -->"
 HANDWRITTEN = ("author", "github_id", "name", "blurb", "date")
@@ -337,9 +337,8 @@ def submit(args: argparse.Namespace) -> None:
 LEADERBOARD_HEAD = """# Records
 
 Written by `python records/submit.py --leaderboard`; do not edit. "Published" is the score
-of the system that a record follows, "here" is what was run with this code, "legality" is the word of
-`python records/verify.py` (verdict.json in the record's folder; toy size: the record's own knobs and program
-on a small model).
+of the system that a record reproduces or is based on, "here" is what was run with this code, "legality" is the
+verdict of `python records/verify.py` (toy size: the record's knobs and program on a small model).
 """
 
 
@@ -362,9 +361,10 @@ def leaderboard_row(record: Path, records: Path) -> tuple[float, str]:
     here = "not run at full size" if ours is None else number(ours)
     if ours is not None and found.get("val_bpb_std") is not None:
         here += f" ± {found['val_bpb_std']:.5f} ({len(found.get('seeds', []))} seeds)"
+    own = len(preset_layers(str(record))) > 1  # what has a BASE is no reproduction
     cells = (
         f"[{found.get('name') or record.name}]({record.relative_to(records).as_posix()})",
-        number(published),
+        f"none; based on {found.get('comparison_baseline')}: {number(published)}" if own else number(published),
         here,
         number(found.get("bytes_total"), 0),
         number(found.get("train_wallclock_ms_mean"), 1, 1e3),
