@@ -191,6 +191,7 @@ class Config:
         "MIXERS=G",
     )
     mlp_mult: float = knob(4.0, "hidden width of the MLP / MODEL_DIM", "> 0")
+    mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", ">= 0")
     tied_embed_init_std: float = knob(0.005, "std of the embedding at init", "> 0")
     logit_softcap: float = knob(30.0, "c in c*tanh(logits/c)", "> 0")
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", "> 1")
@@ -2793,9 +2794,6 @@ class DeltaNet(nn.Module):
 MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
 
 
-LEAKY_SLOPE = 0.5  # of the MLP's LeakyReLU on the negative side
-
-
 class MLP(nn.Module):
     """down(LeakyReLU(up(m), slope)^2), by the fused kernel if the run has it and nobody listens at up or down."""
 
@@ -2804,7 +2802,7 @@ class MLP(nn.Module):
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.up = Linear("up", cfg.model_dim, hidden)
         self.down = Linear("down", hidden, cfg.model_dim)
-        self.slope, self.fused = LEAKY_SLOPE, kernels.mlp
+        self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
     def forward(
         self,

@@ -18,7 +18,6 @@ contest's README (0.005 nats per token better, shown at p < 0.01: the test is of
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import math
@@ -34,7 +33,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from records.verify import BUDGET_SECONDS, CAP_BYTES, FAIL, read_log  # noqa: E402  (needs the line above)
+from records.verify import BUDGET_SECONDS, CAP_BYTES, FAIL, preset_sha256, read_log  # noqa: E402  (needs the line above)
 from train_gpt import LOCAL_KNOBS, UserError, atomic_write, preset_layers, read_json, read_preset  # noqa: E402
 
 BEGIN, END = "<!-- results: written by records/submit.py -->", "<!-- end of results -->"
@@ -347,8 +346,8 @@ def legality_of(record: Path) -> str:
     verdict = read_json(record / "verdict.json")
     if not verdict:
         return "not judged"
-    if verdict.get("record_sha256") != hashlib.sha256((record / "record.env").read_bytes()).hexdigest():
-        return "judged before record.env changed"
+    if verdict.get("record_sha256") != preset_sha256(record):
+        return "judged before its knobs changed"
     word = {True: "legal", False: "NOT legal", None: "undecided"}[verdict.get("legal")]
     failed = [check["name"] for check in verdict.get("checks", []) if check["status"] == FAIL]
     return f"{word} ({'; '.join([str(verdict.get('scale')) + ' size', *failed])})"

@@ -849,6 +849,11 @@ def judge(candidate: Candidate, documents: int, probes: int) -> list[Check]:
     return [*checks, *budget_checks(candidate), *disk_checks(candidate), *claim_checks(candidate)]
 
 
+def preset_sha256(folder: Path) -> str:
+    """SHA-256 of the knobs in a preset, over those of its BASE: comments and the order of lines do not count."""
+    return hashlib.sha256(json.dumps(read_preset(str(folder)), sort_keys=True).encode()).hexdigest()
+
+
 def summary(candidate: Candidate, checks: list[Check]) -> dict[str, Any]:
     """Return the verdict as JSON; legal is true, false, or null if a question stayed open."""
     states = [check.status for check in checks]
@@ -860,7 +865,7 @@ def summary(candidate: Candidate, checks: list[Check]) -> dict[str, Any]:
         "scale": "toy" if candidate.kind == "preset" else "full",
         "legal": legal,
         "counts": {state: states.count(state) for state in (PASS, FAIL, UNKNOWN, NOT_ASKED)},
-        "record_sha256": hashlib.sha256(record.read_bytes()).hexdigest() if record and record.is_file() else None,
+        "record_sha256": preset_sha256(record.parent) if record and record.is_file() else None,
         "notes": candidate.notes,
         "checks": [check._asdict() for check in checks],
     }

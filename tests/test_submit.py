@@ -217,8 +217,8 @@ def test_leaderboard_of_records(record: Path, tmp_path: Path, capsys: pytest.Cap
     assert submit.main([str(record), "--runs", *runs_of(tmp_path, 0.0)]) == 0
     verdict = {"legal": False, "scale": "toy", "checks": [{"name": "C1 token", "status": "FAIL"}]}
     (record / "verdict.json").write_text(json.dumps(verdict))
-    assert "judged before record.env changed" in submit.leaderboard(records)
-    digest = submit.hashlib.sha256((record / "record.env").read_bytes()).hexdigest()
+    assert "judged before its knobs changed" in submit.leaderboard(records)
+    digest = submit.preset_sha256(record)
     (record / "verdict.json").write_text(json.dumps(verdict | {"record_sha256": digest}))
     text = submit.leaderboard(records)
     assert "1.06108 ± 0.00111 (3 seeds) | 15,951,234 | 596.3 | 455.5 | NOT legal (toy size; C1 token) |" in text
