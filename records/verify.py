@@ -148,14 +148,13 @@ class Trace:
         np.add.at(self.count, positions, 1)
         self.nll[positions] = nll.detach()[unit.rows, unit.cols].double().cpu().numpy()
         self.unit[positions] = self.units
-        if unit.docs:
-            self.group[positions] = np.asarray(unit.docs)[unit.rows]
+        if unit.documents is not None:
+            self.group[positions] = unit.documents[unit.rows]
         self.units += 1
 
-    def note_learning(self, unit: Any) -> None:
-        """Record a unit that is about to be learnt from."""
-        span = getattr(unit, "span", range(0))
-        positions = np.concatenate([unit.learnt(), np.arange(span.start, span.stop)])
+    def note_learning(self, lesson: Any, unit: Any) -> None:
+        """Record a lesson that is about to be learnt."""
+        positions = lesson.targets(unit)
         self.learnt += len(positions)
         self.learnt_too_early += int((self.count[positions] == 0).sum())
 
@@ -190,14 +189,13 @@ class TracedLearner:
 
     def score(self, unit: Any) -> torch.Tensor:
         """Probe, then score."""
-        if len(unit.rows):
-            self.trace.probe(self.learner, unit, self.vocab)
+        self.trace.probe(self.learner, unit, self.vocab)
         return self.learner.score(unit)
 
-    def learn(self, unit: Any, nll: torch.Tensor) -> None:
+    def learn(self, lesson: Any, unit: Any, nll: torch.Tensor | None) -> None:
         """Record, then learn."""
-        self.trace.note_learning(unit)
-        self.learner.learn(unit, nll)
+        self.trace.note_learning(lesson, unit)
+        self.learner.learn(lesson, unit, nll)
 
 
 @contextlib.contextmanager
@@ -208,8 +206,7 @@ def traced(program: Any, trace: Trace, vocab: int) -> Iterator[None]:
     class TracedMeter(meter):
         def add(self, unit: Any, nll: torch.Tensor) -> None:
             # Record first: the program's own ledger may refuse.
-            if len(unit.rows):
-                trace.note(unit, nll)
+            trace.note(unit, nll)
             super().add(unit, nll)
 
     program.ByteMeter = TracedMeter
@@ -744,7 +741,7 @@ def shrink(record: Path, source: Path, room: Path, given: Path | None) -> Candid
     own = {"DATA_PATH": str(found.data), "VOCAB_SIZE": str(vocab_size)}
     found.cfg = toy_config(program, values, **own)
     try:
-        program.CODECS[found.cfg.compressor].need()
+        program.CODECS[found.cfg.compressor].require()
     except program.UserError as error:
         found.notes.append(f"COMPRESSOR=brotli in place of {found.cfg.compressor}: {error}")
         found.cfg = toy_config(program, values, **own, COMPRESSOR="brotli")
@@ -829,7 +826,7 @@ def open_candidate(args: argparse.Namespace, room: Path) -> Candidate:
 def shortened(candidate: Candidate, val: Any, documents: int) -> Any:
     """Return the first documents of the stream (0: all), at least as many as two steps of adaptation need."""
     cfg = candidate.cfg
-    chunks = {"chunk_sgd": 2, "slot": 2}.get(cfg.eval, 0)
+    chunks = {"chunk_sgd": 2, "slot": 2}.get(cfg.eval, 0)  # until it has adapted once more
     least = chunks * cfg.ttt_chunk_tokens + 1
     ends = [start + length for start, length in candidate.program.val_documents(val.tokens)]
     stop = next((end for end in ends[documents - 1 :] if end > least), ends[-1])

@@ -327,8 +327,9 @@ def test_a_later_token_leaves_earlier_logits_bit_equal(looping: bool, masked: bo
 def test_fresh_adapters_change_no_bit_and_reach_the_first_values() -> None:
     cfg = train_gpt.Config(**EVERYTHING, ttt_lora_rank=2)
     model, ids = everything(), sample(2, 12, [0])
-    lora = train_gpt.BatchedLoRA(cfg, model, 2)
-    lora.reset(0, (0, 1))
+    lora = train_gpt.Adapters(cfg, rules.runtime(), model, 2)
+    for row in (0, 1):
+        lora.renew(row, row)
     before = model(ids)
     assert torch.equal(model(ids, None, None, lora), before)
     with torch.no_grad():

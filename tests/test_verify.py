@@ -39,6 +39,7 @@ def failed(checks: Iterable[verify.Check]) -> set[str]:
 @pytest.fixture(scope="session")
 def toy_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], verify.Candidate]]:
     """toy_of(record): the record, trained once at toy size. Its program is not `train_gpt`, so tests may patch it."""
+    shrink = verify.shrink  # a test puts toy_of in its place
 
     shrink = verify.shrink  # a test replaces it
 
@@ -71,18 +72,14 @@ def examine(
 
 
 def with_learner(program: Any, make: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The program's evaluator with another learner in place of its class `name`."""
+    """The program's evaluator `name` with another learner."""
+    return program.EVALS[name]._replace(learner=make)
 
-    def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(program, name, make)
-            context = program.TTT_CONTEXTS["recompute"]
-            patch.setitem(program.TTT_CONTEXTS, "recompute", context._replace(learner=program.DocLora))
-            return (program.evaluate_plain if name == "NoAdaptation" else program.evaluate_doc_lora)(
-                cfg, runtime, model, val
-            )
 
-    return evaluate
+def with_steps(program: Any, change: Callable[[list[Any]], list[Any]], name: str = "plain") -> Callable[..., Any]:
+    """The program's evaluator `name` with other steps."""
+    honest = program.EVALS[name].steps
+    return program.EVALS[name]._replace(steps=lambda *args: change(list(honest(*args))))
 
 
 # Records: one of each evaluator is judged here; `verify.py --all` judges all, and its verdicts are committed
@@ -146,8 +143,7 @@ def test_a_slot_that_fits_on_what_it_scores_is_caught(scorer: verify.Scorer) -> 
         """A shift of the logits, fitted on the targets of the unit that it then scores: the published mistake."""
 
         def score(self, unit: Any) -> torch.Tensor:
-            batch = program.Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), unit.bounds)
-            ids, targets, meta = program.on_device(self.model, batch, self.runtime, self.max_len)
+            ids, targets, meta = self.inputs(unit)
             with torch.no_grad():
                 logits = self.model(ids, None, meta)
             delta = torch.zeros(logits.size(-1), requires_grad=True)
@@ -161,7 +157,7 @@ def test_a_slot_that_fits_on_what_it_scores_is_caught(scorer: verify.Scorer) -> 
                 )
             return nll.view_as(targets)
 
-    checks = examine(scorer, with_learner(program, Slot, "NoAdaptation"), "adapts", sums=True)
+    checks = examine(scorer, with_learner(program, Slot, "plain"), "adapts", sums=True)
     assert {"C1 token", "C1 future", "C2 sums to 1"} <= failed(checks)
 
 
@@ -186,15 +182,10 @@ def test_a_smear_gate_without_the_document_mask_is_caught(scorer: verify.Scorer)
 
 
 def test_attention_across_documents_is_caught(scorer: verify.Scorer) -> None:
-    program, units = scorer.program, scorer.program.plain_units
+    def borderless(steps: list[Any]) -> list[Any]:
+        return [step._replace(cells=step.cells._replace(cu_seqlens=None)) for step in steps]
 
-    def borderless(*args: Any) -> list[Callable[[], Any]]:
-        return [lambda make=make: make()._replace(bounds=None) for make in units(*args)]
-
-    def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
-        return program.evaluate_frozen(borderless, cfg, runtime, model, val)
-
-    assert failed(examine(scorer, evaluate)) == {"documents apart"}
+    assert failed(examine(scorer, with_steps(scorer.program, borderless))) == {"documents apart"}
 
 
 def test_a_score_after_adaptation_is_caught(scorer: verify.Scorer) -> None:
@@ -205,43 +196,47 @@ def test_a_score_after_adaptation_is_caught(scorer: verify.Scorer) -> None:
 
         def score(self, unit: Any) -> torch.Tensor:
             first = super().score(unit)
-            if len(unit.learn_rows):
-                super().learn(unit, first)
+            if unit.learns:
+                width = unit.ids.shape[1]
+                rows = np.flatnonzero(unit.documents >= 0)
+                lesson = program.Lesson(rows, slice(width - self.cfg.ttt_chunk_size, width))
+                super().learn(lesson, unit, first)
             with torch.no_grad():
                 return self.losses(unit)
 
-        def learn(self, unit: Any, nll: torch.Tensor) -> None:
+        def learn(self, lesson: Any, unit: Any, nll: torch.Tensor) -> None:
             """Done already."""
 
-    checks = examine(scorer, with_learner(program, Hasty, "DocLora"))
+    checks = examine(scorer, with_learner(program, Hasty, "doc_lora"))
     assert {"C1 token", "C1 future", "C2 own target", "C3 scoring learns"} <= failed(checks)
 
 
 def test_learning_from_targets_without_a_score_is_caught(
     scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program, units = scorer.program, scorer.program.chunk_units
+    program = scorer.program
 
-    def eager(*args: Any) -> Iterator[Any]:
-        """The first unit of a batch scores nothing but its last cell, and is learnt whole."""
-        for unit in units(*args):
-            yield unit._replace(rows=unit.rows[-1:], cols=unit.cols[-1:]) if unit.fresh else unit
+    def eager(steps: list[Any]) -> list[Any]:
+        """The first cells of a batch: nothing but the last one is scored, and all are learnt."""
+        return [
+            program.Step(cells._replace(rows=cells.rows[-1:], cols=cells.cols[-1:]), lesson)
+            if cells and cells.begin[0] == 0
+            else program.Step(cells, lesson)
+            for cells, lesson in steps
+        ]
 
-    monkeypatch.setattr(program, "chunk_units", eager)
-    checks = examine(scorer, scorer.final)
+    evaluate = with_steps(program, eager, scorer.cfg.eval)
+    checks = examine(scorer, evaluate)
     assert "C4 each target once" in failed(checks)  # the program's own ledger stops it
     for method in ("require", "close"):
         monkeypatch.setattr(program.Ledger, method, lambda self, _: None)
-    assert {"C3 score before update", "C4 each target once"} <= failed(examine(scorer, scorer.final))
+    assert {"C3 score before update", "C4 each target once"} <= failed(examine(scorer, evaluate))
 
 
 def test_a_tail_that_is_scored_twice_is_caught(scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     program = scorer.program
 
-    def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
-        units = lambda *args: (made := program.plain_units(*args)) + made[-1:]  # noqa: E731
-        return program.evaluate_frozen(units, cfg, runtime, model, val)
-
+    evaluate = with_steps(program, lambda steps: steps + steps[-1:])
     stopped = examine(scorer, evaluate)
     assert failed(stopped) == {"C4 each target once"} and "the program stops" in stopped[-1].detail
     monkeypatch.setattr(program.Ledger, "claim", lambda self, positions: None)
@@ -253,10 +248,7 @@ def test_a_tail_that_is_scored_twice_is_caught(scorer: verify.Scorer, monkeypatc
 def test_targets_that_are_left_out_are_caught(scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     program = scorer.program
     monkeypatch.setattr(program.Ledger, "close", lambda self, runtime: None)
-
-    def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
-        return program.evaluate_frozen(lambda *args: program.plain_units(*args)[:-1], cfg, runtime, model, val)
-
+    evaluate = with_steps(program, lambda steps: steps[:-1])
     assert {"C4 each target once", "sums"} <= failed(examine(scorer, evaluate))
 
 
@@ -271,7 +263,7 @@ def test_a_context_that_holds_its_own_target_is_caught(scorer: verify.Scorer) ->
 
     def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
         Peeking.val_tokens = np.pad(val.tokens, (0, 4096))
-        return with_learner(program, Peeking, "NoAdaptation")(cfg, runtime, model, val)
+        return with_learner(program, Peeking, "plain")(cfg, runtime, model, val)
 
     assert "C2 own target" in failed(examine(scorer, evaluate))
 
@@ -286,9 +278,7 @@ def test_scores_that_are_no_distribution_are_caught(scorer: verify.Scorer) -> No
             def score(self, unit: Any, factor: float = factor) -> torch.Tensor:
                 return factor * super().score(unit)
 
-        assert failed(examine(scorer, with_learner(program, Blended, "NoAdaptation"), sums=True)) == {"C2 sums to 1"}, (
-            factor
-        )
+        assert failed(examine(scorer, with_learner(program, Blended, "plain"), sums=True)) == {"C2 sums to 1"}, factor
 
 
 def test_a_queue_ordered_by_the_text_is_caught(scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +292,7 @@ def test_a_queue_ordered_by_the_text_is_caught(scorer: verify.Scorer, monkeypatc
 
         context = program.TTT_CONTEXTS["recompute"]
         monkeypatch.setitem(program.TTT_CONTEXTS, "recompute", context._replace(batches=batches))
-        return program.evaluate_doc_lora(cfg, runtime, model, val)
+        return program.EVALS["doc_lora"](cfg, runtime, model, val)
 
     checks = examine(scorer, evaluate)
     assert "C1 future" in failed(checks) and any("depends on the tokens" in check.detail for check in checks)
@@ -313,7 +303,7 @@ def test_a_global_update_that_reads_the_future_is_caught(
 ) -> None:
     program = scorer.program
     cfg = dataclasses.replace(scorer.cfg, eval="phased_lora", global_ttt_chunk_tokens=64, ttt_batch_size=1)
-    evaluate = lambda _, *rest: program.evaluate_phased_lora(cfg, *rest)  # noqa: E731
+    evaluate = lambda _, *rest: program.EVALS["phased_lora"](cfg, *rest)  # noqa: E731
     assert not failed(examine(scorer, evaluate, "adapts"))
     segments = program.phase_segments
 
@@ -339,7 +329,7 @@ def test_scores_that_do_not_repeat_are_undecided(scorer: verify.Scorer) -> None:
         def score(self, unit: Any) -> torch.Tensor:
             return super().score(unit) + float(rng.normal()) * 1e-3
 
-    checks = examine(scorer, with_learner(scorer.program, Noisy, "NoAdaptation"))
+    checks = examine(scorer, with_learner(scorer.program, Noisy, "plain"))
     assert [check.status for check in checks if check.name.startswith("C1 repeat")] == [UNKNOWN]
 
 
