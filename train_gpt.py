@@ -1327,7 +1327,7 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
         """Wait for room, but no longer than the consumer lives."""
         while not stop.is_set():
             try:
-                return ready.put(item, timeout=0.1)
+                return ready.put(item, timeout=0.1)  # a timeout, to notice `stop` while the queue is full
             except queue.Full:
                 continue
 

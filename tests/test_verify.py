@@ -41,6 +41,8 @@ def toy_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path]
     """toy_of(record): the record, trained once at toy size. Its program is not `train_gpt`, so tests may patch it."""
     shrink = verify.shrink  # a test puts toy_of in its place
 
+    shrink = verify.shrink  # a test replaces it
+
     @functools.cache
     def trained(record: Path) -> verify.Candidate:
         return shrink(record, ROOT / "train_gpt.py", tmp_path_factory.mktemp("toy"), None)
