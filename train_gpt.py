@@ -21,6 +21,7 @@ Nouns: Config, Runtime, Route, AttnMeta, taps, QuantRule, Codec, ByteMeter, Lear
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -30,6 +31,7 @@ import fnmatch
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import lzma
 import math
@@ -91,6 +93,7 @@ except ImportError:
     from torch.distributed import reduce_scatter_tensor as reduce_scatter
 
 BOS_ID = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE and COMPUTE_DTYPE
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 RMS_EPS = 2.0**-23  # float32 machine epsilon: what torch uses for an unset eps, made explicit
 
@@ -113,13 +116,16 @@ def knob(default: Any, doc: str, allowed: str = "", when: str = "") -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc, "allowed": allowed, "when": when})
 
 
+Words = tuple[str, ...]  # the value of a knob that lists words, written with commas
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Every knob of a run. A knob's environment variable is its name in capitals."""
 
     run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>")
     artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>")
-    stages: tuple[str, ...] = knob(
+    stages: Words = knob(
         ("train", "quantize", "eval"),
         "stages to run: all three, or the last one or two, which start from the files of an earlier run",
         "train|quantize|eval",
@@ -175,22 +181,8 @@ class Config:
         "",
         "mixer of each layer, A (attention) or G (gated delta net), e.g. G*2 A*8 G; empty: attention everywhere",
     )
-    gdn_head_dim: int = knob(64, "width of a delta net's heads", "> 0", "MIXERS=G")
-    gdn_qk_heads: int = knob(2, "query and key heads of a delta net", "> 0", "MIXERS=G")
-    gdn_v_heads: int = knob(4, "value heads of a delta net", "> 0", "MIXERS=G")
-    gdn_conv_trained: bool = knob(
-        True,
-        "train the taps of the convolution; off, as published: they keep their initial values",
-        "",
-        "MIXERS=G",
-    )
-    gdn_bos_reset: bool = knob(
-        True,
-        "reset state and convolution at every document's first token; off, as published: only at rows and segments",
-        "",
-        "MIXERS=G",
-    )
     mlp_mult: float = knob(4.0, "hidden width of the MLP / MODEL_DIM", "> 0")
+    mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", ">= 0")
     tied_embed_init_std: float = knob(0.005, "std of the embedding at init", "> 0")
     logit_softcap: float = knob(30.0, "c in c*tanh(logits/c)", "> 0")
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", "> 1")
@@ -202,7 +194,7 @@ class Config:
     )
     qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", "> 0")
     ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)")
-    attn_extras: tuple[str, ...] = knob(
+    attn_extras: Words = knob(
         ("xsa",),
         "xsa: remove from each head's output its component along the token's own value; value_residual: mix in "
         "the values of the first execution; value_embed: add a value embedding of the token; sink: a learnt key "
@@ -222,7 +214,7 @@ class Config:
         "proj|input",
         "ATTN_GATE=out",
     )
-    embed_extras: tuple[str, ...] = knob(
+    embed_extras: Words = knob(
         (),
         "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; smear: add a gated copy of the "
         "previous token's embedding; smear_channel: blend it in per channel, after the norm; applied in this "
@@ -264,6 +256,18 @@ class Config:
         ">= 0",
     )
 
+    gdn_head_dim: int = knob(64, "width of a delta net's heads", "> 0")
+    gdn_qk_heads: int = knob(2, "query and key heads of a delta net", "> 0")
+    gdn_v_heads: int = knob(4, "value heads of a delta net", "> 0")
+    gdn_conv_trained: bool = knob(
+        True, "train the taps of the convolution; off, as published: they keep their initial values", ""
+    )
+    gdn_bos_reset: bool = knob(
+        True,
+        "reset state and convolution at every document's first token; off, as published: only at rows and segments",
+        "",
+    )
+
     matrix_lr: float = knob(0.026, "learning rate of Muon", ">= 0")
     tied_embed_lr: float = knob(0.03, "learning rate of the embedding", ">= 0")
     embed_dtype: str = knob(
@@ -289,7 +293,7 @@ class Config:
     beta2: float = knob(0.95, "AdamW beta2", ">= 0, <= 1")
     adam_eps: float = knob(1e-8, "AdamW epsilon", "> 0")
     grad_clip_norm: float = knob(0.3, "limit on the global norm of the averaged gradient; 0: none", ">= 0")
-    average: tuple[str, ...] = knob(
+    average: Words = knob(
         ("ema",),
         "weight average to evaluate; ema,swa: SWA over snapshots of the EMA; none: the last weights",
         "ema|swa",
@@ -324,7 +328,7 @@ class Config:
     qat_noise_start_frac: float = knob(0.95, "fraction of the run at which noise starts", ">= 0, <= 1", "QAT=noise")
     qat_noise_mult: float = knob(0.05, "std of the noise / rounding error of a uniform grid", ">= 0", "QAT=noise")
     qat_noise_every: int = knob(1, "steps from one noisy step to the next", "> 0", "QAT=noise")
-    qat_noise_patterns: tuple[str, ...] = knob(
+    qat_noise_patterns: Words = knob(
         ("attn.k.weight", "attn.o.weight"),
         "substrings or globs of the names of the noisy weights",
         "",
@@ -346,7 +350,7 @@ class Config:
         "gptq|gptq_freqsplit|gptq_tcq|rowwise|gptq_lite|row_quantile",
     )
     matrix_bits: int = knob(6, "bits of the matrices", ">= 2, <= 8")
-    matrix_bits_overrides: tuple[str, ...] = knob(
+    matrix_bits_overrides: Words = knob(
         (),
         "other bits for some matrices, as name:bits; name is a substring or glob, the first match counts",
     )
@@ -393,21 +397,13 @@ class Config:
     )
     gptq_calibration_batches: int = knob(16, "calibration batches, over all ranks", "> 0")
     gptq_damp: float = knob(0.01, "damping / mean of the Hessian's diagonal", "> 0")
-    gptq_blocksize: int = knob(128, "columns per lazy update", "> 0")
     tcq_states: int = knob(8, "trellis states: 4, 8, 16, 32 or 64", ">= 4, <= 64", "MATRIX_QUANT=gptq_tcq")
     tcq_chunk_rows: int = knob(1024, "rows per trellis path", ">= 16, <= 2048", "MATRIX_QUANT=gptq_tcq")
     gated_attn_quant_gate: bool = knob(False, "store attention gates as int8 with a scale per row; off: fp16")
     repair: str = knob("none", "lqer: low-rank correction of the tensors with the largest error", "none|lqer")
     lqer_rank: int = knob(4, "rank of the correction", ">= 1", "REPAIR=lqer")
     lqer_top_k: int = knob(3, "number of corrected tensors, by Frobenius norm of the error", ">= 1", "REPAIR=lqer")
-    lqer_asym_enabled: bool = knob(
-        True,
-        "factors in 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each",
-        "",
-        "REPAIR=lqer",
-    )
-    lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", "> 0", "LQER_ASYM_ENABLED=1")
-    lqer_factor_bits: int = knob(4, "bits of symmetric factors", ">= 2, <= 8", "LQER_ASYM_ENABLED=0")
+    lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", "> 0", "REPAIR=lqer")
     awq_lite_enabled: bool = knob(False, "GPTQ with more bits for the most salient column groups")
     awq_lite_bits: int = knob(8, "bits of those columns", ">= 3, <= 8", "AWQ_LITE_ENABLED=1")
     awq_lite_group_top_k: int = knob(1, "number of groups, over all tensors", ">= 1", "AWQ_LITE_ENABLED=1")
@@ -429,84 +425,56 @@ class Config:
         "allow a score fitted on the targets it scores; the result then says legal: false",
     )
 
-    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1", "EVAL=doc_lora|phased_lora")
-    ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", "> 0", "EVAL=doc_lora|phased_lora")
-    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", ">= 0", "EVAL=doc_lora|phased_lora")
-    ttt_chunk_size: int = knob(48, "tokens scored, then learnt, at a time", "> 0", "EVAL=doc_lora|phased_lora")
-    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", "> 1", "EVAL=doc_lora|phased_lora")
-    ttt_batch_size: int = knob(64, "documents adapted side by side", "> 0", "EVAL=doc_lora|phased_lora")
-    ttt_grad_steps: int = knob(1, "updates per chunk", ">= 1", "EVAL=doc_lora|phased_lora")
-    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", ">= 0", "EVAL=doc_lora|phased_lora")
-    ttt_beta1: float = knob(0.0, "AdamW beta1", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
-    ttt_beta2: float = knob(0.99, "AdamW beta2", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
-    ttt_lora_sites: tuple[str, ...] = knob(
+    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1")
+    ttt_lora_alpha: float = knob(144.0, "LoRA scale * rank", "> 0")
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", ">= 0")
+    ttt_chunk_size: int = knob(48, "tokens per chunk: scored, then learnt", "> 0")
+    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk, tokens", "> 1")
+    ttt_batch_size: int = knob(64, "documents adapted in parallel", "> 0")
+    ttt_grad_steps: int = knob(1, "updates per chunk", ">= 1")
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", ">= 0")
+    ttt_beta1: float = knob(0.0, "AdamW beta1", ">= 0, <= 1")
+    ttt_beta2: float = knob(0.99, "AdamW beta2", ">= 0, <= 1")
+    ttt_lora_sites: Words = knob(
         ("q", "k", "v", "attn", "mlp", "head"),
-        "where adapters act; attn, mlp: across the sublayer; any of q, k, v: the joint projection of a delta layer",
+        "where adapters act; attn, mlp: across the sublayer; any of q, k, v: the joint projection of a delta net",
         "q|k|v|attn|mlp|head",
-        "EVAL=doc_lora|phased_lora",
     )
     ttt_warm_start_a: bool = knob(
         False,
-        "keep each batch row's A from its document before, as published; the score then depends on TTT_BATCH_SIZE and "
-        "on the ranks",
-        "",
-        "EVAL=doc_lora|phased_lora",
+        "start a document's A from the previous document in its row, as published; the score then depends on "
+        "TTT_BATCH_SIZE and the ranks",
     )
     ttt_context: str = knob(
         "recompute",
         "how a chunk sees its document; recompute: the whole window runs again, with gradient, as published; "
-        "carry: only the chunk runs, over keys and values kept since earlier chunks ran (with TTT_LORA_LR=0: "
-        "plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in reach)",
+        "carry: only the chunk runs, over the keys and values of earlier chunks (with TTT_LORA_LR=0: plain "
+        "scoring that computes each token once and reaches back up to TTT_EVAL_SEQ_LEN tokens)",
         "recompute|carry",
-        "EVAL=doc_lora|phased_lora",
     )
-    phased_ttt_prefix_docs: int = knob(
-        2000,
-        "scored documents by which the last global update is made",
-        ">= 0",
-        "EVAL=phased_lora",
-    )
-    phased_ttt_num_phases: int = knob(3, "global updates", ">= 1", "EVAL=phased_lora")
-    global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", ">= 0", "EVAL=phased_lora")
-    global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", ">= 0, <= 1", "EVAL=phased_lora")
-    global_ttt_epochs: int = knob(1, "passes over the scored documents", ">= 1", "EVAL=phased_lora")
-    global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", "> 0", "EVAL=phased_lora")
-    global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", ">= 0", "EVAL=phased_lora")
-    ttt_chunk_tokens: int = knob(32_768, "targets scored, then learnt, at a time", "> 0", "EVAL=chunk_sgd|slot")
-    ttt_epochs: int = knob(3, "passes of SGD over a chunk", ">= 0", "EVAL=chunk_sgd|slot")
-    ttt_batch_seqs: int = knob(
-        0,
-        "sequences of an SGD step, over all ranks; 0: the whole chunk",
-        ">= 0",
-        "EVAL=chunk_sgd|slot",
-    )
-    ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", ">= 0", "EVAL=chunk_sgd|slot")
-    ttt_momentum: float = knob(
-        0.9,
-        "momentum of chunk SGD, kept from chunk to chunk",
-        ">= 0, <= 1",
-        "EVAL=chunk_sgd|slot",
-    )
-    ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", ">= 0", "EVAL=chunk_sgd|slot")
-    ttt_trainable: tuple[str, ...] = knob(
+    phased_ttt_prefix_docs: int = knob(2000, "scored documents after which the last global update happens", ">= 0")
+    phased_ttt_num_phases: int = knob(3, "number of global updates", ">= 1")
+    global_ttt_lr: float = knob(1e-3, "peak learning rate, cosine to 0", ">= 0")
+    global_ttt_momentum: float = knob(0.9, "momentum", ">= 0, <= 1")
+    global_ttt_epochs: int = knob(1, "passes over the scored documents", ">= 1")
+    global_ttt_chunk_tokens: int = knob(32_768, "tokens per step", "> 0")
+    global_ttt_grad_clip: float = knob(1.0, "limit on the global norm of the gradient; 0: none", ">= 0")
+    ttt_chunk_tokens: int = knob(32_768, "targets per chunk: scored, then learnt", "> 0")
+    ttt_epochs: int = knob(3, "passes over a chunk", ">= 0")
+    ttt_batch_seqs: int = knob(0, "sequences per step, over all ranks; 0: the whole chunk", ">= 0")
+    ttt_lr: float = knob(0.002, "peak learning rate, cosine to 0", ">= 0")
+    ttt_momentum: float = knob(0.9, "momentum, kept from chunk to chunk", ">= 0, <= 1")
+    ttt_grad_clip: float = knob(1.0, "limit on the norm of a chunk's gradient; 0: none", ">= 0")
+    ttt_trainable: Words = knob(
         ("all",),
-        "weights that chunk SGD trains: all, scalar (gains, gates, scales), or globs or parts of names, such as mlp",
-        "",
-        "EVAL=chunk_sgd|slot",
+        "weights to train: all, scalar (gains, gates, scales), or globs or substrings of names, e.g. mlp",
     )
-    gdn_ttt_lr_mult: float = knob(
-        1.0,
-        "factor on TTT_LR for A_log, dt_bias, ba and taps of delta layers",
-        ">= 0",
-        "EVAL=chunk_sgd|slot",
-    )
-    slot_lr: float = knob(0.003, "learning rate of the fitted shift of the hidden state", ">= 0", "EVAL=slot")
-    slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", ">= 1", "EVAL=slot")
+    gdn_ttt_lr_mult: float = knob(1.0, "factor on TTT_LR for A_log, dt_bias, ba and taps of delta nets", ">= 0")
+    slot_lr: float = knob(0.003, "learning rate", ">= 0")
+    slot_steps: int = knob(5, "AdamW steps per batch of windows", ">= 1")
     slot_causal: bool = knob(
         True,
-        "fit on targets before the batch's first scored one; off: on those that it scores, as published (not legal)",
-        "",
-        "EVAL=slot",
+        "fit on targets before the batch's first scored one; off, as published: on those it scores (not legal)",
     )
 
     def problems(self) -> list[str]:
@@ -527,11 +495,15 @@ GROUPS = {  # first knob -> the title that --help prints above it
     "run_id": "run",
     "data_path": "data",
     "num_layers": "model",
+    "gdn_head_dim": "gated delta nets, when MIXERS has G",
     "matrix_lr": "optimisers",
     "iterations": "training schedule",
     "matrix_quant": "quantisation and artifact",
     "eval": "evaluation",
-    "ttt_lora_rank": "test-time training",
+    "ttt_lora_rank": "test-time training of adapters (EVAL=doc_lora or phased_lora)",
+    "phased_ttt_prefix_docs": "global phases of test-time training (EVAL=phased_lora)",
+    "ttt_chunk_tokens": "test-time training by SGD (EVAL=chunk_sgd or slot)",
+    "slot_lr": "fitted shift of the hidden state (EVAL=slot)",
 }
 
 ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
@@ -696,6 +668,7 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "LZMA_PRESET": "COMPRESSOR=lzma6 (or COMPRESSOR=lzma: preset 9, extreme)",
     "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
     "LQER_ENABLED": "REPAIR=lqer (or REPAIR=none)",
+    "LQER_ASYM_ENABLED": "nothing (LQER factors are always asymmetric)",
     "LQER_SELECT": "REPAIR=lqer (the tensors of largest error are corrected)",
     "MATRIX_CLIP_SIGMAS": "ATTN_CLIP_SIGMAS and MLP_CLIP_SIGMAS",
     "SLOT_ENABLED": "EVAL=slot (as published: with SLOT_CAUSAL=0 and ALLOW_NONCAUSAL=1)",
@@ -749,9 +722,9 @@ def parse_knob(field: dataclasses.Field, text: str) -> Any:
         if text not in ("0", "1"):
             raise ValueError("must be 0 or 1")
         return text == "1"
-    if kind.startswith("tuple"):
+    if kind in ("Words", "tuple[int, ...]"):
         parts = [part.strip() for part in text.split(",") if part.strip() not in ("", "none")]
-        return tuple(map(int, parts)) if "int" in kind else tuple(parts)
+        return tuple(parts) if kind == "Words" else tuple(map(int, parts))
     if kind == "int":
         return int(text.replace("_", ""))
     return float(text) if kind == "float" else text
@@ -766,7 +739,7 @@ def format_knob(value: Any) -> str:
 
 def parse_preset(path: Path) -> dict[str, str]:
     """KEY -> VALUE of a record.env: lines KEY=VALUE, each with an optional comment after a space."""
-    values: dict[str, str] = {}
+    values = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         text = re.split(r"\s#|^#", line, maxsplit=1)[0].strip()
         if not text:
@@ -942,13 +915,9 @@ class Runtime:
         if world > 1:
             # CPU tensors go over gloo and never wait for the GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
-        dtypes = {
-            "auto": torch.bfloat16 if use_cuda else torch.float32,
-            "bf16": torch.bfloat16,
-            "fp32": torch.float32,
-        }
+        dtype = DTYPES.get(cfg.compute_dtype, torch.bfloat16 if use_cuda else torch.float32)
         compiled = {"auto": use_cuda, "on": True, "off": False}[cfg.compile]
-        return cls(rank, world, device, Log(log_path, rank != 0), dtypes[cfg.compute_dtype], compiled)
+        return cls(rank, world, device, Log(log_path, rank != 0), dtype, compiled)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """All-reduce (sum) in place and return the tensor."""
@@ -972,7 +941,7 @@ class Runtime:
         """Merge the dicts of all ranks; every rank gets the union."""
         if self.world == 1:
             return items
-        parts: list[Any] = [None] * self.world
+        parts = [None] * self.world
         dist.all_gather_object(parts, items)
         return {key: value for part in parts for key, value in part.items()}
 
@@ -1350,7 +1319,7 @@ def train_batches(cfg: Config, runtime: Runtime) -> Iterator[list[Batch]]:
 
 def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
     """Yield the items of an endless iterator, made ahead by a daemon thread; its exceptions are raised here."""
-    ready: queue.Queue[Any] = queue.Queue(depth)
+    ready = queue.Queue(depth)
     stop = threading.Event()
 
     def put(item: Any) -> None:
@@ -1780,7 +1749,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tenso
     if sink is not None:
         flat_k, flat_v, cu_k = with_sink(flat_k, flat_v, cu_seqlens, sink)
         longest_k += 1
-    options: dict[str, Any] = {"window_size": (-1, 0)}  # any earlier key, no later one
+    options = {"window_size": (-1, 0)}  # any earlier key, no later one
     if VARLEN_HAS_GQA:
         options["enable_gqa"] = True
     else:
@@ -1885,8 +1854,8 @@ def softcap_ce_back_kernel(
 @kernel
 def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Left and right half of the columns: storing a whole float32 tile at once would need too much shared memory."""
-    R: tl.constexpr = tile_RC.shape[0]
-    C: tl.constexpr = tile_RC.shape[1]
+    R = tile_RC.shape[0]
+    C = tile_RC.shape[1]
     split = tl.reshape(tile_RC, (R, 2, C // 2))
     return tl.split(tl.permute(split, (0, 2, 1)))
 
@@ -1905,9 +1874,9 @@ def leaky_square_kernel(
     The descriptors' blocks set the tile: x (rows, depth), w (columns, depth), or back (depth, columns), pre and out
     (rows, columns / 2).
     """
-    R: tl.constexpr = x.block_shape[0]
-    K: tl.constexpr = x.block_shape[1]
-    HALF: tl.constexpr = pre.block_shape[1]
+    R = x.block_shape[0]
+    K = x.block_shape[1]
+    HALF = pre.block_shape[1]
     across = tl.cdiv(pre.shape[1], 2 * HALF)
     # persistent programs: each takes every num_programs-th tile, row by row
     for tile in tl.range(tl.program_id(0), tl.cdiv(x.shape[0], R) * across, tl.num_programs(0)):
@@ -2549,15 +2518,12 @@ GATES: dict[str, Callable[[Config], HeadGate | None]] = {
 }
 
 
-STORED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE
-
-
 class Table(nn.Module):
     """An embedding of `rows` ids, kept in EMBED_DTYPE."""
 
     def __init__(self, role: str, rows: int, dim: int, cfg: Config) -> None:
         super().__init__()
-        self.weight = make_weight(role, rows, dim, dtype=STORED_DTYPES[cfg.embed_dtype])
+        self.weight = make_weight(role, rows, dim, dtype=DTYPES[cfg.embed_dtype])
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids, self.weight).to(dtype)
@@ -2677,7 +2643,7 @@ class ValueContext:
 
     def __init__(self, embedded: Tensor | None, scales: Tensor | None) -> None:
         self.embedded, self.scales = embedded, scales
-        self.first: Tensor | None = None
+        self.first = None
 
 
 class ValueEmbedding(Projected):
@@ -2800,9 +2766,6 @@ class DeltaNet(nn.Module):
 MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
 
 
-LEAKY_SLOPE = 0.5  # of the MLP's LeakyReLU on the negative side
-
-
 class MLP(nn.Module):
     """down(LeakyReLU(up(m), slope)^2), by the fused kernel if the run has it and nobody listens at up or down."""
 
@@ -2811,7 +2774,7 @@ class MLP(nn.Module):
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.up = Linear("up", cfg.model_dim, hidden)
         self.down = Linear("down", hidden, cfg.model_dim)
-        self.slope, self.fused = LEAKY_SLOPE, kernels.mlp
+        self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
     def forward(
         self,
@@ -2996,7 +2959,7 @@ class GPT(nn.Module):
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
-        self.tok_emb = Linear("embed", cfg.model_dim, cfg.vocab_size, STORED_DTYPES[cfg.embed_dtype])
+        self.tok_emb = Linear("embed", cfg.model_dim, cfg.vocab_size, DTYPES[cfg.embed_dtype])
         self.embed_extras = nn.ModuleDict({n: make(cfg) for n, make in EMBED_EXTRAS.items() if n in cfg.embed_extras})
         self.reach = sum(extra.reach for extra in self.embed_extras.values())
         self.value_embed = ValueEmbedding(cfg) if "value_embed" in cfg.attn_extras else None
@@ -3153,7 +3116,7 @@ def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple
 
 def optimiser_groups(model: nn.Module) -> dict[tuple[str, str, str], dict[str, nn.Parameter]]:
     """The parameters of each (optimiser, learning-rate knob, weight-decay knob), by name."""
-    groups: dict[tuple[str, str, str], dict[str, nn.Parameter]] = {}
+    groups = {}
     for name, p in model.named_parameters():
         role = ROLES[p.role]
         groups.setdefault((role.optimiser, role.lr, role.wd), {})[name] = p
@@ -3233,7 +3196,7 @@ class Muon:
     """
 
     def __init__(self, params: Iterable[nn.Parameter], cfg: Config, runtime: Runtime) -> None:
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        shapes = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
         # the largest groups first: their communication overlaps the work on the others
@@ -3444,7 +3407,7 @@ AVERAGES = {"ema": Ema, "swa": Swa}  # in this order: each averages what the one
 
 def averages_of(cfg: Config, params: list[Tensor]) -> dict[str, Ema | Swa]:
     """The chain of averages of AVERAGE; the `shadow` of the last is what training ends with."""
-    chain: dict[str, Ema | Swa] = {}
+    chain = {}
     for name in (name for name in AVERAGES if name in cfg.average):
         source = list(chain.values())[-1].shadow if chain else params
         chain[name] = AVERAGES[name](cfg, source)
@@ -3460,17 +3423,20 @@ class FakeQuantSTE:
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg, plan = cfg, quant_plan(cfg)
-        rounded = {name for name, rule in plan.items() if rule.bits < 8 and SCHEMES[rule.scheme].steps is not None}
+        # which rows are frequent, and so have more bits, is not known before the calibration
+        rounded = {name for name, rule in plan.items() if rule.bits < 8 and not SCHEMES[rule.scheme].counts}
         self.jobs = [(p, plan[name]) for name, p in model.named_parameters() if name in rounded]
         self.params = [p for p, _ in self.jobs]
 
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
         """What the forward pass of a step sees instead of self.params."""
-        return [
-            fake_quantize(p, SCHEMES[rule.scheme].steps(p, rule, self.cfg).float(), rule.bits).to(p.dtype)
-            for p, rule in self.jobs
-        ]
+        rounded = []
+        for p, rule in self.jobs:
+            scheme = SCHEMES[rule.scheme]
+            scale = (scheme.qat_scale or scheme.scale)(p, rule, self.cfg)
+            rounded.append(fake_quantize(p, scale.float(), rule.bits).to(p.dtype))
+        return rounded
 
 
 class QuantNoise:
@@ -3687,14 +3653,13 @@ class Trainer:
 
 
 class QuantRule(NamedTuple):
-    """How a tensor is stored: scheme, bits, clip in standard deviations of a row; the first columns of the groups that
-    AWQ-lite gives more bits, and the rows that gptq_freqsplit gives more."""
+    """How one tensor is stored."""
 
-    scheme: str
+    scheme: str  # key of SCHEMES
     bits: int
-    clip: float = 0.0
-    fine: tuple[int, ...] = ()
-    rows: tuple[int, ...] = ()
+    clip: float = 0.0  # in standard deviations of a row
+    awq_groups: tuple[int, ...] = ()  # first columns of the groups that have AWQ_LITE_BITS
+    frequent_rows: tuple[int, ...] = ()  # rows that have EMBED_TOP_BITS
 
 
 # Tables of ids have no input to calibrate on
@@ -3745,40 +3710,39 @@ def passes(cfg: Config, layer: int) -> int:
 
 
 def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
-    """AWQ's measure of a column, (cols,) float64: RMS of its input, over `count` passes, times its mean |weight|.
+    """AWQ's measure of each column, (cols,) float64: RMS of its input, over `count` passes, times its mean |weight|.
 
     The number of calibration tokens, a factor that all tensors share, stays in the RMS.
     """
     return (hessian.diagonal().double() / count).sqrt() * weight.double().abs().mean(dim=0)
 
 
-def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> Plan:
-    """quant_plan with what depends on the data: the embedding's EMBED_TOPK most frequent rows (of equally frequent ones
-    the first), and the columns that AWQ-lite gives more bits."""
+def refined_plan(cfg: Config, state: Weights, hessians: Weights) -> Plan:
+    """quant_plan with what depends on the data: the EMBED_TOPK most frequent rows and AWQ-lite's column groups."""
     plan = quant_plan(cfg)
-    if COUNTS in hessians:
-        order = hessians[COUNTS].sort(descending=True, stable=True).indices.tolist()
-        for name in weights_by_role(cfg, "embed").values():
-            plan[name] = plan[name]._replace(rows=tuple(order[: cfg.embed_topk]))
-    for name, starts in salient_groups(cfg, plan, state, hessians).items():
-        plan[name] = plan[name]._replace(scheme=FINER[plan[name].scheme], fine=tuple(sorted(starts)))
+    for name, rule in plan.items():
+        if SCHEMES[rule.scheme].counts:
+            if COUNTS not in hessians:
+                raise UserError(f"EMBED_QUANT={rule.scheme} has no token counts; run STAGES=train,... again with it")
+            # a stable sort: of equally frequent tokens the lowest ids are taken
+            order = hessians[COUNTS].sort(descending=True, stable=True).indices.tolist()
+            plan[name] = rule._replace(frequent_rows=tuple(order[: cfg.embed_topk]))
+    if cfg.awq_lite_enabled:
+        for name, starts in salient_groups(cfg, plan, state, hessians).items():
+            plan[name] = plan[name]._replace(scheme=FINER[plan[name].scheme], awq_groups=tuple(sorted(starts)))
     return plan
 
 
-def salient_groups(
-    cfg: Config,
-    plan: Plan,
-    state: dict[str, Tensor],
-    hessians: dict[str, Tensor],
-) -> dict[str, list[int]]:
-    """Name -> first columns of its groups among the AWQ_LITE_GROUP_TOP_K most salient groups of contiguous columns of
-    all tensors; empty unless AWQ_LITE_ENABLED."""
+def salient_groups(cfg: Config, plan: Plan, state: Weights, hessians: Weights) -> dict[str, list[int]]:
+    """Name -> first columns of its groups among the AWQ_LITE_GROUP_TOP_K most salient ones of all tensors."""
     groups, chosen, size = [], {}, cfg.awq_lite_group_size
-    for name, p in weights_of(cfg).items():
-        eligible = plan[name].scheme in FINER and plan[name].bits < cfg.awq_lite_bits
-        if cfg.awq_lite_enabled and eligible and name in state.keys() & hessians.keys():
-            salience = column_salience(state[name], hessians[name], passes(cfg, p.layer))
-            groups += [(-part.sum().item(), name, i * size) for i, part in enumerate(salience.split(size))]
+    layers = {name: p.layer for name, p in weights_of(cfg).items()}
+    for name in layers.keys() & state.keys() & hessians.keys():
+        if plan[name].scheme not in FINER or plan[name].bits >= cfg.awq_lite_bits:
+            continue
+        salience = column_salience(state[name], hessians[name], passes(cfg, layers[name]))
+        for i, part in enumerate(salience.split(size)):
+            groups.append((-part.sum().item(), name, i * size))
     for _, name, start in sorted(groups)[: cfg.awq_lite_group_top_k]:
         chosen.setdefault(name, []).append(start)
     return chosen
@@ -3793,7 +3757,7 @@ class HessianTap:
     sites = frozenset(role.hessian for role in ROLES.values()) - {""}
 
     def __init__(self) -> None:
-        self.sums: dict[tuple[str, int], Tensor] = {}
+        self.sums = {}
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Listen at a site; the output passes through."""
@@ -3803,7 +3767,7 @@ class HessianTap:
         self.sums[key].addmm_(flat.T, flat)
         return y
 
-    def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> dict[str, Tensor]:
+    def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> Weights:
         """Name of a weight of the model -> X^T X / batches on the CPU, summed over the ranks."""
         means = {key: (runtime.sum_(total) / batches).cpu() for key, total in self.sums.items()}
         inputs = {name: (ROLES[p.role].hessian, p.layer) for name, p in model.named_parameters()}
@@ -3811,7 +3775,7 @@ class HessianTap:
 
 
 @torch.no_grad()
-def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> dict[str, Tensor]:
+def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> Weights:
     """Input Hessians over GPTQ_CALIBRATION_BATCHES of random training windows, split over the ranks."""
     tap, started = HessianTap(), time.perf_counter()
     mine = range(runtime.rank, cfg.gptq_calibration_batches, runtime.world)
@@ -3840,72 +3804,56 @@ def token_counts(cfg: Config, runtime: Runtime) -> Tensor:
     return runtime.sum_(torch.from_numpy(counts))
 
 
-Bits = int | Tensor  # of all rows, or of each (rows,)
+Parts = dict[str, Tensor]  # what a stored tensor consists of, such as its integers "q" and the scales "s" of its rows
+Weights = dict[str, Tensor]  # by name
+Bits = int | Tensor  # of every weight alike, or a tensor that broadcasts to (rows, cols)
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a row of zeros is divided by it, not by 0
 
 
-def row_scales(weight: Tensor, bits: Bits, clip: float, base_step: float = 0.0) -> Tensor:
-    """SD-clip step of each row, float32, as it is stored: clip * std / (2^(bits-1) - 1), at least 2^-24."""
-    return scale_values(stored_scales(sigma_clip_scale(weight, bits, clip), base_step))
+def storable(scale: Tensor) -> Tensor:
+    """Row scales as float16, never 0."""
+    return scale.half().clamp_min(SMALLEST_SCALE)
 
 
-def ruled_scales(weight: Tensor, rule: QuantRule, cfg: Config) -> Tensor:
-    """row_scales of a rule of the plan."""
-    return row_scales(weight, rule.bits, rule.clip, cfg.scale_step)
+def log_scales(scale: Tensor, base_step: float) -> Tensor:
+    """Row scales as int16: their log2 in multiples of base_step."""
+    return (scale.double().clamp_min(SMALLEST_SCALE).log2() / base_step).round().to(torch.int16)
 
 
-def storable(steps: Tensor) -> Tensor:
-    """Row steps as float16, at least the smallest one above 0."""
-    return steps.half().clamp_min(2.0**-24)
-
-
-def log_scales(steps: Tensor, base_step: float) -> Tensor:
-    """Row steps as int16, in multiples of base_step of their log2."""
-    return (steps.double().clamp_min(2.0**-24).log2() / base_step).round().to(torch.int16)
-
-
-def stored_scales(steps: Tensor, base_step: float, key: str = "s") -> Parts:
-    """The parts that hold row steps under a key: float16, or (base_step over 0) log_scales and their base step `ss`."""
+def stored_scales(scale: Tensor, base_step: float, key: str = "s") -> Parts:
+    """The parts that hold row scales: float16 or, with a base_step over 0, log_scales and that step ("ss")."""
     if base_step == 0:
-        return {key: storable(steps)}
+        return {key: storable(scale)}
     return {
-        key: log_scales(steps, base_step),
-        "ss": torch.tensor([base_step], device=steps.device),
+        key: log_scales(scale, base_step),
+        "ss": torch.tensor([base_step], device=scale.device),
     }
 
 
 def scale_values(parts: Parts, key: str = "s") -> Tensor:
-    """Row steps (rows,) float32 of stored_scales: what a decoder multiplies by, and so what a quantiser divides by."""
+    """Row scales (rows,) float32 of stored_scales: what a decoder multiplies by, so what a quantiser divides by."""
     stored = parts[key]
     return stored.float() if stored.is_floating_point() else (stored.double() * parts["ss"].double()).exp2().float()
 
 
-def sigma_clip_scale(weight: Tensor, bits: Bits, clip: float) -> Tensor:
-    """Step of each row, float32, of a grid that reaches clip standard deviations."""
-    return clip * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
+def awq_columns(groups: Tensor, cols: int) -> Tensor:
+    """Column indices of AWQ-lite's groups, given as [columns of a group, first column, first column ...]."""
+    size, *starts = groups.tolist()
+    return torch.cat([torch.arange(start, min(start + size, cols)) for start in starts])
 
 
-def quantile_steps(weight: Tensor, bits: int, quantile: float, floor: float) -> Tensor:
-    """Step of each row, float32, of a grid that reaches a quantile of its magnitudes, and at least floor."""
-    top, magnitude = 2 ** (bits - 1) - 1, weight.float().abs()
-    clip = magnitude.amax(dim=1) if quantile == 1 else magnitude.quantile(quantile, dim=1)
-    return (clip.clamp_min(floor) / top).clamp_min(2.0**-24)
+def weight_scales(parts: Parts, cols: int) -> Tensor:
+    """What each integer is multiplied by: (rows, 1), or (rows, cols) where AWQ-lite's columns have scales "hs"."""
+    scale = scale_values(parts)[:, None]
+    if "hc" in parts:
+        scale = scale.repeat(1, cols)
+        scale[:, awq_columns(parts["hc"], cols)] = scale_values(parts, "hs")[:, None]
+    return scale
 
 
-def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The weight rounded to the grid with a step (rows,) for each row."""
-    return round_to_grid(weight, scale[:, None], bits) * scale[:, None]
-
-
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-
-
-def searched_scales(weight: Tensor, bits: int, floor: float = 0.0, by_row: bool = True) -> Tensor:
-    """Row steps, float16, of the older clip search ("GPTQ-lite"): clipped at the quantile of a row's magnitudes of
-    least squared error when rounding to nearest, for each row or (by_row off) the same one for a whole matrix."""
-    scales = torch.stack([storable(quantile_steps(weight, bits, q, floor)) for q in CLIP_QUANTILES])
-    errors = torch.stack([(weight - fake_quantize(weight, s.float(), bits)).square().sum(dim=1) for s in scales])
-    best = (errors if by_row else errors.sum(dim=1, keepdim=True).expand_as(errors)).argmin(dim=0)
-    return scales.gather(0, best[None])[0]
+def decode_rows(parts: Parts) -> Tensor:
+    """Integers times their scales, float32."""
+    return parts["q"].float() * weight_scales(parts, parts["q"].size(1))
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, bits: Bits) -> Tensor:
@@ -3914,29 +3862,62 @@ def round_to_grid(weight: Tensor, scale: Tensor, bits: Bits) -> Tensor:
     return torch.clamp(torch.round(weight / scale), -top, top)
 
 
-class HighBitColumns(NamedTuple):
-    """Columns of a matrix with a grid of their own: their indices (n,), bits, and step of each row (rows,)."""
-
-    columns: Tensor
-    bits: int
-    scale: Tensor
+def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The weight rounded to a grid whose rows have scales (rows,)."""
+    return round_to_grid(weight, scale[:, None], bits) * scale[:, None]
 
 
-def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a damped Hessian (cols, cols): the order of its columns by falling diagonal, the upper Cholesky factor of its
-    inverse in that order, and which columns have no input at all."""
+def sigma_clip_scale(weight: Tensor, bits: Bits, clip: float) -> Tensor:
+    """Row scales (rows,) float32 of a grid that reaches `clip` standard deviations; bits: an int or (rows, 1)."""
+    deviation = weight.float().std(dim=1, keepdim=True)
+    return (clip * deviation / (2 ** (bits - 1) - 1)).squeeze(1)
+
+
+def row_scales(weight: Tensor, bits: Bits, clip: float, base_step: float = 0.0) -> Tensor:
+    """sigma_clip_scale as it will be read back from the artifact."""
+    return scale_values(stored_scales(sigma_clip_scale(weight, bits, clip), base_step))
+
+
+def quantile_scale(weight: Tensor, bits: int, quantile: float, floor: float) -> Tensor:
+    """Row scales (rows,) float32 of a grid that reaches a quantile of the row's magnitudes, and at least `floor`."""
+    top, magnitude = 2 ** (bits - 1) - 1, weight.float().abs()
+    clip = magnitude.amax(dim=1) if quantile == 1 else magnitude.quantile(quantile, dim=1)
+    return (clip.clamp_min(floor) / top).clamp_min(SMALLEST_SCALE)
+
+
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+
+
+def searched_scales(weight: Tensor, bits: int, floor: float = 0.0, by_row: bool = True) -> Tensor:
+    """Row scales (rows,) float16 of the older clip search ("GPTQ-lite").
+
+    The clip is the one of CLIP_QUANTILES with the smallest squared error when rounding to nearest: for each row or, as
+    published (by_row off), one quantile for the whole matrix.
+    """
+    scales = torch.stack([storable(quantile_scale(weight, bits, q, floor)) for q in CLIP_QUANTILES])
+    errors = torch.stack([(weight - fake_quantize(weight, s.float(), bits)).square().sum(dim=1) for s in scales])
+    best = (errors if by_row else errors.sum(dim=1, keepdim=True).expand_as(errors)).argmin(dim=0)
+    return scales.gather(0, best[None])[0]
+
+
+def inverse_factor(hessian: Tensor, percdamp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """GPTQ's preparation of a Hessian (cols, cols).
+
+    Returns the order of the columns by falling diagonal, the upper Cholesky factor of the inverse of the damped Hessian
+    in that order, and a mask of the columns that never had an input.
+    """
     H = hessian.float().clone()
-    diagonal = H.diagonal()
+    diagonal = H.diagonal()  # a view: what is written to it changes H
     dead = diagonal == 0
     diagonal[dead] = 1
-    diagonal += damp * diagonal.mean()
+    diagonal += percdamp * diagonal.mean()
     order = torch.argsort(diagonal, descending=True)
     H = H[order][:, order]
-    return (
-        order,
-        torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True),
-        dead,
-    )
+    Hinv = torch.cholesky_inverse(torch.linalg.cholesky(H))
+    return order, torch.linalg.cholesky(Hinv, upper=True), dead
+
+
+GPTQ_BLOCKSIZE = 128  # columns per lazy update: speed alone depends on it
 
 
 def gptq_columns(
@@ -3945,10 +3926,10 @@ def gptq_columns(
     blocksize: int,
     rounder: Callable[[Tensor, int], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """GPTQ's loop (Frantar et al. 2023): levels (..., rows, cols) of W, column by column; W itself is used up.
+    """GPTQ's loop (Frantar et al. 2023): levels (..., rows, cols) of W, column by column. W is overwritten.
 
-    rounder(column (..., rows), j) gives levels and the weights that they stand for; the error is spread over the later
-    columns through Hinv (..., cols, cols), to those of other blocks of columns at the end of a block.
+    rounder(column (..., rows), j) returns levels and the weights that they stand for. Each column's error is spread
+    over the later columns through Hinv (..., cols, cols).
     """
     Q = torch.empty_like(W)
     for start in range(0, W.size(-1), blocksize):
@@ -3958,37 +3939,29 @@ def gptq_columns(
             Q[..., j], value = rounder(W[..., j], j)
             errors[..., j - start] = (W[..., j] - value) / Hinv[..., j, j, None]
             W[..., j:stop].addcmul_(errors[..., j - start, None], Hinv[..., j, None, j:stop], value=-1)
+        # columns of later blocks get the errors of the whole block in one matrix product
         W[..., stop:] -= errors @ Hinv[..., start:stop, stop:]
     return Q
 
 
-def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    scale: Tensor,
-    bits: Bits,
-    damp: float,
-    blocksize: int,
-    fine: HighBitColumns | None = None,
-) -> Tensor:
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits, percdamp: float, blocksize: int) -> Tensor:
     """Integers (rows, cols) int8 of GPTQ with activation order (Frantar et al. 2023).
 
-    weight (rows, cols) float32, hessian (cols, cols), scale (rows,), bits of all rows or (rows,). Columns go in order
-    of falling diagonal; the rounding error of each is spread over the later ones through the Cholesky factor of the
-    inverse Hessian.
+    weight (rows, cols), hessian (cols, cols); scale and bits broadcast to (rows, cols).
     """
-    order, Hinv, dead = inverse_factor(hessian, damp)
-    W = weight.float().clone()
-    W[:, dead] = 0
-    finer = set(fine.columns.tolist()) if fine is not None else set()
-    grids = [(fine.scale.float(), fine.bits) if c in finer else (scale.float(), bits) for c in order.tolist()]
+    order, Hinv, dead = inverse_factor(hessian, percdamp)
+    W = torch.where(dead, 0.0, weight.float())
+    W = W[:, order].contiguous()
+    scales = scale.expand_as(W).T[order]  # (cols, rows), in GPTQ's order
+    widths = [bits] * len(order) if isinstance(bits, int) else bits.expand_as(W).T[order]
 
-    def nearest(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        step, width = grids[j]
-        levels = round_to_grid(column, step, width)
-        return levels, levels * step
+    def nearest_level(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        """The nearest levels of a column, and their values."""
+        levels = round_to_grid(column, scales[j], widths[j])
+        return levels, levels * scales[j]
 
-    return gptq_columns(W[:, order].contiguous(), Hinv, blocksize, nearest)[:, torch.argsort(order)].to(torch.int8)
+    q = gptq_columns(W, Hinv, blocksize, nearest_level)
+    return q[:, torch.argsort(order)].to(torch.int8)
 
 
 # A trellis is a shift register (Ungerboeck 1982, codes for amplitude modulation). State s goes by branch b to state
@@ -4068,72 +4041,65 @@ class Viterbi:
         return points.gather(1, subset[:, None])[:, 0]
 
 
-Parts = dict[str, Tensor]
+def nearest(weight: Tensor, hessian: Tensor | None, scale: Tensor, bits: Bits, cfg: Config) -> Tensor:
+    """Round each weight to the nearest level, int8."""
+    return round_to_grid(weight.float(), scale, bits).to(torch.int8)
+
+
+def require_hessian(hessian: Tensor | None) -> Tensor:
+    """The Hessian; UserError if calibration did not collect it."""
+    if hessian is None:
+        raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
+    return hessian
+
+
+def with_feedback(weight: Tensor, hessian: Tensor | None, scale: Tensor, bits: Bits, cfg: Config) -> Tensor:
+    """Round column by column with GPTQ, int8."""
+    return gptq(weight, require_hessian(hessian), scale, bits, cfg.gptq_damp, GPTQ_BLOCKSIZE)
+
+
+def row_bits(weight: Tensor, rule: QuantRule, cfg: Config) -> Bits:
+    """Bits of all rows, or (rows, 1) if frequent rows have more."""
+    if not rule.frequent_rows:
+        return rule.bits
+    bits = torch.full((len(weight), 1), rule.bits, device=weight.device)
+    bits[list(rule.frequent_rows)] = cfg.embed_top_bits
+    return bits
+
+
+def sigma_clip(weight: Tensor, rule: QuantRule, cfg: Config) -> Tensor:
+    """Scales of rows that are clipped at so many standard deviations."""
+    return row_scales(weight, row_bits(weight, rule, cfg), rule.clip, cfg.scale_step)
 
 
 class Scheme(NamedTuple):
-    """encode(weight, hessian, rule, cfg) -> parts, and decode(parts) -> float32 weight. repairable: integers of a
-    matrix, whose error a repair may correct. steps(weight, rule, cfg): row steps of the grid, for QAT.
-    together(weights, hessians, rules, cfg): encode of several matrices of equal width at once, to the same parts.
-    hessian, counts: what calibration has to collect for it."""
+    """How a tensor becomes parts and back: a scale for each row, then integers. Without a scale: float16."""
 
-    encode: Callable[[Tensor, Tensor | None, QuantRule, Config], Parts]
-    decode: Callable[[Parts], Tensor]
-    repairable: bool = False
-    steps: Callable[[Tensor, QuantRule, Config], Tensor] | None = None
-    encode_batch: Callable[[list[Tensor], list[Tensor | None], list[QuantRule], Config], list[Parts]] | None = None
-    hessian: bool = False
-    counts: bool = False
+    scale: Callable | None  # (weight, rule, cfg) -> (rows,) float32
+    rounder: Callable = nearest  # (weight, hessian, scale, bits, cfg) -> int8 (rows, cols)
+    decode: Callable[[Parts], Tensor] = decode_rows
+    qat_scale: Callable | None = None  # the scale that training sees, if it is another one
+    # (weights, hessians, rules, cfg) -> parts of each: encodes matrices of equal width at once
+    batch_encoder: Callable | None = None
+    repairable: bool = True  # REPAIR may correct the error
+    hessian: bool = False  # calibration collects Hessians for it
+    counts: bool = False  # and counts tokens
 
-
-def rounded_rows(weight: Tensor, steps: Tensor, bits: int, base_step: float = 0.0) -> Parts:
-    """Nearest levels of a grid with one step per row."""
-    parts = stored_scales(steps, base_step)
-    return {"q": round_to_grid(weight.float(), scale_values(parts)[:, None], bits).to(torch.int8)} | parts
-
-
-def encode_rowwise(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """Round to nearest with one step per row."""
-    return rounded_rows(weight, sigma_clip_scale(weight, rule.bits, rule.clip), rule.bits, cfg.scale_step)
-
-
-def encode_clip_search(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """Round to nearest with the clip of least squared error ("GPTQ-lite")."""
-    scale = searched_scales(weight.float(), rule.bits, cfg.clip_floor, cfg.clip_search_rows)
-    return rounded_rows(weight, scale, rule.bits, cfg.scale_step)
-
-
-def encode_row_quantile(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """Round to nearest, each row clipped at CLIP_QUANTILE of its magnitudes."""
-    steps = quantile_steps(weight, rule.bits, cfg.clip_quantile, cfg.clip_floor)
-    return rounded_rows(weight, steps, rule.bits, cfg.scale_step)
-
-
-def encode_int8_row(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """Round to nearest, the largest magnitude of each row on level 127."""
-    return rounded_rows(weight, (weight.float().abs().amax(dim=1) / 127).half().clamp_min(2.0**-24), 8)
-
-
-def require_hessian(hessian: Tensor | None) -> None:
-    """UserError when there is none."""
-    if hessian is None:
-        raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
-
-
-def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """GPTQ with one step per row; AWQ-lite's columns, if the rule names any, have a finer step `hs`."""
-    require_hessian(hessian)
-    parts, fine = (
-        stored_scales(sigma_clip_scale(weight, rule.bits, rule.clip), cfg.scale_step),
-        None,
-    )
-    if rule.fine:
-        parts["hc"] = torch.tensor([cfg.awq_lite_group_size, *rule.fine], dtype=torch.int32)
-        parts |= stored_scales(sigma_clip_scale(weight, cfg.awq_lite_bits, rule.clip), cfg.scale_step, "hs")
-        columns = fine_columns(parts["hc"], weight.size(1))
-        fine = HighBitColumns(columns, cfg.awq_lite_bits, scale_values(parts, "hs"))
-    q = gptq(weight, hessian, scale_values(parts), rule.bits, cfg.gptq_damp, cfg.gptq_blocksize, fine)
-    return {"q": q} | parts
+    def encode(self, weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
+        """The parts of one tensor (rows, cols)."""
+        if self.scale is None:
+            return {"w": weight.half()}
+        if self.batch_encoder is not None:
+            return self.batch_encoder([weight], [hessian], [rule], cfg)[0]
+        parts, cols = stored_scales(self.scale(weight, rule, cfg), cfg.scale_step), weight.size(1)
+        bits = row_bits(weight, rule, cfg)
+        if rule.awq_groups:
+            parts["hc"] = torch.tensor([cfg.awq_lite_group_size, *rule.awq_groups], dtype=torch.int32)
+            finer = sigma_clip_scale(weight, cfg.awq_lite_bits, rule.clip)
+            parts |= stored_scales(finer, cfg.scale_step, "hs")
+            bits = torch.full((1, cols), rule.bits, device=weight.device)
+            bits[:, awq_columns(parts["hc"], cols)] = cfg.awq_lite_bits
+        return {"q": self.rounder(weight, hessian, weight_scales(parts, cols), bits, cfg)} | parts
 
 
 TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; a scalar quantiser's 1/12 (2 steps)^2, less 1.1 dB
@@ -4198,75 +4164,33 @@ def encode_tcq(
     found = [stored_scales(sigma_clip_scale(w, rule.bits, rule.clip) / 2, cfg.scale_step) for w, rule in pairs]
     scales, tops = list(map(scale_values, found)), [2**rule.bits - 2 for rule in rules]
     walk = cfg.tcq_states, cfg.tcq_chunk_rows
-    levels = gptq_trellis(weights, hessians, scales, tops, *walk, cfg.gptq_damp, cfg.gptq_blocksize)
+    levels = gptq_trellis(weights, hessians, scales, tops, *walk, cfg.gptq_damp, GPTQ_BLOCKSIZE)
     t = torch.tensor(walk, dtype=torch.int32)
     return [{"q": q, "t": t} | parts for q, parts in zip(levels, found, strict=True)]
 
 
-def encode_freqsplit(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """GPTQ with EMBED_TOP_BITS for the rows of frequent tokens; the row's step says to the decoder all it needs."""
-    if hessian is None or not rule.rows:
-        raise UserError("EMBED_QUANT=gptq_freqsplit has no Hessian or token counts; run STAGES=train,... again with it")
-    bits = torch.full((len(weight),), rule.bits, device=weight.device)
-    bits[list(rule.rows)] = cfg.embed_top_bits
-    parts = stored_scales(sigma_clip_scale(weight, bits, rule.clip), cfg.scale_step)
-    return {"q": gptq(weight, hessian, scale_values(parts), bits, cfg.gptq_damp, cfg.gptq_blocksize)} | parts
-
-
-def fine_columns(groups: Tensor, cols: int) -> Tensor:
-    """Column indices of AWQ-lite's groups, given as [columns of a group, first column, first column ...]."""
-    size, *starts = groups.tolist()
-    return torch.cat([torch.arange(start, min(start + size, cols)) for start in starts])
-
-
-def decode_rows(parts: Parts) -> Tensor:
-    """q * s."""
-    return parts["q"].float() * scale_values(parts)[:, None]
-
-
-def decode_awq(parts: Parts) -> Tensor:
-    """q * s, and q * hs in AWQ-lite's columns."""
-    weight, columns = decode_rows(parts), fine_columns(parts["hc"], parts["q"].size(1))
-    weight[:, columns] = parts["q"][:, columns].float() * scale_values(parts, "hs")[:, None]
-    return weight
-
-
 SCHEMES = {
-    "gptq": Scheme(encode_gptq, decode_rows, True, ruled_scales, hessian=True),
-    "gptq_freqsplit": Scheme(encode_freqsplit, decode_rows, True, hessian=True, counts=True),
-    "gptq_tcq": Scheme(
-        lambda w, hessian, rule, cfg: encode_tcq([w], [hessian], [rule], cfg)[0],
-        decode_rows,
-        True,
-        ruled_scales,
-        encode_tcq,
-        hessian=True,
-    ),
-    "awq_lite": Scheme(encode_gptq, decode_awq, repairable=True),
-    "rowwise": Scheme(encode_rowwise, decode_rows, True, ruled_scales),
+    "gptq": Scheme(sigma_clip, with_feedback, hessian=True),
+    "gptq_freqsplit": Scheme(sigma_clip, with_feedback, hessian=True, counts=True),
+    "gptq_tcq": Scheme(sigma_clip, batch_encoder=encode_tcq, hessian=True),
+    "awq_lite": Scheme(sigma_clip, with_feedback, hessian=True),
+    "rowwise": Scheme(sigma_clip),
     "gptq_lite": Scheme(
-        encode_clip_search,
-        decode_rows,
-        True,
-        lambda w, rule, cfg: quantile_steps(w, rule.bits, 1.0, cfg.clip_floor),
+        lambda w, rule, cfg: searched_scales(w.float(), rule.bits, cfg.clip_floor, cfg.clip_search_rows),
+        # published: training does not search
+        qat_scale=lambda w, rule, cfg: quantile_scale(w, rule.bits, 1.0, cfg.clip_floor),
     ),
-    "row_quantile": Scheme(
-        encode_row_quantile,
-        decode_rows,
-        True,
-        lambda w, rule, cfg: quantile_steps(w, rule.bits, cfg.clip_quantile, cfg.clip_floor),
-    ),
-    "int8_row": Scheme(encode_int8_row, decode_rows),
-    "fp16": Scheme(lambda w, hessian, rule, cfg: {"w": w.half()}, lambda parts: parts["w"].float()),
+    "row_quantile": Scheme(lambda w, rule, cfg: quantile_scale(w, rule.bits, cfg.clip_quantile, cfg.clip_floor)),
+    "int8_row": Scheme(lambda w, rule, cfg: quantile_scale(w, rule.bits, 1.0, 0.0), repairable=False),
+    "fp16": Scheme(None, decode=lambda parts: parts["w"].float(), repairable=False),
 }
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """Integers in [0, 2^bits), bits <= 8, as a stream of bits in uint8, lowest first; zeros fill the last byte."""
+    """Integers in [0, 2^bits), bits <= 8, without gaps in uint8, lowest bit first; zeros fill the last byte."""
     column = values.cpu().numpy().astype(np.uint8).reshape(-1, 1)
-    return torch.from_numpy(
-        np.packbits(np.unpackbits(column, axis=1, count=bits, bitorder="little"), bitorder="little")
-    )
+    planes = np.unpackbits(column, axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(planes, bitorder="little"))
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -4276,20 +4200,22 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 class Grid(NamedTuple):
-    """How a factor of a repair is stored: bits, and entries (in row-major order) per scale."""
+    """How a factor of an LQER correction is stored: on all 2^bits levels, which are not symmetric about 0."""
 
     bits: int
-    group: int
+    group: int  # entries, in row-major order, that share a scale
 
-    def encode(self, x: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor]:
-        """Packed integers and float16 scales. The asymmetric grid uses all 2^bits levels and reaches half a level over
-        the top; the symmetric one leaves the lowest level out."""
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed integers and float16 scales."""
         half = 2 ** (self.bits - 1)
-        low, reach = (-half, half - 0.5) if asymmetric else (1 - half, half - 1.0)
-        rows = F.pad(x.flatten(), (0, -x.numel() % self.group)).view(-1, self.group)
-        scale = (rows.abs().amax(dim=1) / reach).half().clamp_min(2.0**-24)
-        q = torch.clamp(torch.round(rows / scale.float()[:, None]), low, half - 1)
-        return pack_bits(q.flatten()[: x.numel()] + half, self.bits), scale
+        padding = -x.numel() % self.group
+        rows = F.pad(x.flatten(), (0, padding)).view(-1, self.group)
+        # levels go from -half to half - 1; the largest magnitude lies half a level over the top one
+        largest = rows.abs().amax(dim=1)
+        scale = storable(largest / (half - 0.5))
+        q = torch.round(rows / scale.float()[:, None])
+        q = q.clamp(-half, half - 1).flatten()
+        return pack_bits(q[: x.numel()] + half, self.bits), scale
 
     def decode(self, packed: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
         """The float32 factor."""
@@ -4299,34 +4225,32 @@ class Grid(NamedTuple):
 
 
 def encode_lqer(error: Tensor, cfg: Config) -> Parts:
-    """LQER (Zhang et al. 2024): quantised factors A (rows, r), B (r, cols) of the best rank-r fit to the error matrix.
-
-    The sign of each pair is such that the largest entry of B's row is positive: the grids are asymmetric, and a
-    library's choice of sign would show in the result.
-    """
+    """LQER (Zhang et al. 2024): the factors A (rows, r), B (r, cols) of the best rank-r fit to an error matrix."""
     U, S, Vh = torch.linalg.svd(error.float(), full_matrices=False)
     rank = min(cfg.lqer_rank, len(S))
+    A = U[:, :rank] * S[:rank]
     B = Vh[:rank]
+    # The grids are asymmetric, so the sign of a pair shows in the result, but the library's choice must not:
+    # the largest entry of each row of B is made positive
     sign = B.gather(1, B.abs().argmax(dim=1, keepdim=True)).sign()
-    A, B = U[:, :rank] * S[:rank] * sign.T, B * sign
-    published = Grid(2, A.numel()), Grid(4, cfg.lqer_asym_group)
-    plain = Grid(cfg.lqer_factor_bits, rank), Grid(cfg.lqer_factor_bits, B.size(1))
-    grids = published if cfg.lqer_asym_enabled else plain
-    (lqa, lqas), (lqb, lqbs) = (grid.encode(x, cfg.lqer_asym_enabled) for grid, x in zip(grids, (A, B), strict=True))
-    head = torch.tensor([rank, *grids[0], *grids[1]], dtype=torch.int32)
-    return {"lqa": lqa, "lqas": lqas, "lqb": lqb, "lqbs": lqbs, "lqm": head}
+    grid_a = Grid(2, A.numel())  # bits and groups as published
+    grid_b = Grid(4, cfg.lqer_asym_group)
+    lqa, lqas = grid_a.encode(A * sign.T)
+    lqb, lqbs = grid_b.encode(B * sign)
+    layout = torch.tensor([rank, *grid_a, *grid_b], dtype=torch.int32)
+    return {"lqa": lqa, "lqas": lqas, "lqb": lqb, "lqbs": lqbs, "lqm": layout}
 
 
 def decode_lqer(parts: Parts) -> Tensor:
     """A B, to be added to the decoded weight."""
-    rank, *head = parts["lqm"].tolist()
+    rank, *grids = parts["lqm"].tolist()
     rows, cols = parts["q"].shape
-    A = Grid(*head[:2]).decode(parts["lqa"], parts["lqas"], (rows, rank))
-    return A @ Grid(*head[2:]).decode(parts["lqb"], parts["lqbs"], (rank, cols))
+    A = Grid(*grids[:2]).decode(parts["lqa"], parts["lqas"], (rows, rank))
+    return A @ Grid(*grids[2:]).decode(parts["lqb"], parts["lqbs"], (rank, cols))
 
 
 class Repair(NamedTuple):
-    """encode(error, cfg) -> further parts of a tensor, and decode(parts) -> what they add to the decoded weight."""
+    """encode(error, cfg) -> further parts of a tensor; decode(parts) -> what they add to the decoded weight."""
 
     encode: Callable[[Tensor, Config], Parts]
     decode: Callable[[Parts], Tensor]
@@ -4335,95 +4259,138 @@ class Repair(NamedTuple):
 REPAIRS = {"none": None, "lqer": Repair(encode_lqer, decode_lqer)}
 
 
-def decode(key: str, parts: Parts) -> Tensor:
-    """The float32 weight stored under 'name:scheme' or 'name:scheme+repair'."""
-    scheme, *repairs = key.partition(":")[2].split("+")
-    return sum((REPAIRS[name].decode(parts) for name in repairs), SCHEMES[scheme].decode(parts))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor as it is stored: all that the artifact says about it."""
+
+    name: str
+    role: str  # key of ROLES
+    scheme: str  # key of SCHEMES
+    repairs: tuple[str, ...]  # keys of REPAIRS
+    parts: Parts
+
+    def encoding(self) -> str:
+        """Scheme and repairs as text, `scheme+repair`."""
+        return "+".join((self.scheme, *self.repairs))
+
+    def key(self) -> str:
+        """Everything but the parts as text, `name:role:scheme+repair`."""
+        return f"{self.name}:{self.role}:{self.encoding()}"
+
+    @classmethod
+    def parse(cls, key: str, parts: Parts) -> Stored:
+        """The inverse of key; ValueError if the text has another form."""
+        name, role, encoding = key.split(":")
+        scheme, *repairs = encoding.split("+")
+        return cls(name, role, scheme, tuple(repairs), parts)
+
+    def decode(self) -> Tensor:
+        """The float32 weight."""
+        weight = SCHEMES[self.scheme].decode(self.parts)
+        return sum((REPAIRS[name].decode(self.parts) for name in self.repairs), weight)
 
 
-def deal_jobs(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """The union of work(job) over all jobs, dealt out to the ranks in turn."""
-    mine, done, started = jobs[runtime.rank :: runtime.world], {}, time.perf_counter()
+def dequantize(stored: list[Stored]) -> Weights:
+    """The float32 state dict."""
+    return {tensor.name: tensor.decode() for tensor in stored}
+
+
+def deal_jobs(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict]) -> dict[str, Any]:
+    """The union of work(job) over all jobs, which the ranks take in turn."""
+    started, done = time.perf_counter(), {}
+    mine = jobs[runtime.rank :: runtime.world]
     for count, job in enumerate(mine):
         done |= work(job)
         runtime.log.progress(what, count + 1, len(mine), started)
     return runtime.gather(done)
 
 
-def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> dict[str, Parts]:
-    """'name:scheme' (or 'name:scheme+repair') -> parts of every tensor, on the CPU; the work is shared out by cost."""
-    bad = [name for name, w in state.items() if not torch.isfinite(w).all()]
-    if bad:
-        raise FloatingPointError(f"{bad[0]} holds values that are not finite; train again")
-    plan, device = refined_plan(cfg, state, hessians), runtime.device
+def on_cpu(parts: Parts) -> Parts:
+    """The parts on the CPU."""
+    return {key: part.cpu() for key, part in parts.items()}
 
-    def encode(names: list[str]) -> dict[str, Parts]:
-        """The parts of the tensors of a job."""
+
+def quantisation_jobs(plan: Plan, state: Weights, world: int) -> list[list[str]]:
+    """Names of tensors that are encoded together, the costly ones first.
+
+    A scheme that encodes a batch gets its matrices of equal width at once, split evenly over `world` ranks.
+    """
+    groups = {}
+    costs = {name: w.numel() * w.size(-1) for name, w in state.items()}
+    for name in sorted(state, key=lambda name: (-costs[name], name)):
+        group, scheme = name, plan[name].scheme
+        if SCHEMES[scheme].batch_encoder is not None:
+            group = scheme, state[name].size(-1)
+        groups.setdefault(group, []).append(name)
+    shares = [names[rank::world] for names in groups.values() for rank in range(world)]
+    return [names for names in shares if names]
+
+
+def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> list[Stored]:
+    """The tensors of a state dict as they are stored, in the order of the model, on the CPU; all ranks share the work.
+
+    Raises FloatingPointError for weights that are not finite, UserError for a missing Hessian.
+    """
+    for name, weight in state.items():
+        if not torch.isfinite(weight).all():
+            raise FloatingPointError(f"{name} holds values that are not finite; train again")
+    plan, device = refined_plan(cfg, state, hessians), runtime.device
+    roles = {name: p.role for name, p in weights_of(cfg).items()}
+
+    def encode(names: list[str]) -> dict[str, Stored]:
+        """The tensors of one job, by name."""
         rules = [plan[name] for name in names]
         weights = [state[name].to(device) for name in names]
         inputs = [hessians[name].to(device) if name in hessians else None for name in names]
         scheme = SCHEMES[rules[0].scheme]
-        if scheme.encode_batch is not None:
-            encoded = scheme.encode_batch(weights, inputs, rules, cfg)
-        else:
+        if scheme.batch_encoder is None:
             encoded = [scheme.encode(weights[0], inputs[0], rules[0], cfg)]
+        else:
+            encoded = scheme.batch_encoder(weights, inputs, rules, cfg)
         return {
-            f"{name}:{rule.scheme}": {key: part.cpu() for key, part in parts.items()}
+            name: Stored(name, roles[name], rule.scheme, (), on_cpu(parts))
             for name, rule, parts in zip(names, rules, encoded, strict=True)
         }
 
-    groups: dict[Any, list[str]] = {}
-    for name in sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n)):
-        scheme = plan[name].scheme
-        groups.setdefault(name if SCHEMES[scheme].encode_batch is None else (scheme, state[name].size(-1)), []).append(
-            name
-        )
-    shares = [names[rank :: runtime.world] for names in groups.values() for rank in range(runtime.world)]
-    jobs = [names for names in shares if names]
-    whole = repaired(cfg, runtime, state, deal_jobs(runtime, "quantising", jobs, encode))
-    return {key: whole[key] for key in sorted(whole)}
+    jobs = quantisation_jobs(plan, state, runtime.world)
+    stored = repaired(cfg, runtime, state, deal_jobs(runtime, "quantising", jobs, encode))
+    return [stored[name] for name in plan if name in stored]
 
 
-def repaired(cfg: Config, runtime: Runtime, state: dict[str, Tensor], parts: dict[str, Parts]) -> dict[str, Parts]:
-    """The parts after REPAIR has corrected the LQER_TOP_K tensors of largest error, by Frobenius norm."""
-    repair, norms = REPAIRS[cfg.repair], {}
+def repaired(cfg: Config, runtime: Runtime, state: Weights, stored: dict[str, Stored]) -> dict[str, Stored]:
+    """The tensors after REPAIR has corrected the LQER_TOP_K ones of largest error, by Frobenius norm."""
+    repair = REPAIRS[cfg.repair]
     if repair is None:
-        return parts
+        return stored
 
-    def error(key: str) -> Tensor:
-        return state[key.split(":")[0]].cpu().float() - decode(key, parts[key])
+    def error(name: str) -> Tensor:
+        """What the stored tensor lacks."""
+        return state[name].cpu().float() - stored[name].decode()
 
-    def correct(key: str) -> dict[str, Parts]:
-        return {key: {k: v.cpu() for k, v in repair.encode(error(key).to(runtime.device), cfg).items()}}
+    def correct(name: str) -> dict[str, Stored]:
+        """The tensor with its correction."""
+        extra = on_cpu(repair.encode(error(name).to(runtime.device), cfg))
+        parts = stored[name].parts | extra
+        return {name: dataclasses.replace(stored[name], repairs=(cfg.repair,), parts=parts)}
 
-    for key in parts:
-        if SCHEMES[key.split(":")[1]].repairable:
-            norms[key] = error(key).double().norm().item()
-    worst = sorted(norms, key=lambda k: (-norms[k], k))[: cfg.lqer_top_k]
-    added = deal_jobs(runtime, "repairing", worst, correct)
-    kept = {key: value for key, value in parts.items() if key not in added}
-    return kept | {f"{key}+{cfg.repair}": parts[key] | extra for key, extra in added.items()}
-
-
-def dequantize(parts: dict[str, Parts]) -> dict[str, Tensor]:
-    """Float32 state dict from 'name:scheme' -> parts."""
-    return {key.split(":")[0]: decode(key, value) for key, value in parts.items()}
+    candidates = [name for name, tensor in stored.items() if SCHEMES[tensor.scheme].repairable]
+    norms = {name: error(name).double().norm().item() for name in candidates}
+    worst = sorted(norms, key=lambda name: (-norms[name], name))[: cfg.lqer_top_k]
+    return stored | deal_jobs(runtime, "repairing", worst, correct)
 
 
-def sort_hidden(
-    cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same function with each MLP's hidden units in the order in which the rows of `up` resemble one another.
+def sort_hidden(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
+    """The same function with each MLP's hidden units sorted so that similar rows of `up` are neighbours.
 
-    An elementwise nonlinearity commutes with a permutation, so the rows of `up` are sorted for the coder at no cost
-    when the columns of `down` move with them. Done before quantisation, on rounded rows: GPTQ, AWQ-lite and LQER then
-    see nothing but another model, and no scale or packed factor has to be permuted. New dicts are returned.
+    An elementwise nonlinearity commutes with a permutation, so the columns of `down` move with the rows of `up`. GPTQ,
+    AWQ-lite and LQER see nothing but another model, and no scale or packed factor has to be permuted. New dicts.
     """
     plan, state, hessians = quant_plan(cfg), dict(state), dict(hessians)
 
-    def order(name: str) -> dict[str, Tensor]:
-        weight = state[name].to(runtime.device)
-        return {name: similarity_order(encode_rowwise(weight, None, plan[name], cfg)["q"]).cpu()}
+    def order(name: str) -> Weights:
+        """The order of the rows of one matrix, by their levels."""
+        q = SCHEMES["rowwise"].encode(state[name].to(runtime.device), None, plan[name], cfg)["q"]
+        return {name: similarity_order(q).cpu()}
 
     ups, downs = weights_by_role(cfg, "up"), weights_by_role(cfg, "down")
     orders = deal_jobs(runtime, "sorting hidden units", list(ups.values()), order)
@@ -4437,81 +4404,67 @@ def sort_hidden(
 
 def hadamard(size: int) -> Tensor:
     """Sylvester's orthogonal matrix of a power of two, symmetric, float64."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
-    return matrix / math.sqrt(size)
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    return functools.reduce(torch.kron, [two] * int(math.log2(size)), torch.ones(1, 1)) / math.sqrt(size)
 
 
-def rotate_values(
-    cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same function with every head's values turned by a Hadamard matrix, which spreads outliers, and the columns
-    of `o` turned with them.
+def rotate_values(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
+    """The same function with each head's values rotated by a Hadamard matrix, which spreads outliers.
 
-    An output is a sum of values, so it turns too; XSA and value_residual see dot products and sums of values, gates and
-    sink a number per head. Done after calibration, so the Hessians of `o` turn as its inputs would. New dicts.
+    An output is a sum of values, so it rotates too, and the columns of `o` rotate back. XSA and value_residual see dot
+    products and sums of values, gates and sink one number per head. The Hessians of `o` rotate as its inputs do. New
+    dicts.
     """
     state, hessians, R = dict(state), dict(hessians), hadamard(cfg.model_dim // cfg.num_heads)
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         """x with each head's block of columns times R."""
         return (x.double().unflatten(-1, (-1, len(R))) @ R).flatten(-2).to(x.dtype)
 
     outputs = weights_by_role(cfg, "o")
     for layer, v in weights_by_role(cfg, "v").items():
         o = outputs[layer]
-        state[v], state[o] = turned(state[v].T).T.contiguous(), turned(state[o])
+        state[v], state[o] = rotated(state[v].T).T.contiguous(), rotated(state[o])
         if o in hessians:
-            hessians[o] = turned(turned(hessians[o]).T)
+            hessians[o] = rotated(rotated(hessians[o]).T)
     return state, hessians
 
 
-ROTATIONS = {
-    "none": lambda cfg, state, hessians: (state, hessians),
-    "hadamard_vo": rotate_values,
-}
+ROTATIONS = {"none": None, "hadamard_vo": rotate_values}
+HIDDEN_ORDERS = {"pergroup": sort_hidden}  # COMPRESSOR -> what helps its coder; the others do not gain by it
 
 
-def plan_report(cfg: Config, parts: dict[str, Parts]) -> str:
-    """The plan as it was carried out: a line for each scheme and bits, with bytes before entropy coding."""
-    plan, weights, rows = quant_plan(cfg), weights_of(cfg), {}
-    for key, value in parts.items():
-        name, _, stored = key.partition(":")
-        size = sum(part.nbytes for part in value.values())
-        rows.setdefault((stored, plan[name].bits), []).append((weights[name].role, weights[name].numel(), size))
-    lines = ["quantisation plan:"]
-    for (stored, bits), tensors in rows.items():
-        roles, counts, sizes = zip(*tensors, strict=True)
-        lines.append(
-            f"  {stored:14} {bits:2} bits  {len(tensors):3} tensors {sum(counts):>11,} weights "
-            f"{sum(sizes):>11,} bytes raw: {' '.join(dict.fromkeys(roles))}"
-        )
-    return "\n".join(lines)
+def reparametrize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
+    """The same function in weights that are easier to store, and their Hessians: before quantisation."""
+    for step in (ROTATIONS[cfg.rotate], HIDDEN_ORDERS.get(cfg.compressor)):
+        if step is not None:
+            state, hessians = step(cfg, runtime, state, hessians)
+    return state, hessians
+
+
+CACHED_ROWS = 512  # rows of a hidden layer's width that fit into a processor's cache
 
 
 def similarity_order(matrix: Tensor) -> Tensor:
-    """Order of the rows of an integer matrix, (rows,) int64: from row 0 always on to the nearest row, by L1 distance,
-    that has not been taken yet; of equally near ones to the first.
+    """A greedy walk over the rows of an integer matrix: (rows,) int64, from row 0 always to the nearest row left.
 
-    Sums of integers below 2^24 are exact in float32, whatever their order.
+    Distances are L1; of equally near rows the first is taken. Sums of integers below 2^24 are exact in float32, so the
+    order is the same on any machine.
     """
-    rows, ids, order = (
-        matrix.float(),
-        torch.arange(len(matrix), device=matrix.device),
-        [0] * (len(matrix) > 0),
-    )
-    taken, ones = torch.zeros(len(matrix), device=matrix.device), rows.new_ones(rows.size(1))
-    here, position, stale = rows[:1].clone(), 0, 0
+    if not len(matrix):
+        return torch.empty(0, dtype=torch.int64)
+    rows, ids = matrix.float(), torch.arange(len(matrix), device=matrix.device)
+    taken, ones = rows.new_zeros(len(rows)), rows.new_ones(rows.size(1))  # `taken`: infinity for a row in the walk
+    order, position, stale = [0], 0, 0
     while len(order) < len(matrix):
+        here = rows[position].clone()
         taken[position] = math.inf
         stale += 1
-        if 8 * stale > len(ids):  # leave the taken rows behind, now and then
+        if 8 * stale > len(ids):  # an eighth of the rows is taken: drop them
             left = taken == 0
             rows, ids, taken, stale = rows[left], ids[left], taken[left], 0
-        blocks = [(block - here).abs_() @ ones for block in rows.split(512)]  # blocks that fit into a cache
-        position = int((torch.cat(blocks) + taken).argmin())
-        here = rows[position : position + 1].clone()
+        distances = [(block - here).abs_() @ ones for block in rows.split(CACHED_ROWS)]
+        position = int((torch.cat(distances) + taken).argmin())
         order.append(int(ids[position]))
     return torch.tensor(order, dtype=torch.int64)
 
@@ -4520,35 +4473,43 @@ def similarity_order(matrix: Tensor) -> Tensor:
 # | 11 ARTIFACT                                                                                                        |
 # +--------------------------------------------------------------------------------------------------------------------+
 
-MAGIC, ARTIFACT_VERSION = b"PGLF", 2
+MAGIC, ARTIFACT_VERSION = b"PGLF", 3
 ARTIFACT_HEADER = struct.Struct("<4sBBII")  # magic, version, codec, payload bytes, CRC-32 of all that and the payload
-Arrays = dict[str, np.ndarray]
+
+
+def shuffle_bytes(array: np.ndarray, trellis: np.ndarray | None = None) -> bytes:
+    """Bytes of an array for a general coder: matrices column by column, wider items in planes by significance."""
+    flat = np.ascontiguousarray(array.T if array.ndim == 2 else array)
+    return flat.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
+
+
+def unshuffle_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of shuffle_bytes."""
+    kind = np.dtype(dtype)
+    flat = np.frombuffer(data, np.uint8).reshape(kind.itemsize, -1).T.copy().reshape(-1).view(kind)
+    return np.ascontiguousarray(flat.reshape(shape[::-1]).T) if len(shape) == 2 else flat.reshape(shape)
 
 
 class Coder(NamedTuple):
-    """An entropy coder, bytes <-> bytes. need raises UserError when what it runs on is not installed.
-
-    frame(array, trellis or None) and unframe(bytes, dtype, shape): how an array lies in what is coded, after `head`
-    bytes about it.
-    """
+    """An entropy coder, bytes <-> bytes, and how an array is laid out for it."""
 
     encode: Callable[[bytes], bytes]
     decode: Callable[[bytes], bytes]
-    need: Callable[[], Any]
-    frame: Callable[[np.ndarray, np.ndarray | None], bytes] = lambda array, trellis: shuffle_bytes(array)
-    unframe: Callable[[bytes, str, tuple[int, ...]], np.ndarray] = lambda *args: unshuffle_bytes(*args)
-    head: int = 0
+    frame: Callable[[np.ndarray, np.ndarray | None], bytes] = shuffle_bytes  # (array, its trellis) -> bytes
+    unframe: Callable[[bytes, str, tuple[int, ...]], np.ndarray] = unshuffle_bytes  # (bytes, dtype, shape) -> array
+    head: int = 0  # bytes that a frame adds to those of the array
+    require: Callable[[], Any] = lambda: None  # raises UserError if what it runs on is not installed
 
 
 def require_brotli() -> Any:
-    """The brotli module; a missing one is an error that names the package, never a fallback."""
+    """The brotli module; UserError if it is not installed."""
     if brotli is None:
         raise UserError("COMPRESSOR=brotli or pergroup needs the package brotli: pip install brotli")
     return brotli
 
 
 def require_lrzip() -> str:
-    """Path of the program lrzip; a missing one is an error that names the package, never a fallback."""
+    """Path of the program lrzip; UserError if it is not installed."""
     program = shutil.which("lrzip")
     if program is None:
         raise UserError(
@@ -4558,17 +4519,16 @@ def require_lrzip() -> str:
 
 
 def run_lrzip(data: bytes, *flags: str) -> bytes:
-    """lrzip's output for data, through files of a temporary folder, without the settings of a user's lrzip.conf."""
+    """Output of lrzip for data, through files in a temporary folder."""
     program = require_lrzip()
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.lrz", Path(folder) / "out"
         source.write_bytes(data)
-        # -N 0: by default it runs at the lowest priority, and starves on a busy machine
-        command = [program, "-Q", "-f", "-N", "0", *flags, "-o", str(target), str(source)]
         done = subprocess.run(
-            command,
+            # -N 0: by default it runs at the lowest priority, and starves on a busy machine
+            [program, "-Q", "-f", "-N", "0", *flags, "-o", str(target), str(source)],
             capture_output=True,
-            env={"LRZIP": "NOCONFIG", "TMPDIR": folder},
+            env={"LRZIP": "NOCONFIG", "TMPDIR": folder},  # a user's lrzip.conf must not change the bytes
             check=False,
         )
         if done.returncode != 0 or not target.is_file():
@@ -4812,147 +4772,138 @@ def rans_decode(blob: bytes) -> bytes:
 CODERS = {
     "brotli": Coder(
         lambda raw: require_brotli().compress(raw, quality=11, lgwin=24),
-        lambda b: require_brotli().decompress(b),
-        require_brotli,
+        lambda coded: require_brotli().decompress(coded),
+        require=require_brotli,
     ),
-    "lzma": Coder(
-        lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-        lzma.decompress,
-        lambda: None,
-    ),
-    "lzma6": Coder(lambda raw: lzma.compress(raw, preset=6), lzma.decompress, lambda: None),
+    "lzma": Coder(lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
+    "lzma6": Coder(lambda raw: lzma.compress(raw, preset=6), lzma.decompress),
     # ZPAQ; -p 1: by default the block size, and so the bytes, depend on the number of processors
     "lrzip": Coder(
         lambda raw: run_lrzip(raw, "-z", "-L", "9", "-p", "1"),
-        lambda b: run_lrzip(b, "-d"),
-        require_lrzip,
+        lambda coded: run_lrzip(coded, "-d"),
+        require=require_lrzip,
     ),
-    "rans": Coder(rans_encode, rans_decode, lambda: None, rans_frame, rans_unframe, RANS_HEAD.size),
+    "rans": Coder(rans_encode, rans_decode, rans_frame, rans_unframe, RANS_HEAD.size),
 }
 
 
 class Codec(NamedTuple):
-    """A layout and its coders, by the number in the blob's head.
+    """Which streams an artifact consists of, and the coder of each.
 
-    Each glob pattern of `groups` gathers the arrays of one role into a stream for group_coder; all else goes, with the
-    index, into the first stream, for coder. Matrices that match sorted_rows are stored with similar rows side by side,
-    and their order as a further array. sort_hidden asks the quantiser to arrange the MLPs so beforehand.
+    The integers of a matrix are in the stream that stream_of(role) names. All else is in the first stream, "", which
+    begins with the index.
     """
 
-    number: int
-    coder: str
-    group_coder: str = ""
-    groups: tuple[str, ...] = ()
-    sorted_rows: tuple[str, ...] = ()
-    sort_hidden: bool = False
-    by_layer: bool = False  # the arrays of a layer lie together, and not those of a role
+    number: int  # in the header of the artifact
+    coder: str  # of the first stream
+    integer_coder: str = ""  # of the other streams
+    stream_of: Callable[[Role], str] = lambda role: ""
+    sorted_rows: tuple[str, ...] = ()  # streams whose matrices are stored with similar rows side by side
 
-    def stream_of(self, name: str) -> int:
-        """The stream of an array."""
-        return next((i for i, p in enumerate(self.groups, 1) if fnmatch.fnmatchcase(name, p)), 0)
+    def coders(self, count: int) -> list[Coder]:
+        """The coder of each of `count` streams."""
+        return [CODERS[name] for name in (self.coder, *[self.integer_coder] * (count - 1))]
 
-    def coders(self) -> list[Coder]:
-        """The coder of each stream."""
-        return [CODERS[name] for name in (self.coder, *[self.group_coder] * len(self.groups))]
-
-    def need(self) -> None:
-        """UserError when a coder cannot run here."""
-        for coder in self.coders():
-            coder.need()
+    def require(self) -> None:
+        """UserError if a coder cannot run here."""
+        for coder in self.coders(2 if self.integer_coder else 1):
+            coder.require()
 
 
-STREAMS = (
-    "tok_emb.weight:*:q",
-    "blocks.*.attn.q.weight:*:q",
-    "blocks.*.attn.k.weight:*:q",
-    "blocks.*.attn.v.weight:*:q",
-    "blocks.*.attn.o.weight:*:q",
-    "blocks.*.mlp.up.weight:*:q",
-    "blocks.*.mlp.down.weight:*:q",
-)
 CODECS = {
-    "brotli": Codec(1, "brotli", "brotli", STREAMS),  # streams of their own: coded side by side on several processors
+    "brotli": Codec(1, "brotli", "brotli", lambda role: role.stream),  # streams are coded in parallel
     "lzma": Codec(2, "lzma"),
-    "pergroup": Codec(3, "brotli", "lrzip", STREAMS, sorted_rows=STREAMS[:2], sort_hidden=True),
+    "pergroup": Codec(3, "brotli", "lrzip", lambda role: role.stream, sorted_rows=("embed", "q")),
     "lzma6": Codec(4, "lzma6"),
-    "rans": Codec(5, "brotli", "rans", ("*:q",), by_layer=True),
+    "rans": Codec(5, "brotli", "rans", lambda role: "integers"),
 }
 
 
-def sort_rows(arrays: Arrays, patterns: tuple[str, ...]) -> Arrays:
-    """The arrays with the rows of matching matrices sorted, and their orders (uint16) as '<name>:order'."""
-    out, matrices = (
-        dict(arrays),
-        [n for n, a in arrays.items() if a.ndim == 2 and a.dtype == np.int8],
-    )
-    for name in (n for n in matrices for p in patterns if fnmatch.fnmatchcase(n, p)):
-        assert len(arrays[name]) <= 2**16, f"{name} has too many rows for an order in uint16"
-        order = similarity_order(torch.from_numpy(arrays[name])).numpy()
-        out |= {name: arrays[name][order], f"{name}:order": order.astype(np.uint16)}
-    return out
+def sort_rows(parts: Parts) -> Parts:
+    """The parts with similar rows of "q" side by side, and where each came from as a further part, "order"."""
+    order = similarity_order(parts["q"])
+    assert len(order) <= 2**16, "too many rows for an order in uint16"
+    return parts | {"q": parts["q"][order], "order": order.to(torch.uint16)}
 
 
-def unsort_rows(arrays: Arrays) -> Arrays:
-    """The inverse of sort_rows."""
-    out = {name: array for name, array in arrays.items() if not name.endswith(":order")}
-    for name in arrays.keys() - out.keys():
-        out[name.removesuffix(":order")] = arrays[name.removesuffix(":order")][np.argsort(arrays[name])]
-    return out
+def unsort_rows(parts: Parts) -> Parts:
+    """The inverse of sort_rows, in place."""
+    if "order" in parts:
+        parts["q"] = parts["q"][parts.pop("order").long().argsort()]
+    return parts
 
 
-def shuffle_bytes(array: np.ndarray) -> bytes:
-    """Bytes of an array for the coder: matrices column by column, wider items in planes by significance."""
-    flat = np.ascontiguousarray(array.T if array.ndim == 2 else array)
-    return flat.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
+class Stream(NamedTuple):
+    """One stream of an artifact: its coder, its coded bytes, and (Stored.key, part) -> array as it is stored."""
+
+    name: str
+    coder: str
+    size: int
+    arrays: dict[tuple[str, str], np.ndarray]
 
 
-def unshuffle_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of shuffle_bytes."""
-    kind = np.dtype(dtype)
-    flat = np.frombuffer(data, np.uint8).reshape(kind.itemsize, -1).T.copy().reshape(-1).view(kind)
-    return np.ascontiguousarray(flat.reshape(shape[::-1]).T) if len(shape) == 2 else flat.reshape(shape)
+class Blob(NamedTuple):
+    """What a model blob holds: the tensors, the streams that they were in, the text of the index."""
+
+    tensors: list[Stored]
+    streams: list[Stream]
+    index: bytes
 
 
-def pack_arrays(arrays: Arrays, codec: str) -> bytes:
-    """Named arrays -> one self-describing blob. Arrays of one role lie together, layer after layer.
+def storage_order(index: list[Any]) -> dict[str, list[Any]]:
+    """Stream -> (key, part, dtype, shape) of its arrays, in order.
 
-    Payload: number of streams (u8), their lengths (u32 each), the streams. The first begins with the index (its length
-    as u32, then JSON): name, dtype and shape of each array in storage order.
+    index: for each tensor its key and {part: [stream, dtype, shape]}.
     """
+    streams = {"": []}
+    for key, parts in index:
+        for part, (stream, dtype, shape) in parts.items():
+            streams.setdefault(stream, []).append((key, part, dtype, tuple(shape)))
+    # like parts of like weights together, layer after layer; the integers stay in the order of the model
+    streams[""].sort(key=lambda row: (row[1], Stored.parse(row[0], {}).role))
+    return streams
 
-    layout = CODECS[codec]
 
-    def role(name: str) -> tuple[Any, ...]:
-        key = re.sub(r"\d+", "", name), [int(n) for n in re.findall(r"\d+", name)]
-        return key[::-1] if layout.by_layer else key
+def pack_stored(stored: list[Stored], codec: str) -> bytes:
+    """Stored tensors -> one self-describing blob.
 
-    arrays = sort_rows(arrays, layout.sorted_rows)
-    names = sorted(arrays, key=role)
-    index = json.dumps([[n, arrays[n].dtype.str, arrays[n].shape] for n in names], separators=(",", ":")).encode()
-    raws = [[struct.pack("<I", len(index)), index], *([] for _ in layout.groups)]
-    coders = layout.coders()
-    for name in names:
-        i, trellis = layout.stream_of(name), arrays.get(f"{name.rpartition(':')[0]}:t")
-        raws[i].append(coders[i].frame(arrays[name], trellis))
-    streams = in_parallel([coder.encode for coder in coders], [b"".join(raw) for raw in raws])
-    payload = struct.pack(f"<B{len(streams)}I", len(streams), *map(len, streams)) + b"".join(streams)
+    Payload: number of streams (u8), their lengths (u32 each), the streams. The first one begins with the length of the
+    index (u32) and the index, which is JSON.
+    """
+    layout, index, arrays = CODECS[codec], [], {}
+    for tensor in stored:
+        key, stream, types = tensor.key(), layout.stream_of(ROLES[tensor.role]), {}
+        parts = sort_rows(tensor.parts) if stream in layout.sorted_rows else tensor.parts
+        for part, values in parts.items():
+            array = arrays[key, part] = values.numpy()
+            types[part] = [stream if part == "q" else "", array.dtype.str, array.shape]
+        index.append([key, types])
+    text, streams = json.dumps(index, separators=(",", ":")).encode(), storage_order(index)
+    coders = layout.coders(len(streams))
+    raws = [
+        b"".join(coder.frame(arrays[key, part], arrays.get((key, "t"))) for key, part, *_ in rows)
+        for coder, rows in zip(coders, streams.values(), strict=True)
+    ]
+    raws[0] = struct.pack("<I", len(text)) + text + raws[0]
+    coded = in_parallel([coder.encode for coder in coders], raws)
+    payload = struct.pack(f"<B{len(coded)}I", len(coded), *map(len, coded)) + b"".join(coded)
     return seal(layout.number, payload)
 
 
 def seal(number: int, payload: bytes) -> bytes:
-    """A payload with the head of its codec."""
-    head = ARTIFACT_HEADER.pack(MAGIC, ARTIFACT_VERSION, number, len(payload), 0)[:-4]
-    return head + struct.pack("<I", zlib.crc32(payload, zlib.crc32(head))) + payload
+    """A payload after the header of its codec."""
+    header = ARTIFACT_HEADER.pack(MAGIC, ARTIFACT_VERSION, number, len(payload), 0)[:-4]
+    return header + struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + payload
 
 
 def in_parallel(functions: list[Callable[[bytes], bytes]], datas: list[bytes]) -> list[bytes]:
-    """function(data) for each pair, on as many threads as there are processors; nothing stays nothing."""
+    """function(data) of each pair, on as many threads as there are processors; nothing stays nothing."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda function, data: function(data) if data else b"", functions, datas))
 
 
-def unpack_arrays(blob: bytes, source: str = "artifact") -> Arrays:
-    """The inverse of pack_arrays; UserError for a blob that is foreign, of another version, truncated or damaged."""
+def open_blob(blob: bytes, source: str = "artifact") -> Blob:
+    """The inverse of pack_stored; UserError if the blob is foreign, of another version, truncated or damaged."""
     if len(blob) < ARTIFACT_HEADER.size or blob[:4] != MAGIC:
         raise UserError(f"{source}: not a model artifact of this program ({len(blob)} bytes, starts with {blob[:4]!r})")
     _, version, number, size, crc = ARTIFACT_HEADER.unpack_from(blob)
@@ -4960,74 +4911,80 @@ def unpack_arrays(blob: bytes, source: str = "artifact") -> Arrays:
         raise UserError(f"{source}: artifact version {version}, this program reads {ARTIFACT_VERSION}; quantise again")
     payload = blob[ARTIFACT_HEADER.size :]
     if len(payload) != size:
-        raise UserError(f"{source}: truncated or padded: {len(payload)} payload bytes, the head promises {size}")
+        raise UserError(f"{source}: truncated or padded: {len(payload)} payload bytes, the header promises {size}")
     layouts = {codec.number: codec for codec in CODECS.values()}
     if number not in layouts:
         raise UserError(f"{source}: unknown codec number {number}")
     if zlib.crc32(payload, zlib.crc32(blob[: ARTIFACT_HEADER.size - 4])) != crc:
         raise UserError(f"{source}: damaged: the checksum does not match; copy or quantise it again")
     try:
-        return unsort_rows(unpack_payload(payload, layouts[number]))
+        return decode_payload(payload, layouts[number])
     except UserError:
         raise
     except Exception as error:  # each coder has errors of its own
         raise UserError(f"{source}: damaged: the payload does not decode ({error}); quantise again") from None
 
 
-def unpack_payload(payload: bytes, layout: Codec) -> Arrays:
-    """The arrays as stored; some ordinary exception when the payload is none of this layout."""
-    coders = layout.coders()
-    count, *sizes = struct.unpack_from(f"<B{len(coders)}I", payload)
-    if count != len(coders):
-        raise ValueError(f"{count} streams where the codec has {len(coders)}")
-    ends = np.cumsum([1 + 4 * count, *sizes]).tolist()
-    streams = [payload[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-    raws = in_parallel([coder.decode for coder in coders], streams)
+def decode_payload(payload: bytes, layout: Codec) -> Blob:
+    """The contents of a payload; some ordinary exception if it is not one of this layout."""
+    count = payload[0]
+    sizes = struct.unpack_from(f"<{count}I", payload, 1)
+    ends = list(itertools.accumulate(sizes, initial=1 + 4 * count))
+    if ends[-1] != len(payload):
+        raise ValueError("the lengths of the streams do not add up to the payload")
+    coders = layout.coders(count)
+    coded = [payload[start:end] for start, end in itertools.pairwise(ends)]
+    raws = in_parallel([coder.decode for coder in coders], coded)
     (length,) = struct.unpack_from("<I", raws[0])
-    arrays, positions = {}, [4 + length, *(0 for _ in layout.groups)]
-    for name, dtype, shape in json.loads(raws[0][4 : 4 + length]):
-        i = layout.stream_of(name)
-        size = coders[i].head + np.dtype(dtype).itemsize * math.prod(shape)
-        arrays[name] = coders[i].unframe(raws[i][positions[i] : positions[i] + size], dtype, tuple(shape))
-        positions[i] += size
-    if ends[-1] != len(payload) or positions != list(map(len, raws)):
+    text, raws[0] = raws[0][4 : 4 + length], raws[0][4 + length :]
+    if len(text) != length:
+        raise ValueError("the index is cut off")
+    index = json.loads(text)
+    parts, streams = {key: dict.fromkeys(types) for key, types in index}, []
+    for coder, size, raw, (name, rows) in zip(coders, sizes, raws, storage_order(index).items(), strict=True):
+        arrays = unframe_arrays(coder, raw, rows)
+        streams.append(Stream(name, layout.integer_coder if name else layout.coder, size, arrays))
+        for (key, part), array in arrays.items():
+            parts[key][part] = torch.from_numpy(array)
+    return Blob([Stored.parse(key, unsort_rows(parts[key])) for key in parts], streams, text)
+
+
+def unframe_arrays(coder: Coder, raw: bytes, rows: list[Any]) -> dict[tuple[str, str], np.ndarray]:
+    """The arrays of a decoded stream; ValueError unless they take exactly its bytes."""
+    sizes = [coder.head + np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows]
+    if sum(sizes) != len(raw) or min(sizes, default=0) < 0:
         raise ValueError("the index does not account for all bytes")
+    arrays, end = {}, 0
+    for (key, part, dtype, shape), size in zip(rows, sizes, strict=True):
+        start, end = end, end + size
+        arrays[key, part] = coder.unframe(raw[start:end], dtype, shape)
     return arrays
 
 
-def as_array(name: str, tensor: Tensor) -> np.ndarray:
-    """A tensor's values for the artifact; UserError naming one that numpy has no type for."""
-    try:
-        return tensor.numpy()
-    except (TypeError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{name}: a {tensor.dtype} tensor cannot be stored ({why}); let its scheme encode it") from None
-
-
-def save_artifact(path: Path, parts: dict[str, Parts], codec: str) -> int:
-    """Write the model blob atomically; its size in bytes."""
-    arrays = {f"{k}:{part}": as_array(f"{k}:{part}", t) for k, value in parts.items() for part, t in value.items()}
-    blob = pack_arrays(arrays, codec)
+def save_artifact(path: Path, stored: list[Stored], codec: str) -> int:
+    """Write the model blob atomically; returns its size in bytes."""
+    blob = pack_stored(stored, codec)
     atomic_write(path, blob)
     return len(blob)
 
 
-def load_artifact(path: str | Path) -> dict[str, Tensor]:
-    """Dequantised float32 state dict of a model blob; UserError when it cannot be read."""
+def read_artifact(path: str | Path) -> list[Stored]:
+    """The tensors in a model blob as they are stored; UserError if it cannot be read."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such artifact; run STAGES=train,quantize first or set MODEL_PATH")
-    parts: dict[str, Parts] = {}
-    for name, array in unpack_arrays(Path(path).read_bytes(), str(path)).items():
-        key, _, part = name.rpartition(":")
-        parts.setdefault(key, {})[part] = torch.from_numpy(array)
+    return open_blob(Path(path).read_bytes(), str(path)).tensors
+
+
+def load_artifact(path: str | Path) -> Weights:
+    """The float32 state dict in a model blob; UserError if it cannot be read."""
     try:
-        return dequantize(parts)
+        return dequantize(read_artifact(path))
     except (KeyError, IndexError) as error:
         raise UserError(f"{path}: written by another program or version: no {error}; quantise again") from None
 
 
-def fill_model(model: GPT, state: dict[str, Tensor], source: str) -> None:
-    """Load weights; UserError naming the first difference when they are another model's."""
+def fill_model(model: GPT, state: Weights, source: str) -> None:
+    """Load weights; UserError naming the first difference if they are of another model."""
     own = model.state_dict()
     for name in sorted(own.keys() | state.keys()):
         a, b = (tuple(d[name].shape) if name in d else None for d in (own, state))
@@ -5963,7 +5920,7 @@ class SpanSgd:
     ) -> None:
         self.runtime, self.model, self.forward, self.clip = runtime, model, forward, clip
         self.params = [p for params, _ in groups for p in params]
-        self.grads: list[Tensor] = []
+        self.grads = []
         for dtype in dict.fromkeys(p.dtype for p in self.params):
             own = [p for p in self.params if p.dtype == dtype]
             sizes = [p.numel() for p in own]
@@ -6056,7 +6013,7 @@ class ChunkSgd:
         self.model = fp32_copy(model).requires_grad_(False)
         self.num_chunks = -(-(len(val.tokens) - 1) // cfg.ttt_chunk_tokens)
         chosen = trainable(cfg, self.model)
-        groups: dict[str, list[nn.Parameter]] = {}
+        groups = {}
         for p in chosen.values():
             groups.setdefault(ROLES[p.role].ttt_lr_mult, []).append(p)
         rated = [(params, getattr(cfg, knob) if knob else 1.0) for knob, params in groups.items()]
@@ -6215,8 +6172,8 @@ class Run:
         self.attend, self.kernels = choose_attention(cfg, runtime), choose_kernels(cfg, runtime)
         self.val = load_val(cfg)
         if "quantize" in cfg.stages:
-            CODECS[cfg.compressor].need()  # before the training, not after it
-        self.result: dict[str, Any] = {"preset": preset, "seed": cfg.seed, "stages": {}}
+            CODECS[cfg.compressor].require()  # before the training, not after it
+        self.result = {"preset": preset, "seed": cfg.seed, "stages": {}}
         if "train" not in cfg.stages:
             self.result |= read_json(folder / "result.json")
         self.result["source_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
@@ -6308,15 +6265,13 @@ class Run:
         state = load_saved(self.folder / "model.pt")["model"]
         fill_model(self.model(), state, str(self.folder / "model.pt"))
         hessians = load_saved(self.folder / "hessians.pt")
-        state, hessians = ROTATIONS[cfg.rotate](cfg, state, hessians)
-        if CODECS[cfg.compressor].sort_hidden:
-            state, hessians = sort_hidden(cfg, runtime, state, hessians)
-        parts = quantize(cfg, runtime, state, hessians)
+        stored = quantize(cfg, runtime, *reparametrize(cfg, runtime, state, hessians))
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
-            self.log(plan_report(cfg, parts))
+            counts = collections.Counter(tensor.encoding() for tensor in stored)
+            self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
             started = time.perf_counter()
-            save_artifact(self.folder / "model.bin", parts, cfg.compressor)
+            save_artifact(self.folder / "model.bin", stored, cfg.compressor)
         runtime.barrier()
         size, code = (self.folder / "model.bin").stat().st_size, Path(__file__).stat().st_size
         self.log(

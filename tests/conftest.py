@@ -232,6 +232,21 @@ def listener(function: Callable, sites: str = "q k v qkv o up down head attn mlp
     return function
 
 
+def stored(parts: dict[str, train_gpt.Parts]) -> list[train_gpt.Stored]:
+    """Stored tensors from Stored.key -> parts."""
+    return [train_gpt.Stored.parse(key, tensors) for key, tensors in parts.items()]
+
+
+def same_stored(a: list[train_gpt.Stored], b: list[train_gpt.Stored]) -> bool:
+    """Equal keys in one order, and parts of equal names, dtypes, shapes and bits."""
+
+    def facts(tensors: list[train_gpt.Stored]) -> list[tuple]:
+        arrays = [(t.key(), part, values.numpy()) for t in tensors for part, values in sorted(t.parts.items())]
+        return [(key, part, array.dtype, array.shape, array.tobytes()) for key, part, array in arrays]
+
+    return [t.key() for t in a] == [t.key() for t in b] and facts(a) == facts(b)
+
+
 def words(seed: int, count: int) -> str:
     """`count` words of a small vocabulary with seeded repetition, so that a model has something to learn."""
     stems = "river stone Light under carry window morning paper Quiet seven garden letter".split()
