@@ -28,6 +28,7 @@ import copy
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import hashlib
 import inspect
 import io
@@ -5769,7 +5770,7 @@ class CarryLora(DocLora):
             pool = torch.cuda.graph_pool_handle()  # one for all: graphs run in turn
             return {width: self.capture(width, pool) for width in self.widths}
         except RuntimeError as error:
-            self.runtime.log(f"carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
+            self.runtime.log(f"WARNING: carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
             return {}
 
     def capture(self, width: int, pool: tuple[int, int]) -> tuple[Callable, Callable]:
@@ -5866,12 +5867,6 @@ TTT_CONTEXTS = {
     "recompute": Context(DocLora, document_batches, batch_steps),
     "carry": Context(CarryLora, longest_first, carried_steps),
 }
-
-
-def document_learner(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> DocLora:
-    """The learner of TTT_CONTEXT."""
-    context = TTT_CONTEXTS[cfg.ttt_context]
-    return context.learner(cfg, runtime, model, val)
 
 
 def document_steps(cfg: Config, runtime: Runtime, val: ValData, boundaries: Sequence[int] = ()) -> Iterator[Step]:
@@ -6154,8 +6149,8 @@ EVALS = {
     "sliding": Evaluator(sliding_steps, NoAdaptation),
     "chunk_sgd": Evaluator(chunk_sgd_steps, ChunkSgd),
     "slot": Evaluator(slot_steps, lambda *args: ChunkSgd(*args, scorer=Slot)),
-    "doc_lora": Evaluator(document_steps, document_learner),
-    "phased_lora": Evaluator(phased_steps, document_learner),
+    "doc_lora": Evaluator(document_steps, lambda cfg, *rest: TTT_CONTEXTS[cfg.ttt_context].learner(cfg, *rest)),
+    "phased_lora": Evaluator(phased_steps, lambda cfg, *rest: TTT_CONTEXTS[cfg.ttt_context].learner(cfg, *rest)),
 }
 
 
