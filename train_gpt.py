@@ -1693,18 +1693,25 @@ class KVCache(NamedTuple):
     new: dict[int, Tensor]
     execution: int = 0
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        meta: AttnMeta,
+        sink: Tensor | None = None,
+    ) -> Tensor:
         """Attention over the cached and the row's own keys. Shapes as masked_attention; there are no sinks here."""
-        self.new[self.execution] = torch.stack((k.detach(), v.detach()))
+        own = torch.stack((k, v))
+        self.new[self.execution] = own.detach()
         # cat copies the cache, so that it may be written before the backward
-        k, v = (
-            torch.cat((old, x), dim=1).transpose(1, 2)
-            for old, x in zip(self.cached[self.execution], (k, v), strict=True)
-        )
+        whole = torch.cat((self.cached[self.execution], own), dim=2)
+        k, v = whole.transpose(2, 3)  # (B, K, C + T, d)
         # the queries of a key/value group lie side by side: a GPU's tiles are fuller, and no key is repeated for them
         rows = q.unflatten(2, (k.size(1), -1)).permute(0, 2, 3, 1, 4)  # (B, K, H/K, T, d)
         y = F.scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=self.mask)
-        return y.view(rows.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)
+        y = y.view(rows.shape).permute(0, 3, 1, 2, 4)
+        return y.reshape(q.shape)
 
 
 # torch 2.11 has varlen_attn, but only 2.13 lets it share a key/value head among query heads
@@ -5041,7 +5048,8 @@ class Lesson(NamedTuple):
 
     def targets(self, cells: Cells) -> np.ndarray:
         """Stream positions of the targets that are learnt."""
-        return (cells.origin[self.rows, None] + np.arange(self.cols.start, self.cols.stop)).reshape(-1)
+        cols = np.arange(self.cols.start, self.cols.stop)
+        return (cells.origin[self.rows, None] + cols).reshape(-1)
 
 
 class SharedLesson(NamedTuple):
@@ -5052,11 +5060,12 @@ class SharedLesson(NamedTuple):
 
     def targets(self, cells: None = None) -> np.ndarray:
         """Stream positions of the targets that are learnt."""
-        return np.concatenate([np.arange(span.start, span.stop) for span in self.spans])
+        return np.concatenate(self.spans)
 
     def tokens(self) -> np.ndarray:
         """Stream positions of what is read: each span's targets, and the token before them."""
-        return np.concatenate([np.arange(span.start - 1, span.stop) for span in self.spans])
+        whole = [range(span.start - 1, span.stop) for span in self.spans]
+        return np.concatenate(whole)
 
 
 class Step(NamedTuple):
@@ -5121,9 +5130,11 @@ class ByteMeter:
     """Sums of loss (float64, on the device), tokens and bytes over the scored targets, with their ledger."""
 
     def __init__(self, val: ValData, runtime: Runtime, noncausal: bool = False) -> None:
-        self.val, self.runtime, self.ledger = val, runtime, Ledger(len(val.tokens), noncausal)
+        self.val, self.runtime = val, runtime
+        self.ledger = Ledger(len(val.tokens), noncausal)
         self.loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
-        self.tokens, self.bytes, self.started = 0, 0, time.perf_counter()
+        self.tokens, self.bytes = 0, 0
+        self.started = time.perf_counter()
 
     def add(self, cells: Cells, nll: Tensor) -> None:
         """Count the scored cells of nll (B, T)."""
@@ -5153,18 +5164,25 @@ class Learner(Protocol):
     def score(self, cells: Cells) -> Tensor:
         """(B, T) nats, at least of the scored cells, from what was learnt before; asking twice changes nothing."""
 
-    def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
+    def learn(
+        self,
+        lesson: Lesson | SharedLesson,
+        cells: Cells | None,
+        nll: Tensor | None,
+    ) -> None:
         """Learn from what is scored; cells, and nll as score returned it, are those of the same step."""
 
 
 def score_first(steps: Iterable[Step], learner: Learner, meter: ByteMeter) -> None:
     """The only loop that may adapt a model: cells are scored and in the ledger before anything learns from them."""
     for cells, lesson in steps:
+        # score, then enter the score in the ledger ...
         nll = None
         if cells is not None:
             meter.ledger.admit(cells)
             nll = learner.score(cells)
             meter.add(cells, nll)
+        # ... and only then let the learner see what the ledger has checked
         if lesson is None:
             continue
         if lesson.shared:
@@ -5190,7 +5208,8 @@ class Evaluator(NamedTuple):
     learner: Callable[[Config, Runtime, GPT, ValData], Learner]
 
     def __call__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-        learner = self.learner(cfg, runtime, model, val)
+        learner = self.learner(cfg, runtime, model, val)  # compiles
+        # the clock starts here
         meter = ByteMeter(val, runtime, cfg.allow_noncausal)
         score_first(with_progress(self.steps(cfg, runtime, val), meter), learner, meter)
         return meter.close()
@@ -5212,7 +5231,8 @@ class NoAdaptation:
 
     def inputs(self, cells: Cells) -> tuple[Tensor, Tensor, AttnMeta]:
         """ids, targets and AttnMeta on the device."""
-        batch = Batch(torch.from_numpy(cells.ids), torch.from_numpy(cells.targets), cells.cu_seqlens)
+        ids, targets = torch.from_numpy(cells.ids), torch.from_numpy(cells.targets)
+        batch = Batch(ids, targets, cells.cu_seqlens)
         return on_device(self.model, batch, self.runtime, self.max_len)
 
     @torch.no_grad()
@@ -5223,7 +5243,12 @@ class NoAdaptation:
         mark_dynamic(self.runtime, (0,), scored)
         return scatter_losses(cells, self.forward(ids, targets, meta, None, "none", scored))
 
-    def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
+    def learn(
+        self,
+        lesson: Lesson | SharedLesson,
+        cells: Cells | None,
+        nll: Tensor | None,
+    ) -> None:
         """Nothing."""
 
 
@@ -5251,29 +5276,35 @@ def plain_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
 
 
 def window_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
-    """(windows, 4) int64: start, length, first, last of sliding windows; their cells first..last are scored.
-
-    The first window scores all its cells, each later one what no window before it reached, so that every target is
-    scored once. The published n-gram scripts go on to the last start below num_targets and score the last `stride`
-    targets again with less and less context: length / stride - 1 windows more, whose scores here do not count twice.
-    """
+    """(windows, 4) int64: start, length, first, last of sliding windows; their cells first..last are scored."""
+    # The published n-gram scripts go on to the last start below num_targets and score the last `stride` targets again
+    # with less and less context: length / stride - 1 windows more, whose scores here do not count twice.
     count = 1 + max(0, -(-(num_targets - length) // stride))
     start = np.arange(count) * stride
     stop = np.minimum(start + length, num_targets)
+    # the first window scores all its cells, each later one what no window before it reached
     reached = np.concatenate([[0], stop[:-1]])
     return np.stack([start, stop - start, reached - start, stop - start], axis=1)
 
 
 def window_cells(cfg: Config, val: ValData, windows: np.ndarray) -> Cells:
     """A batch of some of window_rows, zero-padded to full size. Context as the model was trained."""
-    ids, targets = (np.zeros((windows_per_batch(cfg), cfg.eval_seq_len), np.int64) for _ in range(2))
-    for row, (start, length, _, _) in enumerate(windows.tolist()):
+    shape = (windows_per_batch(cfg), cfg.eval_seq_len)
+    ids, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    rows, cols = [], []
+    for row, (start, length, first, last) in enumerate(windows.tolist()):
         ids[row, :length] = val.tokens[start : start + length]
         targets[row, :length] = val.tokens[start + 1 : start + length + 1]
-    rows = np.repeat(np.arange(len(windows)), windows[:, 3] - windows[:, 2])
-    cols = np.concatenate([np.arange(first, last) for first, last in windows[:, 2:].tolist()])
-    cu_seqlens = row_bounds(ids) if LOADERS[cfg.loader].documents else None
-    return Cells(ids, targets, windows[:, 0] + 1, rows, cols, cu_seqlens)
+        rows.append(np.full(last - first, row))
+        cols.append(np.arange(first, last))
+    return Cells(
+        ids,
+        targets,
+        windows[:, 0] + 1,
+        np.concatenate(rows),
+        np.concatenate(cols),
+        row_bounds(ids) if LOADERS[cfg.loader].documents else None,
+    )
 
 
 def windows_per_batch(cfg: Config) -> int:
@@ -5283,8 +5314,10 @@ def windows_per_batch(cfg: Config) -> int:
 
 def sliding_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """Windows of EVAL_SEQ_LEN every EVAL_STRIDE tokens, some per batch."""
-    windows, size = window_rows(len(val.tokens) - 1, cfg.eval_seq_len, cfg.eval_stride), windows_per_batch(cfg)
-    for first in range(0, len(windows), size)[runtime.rank :: runtime.world]:
+    windows = window_rows(len(val.tokens) - 1, cfg.eval_seq_len, cfg.eval_stride)
+    size = windows_per_batch(cfg)
+    batches = range(0, len(windows), size)
+    for first in batches[runtime.rank :: runtime.world]:
         yield Step(window_cells(cfg, val, windows[first : first + size]))
 
 
@@ -5324,7 +5357,8 @@ class AdapterState(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AdapterState:
         """A function applied to every buffer."""
-        return AdapterState(*(None if t is None else function(t) for t in self))
+        results = (None if t is None else function(t) for t in self)
+        return AdapterState(*results)
 
 
 @torch.no_grad()
@@ -5332,10 +5366,12 @@ def adapter_adamw_(cfg: Config, state: AdapterState, grad: Tensor) -> None:
     """A step of AdamW (Loshchilov & Hutter 2019) on every entry, each row by its own step count."""
     weights, live, first, second, steps = state
     steps += 1
+    # decoupled decay first, as in torch
     weights.mul_(1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay)
     second.mul_(cfg.ttt_beta2).addcmul_(grad, grad, value=1 - cfg.ttt_beta2)
     if first is not None:
         grad = first.lerp_(grad, 1 - cfg.ttt_beta1)
+    # per row; beta1 = 0 leaves 1 - 0^steps = 1. float64: at step 1 float32 would lose four digits of 1 - 0.999
     rate = (cfg.ttt_lora_lr / (1 - cfg.ttt_beta1**steps)).to(grad.dtype)
     unbias = (1 - cfg.ttt_beta2**steps).sqrt().to(grad.dtype)
     weights.sub_(rate * grad / (second.sqrt() / unbias + ADAPTER_EPS))
@@ -5355,42 +5391,37 @@ class Adapters:
     def __init__(self, cfg: Config, runtime: Runtime, model: GPT, rows: int) -> None:
         self.cfg, self.runtime, rank = cfg, runtime, cfg.ttt_lora_rank
         self.scale = cfg.ttt_lora_alpha / rank
-        # by name, as draws always were
-        found = sorted(lora_sites(cfg, model), key=lambda site: f"{site[0]}_{site[1]}")
-        device = model.tok_emb.weight.device
-        self.sites = frozenset(name for name, _, _ in found)
-        self.shapes_A = {f"{name}_{execution}": (rank, d_in) for name, execution, (_, d_in) in found}
-        self.shapes_B = {f"{name}_{execution}": (d_out, rank) for name, execution, (d_out, _) in found}
-        sizes_A, sizes_B = ([math.prod(s) for s in shapes.values()] for shapes in (self.shapes_A, self.shapes_B))
-        self.sizes = sizes_A + sizes_B
-        weights = torch.zeros(
-            rows, sum(self.sizes), device=device, dtype=at_least_fp32(torch.empty(0, dtype=model.dtype)).dtype
-        )
+        found = {f"{name}_{execution}": shape for name, execution, shape in lora_sites(cfg, model)}
+        found = dict(sorted(found.items()))  # by name: the order in which a document's A is drawn
+        self.sites = frozenset(key.partition("_")[0] for key in found)
+        shapes_A = {key: (rank, d_in) for key, (_, d_in) in found.items()}
+        shapes_B = {key: (d_out, rank) for key, (d_out, _) in found.items()}
+        self.shapes = (shapes_A, shapes_B)
+        self.sizes = [math.prod(shape) for half in self.shapes for shape in half.values()]
+        weights = at_least_fp32(model.tok_emb.weight.new_zeros(rows, sum(self.sizes), dtype=model.dtype))
         self.all = AdapterState(
             weights,
-            None if model.dtype == weights.dtype else weights.to(model.dtype),
-            torch.zeros_like(weights) if cfg.ttt_beta1 > 0 else None,
-            torch.zeros_like(weights),
-            torch.zeros(rows, 1, dtype=torch.float64, device=device),
+            live=None if model.dtype == weights.dtype else weights.to(model.dtype),
+            first=torch.zeros_like(weights) if cfg.ttt_beta1 > 0 else None,
+            second=torch.zeros_like(weights),
+            steps=weights.new_zeros(rows, 1, dtype=torch.float64),
         )
-        bounds = [
-            torch.full((size,), d_in**-0.5) for size, (_, d_in) in zip(sizes_A, self.shapes_A.values(), strict=True)
-        ]
-        self.bound = torch.cat(bounds).to(weights)
+        self.bound = torch.cat([weights.new_full((rank * d_in,), d_in**-0.5) for _, d_in in shapes_A.values()])
         self.adamw_ = compiled(runtime, adapter_adamw_)
         self.use_rows(rows)
 
     def use_rows(self, rows: int) -> None:
-        """Let the first `rows` rows compute; A and B become leaves of their own, so that no gradient is the size of a
-        whole buffer."""
+        """Let the first `rows` rows compute."""
         self.state = self.all.map(lambda t: t[:rows])
         live = self.state.weights if self.state.live is None else self.state.live
         views = iter(live.split(self.sizes, dim=1))
+        # leaves of their own: the gradient of a view of a leaf would be as large as the whole buffer
         self.A, self.B = (
-            {key: next(views).unflatten(1, shape).detach().requires_grad_() for key, shape in shapes.items()}
-            for shapes in (self.shapes_A, self.shapes_B)
+            {key: next(views).unflatten(1, shape).detach().requires_grad_() for key, shape in half.items()}
+            for half in self.shapes
         )
-        mark_dynamic(self.runtime, (0,), *self.leaves(), *(t for t in self.state if t is not None))
+        self.state.map(lambda t: mark_dynamic(self.runtime, (0,), t))
+        mark_dynamic(self.runtime, (0,), *self.leaves())
 
     def leaves(self) -> list[Tensor]:
         """A of all sites, then B of all sites: the order of a buffer's entries."""
@@ -5407,6 +5438,7 @@ class Adapters:
     def renew(self, row: int, document: int, keep_A: bool = False) -> None:
         """Fresh adapters for a row's new document; keep_A: but for A, which goes on from the row's document before."""
         state, size = self.all.map(lambda t: t[row]), len(self.bound)
+        # what is left of the row, B, moments and steps, begins at zero
         A = state.weights[:size].clone() if keep_A else self.draw(document).mul_(self.bound)
         state.map(Tensor.zero_)
         state.weights[:size] = A
@@ -5415,11 +5447,9 @@ class Adapters:
 
     def draw(self, document: int) -> Tensor:
         """All entries of a document's A before their bound, uniform in +-1, by the seed and the document alone."""
-        mixed = int(
-            np.random.SeedSequence((self.cfg.seed, document)).generate_state(1)[0]
-        )  # torch's CPU seeds: 32 bits
+        mixed = np.random.SeedSequence((self.cfg.seed, document)).generate_state(1)  # 32 bits: torch's seeds on a CPU
         device = self.bound.device
-        generator = torch.Generator(device).manual_seed(mixed)
+        generator = torch.Generator(device).manual_seed(int(mixed[0]))
         return torch.rand(len(self.bound), generator=generator, device=device).mul_(2).sub_(1)
 
     def step(self, nll: Tensor, learns: Tensor) -> None:
@@ -5427,11 +5457,13 @@ class Adapters:
 
         AdamW moves the other rows too; their documents have ended.
         """
+        # rows share no entry, so one backward of the sum gives each row its own gradient
         loss = (nll.mean(dim=1) * learns).sum()
         grads = torch.autograd.grad(loss, self.leaves())
-        flat = torch.cat([g.flatten(1) for g in grads], dim=1).to(self.state.weights.dtype)
-        mark_dynamic(self.runtime, (0,), flat)
-        self.adamw_(self.cfg, self.state, flat)
+        grad = torch.cat([g.flatten(1) for g in grads], dim=1)
+        grad = grad.to(self.state.weights.dtype)
+        mark_dynamic(self.runtime, (0,), grad)
+        self.adamw_(self.cfg, self.state, grad)
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         key = f"{site.name}_{max(site.execution, 0)}"
@@ -5443,22 +5475,29 @@ class Adapters:
 def document_batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
     """Documents grouped by length, `size` at a time: indices ascending by length in a group, longest group first."""
     order = sorted(range(len(docs)), key=lambda i: docs[i][1])
-    groups = [order[i : i + size] for i in range(0, len(order), size)]
-    return sorted(groups, key=lambda g: -docs[g[-1]][1])
+    starts = range(0, len(order), size)
+    groups = [order[start : start + size] for start in starts]
+    groups.sort(key=lambda group: -docs[group[-1]][1])
+    return groups
 
 
-def longest_first(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
+def longest_first(
+    docs: list[tuple[int, int]],
+    size: int,
+) -> list[list[int]]:
     """Documents one by one, so that the last rows to work have short ones and none waits long for another."""
-    return [[i] for i in sorted(range(len(docs)), key=lambda i: -docs[i][1])]
+    order = sorted(range(len(docs)), key=lambda i: -docs[i][1])
+    return [[i] for i in order]
 
 
 def chunk_window(chunk: int, predictions: Any, size: int, window: int) -> tuple[Any, Any, Any, Any]:
     """For chunk number `chunk` of documents with so many predictions (an int, or an array): window start, window
     length, and the scored chunk's offset and length inside the window. The window ends with the chunk and is at most
     `window` long."""
-    stop = np.minimum((chunk + 1) * size, predictions)
+    first = chunk * size
+    stop = np.minimum(first + size, predictions)
     start = np.maximum(0, stop - window)
-    return start, stop - start, chunk * size - start, stop - chunk * size
+    return start, stop - start, first - start, stop - first
 
 
 def document_step(
@@ -5472,6 +5511,7 @@ def document_step(
 ) -> Step:
     """Rows of documents: (rows, lesson.cols.stop) cells with `length` tokens from stream position `first` on, then
     zeros; they are scored from column `offset` on. See Cells for documents and begin."""
+    # where a row has no token, 0 is read from the stream and then replaced
     cols = np.arange(lesson.cols.stop)
     inside = cols < length[:, None]
     where = np.where(inside, first[:, None] + cols, 0)
@@ -5496,20 +5536,29 @@ def batch_steps(cfg: Config, val: ValData, docs: list[tuple[int, int]], batches:
 
     Rows of finished documents are dropped, unless A lives on in them.
     """
-    size, window, most = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, min(cfg.ttt_batch_size, len(docs))
+    size, window = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
+    rows = min(cfg.ttt_batch_size, len(docs))
     starts, lengths = np.array(docs).T
+    predictions = lengths - 1  # the first token of a document is none
     for batch in batches:
-        documents = np.pad(batch, (0, most - len(batch)), constant_values=-1)
-        for c in range(-(-(lengths[batch].max() - 1) // size)):
-            left = np.where(documents < 0, 0, lengths[documents] - 1 - c * size)  # predictions from this chunk on
+        # only the first batch, of the longest documents, may be smaller
+        documents = np.pad(batch, (0, rows - len(batch)), constant_values=-1)
+        for c in range(-(-predictions[batch].max() // size)):
+            left = np.where(documents < 0, 0, predictions[documents] - c * size)  # from this chunk on
             if not cfg.ttt_warm_start_a:
                 kept = rows_to_keep(left > 0)
                 documents, left = documents[kept], left[kept]
-            start, length, offset, _ = chunk_window(c, lengths[documents] - 1, size, window)
+            start, length, offset, _ = chunk_window(c, predictions[documents], size, window)
             width = min((c + 1) * size, window)
-            lesson = Lesson(np.flatnonzero(left > size), slice(width - size, width))
-            begin, length = np.full(len(documents), c * size), np.where(left > 0, length, 0)
-            yield document_step(val, documents, begin, starts[documents] + start, length, offset, lesson)
+            yield document_step(
+                val,
+                documents,
+                begin=np.full(len(documents), c * size),
+                first=starts[documents] + start,
+                length=np.where(left > 0, length, 0),
+                offset=offset,
+                lesson=Lesson(np.flatnonzero(left > size), slice(width - size, width)),
+            )
 
 
 def carried_steps(
@@ -5517,7 +5566,8 @@ def carried_steps(
 ) -> Iterator[Step]:
     """The next chunk of each row's document, over and over. A row whose document has ended takes the next of the queue;
     once the queue is empty, it is idle."""
-    size, rows, queued = cfg.ttt_chunk_size, min(cfg.ttt_batch_size, len(docs)), (i for b in batches for i in b)
+    size, rows = cfg.ttt_chunk_size, min(cfg.ttt_batch_size, len(docs))
+    queued = (document for batch in batches for document in batch)
     starts, lengths = np.array(docs).T
     documents, begin, offset = np.full(rows, -1), np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     while True:
@@ -5525,10 +5575,12 @@ def carried_steps(
             documents[row], begin[row] = next(queued, -1), 0
         if (documents < 0).all():
             return
+        # predictions left; idle rows have none
         left = np.where(documents < 0, 0, lengths[documents] - 1 - begin)
         first = np.where(documents < 0, 0, starts[documents] + begin)
         lesson = Lesson(np.flatnonzero(left > size), slice(0, size))
         yield document_step(val, documents.copy(), begin.copy(), first, left, offset, lesson)
+        # on to the next chunk; rows that have just scored their last one are free
         begin += size
         documents[left <= size] = -1
 
@@ -5542,11 +5594,15 @@ class DocLora:
     """
 
     def __init__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> None:
-        self.cfg, self.runtime, self.model, self.tokens = cfg, runtime, model.requires_grad_(False), val.tokens
-        self.num_rows = min(cfg.ttt_batch_size, len(val_documents(val.tokens)))
+        self.cfg, self.runtime, self.tokens = cfg, runtime, val.tokens
+        self.model = model.requires_grad_(False)
         self.forward = compiled(runtime, model)
-        self.adapters = Adapters(cfg, runtime, model, self.num_rows) if cfg.ttt_lora_lr > 0 else None
-        self.documents, self.warm = np.full(self.num_rows, -1), False
+        self.num_rows = min(cfg.ttt_batch_size, len(val_documents(val.tokens)))
+        self.adapters = None
+        if cfg.ttt_lora_lr > 0:
+            self.adapters = Adapters(cfg, runtime, model, self.num_rows)
+        self.documents = np.full(self.num_rows, -1)
+        self.warm = False  # whether the rows hold an A that TTT_WARM_START_A keeps
         self.prepare()
 
     def prepare(self) -> None:
@@ -5585,7 +5641,8 @@ class DocLora:
 
     def losses(self, cells: Cells) -> Tensor:
         """(rows, T) nats with the adapters as they are."""
-        batch = Batch(torch.from_numpy(cells.ids), torch.from_numpy(cells.targets), None)
+        ids, targets = torch.from_numpy(cells.ids), torch.from_numpy(cells.targets)
+        batch = Batch(ids, targets, None)
         ids, targets, meta = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
         mark_dynamic(self.runtime, (0, 1), ids, targets)
         mark_dynamic(self.runtime, (0,), meta.cos, meta.sin)
@@ -5598,23 +5655,31 @@ class DocLora:
         with torch.set_grad_enabled(cells.learns and self.adapters is not None):
             return self.losses(cells)
 
-    def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
+    def learn(
+        self,
+        lesson: Lesson | SharedLesson,
+        cells: Cells | None,
+        nll: Tensor | None,
+    ) -> None:
         """TTT_GRAD_STEPS updates of the adapters, the first by the graph of the score itself; or a global update."""
         if lesson.shared:
             steps = global_update(self.cfg, self.runtime, self.model, self.tokens[lesson.tokens()])
             self.runtime.log(f"{steps} global steps on {len(lesson.spans)} scored documents")
-            self.warm = False  # A was learnt on other weights
+            self.warm = False  # the A that rows hold were learnt on other weights
         elif self.adapters is not None:
             for number in range(self.cfg.ttt_grad_steps):
                 self.step(lesson, nll if number == 0 else self.losses(cells))
 
     def step(self, lesson: Lesson, nll: Tensor) -> None:
         """One update of the adapters."""
-        self.adapters.step(nll[:, lesson.cols], self.learning(lesson).to(nll))
+        learns = self.learning(lesson).to(nll)
+        self.adapters.step(nll[:, lesson.cols], learns)
 
     def learning(self, lesson: Lesson) -> Tensor:
         """(rows,) bool on the host: the rows that learn."""
-        return torch.from_numpy(np.isin(np.arange(len(self.documents)), lesson.rows))
+        learns = torch.zeros(len(self.documents), dtype=torch.bool)
+        learns[lesson.rows] = True
+        return learns
 
 
 CACHE_WIDTHS = (256, 512, 1024, 2048, 4096)  # columns that attention may read, each a pair of CUDA graphs
@@ -5653,25 +5718,41 @@ class CarryLora(DocLora):
         how = "CUDA graphs" if self.programs else "eager"
         self.runtime.log(f"carry: {self.num_rows} documents at once, {self.ring} chunks of {self.size} kept, {how}")
 
+    def visible(self, begin: Tensor, width: int) -> Tensor:
+        """(rows, 1, H/K * chunk, width + chunk) bool: what a chunk from `begin` (rows, 1) on sees, first of the cache's
+        columns, then of itself."""
+        # column j holds the last position before `begin` that is j modulo the ring; negative: nothing yet
+        column = torch.arange(width, device=begin.device)
+        held = begin - 1 - (begin - 1 - column) % self.columns
+        seen = held >= (begin - self.ring * self.size).clamp_min(0)
+        chunk = torch.arange(self.size, device=begin.device)
+        # each key/value head serves H/K query heads, whose queries KVCache.attend puts side by side
+        groups = self.cfg.num_heads // self.cfg.num_kv_heads
+        own = (chunk <= chunk[:, None]).repeat(groups, 1)
+        shape = (self.num_rows, len(own), -1)
+        both = (seen[:, None].expand(shape), own.expand(shape))
+        return torch.cat(both, dim=2)[:, None]
+
     def forward_chunk(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """For what `inputs` holds, over the first `width` columns of the cache: (rows, chunk) nats, the keys and values
         (executions, 2, rows, chunk, K, d) that the chunk leaves, and the columns (rows, chunk) where they go."""
-        size, reach, device = self.size, self.model.reach, self.runtime.device
-        begin, ids, targets = self.inputs.split([1, reach + size, size], dim=1)
-        positions = begin + torch.arange(size, device=device)
-        # column j holds the last position before `begin` that is j modulo the ring; negative: nothing yet
-        held = begin - 1 - (begin - 1 - torch.arange(width, device=device)) % self.columns
-        seen = held >= (begin - self.ring * size).clamp_min(0)
-        own = torch.ones(size, size, dtype=torch.bool, device=device).tril()
-        own = own.repeat(self.cfg.num_heads // self.cfg.num_kv_heads, 1)
-        rows = (self.num_rows, len(own), -1)
-        visible = torch.cat((seen[:, None].expand(rows), own.expand(rows)), dim=2)[:, None]
-        mask = torch.zeros((), dtype=self.model.dtype, device=device).where(visible, -math.inf)
-        kv_cache = KVCache((begin == 0)[:, None], positions, self.cache[:, :, :, :width], mask, {})
-        mark_dynamic(self.runtime, (3,), kv_cache.cached, mask)
-        meta = self.model.plan(size, device, max_len=self.cfg.ttt_eval_seq_len, kv_cache=kv_cache)
+        size, model = self.size, self.model
+        begin, ids, targets = self.inputs.split([1, model.reach + size, size], dim=1)
+        positions = begin + torch.arange(size, device=begin.device)
+        zero = torch.zeros((), dtype=model.dtype, device=begin.device)
+        kv_cache = KVCache(
+            first=(begin == 0)[:, None],
+            positions=positions,
+            cached=self.cache[:, :, :, :width],
+            mask=zero.where(self.visible(begin, width), -math.inf),
+            new={},
+        )
+        mark_dynamic(self.runtime, (3,), kv_cache.cached, kv_cache.mask)
+        max_len = self.cfg.ttt_eval_seq_len
+        meta = model.plan(size, begin.device, max_len=max_len, kv_cache=kv_cache)
         nll = self.forward(ids, targets, meta, self.adapters, "none")
-        return nll, torch.stack([kv_cache.new[i] for i in range(len(self.cache))]), positions % self.columns
+        new = [kv_cache.new[execution] for execution in range(len(self.cache))]
+        return nll, torch.stack(new), positions % self.columns
 
     def learn_chunk(self, nll: Tensor) -> None:
         """One update of the adapters from what forward_chunk returned, in the rows that `learns` says."""
@@ -5684,7 +5765,7 @@ class CarryLora(DocLora):
             pool = torch.cuda.graph_pool_handle()  # one for all: graphs run in turn
             return {width: self.capture(width, pool) for width in self.widths}
         except RuntimeError as error:
-            self.runtime.log(f"carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
+            self.runtime.log(f"WARNING: carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
             return {}
 
     def capture(self, width: int, pool: tuple[int, int]) -> tuple[Callable, Callable]:
@@ -5720,16 +5801,20 @@ class CarryLora(DocLora):
 
     def score(self, cells: Cells) -> Tensor:
         """(rows, chunk) nats; what the chunk leaves goes into the cache."""
-        before = np.maximum(0, cells.origin[:, None] - 1 + np.arange(-self.model.reach, 0))
-        table = np.column_stack((cells.begin, self.tokens[before], cells.ids, cells.targets))
-        self.send(torch.from_numpy(table), self.inputs)
+        back = np.arange(-self.model.reach, 0)
+        before = np.maximum(0, cells.origin[:, None] - 1 + back)
+        table = (cells.begin, self.tokens[before], cells.ids, cells.targets)
+        self.send(torch.from_numpy(np.column_stack(table)), self.inputs)
         if self.adapters is not None:
             self.renew(cells)
-        width = next(w for w in self.widths if w >= min(cells.begin.max(), self.columns))
-        self.program = self.programs.get(width, (lambda: self.forward_chunk(width), self.learn_chunk))
+        used = min(cells.begin.max(), self.columns)
+        width = next(width for width in self.widths if width >= used)
+        eager = (lambda: self.forward_chunk(width)), self.learn_chunk
+        self.program = self.programs.get(width, eager)
         with torch.set_grad_enabled(cells.learns and self.adapters is not None):
             nll, new, columns = self.program[0]()
-        self.cache[:, :, torch.arange(self.num_rows, device=new.device)[:, None], columns] = new
+        rows = torch.arange(self.num_rows, device=new.device)
+        self.cache[:, :, rows[:, None], columns] = new
         return nll
 
     def losses(self, cells: Cells) -> Tensor:
@@ -5749,26 +5834,20 @@ def phase_boundaries(prefix_docs: int, phases: int, documents: int) -> list[int]
 
 
 def phase_segments(batches: list[list[int]], boundaries: list[int]) -> list[tuple[list[list[int]], list[int]]]:
-    """Batches in order, cut after each that reaches the next boundary, with the documents that are learnt there.
-
-    Those are the first `boundary` of the documents scored so far, the shortest first (as published: the queue runs from
-    long to short, the selection from short to long). The last segment ends with nothing to learn.
+    """Batches in order, cut after each that reaches the next boundary, with the documents that are learnt there: the
+    first `boundary` of those scored so far. The last segment ends with nothing to learn.
     """
     segments, segment, done, left = [], [], [], list(boundaries)
     for batch in batches:
         segment.append(batch)
         done.append(batch)
+        # a boundary inside a batch waits for the batch to end
         if left and sum(map(len, done)) >= left[0]:
+            # published: the queue runs from long to short documents, the selection from short to long
             scored = [doc for group in reversed(done) for doc in group]
             segments.append((segment, scored[: left.pop(0)]))
             segment = []
     return [*segments, (segment, [])]
-
-
-def claim_batches(runtime: Runtime, queue_id: str, batches: list[list[int]]) -> Iterator[list[int]]:
-    """This rank's batches of a queue that the ranks share, each when it is asked for."""
-    for ticket in runtime.claim_tickets(queue_id, len(batches)):
-        yield batches[ticket]
 
 
 class Context(NamedTuple):
@@ -5785,11 +5864,6 @@ TTT_CONTEXTS = {
 }
 
 
-def document_learner(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> DocLora:
-    """The learner of TTT_CONTEXT."""
-    return TTT_CONTEXTS[cfg.ttt_context].learner(cfg, runtime, model, val)
-
-
 def document_steps(cfg: Config, runtime: Runtime, val: ValData, boundaries: Sequence[int] = ()) -> Iterator[Step]:
     """Documents by a queue that the ranks share, with a shared lesson at each boundary.
 
@@ -5799,8 +5873,8 @@ def document_steps(cfg: Config, runtime: Runtime, val: ValData, boundaries: Sequ
     queue_id = f"ttt {runtime.broadcast_from_rank0(time.time())}"  # a queue is used once
     segments = phase_segments(context.batches(docs, cfg.ttt_batch_size), boundaries)
     for number, (batches, learnt) in enumerate(segments):
-        claimed = claim_batches(runtime, f"{queue_id}/{number}", batches)
-        yield from context.steps(cfg, val, docs, claimed)
+        tickets = runtime.claim_tickets(f"{queue_id}/{number}", len(batches))
+        yield from context.steps(cfg, val, docs, (batches[ticket] for ticket in tickets))
         if learnt:
             spans = (range(docs[i][0] + 1, docs[i][0] + docs[i][1]) for i in learnt)
             yield Step(None, SharedLesson(tuple(spans)))
@@ -5848,6 +5922,7 @@ class SpanSgd:
 
     def gradient(self, batches: list[tuple[float, Batch]], max_len: int) -> Tensor:
         """The sum of share * mean loss over (share, batch), differentiated into the buffers; its norm."""
+        # zeroed, not dropped: the views must stay the parameters' .grad
         for grad in self.grads:
             grad.zero_()
         for share, batch in batches[self.runtime.rank :: self.runtime.world]:
@@ -5859,6 +5934,7 @@ class SpanSgd:
     def step(self, rate: float, batches: list[tuple[float, Batch]], max_len: int) -> None:
         """One step at a learning rate, on a gradient of limited norm."""
         norm = self.gradient(batches, max_len)
+        # as torch.nn.utils.clip_grad_norm_, over the buffers
         if self.clip > 0:
             for grad in self.grads:
                 grad.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
@@ -5956,7 +6032,7 @@ class ChunkSgd:
     def learn(self, lesson: SharedLesson, cells: None, nll: None) -> None:
         """TTT_EPOCHS passes over the span; momentum stays from chunk to chunk, the rate falls as a cosine."""
         cfg, (span,) = self.cfg, lesson.spans
-        chunk = (span.start - 1) // cfg.ttt_chunk_tokens
+        chunk = (span.start - 1) // cfg.ttt_chunk_tokens  # targets begin at position 1
         rate = cfg.ttt_lr * cosine_to_zero(chunk / (self.num_chunks - 1))
         width = cfg.ttt_batch_seqs * cfg.eval_seq_len or len(span)
         for start in [*range(span.start, span.stop, width)] * cfg.ttt_epochs:
@@ -5965,37 +6041,38 @@ class ChunkSgd:
 
     def batches(self, tokens: np.ndarray) -> list[tuple[float, Batch]]:
         """Sequences of EVAL_SEQ_LEN, cut into BATCH_SLICES batches, each with its share of them; none is empty."""
-        ids, targets = (tokens[i : len(tokens) - 1 + i].reshape(-1, self.cfg.eval_seq_len) for i in (0, 1))
-        cuts = [len(ids) * j // self.cfg.batch_slices for j in range(self.cfg.batch_slices + 1)]
+        length, slices = self.cfg.eval_seq_len, self.cfg.batch_slices
+        ids, targets = tokens[:-1].reshape(-1, length), tokens[1:].reshape(-1, length)
         made = []
-        for a, b in zip(cuts[:-1], cuts[1:], strict=True):
-            if a < b:
-                bounds = row_bounds(ids[a:b]) if LOADERS[self.cfg.loader].documents else None
-                batch = Batch(torch.from_numpy(ids[a:b]), torch.from_numpy(targets[a:b]), bounds)
-                made.append(((b - a) / len(ids), batch))
+        for j in range(slices):
+            rows = slice(len(ids) * j // slices, len(ids) * (j + 1) // slices)
+            if rows.start < rows.stop:
+                bounds = row_bounds(ids[rows]) if LOADERS[self.cfg.loader].documents else None
+                batch = Batch(torch.from_numpy(ids[rows]), torch.from_numpy(targets[rows]), bounds)
+                made.append((len(batch.ids) / len(ids), batch))
         return made
 
 
 class Slot(NoAdaptation):
     """Scores with a shift of the last hidden state that is fitted for each batch (SLOT, sample-specific test-time
-    parameters, Hu et al. 2025), by AdamW on the loss of the cells' `fit`, from zero.
-
-    The head is linear, so a shift d that all cells share is a bias E d of the logits: they are computed once, and a
-    step costs no matrix product over the cells. Published: on H + d in bf16, which rounds small shifts away.
-    """
+    parameters, Hu et al. 2025), by AdamW on the loss of the cells' `fit`, from zero."""
 
     def __init__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> None:
         super().__init__(cfg, runtime, model, val)
-        self.lr, self.steps, self.trunk = cfg.slot_lr, cfg.slot_steps, compiled(runtime, model.trunk)
+        self.lr, self.steps = cfg.slot_lr, cfg.slot_steps
+        self.trunk = compiled(runtime, model.trunk)
 
     @torch.no_grad()
     def score(self, cells: Cells) -> Tensor:
         """(B, T) nats of the scored cells."""
         ids, targets, meta = self.inputs(cells)
-        h, y, head = self.trunk(ids, meta).flatten(0, 1), targets.flatten(), self.model.tok_emb
+        h = self.trunk(ids, meta).flatten(0, 1)
+        y, head = targets.flatten(), self.model.tok_emb
         scored = torch.from_numpy(cells.rows * ids.size(1) + cells.cols).to(ids.device)
         z = at_least_fp32(head(h[scored]))
         if cells.fit is not None and len(cells.fit):
+            # The head is linear: a shift d that all cells share is a bias E d of the logits. They are computed once,
+            # and a step costs no matrix product over the cells. Published: H + d in bf16 rounds small shifts away.
             fit = torch.from_numpy(cells.fit).to(ids.device)
             z += head.weight @ self.fitted_shift(head(h[fit]), y[fit])
         return scatter_losses(cells, self.model.cross_entropy(z, y[scored], self.model.softcap))
@@ -6018,8 +6095,10 @@ def fit_cells(cells: Cells, causal: bool) -> np.ndarray:
     """Flattened cells that SLOT is fitted on: those of targets before the batch's first scored one; or, as published,
     all cells of its windows but the last of each, scored or not, padded or not."""
     cols = np.arange(cells.ids.shape[1])
-    before = cells.origin[:, None] + cols < cells.scored().min()
-    return np.flatnonzero(before if causal else np.broadcast_to(cols < len(cols) - 1, before.shape))
+    chosen = cells.origin[:, None] + cols < cells.scored().min()
+    if not causal:
+        chosen[:] = cols < len(cols) - 1
+    return np.flatnonzero(chosen)
 
 
 def learn_span(cfg: Config, chunk: int) -> range:
@@ -6032,35 +6111,41 @@ def windows_by_chunk(cfg: Config, num_targets: int) -> tuple[np.ndarray, np.ndar
     """window_rows, and where each chunk's windows begin and end among them: a chunk has those whose first scored
     target is its own, so that its targets are scored when its last window is."""
     windows = window_rows(num_targets, cfg.eval_seq_len, cfg.eval_stride)
-    edges = np.arange(-(-num_targets // cfg.ttt_chunk_tokens) + 1) * cfg.ttt_chunk_tokens
-    return windows, np.searchsorted(windows[:, 0] + windows[:, 2], edges)
+    first_scored = windows[:, 0] + windows[:, 2]
+    chunks = -(-num_targets // cfg.ttt_chunk_tokens)
+    edges = np.arange(chunks + 1) * cfg.ttt_chunk_tokens
+    return windows, np.searchsorted(first_scored, edges)
 
 
 def chunk_sgd_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """For each chunk this rank's batches of windows, then, except after the last, the chunk as a lesson for all ranks.
     Batches do not depend on the ranks."""
     windows, edges = windows_by_chunk(cfg, len(val.tokens) - 1)
-    size = windows_per_batch(cfg)
-    for chunk, (first, last) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-        for i in range(first, last, size)[runtime.rank :: runtime.world]:
-            yield Step(window_cells(cfg, val, windows[i : min(i + size, last)]))
-        if chunk < len(edges) - 2 and cfg.ttt_epochs > 0:
+    size, chunks = windows_per_batch(cfg), len(edges) - 1
+    for chunk in range(chunks):
+        own = windows[edges[chunk] : edges[chunk + 1]]
+        batches = range(0, len(own), size)
+        for first in batches[runtime.rank :: runtime.world]:
+            yield Step(window_cells(cfg, val, own[first : first + size]))
+        if chunk < chunks - 1 and cfg.ttt_epochs > 0:
             yield Step(None, SharedLesson((learn_span(cfg, chunk),)))
 
 
 def slot_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """chunk_sgd_steps that say which cells the score is fitted on (see Slot)."""
     for cells, lesson in chunk_sgd_steps(cfg, runtime, val):
-        yield Step(cells and cells._replace(fit=fit_cells(cells, cfg.slot_causal)), lesson)
+        if cells is not None:
+            cells = cells._replace(fit=fit_cells(cells, cfg.slot_causal))
+        yield Step(cells, lesson)
 
 
 EVALS = {
     "plain": Evaluator(plain_steps, NoAdaptation),
     "sliding": Evaluator(sliding_steps, NoAdaptation),
     "chunk_sgd": Evaluator(chunk_sgd_steps, ChunkSgd),
-    "slot": Evaluator(slot_steps, functools.partial(ChunkSgd, scorer=Slot)),
-    "doc_lora": Evaluator(document_steps, document_learner),
-    "phased_lora": Evaluator(phased_steps, document_learner),
+    "slot": Evaluator(slot_steps, lambda *args: ChunkSgd(*args, scorer=Slot)),
+    "doc_lora": Evaluator(document_steps, lambda cfg, *rest: TTT_CONTEXTS[cfg.ttt_context].learner(cfg, *rest)),
+    "phased_lora": Evaluator(phased_steps, lambda cfg, *rest: TTT_CONTEXTS[cfg.ttt_context].learner(cfg, *rest)),
 }
 
 
