@@ -1,29 +1,20 @@
-"""The n-gram stack's model: hash embeddings, the channel smear, value embeddings and residual, biased head gates."""
+"""The parts of the n-gram stack: hash embeddings, channel smear, value embeddings and residual, biased head gates."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import json
-import re
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import golden_rules as rules
-import pytest
 import torch
 from conftest import listener
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ngram_rules import GOLDEN, build, exact_tables, published_name
 from torch import Tensor
 
 import train_gpt
 
-FORWARD = [rules.Entry(e["name"], GOLDEN["base"] | e["config"], e["expected"]) for e in GOLDEN["forward"]]
-ALL = next(e for e in FORWARD if e.name == "small/all_features").config
 EVERYTHING = {  # every part of the stack beside loops and two lanes, at toy size
     "vocab_size": 97,
     "num_layers": 5,
@@ -66,58 +57,7 @@ def sample(rows: int, length: int, bos: list[int]) -> Tensor:
     return torch.from_numpy(rules.tokens(97, rows * length, bos)).view(rows, length)
 
 
-# The published numbers
-
-
-@pytest.mark.parametrize("golden", FORWARD, ids=lambda e: e.name)
-def test_forward_and_gradients_give_the_published_numbers(golden: rules.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, expected = golden.config, golden.expected
-    model, close = build(config), functools.partial(pytest.approx, rel=rules.REL, abs=1e-9)
-    assert sum(p.numel() for p in model.parameters()) == expected["param_count"]
-    stream = torch.from_numpy(rules.tokens(config["vocab_size"], config["batch"] * config["seq_len"] + 1, []))
-    ids, targets = (t.view(config["batch"], -1) for t in (stream[:-1], stream[1:]))
-    if "nll_sum_with_fp32_rotary_tables" in expected and config["num_layers"] < 11:
-        with torch.no_grad():
-            nll = model(ids, targets, reduction="none")
-        assert nll.sum().item() == pytest.approx(expected["nll_sum_with_fp32_rotary_tables"], rel=1e-7)
-    monkeypatch.setattr(train_gpt, "rotary_tables", exact_tables)
-    with torch.set_grad_enabled("grad_l2" in expected):
-        nll = model(ids, targets, reduction="none")
-    assert nll.sum().item() == close(expected["nll_sum"])
-    assert nll.mean().item() == close(expected["nll_mean"])
-    assert nll.flatten()[:8].tolist() == close(expected["nll_first8"])
-    assert nll.flatten()[-3:].tolist() == close(expected["nll_last3"])
-    if config["num_layers"] < 11:
-        with torch.no_grad():
-            logits = model(ids)
-        assert logits[0, 0, :5].tolist() == close(expected["logits_0_first5"])
-        assert logits.square().sum().item() == close(expected["logits_sumsq"])
-    if "grad_l2" in expected:
-        nll.mean().backward()
-        compare_gradients(model, expected["grad_l2"])
-
-
-def compare_gradients(model: train_gpt.GPT, expected: dict[str, float | None]) -> None:
-    gradients = {published_name(name): p.grad for name, p in model.named_parameters()}
-    scales = gradients.pop("ve_layer_scales", None)
-    if scales is not None:
-        gradients |= {f"ve_layer_scales.{i}": g for i, g in enumerate(scales)}
-    for name, norm in expected.items():
-        if norm is None:
-            assert gradients[name] is None, name
-        else:
-            assert gradients[name].norm().item() == pytest.approx(norm, rel=rules.REL, abs=1e-9), name
-
-
-@pytest.mark.parametrize(("case", "expected"), GOLDEN["rope"].items())
-def test_rotary_base_of_a_context_over_the_reference_length(case: str, expected: dict[str, Any]) -> None:
-    dims, head, length = (int(part.partition("=")[2]) for part in case.split(","))
-    base = train_gpt.stretched_base(10_000.0, dims or head, length, 1024)
-    assert base == pytest.approx(expected["effective_base"], rel=1e-8)
-    cos, sin = exact_tables(length, dims or head, base, rules.CPU)
-    assert cos[-1, :4].tolist() == pytest.approx(expected["cos_last_position_first4"], abs=1e-8)
-    assert sin[-1, :4].tolist() == pytest.approx(expected["sin_last_position_first4"], abs=1e-8)
-    assert train_gpt.stretched_base(10_000.0, dims or head, length, 0) == 10_000.0
+# Rotary tables
 
 
 def test_the_longest_segment_and_not_the_pack_stretches_the_rotary_base() -> None:
@@ -135,34 +75,32 @@ def test_the_longest_segment_and_not_the_pack_stretches_the_rotary_base() -> Non
 
 
 PR1182 = {
-    "MLP_MULT": "3.0",
     "BIGRAM_DIM": "96",
     "VE_LAYERS": "5,9,10",
     "EMBED_EXTRAS": "bigram,trigram,smear_channel",
     "ATTN_EXTRAS": "xsa,value_residual,value_embed",
 }
+COUNTS = {
+    27_108_468: PR1182,
+    26_993_756: {},
+    26_928_220: {"BIGRAM_VOCAB_SIZE": "1536"},
+    25_768_028: {"BIGRAM_VOCAB_SIZE": "1536", "MLP_MULT": "2.8"},
+    25_833_564: {"MLP_MULT": "2.8"},
+}
 
 
-@pytest.mark.parametrize(
-    ("count", "knobs"),
-    [
-        (27_108_468, PR1182),
-        (26_993_756, {"MLP_MULT": "3.0"}),
-        (26_928_220, {"MLP_MULT": "3.0", "BIGRAM_VOCAB_SIZE": "1536"}),
-        (25_768_028, {"MLP_MULT": "2.8", "BIGRAM_VOCAB_SIZE": "1536"}),
-        (25_833_564, {"MLP_MULT": "2.8"}),
-    ],
-)
-def test_parameter_counts_of_the_published_configurations(count: int, knobs: dict[str, str]) -> None:
+def test_parameter_counts_of_the_published_configurations() -> None:
     common = {
         "VOCAB_SIZE": "1024",
         "NUM_LOOPS": "0",
         "PARALLEL_START_LAYER": "0",
         "SKIP_GATES_ENABLED": "0",
+        "MLP_MULT": "3.0",
         "EMBED_EXTRAS": "bigram,smear_channel",
         "ATTN_EXTRAS": "xsa,value_embed",
     }
-    assert train_gpt.count_parameters(train_gpt.load_config(common | knobs)) == count
+    for count, knobs in COUNTS.items():
+        assert train_gpt.count_parameters(train_gpt.load_config(common | knobs)) == count
 
 
 # Hashes
@@ -190,7 +128,7 @@ def hashed(ids: Tensor, rows: int, order: int, masked: bool) -> Tensor:
     return train_gpt.HashEmbedding(cfg, order, rows, 4).buckets(ids)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     ids=st.lists(st.one_of(st.integers(0, 65535), st.sampled_from([1, 1, 65535])), min_size=1, max_size=24),
     rows=st.sampled_from([2, 3, 47, 1024, 65536]),
@@ -201,27 +139,6 @@ def test_buckets_are_those_of_the_definition(ids: list[int], rows: int, masked: 
     for order in (2, 3):
         expected = [slow_bucket(ids, t, rows, order, masked) for t in range(len(ids))]
         assert hashed(torch.tensor([ids]), rows, order, masked)[0].tolist() == expected
-
-
-@pytest.mark.parametrize("entry", GOLDEN["hash"], ids=lambda e: e["name"])
-def test_buckets_are_the_published_ones(entry: dict[str, Any]) -> None:
-    config, expected = entry["config"], entry["expected"]
-    count = config.get("num_tokens", config.get("rows", 0) * config.get("cols", 0))
-    ids = (
-        torch.tensor(config["ids"])
-        if "ids" in config
-        else torch.from_numpy(rules.tokens(config["vocab_size"], count, []))
-    )
-    ids = ids.view(config.get("rows", 1), -1)
-    compared = 0
-    for name, buckets in expected.items():
-        kind = re.match("(bi|tri)gram", name)
-        if kind:
-            rows = int(name.split("_")[1]) if name[-1].isdigit() else config[f"{kind[0]}_vocab_size"]
-            got = hashed(ids, rows, {"bi": 2, "tri": 3}[kind[1]], False)
-            assert got.tolist() == (buckets if isinstance(buckets[0], list) else [buckets])
-            compared += 1
-    assert compared >= 2
 
 
 def test_a_masked_document_hashes_and_smears_as_if_alone() -> None:
@@ -245,6 +162,7 @@ def test_initial_values() -> None:
         embed_extras=("bigram", "trigram", "smear_channel"),
         bigram_dim=96,
         attn_extras=("value_residual", "value_embed"),
+        model_dim=128,
         num_layers=11,
         attn_gate="dense_bias",
     )
@@ -259,35 +177,35 @@ def test_initial_values() -> None:
     assert abs(state["value_embed.table.weight"].std() - 0.01) < 1e-4 and state["value_embed.scale"] == 0.1
     assert torch.equal(state["value_embed.layer_scales"], torch.ones(2))
     assert torch.equal(state["blocks.7.attn.values.lambdas"], torch.full((2,), 0.5))
-    n = torch.randn(2, 3, 512, generator=torch.Generator().manual_seed(1))
+    n = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(1))
     assert torch.equal(model.blocks[0].attn.gate(n, n), torch.full((2, 3, 8, 1), 4.0).sigmoid())
-    x = torch.randn(1, 4, 512, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(1, 4, 128, generator=torch.Generator().manual_seed(2))
     blended = model.embed_extras["smear_channel"](torch.tensor([[5, 6, 1, 7]]), x)
-    expected = 0.5 * x + 0.5 * torch.cat([torch.zeros(1, 1, 512), x[:, :-1]], dim=1)
+    expected = 0.5 * x + 0.5 * torch.cat([torch.zeros(1, 1, 128), x[:, :-1]], dim=1)
     expected[:, 2] = x[:, 2]
     torch.testing.assert_close(blended, expected)
 
 
-@pytest.mark.parametrize("looping", [False, True])
-def test_value_residual_takes_the_first_slot_and_the_first_slot_mixes_nothing(looping: bool) -> None:
+def test_value_residual_takes_the_first_values_and_the_first_execution_mixes_nothing() -> None:
     """With factors 1 and 0 only the first execution's values count: not those of a looped layer 0, nor of two lanes."""
-    model, ids = everything(looping=looping, embed_extras=(), ve_layers=(0,)), sample(2, 12, [0])
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.values.lambdas.copy_(torch.tensor([1.0, 0.0]))
-    before = model(ids)
+    for looping in (False, True):
+        model, ids = everything(looping=looping, embed_extras=(), ve_layers=(0,)), sample(2, 12, [0])
+        with torch.no_grad():
+            for block in model.blocks:
+                block.attn.values.lambdas.copy_(torch.tensor([1.0, 0.0]))
+        before = model(ids)
 
-    def replace(site: train_gpt.Site, x: Tensor, y: Tensor, slots: range) -> Tensor:
-        return y.flip(-1) + 1 if site.name == "v" and site.execution in slots else y
+        def replace(site: train_gpt.Site, x: Tensor, y: Tensor, executions: range) -> Tensor:
+            return y.flip(-1) + 1 if site.execution in executions else y
 
-    later = range(1, len(model.route.layers))
-    assert (model.route.layers.count(0) == 2) == looping
-    taps = [listener(functools.partial(replace, slots=slots)) for slots in (later, range(1))]
-    assert torch.equal(model(ids, taps=taps[0]), before)
-    assert not torch.allclose(model(ids, taps=taps[1]), before)
-    with torch.no_grad():
-        model.value_embed.scale.zero_()  # it was added to the first slot's values before they were kept
-    assert not torch.allclose(model(ids), before)
+        later = range(1, len(model.route.layers))
+        assert (model.route.layers.count(0) == 2) == looping
+        first, rest = (listener(functools.partial(replace, executions=e), "v") for e in (range(1), later))
+        assert torch.equal(model(ids, taps=rest), before)
+        assert not torch.allclose(model(ids, taps=first), before)
+        with torch.no_grad():
+            model.value_embed.scale.zero_()  # it was added to the first execution's values before they were kept
+        assert not torch.allclose(model(ids), before)
 
 
 def test_value_embeddings_enter_at_their_layers_alone() -> None:
@@ -311,17 +229,17 @@ def test_value_embeddings_enter_at_their_layers_alone() -> None:
         torch.testing.assert_close(mixed, heard[layer] + added)
 
 
-@pytest.mark.parametrize("looping", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("changed", [1, 2, 17, 39])
-def test_a_later_token_leaves_earlier_logits_bit_equal(looping: bool, masked: bool, changed: int) -> None:
-    model = everything(looping=looping, hash_bos_mask=masked, smear_bos_mask=masked)
+def test_a_later_token_leaves_earlier_logits_bit_equal() -> None:
     ids = sample(1, 40, [0, 11, 29])
-    other = ids.clone()
-    other[0, changed] = 8 + (ids[0, changed] + 1) % 80
-    before, after = model(ids), model(other)
-    assert torch.equal(before[:, :changed], after[:, :changed])
-    assert not torch.equal(before[:, changed], after[:, changed])
+    for looping, masked in ((False, False), (False, True), (True, False), (True, True)):
+        model = everything(looping=looping, hash_bos_mask=masked, smear_bos_mask=masked)
+        before = model(ids)
+        for changed in (1, 2, 17, 39):
+            other = ids.clone()
+            other[0, changed] = 8 + (ids[0, changed] + 1) % 80
+            after = model(other)
+            assert torch.equal(before[:, :changed], after[:, :changed]), (looping, masked, changed)
+            assert not torch.equal(before[:, changed], after[:, changed]), (looping, masked, changed)
 
 
 def test_fresh_adapters_change_no_bit_and_reach_the_first_values() -> None:
@@ -337,21 +255,19 @@ def test_fresh_adapters_change_no_bit_and_reach_the_first_values() -> None:
 
 
 def test_the_whole_model_compiles_into_one_graph() -> None:
+    """Every part, in two layers, of which the first is looped and the second in two lanes; with gradients."""
     torch._dynamo.reset()
-    model, ids = everything(), sample(2, 25, [0, 31])
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
-    for looping in (False, True):
-        model.set_looping(looping)
-        gradients = []
-        for forward in (model, compiled):
-            model.zero_grad()
-            loss = forward(ids[:, :-1], ids[:, 1:])
-            loss.backward()
-            gradients.append([loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
-        torch.testing.assert_close(*gradients)
+    knobs = {"num_layers": 2, "loop_end": 0, "parallel_start_layer": 1, "ve_layers": (0, 1), "xsa_last_n": 1}
+    model, ids, gradients = everything(**knobs), sample(2, 25, [0, 31]), []
+    for forward in (model, torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")):
+        model.zero_grad()
+        loss = forward(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        gradients.append([loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients)
 
 
-# Optimisers, quantisation, runs
+# How they are trained and stored
 
 
 def test_every_parameter_has_a_role_that_says_how_it_is_trained_and_stored() -> None:
@@ -372,18 +288,18 @@ def test_every_parameter_has_a_role_that_says_how_it_is_trained_and_stored() -> 
         assert (roles[name].optimiser, roles[name].lr, roles[name].wd) == ("adamw", "scalar_lr", "adam_wd")
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_the_published_trigram_is_not_trained(trained: bool) -> None:
-    cfg = train_gpt.Config(**EVERYTHING, trigram_trained=trained, scalar_lr=0.1, adam_wd=0.1, embed_wd=0.1)
-    model, ids = everything(trigram_trained=trained), sample(2, 25, [0])
-    before = copy.deepcopy(model.state_dict())
-    optimisers = train_gpt.Optimisers(cfg, model, rules.runtime())
-    model(ids[:, :-1], ids[:, 1:]).backward()
-    optimisers.step(1.0, 0)
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    trigram = {name for name in before if "trigram" in name}
-    assert len(trigram) == 3 and moved == (set(before) if trained else set(before) - trigram)
-    assert ("of them not trained: 3 tensors" in train_gpt.explain(cfg, {})) is not trained
+def test_the_published_trigram_is_not_trained() -> None:
+    for trained in (False, True):
+        knobs = {"trigram_trained": trained, "scalar_lr": 0.1, "adam_wd": 0.1, "embed_wd": 0.1}
+        model, ids = everything(**knobs), sample(2, 25, [0])
+        before = copy.deepcopy(model.state_dict())
+        optimisers = train_gpt.Optimisers(model.cfg, model, rules.runtime())
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        optimisers.step(1.0, 0)
+        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+        trigram = {name for name in before if "trigram" in name}
+        assert len(trigram) == 3 and moved == (set(before) if trained else set(before) - trigram)
+        assert ("of them not trained: 3 tensors" in train_gpt.explain(model.cfg, {})) is not trained
 
 
 def test_tables_are_stored_in_bf16_when_asked() -> None:
@@ -394,27 +310,3 @@ def test_tables_are_stored_in_bf16_when_asked() -> None:
     assert torch.isfinite(model(sample(1, 9, [0]))).all()
     wide = train_gpt.GPT(train_gpt.Config(**EVERYTHING)).init_weights(1).state_dict()
     assert all(torch.equal(p, wide[name].to(p.dtype)) for name, p in model.named_parameters())
-
-
-def test_a_run_with_every_part(run_gpt: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
-    knobs = {
-        "EMBED_EXTRAS": "smear,smear_channel,trigram,bigram",
-        "ATTN_EXTRAS": "xsa,value_residual,value_embed",
-        "VE_LAYERS": "1,4",
-        "VE_DIM": "12",
-        "BIGRAM_VOCAB_SIZE": "128",
-        "BIGRAM_DIM": "16",
-        "EMBED_DTYPE": "bf16",
-        "TRIGRAM_VOCAB_SIZE": "64",
-        "TRIGRAM_DIM": "32",
-        "TRIGRAM_TRAINED": "0",
-        "ROPE_REFERENCE_LEN": "32",
-        "ATTN_GATE": "dense_bias",
-    }
-    done = run_gpt(**knobs)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["legal"] and list(result["stages"]) == ["pre_quant", "quantized", "final"]
-    assert "VE_LAYERS=1,4" in (tmp_path / "run" / "record.env").read_text()
-    trigram = train_gpt.load_artifact(tmp_path / "run" / "model.bin")["embed_extras.trigram.table.weight"]
-    assert not trigram.any()
