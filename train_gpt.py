@@ -9,8 +9,7 @@ The contest: the best language model that fits, code and compressed weights toge
     PRESET=records/demo python train_gpt.py            train, quantise, evaluate on whatever device is there
     torchrun --nproc_per_node=8 train_gpt.py           the same on eight GPUs (or, with gloo, on eight CPU processes)
 
-A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, quant_report.tsv, record.env and
-result.json into its folder;
+A run writes log.txt, metrics.jsonl, model.pt, hessians.pt, model.bin, record.env and result.json into its folder;
 STAGES=quantize,eval resumes from those files. What differs between systems is data: values of Config, rows of the
 tables (ROLES, EVALS), keys into literal registries, and listeners at one seam (taps).
 
@@ -34,6 +33,7 @@ import io
 import json
 import lzma
 import math
+import operator
 import os
 import pickle
 import platform
@@ -57,6 +57,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 try:  # only the codec of that name needs it, and says so
     import brotli
@@ -103,577 +104,418 @@ class UserError(ValueError):
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-def knob(
-    default: Any,
-    doc: str,
-    group: str,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    choices: tuple[str, ...] = (),
-    when: str = "",
-) -> Any:
-    """One field of Config: default, one-line doc with unit, group of --help, bounds, choices, and when it matters."""
-    meta = {
-        "doc": doc,
-        "group": group,
-        "ge": ge,
-        "gt": gt,
-        "le": le,
-        "choices": choices,
-        "when": when,
-    }
-    return dataclasses.field(default=default, metadata=meta)
+def knob(default: Any, doc: str, allowed: str = "", when: str = "") -> Any:
+    """A field of Config.
 
-
-RUN, DATA, MODEL, OPTIM, SCHED = "run", "data", "model", "optimisers", "training schedule"
-QUANT, EVALUATION, TTT = "quantisation and artifact", "evaluation", "test-time training"
-CARRY = "TTT_CONTEXT=carry"
+    `doc` is one line with the unit; `allowed` lists choices, "a|b|c", or bounds, ">= 0, <= 1"; `when` names the
+    settings under which the knob matters.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "allowed": allowed, "when": when})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Every knob of a run. A knob's environment variable is its name in capitals."""
 
-    run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>", RUN)
-    artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>", RUN)
+    run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>")
+    artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>")
     stages: tuple[str, ...] = knob(
         ("train", "quantize", "eval"),
-        "stages to run; a suffix resumes from files",
-        RUN,
-        choices=("train", "quantize", "eval"),
+        "stages to run: all three, or the last one or two, which start from the files of an earlier run",
+        "train|quantize|eval",
     )
-    model_path: str = knob("", "artifact that STAGES=eval reads; empty: <run directory>/model.bin", RUN)
-    device: str = knob(
-        "auto",
-        "device; auto takes a GPU when there is one",
-        RUN,
-        choices=("auto", "cpu", "cuda"),
-    )
+    model_path: str = knob("", "artifact that STAGES=eval reads; empty: <run directory>/model.bin")
+    device: str = knob("auto", "auto: a GPU if torch sees one", "auto|cpu|cuda")
     attention: str = knob(
         "auto",
-        "attention backend; auto: the best flash attention installed on a GPU, the masked twin elsewhere",
-        RUN,
-        choices=("auto", "masked", "fa2", "fa3", "fa4"),
+        "attention backend; auto: the best flash attention installed, the masked reference on a CPU",
+        "auto|masked|fa2|fa3|fa4",
     )
     fused_ce_enabled: str = knob(
         "auto",
-        "Triton kernels of the softcapped cross-entropy; auto: on a GPU where triton is installed",
-        RUN,
-        choices=("auto", "1", "0"),
+        "Triton kernels for the softcapped cross-entropy; auto: on a GPU with triton",
+        "auto|1|0",
     )
     fused_mlp_enabled: str = knob(
         "auto",
-        "Triton kernels of the MLP where nothing listens inside it; auto: on a GPU in bf16 where triton is installed",
-        RUN,
-        choices=("auto", "1", "0"),
+        "Triton kernels for the MLP, used while no tap listens inside it; auto: on a GPU in bf16 with triton",
+        "auto|1|0",
     )
     fused_gdn_enabled: str = knob(
         "auto",
-        "flash-linear-attention's gated delta rule; auto: on a GPU in bf16 where it is installed",
-        RUN,
-        choices=("auto", "1", "0"),
-        when="MIXERS=G",
+        "gated delta rule of flash-linear-attention; auto: on a GPU in bf16 if it is installed",
+        "auto|1|0",
+        "MIXERS=G",
     )
-    compute_dtype: str = knob(
-        "auto",
-        "activation dtype; auto: bf16 on a GPU, fp32 elsewhere",
-        RUN,
-        choices=("auto", "bf16", "fp32"),
-    )
-    compile: str = knob("auto", "torch.compile; auto: on a GPU only", RUN, choices=("auto", "on", "off"))
-    seed: int = knob(1337, "seed of initialisation and of the adapters", RUN, ge=0)
+    compute_dtype: str = knob("auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", "auto|bf16|fp32")
+    compile: str = knob("auto", "torch.compile; auto: on a GPU only", "auto|on|off")
+    seed: int = knob(1337, "seed of the initial weights and of the adapters", ">= 0")
 
-    data_path: str = knob("data/sp8192", "directory with the shards", DATA)
-    tokenizer_path: str = knob("", "SentencePiece model; empty: the one *.model file in DATA_PATH", DATA)
-    vocab_size: int = knob(8192, "vocabulary, must equal the tokenizer's", DATA, ge=4, le=65536)
+    data_path: str = knob("data/sp8192", "folder with the shards")
+    tokenizer_path: str = knob("", "SentencePiece model; empty: the one *.model file in DATA_PATH")
+    vocab_size: int = knob(8192, "vocabulary size; must equal the tokenizer's", ">= 4, <= 65536")
     loader: str = knob(
         "packed_docs",
-        "packed_docs: attention stays inside documents; stream: contiguous rows; shuffled: rows in a random order",
-        DATA,
-        choices=("packed_docs", "stream", "shuffled"),
+        "packed_docs: attention stays inside a document; stream: contiguous rows; shuffled: rows in random order",
+        "packed_docs|stream|shuffled",
     )
-    train_batch_tokens: int = knob(786_432, "tokens of an optimiser step, over all ranks", DATA, gt=0)
+    train_batch_tokens: int = knob(786_432, "tokens per optimiser step, over all ranks", "> 0")
     batch_slices: int = knob(
         8,
-        "micro-batches of an optimiser step, over all ranks; a multiple of the ranks",
-        DATA,
-        gt=0,
+        "micro-batches per optimiser step, over all ranks; a multiple of the number of ranks",
+        "> 0",
     )
-    train_seq_len: int = knob(2048, "longest attention span in training, tokens", DATA, gt=1)
+    train_seq_len: int = knob(2048, "longest attention span in training, tokens", "> 1")
 
-    num_layers: int = knob(11, "physical layers", MODEL, gt=0)
-    model_dim: int = knob(512, "width of the residual stream", MODEL, gt=0)
-    num_heads: int = knob(8, "query heads", MODEL, gt=0)
-    num_kv_heads: int = knob(4, "key/value heads (GQA)", MODEL, gt=0)
+    num_layers: int = knob(11, "physical layers", "> 0")
+    model_dim: int = knob(512, "width of the residual stream", "> 0")
+    num_heads: int = knob(8, "query heads", "> 0")
+    num_kv_heads: int = knob(4, "key/value heads (GQA)", "> 0")
     mixers: str = knob(
         "",
-        "mixer of each layer, A attention, G gated delta net, such as G*2 A*8 G; empty: attention everywhere",
-        MODEL,
+        "mixer of each layer, A (attention) or G (gated delta net), e.g. G*2 A*8 G; empty: attention everywhere",
     )
-    gdn_head_dim: int = knob(64, "width of a delta net's heads", MODEL, gt=0, when="MIXERS=G")
-    gdn_qk_heads: int = knob(2, "query and key heads of a delta net", MODEL, gt=0, when="MIXERS=G")
-    gdn_v_heads: int = knob(4, "value heads of a delta net", MODEL, gt=0, when="MIXERS=G")
+    gdn_head_dim: int = knob(64, "width of a delta net's heads", "> 0", "MIXERS=G")
+    gdn_qk_heads: int = knob(2, "query and key heads of a delta net", "> 0", "MIXERS=G")
+    gdn_v_heads: int = knob(4, "value heads of a delta net", "> 0", "MIXERS=G")
     gdn_conv_trained: bool = knob(
         True,
-        "off: training leaves the convolution's taps as they were drawn, as published",
-        MODEL,
-        when="MIXERS=G",
+        "train the taps of the convolution; off, as published: they keep their initial values",
+        "",
+        "MIXERS=G",
     )
     gdn_bos_reset: bool = knob(
         True,
-        "state and convolution start afresh at a document's first token too, not only "
-        "with rows and attention segments; off as published",
-        MODEL,
-        when="MIXERS=G",
+        "reset state and convolution at every document's first token; off, as published: only at rows and segments",
+        "",
+        "MIXERS=G",
     )
-    mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", MODEL, gt=0)
-    mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", MODEL, ge=0)
-    tied_embed_init_std: float = knob(0.005, "std of the embedding at init", MODEL, gt=0)
-    logit_softcap: float = knob(30.0, "c of c*tanh(logits/c)", MODEL, gt=0)
-    rope_base: float = knob(10_000.0, "base of the rotary frequencies", MODEL, gt=1)
-    rope_dims: int = knob(16, "leading dims of a head that rotate", MODEL, ge=0)
+    mlp_mult: float = knob(4.0, "hidden width of the MLP / MODEL_DIM", "> 0")
+    tied_embed_init_std: float = knob(0.005, "std of the embedding at init", "> 0")
+    logit_softcap: float = knob(30.0, "c in c*tanh(logits/c)", "> 0")
+    rope_base: float = knob(10_000.0, "base of the rotary frequencies", "> 1")
+    rope_dims: int = knob(16, "leading dims of a head that rotate", ">= 0")
     rope_dtype: str = knob(
         "fp32",
-        "dtype of rotary frequencies, positions and tables; bf16, as PR 1895: positions over 256 are rounded",
-        MODEL,
-        choices=("fp32", "bf16"),
+        "dtype of rotary frequencies, positions and tables; bf16, as in PR 1895, rounds positions above 256",
+        "fp32|bf16",
     )
-    qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", MODEL, gt=0)
-    ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)", MODEL)
+    qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", "> 0")
+    ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)")
     attn_extras: tuple[str, ...] = knob(
         ("xsa",),
-        "xsa: remove each head output's part along its own value; "
-        "value_residual: mix in the first slot's values; value_embed: add a value of the token itself; sink: a learnt "
-        "key with value 0 in front of every context",
-        MODEL,
-        choices=("xsa", "value_residual", "value_embed", "sink"),
+        "xsa: remove from each head's output its component along the token's own value; value_residual: mix in "
+        "the values of the first execution; value_embed: add a value embedding of the token; sink: a learnt key "
+        "with value 0 before every context",
+        "xsa|value_residual|value_embed|sink",
     )
-    xsa_last_n: int = knob(11, "layers with XSA, counted from the last", MODEL, ge=0, when="ATTN_EXTRAS=xsa")
+    xsa_last_n: int = knob(11, "how many of the last layers use XSA", ">= 0", "ATTN_EXTRAS=xsa")
     attn_gate: str = knob(
         "none",
-        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense, dense_bias: "
-        "from the whole normed input, half open or (by a bias of 4) nearly open at init",
-        MODEL,
-        choices=("none", "sparse", "dense", "dense_bias", "out"),
+        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense: from the whole normed input, "
+        "half open at init; dense_bias: the same with a bias of 4, nearly open at init",
+        "none|sparse|dense|dense_bias|out",
     )
     attn_out_gate_src: str = knob(
         "proj",
-        "what ATTN_GATE=out reads: raw queries or the input",
-        MODEL,
-        choices=("proj", "input"),
-        when="ATTN_GATE=out",
+        "what ATTN_GATE=out reads; proj: the raw queries; input: the layer's input",
+        "proj|input",
+        "ATTN_GATE=out",
     )
-    gated_attn_init_std: float = knob(0.01, "std of the dense gate at init", MODEL, ge=0, when="ATTN_GATE=dense")
     embed_extras: tuple[str, ...] = knob(
         (),
-        "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; "
-        "smear: add a gated copy of the previous token's embedding; smear_channel: blend with it channel by channel, "
-        "after the norm (applied in this order)",
-        MODEL,
-        choices=("bigram", "trigram", "smear", "smear_channel"),
+        "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; smear: add a gated copy of the "
+        "previous token's embedding; smear_channel: blend it in per channel, after the norm; applied in this "
+        "order",
+        "bigram|trigram|smear|smear_channel",
     )
-    gate_window: int = knob(
-        12,
-        "leading dims that gates read",
-        MODEL,
-        gt=0,
-        when="ATTN_GATE=sparse or EMBED_EXTRAS=smear",
-    )
-    sparse_attn_gate_scale: float = knob(1.0, "factor inside the gate's sigmoid", MODEL, when="ATTN_GATE=sparse")
-    sparse_attn_gate_init_std: float = knob(0.0, "std of the gate at init", MODEL, ge=0, when="ATTN_GATE=sparse")
-    smear_bos_mask: bool = knob(
-        True,
-        "no smear into a document's first token",
-        MODEL,
-        when="EMBED_EXTRAS=smear|smear_channel",
-    )
-    skip_gates_enabled: bool = knob(True, "sigmoid gates on the U-net skips", MODEL)
-    num_loops: int = knob(2, "extra passes over the looped layers", MODEL, ge=0)
-    loop_start: int = knob(3, "first looped layer", MODEL, ge=0, when="NUM_LOOPS>0")
-    loop_end: int = knob(5, "last looped layer, inclusive", MODEL, ge=0, when="NUM_LOOPS>0")
-    enable_looping_at: float = knob(
-        0.35,
-        "fraction of the run at which looping starts",
-        MODEL,
-        ge=0,
-        le=1,
-        when="NUM_LOOPS>0",
-    )
-    parallel_start_layer: int = knob(8, "layers from here on run in parallel; 0: none", MODEL, ge=0)
+    gate_window: int = knob(12, "leading dims that gates read", "> 0", "ATTN_GATE=sparse or EMBED_EXTRAS=smear")
+    sparse_attn_gate_scale: float = knob(1.0, "factor inside the gate's sigmoid", "", "ATTN_GATE=sparse")
+    smear_bos_mask: bool = knob(True, "no smear into a document's first token", "", "EMBED_EXTRAS=smear|smear_channel")
+    skip_gates_enabled: bool = knob(True, "sigmoid gates on the U-net skips")
+    num_loops: int = knob(2, "extra passes over the looped layers", ">= 0")
+    loop_start: int = knob(3, "first looped layer", ">= 0", "NUM_LOOPS>0")
+    loop_end: int = knob(5, "last looped layer, inclusive", ">= 0", "NUM_LOOPS>0")
+    enable_looping_at: float = knob(0.35, "fraction of the run at which looping starts", ">= 0, <= 1", "NUM_LOOPS>0")
+    parallel_start_layer: int = knob(8, "first layer that runs attention and MLP in parallel; 0: none does", ">= 0")
     parallel_lanes: int = knob(
         2,
-        "2: decoder layers keep two learnt lanes, one for attention and one for the MLP; 1: "
-        "attention and MLP read and extend one stream side by side",
-        MODEL,
-        ge=1,
-        le=2,
+        "2: two learnt lanes in the decoder, one for attention and one for the MLP; 1: attention and MLP read "
+        "and extend one stream",
+        ">= 1, <= 2",
     )
-    parallel_final_lane: str = knob("mean", "what the two lanes end as", MODEL, choices=("mean", "mlp", "attn"))
-    bigram_vocab_size: int = knob(2048, "rows of the bigram table", MODEL, gt=1, when="EMBED_EXTRAS=bigram")
-    bigram_dim: int = knob(128, "width of the bigram table", MODEL, gt=0, when="EMBED_EXTRAS=bigram")
-    trigram_vocab_size: int = knob(1024, "rows of the trigram table", MODEL, gt=1, when="EMBED_EXTRAS=trigram")
-    trigram_dim: int = knob(128, "width of the trigram table", MODEL, gt=0, when="EMBED_EXTRAS=trigram")
+    parallel_final_lane: str = knob("mean", "how the two lanes end", "mean|mlp|attn")
+    bigram_vocab_size: int = knob(2048, "rows of the bigram table", "> 1", "EMBED_EXTRAS=bigram")
+    bigram_dim: int = knob(128, "width of the bigram table", "> 0", "EMBED_EXTRAS=bigram")
+    trigram_vocab_size: int = knob(1024, "rows of the trigram table", "> 1", "EMBED_EXTRAS=trigram")
+    trigram_dim: int = knob(128, "width of the trigram table", "> 0", "EMBED_EXTRAS=trigram")
     trigram_trained: bool = knob(
         True,
-        "off: training leaves the trigram as it was drawn, as published",
-        MODEL,
-        when="EMBED_EXTRAS=trigram",
+        "train the trigram table; off, as published: it keeps its initial values",
+        "",
+        "EMBED_EXTRAS=trigram",
     )
-    hash_bos_mask: bool = knob(
-        True,
-        "hashes do not reach over a document's first token",
-        MODEL,
-        when="EMBED_EXTRAS=bigram|trigram",
-    )
-    ve_layers: tuple[int, ...] = knob((9, 10), "layers with value embeddings", MODEL, when="ATTN_EXTRAS=value_embed")
-    ve_dim: int = knob(128, "width of the value embedding's table", MODEL, gt=0, when="ATTN_EXTRAS=value_embed")
+    hash_bos_mask: bool = knob(True, "hashes stop at a document's first token", "", "EMBED_EXTRAS=bigram|trigram")
+    ve_layers: tuple[int, ...] = knob((9, 10), "layers with value embeddings", "", "ATTN_EXTRAS=value_embed")
+    ve_dim: int = knob(128, "width of the value embedding's table", "> 0", "ATTN_EXTRAS=value_embed")
     rope_reference_len: int = knob(
         0,
-        "contexts of more tokens enlarge the rotary base (NTK); 0: never; published with 1024",
-        MODEL,
-        ge=0,
+        "longer contexts raise the rotary base (NTK scaling); 0: never; published: 1024",
+        ">= 0",
     )
 
-    matrix_lr: float = knob(0.026, "learning rate of Muon", OPTIM, ge=0)
-    tied_embed_lr: float = knob(0.03, "learning rate of the embedding", OPTIM, ge=0)
+    matrix_lr: float = knob(0.026, "learning rate of Muon", ">= 0")
+    tied_embed_lr: float = knob(0.03, "learning rate of the embedding", ">= 0")
     embed_dtype: str = knob(
         "fp32",
         "dtype of the embedding, its gradient and its AdamW moments; bf16: as published",
-        OPTIM,
-        choices=("fp32", "bf16"),
+        "fp32|bf16",
     )
-    scalar_lr: float = knob(0.02, "learning rate of gains, gates and scales", OPTIM, ge=0)
-    muon_momentum: float = knob(0.97, "momentum after warm-up", OPTIM, ge=0, le=1)
-    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", OPTIM, ge=0, le=1)
-    muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", OPTIM, ge=0)
-    muon_backend_steps: int = knob(5, "orthogonalisation iterations", OPTIM, ge=1, le=10)
+    scalar_lr: float = knob(0.02, "learning rate of gains, gates and scales", ">= 0")
+    muon_momentum: float = knob(0.97, "momentum after warm-up", ">= 0, <= 1")
+    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", ">= 0, <= 1")
+    muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum warm-up", ">= 0")
+    muon_backend_steps: int = knob(5, "orthogonalisation iterations", ">= 1, <= 10")
     muon_coefficients: str = knob(
         "polar_express",
-        "coefficient set of the orthogonalisation; polar_express_safe: with a safety factor of 1.05",
-        OPTIM,
-        choices=("polar_express", "polar_express_safe", "quintic"),
+        "coefficients of the orthogonalisation; polar_express_safe: with a safety factor of 1.05",
+        "polar_express|polar_express_safe|quintic",
     )
-    muon_row_normalize: bool = knob(True, "unit-norm rows before the orthogonalisation", OPTIM)
-    muon_wd: float = knob(0.095, "decoupled weight decay of Muon", OPTIM, ge=0)
-    embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", OPTIM, ge=0)
-    adam_wd: float = knob(0.02, "decoupled weight decay of gains, gates and scales", OPTIM, ge=0)
-    beta1: float = knob(0.9, "AdamW beta1", OPTIM, ge=0, le=1)
-    beta2: float = knob(0.95, "AdamW beta2", OPTIM, ge=0, le=1)
-    adam_eps: float = knob(1e-8, "AdamW epsilon", OPTIM, gt=0)
-    grad_clip_norm: float = knob(0.3, "global norm limit of the averaged gradient; 0: none", OPTIM, ge=0)
+    muon_row_normalize: bool = knob(True, "normalise rows before the orthogonalisation")
+    muon_wd: float = knob(0.095, "decoupled weight decay of Muon", ">= 0")
+    embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", ">= 0")
+    adam_wd: float = knob(0.02, "decoupled weight decay of gains, gates and scales", ">= 0")
+    beta1: float = knob(0.9, "AdamW beta1", ">= 0, <= 1")
+    beta2: float = knob(0.95, "AdamW beta2", ">= 0, <= 1")
+    adam_eps: float = knob(1e-8, "AdamW epsilon", "> 0")
+    grad_clip_norm: float = knob(0.3, "limit on the global norm of the averaged gradient; 0: none", ">= 0")
     average: tuple[str, ...] = knob(
         ("ema",),
-        "weight average that is evaluated; both: swa over snapshots of ema; none: the last iterate",
-        OPTIM,
-        choices=("ema", "swa"),
+        "weight average to evaluate; ema,swa: SWA over snapshots of the EMA; none: the last weights",
+        "ema|swa",
     )
-    ema_decay: float = knob(0.9965, "decay of the weight average, per step", OPTIM, ge=0, le=1, when="AVERAGE=ema")
-    swa_every: int = knob(50, "steps between snapshots", OPTIM, gt=0, when="AVERAGE=swa")
-    swa_start_scale: float = knob(0.2, "LR multiplier under which snapshots are taken", OPTIM, gt=0, when="AVERAGE=swa")
+    ema_decay: float = knob(0.9965, "decay per step", ">= 0, <= 1", "AVERAGE=ema")
+    swa_every: int = knob(50, "steps between snapshots", "> 0", "AVERAGE=swa")
+    swa_start_scale: float = knob(0.2, "take snapshots while the LR multiplier is below this", "> 0", "AVERAGE=swa")
 
-    iterations: int = knob(20_000, "step limit", SCHED, gt=0)
-    max_wallclock_seconds: float = knob(600.0, "training budget, seconds; 0: none, schedules follow steps", SCHED, ge=0)
-    gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for calibration, seconds", SCHED, ge=0)
-    warmup_steps: int = knob(20, "untimed compile warm-up steps per graph, rolled back", SCHED, ge=0)
-    warmdown_frac: float = knob(0.75, "last fraction of the run with linear LR decay", SCHED, ge=0, le=1)
+    iterations: int = knob(20_000, "maximum number of steps", "> 0")
+    max_wallclock_seconds: float = knob(600.0, "training budget, seconds; 0: none, and schedules follow steps", ">= 0")
+    gptq_reserve_seconds: float = knob(8.0, "seconds of the budget reserved for calibration", ">= 0")
+    warmup_steps: int = knob(20, "untimed compile warm-up steps per graph, rolled back afterwards", ">= 0")
+    warmdown_frac: float = knob(0.75, "last fraction of the run, with linear LR decay", ">= 0, <= 1")
     warmdown_iters: int = knob(
         0,
-        "steps of linear LR decay at the end, made time by the measured step time; 0: WARMDOWN_FRAC",
-        SCHED,
-        ge=0,
+        "last steps, with linear LR decay, converted to time by the measured step time; 0: WARMDOWN_FRAC counts",
+        ">= 0",
     )
-    min_lr: float = knob(0.1, "floor of the LR multiplier", SCHED, ge=0, le=1)
+    min_lr: float = knob(0.1, "floor of the LR multiplier", ">= 0, <= 1")
     qat: str = knob(
         "none",
-        "how late training sees quantisation; ste: weights on the grid of MATRIX_QUANT, "
-        "straight-through gradient; noise: Gaussian noise of a fraction of the rounding error",
-        SCHED,
-        choices=("none", "ste", "noise"),
+        "quantisation during late training; ste: weights on the grid of MATRIX_QUANT, straight-through gradient; "
+        "noise: Gaussian noise, a fraction of the rounding error",
+        "none|ste|noise",
     )
     late_qat_threshold: float = knob(
         0.15,
-        "LR multiplier under which the rounding begins; over 1: from the start",
-        SCHED,
-        ge=0,
-        when="QAT=ste",
+        "start once the LR multiplier is below this; above 1: from the start",
+        ">= 0",
+        "QAT=ste",
     )
-    qat_noise_start_frac: float = knob(
-        0.95,
-        "fraction of the run at which the noise begins",
-        SCHED,
-        ge=0,
-        le=1,
-        when="QAT=noise",
-    )
-    qat_noise_mult: float = knob(0.05, "noise over the rounding error of uniform steps", SCHED, ge=0, when="QAT=noise")
-    qat_noise_every: int = knob(1, "steps from one noisy step to the next", SCHED, gt=0, when="QAT=noise")
+    qat_noise_start_frac: float = knob(0.95, "fraction of the run at which noise starts", ">= 0, <= 1", "QAT=noise")
+    qat_noise_mult: float = knob(0.05, "std of the noise / rounding error of a uniform grid", ">= 0", "QAT=noise")
+    qat_noise_every: int = knob(1, "steps from one noisy step to the next", "> 0", "QAT=noise")
     qat_noise_patterns: tuple[str, ...] = knob(
         ("attn.k.weight", "attn.o.weight"),
-        "parts or globs of the names of the noisy weights",
-        SCHED,
-        when="QAT=noise",
+        "substrings or globs of the names of the noisy weights",
+        "",
+        "QAT=noise",
     )
-    train_log_every: int = knob(500, "steps between log lines", SCHED, gt=0)
-    val_loss_every: int = knob(0, "steps between validations; 0: none", SCHED, ge=0)
+    train_log_every: int = knob(500, "steps between log lines", "> 0")
+    val_loss_every: int = knob(0, "steps between validations; 0: none", ">= 0")
 
     matrix_quant: str = knob(
         "gptq",
-        "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; "
-        "gptq_lite: rounding with a clip search; row_quantile: clip at CLIP_QUANTILE",
-        QUANT,
-        choices=("gptq", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
+        "scheme of the matrices; gptq_tcq: GPTQ on a trellis, for COMPRESSOR=rans; gptq_lite: rounding with a "
+        "clip search; row_quantile: clip at CLIP_QUANTILE",
+        "gptq|gptq_tcq|rowwise|gptq_lite|row_quantile",
     )
     embed_quant: str = knob(
         "gptq",
-        "scheme of the embedding and of the hash and value tables (which all gptq round to "
+        "scheme of the embedding and of hash and value tables (every gptq scheme rounds those tables to "
         "nearest); gptq_freqsplit: more bits for frequent tokens",
-        QUANT,
-        choices=("gptq", "gptq_freqsplit", "gptq_tcq", "rowwise", "gptq_lite", "row_quantile"),
+        "gptq|gptq_freqsplit|gptq_tcq|rowwise|gptq_lite|row_quantile",
     )
-    matrix_bits: int = knob(6, "bits of the matrices", QUANT, ge=2, le=8)
+    matrix_bits: int = knob(6, "bits of the matrices", ">= 2, <= 8")
     matrix_bits_overrides: tuple[str, ...] = knob(
         (),
-        "other bits of some matrices: part or glob of a name, colon, bits; the first that fits counts",
-        QUANT,
+        "other bits for some matrices, as name:bits; name is a substring or glob, the first match counts",
     )
-    embed_bits: int = knob(7, "bits of the embedding", QUANT, ge=2, le=8)
-    embed_topk: int = knob(4025, "frequent tokens", QUANT, ge=1, when="EMBED_QUANT=gptq_freqsplit")
-    embed_top_bits: int = knob(8, "bits of their rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
-    embed_tail_bits: int = knob(7, "bits of the other rows", QUANT, ge=2, le=8, when="EMBED_QUANT=gptq_freqsplit")
+    embed_bits: int = knob(7, "bits of the embedding", ">= 2, <= 8")
+    embed_topk: int = knob(4025, "number of frequent tokens", ">= 1", "EMBED_QUANT=gptq_freqsplit")
+    embed_top_bits: int = knob(8, "bits of their rows", ">= 2, <= 8", "EMBED_QUANT=gptq_freqsplit")
+    embed_tail_bits: int = knob(7, "bits of the other rows", ">= 2, <= 8", "EMBED_QUANT=gptq_freqsplit")
     embed_freq_tokens: int = knob(
         100_000_000,
-        "first training tokens that are counted; 0: all",
-        QUANT,
-        ge=0,
-        when="EMBED_QUANT=gptq_freqsplit",
+        "training tokens, from the first, over which frequencies are counted; 0: all",
+        ">= 0",
+        "EMBED_QUANT=gptq_freqsplit",
     )
     rotate: str = knob(
         "none",
         "hadamard_vo: rotate each head's values before quantisation, and its output weights back",
-        QUANT,
-        choices=("none", "hadamard_vo"),
+        "none|hadamard_vo",
     )
-    attn_clip_sigmas: float = knob(13.0, "clip of q, k, v, o rows, in standard deviations", QUANT, gt=0)
-    mlp_clip_sigmas: float = knob(11.5, "clip of up, down rows, in standard deviations", QUANT, gt=0)
-    embed_clip_sigmas: float = knob(14.0, "clip of embedding rows, in standard deviations", QUANT, gt=0)
+    attn_clip_sigmas: float = knob(13.0, "clip of q, k, v, o rows, in standard deviations", "> 0")
+    mlp_clip_sigmas: float = knob(11.5, "clip of up, down rows, in standard deviations", "> 0")
+    embed_clip_sigmas: float = knob(14.0, "clip of embedding rows, in standard deviations", "> 0")
     clip_quantile: float = knob(
         0.9999984,
-        "quantile of a row's magnitudes that is its clip",
-        QUANT,
-        gt=0,
-        le=1,
-        when="EMBED_QUANT=row_quantile",
+        "clip of a row: this quantile of its magnitudes",
+        "> 0, <= 1",
+        "EMBED_QUANT=row_quantile",
     )
     clip_floor: float = knob(
         0.0,
-        "least clip of a row; 1 as published: rows of small weights share a step",
-        QUANT,
-        ge=0,
-        when="MATRIX_QUANT=gptq_lite|row_quantile",
+        "smallest clip of a row; 1, as published, makes rows of small weights share a scale",
+        ">= 0",
+        "MATRIX_QUANT=gptq_lite|row_quantile",
     )
     clip_search_rows: bool = knob(
         True,
-        "each row has its own best quantile; off: one for a matrix, as published",
-        QUANT,
-        when="MATRIX_QUANT=gptq_lite",
+        "search the best quantile per row; off, as published: one per matrix",
+        "",
+        "MATRIX_QUANT=gptq_lite",
     )
     scale_step: float = knob(
         0.0,
-        "row steps are stored as whole multiples of this in log2, such as 0.02; 0: as float16",
-        QUANT,
-        ge=0,
-        le=1,
+        "store row scales as multiples of this in log2, e.g. 0.02; 0: as float16",
+        ">= 0, <= 1",
     )
-    gptq_calibration_batches: int = knob(16, "calibration batches over all ranks", QUANT, gt=0)
-    gptq_damp: float = knob(0.01, "damping, over the mean of the Hessian's diagonal", QUANT, gt=0)
-    gptq_blocksize: int = knob(128, "columns per lazy update", QUANT, gt=0)
-    tcq_states: int = knob(
-        8,
-        "states of the trellis: 4, 8, 16, 32 or 64",
-        QUANT,
-        ge=4,
-        le=64,
-        when="MATRIX_QUANT=gptq_tcq",
-    )
-    tcq_chunk_rows: int = knob(
-        1024,
-        "rows between starts of the trellis",
-        QUANT,
-        ge=16,
-        le=2048,
-        when="MATRIX_QUANT=gptq_tcq",
-    )
-    tcq_column_beta: float = knob(
-        0.0,
-        "the step of a column goes with its entry of GPTQ's Cholesky diagonal to this "
-        "power; gains by Hessian-weighted error, but lost val_bpb where it was tried: for study",
-        QUANT,
-        ge=0,
-        le=1,
-        when="MATRIX_QUANT=gptq_tcq",
-    )
-    gated_attn_quant_gate: bool = knob(False, "attention gates as int8 with a step per row; off: fp16", QUANT)
-    repair: str = knob(
-        "none",
-        "lqer: low-rank correction of the worst tensors",
-        QUANT,
-        choices=("none", "lqer"),
-    )
-    lqer_rank: int = knob(4, "rank of the correction", QUANT, ge=1, when="REPAIR=lqer")
-    lqer_top_k: int = knob(3, "tensors corrected, by Frobenius norm of the error", QUANT, ge=1, when="REPAIR=lqer")
+    gptq_calibration_batches: int = knob(16, "calibration batches, over all ranks", "> 0")
+    gptq_damp: float = knob(0.01, "damping / mean of the Hessian's diagonal", "> 0")
+    gptq_blocksize: int = knob(128, "columns per lazy update", "> 0")
+    tcq_states: int = knob(8, "trellis states: 4, 8, 16, 32 or 64", ">= 4, <= 64", "MATRIX_QUANT=gptq_tcq")
+    tcq_chunk_rows: int = knob(1024, "rows per trellis path", ">= 16, <= 2048", "MATRIX_QUANT=gptq_tcq")
+    gated_attn_quant_gate: bool = knob(False, "store attention gates as int8 with a scale per row; off: fp16")
+    repair: str = knob("none", "lqer: low-rank correction of the tensors with the largest error", "none|lqer")
+    lqer_rank: int = knob(4, "rank of the correction", ">= 1", "REPAIR=lqer")
+    lqer_top_k: int = knob(3, "number of corrected tensors, by Frobenius norm of the error", ">= 1", "REPAIR=lqer")
     lqer_asym_enabled: bool = knob(
         True,
-        "factors of 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each",
-        QUANT,
-        when="REPAIR=lqer",
+        "factors in 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each",
+        "",
+        "REPAIR=lqer",
     )
-    lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", QUANT, gt=0, when="LQER_ASYM_ENABLED=1")
-    lqer_factor_bits: int = knob(4, "bits of symmetric factors", QUANT, ge=2, le=8, when="LQER_ASYM_ENABLED=0")
-    awq_lite_enabled: bool = knob(False, "GPTQ with more bits for the most salient column groups", QUANT)
-    awq_lite_bits: int = knob(8, "bits of those columns", QUANT, ge=3, le=8, when="AWQ_LITE_ENABLED=1")
-    awq_lite_group_top_k: int = knob(1, "groups, over all tensors", QUANT, ge=1, when="AWQ_LITE_ENABLED=1")
-    awq_lite_group_size: int = knob(64, "columns of a group", QUANT, gt=0, when="AWQ_LITE_ENABLED=1")
-    quant_report: bool = knob(False, "log what AWQ-lite and a clip search would cost and gain", QUANT)
+    lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", "> 0", "LQER_ASYM_ENABLED=1")
+    lqer_factor_bits: int = knob(4, "bits of symmetric factors", ">= 2, <= 8", "LQER_ASYM_ENABLED=0")
+    awq_lite_enabled: bool = knob(False, "GPTQ with more bits for the most salient column groups")
+    awq_lite_bits: int = knob(8, "bits of those columns", ">= 3, <= 8", "AWQ_LITE_ENABLED=1")
+    awq_lite_group_top_k: int = knob(1, "number of groups, over all tensors", ">= 1", "AWQ_LITE_ENABLED=1")
+    awq_lite_group_size: int = knob(64, "columns per group", "> 0", "AWQ_LITE_ENABLED=1")
     compressor: str = knob(
         "brotli",
-        "layout and entropy coder of the artifact; pergroup needs the program lrzip; "
-        "lzma6: preset 6, as published; rans: adaptive coder of this program, made for integer matrices",
-        QUANT,
-        choices=("brotli", "lzma", "pergroup", "lzma6", "rans"),
+        "layout and entropy coder of the artifact; pergroup: lrzip per group of roles; lzma6: preset 6, as "
+        "published; rans: the built-in adaptive coder for integer matrices",
+        "brotli|lzma|pergroup|lzma6|rans",
     )
 
-    eval: str = knob(
-        "doc_lora",
-        "how the final score is made",
-        EVALUATION,
-        choices=("plain", "sliding", "chunk_sgd", "slot", "doc_lora", "phased_lora"),
-    )
-    val_batch_tokens: int = knob(524_288, "tokens of an evaluation batch, over BATCH_SLICES", EVALUATION, gt=0)
-    eval_seq_len: int = knob(
-        2048,
-        "longest context; the validation stream is cut to a multiple of it",
-        EVALUATION,
-        gt=1,
-    )
-    eval_stride: int = knob(64, "tokens scored per window", EVALUATION, gt=0, when="EVAL=sliding|chunk_sgd|slot")
-    eval_include_tail: bool = knob(False, "score the last partial window too (not the canonical count)", EVALUATION)
+    eval: str = knob("doc_lora", "how the final score is computed", "plain|sliding|chunk_sgd|slot|doc_lora|phased_lora")
+    val_batch_tokens: int = knob(524_288, "tokens per evaluation batch, split into BATCH_SLICES forwards", "> 0")
+    eval_seq_len: int = knob(2048, "longest context; the validation stream is cut to a multiple of it", "> 1")
+    eval_stride: int = knob(64, "tokens scored per window", "> 0", "EVAL=sliding|chunk_sgd|slot")
+    eval_include_tail: bool = knob(False, "also score the last partial window (not the canonical token count)")
     allow_noncausal: bool = knob(
         False,
-        "let a score be fitted on the targets that it scores; the result then says legal: false",
-        EVALUATION,
+        "allow a score fitted on the targets it scores; the result then says legal: false",
     )
 
-    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
-    ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
-    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", TTT, ge=0, when="EVAL=doc_lora|phased_lora")
-    ttt_chunk_size: int = knob(48, "tokens scored, then learnt, at a time", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
-    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", TTT, gt=1, when="EVAL=doc_lora|phased_lora")
-    ttt_batch_size: int = knob(64, "documents adapted side by side", TTT, gt=0, when="EVAL=doc_lora|phased_lora")
-    ttt_grad_steps: int = knob(1, "updates per chunk", TTT, ge=1, when="EVAL=doc_lora|phased_lora")
-    ttt_weight_decay: float = knob(
-        0.5,
-        "decoupled weight decay of the adapters",
-        TTT,
-        ge=0,
-        when="EVAL=doc_lora|phased_lora",
-    )
-    ttt_beta1: float = knob(0.0, "AdamW beta1", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
-    ttt_beta2: float = knob(0.99, "AdamW beta2", TTT, ge=0, le=1, when="EVAL=doc_lora|phased_lora")
-    ttt_k_lora: bool = knob(True, "adapters on keys", TTT, when="EVAL=doc_lora|phased_lora")
-    ttt_o_lora: bool = knob(True, "adapters across the attention sublayer", TTT, when="EVAL=doc_lora|phased_lora")
-    ttt_mlp_lora: bool = knob(True, "adapters across the MLP sublayer", TTT, when="EVAL=doc_lora|phased_lora")
+    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1", "EVAL=doc_lora|phased_lora")
+    ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", "> 0", "EVAL=doc_lora|phased_lora")
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", ">= 0", "EVAL=doc_lora|phased_lora")
+    ttt_chunk_size: int = knob(48, "tokens scored, then learnt, at a time", "> 0", "EVAL=doc_lora|phased_lora")
+    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", "> 1", "EVAL=doc_lora|phased_lora")
+    ttt_batch_size: int = knob(64, "documents adapted side by side", "> 0", "EVAL=doc_lora|phased_lora")
+    ttt_grad_steps: int = knob(1, "updates per chunk", ">= 1", "EVAL=doc_lora|phased_lora")
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", ">= 0", "EVAL=doc_lora|phased_lora")
+    ttt_beta1: float = knob(0.0, "AdamW beta1", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
+    ttt_beta2: float = knob(0.99, "AdamW beta2", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
+    ttt_k_lora: bool = knob(True, "adapters on keys", "", "EVAL=doc_lora|phased_lora")
+    ttt_o_lora: bool = knob(True, "adapters across the attention sublayer", "", "EVAL=doc_lora|phased_lora")
+    ttt_mlp_lora: bool = knob(True, "adapters across the MLP sublayer", "", "EVAL=doc_lora|phased_lora")
     ttt_warm_start_a: bool = knob(
         False,
         "keep each batch slot's A from its document before (the score then depends on the ranks)",
-        TTT,
-        when="EVAL=doc_lora|phased_lora",
+        "",
+        "EVAL=doc_lora|phased_lora",
     )
-    ttt_order_audit: bool = knob(False, "write every batch's documents to the log file", TTT)
+    ttt_order_audit: bool = knob(False, "write every batch's documents to the log file")
     ttt_context: str = knob(
         "recompute",
-        "how a chunk sees its document; recompute: the whole window runs again, with "
-        "gradient, as published; carry: only the chunk runs, over keys and values kept since earlier chunks ran (with "
-        "TTT_LORA_LR=0: plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in "
-        "reach)",
-        TTT,
-        choices=("recompute", "carry"),
-        when="EVAL=doc_lora|phased_lora",
+        "how a chunk sees its document; recompute: the whole window runs again, with gradient, as published; "
+        "carry: only the chunk runs, over keys and values kept since earlier chunks ran (with TTT_LORA_LR=0: "
+        "plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in reach)",
+        "recompute|carry",
+        "EVAL=doc_lora|phased_lora",
     )
     ttt_carry_recompute: int = knob(
         0,
         "tokens before a chunk, whole chunks of them, that run again with gradient",
-        TTT,
-        ge=0,
-        when=CARRY,
+        ">= 0",
+        "TTT_CONTEXT=carry",
     )
     ttt_carry_refresh: int = knob(
         0,
         "chunks after which what is kept is made anew, without gradient; 0: never",
-        TTT,
-        ge=0,
-        when=CARRY,
+        ">= 0",
+        "TTT_CONTEXT=carry",
     )
     phased_ttt_prefix_docs: int = knob(
         2000,
         "scored documents by which the last global update is made",
-        TTT,
-        ge=0,
-        when="EVAL=phased_lora",
+        ">= 0",
+        "EVAL=phased_lora",
     )
-    phased_ttt_num_phases: int = knob(3, "global updates", TTT, ge=1, when="EVAL=phased_lora")
-    global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", TTT, ge=0, when="EVAL=phased_lora")
-    global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", TTT, ge=0, le=1, when="EVAL=phased_lora")
-    global_ttt_epochs: int = knob(1, "passes over the scored documents", TTT, ge=1, when="EVAL=phased_lora")
-    global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", TTT, gt=0, when="EVAL=phased_lora")
-    global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", TTT, ge=0, when="EVAL=phased_lora")
-    ttt_chunk_tokens: int = knob(
-        32_768, "targets scored, then learnt, at a time", TTT, gt=0, when="EVAL=chunk_sgd|slot"
-    )
-    ttt_epochs: int = knob(3, "passes of SGD over a chunk", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    phased_ttt_num_phases: int = knob(3, "global updates", ">= 1", "EVAL=phased_lora")
+    global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", ">= 0", "EVAL=phased_lora")
+    global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", ">= 0, <= 1", "EVAL=phased_lora")
+    global_ttt_epochs: int = knob(1, "passes over the scored documents", ">= 1", "EVAL=phased_lora")
+    global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", "> 0", "EVAL=phased_lora")
+    global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", ">= 0", "EVAL=phased_lora")
+    ttt_chunk_tokens: int = knob(32_768, "targets scored, then learnt, at a time", "> 0", "EVAL=chunk_sgd|slot")
+    ttt_epochs: int = knob(3, "passes of SGD over a chunk", ">= 0", "EVAL=chunk_sgd|slot")
     ttt_batch_seqs: int = knob(
         0,
         "sequences of an SGD step, over all ranks; 0: the whole chunk",
-        TTT,
-        ge=0,
-        when="EVAL=chunk_sgd|slot",
+        ">= 0",
+        "EVAL=chunk_sgd|slot",
     )
-    ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", ">= 0", "EVAL=chunk_sgd|slot")
     ttt_momentum: float = knob(
         0.9,
         "momentum of chunk SGD, kept from chunk to chunk",
-        TTT,
-        ge=0,
-        le=1,
-        when="EVAL=chunk_sgd|slot",
+        ">= 0, <= 1",
+        "EVAL=chunk_sgd|slot",
     )
-    ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", TTT, ge=0, when="EVAL=chunk_sgd|slot")
+    ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", ">= 0", "EVAL=chunk_sgd|slot")
     ttt_trainable: tuple[str, ...] = knob(
         ("all",),
         "weights that chunk SGD trains: all, scalar (gains, gates, scales), or globs or parts of names, such as mlp",
-        TTT,
-        when="EVAL=chunk_sgd|slot",
+        "",
+        "EVAL=chunk_sgd|slot",
     )
     gdn_ttt_lr_mult: float = knob(
         1.0,
         "factor on TTT_LR for A_log, dt_bias, ba and taps of delta layers",
-        TTT,
-        ge=0,
-        when="EVAL=chunk_sgd|slot",
+        ">= 0",
+        "EVAL=chunk_sgd|slot",
     )
-    slot_lr: float = knob(
-        0.003,
-        "learning rate of the fitted shift of the hidden state",
-        TTT,
-        ge=0,
-        when="EVAL=slot",
-    )
-    slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", TTT, ge=1, when="EVAL=slot")
+    slot_lr: float = knob(0.003, "learning rate of the fitted shift of the hidden state", ">= 0", "EVAL=slot")
+    slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", ">= 1", "EVAL=slot")
     slot_causal: bool = knob(
         True,
         "fit on targets before the batch's first scored one; off: on those that it scores, as published (not legal)",
-        TTT,
-        when="EVAL=slot",
+        "",
+        "EVAL=slot",
     )
 
     def problems(self) -> list[str]:
@@ -684,22 +526,22 @@ class Config:
         return [message.format(c=self) for predicate, message in ILLEGAL if predicate(self)]
 
 
-# where a run happens, not what it is: not written to record.env
+# Where and how a run happens, not what it is: these knobs are never written to record.env.
 LOCAL_KNOBS = (
-    "run_id",
-    "artifact_dir",
-    "stages",
-    "model_path",
-    "device",
-    "attention",
-    "fused_ce_enabled",
-    "fused_mlp_enabled",
-    "fused_gdn_enabled",
-    "compute_dtype",
-    "compile",
-    "data_path",
-    "tokenizer_path",
+    *("run_id", "artifact_dir", "stages", "model_path", "device", "attention", "fused_ce_enabled"),
+    *("fused_mlp_enabled", "fused_gdn_enabled", "compute_dtype", "compile", "data_path", "tokenizer_path"),
 )
+
+GROUPS = {  # first knob -> the title that --help prints above it
+    "run_id": "run",
+    "data_path": "data",
+    "num_layers": "model",
+    "matrix_lr": "optimisers",
+    "iterations": "training schedule",
+    "matrix_quant": "quantisation and artifact",
+    "eval": "evaluation",
+    "ttt_lora_rank": "test-time training",
+}
 
 ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
@@ -716,11 +558,11 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.num_loops > 0 and not c.loop_start <= c.loop_end < c.num_layers,
-        "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be a range of layers below NUM_LAYERS={c.num_layers}",
+        "LOOP_START={c.loop_start}..LOOP_END={c.loop_end} must be layers below NUM_LAYERS={c.num_layers}",
     ),
     (
         lambda c: len(mixer_letters(c)) != c.num_layers,
-        "MIXERS={c.mixers!r} does not give NUM_LAYERS={c.num_layers} layers a mixer each, A or G, such as G*2 A*8 G",
+        "MIXERS={c.mixers!r} must name a mixer, A or G, for each of NUM_LAYERS={c.num_layers} layers, e.g. G*2 A*8 G",
     ),
     (
         lambda c: c.gdn_v_heads % c.gdn_qk_heads != 0,
@@ -728,28 +570,25 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.gate_window > c.model_dim,
-        "GATE_WINDOW={c.gate_window} is over MODEL_DIM={c.model_dim}",
+        "GATE_WINDOW={c.gate_window} must be at most MODEL_DIM={c.model_dim}",
     ),
     (
         lambda c: (
             "value_embed" in c.attn_extras
             and not {*c.ve_layers} <= {i for i, letter in enumerate(mixer_letters(c)) if letter == "A"}
         ),
-        "VE_LAYERS={c.ve_layers} must be layers below NUM_LAYERS={c.num_layers}, and have attention",
+        "VE_LAYERS={c.ve_layers} must be attention layers below NUM_LAYERS={c.num_layers}",
     ),
     (
         lambda c: c.rope_reference_len > 0 and c.rope_dims == 2,
-        "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS over 2: one frequency cannot be stretched",
+        "ROPE_REFERENCE_LEN={c.rope_reference_len} needs ROPE_DIMS above 2: a single frequency cannot be stretched",
     ),
     (
         lambda c: c.train_batch_tokens % c.batch_slices != 0,
         "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}",
     ),
     (
-        lambda c: (
-            c.train_batch_tokens // c.batch_slices < c.train_seq_len
-            or (c.train_batch_tokens // c.batch_slices) % c.train_seq_len != 0
-        ),
+        lambda c: c.train_batch_tokens // c.batch_slices % c.train_seq_len != 0,
         "TRAIN_BATCH_TOKENS/BATCH_SLICES must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
     ),
     (
@@ -758,11 +597,11 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.eval_stride > c.eval_seq_len,
-        "EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}",
+        "EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}",
     ),
     (
         lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
-        "TTT_CHUNK_SIZE={c.ttt_chunk_size} is over TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+        "TTT_CHUNK_SIZE={c.ttt_chunk_size} must be at most TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
     ),
     (
         lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
@@ -774,7 +613,7 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.awq_lite_enabled and c.awq_lite_bits <= min(c.matrix_bits, c.embed_bits),
-        "AWQ_LITE_BITS={c.awq_lite_bits} must be over MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
+        "AWQ_LITE_BITS={c.awq_lite_bits} must be above MATRIX_BITS={c.matrix_bits} or EMBED_BITS={c.embed_bits}",
     ),
     (
         lambda c: 0 < c.scale_step < 0.005,
@@ -782,20 +621,19 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: not c.stages or c.stages != ("train", "quantize", "eval")[3 - len(c.stages) :],
-        "STAGES must be a suffix of train,quantize,eval: train,quantize,eval or quantize,eval or eval",
+        "STAGES must be train,quantize,eval or quantize,eval or eval",
     ),
     (
         lambda c: c.eval == "slot" and not c.slot_causal and not c.allow_noncausal,
-        "SLOT_CAUSAL=0 fits on the targets that it scores, which the contest forbids; for study only, say "
-        "ALLOW_NONCAUSAL=1",
+        "SLOT_CAUSAL=0 fits on the targets it scores, which the contest forbids; to study it, say ALLOW_NONCAUSAL=1",
     ),
     (
         lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
-        "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} is under EVAL_SEQ_LEN={c.eval_seq_len}: no sequence fits to learn from",
+        "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} must be at least EVAL_SEQ_LEN={c.eval_seq_len}, one training sequence",
     ),
     (
         lambda c: any(not re.fullmatch(r"[^:]+:\s*[2-8]", item) for item in c.matrix_bits_overrides),
-        "MATRIX_BITS_OVERRIDES={c.matrix_bits_overrides} must be parts of names with 2 to 8 bits, as attn.o.weight:7",
+        "MATRIX_BITS_OVERRIDES={c.matrix_bits_overrides} must be name:bits with 2 to 8 bits, e.g. attn.o.weight:7",
     ),
     (
         lambda c: c.rotate == "hadamard_vo" and (c.model_dim // c.num_heads).bit_count() != 1,
@@ -803,51 +641,51 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     ),
     (
         lambda c: c.rotate == "hadamard_vo" and "value_embed" in c.attn_extras,
-        "ROTATE=hadamard_vo would not turn what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
+        "ROTATE=hadamard_vo cannot rotate what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
     ),
     (
         lambda c: c.ttt_context == "carry" and not 8 <= c.ttt_chunk_size <= c.ttt_eval_seq_len // 2,
-        "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} from 8 (embeddings look back, as far as the chunk "
-        "before) to half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+        "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} between 8 (embeddings look back into the previous "
+        "chunk) and half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
     ),
     (
         lambda c: c.ttt_context == "carry" and c.ttt_warm_start_a,
-        "TTT_CONTEXT=carry gives a row to the next document as soon as one ends, each from its own A: set "
-        "TTT_WARM_START_A=0",
+        "TTT_CONTEXT=carry starts each document from an A of its own, as soon as a row is free; set TTT_WARM_START_A=0",
     ),
     (
         lambda c: c.ttt_context == "carry" and "G" in mixer_letters(c),
-        "TTT_CONTEXT=carry keeps keys and values; a gated delta net has a state in their place, which is not kept: say "
-        "TTT_CONTEXT=recompute, or MIXERS without G",
+        "TTT_CONTEXT=carry keeps keys and values, not the state of a gated delta net; say TTT_CONTEXT=recompute, or "
+        "MIXERS without G",
     ),
     (
         lambda c: c.ttt_context == "carry" and ("sink" in c.attn_extras or c.rope_dtype != "fp32"),
-        "TTT_CONTEXT=carry counts positions on beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
-        "depend on more than distances, have learnt nothing: say TTT_CONTEXT=recompute",
+        "TTT_CONTEXT=carry goes on to positions beyond the window, where ATTN_EXTRAS=sink and ROPE_DTYPE=bf16, which "
+        "depend on more than distances, were never trained; say TTT_CONTEXT=recompute",
     ),
     (
         lambda c: c.tcq_states not in TCQ_CODES,
-        "TCQ_STATES={c.tcq_states} is none of 4, 8, 16, 32, 64",
+        "TCQ_STATES={c.tcq_states} must be 4, 8, 16, 32 or 64",
     ),
     (
         lambda c: (
             ("gptq_tcq", 8) in ((c.matrix_quant, c.matrix_bits), (c.embed_quant, c.embed_bits))
             or (c.matrix_quant == "gptq_tcq" and any(item.endswith("8") for item in c.matrix_bits_overrides))
         ),
-        "gptq_tcq stores points of a grid twice as fine in 8 bits; MATRIX_BITS and EMBED_BITS may be at most 7 with it",
+        "gptq_tcq stores points of a grid twice as fine in 8 bits; with it, MATRIX_BITS and EMBED_BITS are at most 7",
     ),
     (
         lambda c: "gptq_tcq" in (c.matrix_quant, c.embed_quant) and c.compressor != "rans",
-        "COMPRESSOR={c.compressor} does not know the trellis and would spend a bit more per weight; with gptq_tcq say "
+        "COMPRESSOR={c.compressor} spends one more bit per weight on gptq_tcq, as it does not know the trellis; say "
         "COMPRESSOR=rans",
     ),
     (
         lambda c: not c.ttt_trainable,
-        "TTT_TRAINABLE is empty; to train nothing at test time say TTT_EPOCHS=0",
+        "TTT_TRAINABLE is empty; to train nothing at test time, say TTT_EPOCHS=0",
     ),
 )
 
 RENAMED = {  # names that became values of an axis, or that the published scripts read without effect
+    "BASE": "PRESET (BASE is the first line of a preset)",
     "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
     "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
     "ATTN_OUT_GATE_ENABLED": "ATTN_GATE=out",
@@ -887,24 +725,23 @@ def mixer_letters(cfg: Config) -> str:
     return "".join(letter * int(count or 1) for letter, count in re.findall(r"([AG])(?:\*(\d+))?", cfg.mixers))
 
 
+COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
+
+
 def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
-    """What is wrong with one value against its knob's bounds and choices."""
-    m, name, found = field.metadata, field.name.upper(), []
-    for item in value if isinstance(value, tuple) else (value,):
-        if m["choices"] and item not in m["choices"]:
-            found.append(f"{name}={item!r} is not one of {', '.join(m['choices'])}")
+    """What is wrong with one value by itself: not finite, repeated, or not what its knob allows."""
+    allowed, text = field.metadata["allowed"], f"{field.name.upper()}={format_knob(value)}"
     if isinstance(value, float) and not math.isfinite(value):
-        return [f"{name}={value} is not a finite number"]
-    for sign, limit, bad in (
-        ("at least", m["ge"], lambda v, b: v < b),
-        ("over", m["gt"], lambda v, b: v <= b),
-        ("at most", m["le"], lambda v, b: v > b),
-    ):
-        if limit is not None and bad(value, limit):
-            found.append(f"{name}={value} must be {sign} {limit:g}")
-    if isinstance(value, tuple) and len(set(value)) != len(value):
-        found.append(f"{name}={format_knob(value)} names a value twice")
-    return found
+        return [f"{text} must be a finite number"]
+    items = value if isinstance(value, tuple) else (value,)
+    if len(set(items)) < len(items):
+        return [f"{text} lists a value twice"]
+    if "|" in allowed:
+        good = set(items) <= set(allowed.split("|"))
+    else:
+        limits = [(COMPARE[sign], float(limit)) for sign, limit in re.findall(r"([<>]=?) ([\d.]+)", allowed)]
+        good = all(compare(value, limit) for compare, limit in limits)
+    return [] if good else [f"{text} must be {allowed}"]
 
 
 def parse_knob(field: dataclasses.Field, text: str) -> Any:
@@ -929,15 +766,9 @@ def format_knob(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
 
 
-def read_preset(folder: str) -> dict[str, str]:
-    """KEY -> VALUE of <folder>/record.env; lines are KEY=VALUE with an optional '# reason' after two spaces."""
-    path = Path(folder) / "record.env"
-    if not path.is_file():
-        known = sorted(str(p.parent) for p in Path("records").glob("**/record.env") if p.parent.name != "run")
-        raise UserError(
-            f"PRESET={folder}: no record.env there; known presets: {', '.join(known) or 'none below records/'}"
-        )
-    values = {}
+def parse_preset(path: Path) -> dict[str, str]:
+    """KEY -> VALUE of a record.env: lines KEY=VALUE, each with an optional comment after a space."""
+    values: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         text = re.split(r"\s#|^#", line, maxsplit=1)[0].strip()
         if not text:
@@ -947,15 +778,48 @@ def read_preset(folder: str) -> dict[str, str]:
             raise UserError(f"{path}:{number}: expected KEY=VALUE, got {line!r}")
         if key in values:
             raise UserError(f"{path}:{number}: {key} is set twice")
+        if key == "BASE" and values:
+            raise UserError(f"{path}:{number}: BASE={value.strip()} must be the first line")
         values[key] = value.strip()
     return values
+
+
+def preset_layers(folder: str) -> dict[str, dict[str, str]]:
+    """Folder -> its own KEY -> VALUE: the preset's BASE, if its record.env names one, then the preset.
+
+    BASE names a folder from the repository root: the nearest folder above the preset, or else the working directory,
+    under which it exists.
+    """
+    path = Path(folder) / "record.env"
+    if not path.is_file():
+        known = sorted(str(p.parent) for p in Path("records").glob("**/record.env") if p.parent.name != "run")
+        raise UserError(
+            f"PRESET={folder}: no record.env there; known presets: {', '.join(known) or 'none in records/'}"
+        )
+    own = parse_preset(path)
+    base = own.pop("BASE", None)
+    if base is None:
+        return {folder: own}
+    places = (root / base / "record.env" for root in (*path.resolve().parents, Path()))
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(f"{path}: BASE={base}: no record.env there; name a folder from the repository root")
+    inherited = parse_preset(found)
+    if "BASE" in inherited:
+        raise UserError(f"{path}: BASE={base} has a BASE itself; only one level is allowed, so list what differs here")
+    return {base: inherited, folder: own}
+
+
+def read_preset(folder: str) -> dict[str, str]:
+    """KEY -> VALUE of a preset, over the values of its BASE."""
+    return {key: value for layer in preset_layers(folder).values() for key, value in layer.items()}
 
 
 def name_problems(names: Iterable[str], knobs: Mapping[str, dataclasses.Field], strict: bool) -> list[str]:
     """Unknown, misspelt or renamed knob names; strict: every unknown name is wrong, not only a near miss."""
     found = []
     for name in names:
-        if name in knobs or (name == "PRESET" and not strict):  # a preset that names another would be ignored
+        if name in knobs or (name == "PRESET" and not strict):  # PRESET inside a preset would be ignored
             continue
         close = difflib.get_close_matches(name, knobs, n=1, cutoff=0.6 if strict else 0.9)
         if name in RENAMED:
@@ -968,20 +832,21 @@ def name_problems(names: Iterable[str], knobs: Mapping[str, dataclasses.Field], 
 
 
 def resolve(environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
-    """Config from default < preset < environment, and where each non-default value came from.
+    """Config from default < base < preset < environment, and where each non-default value came from.
 
     Raises UserError with every problem found, one a line.
     """
     knobs = {f.name.upper(): f for f in dataclasses.fields(Config)}
-    preset = read_preset(environ["PRESET"]) if environ.get("PRESET") else {}
-    problems = name_problems(preset, knobs, strict=True) + name_problems(environ, knobs, strict=False)
+    layers = preset_layers(environ["PRESET"]) if environ.get("PRESET") else {}
+    problems = [problem for layer in layers.values() for problem in name_problems(layer, knobs, strict=True)]
+    problems += name_problems(environ, knobs, strict=False)
     values, origin = {}, {}
-    for source, table in ((environ.get("PRESET", ""), preset), ("environment", environ)):
-        for name in sorted(knobs.keys() & table.keys()):
+    for source, layer in (*layers.items(), ("environment", environ)):
+        for name in sorted(knobs.keys() & layer.keys()):
             try:
-                value = parse_knob(knobs[name], table[name])
+                value = parse_knob(knobs[name], layer[name])
             except ValueError as error:
-                problems.append(f"{name}={table[name]!r} ({source}): {error}")
+                problems.append(f"{name}={layer[name]!r} ({source}): {error}")
                 continue
             values[knobs[name].name], origin[name] = value, source
     cfg = Config(**values)
@@ -1004,20 +869,13 @@ def record_env(cfg: Config) -> str:
 
 def help_text() -> str:
     """The knobs by group, for --help."""
-    lines, group = [__doc__.split("\nSections:")[0].strip()], ""
+    lines = [__doc__.split("\nSections:")[0].strip()]
     for f in dataclasses.fields(Config):
-        m = f.metadata
-        if m["group"] != group:
-            group = m["group"]
-            lines.append(f"\n{group}")
-        bounds = [f"{sign} {m[key]:g}" for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<=")) if m[key] is not None]
-        notes = "; ".join(
-            filter(
-                None,
-                ["|".join(m["choices"]), " ".join(bounds), m["when"] and "when " + m["when"]],
-            )
-        )
-        lines.append(f"  {f.name.upper()}={format_knob(f.default)}\n      {m['doc']}{f' [{notes}]' if notes else ''}")
+        allowed, when = f.metadata["allowed"], f.metadata["when"]
+        notes = "; ".join(filter(None, (allowed, when and f"when {when}")))
+        lines += [f"\n{GROUPS[f.name]}"] if f.name in GROUPS else []
+        lines.append(f"  {f.name.upper()}={format_knob(f.default)}")
+        lines.append(f"      {f.metadata['doc']}{notes and f' [{notes}]'}")
     return "\n".join(lines)
 
 
@@ -1191,6 +1049,17 @@ def atomic_save(path: Path, value: Any) -> None:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     atomic_write(path, buffer.getvalue())
+
+
+def load_saved(path: Path) -> Any:
+    """What atomic_save wrote, on the CPU; UserError when it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run the stage before (STAGES=train,quantize,eval)")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"{path} is damaged ({reason}); run the stage before again") from None
 
 
 def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Callable:
@@ -1979,56 +1848,43 @@ def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 @kernel
 def leaky_square_kernel(
-    m: tl.tensor_descriptor,
-    up: tl.tensor_descriptor,
+    x: tl.tensor_descriptor,
+    w: tl.tensor_descriptor,
     pre: tl.tensor_descriptor,
-    post: tl.tensor_descriptor,
+    out: tl.tensor_descriptor,
     SLOPE: tl.constexpr,
+    BACK: tl.constexpr,
 ) -> None:
-    """pre = m up^T and post = LeakyReLU(pre, SLOPE)^2 of the rounded pre.
+    """Forward: pre = x w^T and out = f(pre), f = LeakyReLU(., SLOPE)^2, of the rounded pre. Back: out = (x w) f'(pre).
 
-    The descriptors' blocks set the tile: m (rows, depth), up (columns, depth), pre and post (rows, columns / 2).
+    The descriptors' blocks set the tile: x (rows, depth), w (columns, depth), or back (depth, columns), pre and out
+    (rows, columns / 2).
     """
-    R: tl.constexpr = m.block_shape[0]
-    K: tl.constexpr = m.block_shape[1]
-    C: tl.constexpr = up.block_shape[0]
-    across = tl.cdiv(up.shape[0], C)
+    R: tl.constexpr = x.block_shape[0]
+    K: tl.constexpr = x.block_shape[1]
+    HALF: tl.constexpr = pre.block_shape[1]
+    across = tl.cdiv(pre.shape[1], 2 * HALF)
     # persistent programs: each takes every num_programs-th tile, row by row
-    for tile in tl.range(tl.program_id(0), tl.cdiv(m.shape[0], R) * across, tl.num_programs(0)):
-        row, column = tile // across * R, tile % across * C
-        total = tl.zeros((R, C), tl.float32)
-        for k in tl.range(0, m.shape[1], K):
-            total = tl.dot(m.load([row, k]), up.load([column, k]).T, total)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(x.shape[0], R) * across, tl.num_programs(0)):
+        row, column = tile // across * R, tile % across * (2 * HALF)
+        total = tl.zeros((R, 2 * HALF), tl.float32)
+        for k in tl.range(0, x.shape[1], K):
+            if BACK:
+                total = tl.dot(x.load([row, k]), w.load([k, column]), total)
+            else:
+                total = tl.dot(x.load([row, k]), w.load([column, k]).T, total)
         for half in tl.static_range(2):
-            z = halves(total)[half].to(pre.dtype)
-            pre.store([row, column + half * (C // 2)], z)
-            a = z.to(tl.float32)
-            a = tl.where(a > 0, a, SLOPE * a)
-            post.store([row, column + half * (C // 2)], (a * a).to(post.dtype))
-
-
-@kernel
-def leaky_square_back_kernel(
-    g: tl.tensor_descriptor,
-    down: tl.tensor_descriptor,
-    pre: tl.tensor_descriptor,
-    dpre: tl.tensor_descriptor,
-    SLOPE: tl.constexpr,
-) -> None:
-    """dpre = (g down) d(LeakyReLU(pre, SLOPE)^2)/dpre; tiles as in leaky_square_kernel, down (depth, columns)."""
-    R: tl.constexpr = g.block_shape[0]
-    K: tl.constexpr = g.block_shape[1]
-    C: tl.constexpr = down.block_shape[1]
-    across = tl.cdiv(down.shape[1], C)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(g.shape[0], R) * across, tl.num_programs(0)):
-        row, column = tile // across * R, tile % across * C
-        total = tl.zeros((R, C), tl.float32)
-        for k in tl.range(0, g.shape[1], K):
-            total = tl.dot(g.load([row, k]), down.load([k, column]), total)
-        for half in tl.static_range(2):
-            z = pre.load([row, column + half * (C // 2)]).to(tl.float32)
-            factor = tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
-            dpre.store([row, column + half * (C // 2)], (halves(total)[half] * factor).to(dpre.dtype))
+            y = halves(total)[half]
+            if BACK:
+                z = pre.load([row, column + half * HALF]).to(tl.float32)
+                y = y * tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
+            else:
+                z = y.to(pre.dtype)
+                pre.store([row, column + half * HALF], z)
+                a = z.to(tl.float32)
+                a = tl.where(a > 0, a, SLOPE * a)
+                y = a * a
+            out.store([row, column + half * HALF], y.to(out.dtype))
 
 
 def launch_softcap_ce(
@@ -2057,14 +1913,18 @@ def launch_softcap_ce_back(
     return dz
 
 
-def num_programs(x: Tensor) -> int:
-    """Persistent programs of a matmul kernel: one a multiprocessor, a few under Triton's interpreter."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-
-
 def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads out of bounds give zeros."""
     return TensorDescriptor.from_tensor(x.contiguous(), [rows, columns])
+
+
+def launch_tiles(x: Tensor, w: Tensor, pre: Tensor, out: Tensor, slope: float, back: bool) -> None:
+    """leaky_square_kernel with one persistent program a multiprocessor, or a few under Triton's interpreter."""
+    R, C, K = MLP_TILE
+    tiles = describe(x, R, K), describe(w, *((K, C) if back else (C, K)))
+    tiles += describe(pre, R, C // 2), describe(out, R, C // 2)
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    leaky_square_kernel[(programs,)](*tiles, slope, back, num_warps=8, num_stages=3 if back else 4)
 
 
 def launch_leaky_square(
@@ -2074,21 +1934,15 @@ def launch_leaky_square(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """leaky_square through Triton; the second matmul has nothing to fuse and is cuBLAS's."""
-    R, C, K = MLP_TILE
     pre, post = (m.new_empty(m.size(0), up.size(0)) for _ in range(2))
-    inputs = describe(m, R, K), describe(up, C, K)
-    outputs = describe(pre, R, C // 2), describe(post, R, C // 2)
-    leaky_square_kernel[(num_programs(m),)](*inputs, *outputs, slope, num_warps=8, num_stages=4)
+    launch_tiles(m, up, pre, post, slope, back=False)
     return F.linear(post, down), pre, post
 
 
 def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
     """leaky_square_back through Triton."""
-    R, C, K = MLP_TILE
     dpre = torch.empty_like(pre)
-    inputs = describe(g, R, K), describe(down, K, C)
-    outputs = describe(pre, R, C // 2), describe(dpre, R, C // 2)
-    leaky_square_back_kernel[(num_programs(g),)](*inputs, *outputs, slope, num_warps=8, num_stages=3)
+    launch_tiles(g, down, pre, dpre, slope, back=True)
     return dpre
 
 
@@ -2105,6 +1959,7 @@ def operator(
     """
 
     def register(twin: Callable) -> Callable:
+        """The operator of a twin."""
         # A process may hold several copies of this program (the judge's, a packed one's), and torch keeps only the
         # younger of two operators of one name: hence the module's name in it.
         op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
@@ -2566,8 +2421,7 @@ ROLES = {
     "projection": Role(orthogonal),
     "hash_scale": Role(constant, 0.05),
     "value_scale": Role(constant, 0.1),
-    "sparse_gate": Role(normal, "sparse_attn_gate_init_std", store="gate"),
-    "dense_gate": Role(normal, "gated_attn_init_std", store="gate"),
+    "dense_gate": Role(normal, 0.01, store="gate"),
     "half_open_gate": Role(constant, 0.0, store="gate"),
     "gate_bias": Role(constant, 4.0),  # nearly open
     "q_gain": Role(constant, "qk_gain_init"),
@@ -2638,7 +2492,7 @@ class HeadGate(nn.Module):
 
 GATES: dict[str, Callable[[Config], HeadGate | None]] = {
     "none": lambda c: None,
-    "sparse": lambda c: HeadGate("sparse_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
+    "sparse": lambda c: HeadGate("half_open_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
     "dense": lambda c: HeadGate("dense_gate", (c.num_heads, c.model_dim)),
     "dense_bias": lambda c: HeadGate("half_open_gate", (c.num_heads, c.model_dim), biased=True),
     "out": lambda c: HeadGate(
@@ -2901,6 +2755,9 @@ class DeltaNet(nn.Module):
 MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
 
 
+LEAKY_SLOPE = 0.5  # of the MLP's LeakyReLU on the negative side
+
+
 class MLP(nn.Module):
     """down(LeakyReLU(up(m), slope)^2), by the fused kernel if the run has it and nobody listens at up or down."""
 
@@ -2909,7 +2766,7 @@ class MLP(nn.Module):
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.up = Linear("up", cfg.model_dim, hidden)
         self.down = Linear("down", hidden, cfg.model_dim)
-        self.slope, self.fused = cfg.mlp_slope, kernels.mlp
+        self.slope, self.fused = LEAKY_SLOPE, kernels.mlp
 
     def forward(
         self,
@@ -3284,14 +3141,14 @@ COEFFICIENTS = {  # a, b, c of X <- a X + (b A + c A A) X with A = X X^T; the la
 
 
 def orthogonalize(x: Tensor, coefficients: str, steps: int) -> Tensor:
-    """About U V^T of each matrix of x (k, rows, cols), by `steps` polynomial iterations in x's dtype (see also
-    gram_iterations)."""
+    """Approximate U V^T of each matrix in x (k, rows, cols) by `steps` Newton-Schulz iterations in x's dtype."""
     triples = COEFFICIENTS[coefficients]
     plan = [triples[min(i, len(triples) - 1)] for i in range(steps)]
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if 3 * x.size(-2) < 2 * x.size(-1):  # five steps then cost less: 4 r^2 c + 14 r^3 against 10 r^2 c + 5 r^3
+    # With r rows and c columns, five steps cost 4 r^2 c + 14 r^3 on the Gram matrix and 10 r^2 c + 5 r^3 on x itself
+    if 3 * x.size(-2) < 2 * x.size(-1):
         x = gram_iterations(x.half() if x.dtype == torch.bfloat16 else x, plan).to(x.dtype)
         return x.mT if tall else x
     for a, b, c in plan:
@@ -3301,12 +3158,12 @@ def orthogonalize(x: Tensor, coefficients: str, steps: int) -> Tensor:
 
 
 def gram_iterations(x: Tensor, plan: list[tuple[float, float, float]]) -> Tensor:
-    """x (k, rows, cols) after the same polynomials, by products of (rows, rows) alone (Gram Newton-Schulz): x <- Q x,
-    where Q is the product of p = a I + b R + c R R, and R = x x^T is carried on as p R p.
+    """The same iterations on x (k, rows, cols) by products of (rows, rows) matrices alone: Gram Newton-Schulz.
 
-    Rounding grows in R, so it is computed afresh after two steps and then every three. In bfloat16 it still overshoots
-    on spectra of four decades, by half, which float16 does not: at norm 1 its range is ample.
+    x becomes Q x, where Q is the product of p = a I + b R + c R R over the steps, and R = x x^T becomes p R p.
     """
+    # Rounding errors grow in R, so it is computed again from x after two steps and then after every three. bfloat16
+    # still overshoots by half on spectra of four decades; float16 does not, and at norm 1 its range suffices
     cuts = [0, *range(2, len(plan), 3), len(plan)]
     for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
         R, Q = x @ x.mT, None
@@ -4092,67 +3949,81 @@ def gptq(
     return gptq_columns(W[:, order].contiguous(), Hinv, blocksize, nearest)[:, torch.argsort(order)].to(torch.int8)
 
 
-# states -> taps of the two subset bits; one state is no trellis
+# A trellis is a shift register (Ungerboeck 1982, codes for amplitude modulation). State s goes by branch b to state
+# (2 s + b) mod states, here for four states:
+#
+#     row r          row r + 1
+#       0 ---b---> 0 or 1         Two states lead to each next state: s in the upper half, s + states / 2 in the lower.
+#       1 ---b---> 2 or 3         A branch requires an integer that is d mod 4, where d depends on the state and on b.
+#       2 ---b---> 0 or 1         Its parity depends on the state alone, which so allows even integers or odd ones.
+#       3 ---b---> 2 or 3
+#
+# states -> masks of the bits of 2 s + b whose sums mod 2 are the high and the low bit of d; one state is no trellis
 TCQ_CODES = {1: (64, 64), 4: (5, 2), 8: (13, 2), 16: (25, 4), 32: (41, 4), 64: (97, 20)}
 
 
 def trellis(states: int) -> Tensor:
-    """Subset of the integers (j mod 4) for each state and branch, (states, 2); state s goes by branch b to
-    (2 s + b) mod states. The codes are Ungerboeck's (1982) for amplitude modulation, as a shift register; the low bit
-    of a subset, its parity, is the same for both branches of a state."""
+    """The subset d of each state and branch, (states, 2)."""
     register = torch.arange(2 * states)
     high, low = (sum(register >> i & 1 for i in range(7) if taps >> i & 1) % 2 for taps in TCQ_CODES[states])
     return (2 * high + low).view(states, 2)
 
 
 class Viterbi:
-    """The best path through the trellis for many sequences at once (Marcellin and Fischer 1990): of all the integer
-    sequences that are one, that of least squared error. Each starts in state 0 and ends anywhere.
+    """Viterbi search: for each column, the valid trellis path with the smallest squared error (Marcellin and Fischer
+    1990). Columns are searched in parallel; each path starts in state 0 and may end in any.
 
-    Sequences side by side make every step of the two loops over rows a few operations on (states, sequences).
+    All buffers are allocated once: a search is two loops over rows, of a few small operations each.
     """
 
     def __init__(self, states: int, real: Tensor, top: Tensor) -> None:
-        """real (rows, sequences): 0 where a sequence has ended before; top (sequences,): their largest integers."""
-        rows, count = real.shape
-        self.real, self.half, self.subset = (
-            real[:, None],
-            states // 2 * count,
-            trellis(states).flatten().to(top.device),
-        )
-        self.offset = torch.arange(4.0, device=top.device)[:, None]
-        self.low, self.high = (
-            ((-top - self.offset) / 4).ceil(),
-            ((top - self.offset) / 4).floor(),
-        )
-        self.sums = real.new_empty(rows, 2 * states, count)  # of a path's cost, by last state and branch
-        self.best = real.new_empty(states, count)
-        branches = self.sums.view(rows, 2, states, count)  # the two ways into each next state
-        self.steps = [(s.view(2, states // 2, 2, count), *s) for s in branches.unbind()]
-        self.path = torch.empty(rows + 1, count, dtype=torch.int32, device=top.device)  # state * count + sequence
-        self.back = torch.empty(rows, states * count, dtype=torch.int32, device=top.device)
-        self.moves = list(zip(self.back.unbind(), self.path[1:].unbind(), self.path[:-1].unbind(), strict=True))[::-1]
-        state = torch.arange(states * count, dtype=torch.int32, device=top.device)
-        self.column, self.base = state[:count], state // (2 * count) * count + state % count
+        """real (rows, columns): False in the padding below a short column; top (columns,): its largest integer."""
+        rows, columns = real.shape
+        self.real = real[:, None]
+        self.subset = trellis(states).flatten().to(top.device)  # by 2 * state + branch
+        self.residue = torch.arange(4.0, device=top.device)[:, None]
+        self.low = ((-top - self.residue) / 4).ceil()
+        self.high = ((top - self.residue) / 4).floor()
+        # The least cost of a path to each state; the cost of each branch in each row, later of the path up to it
+        self.best = top.new_empty(states, columns)
+        self.costs = top.new_empty(rows, 2 * states, columns)
+        # The branches of a row as [half, state in it, branch], then those from each half as [next state]
+        by_half = self.costs.view(rows, 2, states, columns)
+        self.forward = [(halves.view(2, states // 2, 2, columns), *halves) for halves in by_half.unbind()]
+        # A node is state * columns + column. back[row] holds the node before each node, and path the nodes of the best
+        # paths; upper is the node before, if it is in the upper half, and half the distance to the one in the lower
+        node = torch.arange(states * columns, dtype=torch.int32, device=top.device)
+        self.column = node[:columns]
+        self.upper, self.half = node // (2 * columns) * columns + node % columns, states // 2 * columns
+        self.back = node.new_empty(rows, states * columns)
+        self.path = node.new_empty(rows + 1, columns)
+        links = zip(self.back.unbind(), self.path[1:].unbind(), self.path[:-1].unbind(), strict=True)
+        self.backward = list(links)[::-1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The integers, float32 (rows, sequences), nearest to x (rows, sequences)."""
-        points = (x[:, None] - self.offset).mul_(0.25).round_().clamp_(self.low, self.high).mul_(4).add_(self.offset)
-        costs = (points - x[:, None]).square_().mul_(self.real)
-        torch.index_select(costs, 1, self.subset, out=self.sums)
-        rows, count = x.shape
-        before = self.best.fill_(math.inf).view(2, -1, 1, count)
+        """The integers on the best paths for x (rows, columns), as float32 (rows, columns)."""
+        # The nearest point of each subset, (rows, 4, columns), and what it costs
+        points = (x[:, None] - self.residue).mul_(0.25).round_()
+        points.clamp_(self.low, self.high).mul_(4).add_(self.residue)
+        errors = (points - x[:, None]).square_().mul_(self.real)
+        torch.index_select(errors, 1, self.subset, out=self.costs)
+        # Forward: add the cost of the path so far to the branches, keep the cheaper of two ways into each state
+        rows, columns = x.shape
+        before = self.best.fill_(math.inf).view(2, -1, 1, columns)
         self.best[0] = 0
-        for branches, upper, lower in self.steps:
+        for branches, upper, lower in self.forward:
             branches += before
             torch.minimum(upper, lower, out=self.best)
-        upper, lower = self.sums.view(rows, 2, -1).unbind(1)
-        torch.add(self.base, lower < upper, alpha=self.half, out=self.back)
-        self.path[-1] = self.best.argmin(dim=0).int() * count + self.column
-        for back, after, here in self.moves:
+        # Backward: from the cheapest last state along the ways that were kept
+        upper, lower = self.costs.view(rows, 2, -1).unbind(1)
+        torch.add(self.upper, lower < upper, alpha=self.half, out=self.back)
+        self.path[-1] = self.best.argmin(dim=0).int() * columns + self.column
+        for back, after, here in self.backward:
             torch.index_select(back, 0, after, out=here)
-        state = self.path // count
-        return points.gather(1, self.subset[(2 * state[:-1] + state[1:] % 2).long()][:, None])[:, 0]
+        state = self.path // columns
+        branch = state[1:] % 2  # the bit that was shifted in
+        subset = self.subset[(2 * state[:-1] + branch).long()]
+        return points.gather(1, subset[:, None])[:, 0]
 
 
 Parts = dict[str, Tensor]
@@ -4223,52 +4094,71 @@ def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Co
     return {"q": q} | parts
 
 
-COLUMN_STEP = 0.125  # of the log2 of column factors: finer ones cost more bytes than they save
-TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; 1/12 of a scalar quantiser's step, less 1.1 dB
+TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; a scalar quantiser's 1/12 (2 steps)^2, less 1.1 dB
+
+
+def gptq_trellis(
+    weights: list[Tensor],
+    hessians: list[Tensor],
+    scales: list[Tensor],
+    tops: list[int],
+    states: int,
+    chunk_rows: int,
+    damp: float,
+    blocksize: int,
+) -> list[Tensor]:
+    """GPTQ with trellis-coded quantisation, of matrices of equal width side by side: their int8 integers (rows, cols).
+
+    scales: the scale of each row (rows,); tops: the largest integer of each matrix. The rows of a GPTQ column do not
+    depend on one another, so each column is rounded to its best path, in chunks of rows that each start in state 0.
+    """
+    orders, factors, chunks, steps, owners = [], [], [], [], []
+    for i, (weight, hessian, scale) in enumerate(zip(weights, hessians, scales, strict=True)):
+        order, Hinv, dead = inverse_factor(hessian, damp)
+        orders.append(order)
+        factors.append(Hinv)
+        chunks += torch.where(dead, 0.0, weight.float())[:, order].split(chunk_rows)
+        steps += scale.split(chunk_rows)
+        owners += [i] * (len(chunks) - len(owners))
+    W = pad_sequence(chunks, batch_first=True)  # (chunks, rows, cols)
+    scale = pad_sequence(steps, batch_first=True)
+    real = scale > 0  # a stored scale is never 0
+    scale = torch.where(real, scale, 1.0)
+    rows = real.sum(dim=1)
+    search = Viterbi(states, real.T.contiguous(), W.new_tensor(tops)[owners])
+
+    def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        x = (column / scale).T.contiguous()
+        # Shrink the target, as a Gaussian source of this power asks for at the expected error (rate-distortion theory)
+        power = x.square().sum(dim=0) / rows
+        levels = search(x * (power / (power + TCQ_ERROR))).T
+        return levels, levels * scale
+
+    W = W.mT.contiguous().mT  # the rows of a column lie side by side
+    levels = gptq_columns(W, torch.stack(factors)[owners], blocksize, on_trellis)
+    found = levels[real].to(torch.int8).split(list(map(len, weights)))
+    return [q[:, torch.argsort(order)] for q, order in zip(found, orders, strict=True)]
 
 
 def encode_tcq(
-    weights: list[Tensor], hessians: list[Tensor | None], rules: list[QuantRule], cfg: Config
+    weights: list[Tensor],
+    hessians: list[Tensor | None],
+    rules: list[QuantRule],
+    cfg: Config,
 ) -> list[Parts]:
-    """GPTQ by trellis-coded quantisation, of matrices of equal width side by side: the rows of a GPTQ column do not
-    depend on one another, so in each the best path is searched, by chunks of TCQ_CHUNK_ROWS rows.
+    """gptq_trellis of matrices of equal width, as parts: q, s, and t (states of the trellis, chunk rows).
 
-    q are points of a grid twice as fine as a scalar quantiser's of this rate, of which a state of the trellis allows
-    every other one; s is that finer step of a row, c (log2) what the step of a column is over it, t the trellis.
+    q are points of a grid twice as fine as a scalar quantiser's of this rate; a state allows every other one.
     """
-    length, found, orders, jobs = min(cfg.tcq_chunk_rows, max(map(len, weights))), [], [], []
-    for weight, hessian, rule in zip(weights, hessians, rules, strict=True):
+    for hessian in hessians:
         require_hessian(hessian)
-        order, Hinv, dead = inverse_factor(hessian, cfg.gptq_damp)
-        tilt = Hinv.diagonal().log2() * cfg.tcq_column_beta / COLUMN_STEP
-        codes = (tilt - tilt.mean()).round().clamp(-127, 127).to(torch.int8)
-        parts = stored_scales(sigma_clip_scale(weight, rule.bits, rule.clip) / 2, cfg.scale_step)
-        parts["t"] = torch.tensor([cfg.tcq_states, cfg.tcq_chunk_rows], dtype=torch.int32)
-        parts |= {"c": codes[torch.argsort(order)]} if cfg.tcq_column_beta > 0 else {}
-        count = -(-len(weight) // length)
-        pad = count * length - len(weight)
-        W = F.pad(torch.where(dead, 0.0, weight.float())[:, order], (0, 0, 0, pad)).view(count, length, -1)
-        step = F.pad(scale_values(parts), (0, pad), value=1.0).view(count, length)
-        real = F.pad(torch.ones_like(weight[:, 0], dtype=torch.float32), (0, pad)).view(count, length)
-        factor = (COLUMN_STEP * codes.float()).exp2().expand(count, -1)
-        top = torch.full((count,), 2.0**rule.bits - 2, device=weight.device)
-        jobs.append((W.transpose(1, 2), Hinv.expand(count, -1, -1), step, real, factor, top))
-        found.append(parts)
-        orders.append(order)
-    W, Hinv, step, real, factor, top = (torch.cat(part) for part in zip(*jobs, strict=True))
-    search, rows = Viterbi(cfg.tcq_states, real.T.contiguous(), top), real.sum(dim=1)
-
-    def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        scale = step * factor[:, j, None]
-        x = (column / scale).T.contiguous()
-        power = x.square().sum(dim=0) / rows
-        points = search(x * (power / (power + TCQ_ERROR))).T  # shrunk: by rate and distortion, for Gaussian weights
-        return points, points * scale
-
-    W = gptq_columns(W.transpose(1, 2), Hinv, cfg.gptq_blocksize, on_trellis)
-    for parts, order, weight, Q in zip(found, orders, weights, W.split([len(j[0]) for j in jobs]), strict=True):
-        parts["q"] = Q.flatten(0, 1)[: len(weight), torch.argsort(order)].to(torch.int8)
-    return found
+    pairs = zip(weights, rules, strict=True)
+    found = [stored_scales(sigma_clip_scale(w, rule.bits, rule.clip) / 2, cfg.scale_step) for w, rule in pairs]
+    scales, tops = list(map(scale_values, found)), [2**rule.bits - 2 for rule in rules]
+    walk = cfg.tcq_states, cfg.tcq_chunk_rows
+    levels = gptq_trellis(weights, hessians, scales, tops, *walk, cfg.gptq_damp, cfg.gptq_blocksize)
+    t = torch.tensor(walk, dtype=torch.int32)
+    return [{"q": q, "t": t} | parts for q, parts in zip(levels, found, strict=True)]
 
 
 def encode_freqsplit(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
@@ -4292,12 +4182,6 @@ def decode_rows(parts: Parts) -> Tensor:
     return parts["q"].float() * scale_values(parts)[:, None]
 
 
-def decode_tcq(parts: Parts) -> Tensor:
-    """q * s * (column factor); the trellis is nothing but the coder's context."""
-    weight = decode_rows(parts)
-    return weight * (COLUMN_STEP * parts["c"].float()).exp2() if "c" in parts else weight
-
-
 def decode_awq(parts: Parts) -> Tensor:
     """q * s, and q * hs in AWQ-lite's columns."""
     weight, columns = decode_rows(parts), fine_columns(parts["hc"], parts["q"].size(1))
@@ -4310,7 +4194,7 @@ SCHEMES = {
     "gptq_freqsplit": Scheme(encode_freqsplit, decode_rows, True, hessian=True, counts=True),
     "gptq_tcq": Scheme(
         lambda w, hessian, rule, cfg: encode_tcq([w], [hessian], [rule], cfg)[0],
-        decode_tcq,
+        decode_rows,
         True,
         ruled_scales,
         encode_tcq,
@@ -4397,13 +4281,6 @@ def decode_lqer(parts: Parts) -> Tensor:
     rows, cols = parts["q"].shape
     A = Grid(*head[:2]).decode(parts["lqa"], parts["lqas"], (rows, rank))
     return A @ Grid(*head[2:]).decode(parts["lqb"], parts["lqbs"], (rank, cols))
-
-
-def lqer_bytes(parts: Parts) -> tuple[int, int]:
-    """Bytes of a tensor's correction as stored here, and with a byte per entry as published."""
-    stored = sum(part.nbytes for key, part in parts.items() if key.startswith("lq"))
-    scales = parts["lqas"].nbytes + parts["lqbs"].nbytes
-    return stored, int(parts["lqm"][0]) * sum(parts["q"].shape) + scales
 
 
 class Repair(NamedTuple):
@@ -4554,120 +4431,21 @@ ROTATIONS = {
 }
 
 
-class TensorReport(NamedTuple):
-    """What storing one tensor costs and loses; squared errors and powers, plain and weighted by the input Hessian."""
-
-    name: str
-    stored: str
-    weights: int
-    error: float
-    power: float
-    weighted_error: float
-    weighted_power: float
-    raw_bytes: int
-    entropy_bytes: int
-
-
-def entropy_bytes(parts: Parts) -> int:
-    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy, given their parity if they are
-    from a trellis, whose state says it."""
-    total = sum(part.nbytes for part in parts.values())
-    if "q" in parts:
-        levels = torch.bincount(parts["q"].flatten().long() + 128, minlength=256).double()
-        counts = levels.view(128, 2).T if "t" in parts else levels[None]
-        lengths = torch.where(counts > 0, counts.sum(dim=1, keepdim=True) / counts, 1.0).log2()
-        total += int((counts * lengths).sum().item() / 8) - parts["q"].numel()
-    return total
-
-
-def weighted_power(x: Tensor, hessian: Tensor | None) -> float:
-    """trace(x H x^T), the summed squares of a layer's outputs; not a number without a Hessian."""
-    return math.nan if hessian is None else ((x.float() @ hessian.float()) * x).double().sum().item()
-
-
-def tensor_reports(
-    runtime: Runtime,
-    state: dict[str, Tensor],
-    hessians: dict[str, Tensor],
-    parts: dict[str, Parts],
-) -> list[TensorReport]:
-    """A report of every stored tensor, in the order of parts."""
-    reports = []
+def plan_report(cfg: Config, parts: dict[str, Parts]) -> str:
+    """The plan as it was carried out: a line for each scheme and bits, with bytes before entropy coding."""
+    plan, weights, rows = quant_plan(cfg), weights_of(cfg), {}
     for key, value in parts.items():
-        name, stored = key.split(":")
-        weight = state[name].to(runtime.device).float()
-        hessian = hessians[name].to(runtime.device) if name in hessians else None
-        error = weight - decode(key, value).to(runtime.device)
-        squares = [t.double().square().sum().item() for t in (error, weight)]
-        weighted = [weighted_power(t, hessian) for t in (error, weight)]
-        raw = sum(part.nbytes for part in value.values())
-        reports.append(TensorReport(name, stored, weight.numel(), *squares, *weighted, raw, entropy_bytes(value)))
-    return reports
-
-
-def ratio(a: float, b: float) -> float:
-    """a / b, not a number when b is nothing."""
-    return a / b if b > 0 else math.nan
-
-
-def report_table(reports: list[TensorReport]) -> str:
-    """quant_report.tsv: one line a tensor, with relative errors."""
-    lines = ["name\tstored\tweights\trelative_error\thessian_weighted_error\traw_bytes\tentropy_bytes"]
-    for r in reports:
-        errors = ratio(r.error, r.power), ratio(r.weighted_error, r.weighted_power)
-        lines.append("\t".join(map(str, (r.name, r.stored, r.weights, *(f"{e:.4e}" for e in errors), *r[-2:]))))
-    return "\n".join(lines) + "\n"
-
-
-def error_report(cfg: Config, reports: list[TensorReport], parts: dict[str, Parts]) -> list[str]:
-    """Per rule of the plan: tensors, weights, relative squared error of the stored weights and (weighted by the input
-    Hessians) of the layers' outputs, bytes; then the tensors stored in a way of their own, and LQER's bytes."""
-    lines, plan, weights = [], quant_plan(cfg), weights_of(cfg)
-    for rule in dict.fromkeys(plan.values()):
-        mine = [r for r in reports if plan[r.name] == rule]
-        total = [sum(getattr(r, field) for r in mine) for field in TensorReport._fields[2:]]
-        label = " ".join(dict.fromkeys(weights[r.name].role for r in mine))
-        if mine:
-            lines.append(
-                f"  {label:28} {rule.scheme:8} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(mine):3} tensors "
-                f"{total[0]:>11,} weights  relative error {ratio(total[1], total[2]):.3e}  weighted "
-                f"{ratio(total[3], total[4]):.3e}  {total[5]:,} bytes raw, {total[6]:,} at entropy"
-            )
-        lines += [f"    {r.name} as {r.stored}" for r in mine if r.stored != rule.scheme]
-    sizes = [lqer_bytes(value) for value in parts.values() if "lqm" in value]
-    if sizes:
-        stored, published = map(sum, zip(*sizes, strict=True))
-        lines.append(f"  LQER: {len(sizes)} tensors, {stored:,} bytes bit-packed ({published:,} with int8 factors)")
-    return lines
-
-
-def probe_report(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> list[str]:
-    """What AWQ-lite, and the clip search on the largest tensor of each class, would cost (bytes at order-0 entropy) and
-    gain (Hessian-weighted error over the present one), measured by quantising those tensors again."""
-    plan, lines = quant_plan(cfg), []
-
-    def encode(name: str, rule: QuantRule) -> Parts:
-        return SCHEMES[rule.scheme].encode(state[name].float(), hessians[name], rule, cfg)
-
-    refined = refined_plan(dataclasses.replace(cfg, awq_lite_enabled=True), state, hessians)
-    probes = [
-        (f"AWQ-lite from columns {rule.fine}", name, "awq_lite", encode(name, rule))
-        for name, rule in refined.items()
-        if rule.fine
-    ]
-    for rule, name in {
-        plan[n]: n for n in sorted(hessians.keys() & state, key=lambda n: (state[n].numel(), n))
-    }.items():
-        clipped = rounded_rows(state[name], searched_scales(state[name].float(), rule.bits), rule.bits)
-        probes.append(("clip search", name, "rowwise", clipped))
-    for what, name, scheme, then in probes:
-        rule = plan[name]
-        now = encode(name, rule)
-        decoded = SCHEMES[scheme].decode(then), SCHEMES[rule.scheme].decode(now)
-        loss = [weighted_power(state[name] - weight, hessians[name]) for weight in decoded]
-        cost = entropy_bytes(then) - entropy_bytes(now)
-        lines.append(f"  {what}, {name}: {cost:+,} bytes, Hessian-weighted error times {ratio(*loss):.3f}")
-    return lines
+        name, _, stored = key.partition(":")
+        size = sum(part.nbytes for part in value.values())
+        rows.setdefault((stored, plan[name].bits), []).append((weights[name].role, weights[name].numel(), size))
+    lines = ["quantisation plan:"]
+    for (stored, bits), tensors in rows.items():
+        roles, counts, sizes = zip(*tensors, strict=True)
+        lines.append(
+            f"  {stored:14} {bits:2} bits  {len(tensors):3} tensors {sum(counts):>11,} weights "
+            f"{sum(sizes):>11,} bytes raw: {' '.join(dict.fromkeys(roles))}"
+        )
+    return "\n".join(lines)
 
 
 def similarity_order(matrix: Tensor) -> Tensor:
@@ -4756,151 +4534,184 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
         return target.read_bytes()
 
 
-RANS_BITS, RANS_LANES = 14, 512
-RANS_HEAD = struct.Struct("<4i")  # rows, columns, states of the trellis (1: none), rows after which it starts again
+# COMPRESSOR=rans. rans_model predicts each integer of a matrix from those before it; rans_encode and rans_decode turn
+# the predictions into bits. rans_priors measures what the model could not learn in time, and the blob carries it as
+# side information. The model computes with integers only, so that it predicts the same on every machine.
+
+RANS_BITS, RANS_LANES = 14, 512  # a table's frequencies sum to 2^RANS_BITS; coder states that run side by side
+RANS_HEAD = struct.Struct("<4i")  # rows, columns, states of the trellis (1: none), rows per trellis chunk
+RANS_ONE, RANS_UNIT = 1 << 16, 64  # 1.0 in fixed point; the coarser unit leaves room for products and squares
+MAGNITUDE_VARIANCE = 0.57  # pi/2 - 1: the variance of |x| over (E |x|)^2 for Gaussian x
 
 
 def rans_frame(array: np.ndarray, trellis: np.ndarray | None) -> bytes:
-    """The bytes of an array, row by row, after a RANS_HEAD. What is no matrix of int8 is a row of bytes."""
-    rows, cols = array.shape if array.ndim == 2 and array.itemsize == 1 else (1, array.nbytes)
-    return RANS_HEAD.pack(rows, cols, *([1, 1] if trellis is None else trellis.tolist())) + array.tobytes()
+    """RANS_HEAD and the bytes of an array, row by row. Anything but an int8 matrix counts as one row of bytes."""
+    is_matrix = array.ndim == 2 and array.itemsize == 1
+    rows, cols = array.shape if is_matrix else (1, array.nbytes)
+    walk = [1, 1] if trellis is None else trellis.tolist()
+    return RANS_HEAD.pack(rows, cols, *walk) + array.tobytes()
 
 
 def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The array of rans_frame."""
-    return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
+    """The inverse of rans_frame."""
+    flat = np.frombuffer(data, dtype, offset=RANS_HEAD.size)
+    return flat.reshape(shape).copy()
+
+
+def rans_column_prior(
+    profile: np.ndarray,
+    past: np.ndarray,
+    rows: int,
+) -> tuple[int, int]:
+    """How closely the columns follow those of an earlier matrix, in sixteenths, and how many rows that guess is worth.
+
+    profile, past (cols,): each column's mean magnitude over the matrix's mean, here and in the earlier matrix.
+    """
+    spread, likeness = min((np.log(profile / (1 + w / 16 * (past - 1))).var(), w) for w in range(17))
+    # The mean of n rows has a relative variance of MAGNITUDE_VARIANCE / n. `profile` has that noise itself; what
+    # remains of the spread is the error of the guess, and n rows of data would have the same
+    error = spread - MAGNITUDE_VARIANCE / rows
+    return likeness, math.ceil(MAGNITUDE_VARIANCE / max(0.003, error))
+
+
+def rans_row_prior(matrix: np.ndarray) -> tuple[int, int]:
+    """The mean energy (sum of squares) of a row, and how loosely rows keep to it.
+
+    This slack is 0 if all rows have the same energy, and large if energies vary as those of independent columns do.
+    """
+    squares = np.square(matrix, dtype=np.float64)
+    independent = squares.var(axis=0).sum() + 1e-9
+    actual = squares.sum(axis=1).var()
+    removed = max(independent - actual, actual / 2**20 + 1e-9)
+    slack = min(2.0**30, 2 * matrix.shape[1] * actual / removed)
+    return int(squares.sum() / len(matrix)), int(slack)
 
 
 def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
-    """What rans_model is told of each matrix: 64 times its mean magnitude; how far its columns' mean magnitudes are
-    like those of the matrix as wide before it, in sixteenths; how many rows' worth that guess is; a row's sum of
-    squares, and how far from certain that is, half a variance as of so many columns."""
-    past, side_info = {}, []
+    """For each matrix: mean magnitude (in RANS_UNIT), rans_column_prior, rans_row_prior."""
+    past, priors = {}, []
     for matrix in matrices:
-        squares, sums = (
-            np.square(matrix, dtype=np.float64),
-            np.abs(matrix, dtype=np.int16).sum(axis=0),
-        )
-        if not sums.any():
-            side_info.append([0, 0, 1, 0, 0])
-            continue
-        own = (sums + 1) / (sums + 1).mean()
-        others = past.get(len(sums), own**0)
-        spread, like = min((np.log(own / (1 + w / 16 * (others - 1))).var(), w) for w in range(17))
-        noise = 0.57 / len(matrix)  # variance of the log of a mean of magnitudes
-        strength = math.ceil(0.57 / max(0.003, spread - noise))
-        free, bound = squares.var(axis=0).sum() + 1e-9, squares.sum(axis=1).var()
-        loose = min(2.0**30, 2 * len(sums) * bound / max(free - bound, bound / 2**20 + 1e-9))
-        side_info.append(
-            [
-                64 * int(sums.sum()) // matrix.size,
-                like,
-                strength,
-                squares.sum() / len(matrix),
-                loose,
-            ]
-        )
-        past[len(sums)] = own
-    return [list(map(int, row)) for row in side_info]
-
-
-def rans_model(heads: np.ndarray, step: Callable) -> list[np.ndarray]:
-    """The matrices, flat, of heads (matrices, 9: RANS_HEAD and rans_priors), integers by integers from
-    step(matrix, places in it, table of each place, tables).
-
-    What is known of a symbol before it is coded is a class, 12 to an octave: the mean magnitude of its column so far,
-    times what the columns on its left leave to the others of a row's sum of squares (the row's step came from its
-    standard deviation, so that sum is hardly news). And the parity that the state of its trellis allows. Each such
-    context has a histogram of all that was seen in it, which begins as a bell. Groups of columns, each a quarter of
-    those that remain, are coded each a row behind the group on its left, so that a step codes a symbol of every column.
-
-    Tables, made anew every few steps: frequency and start of each level, by 256 * table + level + 128, and that key of
-    each of 2^RANS_BITS slots. Level -128 stands for what has no frequency there: an escape. Integers only: the same on
-    any machine.
-    """
-    edges, values, found, past = [4096], np.arange(-128, 128), [], {}
-    while len(edges) < 512:
-        edges.append(edges[-1] * 1014545335 // 10**9)
-    edges = np.array(edges)  # 2^(i / 48) / 16, in 2^16ths
-    allowed = np.stack([values < 128, values % 2 == 0, values % 2 == 1])  # all levels, even ones, odd ones
-    counts = np.maximum(0, 4864 - (values * 2**20 // edges[2::4, None, None]) ** 2) * allowed
-    counts[:, :, 0] = 1
-    for rows, cols, states, chunk, level, like, seen, energy, loose in heads.tolist():
-        subsets = trellis(states).numpy()
-        follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states
-        kinds, state, bounds, due = (
-            np.array([1, 2] if states > 1 else [0]),
-            np.zeros(cols, int),
-            [0],
-            0,
-        )
-        while cols - bounds[-1] > 16:
-            bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
-        starts, bounds = np.array(bounds), np.array([*bounds, cols])
-        delay, left = np.repeat(np.arange(len(starts)), np.diff(bounds)), cols - starts
-        origin, spent, flat = (
-            np.arange(cols) - delay * cols,
-            np.zeros(len(bounds), int),
-            np.empty(rows * cols, np.int8),
-        )
-        sums = past.get(cols, np.ones(cols, int))
-        sums = (64 * cols * sums // max(1, sums.sum()) * like + 64 * (16 - like)) * (seen * level) // 2**16
-        squares = sums**2 * 11 // (7 * seen)
-        for t in range((rows + len(left) - 1) * (flat.size > 0)):
-            if t == due:
-                due += max(2, min(64, t // 8))
-                count = seen + np.maximum(0, t - delay)
-                fine, power = (
-                    np.searchsorted(edges, sums * 2**16 // count),
-                    squares * 64 // count,
-                )
-                rest = np.maximum(1, power[::-1].cumsum()[::-1][starts])
-                low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
-                tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
-            first, last = max(0, t - rows + 1), min(t + 1, len(left))
-            part = slice(bounds[first], bounds[last])
-            more = (left << 17) // (2 * left + loose) * (64 * (energy - spent[:-1]) - rest) // rest
-            shift = np.searchsorted(edges, 2**16 + more) - 192 >> 1
-            context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
-            places, table = origin[part] + t * cols, (context - low) * len(kinds)
-            here = np.where((t - delay[part]) % chunk, state[part], 0)
-            table += subsets[here, 0] & 1
-            line = flat[places] = step(len(found), places, table, tables)
-            wide = line.astype(int)
-            state[part] = follow[here, wide & 3]
-            np.add.at(
-                counts.reshape(-1),
-                (3 * context + kinds[wide % len(kinds)]) * 256 + wide + 128,
-                1024,
-            )
-            sums[part] += np.abs(wide)
-            wide *= wide
-            squares[part] += wide
-            spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(wide, starts[first:last] - part.start)
-        past[cols] = sums
-        found.append(flat)
-    return found
+        sums = np.abs(matrix, dtype=np.int16).sum(axis=0)
+        cols, prior = len(sums), [0, 0, 1, 0, 0]
+        if sums.any():
+            profile = (sums + 1) / (sums + 1).mean()
+            columns = rans_column_prior(profile, past.get(cols, np.ones(cols)), len(matrix))
+            prior = [RANS_UNIT * int(sums.sum()) // matrix.size, *columns, *rans_row_prior(matrix)]
+            past[cols] = profile
+        priors.append(prior)
+    return priors
 
 
 def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frequencies in proportion to counts (contexts, 256), at least 1 for what was seen; starts; keys of slots."""
-    some, total = counts > 0, 1 << RANS_BITS
-    freq = np.maximum(some, counts * (total - some.sum(1)[:, None]) // counts.sum(1)[:, None])
-    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
+    """Frequency and start of each key, and the key of each slot, for histograms (tables, 256).
+
+    A key is 256 * table + level + 128. Frequencies are proportional to the counts, and at least 1 where a count is not
+    0; those of a table sum to 2^RANS_BITS, its number of slots.
+    """
+    total = 1 << RANS_BITS
+    seen = counts > 0
+    share = counts * (total - seen.sum(1)[:, None]) // counts.sum(1)[:, None]
+    freq = np.maximum(seen, share)
+    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)  # rounding error goes to the largest
+    start = freq.cumsum(1) - freq
     keys = np.repeat(np.arange(freq.size, dtype=np.uint16), freq.ravel())
-    return (
-        freq.astype(np.uint32).ravel(),
-        (freq.cumsum(1) - freq).astype(np.uint32).ravel(),
-        keys,
-    )
+    return freq.ravel(), start.ravel(), keys
+
+
+def rans_model(side_info: np.ndarray, flats: list[np.ndarray]) -> Iterator[tuple]:
+    """Predict the symbols of matrices, in the same way for the encoder and the decoder.
+
+    side_info (matrices, 9): RANS_HEAD and rans_priors. flats: the matrices as flat int8. Each step yields flat, places,
+    the table of each place, and rans_tables; the decoder must set flat[places] before it asks for the next step.
+    """
+    # Classes of magnitude, 48 to an octave: edge i is 2^(i / 48) / 16
+    root = 1014545335  # 2^(1 / 48) in billionths
+    edges = [RANS_ONE // 16]
+    while len(edges) < 512:
+        edges.append(edges[-1] * root // 10**9)
+    edges = np.array(edges)
+    # Four classes form a context. It has a histogram for each kind of symbol (any, even, odd), which starts as the bell
+    # 19 - (level / magnitude)^2, in 256ths. Level -128 marks an escape: a level that the histogram has no room for
+    levels = np.arange(-128, 128)
+    kinds = np.stack([levels < 128, levels % 2 == 0, levels % 2 == 1])
+    sixteenths = levels * 16 * RANS_ONE // edges[2::4, None, None]
+    counts = np.maximum(0, 19 * 16**2 - sixteenths**2) * kinds
+    counts[:, :, 0] = 1
+    past = {}
+    for info, flat in zip(side_info.tolist(), flats, strict=True):
+        yield from rans_wavefront(info, flat, past, edges, counts)
+
+
+# A row's energy is nearly known, so what its left columns have spent tells how large the others are. To use that and
+# still code many symbols at once, the columns form groups, each a quarter of the columns that remain, and each group
+# runs one row behind its left neighbour. One step codes one symbol in every column:
+#
+#                group 0   group 1   group 2
+#     row 0      step 0    step 1    step 2
+#     row 1      step 1    step 2    step 3
+#     row 2      step 2    step 3    step 4
+
+
+def rans_wavefront(
+    info: list[int],
+    flat: np.ndarray,
+    past: dict[int, np.ndarray],
+    edges: np.ndarray,
+    counts: np.ndarray,
+) -> Iterator[tuple]:
+    """The steps of rans_model for one matrix; updates the histograms, and past: magnitudes of columns by width."""
+    rows, cols, states, chunk_rows, magnitude, likeness, prior_rows, energy, slack = info
+    # Each column's sum of magnitudes starts as if prior_rows had been seen: a mixture, in sixteenths, of columns like
+    # those of the last matrix of this width and of columns that are all alike
+    sums = past.get(cols, np.ones(cols, int))
+    share = RANS_UNIT * cols * sums // max(1, sums.sum())
+    share = share * likeness + RANS_UNIT * (16 - likeness)
+    past[cols] = sums = share * (prior_rows * magnitude) // RANS_ONE
+    bounds = [0]
+    while cols - bounds[-1] > 16:
+        bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
+    starts, bounds = np.array(bounds), np.array([*bounds, cols])
+    groups, left = len(starts), cols - starts
+    delay = np.repeat(np.arange(groups), np.diff(bounds))
+    subsets, state = trellis(states).numpy(), np.zeros(cols, int)
+    follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states  # [state, level mod 4]
+    kinds = np.array([1, 2] if states > 1 else [0])
+    pi_half = 11  # in sevenths: E x^2 = pi/2 (E |x|)^2 for Gaussian x
+    squares = sums**2 * pi_half // (7 * prior_rows)
+    spent, due = np.zeros(groups + 1, int), 0
+    for t in range((rows + groups - 1) * (flat.size > 0)):
+        if t == due:  # slow, so only now and then: the columns' classes, and tables for the contexts around them
+            due += max(2, min(64, t // 8))
+            seen = prior_rows + np.maximum(0, t - delay)
+            fine, power = np.searchsorted(edges, sums * RANS_ONE // seen), squares * RANS_UNIT // seen
+            expected = np.maximum(1, power[::-1].cumsum()[::-1][starts])
+            low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
+            tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
+        first, last = max(0, t - rows + 1), min(t + 1, groups)  # groups whose row exists
+        part = slice(bounds[first], bounds[last])
+        # How far the energy left exceeds the expected one; trusted less with few columns left or much slack
+        trust = 2 * left * RANS_ONE // (2 * left + slack)
+        excess = trust * (RANS_UNIT * (energy - spent[:-1]) - expected) // expected
+        shift = np.searchsorted(edges, RANS_ONE + excess) - 4 * 48 >> 1  # in classes; edge 4 * 48 is 1.0, >> 1 the root
+        context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
+        row = t - delay[part]
+        here = state[part] * (row % chunk_rows > 0)
+        places = row * cols + np.arange(cols)[part]
+        yield flat, places, (context - low) * len(kinds) + (subsets[here, 0] & 1), tables
+        levels = flat[places].astype(int)
+        state[part] = follow[here, levels & 3]
+        histogram = 3 * context + kinds[levels % len(kinds)]
+        np.add.at(counts.reshape(-1), histogram * 256 + levels + 128, 1024)  # a symbol weighs 4, in 256ths
+        sums[part] += np.abs(levels)
+        levels *= levels
+        squares[part] += levels
+        spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(levels, starts[first:last] - part.start)
 
 
 def rans_encode(raw: bytes) -> bytes:
-    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame: what rans_model is told, by zlib,
-    then words of 16 bits: states of the lanes, what the lanes read.
+    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame.
 
-    A lane, one of up to RANS_LANES side by side, holds a state of 32 bits. As the decoder gives back in reverse what
-    the encoder was given, the encoder goes from the last step to the first.
+    The blob: side information, compressed by zlib; then 16-bit words: the lanes' first states, and what they read.
     """
     heads, matrices, at, log, words = [], [], 0, [], []
     while at < len(raw):
@@ -4908,64 +4719,52 @@ def rans_encode(raw: bytes) -> bytes:
         size, at = math.prod(heads[-1][:2]), at + RANS_HEAD.size
         matrices.append(np.frombuffer(raw, np.int8, size, at).reshape(heads[-1][:2]))
         at += size
-
-    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The levels at these places, which are noted."""
-        line = matrices[number].reshape(-1)[places]
-        key = 256 * table + line + 128
-        lost = (tables[0][key] == 0) | (line == -128)
-        key[lost] &= -256
-        freq, start = tables[0][key], tables[1][key]
-        for part in (slice(a, a + RANS_LANES) for a in range(0, len(line), RANS_LANES)):
-            log.append((freq[part], start[part], line[part][lost[part]].view(np.uint8) ^ 128))
-        return line
-
-    side_info = np.array([[*a, *b] for a, b in zip(heads, rans_priors(matrices), strict=True)], "<i4").reshape(-1, 9)
-    rans_model(side_info, step)
-    x = np.full(min(RANS_LANES, side_info[:, 1].max()), 1 << 16, np.uint32)
-    for freq, start, lost in reversed(log):
-        mine = x[: len(freq)]
-        full = mine >> (32 - RANS_BITS) >= freq
-        words += [lost, mine[full] & 0xFFFF]
-        mine[full] >>= 16
-        mine[:] = (mine // freq << RANS_BITS) + mine % freq + start
-    words = np.concatenate([x >> 16, x & 0xFFFF, *words[::-1]])
+    side_info = np.hstack([heads, rans_priors(matrices)]).astype("<i4")
+    for flat, places, table, (freq, start, _) in rans_model(side_info, [m.reshape(-1) for m in matrices]):
+        level = flat[places].astype(int) + 128
+        key = 256 * table + level
+        escaped = (freq[key] == 0) | (level == 0)
+        key[escaped] &= -256
+        for a in range(0, len(key), RANS_LANES):
+            part = slice(a, a + RANS_LANES)
+            log.append((freq[key[part]], start[key[part]], level[part][escaped[part]]))
+    lanes = np.full(min(RANS_LANES, side_info[:, 1].max()), 1 << 16)
+    for freq, start, escapes in reversed(log):  # a state is a stack: the decoder pops last what was pushed first
+        lane = lanes[: len(freq)]
+        full = lane >> (32 - RANS_BITS) >= freq
+        words += [escapes, lane[full] & 0xFFFF]
+        lane[full] >>= 16
+        quotient, slot = np.divmod(lane, freq)
+        lane[:] = (quotient << RANS_BITS) + slot + start
+    words = np.concatenate([lanes >> 16, lanes & 0xFFFF, *words[::-1]])
     return zlib.compress(side_info.tobytes(), 9) + words.astype("<u2").tobytes()
 
 
 def rans_decode(blob: bytes) -> bytes:
-    """The inverse of rans_encode; some ordinary exception when it is none of its results."""
+    """The inverse of rans_encode; some ordinary exception when the blob is damaged."""
     unzip = zlib.decompressobj()
     side_info = np.frombuffer(unzip.decompress(blob), "<i4").reshape(-1, 9)
-    words = np.frombuffer(unzip.unused_data, "<u2").astype(np.uint32)
-    at = min(RANS_LANES, side_info[:, 1].max())
-    x, words, at = words[:at] << 16 | words[at : 2 * at], words[2 * at :], 0
-
-    def fill(array: np.ndarray, where: np.ndarray) -> None:
-        """Shift a word into each of the chosen places."""
-        nonlocal at
-        (places,) = where.nonzero()
-        at += len(places)
-        array[places] = (array[places] << 16) + words[at - len(places) : at]
-
-    def step(number: int, places: np.ndarray, table: np.ndarray, tables: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The levels at these places."""
-        freq, start, keys = tables
+    words = np.frombuffer(unzip.unused_data, "<u2").astype(int)
+    count = min(RANS_LANES, side_info[:, 1].max())
+    lanes, at = words[:count] << 16 | words[count : 2 * count], 2 * count
+    flats = [np.empty(size, np.int8) for size in side_info[:, :2].prod(1)]
+    for flat, places, table, (freq, start, keys) in rans_model(side_info, flats):
         for a in range(0, len(table), RANS_LANES):
             part = table[a : a + RANS_LANES]
-            mine = x[: len(part)]
-            slot = mine & (1 << RANS_BITS) - 1
-            part[:] = key = keys[(part << RANS_BITS) + slot]
-            mine[:] = freq[key] * (mine >> RANS_BITS) + slot - start[key]
-            fill(mine, mine < 1 << 16)
+            lane = lanes[: len(part)]
+            slot = lane & (1 << RANS_BITS) - 1
+            part[:] = keys[(part << RANS_BITS) + slot]
+            lane[:] = freq[part] * (lane >> RANS_BITS) + slot - start[part]
             part &= 255
-            fill(part, part == 0)
-        return (table - 128).astype(np.int8)
-
-    matrices = rans_model(side_info, step)
+            # Lanes below 2^16 read a word each, then escapes, whose word is the level itself
+            for array, empty in (lane, lane < 1 << 16), (part, part == 0):
+                (chosen,) = empty.nonzero()
+                array[chosen] = (array[chosen] << 16) + words[at : at + len(chosen)]
+                at += len(chosen)
+        flat[places] = table - 128
     if at != len(words):
-        raise ValueError("lanes out of step")
-    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(side_info, matrices, strict=True))
+        raise ValueError("words left over")
+    return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(side_info, flats, strict=True))
 
 
 CODERS = {
@@ -6442,16 +6241,6 @@ class Run:
             atomic_save(self.folder / name, value)
         self.runtime.barrier()
 
-    def load(self, name: str) -> Any:
-        """A file that an earlier stage wrote; UserError when it is not there."""
-        if not (self.folder / name).is_file():
-            raise UserError(f"{self.folder / name} is missing; run the stage before (STAGES=train,quantize,eval)")
-        try:
-            return torch.load(self.folder / name, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0][:100]
-            raise UserError(f"{self.folder / name} is damaged ({reason}); run the stage before again") from None
-
     def train(self) -> None:
         """Train, average, collect Hessians within the budget; model.pt, hessians.pt and the pre-quantisation score."""
         cfg, runtime = self.cfg, self.runtime
@@ -6494,16 +6283,16 @@ class Run:
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
         cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
-        state = self.load("model.pt")["model"]
+        state = load_saved(self.folder / "model.pt")["model"]
         fill_model(self.model(), state, str(self.folder / "model.pt"))
-        hessians = self.load("hessians.pt")
+        hessians = load_saved(self.folder / "hessians.pt")
         state, hessians = ROTATIONS[cfg.rotate](cfg, state, hessians)
         if CODECS[cfg.compressor].sort_hidden:
             state, hessians = sort_hidden(cfg, runtime, state, hessians)
         parts = quantize(cfg, runtime, state, hessians)
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
-            self.report_errors(state, hessians, parts)
+            self.log(plan_report(cfg, parts))
             started = time.perf_counter()
             save_artifact(self.folder / "model.bin", parts, cfg.compressor)
         runtime.barrier()
@@ -6517,29 +6306,6 @@ class Run:
         self.record(
             "quantized",
             evaluate_plain(cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val),
-        )
-
-    def report_errors(self, state: dict[str, Tensor], hessians: dict[str, Tensor], parts: dict[str, Parts]) -> None:
-        """What quantisation costs and loses: by class into the log, by tensor into quant_report.tsv."""
-        started, reports = (
-            time.perf_counter(),
-            tensor_reports(self.runtime, state, hessians, parts),
-        )
-        atomic_write(self.folder / "quant_report.tsv", report_table(reports).encode())
-        lines = error_report(self.cfg, reports, parts)
-        if self.cfg.quant_report:
-            lines += [
-                "other quantisers, at the bytes of their order-0 entropy:",
-                *probe_report(self.cfg, state, hessians),
-            ]
-        self.log(
-            "\n".join(
-                [
-                    "quantisation plan:",
-                    *lines,
-                    f"  report in {time.perf_counter() - started:.1f} s",
-                ]
-            )
         )
 
     def from_artifact(self, path: Path) -> GPT:

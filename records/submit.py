@@ -37,7 +37,8 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pack_artifact import CAP_BYTES, UserError, replace_file  # noqa: E402
+from pack_artifact import CAP_BYTES  # noqa: E402
+from train_gpt import UserError, atomic_write  # noqa: E402
 
 BEGIN, END = "<!-- results: written by records/submit.py -->", "<!-- end of results -->"
 MARGIN_NATS, README_P, PROGRESSION_P, BUDGET_SECONDS = 0.005, 0.01, 0.25, 600.0
@@ -358,7 +359,7 @@ def draw(submission: dict[str, Any], theirs: dict[str, Any], path: Path) -> None
     ax.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    replace_file(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -391,8 +392,8 @@ def submit(args: argparse.Namespace) -> None:
     block = results_table(submission)
     readme = record / "README.md"
     text = with_block(readme.read_text(encoding="utf-8") if readme.is_file() else f"# {record.name}\n", block)
-    replace_file(record / "submission.json", json.dumps(submission, indent=1).encode() + b"\n")
-    replace_file(readme, text.encode())
+    atomic_write(record / "submission.json", json.dumps(submission, indent=1).encode() + b"\n")
+    atomic_write(readme, text.encode())
     draw(submission, theirs, record / "seeds.png")
     print(block)
     print(
@@ -465,7 +466,7 @@ def write_leaderboard(records: Path, check: bool) -> int:
     """Write records/README.md or, with --check, say whether it is up to date: 0, or 1 when it is not."""
     text, path = leaderboard(records), records / "README.md"
     if not check:
-        replace_file(path, text.encode())
+        atomic_write(path, text.encode())
         print(text)
         return 0
     if path.is_file() and path.read_text(encoding="utf-8") == text:

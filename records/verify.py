@@ -55,8 +55,47 @@ import prepare  # noqa: E402  (data/ is no package)
 from caseops import ESC, OPERATORS, CaseOpsError, decode  # noqa: E402
 
 import pack_artifact  # noqa: E402
-from pack_artifact import CAP_BYTES, TOY, TOY_DEPTH, UserError  # noqa: E402
+from pack_artifact import CAP_BYTES  # noqa: E402
+from train_gpt import UserError, atomic_write  # noqa: E402
 
+# Numbers that make any record small enough for seconds on one core. Depth is apart: a record may list its layers.
+TOY_DEPTH = {
+    "NUM_LAYERS": "4",
+    "XSA_LAST_N": "4",
+    "NUM_LOOPS": "1",
+    "LOOP_START": "1",
+    "LOOP_END": "2",
+    "PARALLEL_START_LAYER": "3",
+}
+TOY = {
+    "VOCAB_SIZE": "512",
+    "MODEL_DIM": "64",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "MLP_MULT": "2.0",
+    "ROPE_DIMS": "8",
+    "TRAIN_SEQ_LEN": "128",
+    "EVAL_SEQ_LEN": "128",
+    "EVAL_STRIDE": "32",
+    "TRAIN_BATCH_TOKENS": "1024",
+    "VAL_BATCH_TOKENS": "1024",
+    "BATCH_SLICES": "4",
+    "ITERATIONS": "12",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "WARMUP_STEPS": "1",
+    "TRAIN_LOG_EVERY": "4",
+    "EMA_DECAY": "0.5",
+    "GPTQ_CALIBRATION_BATCHES": "4",
+    "TTT_LORA_RANK": "4",
+    "TTT_LORA_ALPHA": "6",
+    "TTT_LORA_LR": "0.003",
+    "TTT_EVAL_SEQ_LEN": "96",
+    "TTT_BATCH_SIZE": "2",
+    "PHASED_TTT_PREFIX_DOCS": "2",
+    "PHASED_TTT_NUM_PHASES": "2",
+    "GLOBAL_TTT_CHUNK_TOKENS": "256",
+    "TTT_CHUNK_TOKENS": "512",
+}
 BUDGET_SECONDS = 600.0
 TOY_VOCAB = 400  # control ids, operators, bytes and the characters of the text leave a few for words
 SUM_TOLERANCE = 1e-4  # of float32 losses of a whole alphabet
@@ -808,6 +847,22 @@ def toy_documents(folder: Path, vocab: int) -> Path:
     return folder / "shards"
 
 
+def write_toy_data(folder: Path, vocab: int, tokens: int) -> Path:
+    """Shards of seeded documents for training and validation, with a byte sidecar, so that no tokenizer is needed."""
+    rng = np.random.Generator(np.random.PCG64(vocab))
+    lengths = rng.integers(20, 110, size=tokens // 20)
+    lengths = lengths[: 1 + int(np.searchsorted(np.cumsum(lengths), tokens))]
+    ids = rng.integers(4, vocab, size=int(lengths.sum()))
+    repeated = rng.random(len(ids)) < 0.5  # something to learn
+    ids[1:][repeated[1:]] = ids[:-1][repeated[1:]]
+    ids[np.concatenate(([0], np.cumsum(lengths)[:-1]))] = 1
+    folder.mkdir()
+    for kind, values in (("train", ids), ("val", ids), ("val_bytes", np.where(ids == 1, 0, 3))):
+        data = prepare.shard_header(len(values)) + values.astype("<u2").tobytes()
+        (folder / f"fineweb_{kind}_000000.bin").write_bytes(data)
+    return folder
+
+
 def vocabulary(program: Any, data: Path) -> int:
     """Pieces of the tokenizer of some shards."""
     tokenizer = program.find_tokenizer(program.Config(data_path=str(data)))
@@ -872,7 +927,7 @@ def with_data(subject: Subject, values: dict[str, str], room: Path) -> Subject:
     where = subject.data
     if where is None:
         cfg = subject.program.load_config(values)
-        where = pack_artifact.write_toy_data(room / "seeded", cfg.vocab_size, cfg.eval_seq_len + 600)
+        where = write_toy_data(room / "seeded", cfg.vocab_size, cfg.eval_seq_len + 600)
         subject.notes.append("no data was given: judged on seeded tokens")
     tokenizer = {"TOKENIZER_PATH": os.environ["TOKENIZER_PATH"]} if os.environ.get("TOKENIZER_PATH") else {}
     device = {"DEVICE": os.environ["DEVICE"]} if os.environ.get("DEVICE") else {}
@@ -909,7 +964,7 @@ def open_run(folder: Path, source: Path, room: Path, given: Path | None) -> Subj
 
 def open_artifact(path: Path, room: Path, given: Path | None) -> Subject:
     """A packed file: judged by the program inside it, which is imported from a temporary folder."""
-    parts = pack_artifact.read_artifact(path)
+    parts = pack_artifact.read_packed(path)
     for name, data in (("train_gpt.py", parts.source), ("record.env", parts.config), ("model.bin", parts.weights)):
         (room / name).write_bytes(data)
     program = pack_artifact.load_program(room / "train_gpt.py", "judged")
@@ -1040,7 +1095,7 @@ def judge_target(args: argparse.Namespace) -> int:
         return 2
     print_verdict(verdict)
     if args.out:
-        pack_artifact.replace_file(args.out, json.dumps(verdict, indent=1).encode() + b"\n")
+        atomic_write(args.out, json.dumps(verdict, indent=1).encode() + b"\n")
     print("VERDICT " + json.dumps(verdict | {"seconds": round(time.perf_counter() - started, 1)}), flush=True)
     return 0 if verdict["legal"] else 1
 

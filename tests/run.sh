@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All set-up, the linter, then the tests. Arguments go to pytest: bash tests/run.sh -k style -x
+# All set-up, the linter and the formatter's check, then the tests. Arguments go to pytest: bash tests/run.sh -k style -x
 #   VENV, PYTHON   see records/setup_env.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../records/setup_env.sh"
@@ -7,6 +7,8 @@ cd "$ROOT"
 
 echo "ruff check ."
 "$PY" -m ruff check . || die "ruff found the problems above; the tests were not run"
+echo "ruff format --check ."
+"$PY" -m ruff format --check . || die "the files above are not formatted: run \`ruff format .\`; the tests were not run"
 
 marks=()
 if [[ "$("$PY" -c 'import torch; print(torch.cuda.is_available())')" != True ]]; then

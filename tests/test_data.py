@@ -16,14 +16,14 @@ import pytest
 import sentencepiece as spm
 import torch
 from conftest import TINY
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
 from train_gpt import BOS_ID, Config, Log, Runtime, ShardWalker, UserError, load_config
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "data.json").read_text(encoding="utf-8"))
-PROPERTY = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
+PROPERTY = settings(max_examples=60)
 
 
 def write_shard(path: Path, tokens: list[int] | np.ndarray) -> Path:
@@ -261,8 +261,8 @@ def threads() -> set[threading.Thread]:
 
 
 def wait_until_gone(started: set[threading.Thread]) -> bool:
-    """Whether the threads end within some seconds."""
-    deadline = time.monotonic() + 5
+    """Whether the threads end at all: within a minute."""
+    deadline = time.monotonic() + 60
     while any(t.is_alive() for t in started) and time.monotonic() < deadline:
         time.sleep(0.01)
     return not any(t.is_alive() for t in started)
@@ -304,7 +304,7 @@ def test_prefetch_raises_the_producers_error_after_the_items_before_it(error: ty
 
     consumer = threading.Thread(target=consume, daemon=True)
     consumer.start()
-    consumer.join(2)
+    consumer.join(60)
     assert got == [1, "broken"], "a consumer that waits for ever is worse than any error"
     assert wait_until_gone(threads() - before)
 

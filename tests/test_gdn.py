@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,13 @@ from torch import Tensor
 
 import train_gpt
 
-FORWARD = [rules.Entry(e["name"], GOLDEN["base"] | e["config"], e["expected"]) for e in GOLDEN["forward"]]
+
+def entries(*kinds: str, base: dict[str, Any] | None = None) -> list[rules.Entry]:
+    """Golden entries of some kinds."""
+    return [rules.Entry(e["name"], (base or {}) | e["config"], e["expected"]) for kind in kinds for e in GOLDEN[kind]]
+
+
+FORWARD = entries("forward", base=GOLDEN["base"])
 PUBLISHED = {
     "mixers": "G*2 A*8 G",
     "mlp_mult": 4.125,
@@ -53,12 +61,6 @@ TOY = {
     "gdn_head_dim": 8,
 }
 Rule = Callable[..., tuple[Tensor, Tensor]]
-
-
-def each(kind: str) -> pytest.MarkDecorator:
-    """One test per entry of a kind, as the argument `golden`."""
-    found = [rules.Entry(e["name"], e["config"], e["expected"]) for e in GOLDEN[kind]]
-    return pytest.mark.parametrize("golden", found, ids=[e.name for e in found])
 
 
 def close(value: Any, rel: float = rules.REL) -> Any:
@@ -91,18 +93,18 @@ def differentiated(rule: Rule, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [o.detach(), state.detach(), *torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])]
 
 
-def assert_same_rule(rule: Rule, inputs: tuple[Tensor, ...]) -> None:
-    """A rule is the recurrence: values to 1e-11, gradients to 1e-9 of the largest."""
-    pairs = zip(differentiated(rule, inputs), differentiated(recurrence, inputs), strict=True)
-    for i, (got, wanted) in enumerate(pairs):
-        bound = (1e-11 if i < 2 else 1e-9) * wanted.abs().max().item()
-        torch.testing.assert_close(got, wanted, rtol=0, atol=bound)
+def assert_same_rule(rule: Rule, inputs: tuple[Tensor, ...], wanted: list[Tensor]) -> None:
+    """A rule's values to 1e-11 and its gradients to 1e-9 of the largest."""
+    for i, (x, y) in enumerate(zip(differentiated(rule, inputs), wanted, strict=True)):
+        torch.testing.assert_close(x, y, rtol=0, atol=(1e-11 if i < 2 else 1e-9) * y.abs().max().item())
 
 
-@pytest.mark.parametrize("chunk", [16, 32, 64, 128])
 @pytest.mark.parametrize("decay", [0.1, 20.0])
-def test_chunked_rule_is_the_recurrence_for_every_chunk_length(chunk: int, decay: float) -> None:
-    assert_same_rule(functools.partial(train_gpt.chunked_delta_rule, chunk=chunk), draw(133, decay))
+def test_chunked_rule_is_the_recurrence_for_every_chunk_length(decay: float) -> None:
+    inputs = draw(133, decay)
+    wanted = differentiated(recurrence, inputs)
+    for chunk in (16, 32, 64, 128):
+        assert_same_rule(functools.partial(train_gpt.chunked_delta_rule, chunk=chunk), inputs, wanted)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -111,7 +113,8 @@ def test_chunked_rule_is_the_recurrence_with_any_starts(T: int, chunk: int, deca
     inputs = list(draw(T, decay, sizes=(2, 1, 3, 2)))
     for row in inputs[5]:
         row[data.draw(st.lists(st.integers(0, T - 1), max_size=8))] = True
-    assert_same_rule(functools.partial(train_gpt.chunked_delta_rule, chunk=chunk), tuple(inputs))
+    rule = functools.partial(train_gpt.chunked_delta_rule, chunk=chunk)
+    assert_same_rule(rule, tuple(inputs), differentiated(recurrence, tuple(inputs)))
 
 
 def test_a_state_carried_across_a_split_changes_nothing() -> None:
@@ -134,18 +137,19 @@ def test_nothing_crosses_a_start_not_even_a_tiny_gradient() -> None:
     assert decays[:, :71].abs().max() < 1e-13 < decays[:, 71:].abs().max()  # sums of what cancels
 
 
-@pytest.mark.parametrize(("decay", "bound"), [(0.1, 2e-5), (20.0, 2e-5)])
-def test_single_precision_stays_close(decay: float, bound: float) -> None:
-    exact = draw(300, decay, sizes=(1, 2, 64, 64))
-    single = tuple(x.float() if x.is_floating_point() else x for x in exact)
-    got, wanted = differentiated(train_gpt.chunked_delta_rule, single), differentiated(recurrence, exact)
-    for x, y in zip(got[:2], wanted[:2], strict=True):
-        assert (x - y).norm() <= bound * y.norm()
-    for x, y in zip(got[2:], wanted[2:], strict=True):
-        assert torch.isfinite(x).all() and (x - y).norm() <= 10 * bound * y.norm()
+def test_single_precision_stays_close() -> None:
+    for decay in (0.1, 20.0):
+        exact = draw(150, decay, sizes=(1, 1, 64, 64))
+        single = tuple(x.float() if x.is_floating_point() else x for x in exact)
+        pairs = zip(
+            differentiated(train_gpt.chunked_delta_rule, single), differentiated(recurrence, exact), strict=True
+        )
+        for i, (x, y) in enumerate(pairs):
+            bound = 2e-5 if i < 2 else 2e-4
+            assert torch.isfinite(x).all() and (x - y).norm() <= bound * y.norm(), (decay, i)
 
 
-@each("gated_delta_rule")
+@pytest.mark.parametrize("golden", entries("gated_delta_rule"), ids=lambda e: e.name)
 def test_rule_gives_the_published_numbers(golden: rules.Entry) -> None:
     c, expected = golden.config, golden.expected
     (B, T), repeat, shape = (c["B"], c["T"]), c["v_heads"] // c["q_heads"], {}
@@ -179,39 +183,29 @@ def test_rule_gives_the_published_numbers(golden: rules.Entry) -> None:
 # Flash-linear-attention, imitated: a function with gradients of its own, which the operators call inside
 
 
+def unnormed(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence of q and k that it normalises, without starts."""
+    q, k, v, g, beta, state = inputs
+    starts = torch.zeros(g.shape[:2], dtype=torch.bool)
+    return recurrence(train_gpt.l2_normalize(q), train_gpt.l2_normalize(k), v, g, beta, starts, state)
+
+
 class Imitation(torch.autograd.Function):
-    """The rule of unnormed q and k on the CPU, its gradients written as a loop backwards."""
+    """`unnormed`, which inside an operator, where autograd is off, still has gradients."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*inputs)
-        q, k, v, g, beta, state = inputs
-        starts = torch.zeros(g.shape[:2], dtype=torch.bool)
-        return recurrence(train_gpt.l2_normalize(q), train_gpt.l2_normalize(k), v, g, beta, starts, state)
+        return unnormed(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, go: Tensor, gs: Tensor) -> tuple[Tensor, ...]:
-        raw_q, raw_k, v, g, beta, state = ctx.saved_tensors
-        q, k, scale = train_gpt.l2_normalize(raw_q), train_gpt.l2_normalize(raw_k), raw_q.size(-1) ** -0.5
-        states, dq, dk, dv, dg, dbeta = [state], *(torch.empty_like(x) for x in (q, k, v, g, beta))
-        for t in range(v.size(1)):
-            starts = torch.zeros(len(v), 1, dtype=torch.bool)
-            states.append(recurrence(*(x[:, t : t + 1] for x in (q, k, v, g, beta)), starts, states[-1])[1])
-        for t in reversed(range(v.size(1))):
-            key, query, write = k[:, t, :, :, None], q[:, t, :, :, None], beta[:, t, :, None, None]
-            kept = states[t] * g[:, t, :, None, None].exp()
-            missed, out = v[:, t, :, None] - key.mT @ kept, scale * go[:, t, :, None]
-            gs = gs + query @ out
-            dq[:, t] = (states[t + 1] @ out.mT)[..., 0]
-            into = key.mT @ gs
-            dv[:, t], dbeta[:, t] = (write * into)[:, :, 0], (into * missed).sum((-1, -2))
-            dk[:, t] = (gs @ (write * missed).mT - kept @ (write * into).mT)[..., 0]
-            gs = gs - key @ (write * into)
-            dg[:, t] = (gs * kept).sum((-1, -2))
-            gs = gs * g[:, t, :, None, None].exp()
-        for raw, unit, grad in ((raw_q, q, dq), (raw_k, k, dk)):
-            grad.sub_(unit * (unit * grad).sum(-1, keepdim=True)).mul_(raw.square().sum(-1, keepdim=True).rsqrt())
-        return dq, dk, dv, dg, dbeta, gs
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        def gradients() -> tuple[Tensor, ...]:
+            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            return torch.autograd.grad(unnormed(*leaves), leaves, grads)
+
+        with ThreadPoolExecutor(1) as pool:  # where autograd is on is a property of the thread
+            return pool.submit(gradients).result()
 
 
 def imitation(*inputs: Tensor, initial_state: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
@@ -229,7 +223,7 @@ def test_fused_rule_is_the_twin_with_gradients_that_the_library_gives(
     starts[0, 11] = starts[1, 20] = starts[1, 21] = True
     inputs = (3 * q, k + 1, v, g, beta, starts, state)
     fused = train_gpt.fused_delta_rule
-    fused = torch.compile(fused, fullgraph=True) if compiled else fused
+    fused = torch.compile(fused, fullgraph=True, backend="aot_eager") if compiled else fused
     pairs = zip(differentiated(fused, inputs), differentiated(train_gpt.delta_rule, inputs), strict=True)
     for got, wanted in pairs:
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
@@ -239,21 +233,16 @@ def test_which_rule_runs_is_chosen_once_and_logged(monkeypatch: pytest.MonkeyPat
     lines: list[str] = []
     log = type("Lines", (), {"__call__": lambda self, text: lines.append(text)})()
     runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), log, torch.bfloat16)
-    cfg = train_gpt.Config(**PUBLISHED)
+    auto, on, off = (train_gpt.Config(**PUBLISHED, fused_gdn_enabled=value) for value in ("auto", "1", "0"))
     monkeypatch.setattr(train_gpt, "triton", object())
     monkeypatch.setattr(train_gpt, "chunk_gated_delta_rule", None)
-    assert train_gpt.choose_kernels(cfg, runtime).delta_rule is train_gpt.delta_rule
     with pytest.raises(train_gpt.UserError, match="FUSED_GDN_ENABLED=1 needs a GPU, triton, .*flash-linear-attention"):
-        train_gpt.choose_kernels(dataclasses.replace(cfg, fused_gdn_enabled="1"), runtime)
-    monkeypatch.setattr(train_gpt, "chunk_gated_delta_rule", imitation)
-    assert train_gpt.choose_kernels(cfg, runtime).delta_rule is train_gpt.fused_delta_rule
-    plain = train_gpt.choose_kernels(dataclasses.replace(cfg, fused_gdn_enabled="0"), runtime)
-    assert plain.delta_rule is train_gpt.delta_rule
-    assert [line for line in lines if "gdn" in line] == [
-        "fused_gdn_enabled: plain",
-        "fused_gdn_enabled: fused",
-        "fused_gdn_enabled: plain",
-    ]
+        train_gpt.choose_kernels(on, runtime)
+    for library, cfg, word in ((None, auto, "plain"), (imitation, auto, "fused"), (imitation, off, "plain")):
+        monkeypatch.setattr(train_gpt, "chunk_gated_delta_rule", library)
+        wanted = train_gpt.fused_delta_rule if word == "fused" else train_gpt.delta_rule
+        assert train_gpt.choose_kernels(cfg, runtime).delta_rule is wanted
+        assert lines[-1] == f"fused_gdn_enabled: {word}"
 
 
 # Delta nets
@@ -302,8 +291,7 @@ def run_mixer(
     return y, loss.item(), {"x": x.grad} | {n: p.grad for n, p in names.items()}, sites
 
 
-MIXER_ENTRIES = [rules.Entry(e["name"], e["config"], e["expected"]) for e in GOLDEN["gdn_mixer"]]
-MIXER_ENTRIES += [rules.Entry(e["name"], e["config"], e["expected"]) for e in GOLDEN["gdn_mixer_reset"]]
+MIXER_ENTRIES = entries("gdn_mixer", "gdn_mixer_reset")
 
 
 @pytest.mark.parametrize("golden", MIXER_ENTRIES, ids=lambda e: e.name)
@@ -351,9 +339,11 @@ def test_column_1_of_the_taps_is_the_token_itself() -> None:
 
 def test_initial_values() -> None:
     cfg = train_gpt.Config(**PUBLISHED)
-    net = train_gpt.DeltaNet(cfg, 0, train_gpt.masked_attention, train_gpt.PLAIN)
+    narrow = dataclasses.replace(cfg, model_dim=64, gdn_head_dim=8)  # the same heads
+    nets = [train_gpt.DeltaNet(c, 0, train_gpt.masked_attention, train_gpt.PLAIN) for c in (narrow, cfg)]
     seen = []
     for seed in range(40):
+        net = nets[seed == 39]
         train_gpt.init_weights(net, cfg, torch.Generator().manual_seed(seed))
         seen.append(torch.stack([net.A_log.exp(), F.softplus(net.dt_bias)]).detach())
     A, dt = torch.stack(seen).unbind(1)
@@ -370,7 +360,7 @@ def test_initial_values() -> None:
 # The sink
 
 
-@each("sink_attention")
+@pytest.mark.parametrize("golden", entries("sink_attention"), ids=lambda e: e.name)
 def test_sink_attention_gives_the_published_numbers(golden: rules.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     c, expected = golden.config, golden.expected
     heads = {
@@ -443,12 +433,17 @@ def assert_sunk(attend: train_gpt.Attend, meta: train_gpt.AttnMeta, bounds: list
         torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize(("cu_seqlens", "band"), [(None, 0), ([0, 3, 4, 9, 16, 24, 24, 24], 8), ([0, 5, 24, 24], 24)])
-def test_a_sink_takes_its_share_in_the_masked_twin(cu_seqlens: list[int] | None, band: int) -> None:
-    bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
-    mask = None if cu_seqlens is None else train_gpt.segment_mask(bounds, 24, band)
-    meta = train_gpt.AttnMeta(bounds, band, torch.empty(0), torch.empty(0), mask)
-    assert_sunk(train_gpt.masked_attention, meta, cu_seqlens or [0, 12, 24], 2 if cu_seqlens is None else 1)
+def segmented(bounds: list[int] | None, band: int, masked: bool) -> train_gpt.AttnMeta:
+    """The meta of one row of segments, or of rows without any."""
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    mask = train_gpt.segment_mask(cu_seqlens, 24, band) if masked and bounds is not None else None
+    return train_gpt.AttnMeta(cu_seqlens, band, torch.empty(0), torch.empty(0), mask)
+
+
+def test_a_sink_takes_its_share_in_the_masked_twin() -> None:
+    for bounds, band in ((None, 0), ([0, 3, 4, 9, 16, 24, 24, 24], 8), ([0, 5, 24, 24], 24)):
+        meta = segmented(bounds, band, masked=True)
+        assert_sunk(train_gpt.masked_attention, meta, bounds or [0, 12, 24], 2 if bounds is None else 1)
 
 
 def imitated_varlen(
@@ -467,16 +462,12 @@ def imitated_varlen(
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("gqa", [False, True])
-@pytest.mark.parametrize("cu_seqlens", [None, [0, 3, 4, 9, 16, 24, 24, 24]])
-def test_a_sink_is_a_key_before_each_segment_of_flash_attention(
-    cu_seqlens: list[int] | None, gqa: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sink_is_a_key_before_each_segment_of_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_gpt, "varlen_attn", imitated_varlen)
-    monkeypatch.setattr(train_gpt, "VARLEN_HAS_GQA", gqa)
-    bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
-    meta = train_gpt.AttnMeta(bounds, 8, torch.empty(0), torch.empty(0), None)
-    assert_sunk(train_gpt.flash_attention, meta, cu_seqlens or [0, 12, 24], 2 if cu_seqlens is None else 1)
+    for gqa, bounds in itertools.product((False, True), (None, [0, 3, 4, 9, 16, 24, 24, 24])):
+        monkeypatch.setattr(train_gpt, "VARLEN_HAS_GQA", gqa)
+        meta = segmented(bounds, 8, masked=False)
+        assert_sunk(train_gpt.flash_attention, meta, bounds or [0, 12, 24], 2 if bounds is None else 1)
 
 
 # The model
@@ -571,7 +562,7 @@ def sample(rows: int, length: int, bos: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_documents_are_scored_as_if_alone(packed: bool) -> None:
-    """Plain rows of delta nets alone, since attention runs through; packed, all mixers, and positions start afresh."""
+    """Plain rows of delta nets alone, since attention runs through; packed, all mixers, and positions restart."""
     model = toy(**{} if packed else {"mixers": "G*5"})
     bounds, ids = [0, 31, 32, 77, 140], sample(1, 140, [0, 31, 32, 77])
     cu_seqlens = torch.tensor([*bounds, 140, 140], dtype=torch.int32)
@@ -584,7 +575,7 @@ def test_documents_are_scored_as_if_alone(packed: bool) -> None:
     assert torch.allclose(crossing, together, atol=2e-5) is packed  # segments always bound the state, BOS when asked
 
 
-def test_a_cut_of_a_long_document_starts_the_state_afresh() -> None:
+def test_a_cut_of_a_long_document_clears_the_state() -> None:
     model, ids = toy(mixers="G*5"), sample(1, 96, [0])
     cu_seqlens = torch.from_numpy(
         train_gpt.pad_bounds(train_gpt.segment_bounds(torch.zeros(1, dtype=int).numpy(), 96, 32))
@@ -593,21 +584,22 @@ def test_a_cut_of_a_long_document_starts_the_state_afresh() -> None:
     torch.testing.assert_close(got, model(ids.view(3, 32)).view(1, 96, 97), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("looping", [False, True])
-def test_a_later_token_changes_no_earlier_logit(looping: bool) -> None:
-    model, ids = toy(looping=looping), sample(2, 80, [3])
-    before = model(ids)
-    ids[:, 50] = 11
-    after = model(ids)
-    assert torch.equal(before[:, :50], after[:, :50])
-    assert not torch.isclose(before[:, 50:], after[:, 50:]).all(dim=-1).any()
+def test_a_later_token_changes_no_earlier_logit() -> None:
+    for looping in (False, True):
+        model, ids = toy(looping=looping), sample(2, 80, [3])
+        before = model(ids)
+        ids[:, 50] = 11
+        after = model(ids)
+        assert torch.equal(before[:, :50], after[:, :50]), looping
+        assert not torch.isclose(before[:, 50:], after[:, 50:]).all(dim=-1).any(), looping
 
 
 def test_a_compiled_model_gives_the_same_numbers() -> None:
-    model, ids = toy(), sample(2, 71, [0, 20])
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # traced like a run's, without a C++ compiler
+    """Traced as a run is, but without a C++ compiler; both mixers, one of them twice."""
+    model = toy(num_layers=2, mixers="G A", loop_start=0, loop_end=0, parallel_start_layer=1)
+    ids = sample(2, 71, [0, 20])
     results = []
-    for run in (model, compiled):
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
         loss = run(ids[:, :-1], ids[:, 1:])
         loss.backward()
@@ -628,11 +620,7 @@ def test_parallel_layers_on_one_stream_are_those_from_the_first_on() -> None:
     none = dataclasses.replace(cfg, parallel_start_layer=0)
     assert not any(train_gpt.plan_route(none, True).parallel_block)
     published = train_gpt.plan_route(train_gpt.Config(**PUBLISHED), True)
-    assert [slot for slot, on in enumerate(published.parallel_block) if on] == [
-        14,
-        15,
-        16,
-    ] and published.num_encoder == 8
+    assert published.parallel_block == (False,) * 14 + (True,) * 3 and published.num_encoder == 8
     assert toy().lanes is None and toy(parallel_lanes=2).lanes is not None
 
 
@@ -656,33 +644,31 @@ def test_parameters_and_optimiser_groups_are_the_published_ones() -> None:
     assert "of them not trained: 3 tensors, 3,072 weights" in train_gpt.explain(cfg, {})
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_the_published_convolution_is_not_trained(trained: bool) -> None:
-    cfg = train_gpt.Config(**TOY, gdn_conv_trained=trained)
-    model, ids = toy(gdn_conv_trained=trained), sample(2, 40, [0])
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimisers = train_gpt.Optimisers(cfg, model, rules.runtime())
-    model(ids[:, :-1], ids[:, 1:]).backward()
-    optimisers.step(1.0, 0)
-    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
-    assert still == (set() if trained else {"blocks.0.attn.taps", "blocks.4.attn.taps"})
+def test_the_published_convolution_is_not_trained() -> None:
+    for trained in (False, True):
+        cfg = train_gpt.Config(**TOY, gdn_conv_trained=trained)
+        model, ids = toy(gdn_conv_trained=trained), sample(2, 40, [0])
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimisers = train_gpt.Optimisers(cfg, model, rules.runtime())
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        optimisers.step(1.0, 0)
+        still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+        assert still == (set() if trained else {"blocks.0.attn.taps", "blocks.4.attn.taps"})
 
 
-@pytest.mark.parametrize(
-    ("text", "letters"),
-    [("", "A" * 5), ("G A*3 G", "GAAAG"), ("A*5", "A" * 5), (" GGAAA", "GGAAA"), ("G*2A*3", "GGAAA"), ("G*5", "G" * 5)],
-)
-def test_mixers_are_written_out(text: str, letters: str) -> None:
-    cfg = train_gpt.Config(**TOY | {"mixers": text})
-    assert train_gpt.mixer_letters(cfg) == letters and not cfg.problems()
-    kinds = [type(block.attn) for block in train_gpt.GPT(cfg).blocks]
-    assert kinds == [train_gpt.MIXERS[letter] for letter in letters]
+def test_mixers_are_written_out() -> None:
+    spelt = {"": "A" * 5, "G A*3 G": "GAAAG", "A*5": "A" * 5, " GGAAA": "GGAAA", "G*2A*3": "GGAAA", "G*5": "G" * 5}
+    for text, letters in spelt.items():
+        cfg = train_gpt.Config(**TOY | {"mixers": text})
+        assert train_gpt.mixer_letters(cfg) == letters and not cfg.problems(), text
+        kinds = [type(block.attn) for block in train_gpt.GPT(cfg).blocks]
+        assert kinds == [train_gpt.MIXERS[letter] for letter in letters], text
 
 
-@pytest.mark.parametrize("text", ["G*2 A*2", "G*2 A*4", "G,A*4", "GAAA?", "G*-1 A*6", "attention", "G*0", "g a*4"])
-def test_mixers_that_do_not_fit_are_one_line_with_name_value_and_layers(text: str) -> None:
-    (line,) = train_gpt.Config(**TOY | {"mixers": text}).problems()
-    assert line.startswith(f"MIXERS={text!r} ") and "NUM_LAYERS=5" in line
+def test_mixers_that_do_not_fit_are_one_line_with_name_value_and_layers() -> None:
+    for text in ("G*2 A*2", "G*2 A*4", "G,A*4", "GAAA?", "G*-1 A*6", "attention", "G*0", "g a*4"):
+        (line,) = train_gpt.Config(**TOY | {"mixers": text}).problems()
+        assert line.startswith(f"MIXERS={text!r} ") and "NUM_LAYERS=5" in line, text
 
 
 def test_value_embeddings_need_attention() -> None:
@@ -725,7 +711,7 @@ def test_a_run_with_delta_nets(run_gpt: Callable[..., subprocess.CompletedProces
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["legal"] and list(result["stages"]) == ["pre_quant", "quantized", "final"]
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "fused_gdn_enabled: plain" in log and "attention beside MLP in slots" in log
+    assert "fused_gdn_enabled: plain" in log and "attention beside MLP in executions" in log
     assert "MIXERS=G A*3 G" in (tmp_path / "run" / "record.env").read_text()
     taps = train_gpt.load_artifact(tmp_path / "run" / "model.bin")["blocks.4.attn.taps"]
     assert taps.shape == (64, 2) and 0.5 < taps.abs().max() <= 0.5**0.5

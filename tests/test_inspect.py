@@ -1,11 +1,13 @@
-"""inspect: every byte is accounted for, every codec is read by its own row, and no damaged byte passes."""
+"""inspect: every byte is accounted for, no damaged byte passes, and a run's errors are those of its weights."""
 
 from __future__ import annotations
 
 import json
 import math
 import struct
+import subprocess
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.image
@@ -18,7 +20,6 @@ from hypothesis import strategies as st
 import pack_artifact
 import train_gpt
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCE = """from __future__ import annotations
 # +---------+
 # | 01 DATA |
@@ -85,36 +86,38 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def inspect(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict:
+def inspect(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
     capsys.readouterr()
-    assert pack_artifact.main(["inspect", str(path), *options]) == 0
+    assert pack_artifact.main(["inspect", *map(str, argv)]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     return json.loads(out.splitlines()[-1].removeprefix("INSPECT ")) | {"text": out}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """`inspect` says one line and exits with 2."""
+    capsys.readouterr()
+    assert pack_artifact.main(["inspect", *map(str, argv)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.strip().splitlines()) == 1, error
+    return error
+
+
+# Bytes
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_codec_is_accounted_for(codec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run", codec)
-    report, blob = inspect(folder / "model.bin", capsys), (folder / "model.bin").read_bytes()
+    report, blob = inspect(capsys, folder / "model.bin"), (folder / "model.bin").read_bytes()
     assert report["bytes_total"] == report["bytes_model"] == len(blob)
     streams = sum(row["bytes"] for row in report["streams"])
     assert 0 <= len(blob) - streams <= train_gpt.ARTIFACT_HEADER.size + 1 + 4 * len(report["streams"])
-    assert abs(sum(row["bytes"] for row in report["classes"]) - streams) <= len(report["classes"])
+    assert abs(sum(row["bytes"] for row in report["arrays"]) - streams) <= len(report["arrays"])
     assert report["quantised_weights"] == sum(p["q"].numel() for p in parts_of().values() if "q" in p)
     assert report["bits_per_weight"] == pytest.approx(8 * len(blob) / report["quantised_weights"])
-    classes = {(row["class"], row["part"]): row for row in report["classes"]}
-    assert classes[("attn.q", "symbols")]["items"] == 2 * 32 * 32 and classes[("attn.q", "symbols")]["arrays"] == 2
-    assert classes[("mlp.up", "scales")]["items"] == 128 and ("skips.gates", "other") in classes
-
-
-def test_the_bound_is_the_order_0_entropy(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report, wanted = inspect(run / "artifact.pyz", capsys), 0.0
-    for name, parts in parts_of().items():
-        if name.startswith("tok_emb"):
-            values = np.unique(parts["q"].numpy(), return_counts=True)[1] / parts["q"].numel()
-            wanted = -float((values * np.log2(values)).sum()) * parts["q"].numel() / 8
-    row = next(row for row in report["streams"] if row["stream"] == "tok_emb")
-    assert row["bound"] == round(wanted) and row["over_bound"] == pytest.approx(row["bytes"] / wanted - 1)
+    arrays = {(row["role"], row["part"]): row for row in report["arrays"]}
+    assert arrays[("attn.q", "symbols")]["items"] == 2 * 32 * 32 and arrays[("attn.q", "symbols")]["arrays"] == 2
+    assert arrays[("mlp.up", "scales")]["items"] == 128 and ("skips.gates", "other") in arrays
 
 
 @settings(max_examples=50, deadline=None)
@@ -130,97 +133,98 @@ def test_entropy_of_arrays(values: list[int], kind: type) -> None:
         assert bits == pytest.approx(sum(-n * math.log2(n / len(values)) for n in pairs), abs=1e-6)
 
 
-def test_parts_and_sections_add_up(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    source = ("--source", str(ROOT / "train_gpt.py"))
-    report = inspect(run / "artifact.pyz", capsys, *source, "--png", str(tmp_path / "i.png"))
+def test_entropy_of_stored_parts() -> None:
+    q = torch.tensor([[-3, -3, 5, 5], [0, 0, 7, 7]], dtype=torch.int8).repeat(8, 1)
+    assert pack_artifact.entropy_bytes({"q": q, "s": torch.ones(16).half()}) == 64 * 2 // 8 + 32
+    assert pack_artifact.entropy_bytes({"q": torch.zeros(4, 4, dtype=torch.int8)}) == 0
+    assert pack_artifact.entropy_bytes({"w": torch.zeros(4).half()}) == 8
+    counts = {2: 8, -2: 8, 1: 16, 3: 8, 5: 8}  # in a trellis the even ones cost a bit, the odd ones 1.5
+    q = torch.tensor([value for value, count in counts.items() for _ in range(count)], dtype=torch.int8)
+    assert pack_artifact.entropy_bytes({"q": q, "t": torch.zeros(2, dtype=torch.int16)}) == 4 + (16 + 48) // 8
+
+
+def test_bytes_of_the_lqer_correction_at_full_size_and_as_published() -> None:
+    for rows, cols, published in ((8192, 512, 34_882), (2048, 512, 10_306)):
+        parts = {"q": torch.zeros(rows, cols, dtype=torch.int8)}
+        parts |= train_gpt.encode_lqer(torch.randn(rows, cols), train_gpt.Config())
+        packed = 4 * rows // 4 + 4 * cols // 2 + 2 + 2 * 32
+        (row,) = pack_artifact.lqer_rows({"x:gptq+lqer": parts, "y:fp16": {"w": torch.zeros(2)}})
+        assert list(row.values()) == [1, packed + parts["lqm"].nbytes, published]
+    assert pack_artifact.lqer_rows({"y:fp16": {"w": torch.zeros(2)}}) == []
+
+
+def test_parts_sections_bound_and_picture(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report = inspect(capsys, run / "artifact.pyz", "--source", run / "program.py", "--png", tmp_path / "i.png")
     assert sum(report["parts"].values()) == report["bytes_total"] == (run / "artifact.pyz").stat().st_size
     assert report["headroom"] == 16_000_000 - report["bytes_total"]
-    source_bytes = len(pack_artifact.read_artifact(run / "artifact.pyz").source)
-    assert sum(row["minified"] for row in report["sections"]) == source_bytes
+    source = pack_artifact.read_packed(run / "artifact.pyz").source.decode()
+    assert sum(row["minified"] for row in report["sections"]) == len(source)
     assert abs(sum(row["bytes"] for row in report["sections"]) - report["parts"]["code"]) <= len(report["sections"])
+    sections = {s.title: s.minified for s in pack_artifact.cut_sections(source, (run / "program.py").read_text())}
+    assert "TABLE" in sections["01 DATA"] and "class Run" in sections["02 MAIN"] and "def main" in sections["02 MAIN"]
     assert "preset small; hashes match" in report["text"] and "order-0 entropy" in report["text"]
     assert matplotlib.image.imread(tmp_path / "i.png").shape[:2] == (660, 1650)
-    split = inspect(run / "submission", capsys)
+    symbols = parts_of()["tok_emb.weight:gptq"]["q"].numpy()
+    shares = np.unique(symbols, return_counts=True)[1] / symbols.size
+    bound = -float((shares * np.log2(shares)).sum()) * symbols.size / 8
+    row = next(row for row in report["streams"] if row["stream"] == "tok_emb")
+    assert row["bound"] == round(bound) and row["over_bound"] == pytest.approx(row["bytes"] / bound - 1)
+    split = inspect(capsys, run / "submission")
     assert split["bytes_total"] == sum(p.stat().st_size for p in (run / "submission").iterdir())
-    assert split["streams"] == report["streams"] and inspect(run, capsys)["streams"] == report["streams"]
-
-
-def test_sections_come_from_the_definitions(run: Path) -> None:
-    parts = pack_artifact.read_artifact(run / "artifact.pyz")
-    sections = {s.title: s.minified for s in pack_artifact.packed_sections(parts, run / "program.py")}
-    assert "".join(sections.values()) == parts.source.decode()
-    assert "TABLE" in sections["01 DATA"] and "class Run" in sections["02 MAIN"] and "def main" in sections["02 MAIN"]
+    assert split["streams"] == report["streams"] == inspect(capsys, run)["streams"]
 
 
 # Damage
 
 
-def refused(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """`inspect` says one line and exits with 2."""
-    capsys.readouterr()
-    assert pack_artifact.main(["inspect", str(path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and len(error.strip().splitlines()) == 1, error
-    return error
-
-
 @pytest.mark.parametrize("name", ["artifact.pyz", "submission/train_gpt.py", "submission/model.bin", "model.bin"])
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_no_changed_or_missing_byte_passes(
     run: Path, tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
 ) -> None:
     whole = (run / name).read_bytes()
     at, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
-    damaged = data.draw(
-        st.sampled_from(
-            [
-                whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :],
-                whole[:at],
-                whole + b"\0",
-                whole[:at] + whole[at + 1 :],
-            ]
-        )
-    )
+    flipped = whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :]
+    damaged = data.draw(st.sampled_from([flipped, whole[:at], whole + b"\0", whole[:at] + whole[at + 1 :]]))
     folder = tmp_path_factory.mktemp("damaged")
     target = folder / Path(name).name
-    for other in (run / name).parent.glob("*"):
-        if name.startswith("submission"):
+    if name.startswith("submission"):
+        for other in (run / name).parent.glob("*"):
             (folder / other.name).write_bytes(other.read_bytes())
     target.write_bytes(damaged)
-    subject = folder if name.startswith("submission") else target
-    with pytest.raises(pack_artifact.UserError):
-        parts, _, blob, _ = pack_artifact.read_any(subject)
-        pack_artifact.read_streams(train_gpt, blob, "artifact")
+    with pytest.raises(train_gpt.UserError):
+        _, blob, _ = pack_artifact.read_any(folder if name.startswith("submission") else target)
+        pack_artifact.read_streams(blob, "artifact")
 
 
 def test_a_changed_byte_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = (run / "artifact.pyz").read_bytes()
+    whole, bad = (run / "artifact.pyz").read_bytes(), tmp_path / "bad.pyz"
     for at in (3, 20, 40, 300, len(whole) - 400, len(whole) - 30, len(whole) - 1):
-        (tmp_path / "bad.pyz").write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
-        refused(tmp_path / "bad.pyz", capsys)
-    (tmp_path / "bad.pyz").write_bytes(whole.replace(b"-truncated\n", b"-shortened\n"))
-    assert "another version of the packer" in refused(tmp_path / "bad.pyz", capsys)
-    assert "no model blob" in refused(tmp_path, capsys)
+        bad.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+        refused(capsys, bad)
+    bad.write_bytes(whole.replace(b"-truncated\n", b"-shortened\n"))
+    assert "another version of the packer" in refused(capsys, bad)
+    assert "no model blob" in refused(capsys, tmp_path)
 
 
 def test_blobs_of_another_version_or_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blob = train_gpt.pack_arrays({"a:fp16:w": np.zeros(4, np.float16)}, "lzma")
-    path = tmp_path / "model.bin"
+    path, version = tmp_path / "model.bin", train_gpt.ARTIFACT_VERSION
 
     def sealed(version: int, number: int) -> bytes:
         payload = blob[train_gpt.ARTIFACT_HEADER.size :]
         head = train_gpt.ARTIFACT_HEADER.pack(train_gpt.MAGIC, version, number, len(payload), 0)[:-4]
         return head + struct.pack("<I", zlib.crc32(payload, zlib.crc32(head))) + payload
 
-    path.write_bytes(sealed(train_gpt.ARTIFACT_VERSION + 1, 2))
-    assert f"artifact version {train_gpt.ARTIFACT_VERSION + 1}" in refused(path, capsys)
-    path.write_bytes(sealed(train_gpt.ARTIFACT_VERSION, 250))
-    assert "unknown codec number 250" in refused(path, capsys)
-    path.write_bytes(sealed(train_gpt.ARTIFACT_VERSION, 1))  # sealed as one codec, written by another
-    refused(path, capsys)
-    path.write_bytes(b"nothing of the kind")
-    assert "not a model artifact" in refused(path, capsys)
+    for data, message in (
+        (sealed(version + 1, 2), f"artifact version {version + 1}"),
+        (sealed(version, 250), "unknown codec number 250"),
+        (sealed(version, 1), ""),  # sealed as one codec, written by another
+        (b"nothing of the kind", "not a model artifact"),
+    ):
+        path.write_bytes(data)
+        assert message in refused(capsys, path)
 
 
 def test_a_missing_compressor_is_named(
@@ -230,23 +234,71 @@ def test_a_missing_compressor_is_named(
         pytest.skip("lrzip is not installed, so no such blob can be made here")
     folder = write_run(tmp_path / "run", "pergroup")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "lrzip" in refused(folder / "model.bin", capsys)
+    assert "lrzip" in refused(capsys, folder / "model.bin")
 
 
-@pytest.mark.parametrize(
-    ("tensor", "word"),
-    [(torch.zeros(3, dtype=torch.bfloat16), "bfloat16"), (torch.zeros(3, requires_grad=True), "float32")],
-)
-def test_a_tensor_that_cannot_be_stored_is_named(tmp_path: Path, tensor: torch.Tensor, word: str) -> None:
-    with pytest.raises(train_gpt.UserError, match=rf"x\.weight:fp16:w: a torch\.{word} tensor cannot be stored"):
-        train_gpt.save_artifact(tmp_path / "model.bin", {"x.weight:fp16": {"w": tensor}}, "lzma")
-    assert not list(tmp_path.iterdir())
+def test_a_tensor_that_cannot_be_stored_is_named(tmp_path: Path) -> None:
+    for tensor, word in (
+        (torch.zeros(3, dtype=torch.bfloat16), "bfloat16"),
+        (torch.zeros(3, requires_grad=True), "float32"),
+    ):
+        with pytest.raises(train_gpt.UserError, match=rf"x\.weight:fp16:w: a torch\.{word} tensor cannot be stored"):
+            train_gpt.save_artifact(tmp_path / "model.bin", {"x.weight:fp16": {"w": tensor}}, "lzma")
+        assert not list(tmp_path.iterdir())
 
 
-def test_a_program_that_does_not_import_is_one_line(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+# A run
+
+
+def test_a_run_is_inspected_against_its_own_weights(
+    run_gpt: Callable[..., subprocess.CompletedProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "broken.py").write_text("import no_such_module\n")
-    for name, message in (("broken.py", "cannot be imported"), ("nowhere.py", "no program")):
-        assert pack_artifact.main(["inspect", str(run), "--source", str(tmp_path / name)]) == 2
-        assert message in capsys.readouterr().err
+    knobs = {"REPAIR": "lqer", "AWQ_LITE_ENABLED": 1, "AWQ_LITE_GROUP_SIZE": 8, "GATED_ATTN_QUANT_GATE": 1}
+    done = run_gpt(**knobs, ITERATIONS=3, WARMUP_STEPS=0, EVAL="plain")
+    assert done.returncode == 0, done.stderr
+    plan = done.stdout.rpartition("quantisation plan:\n")[2]
+    for words in ("  awq_lite", "  gptq+lqer", "  int8_row        8 bits    5 tensors", "bytes raw: "):
+        assert words in plan, words
+
+    folder = tmp_path / "run"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tsv, png = tmp_path / "t.tsv", tmp_path / "i.png"
+    report = inspect(capsys, "--run", folder, "--probe", "--tsv", tsv, "--png", png)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, "a run is only read"
+    state = torch.load(folder / "model.pt", weights_only=True)["model"]
+    hessians = torch.load(folder / "hessians.pt", weights_only=True)
+    decoded = train_gpt.load_artifact(folder / "model.bin")
+    rows = {row["tensor"]: row for row in report["tensors"]}
+    assert rows.keys() == state.keys()
+    for name, row in rows.items():
+        weight, error = state[name].double(), state[name].double() - decoded[name].double()
+        power = weight.square().sum().item()
+        assert row["weights"] == weight.numel()
+        lost = error.square().sum().item() / (power or 1)
+        assert (row["relative_error"] or 0) == pytest.approx(lost, rel=1e-4, abs=1e-12), name
+        if name in hessians:
+            H = hessians[name].double()
+            seen, whole = (torch.trace(x @ H @ x.T).item() for x in (error, weight))
+            assert row["hessian_weighted_error"] == pytest.approx(seen / whole, rel=1e-3) and 0 < seen < 0.2 * whole
+            assert row["entropy_bytes"] < row["raw_bytes"], name
+        else:
+            assert row["hessian_weighted_error"] is None
+    streams = sum(row["bytes"] for row in report["streams"])
+    assert 0 < streams - sum(row["bytes"] for row in report["tensors"]) < 0.2 * streams, "all but the index"
+    for key in ("weights", "raw_bytes", "entropy_bytes"):
+        assert sum(row[key] for row in report["roles"]) == sum(row[key] for row in report["tensors"]), key
+
+    assert report["lqer"][0]["lqer_tensors"] == sum(row["stored"].endswith("+lqer") for row in report["tensors"]) == 3
+    header, *lines = tsv.read_text().splitlines()
+    assert len(lines) == len(rows) and {line.count("\t") for line in [header, *lines]} == {8}
+    assert "\tint8_row\t" in tsv.read_text() and "+lqer\t" in tsv.read_text()
+    assert matplotlib.image.imread(png).shape[:2] == (660, 1650), "streams, arrays and roles; no packed code"
+    kinds = [row["probe"].split(" ")[0] for row in report["probe"]]
+    assert kinds.count("AWQ-lite") == 1 and kinds.count("clip") >= 2 and "AWQ-lite from columns" in report["text"]
+    assert all(row["error_ratio"] < 1 for row in report["probe"] if row["probe"].startswith("AWQ"))
+
+    other = {name: weight.flip(0) for name, weight in state.items()}
+    torch.save({"model": other}, folder / "model.pt")
+    assert "other weights than model.pt has" in refused(capsys, "--run", folder)
+    (folder / "hessians.pt").unlink()
+    assert "hessians.pt is missing" in refused(capsys, "--run", folder)

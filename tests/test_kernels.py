@@ -155,34 +155,30 @@ def test_kernels_under_the_interpreter_are_their_twins(tmp_path: Path) -> None:
             assert error <= (2.0**-7 if half and what != "loss" else 3e-6), (name, what)
 
 
-def desc(rows: int, columns: int) -> str:
-    return f"tensordesc<bf16[{rows}, {columns}]>"
-
-
-def ahead_of_time(name: str, program: object = train_gpt) -> dict[str, object]:
-    """Compile one kernel of a program's module for sm_90: its PTX, size of its cubin, shared memory in bytes."""
+def ahead_of_time(program: object) -> dict[str, dict[str, Any]]:
+    """Compile a program's kernels for sm_90: PTX, size of the cubin, shared memory in bytes."""
     compiler = sys.modules["triton.compiler"]
     target = sys.modules["triton.backends.compiler"].GPUTarget("cuda", 90, 32)
     R, C, K = program.MLP_TILE
     columns = {"z": "*bf16", "targets": "*i64", "lse": "*fp32", "softcap": "fp32", "vocab": "i32"}
-    signature, constants, options = {
-        "softcap_ce_kernel": (columns | {"loss": "*fp32"}, {"BLOCK": program.CE_BLOCK}, {}),
-        "softcap_ce_back_kernel": (columns | {"g": "*fp32", "dz": "*bf16"}, {"BLOCK": program.CE_BLOCK}, {}),
-        "leaky_square_kernel": (
-            {"m": desc(R, K), "up": desc(C, K), "pre": desc(R, C // 2), "post": desc(R, C // 2)},
-            {"SLOPE": 0.5},
-            {"num_warps": 8, "num_stages": 4},
-        ),
-        "leaky_square_back_kernel": (
-            {"g": desc(R, K), "down": desc(K, C), "pre": desc(R, C // 2), "dpre": desc(R, C // 2)},
-            {"SLOPE": 0.5},
-            {"num_warps": 8, "num_stages": 3},
-        ),
-    }[name]
-    function = getattr(program, name)
-    ordered = {argument: signature.get(argument, "constexpr") for argument in function.arg_names}
-    done = compiler.compile(compiler.ASTSource(function, ordered, constants), target=target, options=options)
-    return {"ptx": done.asm["ptx"], "cubin": len(done.asm["cubin"]), "shared": done.metadata.shared}
+    tiles = {"x": (R, K), "w": (C, K), "pre": (R, C // 2), "out": (R, C // 2)}
+    forward, back = (
+        {name: f"tensordesc<bf16[{rows}, {columns}]>" for name, (rows, columns) in shapes.items()}
+        for shapes in (tiles, tiles | {"w": (K, C)})
+    )
+    ce, ce_back = program.softcap_ce_kernel, program.softcap_ce_back_kernel
+    mlp, block = program.leaky_square_kernel, {"BLOCK": program.CE_BLOCK}
+    built = {}
+    for name, function, signature, constants, options in (
+        ("ce", ce, columns | {"loss": "*fp32"}, block, {}),
+        ("ce back", ce_back, columns | {"g": "*fp32", "dz": "*bf16"}, block, {}),
+        ("mlp", mlp, forward, {"SLOPE": 0.5, "BACK": False}, {"num_warps": 8, "num_stages": 4}),
+        ("mlp back", mlp, back, {"SLOPE": 0.5, "BACK": True}, {"num_warps": 8, "num_stages": 3}),
+    ):
+        ordered = {argument: signature.get(argument, "constexpr") for argument in function.arg_names}
+        done = compiler.compile(compiler.ASTSource(function, ordered, constants), target=target, options=options)
+        built[name] = {"ptx": done.asm["ptx"], "cubin": len(done.asm["cubin"]), "shared": done.metadata.shared}
+    return built
 
 
 def gradient_norms(program: object) -> list[float]:
@@ -196,9 +192,7 @@ def gradient_norms(program: object) -> list[float]:
 
 def built_and_trained(program: object) -> str:
     """What the child with a packed program prints."""
-    names = "softcap_ce_kernel", "softcap_ce_back_kernel", "leaky_square_kernel", "leaky_square_back_kernel"
-    kernels = {name: ahead_of_time(name, program) for name in names}
-    return json.dumps({"kernels": kernels, "gradients": gradient_norms(program)})
+    return json.dumps({"kernels": ahead_of_time(program), "gradients": gradient_norms(program)})
 
 
 @needs_triton
@@ -214,7 +208,7 @@ def test_packed_kernels_compile_for_hopper_and_train(tmp_path: Path) -> None:
     for name, kernel in built["kernels"].items():
         assert ".target sm_90a" in kernel["ptx"] and kernel["cubin"] > 1000, name
         assert kernel["shared"] <= 232_448, f"{name}: more than a block may have there"
-        if "leaky" in name:  # tensor cores by warp group, and bulk copies
+        if "mlp" in name:  # tensor cores by warp group, and bulk copies
             assert "wgmma.mma_async" in kernel["ptx"] and "cp.async.bulk.tensor" in kernel["ptx"], name
     assert built["gradients"] == gradient_norms(train_gpt)
 

@@ -77,32 +77,32 @@ def compare_gradients(model: train_gpt.GPT, expected: dict) -> None:
     assert squares.sqrt().item() == pytest.approx(expected["grad_l2_total"], rel=rules.REL)
 
 
-@pytest.mark.parametrize("case", rules.entries("layer_order")[0].expected, ids=lambda c: f"loops{c['num_loops']}")
-def test_layer_order(case: dict) -> None:
-    knobs = {key: case[key] for key in ("num_layers", "num_loops", "loop_start", "loop_end")}
-    cfg = train_gpt.Config(**knobs)
-    for looping, suffix in ((False, "plain"), (True, "looping")):
-        route = train_gpt.plan_route(cfg, looping)
-        assert list(route.layers[: route.num_encoder]) == case[f"encoder_{suffix}"]
-        assert list(route.layers[route.num_encoder :]) == case[f"decoder_{suffix}"]
-    assert train_gpt.num_skip_rows(cfg) == case["num_skip_rows"]
+def test_layer_order() -> None:
+    for case in rules.entries("layer_order")[0].expected:
+        cfg = train_gpt.Config(**{key: case[key] for key in ("num_layers", "num_loops", "loop_start", "loop_end")})
+        for looping, suffix in ((False, "plain"), (True, "looping")):
+            route = train_gpt.plan_route(cfg, looping)
+            assert list(route.layers[: route.num_encoder]) == case[f"encoder_{suffix}"], case
+            assert list(route.layers[route.num_encoder :]) == case[f"decoder_{suffix}"], case
+        assert train_gpt.num_skip_rows(cfg) == case["num_skip_rows"], case
 
 
-@pytest.mark.parametrize("case", rules.entries("cu_seqlens")[0].expected, ids=lambda c: f"total{c['total']}")
-def test_segment_bounds(case: dict) -> None:
-    bounds = train_gpt.segment_bounds(np.array(case["bos"], np.int64), case["total"], case["cap"])
-    padded = train_gpt.pad_bounds(bounds)
-    assert bounds.tolist() == case["cu"]
-    assert len(padded) == case["padded_entries"] and (padded[len(bounds) :] == case["total"]).all()
-    assert np.diff(bounds).max() == case["max_segment"]
+def test_segment_bounds() -> None:
+    for case in rules.entries("cu_seqlens")[0].expected:
+        bounds = train_gpt.segment_bounds(np.array(case["bos"], np.int64), case["total"], case["cap"])
+        padded = train_gpt.pad_bounds(bounds)
+        assert bounds.tolist() == case["cu"], case
+        assert len(padded) == case["padded_entries"] and (padded[len(bounds) :] == case["total"]).all(), case
+        assert np.diff(bounds).max() == case["max_segment"], case
 
 
 def test_skips_pair_last_encoder_output_first() -> None:
     route = train_gpt.plan_route(train_gpt.Config(), True)
-    pairs = [(route.layers[slot], route.layers[source]) for slot, source in enumerate(route.skip_source) if source >= 0]
+    pairs = [(route.layers[i], route.layers[source]) for i, source in enumerate(route.skip_source) if source >= 0]
     assert pairs == [(5, 4), (3, 3), (4, 5), (5, 4), (6, 3), (7, 2), (8, 1), (9, 0)]
     assert route.skip_row == (-1,) * 8 + (*range(8), -1)
     assert route.parallel == (False,) * 14 + (True,) * 3
+    assert "14<-1 15<-0" in str(route) and str(route).endswith("two lanes from execution 14")
 
 
 def test_parameter_count_of_the_published_configuration() -> None:
@@ -197,17 +197,18 @@ def test_a_document_in_a_pack_is_the_document_alone() -> None:
 
 
 @pytest.mark.parametrize("looping", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("changed", [1, 17, 39])
-def test_a_later_token_leaves_earlier_logits_bit_equal(looping: bool, packed: bool, changed: int) -> None:
+def test_a_later_token_leaves_earlier_logits_bit_equal(looping: bool) -> None:
     model = rules.build(SMALL | {"loop_on": looping}, torch.float32)
     ids = torch.from_numpy(rules.tokens(97, 40, [0, 11, 29]))[None]
-    bounds = train_gpt.segment_bounds(np.array([0, 11, 29]), 40, 0) if packed else None
-    meta, other = plan_of(model, bounds, 40, 1), ids.clone()
-    other[0, changed] = 8 + (ids[0, changed] + 1) % 80
-    before, after = model(ids, None, meta), model(other, None, meta)
-    assert torch.equal(before[:, :changed], after[:, :changed])
-    assert not torch.equal(before[:, changed], after[:, changed])
+    for bounds in (None, train_gpt.segment_bounds(np.array([0, 11, 29]), 40, 0)):
+        meta = plan_of(model, bounds, 40, 1)
+        before = model(ids, None, meta)
+        for changed in (1, 17, 39):
+            other = ids.clone()
+            other[0, changed] = 8 + (ids[0, changed] + 1) % 80
+            after = model(other, None, meta)
+            assert torch.equal(before[:, :changed], after[:, :changed]), (bounds, changed)
+            assert not torch.equal(before[:, changed], after[:, changed]), (bounds, changed)
 
 
 # Parts
@@ -283,18 +284,18 @@ def test_dense_and_out_gates() -> None:
         assert torch.isfinite(model(torch.arange(9)[None]).sum())
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_smear_stops_at_a_document_when_masked(masked: bool) -> None:
-    cfg = rules.model_config(SMALL, smear_bos_mask=masked)
-    smear = train_gpt.Smear(cfg)
-    train_gpt.init_weights(smear, cfg, torch.Generator())
-    ids, e = torch.tensor([[5, 6, 1, 7]]), torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(smear(ids, e), e)
-    with torch.no_grad():
-        smear.scale.fill_(2.0)  # with a zero weight the gate is 2 * sigmoid(0) = 1
-    expected = e + torch.cat([torch.zeros(1, 1, 32), e[:, :-1]], dim=1)
-    expected[:, 2] = e[:, 2] if masked else expected[:, 2]
-    torch.testing.assert_close(smear(ids, e), expected)
+def test_smear_stops_at_a_document_when_masked() -> None:
+    for masked in (False, True):
+        cfg = rules.model_config(SMALL, smear_bos_mask=masked)
+        smear = train_gpt.Smear(cfg)
+        train_gpt.init_weights(smear, cfg, torch.Generator())
+        ids, e = torch.tensor([[5, 6, 1, 7]]), torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(smear(ids, e), e)
+        with torch.no_grad():
+            smear.scale.fill_(2.0)  # with a zero weight the gate is 2 * sigmoid(0) = 1
+        expected = e + torch.cat([torch.zeros(1, 1, 32), e[:, :-1]], dim=1)
+        expected[:, 2] = e[:, 2] if masked else expected[:, 2]
+        torch.testing.assert_close(smear(ids, e), expected)
 
 
 def test_norms_are_computed_wide() -> None:
@@ -314,13 +315,16 @@ def test_a_listener_that_passes_changes_no_bit() -> None:
         heard.append(site)
         return y
 
+    names = ("q", "k", "v", "o", "attn", "up", "down", "mlp", "head")
+    expected = [train_gpt.Site(name, *where) for where in enumerate(model.route.layers) for name in names[:-1]]
+    expected.append(train_gpt.Site("head", -1, -1))
+    plain = model(ids)
+    for sites in ("q", "o mlp", "up", "down attn head", " ".join(names)):
+        heard.clear()
+        assert torch.equal(model(ids, taps=listener(listen, sites)), plain), sites
+        assert heard == [site for site in expected if site.name in sites.split()], sites
     for taps in (listener(listen), train_gpt.HessianTap()):
-        assert torch.equal(model(ids, None, None, taps), model(ids))
         assert torch.equal(model(ids, targets, None, taps, "none"), model(ids, targets, None, None, "none"))
-    slots = [(slot, layer) for slot, layer in enumerate(model.route.layers)]
-    names = ("q", "k", "v", "o", "attn", "up", "down", "mlp")
-    expected = [train_gpt.Site(name, *where) for where in slots for name in names]
-    assert heard[: len(heard) // 2] == [*expected, train_gpt.Site("head", -1, -1)]
 
 
 def test_every_site_counts() -> None:
@@ -351,7 +355,7 @@ def test_one_graph_per_route_whatever_the_number_of_documents(
     torch._dynamo.reset()
     counter, runtime = CompileCounter(), rules.runtime(compile=True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    shallow = {"num_layers": 4, "num_loops": 1, "loop_start": 1, "loop_end": 1, "parallel_start_layer": 3}
+    shallow = {"num_layers": 2, "num_loops": 1, "loop_start": 0, "loop_end": 0, "parallel_start_layer": 1}
     model = train_gpt.GPT(rules.model_config(SMALL, **shallow), attend).init_weights(1)
     with torch.no_grad():
         for block in model.blocks:
@@ -360,7 +364,7 @@ def test_one_graph_per_route_whatever_the_number_of_documents(
     frames = []
     for looping in (False, True, False, True):
         model.set_looping(looping)
-        for documents in (3, 40, 200):
+        for documents in (3, 200):
             starts = np.linspace(0, 255, documents, dtype=np.int64)
             span = rules.tokens(97, 257, starts.tolist())
             batch = train_gpt.packed_docs_batch(span, 128)
@@ -369,5 +373,5 @@ def test_one_graph_per_route_whatever_the_number_of_documents(
             torch.testing.assert_close(loss, model(ids, targets, meta))
             loss.backward()
             frames.append(counter.frame_count)
-    assert len({len(train_gpt.pad_bounds(np.arange(n))) for n in (3, 40, 200)}) > 1  # the shapes did change
-    assert frames == [1] * 3 + [2] * 9
+    assert len({len(train_gpt.pad_bounds(np.arange(n))) for n in (3, 200)}) > 1  # the shapes did change
+    assert frames == [1] * 2 + [2] * 6

@@ -1,12 +1,10 @@
-"""Packing: the container, the self-extracting file, its counting, its failures, and `verify`.
+"""Packing: the container, the self-extracting file, its counting, its failures, `verify`, and the real program.
 
-Most tests pack a small stand-in program with the interface of train_gpt.py, which starts in a tenth of a second; the
-last ones minify and pack the real one.
+Most tests pack a small stand-in program with the interface of train_gpt.py, which starts in a tenth of a second.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
@@ -15,6 +13,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pack_artifact
-from pack_artifact import ALL_CODECS, BROTLI_CODEC, LZMA_CODECS, MAGIC, Parts
+import train_gpt
+from pack_artifact import MAGIC, Payload
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL_SOURCE = ROOT / "train_gpt.py"
+PROGRAM = ROOT / "train_gpt.py"
+RECORDS = sorted(path.parent for path in (ROOT / "records").glob("**/record.env") if path.parent.name != "run")
+SCORES = ("val_loss", "val_bpb", "tokens_scored", "bytes_scored", "bytes_model")
 
 STAND_IN = '''"""A program with the interface of train_gpt.py and none of its substance."""
 
@@ -96,9 +98,9 @@ def main(argv: list[str]) -> int:
     data = np.frombuffer((Path(cfg.data_path) / "val.bin").read_bytes(), np.uint8)
     weights = load_artifact(cfg.model_path)["codes"]
     loss = float(np.float64(weights.sum()) * cfg.scale / data.sum())
-    facts = {k: os.environ.get(k) for k in ("RANK", "WORLD_SIZE", "PYTHONPATH", "LEAKED_KNOB", "TOKENIZER_PATH")}
-    facts |= {"file": __file__, "argv": argv, "stages": cfg.stages, "model": cfg.model_path, "preset": cfg.preset}
-    print("FACTS " + json.dumps(facts), flush=True)
+    seen = {k: os.environ.get(k) for k in ("RANK", "WORLD_SIZE", "PYTHONPATH", "LEAKED_KNOB", "TOKENIZER_PATH")}
+    seen |= {"file": __file__, "argv": argv, "stages": cfg.stages, "model": cfg.model_path, "preset": cfg.preset}
+    print("SEEN " + json.dumps(seen), flush=True)
     if os.environ.get("RANK", "0") == "0":
         Path(cfg.artifact_dir).mkdir(parents=True, exist_ok=True)
         result = {"val_loss": loss, "val_bpb": loss / 2, "tokens_scored": len(data), "bytes_scored": int(data.sum())}
@@ -111,34 +113,35 @@ if __name__ == "__main__":
 '''
 
 
-def make_run(root: Path) -> Path:
-    """A run directory, its data, its tokenizer and its source under `root`."""
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of the stand-in (run/), its data, its tokenizer and its source. Read only."""
+    root = tmp_path_factory.mktemp("finished")
     run, data = root / "run", root / "data"
-    run.mkdir(parents=True)
+    run.mkdir()
     data.mkdir()
     (root / "stand_in.py").write_text(STAND_IN)
     (data / "val.bin").write_bytes(bytes(range(1, 200)))
     (data / "tiny.model").write_bytes(b"pieces " * 300)
     (run / "model.bin").write_bytes(np.random.default_rng(7).integers(0, 256, 40_000, np.uint8).tobytes())
     (run / "record.env").write_text("SCALE=0.37  # a reason\n")
-    env = {"PATH": os.environ["PATH"], "PRESET": str(run), "DATA_PATH": str(data), "ARTIFACT_DIR": str(run)}
-    command = [sys.executable, str(root / "stand_in.py")]
-    subprocess.run(command, env=env | {"MODEL_PATH": str(run / "model.bin")}, check=True, capture_output=True)
+    execute([str(root / "stand_in.py")], root, run, PRESET=str(run), ARTIFACT_DIR=str(run), MODEL_PATH="run/model.bin")
     result = json.loads((run / "result.json").read_text())
     result |= {"preset": "records/tiny", "bytes_code": 1, "bytes_total": 2, "stages": {"final": {"val_bpb": 1.0}}}
     (run / "result.json").write_text(json.dumps(result))
-    return run
+    return root
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    return make_run(tmp_path)
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "copy")) / "run"
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed run that tests only read; the artifact is RUN_DIR/artifact.pyz."""
-    run = make_run(tmp_path_factory.mktemp("packed"))
+def packed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed copy of the run that tests only read; the artifact is RUN_DIR/artifact.pyz."""
+    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("packed") / "copy")) / "run"
     assert pack(run) == 0
     return run
 
@@ -158,14 +161,20 @@ def execute(
     return done
 
 
-def facts(done: subprocess.CompletedProcess[str]) -> list[dict[str, object]]:
-    return [json.loads(line.split("FACTS ", 1)[1]) for line in done.stdout.splitlines() if "FACTS " in line]
+def seen(done: subprocess.CompletedProcess[str]) -> list[dict[str, object]]:
+    """What each process of the stand-in said; two of them may write into one line."""
+    return [json.JSONDecoder().raw_decode(text)[0] for text in done.stdout.split("SEEN ")[1:]]
 
 
-# ---------------------------------------------------------------------------------------------- container and codecs
+def one_line(error: str) -> str:
+    assert error.startswith("error: ") and len(error.strip().splitlines()) == 1, error
+    return error
 
-parts_strategy = st.builds(
-    Parts,
+
+# Container
+
+payloads = st.builds(
+    Payload,
     preset=st.from_regex(r"[a-z0-9_.-]{1,20}", fullmatch=True),
     config=st.binary(max_size=200).map(lambda b: b.replace(b"\0", b"")),
     source=st.binary(max_size=2000).map(lambda b: b.replace(b"\0", b"")),
@@ -175,35 +184,27 @@ parts_strategy = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
-@given(parts=parts_strategy, codec=st.sampled_from(ALL_CODECS), tail=st.binary(max_size=40))
-def test_container_round_trip_ignores_what_follows(parts: Parts, codec: int, tail: bytes) -> None:
-    blob = pack_artifact.encode_container(parts, codec)
-    assert pack_artifact.decode_container(blob + tail) == parts
-
-
-@settings(max_examples=60, deadline=None)
-@given(parts=parts_strategy, codec=st.sampled_from((BROTLI_CODEC, LZMA_CODECS[3])), data=st.data())
-def test_container_refuses_every_flip_and_cut(parts: Parts, codec: int, data: st.DataObject) -> None:
-    blob = pack_artifact.encode_container(parts, codec)
+@given(payload=payloads, data=st.data())
+def test_container_round_trips_and_refuses_every_flip_and_cut(payload: Payload, data: st.DataObject) -> None:
+    blob = pack_artifact.encode_container(payload)
+    assert pack_artifact.decode_container(blob + data.draw(st.binary(max_size=40))) == (payload, len(blob))
     at = data.draw(st.integers(0, len(blob) - 1))
     flipped = blob[:at] + bytes([blob[at] ^ 1 << data.draw(st.integers(0, 7))]) + blob[at + 1 :]
     for damaged in (flipped, blob[:at]):
-        with pytest.raises(pack_artifact.UserError, match=r"truncated|corrupted"):
+        with pytest.raises(train_gpt.UserError, match=r"truncated|corrupted"):
             pack_artifact.decode_container(damaged)
 
 
-@pytest.mark.parametrize("codec", ALL_CODECS)
-def test_every_codec_round_trips_text(codec: int) -> None:
-    data = STAND_IN.encode() * 3
-    assert pack_artifact.decompress(pack_artifact.compress(data, codec), codec) == data
+def test_container_has_the_documented_layout_and_no_nul() -> None:
+    blob = pack_artifact.encode_container(Payload("p", b"c", b"s", b"t", b"weights"))
+    n_code, n_tokenizer, n_weights = struct.unpack_from("<3I", blob, 32)
+    assert n_weights == 7 and len(blob) == 44 + n_code + n_tokenizer + 7
+    assert hashlib.sha256(blob[32:]).digest() == blob[:32] and blob.endswith(b"weights")
+    with pytest.raises(train_gpt.UserError, match="NUL"):
+        pack_artifact.encode_container(Payload("p", b"", b"a\0b", b"", b""))
 
 
-def test_container_refuses_nul() -> None:
-    with pytest.raises(pack_artifact.UserError, match="NUL"):
-        pack_artifact.encode_container(Parts("p", b"", b"a\0b", b"", b""), BROTLI_CODEC)
-
-
-# --------------------------------------------------------------------------------------------------- minifier, sections
+# Minifier and sections
 
 
 def test_annotations_go_where_nobody_reads_them_and_stay_where_somebody_does() -> None:
@@ -215,6 +216,7 @@ def test_annotations_go_where_nobody_reads_them_and_stay_where_somebody_does() -
         "@torch.library.custom_op('n::op', mutates_args=())\ndef op(v: torch.Tensor) -> torch.Tensor:\n    return v\n"
         "def late(v: torch.Tensor) -> torch.Tensor:\n    return v\nlate_op = torch.library.custom_op('n::l', late)\n"
         "@torch.no_grad()\ndef plain(v: torch.Tensor, *r: int, key: str = '') -> int:\n    count: int\n    return v\n"
+        "table: dict = {'a': 1}\n"
     )
     small = pack_artifact.minify(source)
     for kept in (
@@ -223,58 +225,59 @@ def test_annotations_go_where_nobody_reads_them_and_stay_where_somebody_does() -
         ":tl.constexpr=2",
         "op(v:torch.Tensor)->torch.Tensor",
         "late(v:torch.Tensor)->torch.Tensor",
+        "plain(v",
     ):
         assert kept in small, kept
-    for dropped in ("a:int", "r:int", "key:str", "doc"):
+    for dropped in ("a:int", "r:int", "key:str", "doc", "table:"):
         assert dropped not in small, dropped
-    assert "plain(v" in small
+    repeated = "def f(d):\n    return d['a long repeated key'], d['a long repeated key'], None\n"
+    assert pack_artifact.minify(repeated).count("a long repeated key") == 2, "a kernel may not read a hoisted literal"
 
 
-def test_strings_that_repeat_are_not_hoisted_to_globals() -> None:
-    small = pack_artifact.minify("def f(d):\n    return d['a long repeated key'], d['a long repeated key'], None\n")
-    names = [node for node in ast.parse(small).body if not isinstance(node, ast.FunctionDef)]
-    assert small.count("a long repeated key") == 2 and not names
+def test_what_only_talks_goes() -> None:
+    source = (
+        '"""Manual."""\nfrom __future__ import annotations\n'
+        "def knob(default, doc, allowed='', when=''): return default, allowed\n"
+        "class Config:\n    'Knobs.'\n    a: int = knob(3, 'steps', '>= 1', when='B=1')\n"
+        "    b: int = knob(0, 'other', '0|1', 'A=1')\n"
+        "RENAMED = {'OLD': 'A=1'}  # said by other programs\n"
+        "def help_text():\n    'The manual.'\n    return __doc__ + 'all knobs'\n"
+        "def problems(): return [f'{n} is no knob; say {RENAMED[n]}' for n in RENAMED]\n"
+    )
+    small = pack_artifact.minify(source)
+    for gone in ("Manual", "Knobs", "steps", "other", "B=1", "A=1", "OLD", "all knobs"):
+        assert gone not in small, gone
+    space: dict[str, object] = {}
+    exec(compile(small, "small", "exec"), space)
+    assert (space["Config"].a, space["Config"].b) == ((3, ">= 1"), (0, "0|1"))
+    assert space["help_text"]() == pack_artifact.NO_MANUAL and space["problems"]() == []
 
 
 def test_sections_join_to_the_minified_source_and_keep_their_order() -> None:
-    sections = pack_artifact.minify_sections(STAND_IN)
+    small = pack_artifact.minify(STAND_IN)
+    sections = pack_artifact.cut_sections(small, STAND_IN)
     assert [s.title for s in sections] == ["(before the first banner)", "01 IMPORTS", "02 CONFIG", "03 EVALUATION"]
-    assert "".join(s.raw for s in sections) == STAND_IN
-    joined = "".join(s.minified for s in sections)
-    assert "__section__" not in joined
-    assert ast.dump(ast.parse(joined)) == ast.dump(ast.parse(pack_artifact.minify(STAND_IN)))
+    assert "".join(s.raw for s in sections) == STAND_IN and "".join(s.minified for s in sections) == small
     assert "class Config" in sections[2].minified and "load_artifact" in sections[3].minified
+    quoted = 'x = """\n# +---+\n# | no |\n# +---+\n"""\n# +---+\n# | yes |\n# +---+\ny = x\n'
+    sections = pack_artifact.cut_sections(pack_artifact.minify(quoted), quoted)
+    assert [s.title for s in sections] == ["(before the first banner)", "yes"], "a banner inside a string"
 
 
-def test_a_docstring_that_the_program_prints_survives() -> None:
-    for head in ("", "from __future__ import annotations\n"):
-        small = pack_artifact.minify(f'"""Manual."""\n{head}def f():\n    """Gone."""\n    return __doc__\n')
-        space: dict[str, object] = {}
-        exec(compile(small, "small", "exec"), space)
-        assert space["f"]() == "Manual." and "Gone" not in small
+# Pack and count
 
 
-def test_a_banner_inside_a_string_is_no_section() -> None:
-    text = 'x = """\n# +---+\n# | no |\n# +---+\n"""\n# +---+\n# | yes |\n# +---+\ny = x\n'
-    assert [s.title for s in pack_artifact.minify_sections(text)] == ["(before the first banner)", "yes"]
-
-
-# ----------------------------------------------------------------------------------------------------- pack and count
-
-
-def test_same_input_gives_the_same_bytes(run_dir: Path) -> None:
-    command = ["pack", str(run_dir), "--source", str(run_dir.parent / "stand_in.py"), "--out"]
-    for name, seed in (("a.pyz", "1"), ("b.pyz", "77")):
-        environ = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-        execute(["-m", "pack_artifact", *command, str(run_dir / name)], run_dir, run_dir, **environ)
-    assert (run_dir / "a.pyz").read_bytes() == (run_dir / "b.pyz").read_bytes()
+def test_bytes_depend_on_the_input_alone(packed: Path) -> None:
+    command = ["pack", str(packed), "--source", str(packed.parent / "stand_in.py"), "--out", str(packed / "other.pyz")]
+    execute(["-m", "pack_artifact", *command], packed, packed, PYTHONHASHSEED="77", PYTHONPATH=str(ROOT))
+    assert (packed / "other.pyz").read_bytes() == (packed / "artifact.pyz").read_bytes()
 
 
 def test_counts_are_those_of_the_disk(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pack(run_dir) == 0
-    out = capsys.readouterr().out
+    out, data = capsys.readouterr().out, (run_dir / "artifact.pyz").read_bytes()
     report = json.loads(out.splitlines()[-1].removeprefix("PACK "))
-    size, weights = (run_dir / "artifact.pyz").stat().st_size, (run_dir / "model.bin").stat().st_size
+    size, weights = len(data), (run_dir / "model.bin").stat().st_size
     assert report["bytes_total"] == size == sum(report["parts"].values())
     assert report["bytes_model"] == weights and report["bytes_code"] == size - weights
     assert report["headroom"] == 16_000_000 - size
@@ -286,114 +289,99 @@ def test_counts_are_those_of_the_disk(run_dir: Path, capsys: pytest.CaptureFixtu
     result = json.loads((run_dir / "result.json").read_text())
     assert result["bytes_total"] == size and result["bytes_code"] == size - weights
     assert result["stages"] == {"final": {"val_bpb": 1.0}} and result["artifact"] == "artifact.pyz"
-    assert result["artifact_sha256"] == hashlib.sha256((run_dir / "artifact.pyz").read_bytes()).hexdigest()
-
-
-def test_the_weights_lie_in_the_file_as_they_are_and_the_tail_is_a_plain_zip(packed: Path) -> None:
-    data = (packed / "artifact.pyz").read_bytes()
-    assert data.startswith(MAGIC) and (packed / "model.bin").read_bytes() in data
-    with zipfile.ZipFile(packed / "artifact.pyz") as archive:
+    assert result["artifact_sha256"] == hashlib.sha256(data).hexdigest()
+    assert data.startswith(MAGIC) and (run_dir / "model.bin").read_bytes() in data, "the weights lie there as they are"
+    with zipfile.ZipFile(run_dir / "artifact.pyz") as archive:
         assert archive.namelist() == ["__main__.py"] and archive.testzip() is None
 
 
 def test_cap_is_exact_and_over_it_nothing_is_written(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pack(run_dir) == 0
     artifact = run_dir / "artifact.pyz"
-    size = artifact.stat().st_size
+    older, size = artifact.read_bytes(), artifact.stat().st_size
+    assert pack(run_dir, "--cap", "1000") == 1 and artifact.read_bytes() == older, "an older artifact survives"
     artifact.unlink()
     before = (run_dir / "result.json").read_bytes()
     capsys.readouterr()
     assert pack(run_dir, "--cap", str(size - 1)) == 1
-    captured = capsys.readouterr()
+    error = one_line(capsys.readouterr().err)
     assert not artifact.exists() and (run_dir / "result.json").read_bytes() == before
-    assert "are 1 over the cap" in captured.err and "weights 40,000" in captured.err
-    assert len(captured.err.strip().splitlines()) == 1
+    assert "are 1 over the cap" in error and "weights 40,000" in error
     assert pack(run_dir, "--cap", str(size)) == 0 and artifact.stat().st_size == size
     assert sorted(p.name for p in run_dir.iterdir()) == ["artifact.pyz", "model.bin", "record.env", "result.json"]
 
 
-def test_over_the_cap_an_older_artifact_survives(run_dir: Path) -> None:
-    assert pack(run_dir) == 0
-    older = (run_dir / "artifact.pyz").read_bytes()
-    assert pack(run_dir, "--cap", "1000") == 1
-    assert (run_dir / "artifact.pyz").read_bytes() == older
-
-
-def test_wrong_inputs_give_one_line_and_exit_code_2(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = run_dir.parent / "stand_in.py"
+def test_wrong_inputs_give_one_line_and_exit_code_2(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(run_dir.parent / "stand_in.py")
 
     def refused(*argv: str) -> str:
         assert pack_artifact.main(list(argv)) == 2
-        err = capsys.readouterr().err.strip()
-        assert err.startswith("error: ") and "\n" not in err
-        return err
+        return one_line(capsys.readouterr().err)
 
-    assert "no run directory" in refused("pack", str(run_dir / "nowhere"), "--source", str(source))
+    assert "no run directory" in refused("pack", str(run_dir / "nowhere"), "--source", source)
     assert "no source" in refused("pack", str(run_dir), "--source", str(run_dir / "nowhere.py"))
     for name in ("model.bin", "record.env", "result.json"):
         (run_dir / name).rename(run_dir / "away")
-        assert name in refused("pack", str(run_dir), "--source", str(source))
+        assert name in refused("pack", str(run_dir), "--source", source)
         (run_dir / "away").rename(run_dir / name)
+    for text, message in (("{", "is not valid JSON"), ("[1]", "holds a list, not an object")):
+        (run_dir / "result.json").rename(run_dir / "away")
+        (run_dir / "result.json").write_text(text)
+        assert message in refused("pack", str(run_dir), "--source", source)
+        (run_dir / "away").rename(run_dir / "result.json")
     broken = run_dir.parent / "broken.py"
     broken.write_text("x = 1\ndef f(:\n")
     assert "line 2 does not parse" in refused("pack", str(run_dir), "--source", str(broken))
-    assert "--tokenizer-path" in refused("pack", str(run_dir), "--source", str(source), "--tokenizer", "embed")
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    assert "--tokenizer-path" in refused("pack", str(run_dir), "--source", source, "--tokenizer", "embed")
     assert "no file" in refused("verify", str(run_dir / "nowhere.pyz"))
-    assert "not a one-file artifact" in refused("verify", str(source))
+    assert "not a one-file artifact" in refused("verify", source)
+    assert "FILE and --run" in refused("inspect") and "--run" in refused("inspect", source, "--probe")
     assert pack(run_dir) == 0
-    whole = (run_dir / "artifact.pyz").read_bytes()
-    cut = run_dir / "cut.pyz"
-    cut.write_bytes(whole[:-500])
+    whole, cut = (run_dir / "artifact.pyz").read_bytes(), run_dir / "cut.pyz"
     capsys.readouterr()
+    cut.write_bytes(whole[:-500])
     assert "truncated" in refused("verify", str(cut))
     cut.write_bytes(whole[:9000] + bytes([whole[9000] ^ 4]) + whole[9001:])
     assert "corrupted" in refused("inspect", str(cut))
 
 
-# --------------------------------------------------------------------------------------------------- run the artifact
+# Run the artifact
 
 
 def test_runs_alone_in_an_empty_directory_as_a_real_file(packed: Path, tmp_path: Path) -> None:
     shutil.copy(packed / "artifact.pyz", tmp_path / "entry.pyz")
-    done = execute(["entry.pyz", "--flag", "value"], tmp_path, packed)
-    seen = facts(done)[0]
-    folder = Path(str(seen["file"])).parent
+    done = execute(["-u", "-X", "importtime", "entry.pyz", "--flag", "value"], tmp_path, packed)
+    assert done.stderr.count("import time: self [us]") == 2, "the program runs with the interpreter's flags too"
+    (found,) = seen(done)
+    folder = Path(str(found["file"])).parent
     assert folder.name == "tiny" and folder.is_relative_to(tmp_path / "cache" / "train_gpt")
-    assert seen["argv"] == ["--flag", "value"] and seen["stages"] == "eval" and seen["preset"] == str(folder)
-    assert seen["model"] == str(folder / "model.bin") and seen["TOKENIZER_PATH"] is None
+    assert found["argv"] == ["--flag", "value"] and found["stages"] == "eval" and found["preset"] == str(folder)
+    assert found["model"] == str(folder / "model.bin") and found["TOKENIZER_PATH"] is None
     assert (folder / "model.bin").read_bytes() == (packed / "model.bin").read_bytes()
     assert (folder / "record.env").read_bytes() == (packed / "record.env").read_bytes()
     assert sorted(p.name for p in folder.iterdir()) == ["model.bin", "record.env", "train_gpt.py"]
     score = json.loads((tmp_path / "logs" / "entry_eval" / "result.json").read_text())
     assert score["val_bpb"] == json.loads((packed / "result.json").read_text())["val_bpb"]
+    (folder / "train_gpt.py").write_text("print('edited')\n")
+    assert seen(execute(["entry.pyz"], tmp_path, packed)), "an edited copy in the cache is not what runs"
 
 
 def test_environment_wins_where_it_may(packed: Path, tmp_path: Path) -> None:
     artifact = str(packed / "artifact.pyz")
     environ = {"STAGES": "quantize,eval", "ARTIFACT_DIR": "here", "PRESET": "elsewhere", "MODEL_PATH": "given"}
     shutil.copy(packed / "model.bin", tmp_path / "given")
-    seen = facts(execute([artifact], tmp_path, packed, **environ))[0]
+    (found,) = seen(execute([artifact], tmp_path, packed, **environ))
     assert (tmp_path / "here" / "result.json").is_file()
-    assert seen["stages"] == "quantize,eval" and seen["model"] == "given" and seen["preset"] != "elsewhere"
-
-
-def test_an_edited_copy_in_the_cache_is_not_what_runs(packed: Path, tmp_path: Path) -> None:
-    artifact = str(packed / "artifact.pyz")
-    script = Path(str(facts(execute([artifact], tmp_path, packed))[0]["file"]))
-    script.write_text("print('edited')\n")
-    assert facts(execute([artifact], tmp_path, packed))
-
-
-def test_interpreter_flags_are_kept(packed: Path, tmp_path: Path) -> None:
-    done = execute(["-u", "-X", "importtime", str(packed / "artifact.pyz")], tmp_path, packed)
-    assert done.stderr.count("import time: self [us]") == 2
+    assert found["stages"] == "quantize,eval" and found["model"] == "given" and found["preset"] != "elsewhere"
 
 
 def test_runs_under_torchrun(packed: Path, tmp_path: Path) -> None:
     shutil.copy(packed / "artifact.pyz", tmp_path)
-    done = execute(["-m", "torch.distributed.run", "--nproc_per_node=2", "artifact.pyz"], tmp_path, packed)
-    seen = facts(done)
-    assert sorted(str(s["RANK"]) for s in seen) == ["0", "1"] and {s["WORLD_SIZE"] for s in seen} == {"2"}
+    found = seen(execute(["-m", "torch.distributed.run", "--nproc_per_node=2", "artifact.pyz"], tmp_path, packed))
+    assert sorted(str(s["RANK"]) for s in found) == ["0", "1"] and {s["WORLD_SIZE"] for s in found} == {"2"}
 
 
 def test_eight_processes_extract_at_once(packed: Path, tmp_path: Path) -> None:
@@ -405,54 +393,38 @@ def test_eight_processes_extract_at_once(packed: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("train_gpt/*/tiny/*"))) == 3
 
 
-@pytest.mark.parametrize("keep", [0.9, 0.5, 0.01])
-def test_truncated_file_says_so(packed: Path, tmp_path: Path, keep: float) -> None:
-    whole = (packed / "artifact.pyz").read_bytes()
-    (tmp_path / "cut.pyz").write_bytes(whole[: int(len(whole) * keep)])
-    done = execute(["cut.pyz"], tmp_path, packed, check=None)
-    assert done.returncode != 0 and "error-artifact-truncated" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("at", [40, 70, 76, 200, 20_000])
-def test_flipped_byte_is_refused(packed: Path, tmp_path: Path, at: int) -> None:
-    data = bytearray((packed / "artifact.pyz").read_bytes())
-    data[at] ^= 16
-    (tmp_path / "bad.pyz").write_bytes(data)
-    done = execute(["bad.pyz"], tmp_path, packed, check=2)
-    assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
-    assert "corrupted" in done.stderr and not (tmp_path / "cache").exists()
-
-
-def test_bytes_lost_from_the_middle_are_noticed(packed: Path, tmp_path: Path) -> None:
-    data = (packed / "artifact.pyz").read_bytes()
-    (tmp_path / "bad.pyz").write_bytes(data[:9000] + data[9100:])
+def test_a_damaged_file_or_cache_is_one_line(packed: Path, tmp_path: Path) -> None:
+    whole, bad = (packed / "artifact.pyz").read_bytes(), tmp_path / "bad.pyz"
+    for keep in (0.9, 0.5, 0.01):
+        bad.write_bytes(whole[: int(len(whole) * keep)])
+        done = execute(["bad.pyz"], tmp_path, packed, check=None)
+        assert done.returncode != 0 and "error-artifact-truncated" in done.stderr, keep
+        assert "Traceback" not in done.stderr
+    for at in (40, 70, 75, 200, 20_000):
+        bad.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        assert "corrupted" in one_line(execute(["bad.pyz"], tmp_path, packed, check=2).stderr), at
+    bad.write_bytes(whole[:9000] + whole[9100:])
     assert "truncated" in execute(["bad.pyz"], tmp_path, packed, check=None).stderr
-
-
-def test_unwritable_cache_is_one_line(packed: Path, tmp_path: Path) -> None:
+    assert not (tmp_path / "cache").exists()
     (tmp_path / "file").write_text("")
-    environ = {"XDG_CACHE_HOME": str(tmp_path / "file")}
-    done = execute([str(packed / "artifact.pyz")], tmp_path, packed, check=2, **environ)
-    assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
+    one_line(
+        execute([str(packed / "artifact.pyz")], tmp_path, packed, check=2, XDG_CACHE_HOME=str(tmp_path / "file")).stderr
+    )
 
 
-@pytest.mark.parametrize("codec", [BROTLI_CODEC, LZMA_CODECS[8]])
-@pytest.mark.parametrize("tokenizer", [b"", b"pieces " * 50])
-@pytest.mark.parametrize("split", [False, True])
-def test_every_bootstrap_runs(run_dir: Path, tmp_path: Path, codec: int, tokenizer: bytes, split: bool) -> None:
-    weights = (run_dir / "model.bin").read_bytes()
+def test_every_bootstrap_runs(run_dir: Path, tmp_path: Path) -> None:
+    weights, config = (run_dir / "model.bin").read_bytes(), (run_dir / "record.env").read_bytes()
     source = pack_artifact.minify(STAND_IN).encode()
-    parts = Parts("tiny", (run_dir / "record.env").read_bytes(), source, tokenizer, weights)
-    room = tmp_path / "room"
-    room.mkdir()
-    for name, data in pack_artifact.build(parts, codec, split).items():
-        (room / (name or "one.pyz")).write_bytes(data)
-    script = "train_gpt.py" if split else "one.pyz"
-    assert pack_artifact.read_artifact(room / script) == parts
-    seen = facts(execute([script], room, run_dir))[0]
-    where = seen["TOKENIZER_PATH"]
-    assert (where is None) if not tokenizer else Path(str(where)).read_bytes() == tokenizer
+    for split, tokenizer in ((False, b""), (False, b"pieces " * 50), (True, b""), (True, b"pieces " * 50)):
+        payload = Payload("tiny", config, source, tokenizer, weights)
+        room = tmp_path / f"room {split} {bool(tokenizer)}"
+        room.mkdir()
+        for name, data in pack_artifact.build(payload, split).items():
+            (room / (name or "one.pyz")).write_bytes(data)
+        script = "train_gpt.py" if split else "one.pyz"
+        assert pack_artifact.read_packed(room / script) == payload
+        where = seen(execute([script], room, run_dir))[0]["TOKENIZER_PATH"]
+        assert (where is None) if not tokenizer else Path(str(where)).read_bytes() == tokenizer, (split, tokenizer)
 
 
 def test_split_form_counts_both_files_and_checks_the_model(run_dir: Path, tmp_path: Path) -> None:
@@ -460,11 +432,10 @@ def test_split_form_counts_both_files_and_checks_the_model(run_dir: Path, tmp_pa
     assert pack(run_dir, "--format", "split", "--out", str(out)) == 0
     assert sorted(p.name for p in out.iterdir()) == ["model.bin", "train_gpt.py"]
     assert (out / "model.bin").read_bytes() == (run_dir / "model.bin").read_bytes()
-    assert (out / "train_gpt.py").read_text().isascii()
+    text = (out / "train_gpt.py").read_text()
+    assert text.isascii()
     result = json.loads((run_dir / "result.json").read_text())
     assert result["bytes_total"] == sum(p.stat().st_size for p in out.iterdir())
-    execute([str(out / "train_gpt.py")], tmp_path, run_dir)
-    text = (out / "train_gpt.py").read_text()
     (out / "train_gpt.py").write_text(text[:-40])
     assert "corrupted" in execute([str(out / "train_gpt.py")], tmp_path, run_dir, check=2).stderr
     (out / "train_gpt.py").write_text(text)
@@ -483,39 +454,38 @@ def test_embedded_tokenizer_is_counted(run_dir: Path, capsys: pytest.CaptureFixt
     assert report["bytes_total"] >= without + report["parts"]["tokenizer"]
 
 
-# -------------------------------------------------------------------------------------------------------------- verify
+# Verify
 
 
 def verify(run: Path, *options: str) -> int:
-    return pack_artifact.main(
-        [
-            "verify",
-            str(run / "artifact.pyz"),
-            "--data",
-            str(run.parent / "data"),
-            "--source",
-            str(run.parent / "stand_in.py"),
-            *options,
-        ]
-    )
+    where = ["--data", str(run.parent / "data"), "--source", str(run.parent / "stand_in.py")]
+    return pack_artifact.main(["verify", str(run / "artifact.pyz"), *where, *options])
+
+
+def said(out: str) -> dict:
+    return json.loads(out.splitlines()[-1].removeprefix("VERIFY "))
 
 
 def test_verify_equals_the_run_in_isolation(
     packed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("LEAKED_KNOB", "1")
-    monkeypatch.setenv("SCALE", "5.0")
+    for name, value in (("PYTHONPATH", str(ROOT)), ("LEAKED_KNOB", "1"), ("SCALE", "5.0")):
+        monkeypatch.setenv(name, value)
     assert verify(packed, "--run", str(packed)) == 0
     out = capfd.readouterr().out
-    seen = json.loads(next(line for line in out.splitlines() if line.startswith("FACTS ")).removeprefix("FACTS "))
-    assert seen["PYTHONPATH"] is None and seen["LEAKED_KNOB"] is None
-    report = json.loads(out.splitlines()[-1].removeprefix("VERIFY "))
-    assert report["equal"] is True and set(report["checks"]) >= {"model.bin", "decoded weights", "val_bpb", "val_loss"}
-    assert not Path(str(seen["file"])).exists()
+    found = json.loads(next(line for line in out.splitlines() if line.startswith("SEEN ")).removeprefix("SEEN "))
+    assert found["PYTHONPATH"] is None and found["LEAKED_KNOB"] is None
+    assert said(out)["equal"] is True
+    assert set(said(out)["checks"]) >= {"model.bin", "decoded weights", "val_bpb", "val_loss"}
+    assert not Path(str(found["file"])).exists()
+    assert verify(packed) == 0, "without a run it only prints the score"
+    report = said(capfd.readouterr().out)
+    assert report["equal"] is None and report["val_bpb"] == json.loads((packed / "result.json").read_text())["val_bpb"]
 
 
-def test_verify_reports_another_score_and_other_weights(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_verify_reports_another_score_other_weights_and_a_failure(
+    run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert pack(run_dir) == 0
     result = json.loads((run_dir / "result.json").read_text())
     (run_dir / "result.json").write_text(json.dumps(result | {"val_bpb": result["val_bpb"] + 1e-12}))
@@ -523,61 +493,69 @@ def test_verify_reports_another_score_and_other_weights(run_dir: Path, capfd: py
     weights[100] ^= 1
     (run_dir / "model.bin").write_bytes(weights)
     assert verify(run_dir, "--run", str(run_dir)) == 1
-    captured = capfd.readouterr()
-    checks = json.loads(captured.out.splitlines()[-1].removeprefix("VERIFY "))["checks"]
-    wrong = sorted(k for k, ok in checks.items() if not ok)
-    assert wrong == ["decoded weights", "model.bin", "val_bpb"]
-    assert "difference -1.0" in captured.out and "error: the artifact is not the run" in captured.err
-
-
-def test_verify_without_a_run_prints_the_score(packed: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert verify(packed) == 0
-    report = json.loads(capfd.readouterr().out.splitlines()[-1].removeprefix("VERIFY "))
-    assert report["equal"] is None and report["val_bpb"] == json.loads((packed / "result.json").read_text())["val_bpb"]
-
-
-def test_verify_of_an_artifact_that_fails_exits_1(
-    packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert pack_artifact.main(["verify", str(packed / "artifact.pyz"), "--data", str(tmp_path)]) == 1
+    out, err = capfd.readouterr()
+    assert sorted(k for k, ok in said(out)["checks"].items() if not ok) == ["decoded weights", "model.bin", "val_bpb"]
+    assert "difference -1.0" in out and "error: the artifact is not the run" in err
+    (tmp_path / "empty").mkdir()
+    assert pack_artifact.main(["verify", str(run_dir / "artifact.pyz"), "--data", str(tmp_path / "empty")]) == 1
     assert "does not run from an empty directory" in capfd.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------ the real source
+# The real program
 
 
 @pytest.fixture(scope="module")
-def real_sections() -> list[pack_artifact.Section]:
-    return pack_artifact.minify_sections(REAL_SOURCE.read_text(), "train_gpt.py")
+def small_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train_gpt.py as it is packed."""
+    path = tmp_path_factory.mktemp("small") / "train_gpt.py"
+    path.write_text(pack_artifact.minify(PROGRAM.read_text()))
+    return path
 
 
-def test_real_source_has_sections_and_shrinks(real_sections: list[pack_artifact.Section]) -> None:
-    assert len(real_sections) > 8
-    assert sum(len(s.minified) for s in real_sections) < 0.75 * sum(len(s.raw) for s in real_sections)
+def test_the_program_shrinks_and_explains_every_record_as_before(small_program: Path) -> None:
+    small, plain = small_program.read_text(), PROGRAM.read_text()
+    sections = pack_artifact.cut_sections(small, plain)
+    assert len(sections) == 15 and all(s.minified for s in sections), [s.title for s in sections if not s.minified]
+    assert "".join(s.minified for s in sections) == small and len(small) < 0.56 * len(plain)
+    program = pack_artifact.load_program(small_program)
+    assert program.help_text() == pack_artifact.NO_MANUAL and program.RENAMED == {} != train_gpt.RENAMED
+    for record in RECORDS:
+        environ = {"PRESET": str(record)}
+        assert program.explain(*program.resolve(environ)) == train_gpt.explain(*train_gpt.resolve(environ)), record.name
+    wrong = {"EVAL": "none_such", "NUM_LAYERS": "-1", "MATRIX_LRR": "1", "TTT_LORA_RANK": "x"}
+    with pytest.raises(program.UserError) as said_small:
+        program.resolve(wrong)
+    with pytest.raises(train_gpt.UserError) as said_plain:
+        train_gpt.resolve(wrong)
+    assert str(said_small.value) == str(said_plain.value) and all(name in str(said_small.value) for name in wrong)
 
 
-def test_real_source_explains_and_helps_as_before(real_sections: list[pack_artifact.Section], tmp_path: Path) -> None:
-    small = tmp_path / "train_gpt.py"
-    small.write_text("".join(s.minified for s in real_sections))
-    (tmp_path / "record.env").write_text("SEED=7\nITERATIONS=10\n")
-    for option in ("--explain", "--help"):
-        command = [str(REAL_SOURCE), option], [str(small), option]
-        plain, packed_ = (execute(c, tmp_path, tmp_path, PRESET=str(tmp_path)).stdout for c in command)
-        same = [line for line in plain.splitlines() if "sha256" not in line.lower()]
-        assert same == [line for line in packed_.splitlines() if "sha256" not in line.lower()] and len(same) > 5
+def test_the_packed_program_trains_quantises_and_scores_as_the_plain_one(
+    small_program: Path, run_gpt: Callable[..., subprocess.CompletedProcess], tmp_path: Path
+) -> None:
+    knobs = {"ITERATIONS": 3, "WARMUP_STEPS": 0, "REPAIR": "lqer"}
+    plain, small = tmp_path / "plain", tmp_path / "small"
+    done = run_gpt(**knobs, ARTIFACT_DIR=plain)
+    assert done.returncode == 0, done.stderr
+    values = dict(
+        line.split("  (")[0].strip().split("=", 1) for line in done.stdout.splitlines() if "(environment)" in line
+    )
+    env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV")}
+    env |= values | {"ARTIFACT_DIR": str(small), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(small_program)], env=env, cwd=tmp_path, check=True, capture_output=True)
+    assert (small / "model.bin").read_bytes() == (plain / "model.bin").read_bytes()
+    ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (small, plain))
+    assert {k: ours[k] for k in SCORES} == {k: theirs[k] for k in SCORES}
 
 
-def test_header_layout_is_the_documented_one() -> None:
-    blob = pack_artifact.encode_container(Parts("p", b"c", b"s", b"t", b"weights"), BROTLI_CODEC)
-    codec, n_code, n_tokenizer, n_weights = struct.unpack_from("<B3I", blob, 32)
-    assert (codec, n_weights) == (255, 7) and len(blob) == 45 + n_code + n_tokenizer + 7
-    assert hashlib.sha256(blob[32:]).digest() == blob[:32] and blob.endswith(b"weights")
-
-
-def test_copies_of_the_program_have_operators_of_their_own() -> None:
+def test_copies_of_the_program_have_operators_of_their_own(small_program: Path) -> None:
     """Under one name torch frees the older operator, whose handle then points nowhere: wrong results, or a crash."""
     z, targets = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 0, 7])
-    copies = [pack_artifact.load_program(ROOT / "train_gpt.py") for _ in range(2)]
+    copies = [pack_artifact.load_program(path) for path in (PROGRAM, small_program)]
     assert len({str(copy.softcap_ce._opoverload) for copy in copies}) == 2
     first, second = (copy.fused_cross_entropy(z, targets, 30.0) for copy in copies)
     assert torch.equal(first, second)
+    for name, message in (("nowhere.py", "no program"), ("broken.py", "cannot be imported")):
+        (small_program.parent / "broken.py").write_text("import no_such_module\n")
+        with pytest.raises(train_gpt.UserError, match=message):
+            pack_artifact.load_program(small_program.parent / name)

@@ -1,10 +1,9 @@
-"""Row steps in log2 units, the entropy coder of its own, and its container."""
+"""Row scales in log2 units, the entropy coder of COMPRESSOR=rans, and its container."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import golden_rules as rules
@@ -19,43 +18,38 @@ from hypothesis.extra import numpy as arrays
 import train_gpt
 from train_gpt import UserError, load_config, pack_arrays, rans_decode, rans_encode, rans_frame, unpack_arrays
 
-ROOT = Path(__file__).resolve().parent.parent
-PROPERTY = settings(max_examples=20, deadline=None, derandomize=True)
-
-# Row steps in log2 units
+# Row scales
 
 
-@pytest.mark.parametrize("step", [0.005, 0.02, 1.0])
-def test_log_scales_are_within_half_a_step_and_stay_where_they_are(step: float) -> None:
-    steps = torch.cat([torch.zeros(1), torch.logspace(-7, 4, 999)])
-    parts = train_gpt.stored_scales(steps, step)
-    values = train_gpt.scale_values(parts)
-    assert parts["s"].dtype == torch.int16 and values.dtype == torch.float32
-    assert ((values / steps.clamp_min(2.0**-24)).log2().abs() <= step / 2 + 1e-5).all()
-    assert torch.equal(train_gpt.log_scales(values, step), parts["s"])
+def test_stored_scales_are_within_half_a_step_and_stay_where_they_are() -> None:
+    scales = torch.cat([torch.zeros(1), torch.logspace(-7, 4, 999)])
+    for step in (0.005, 0.02, 1.0):
+        parts = train_gpt.stored_scales(scales, step)
+        values = train_gpt.scale_values(parts)
+        assert parts["s"].dtype == torch.int16 and values.dtype == torch.float32, step
+        assert ((values / scales.clamp_min(2.0**-24)).log2().abs() <= step / 2 + 1e-5).all(), step
+        assert torch.equal(train_gpt.log_scales(values, step), parts["s"]), step
+    published = train_gpt.stored_scales(scales[:500], 0.0)
+    assert published.keys() == {"s"} and torch.equal(published["s"], train_gpt.storable(scales[:500]))
+    assert torch.equal(train_gpt.scale_values(published), published["s"].float())
+    with pytest.raises(UserError, match="SCALE_STEP=0.001 is too fine for 16 bits; say 0"):
+        load_config({**TINY, "SCALE_STEP": "0.001"})
 
 
-def test_scale_step_0_stores_float16_as_published() -> None:
-    steps = torch.rand(50) * 1e-6
-    parts = train_gpt.stored_scales(steps, 0.0)
-    assert parts.keys() == {"s"} and torch.equal(parts["s"], train_gpt.storable(steps))
-    assert torch.equal(train_gpt.scale_values(parts), train_gpt.storable(steps).float())
-
-
-@pytest.mark.parametrize("scheme", ["rowwise", "gptq", "gptq_lite", "row_quantile"])
-def test_quantisers_divide_by_the_step_that_is_stored(scheme: str, tmp_path: Path) -> None:
-    cfg = load_config({**TINY, "MATRIX_QUANT": scheme, "EMBED_QUANT": "rowwise", "SCALE_STEP": "0.25"})
-    rule = train_gpt.QuantRule(scheme, 6, 4.0)
+def test_quantisers_divide_by_the_scale_that_is_stored(tmp_path: Path) -> None:
     W = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, 24)[:, None]
-    parts = train_gpt.SCHEMES[scheme].encode(W, torch.eye(32), rule, cfg)
-    steps = train_gpt.scale_values(parts)
-    assert parts["s"].dtype == torch.int16 and torch.equal(steps, torch.exp2(0.25 * parts["s"]))
-    assert torch.equal(parts["q"].float(), train_gpt.round_to_grid(W, steps[:, None], 6))  # identity H: no feedback
-    train_gpt.save_artifact(tmp_path / "m.bin", {f"x:{scheme}": parts}, "lzma")
-    assert torch.equal(train_gpt.load_artifact(tmp_path / "m.bin")["x"], parts["q"] * steps[:, None])
+    for scheme in ("rowwise", "gptq", "gptq_lite", "row_quantile"):
+        cfg = load_config({**TINY, "MATRIX_QUANT": scheme, "EMBED_QUANT": "rowwise", "SCALE_STEP": "0.25"})
+        parts = train_gpt.SCHEMES[scheme].encode(W, torch.eye(32), train_gpt.QuantRule(scheme, 6, 4.0), cfg)
+        scales = train_gpt.scale_values(parts)
+        assert parts["s"].dtype == torch.int16 and torch.equal(scales, torch.exp2(0.25 * parts["s"])), scheme
+        nearest = train_gpt.round_to_grid(W, scales[:, None], 6)  # with the identity as Hessian nothing is fed back
+        assert torch.equal(parts["q"].float(), nearest), scheme
+        train_gpt.save_artifact(tmp_path / "m.bin", {f"x:{scheme}": parts}, "lzma")
+        assert torch.equal(train_gpt.load_artifact(tmp_path / "m.bin")["x"], parts["q"] * scales[:, None]), scheme
 
 
-def test_awq_columns_and_qat_share_the_stored_step() -> None:
+def test_awq_columns_and_qat_share_the_stored_scale() -> None:
     cfg = load_config({**TINY, "AWQ_LITE_ENABLED": "1", "AWQ_LITE_GROUP_SIZE": "8", "SCALE_STEP": "0.5"})
     W, rule = rules.fill("hash", "awq", (12, 16), 1.0), train_gpt.QuantRule("awq_lite", 6, 12.0, (8,))
     parts = train_gpt.SCHEMES["awq_lite"].encode(W, torch.eye(16), rule, cfg)
@@ -64,11 +58,6 @@ def test_awq_columns_and_qat_share_the_stored_step() -> None:
     error = (train_gpt.SCHEMES["awq_lite"].decode(parts) - W).abs()
     assert (error[:, :8] <= 0.51 * coarse[:, None]).all() and (error[:, 8:] <= 0.51 * fine[:, None]).all()
     assert torch.equal(train_gpt.SCHEMES["gptq"].steps(W, rule, cfg), coarse)
-
-
-def test_too_fine_a_scale_step_is_refused() -> None:
-    with pytest.raises(UserError, match="SCALE_STEP=0.001 is too fine for 16 bits; say 0"):
-        load_config({**TINY, "SCALE_STEP": "0.001"})
 
 
 # The coder
@@ -101,53 +90,39 @@ def on_trellis(rows: int, cols: int, states: int, chunk: int, seed: int = 0, sig
     return Q
 
 
-@PROPERTY
-@given(arrays.arrays(np.int8, st.tuples(st.integers(0, 9), st.integers(0, 9))), st.integers(0, 3))
-def test_any_matrices_come_back(matrix: np.ndarray, more: int) -> None:
-    raw = framed(matrix, *[matrix[:more], matrix[:, :more], -matrix][:more])
+ANY = arrays.arrays(np.int8, st.tuples(st.integers(0, 9), st.integers(0, 9)))
+SEED, ROWS, STATES, CHUNK = (
+    st.integers(0, 999),
+    st.integers(1, 70),
+    st.sampled_from([4, 8, 16, 32, 64]),
+    st.integers(1, 90),
+)
+WIDTHS = st.sampled_from([1, 5, 511, 512, 513, 1100])
+MATRIX = st.one_of(
+    ANY.map(framed),  # any integers, also off a trellis that they claim to be on
+    ANY.map(lambda q: framed(q, trellis=(8, 4))),
+    st.builds(lambda *args: framed(normal(*args)), ROWS, WIDTHS, st.floats(0, 90), SEED),
+    st.builds(lambda s, c, seed: framed(on_trellis(80, 20, s, c, seed), trellis=(s, c)), STATES, CHUNK, SEED),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(MATRIX, min_size=1, max_size=3))
+def test_any_matrices_come_back(matrices: list[bytes]) -> None:
+    raw = b"".join(matrices)
     packed = rans_encode(raw)
     assert rans_decode(packed) == raw and rans_encode(raw) == packed
 
 
-@PROPERTY
-@given(
-    seed=st.integers(0, 999),
-    rows=st.integers(1, 70),
-    cols=st.sampled_from([1, 5, 511, 512, 513, 1100]),
-    sigma=st.floats(0, 90),
-)
-def test_any_scale_and_width_comes_back(seed: int, rows: int, cols: int, sigma: float) -> None:
-    raw = framed(normal(rows, cols, sigma, seed), normal(3, cols, 127.0, seed))
-    assert rans_decode(rans_encode(raw)) == raw
-
-
-@pytest.mark.parametrize("value", [-128, -127, 0, 1, 127])
-@pytest.mark.parametrize("shape", [(0, 0), (0, 4), (4, 0), (1, 1), (1, 3000), (3000, 1), (300, 700)])
-def test_constant_and_extreme_matrices_come_back(value: int, shape: tuple[int, int]) -> None:
-    raw = framed(np.full(shape, value, np.int8))
-    packed = rans_encode(raw)
-    assert rans_decode(packed) == raw
-    escapes = 2.1 * math.prod(shape) * (value == -128)  # that level is the mark of an escape
-    assert len(packed) < 100 + 4 * min(512, shape[1]) + 16 * shape[1] + math.prod(shape) / 2 + escapes
-
-
-@PROPERTY
-@given(seed=st.integers(0, 999), states=st.sampled_from([4, 8, 16, 32, 64]), chunk=st.integers(1, 90))
-def test_a_trellis_comes_back(seed: int, states: int, chunk: int) -> None:
-    raw = framed(on_trellis(80, 20, states, chunk, seed), trellis=(states, chunk)) + framed(normal(9, 20))
-    assert rans_decode(rans_encode(raw)) == raw
-
-
-@PROPERTY
-@given(arrays.arrays(np.int8, st.tuples(st.integers(1, 9), st.integers(1, 9))))
-def test_what_is_on_no_trellis_comes_back_all_the_same(matrix: np.ndarray) -> None:
-    raw = framed(matrix, trellis=(8, 4))
-    assert rans_decode(rans_encode(raw)) == raw
-
-
-def test_the_trellis_saves_a_bit_of_every_symbol() -> None:
-    Q = on_trellis(1200, 256, 8, 500)
-    assert len(rans_encode(framed(Q, trellis=(8, 500)))) < 1.004 * (entropy(Q) - Q.size / 8) + 1024 + 1500
+def test_constant_and_extreme_matrices_come_back() -> None:
+    for shape in (0, 0), (0, 4), (4, 0), (1, 1), (1, 3000), (900, 1), (120, 700):
+        for value in (-128, -127, 0, 1, 127):
+            raw = framed(np.full(shape, value, np.int8))
+            packed = rans_encode(raw)
+            assert rans_decode(packed) == raw, (shape, value)
+            escapes = 2.1 * math.prod(shape) * (value == -128)  # that level is the mark of an escape
+            most = 100 + 4 * min(512, shape[1]) + 16 * shape[1] + math.prod(shape) / 2 + escapes
+            assert len(packed) < most, (shape, value)
 
 
 def test_rate_is_near_the_entropy_of_each_column() -> None:
@@ -155,13 +130,17 @@ def test_rate_is_near_the_entropy_of_each_column() -> None:
     Q = normal(1200, 600, sigmas)
     packed, columns = len(rans_encode(framed(Q))), sum(entropy(Q[:, [c]]) for c in range(600))
     assert packed < 1.008 * columns + 512 * 4 < 0.99 * entropy(Q)
+    walk = on_trellis(1200, 256, 8, 500)
+    packed = len(rans_encode(framed(walk, trellis=(8, 500))))
+    assert packed < 1.004 * (entropy(walk) - walk.size / 8) + 1024 + 1500, "the trellis saves a bit of every symbol"
 
 
 def test_outliers_cost_their_own_bits_only() -> None:
     plain, wild = normal(400, 300), normal(400, 300)
     wild[np.arange(0, 400, 8), np.arange(0, 300, 6)] = 120
-    assert rans_decode(rans_encode(framed(wild))) == framed(wild)
-    assert len(rans_encode(framed(wild))) - len(rans_encode(framed(plain))) < 50 * 9
+    packed = rans_encode(framed(wild))
+    assert rans_decode(packed) == framed(wild)
+    assert len(packed) - len(rans_encode(framed(plain))) < 50 * 9
 
 
 def test_rows_of_known_energy_cost_less() -> None:
@@ -173,80 +152,39 @@ def test_rows_of_known_energy_cost_less() -> None:
     assert saved > 0.3 + 8 * (entropy(free) - entropy(bound)) / 900, "bits a row"
 
 
-def test_the_bytes_are_the_same_everywhere() -> None:
-    """In another process, with another hash seed; and as they were when this test was written."""
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np, train_gpt as t, hashlib\n"
-        "q = (np.arange(90000, dtype=np.uint32) * 2654435761 >> 28).astype(np.int8).reshape(-1, 300) - 8\n"
-        "raw = t.rans_frame(q, None) + t.rans_frame(q[:50, :40], np.array([8, 16]))\n"
-        "print(hashlib.sha256(t.rans_encode(raw)).hexdigest())\n"
-    )
-    env = {"PYTHONHASHSEED": "7", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True, env=env)
-    assert done.stdout.strip() == GOLDEN_BYTES, done.stderr
-
-
-GOLDEN_BYTES = "674c03e7170e523c941bbf1dc371c891efce6e467237e3ce1310d86c8c0864f9"
+def test_the_bytes_are_as_they_were_when_this_test_was_written() -> None:
+    q = (np.arange(90000, dtype=np.uint32) * 2654435761 >> 28).astype(np.int8).reshape(-1, 300) - 8
+    raw = framed(q) + framed(q[:50, :40], trellis=(8, 16))
+    digest = "674c03e7170e523c941bbf1dc371c891efce6e467237e3ce1310d86c8c0864f9"
+    assert hashlib.sha256(rans_encode(raw)).hexdigest() == digest
 
 
 # In the container
 
 
-def model_parts() -> dict[str, dict[str, torch.Tensor]]:
-    walk = torch.from_numpy(on_trellis(60, 24, 8, 32))
-    trellis = torch.tensor([8, 32], dtype=torch.int32)
-    scales = train_gpt.stored_scales(torch.rand(60) + 0.1, 0.02)
+def test_matrices_lie_layer_by_layer_and_know_their_trellis(tmp_path: Path) -> None:
     plain = {"q": torch.from_numpy(normal(30, 24)), "s": torch.rand(30).half() + 0.1}
-    return {
-        "blocks.0.mlp.up.weight:gptq_tcq": {"q": walk, "t": trellis} | scales,
+    walk = {"q": torch.from_numpy(on_trellis(60, 24, 8, 32)), "t": torch.tensor([8, 32], dtype=torch.int32)}
+    parts = {
+        "blocks.0.mlp.up.weight:gptq_tcq": walk | train_gpt.stored_scales(torch.rand(60) + 0.1, 0.02),
         "blocks.1.attn.q.weight:gptq": plain,
         "tok_emb.weight:rowwise": plain,
         "skips.gates:fp16": {"w": torch.rand(7).half()},
     }
-
-
-def test_a_model_survives(tmp_path: Path) -> None:
-    parts = model_parts()
     size = train_gpt.save_artifact(tmp_path / "model.bin", parts, "rans")
-    assert size == (tmp_path / "model.bin").stat().st_size
-    loaded, wanted = train_gpt.load_artifact(tmp_path / "model.bin"), train_gpt.dequantize(parts)
-    assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[n], wanted[n]) for n in wanted)
-
-
-def test_matrices_lie_layer_by_layer_and_know_their_trellis() -> None:
-    flat = {f"{key}:{part}": t.numpy() for key, value in model_parts().items() for part, t in value.items()}
-    blob = pack_arrays(flat, "rans")
+    blob = (tmp_path / "model.bin").read_bytes()
+    assert size == len(blob)
+    flat = {f"{key}:{part}": t.numpy() for key, value in parts.items() for part, t in value.items()}
     kept = unpack_arrays(blob)
     assert all(np.array_equal(kept[n], flat[n]) and kept[n].dtype == flat[n].dtype for n in flat)
     assert [n.split(".")[0] for n in kept if n.endswith(":q")] == ["tok_emb", "blocks", "blocks"]
+    loaded, wanted = train_gpt.load_artifact(tmp_path / "model.bin"), train_gpt.dequantize(parts)
+    assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[n], wanted[n]) for n in wanted)
     head = train_gpt.ARTIFACT_HEADER.size
     sizes = np.frombuffer(blob[head + 1 : head + 9], "<u4")
     raw = rans_decode(blob[head + 9 + sizes[0] :])
     heads = [train_gpt.RANS_HEAD.unpack_from(raw, at) for at in (0, 16 + 720, 2 * 16 + 720 + 1440)]
     assert heads == [(30, 24, 1, 1), (60, 24, 8, 32), (30, 24, 1, 1)]
-
-
-@pytest.mark.parametrize("matrix_quant", ["rowwise", "gptq_tcq"])
-def test_a_quantised_model_survives(matrix_quant: str, tmp_path: Path) -> None:
-    cfg = load_config(
-        {
-            **TINY,
-            "MATRIX_QUANT": matrix_quant,
-            "EMBED_QUANT": "rowwise",
-            "COMPRESSOR": "rans",
-            "SCALE_STEP": "0.02",
-            "GATED_ATTN_QUANT_GATE": "1",
-        }
-    )
-    model = train_gpt.GPT(cfg).init_weights(3)
-    state = {name: w + 0.05 * torch.randn(w.shape) for name, w in model.state_dict().items()}
-    plan = train_gpt.quant_plan(cfg)
-    calibrated = [n for n in state if plan[n].scheme == "gptq_tcq"]
-    hessians = {n: torch.eye(state[n].size(1)) for n in calibrated}
-    parts = train_gpt.quantize(cfg, rules.runtime(), state, hessians)
-    train_gpt.save_artifact(tmp_path / "model.bin", parts, "rans")
-    loaded, wanted = train_gpt.load_artifact(tmp_path / "model.bin"), train_gpt.dequantize(parts)
-    assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
 
 
 def resealed(stream: bytes) -> bytes:
@@ -259,9 +197,9 @@ def resealed(stream: bytes) -> bytes:
     return train_gpt.seal(train_gpt.CODECS["rans"].number, b"\x02" + sizes + rest + stream)
 
 
-@PROPERTY
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_a_damaged_stream_of_right_checksum_is_one_line_or_other_symbols(data: st.DataObject) -> None:
+def test_a_damaged_stream_of_right_checksum_is_one_line(data: st.DataObject) -> None:
     stream = bytearray(rans_encode(framed(normal(20, 30))))
     assert np.array_equal(unpack_arrays(resealed(bytes(stream)))["x:gptq:q"], normal(20, 30))
     change = data.draw(st.sampled_from(["cut", "flip", "more"]))

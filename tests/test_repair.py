@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -208,13 +207,6 @@ def test_the_worst_tensors_are_repaired_and_the_others_kept(knobs: dict[str, Any
             assert torch.equal(restored[name], plain[name])
 
 
-def test_bytes_of_the_correction_at_full_size_and_as_published() -> None:
-    for rows, cols, published in ((8192, 512, 34_882), (2048, 512, 10_306)):
-        parts = blank(rows, cols) | train_gpt.encode_lqer(torch.randn(rows, cols), Config())
-        packed = 4 * rows // 4 + 4 * cols // 2 + 2 + 2 * 32
-        assert train_gpt.lqer_bytes(parts) == (packed + parts["lqm"].nbytes, published)
-
-
 # AWQ-lite
 
 
@@ -360,45 +352,6 @@ def test_sorting_is_composed_with_repair_and_awq() -> None:
     assert errors[0] == pytest.approx(errors[1].item(), rel=0.25)
 
 
-# Reports
-
-
-def test_report_by_tensor_and_by_class() -> None:
-    cfg, state, hessians = small_state(repair="lqer")
-    parts = train_gpt.quantize(cfg, rules.runtime(), state, hessians)
-    reports = train_gpt.tensor_reports(rules.runtime(), state, hessians, parts)
-    assert [r.name for r in reports] == [key.split(":")[0] for key in parts]
-    restored = train_gpt.dequantize(parts)
-    for r in reports:
-        error = state[r.name] - restored[r.name]
-        assert r.error == pytest.approx(error.double().square().sum().item(), rel=1e-5, abs=1e-12)
-        if r.name in hessians:
-            assert r.weighted_error == pytest.approx(weighted_error(error, hessians[r.name]), rel=1e-3)
-            assert 0 < r.weighted_error < 0.2 * r.weighted_power
-            assert r.entropy_bytes < r.raw_bytes
-        else:
-            assert math.isnan(r.weighted_error) and r.entropy_bytes == r.raw_bytes == 2 * r.weights
-    header, *lines = train_gpt.report_table(reports).splitlines()
-    assert len(lines) == len(parts) and {line.count("\t") for line in [header, *lines]} == {6}
-    text = "\n".join(train_gpt.error_report(cfg, reports, parts))
-    assert "LQER: 3 tensors" in text and text.count("as gptq+lqer") == 3 and "down up" in text
-
-
-def test_entropy_of_integers() -> None:
-    q = torch.tensor([[-3, -3, 5, 5], [0, 0, 7, 7]], dtype=torch.int8).repeat(8, 1)
-    assert train_gpt.entropy_bytes({"q": q, "s": torch.ones(16).half()}) == 64 * 2 // 8 + 32
-    assert train_gpt.entropy_bytes({"q": torch.zeros(4, 4, dtype=torch.int8)}) == 0
-
-
-def test_probe_says_what_finer_quantisers_would_cost_and_gain() -> None:
-    cfg, state, hessians = awq_case(quant_report=True)
-    cfg = train_gpt.dataclasses.replace(cfg, awq_lite_enabled=False)
-    lines = train_gpt.probe_report(cfg, state, hessians)
-    assert len(lines) == 3 and "AWQ-lite from columns (16,), blocks.0.mlp.up.weight: +" in lines[0]
-    assert "clip search, blocks.0.mlp.up.weight: +" in "\n".join(lines)
-    assert all(0 < float(line.rsplit(" ", 1)[1]) < 0.7 for line in lines)
-
-
 def test_clip_search_takes_the_least_squared_error() -> None:
     W = torch.randn(8, 4000, generator=torch.Generator().manual_seed(8))
     found = train_gpt.searched_scales(W, 3, by_row=False)
@@ -409,21 +362,3 @@ def test_clip_search_takes_the_least_squared_error() -> None:
         errors[q] = (W - restored).norm().item()
         assert torch.equal(scale, found) == (q == 0.999), "three levels a side want the tightest clip"
     assert min(errors, key=errors.__getitem__) == 0.999
-
-
-def test_a_run_writes_its_report(run_gpt: Callable, tmp_path: Path) -> None:
-    done = run_gpt(
-        REPAIR="lqer",
-        AWQ_LITE_ENABLED="1",
-        AWQ_LITE_GROUP_SIZE="8",
-        GATED_ATTN_QUANT_GATE="1",
-        QUANT_REPORT="1",
-        ITERATIONS="3",
-        EVAL="plain",
-    )
-    assert done.returncode == 0, done.stderr
-    log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
-    for words in ("LQER: 3 tensors", "as awq_lite", "int8_row", "clip search, ", "bytes, Hessian-weighted error times"):
-        assert words in log, words
-    table = (tmp_path / "run" / "quant_report.tsv").read_text(encoding="utf-8")
-    assert "\tint8_row\t" in table and "+lqer\t" in table

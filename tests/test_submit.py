@@ -178,7 +178,7 @@ def test_statistics_where_little_is_known() -> None:
     assert submit.compare(two, mean_only, "x")["welch_p_bpb"] == pytest.approx(p)
     with pytest.raises(submit.UserError, match="no val_bpb"):
         submit.compare(one, {"name": "empty"}, "empty")
-    assert submit.welch([1.0, 1.0], [2.0, 2.0]) is None and submit.scatter_losses([1.0]) is None
+    assert submit.welch([1.0, 1.0], [2.0, 2.0]) is None and submit.spread([1.0]) is None
 
 
 def test_paired_needs_common_seeds_and_sees_what_welch_does_not() -> None:

@@ -3,14 +3,14 @@
     python records/demo/report.py RUN_DIR [--out PICTURE.png]
 
 Reads what the run and the packer left in RUN_DIR (`result.json`, `metrics.jsonl`, sizes of `model.pt` and `model.bin`),
-prints one row per stage and writes three panels: the loss curve, bits per byte by stage, bytes by part. A stage that
-the run did not reach is named as missing, in the table and in the picture. Exit status 2, with one line that says what
-is wrong, when a file cannot be read.
+prints one row per stage and draws three panels: the loss curve, bits per byte by stage, bytes by part. Table and
+picture name the stages that the run did not reach. A file that cannot be read gives exit status 2 and one line.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -22,15 +22,16 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-CAP_BYTES = 16_000_000  # the contest's limit on code + weights, decimal
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from pack_artifact import CAP_BYTES, read_object  # noqa: E402
+from train_gpt import UserError, atomic_write  # noqa: E402
+
 STAGES = {"pre_quant": "float model", "quantized": "quantised", "final": "final"}
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e7eb"
 TRAIN_COLOR, VAL_COLOR, MARK_COLOR = "#4c78a8", "#d1495b", "#8a6d3b"
 STAGE_COLORS = ("#9fb3c8", "#627d98", "#243b53")
-
-
-class ReportError(ValueError):
-    """Something that the user can put right; its text is the whole message."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,14 @@ class Run:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Returns the object in `path`; ReportError when it is absent or no JSON object."""
-    if not path.is_file():
-        raise ReportError(f"{path} does not exist; run `bash records/demo/run.sh` first, or name another run directory")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise ReportError(f"{path} is not valid JSON ({problem}); repeat the run's last stage") from problem
-    if not isinstance(result, dict):
-        raise ReportError(f"{path} holds a {type(result).__name__}, not an object; it was not written by train_gpt.py")
+    """The object in result.json. UserError when it is missing, no JSON object, or holds a score that is no number."""
+    result = read_object(path, "result")
     check_numbers(path, result)
     return result
 
 
 def check_numbers(path: Path, result: dict[str, Any]) -> None:
-    """ReportError for a score, time or size that is present but no number: the table could only fail on it later."""
+    """UserError for a score, time or size that is present but no number: the table would fail on it later."""
     values = {
         key: value for key, value in result.items() if key.startswith(("val_", "bytes_")) or key.endswith("_seconds")
     }
@@ -76,13 +70,13 @@ def check_numbers(path: Path, result: dict[str, Any]) -> None:
         values |= {f"stages.{stage}.{key}": value for key, value in (scores or {}).items()}
     for key, value in values.items():
         if value is not None and not isinstance(value, int | float):
-            raise ReportError(f"{path}: {key} is {value!r}, not a number; repeat the run's last stage")
+            raise UserError(f"{path}: {key} is {value!r}, not a number; repeat the run's last stage")
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """Splits metrics.jsonl into (training lines, validation lines, notes).
+    """Split metrics.jsonl into (training lines, validation lines, notes).
 
-    A last line that was cut short by an interruption is left out and noted; any other broken line is a ReportError.
+    A last line that an interruption cut short is left out and noted. Any other broken line is a UserError.
     """
     if not path.is_file():
         return [], [], [f"{path.name} is missing: no loss curve"]
@@ -96,7 +90,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
             rows.append(row)
         except ValueError as problem:
             if number < len(lines):
-                raise ReportError(f"{path}:{number}: {problem}; remove the line or train again") from problem
+                raise UserError(f"{path}:{number}: {problem}; remove the line or train again") from problem
             notes.append(f"{path.name}: the last line is incomplete and was left out")
     steps = [row for row in rows if "train_loss" in row]
     validations = [row for row in rows if "val_loss" in row]
@@ -104,7 +98,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 
 
 def read_run(directory: Path) -> Run:
-    """Reads everything of a run; ReportError names the file that is at fault."""
+    """Read everything that a run left. UserError names the file at fault."""
     result = read_result(directory / "result.json")
     steps, validations, notes = read_metrics(directory / "metrics.jsonl")
     return Run(directory, result, steps, validations, notes)
@@ -116,21 +110,21 @@ def size_of(path: Path) -> int | None:
 
 
 def stage_bytes(run: Run, name: str) -> int | None:
-    """Bytes of what a stage leaves behind: float checkpoint, model blob, the whole submission."""
+    """Bytes that a stage leaves behind: float checkpoint, model blob, the whole submission."""
     if name == "pre_quant":
         return size_of(run.directory / "model.pt")
     return run.result.get("bytes_model" if name == "quantized" else "bytes_total")
 
 
 def byte_parts(result: dict[str, Any]) -> dict[str, int]:
-    """Bytes by part, {} when nothing was counted. Before packing the code is the plain source, and is called so."""
+    """Bytes by part, {} when nothing was counted. Before packing, the code is the plain source; its label says so."""
     code = "code" if "artifact" in result else "code (not packed)"
     labels = {"bytes_code": code, "bytes_model": "model"}
     return {label: int(result[key]) for key, label in labels.items() if result.get(key) is not None}
 
 
 def stage_label(name: str, result: dict[str, Any]) -> str:
-    """How a stage is called in table and picture; the last one is marked when its score would not be legal."""
+    """Name of a stage in table and picture; the final stage is marked when its score is not legal."""
     illegal = name == "final" and result.get("legal") is False
     return STAGES[name] + (" (not legal)" if illegal else "")
 
@@ -155,7 +149,7 @@ def format_table(run: Run) -> str:
 
 
 def format_totals(run: Run) -> list[str]:
-    """The lines under the table: time, what was scored, bytes against the cap, and whatever is missing."""
+    """The lines under the table: time, what was scored, bytes against the cap, what is missing."""
     result, lines = run.result, []
     clocks = (("training", "train_seconds"), ("evaluation", "eval_seconds"))
     times = [f"{what} {result[key]:.1f} s" for what, key in clocks if result.get(key) is not None]
@@ -184,7 +178,7 @@ def style_axes(ax: Axes, title: str) -> None:
 
 
 def say_missing(ax: Axes, text: str) -> None:
-    """Fills an empty panel with the reason why it is empty."""
+    """Write into an empty panel why it is empty."""
     ax.set_axis_off()
     ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, color=MUTED, fontsize=10)
 
@@ -268,7 +262,7 @@ def draw_bytes(ax: Axes, cap_ax: Axes, run: Run) -> None:
 
 
 def draw(run: Run, out: Path) -> None:
-    """Writes the picture to `out` (PNG), under a temporary name first so that a reader never sees half a file."""
+    """Write the picture to `out` (PNG); a reader never sees half a file."""
     figure = Figure(figsize=(15, 5), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 3, height_ratios=(3, 1), width_ratios=(1.25, 1, 1.1))
@@ -280,13 +274,13 @@ def draw(run: Run, out: Path) -> None:
     score_text = "no final score" if score is None else f"{score:.4f} bits per byte"
     title = f"{result.get('preset') or 'run'}, seed {result.get('seed', '?')}: {score_text}"
     figure.suptitle(title, fontsize=14, color=INK)
-    temporary = out.with_name(out.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(out)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic_write(out, buffer.getvalue())
 
 
 def main(argv: list[str]) -> int:
-    """Command line: prints the table, writes the picture, returns the exit status."""
+    """Print the table, write the picture, return the exit status."""
     parser = argparse.ArgumentParser(description="Table and picture of a finished run.")
     parser.add_argument("run_dir", type=Path, help="directory with result.json and metrics.jsonl")
     parser.add_argument("--out", type=Path, help="picture to write (default: RUN_DIR/report.png)")
@@ -296,7 +290,7 @@ def main(argv: list[str]) -> int:
         run = read_run(args.run_dir)
         print(format_table(run))
         draw(run, out)
-    except (ReportError, OSError) as problem:
+    except (UserError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     print(f"picture: {out}")

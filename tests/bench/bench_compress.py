@@ -32,8 +32,9 @@ import pack_artifact  # noqa: E402
 import train_gpt  # noqa: E402
 
 Matrices = list[tuple[str, np.ndarray]]
-ENCODER = {"rans_frame", "rans_priors", "rans_encode"}
-DECODER = {"rans_model", "rans_tables", "rans_decode", "rans_unframe"}
+ENCODER = {"rans_frame", "rans_priors", "rans_column_prior", "rans_row_prior", "MAGNITUDE_VARIANCE", "rans_encode"}
+DECODER = {"rans_model", "rans_wavefront", "rans_tables", "rans_decode", "rans_unframe", "RANS_BITS", "RANS_HEAD"}
+DECODER |= {"RANS_ONE"}
 
 
 def read(source: str) -> Matrices:
@@ -121,18 +122,24 @@ def measure(matrices: Matrices, coders: list[str], scale: float) -> list[dict[st
     return rows
 
 
+def defined(node: ast.stmt) -> set[str]:
+    """Names that a statement of the program defines."""
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return {getattr(node, "name", "")} | {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+
+
 def program_bytes(without: set[str]) -> int:
-    """Bytes of the program as packed (minified, LZMA) without some functions, and without the codec if the decoder is
-    among them."""
+    """Bytes of the program as packed (minified, brotli) without some of its definitions.
+
+    Without the decoder, the table of coders loses its entry too.
+    """
     tree = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if getattr(node, "name", "") not in without]
+    tree.body = [node for node in tree.body if not defined(node) & without]
     if without & DECODER:
-        tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and "RANS_" in ast.unparse(n.targets[0]))]
         for table in (node for node in ast.walk(tree) if isinstance(node, ast.Dict)):
             kept = [(k, v) for k, v in zip(table.keys, table.values, strict=True) if ast.unparse(k or v) != "'rans'"]
             table.keys, table.values = [k for k, _ in kept], [v for _, v in kept]
-    text = pack_artifact.minify(ast.unparse(tree)).encode()
-    return min(len(pack_artifact.compress(text, codec)) for codec in pack_artifact.LZMA_CODECS)
+    return len(pack_artifact.compress(pack_artifact.minify(ast.unparse(tree)).encode()))
 
 
 def main() -> None:

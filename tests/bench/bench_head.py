@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt  # noqa: E402
+import train_gpt
 
 
 def seconds(scorer: train_gpt.NoAdaptation, unit: train_gpt.Unit) -> float:

@@ -1,44 +1,109 @@
-"""Speed of data/prepare.py by number of worker processes.
+"""Speed of data preparation: each step on one core, and the whole by number of worker processes.
 
-    python tests/bench/bench_prepare.py FILE --tokenizer MODEL [--jobs 1 2 4] [--repeat 3]
+    python tests/bench/bench_prepare.py FILE --tokenizer MODEL [--caseops] [--jobs 1 2] [--mb 20] [--repeat 3]
 
-Prints MB of UTF-8 text per second, start of the workers included; the best of the repetitions counts.
+Prints MB of original UTF-8 text per second; the best of the repetitions counts. "One core", with --caseops, is the
+processor time of one process, so neighbours on the machine matter less; "plain" rows are the character loop and
+SentencePiece alone, on a part of the text. "Whole" is wall-clock time of data/prepare.py: start of workers, reading,
+hashing and writing included.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "data"), str(Path(__file__).resolve().parents[1])]
 
-from prepare import Options, prepare  # noqa: E402  (data/ is no package)
+import caseops_reference  # noqa: E402  (tests/ is no package)
+from caseops import CaseOps, decode, encode  # noqa: E402  (data/ is no package)
+from prepare import Options, find_source, load_tokenizer, parse_item, prepare, read_items  # noqa: E402
+from word_bpe import WordBPE  # noqa: E402
 
 
-def measure(source: Path, model: Path, jobs: int) -> tuple[float, int]:
-    """(seconds, UTF-8 bytes) of one preparation."""
+def read_texts(path: Path, limit: float) -> list[str]:
+    """Documents from the front of a file, `limit` bytes of them."""
+    texts, size = [], 0
+    for item in read_items([find_source(path)], "text"):
+        text, raw = parse_item(item, "text")
+        texts.append(text)
+        size += len(raw)
+        if size >= limit:
+            break
+    return texts
+
+
+def megabytes(texts: Iterable[str]) -> float:
+    return sum(len(text.encode()) for text in texts) / 1e6
+
+
+def seconds(work: Callable[[str], object], inputs: Iterable[str], repeat: int) -> float:
+    """Processor time of the work on all inputs, the best of the repetitions."""
+    best = float("inf")
+    for _ in range(repeat):
+        start = time.process_time()
+        for text in inputs:
+            work(text)
+        best = min(best, time.process_time() - start)
+    return best
+
+
+def bench_one_core(texts: list[str], model: Path, repeat: int) -> None:
+    """Every step of CaseOps by itself, each on all texts; the slow comparisons on the first part."""
+    part = texts[: max(1, len(texts) // 10)]
+    encoded, processor = [encode(text) for text in texts], load_tokenizer(str(model))
+    words, fresh, transform = WordBPE(processor), WordBPE(processor), CaseOps()
+    rows: list[tuple[str, Callable[[str], object], list[str], list[str], int]] = [
+        # name, work, its inputs, the original text they come from, repetitions: once where words must be new
+        ("transform, plain", caseops_reference.encode, part, part, repeat),
+        ("transform", encode, texts, texts, repeat),
+        ("inverse transform", decode, encoded, texts, repeat),
+        ("tokenisation, plain", processor.encode, encoded[: len(part)], part, repeat),
+        ("tokenisation, words new", words.ids, encoded, texts, 1),
+        ("tokenisation, words known", words.ids, encoded, texts, repeat),
+        ("both, plain", lambda text: processor.encode(caseops_reference.encode(text)), part, part, repeat),
+        ("both", lambda text: fresh.ids(encode(text)), texts, texts, 1),
+        ("byte sidecar", lambda text: transform.piece_bytes(text, processor), texts, texts, 1),
+    ]
+    for name, work, inputs, source, times in rows:
+        rate = megabytes(source) / seconds(work, inputs, times)
+        print(f"one core   {name:32s} {rate:7.2f} MB/s", flush=True)
+
+
+def prepare_once(texts: list[str], model: Path, jobs: int, caseops: bool) -> float:
+    """Wall-clock seconds of a whole preparation."""
     with tempfile.TemporaryDirectory() as folder:
-        options = Options((source,), Path(folder), model, val_docs=1, drop_overlap=True, jobs=jobs)
+        source = Path(folder, "docs.jsonl")
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        val_docs = max(1, len(texts) // 100)
+        options = Options((source,), Path(folder, "out"), model, val_docs=val_docs, drop_overlap=True, jobs=jobs)
         start = time.perf_counter()
-        manifest = prepare(options)
-        seconds = time.perf_counter() - start
-    return seconds, sum(counts["raw_bytes"] for counts in manifest["splits"].values())
+        prepare(options, *([CaseOps()] if caseops else []))
+        return time.perf_counter() - start
 
 
 def main() -> None:
-    """Measure and print one line per number of jobs."""
+    """Measure and print one line per step, then one per number of jobs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--caseops", action="store_true")
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--mb", type=float, default=20.0, help="so much of the file (default %(default)s)")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
+    texts = read_texts(args.file, 1e6 * args.mb)
+    print(f"{args.file.name}: {len(texts):,} documents, {1e6 * megabytes(texts):,.0f} bytes")
+    if args.caseops:
+        bench_one_core(texts, args.tokenizer, args.repeat)
     for jobs in args.jobs:
-        seconds, size = min(measure(args.file, args.tokenizer, jobs) for _ in range(args.repeat))
-        print(f"{args.file.name}: {jobs} jobs, {size / 1e6:.1f} MB in {seconds:.2f} s, {size / 1e6 / seconds:.2f} MB/s")
+        best = min(prepare_once(texts, args.tokenizer, jobs, args.caseops) for _ in range(args.repeat))
+        print(f"{jobs} job(s)   whole {megabytes(texts) / best:35.2f} MB/s", flush=True)
 
 
 if __name__ == "__main__":

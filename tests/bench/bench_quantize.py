@@ -1,33 +1,92 @@
-"""Seconds and bytes of quantising and packing the full-size CaseOps model (35.9 M weights), by stage and compressor.
+"""What quantisation costs: seconds and bytes at full size, and bytes against val_bpb of a trained model.
 
-    OMP_NUM_THREADS=1 python tests/bench/bench_quantize.py [--compressor brotli pergroup] [--clips 12,12,12 11.5,13,14]
-                                                           [--weights gauss student] [--set KNOB=VALUE ...]
+    OMP_NUM_THREADS=1 python tests/bench/bench_quantize.py size [--compressor brotli pergroup] [--set KNOB=VALUE ...]
+                                                                [--clips 12,12,12 11.5,13,14] [--weights gauss student]
+    OMP_NUM_THREADS=1 python tests/bench/bench_quantize.py trade RUN --data SHARDS [--clips 12 18 27 40]
+                                                                [--curves NAME ...] [--picture trade.png]
 
-Clips are those of MLP, attention and embedding, in row standard deviations. The weights are random: Gaussian, the worst
-case for the coder at a given step, or Student's t with 5.4 degrees of freedom, whose integers have about 1.5 % less
-entropy. The sizes of the published artifacts put trained weights 1 to 1.5 % under Gaussian ones, so `student` is at the
-favourable end of that estimate; no trained weights were used. Hessians are synthetic (correlated inputs of unequal
-loudness), one for each input width. Bytes are those of the model blob alone, without code.
+size: the CaseOps model (35.9 M weights), with clips of MLP, attention and embedding in row standard deviations. The
+weights are random: Gaussian, the worst case for the coder at a given step, or Student's t with 5.4 degrees of freedom,
+whose integers have about 1.5 % less entropy. The sizes of the published artifacts put trained weights 1 to 1.5 % under
+Gaussian ones, so `student` is at the favourable end of that estimate; no trained weights were used. Hessians are
+synthetic (correlated inputs of unequal loudness), one for each input width. Bytes are those of the model blob alone.
+
+trade: RUN is the folder of a finished run (model.pt, hessians.pt, record.env), such as that of small_model.py. Its
+model is quantised again and again; each artifact is written, read back and scored (EVAL=plain) on the first --tokens
+tokens of the validation stream. Clips are row standard deviations of all matrices. The excess over the score of the
+float32 weights falls by a power of two with the bytes, so curves are compared by linear interpolation of its logarithm:
+bytes at equal val_bpb and val_bpb at equal bytes, at each clip of the first curve. Prints Markdown, then one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import math
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import train_gpt  # noqa: E402
+import train_gpt
 
 CAP = 16_000_000
 KNOBS = {"ATTN_GATE": "sparse", "EMBED_EXTRAS": "smear", "REPAIR": "lqer"}
+CLIPS = ("MLP_CLIP_SIGMAS", "ATTN_CLIP_SIGMAS", "EMBED_CLIP_SIGMAS")
+GPTQ, TCQ = ({"matrix_quant": scheme, "embed_quant": scheme} for scheme in ("gptq", "gptq_tcq"))
+OURS = TCQ | {"compressor": "rans", "scale_step": 0.02}
+CURVES = {  # the first is what the others are compared with
+    "GPTQ, lrzip": GPTQ | {"compressor": "pergroup"},
+    "GPTQ, brotli": GPTQ | {"compressor": "brotli"},
+    "GPTQ, rANS": GPTQ | {"compressor": "rans", "scale_step": 0.02},
+    "TCQ 8, rANS": OURS,
+    "TCQ 64, rANS": OURS | {"tcq_states": 64},
+    "TCQ 8, embedding GPTQ, rANS": OURS | {"embed_quant": "gptq"},
+}
 Weights = dict[str, Tensor]
+RUNTIME = train_gpt.Runtime(0, 1, torch.device("cpu"), train_gpt.Log(None, True))
+
+
+class Packed(NamedTuple):
+    """An artifact's size in bytes, the seconds of each stage, and the weights that it gives back."""
+
+    bytes: int
+    seconds: dict[str, float]
+    weights: Weights
+
+
+def timed(function: Callable, *args: object) -> tuple[Any, float]:
+    """What the function returns, and the seconds that it took."""
+    started = time.perf_counter()
+    return function(*args), time.perf_counter() - started
+
+
+def pack(cfg: train_gpt.Config, state: Weights, hessians: Weights) -> Packed:
+    """Quantise as the program does, write the artifact, read it back."""
+    seconds = {}
+    state, hessians = train_gpt.ROTATIONS[cfg.rotate](cfg, state, hessians)
+    if train_gpt.CODECS[cfg.compressor].sort_hidden:
+        (state, hessians), seconds["sort"] = timed(train_gpt.sort_hidden, cfg, RUNTIME, state, hessians)
+    stored, seconds["quantise and repair"] = timed(train_gpt.quantize, cfg, RUNTIME, state, hessians)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.bin"
+        size, seconds["pack"] = timed(train_gpt.save_artifact, path, stored, cfg.compressor)
+        restored, seconds["unpack"] = timed(train_gpt.load_artifact, path)
+    return Packed(size, seconds, restored)
+
+
+# Full size, random weights
 
 
 def random_weights(cfg: train_gpt.Config, kind: str) -> Weights:
@@ -57,48 +116,137 @@ def synthetic_hessians(state: Weights) -> Weights:
     return found
 
 
-def timed(function: object, *args: object) -> tuple[object, float]:
-    start = time.perf_counter()
-    return function(*args), time.perf_counter() - start
+def size(args: argparse.Namespace) -> None:
+    """Each combination that was asked for."""
+    changes = dict(text.split("=", 1) for text in args.set)
+    for compressor, clips, kind in ((c, k, w) for c in args.compressor for k in args.clips for w in args.weights):
+        environ = KNOBS | dict(zip(CLIPS, clips.split(","), strict=True)) | {"COMPRESSOR": compressor} | changes
+        cfg = train_gpt.load_config(environ)
+        state = random_weights(cfg, kind)
+        found = pack(cfg, state, synthetic_hessians(state))
+        if found.weights.keys() != state.keys():
+            raise SystemExit(f"the artifact lost {sorted(state.keys() - found.weights.keys())}")
+        stages = ", ".join(f"{stage} {value:.1f}" for stage, value in found.seconds.items())
+        total = sum(value for stage, value in found.seconds.items() if stage != "unpack")
+        print(f"{compressor}, clips {clips}, {kind} weights: {found.bytes:,} bytes", end=" ")
+        print(f"({CAP - found.bytes:+,} to the cap); {total:.1f} s: {stages}", flush=True)
 
 
-def measure(cfg: train_gpt.Config, runtime: train_gpt.Runtime, kind: str) -> str:
-    """Quantise, report, pack and unpack once; the numbers. Stops when unpacking does not give back the bits."""
-    state = random_weights(cfg, kind)
-    hessians, seconds = synthetic_hessians(state), {}
-    state, hessians = train_gpt.ROTATIONS[cfg.rotate](cfg, state, hessians)
-    if train_gpt.CODECS[cfg.compressor].sort_hidden:
-        (state, hessians), seconds["sort hidden"] = timed(train_gpt.sort_hidden, cfg, runtime, state, hessians)
-    parts, seconds["quantise and repair"] = timed(train_gpt.quantize, cfg, runtime, state, hessians)
-    reports, seconds["report"] = timed(train_gpt.tensor_reports, runtime, state, hessians, parts)
-    arrays = {f"{key}:{part}": t.numpy() for key, value in parts.items() for part, t in value.items()}
-    blob, seconds["pack"] = timed(train_gpt.pack_arrays, arrays, cfg.compressor)
-    restored, seconds["unpack"] = timed(train_gpt.unpack_arrays, blob)
-    if any(restored[name].tobytes() != array.tobytes() for name, array in arrays.items()):
-        raise SystemExit("unpacking does not give back what was packed")
-    total = sum(seconds[stage] for stage in seconds if stage != "unpack")
-    entropy = sum(r.entropy_bytes for r in reports)
-    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
-    return (
-        f"{len(blob):,} bytes ({CAP - len(blob):+,} to the cap), order-0 entropy {entropy:,}; {total:.1f} s: {stages}\n"
-        + "\n".join(train_gpt.error_report(cfg, reports, parts))
-    )
+# A trained model
+
+
+class Point(NamedTuple):
+    """One artifact: bytes of the model blob, val_bpb of what it holds, seconds to make it."""
+
+    curve: str
+    clip: float
+    bytes: int
+    val_bpb: float
+    excess: float
+    seconds: float
+
+
+class Trained:
+    """A trained model and the part of the validation stream that it is scored on."""
+
+    def __init__(self, run: Path, data: str, tokens: int) -> None:
+        environ = {"PRESET": str(run), "DATA_PATH": data, "EVAL": "plain", "COMPILE": "off", "DEVICE": "cpu"}
+        self.cfg = train_gpt.load_config(environ)
+        val = train_gpt.load_val(self.cfg)
+        self.val = train_gpt.ValData(val.tokens[: tokens + 1], val.bytes[: tokens + 1])
+        self.state = torch.load(run / "model.pt", weights_only=True)["model"]
+        self.hessians = torch.load(run / "hessians.pt", weights_only=True)
+        self.scores: dict[tuple, float] = {}  # by clip and quantiser: the coder changes nothing
+        self.float_bpb = self.val_bpb(self.state)
+
+    def val_bpb(self, state: Weights) -> float:
+        attend = train_gpt.choose_attention(self.cfg, RUNTIME)
+        model = train_gpt.GPT(self.cfg, attend, torch.float32, train_gpt.choose_kernels(self.cfg, RUNTIME))
+        model.set_looping(train_gpt.loops(self.cfg))
+        train_gpt.fill_model(model, state, "the artifact")
+        return train_gpt.evaluate_plain(self.cfg, RUNTIME, model, self.val).val_bpb
+
+    def point(self, curve: str, clip: float) -> Point:
+        """Quantise, write, read and score."""
+        clips = {name.lower(): clip for name in CLIPS}
+        found = pack(dataclasses.replace(self.cfg, **CURVES[curve], **clips), self.state, self.hessians)
+        key = clip, *(v for name, v in CURVES[curve].items() if name != "compressor")
+        bpb = self.scores[key] = self.scores.get(key) or self.val_bpb(found.weights)
+        return Point(curve, clip, found.bytes, bpb, bpb - self.float_bpb, sum(found.seconds.values()))
+
+
+def compare(points: list[Point], curve: str) -> list[dict[str, float]]:
+    """At each point of the first curve that another one reaches: what that saves in bytes at the same val_bpb, and in
+    val_bpb at the same bytes."""
+    base, other = ([p for p in points if p.curve == name and p.excess > 0] for name in (points[0].curve, curve))
+    other.sort(key=lambda p: p.bytes)
+    sizes, logs = [float(p.bytes) for p in other], [math.log2(p.excess) for p in other]
+    found = []
+    for p in base:
+        want = math.log2(p.excess)
+        if other and logs[-1] <= want <= logs[0] and sizes[0] <= p.bytes <= sizes[-1]:
+            saved = p.bytes - float(np.interp(-want, [-x for x in logs], sizes))
+            better = p.excess - 2 ** float(np.interp(p.bytes, sizes, logs))
+            found.append({"clip": p.clip, "bytes": saved, "share": saved / p.bytes, "val_bpb": better})
+    return found
+
+
+def draw(points: list[Point], path: Path) -> None:
+    """The curves as a picture."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for curve in dict.fromkeys(p.curve for p in points):
+        mine = [p for p in points if p.curve == curve]
+        axes.plot([p.bytes / 1e6 for p in mine], [p.excess for p in mine], "o-", label=curve)
+    axes.set(xlabel="model.bin, MB", ylabel="val_bpb over float32", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def trade(args: argparse.Namespace) -> None:
+    """All curves."""
+    trained, points = Trained(args.run, args.data, args.tokens), []
+    print(f"float32: val_bpb {trained.float_bpb:.5f} on {args.tokens:,} tokens\n", flush=True)
+    print("| quantiser, coder | clip | bytes | val_bpb | over float32 | seconds |\n|---|---|---|---|---|---|")
+    for curve in args.curves:
+        coarser = [] if curve == args.curves[0] else [1.25 * args.clips[-1]]  # so that it reaches the first one's last
+        for clip in args.clips + coarser:
+            p = trained.point(curve, clip)
+            points.append(p)
+            cells = curve, f"{clip:g}", f"{p.bytes:,}", f"{p.val_bpb:.5f}", f"{p.excess:+.5f}", f"{p.seconds:.0f}"
+            print(f"| {' | '.join(cells)} |", flush=True)
+    print("\n| against the first | at the bytes and val_bpb of clip | bytes saved | of its bytes | val_bpb saved |")
+    print("|---|---|---|---|---|")
+    saved = {curve: compare(points, curve) for curve in args.curves[1:]}
+    for curve, rows in saved.items():
+        for r in rows:
+            print(f"| {curve} | {r['clip']:g} | {r['bytes']:,.0f} | {r['share']:.2%} | {r['val_bpb']:.5f} |")
+    if args.picture:
+        draw(points, args.picture)
+    print(json.dumps({"float": trained.float_bpb, "points": [p._asdict() for p in points], "saved": saved}))
 
 
 def main() -> None:
-    """Measure each combination that was asked for."""
+    """The benchmark that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compressor", nargs="+", default=["brotli"], choices=tuple(train_gpt.CODECS))
-    parser.add_argument("--clips", nargs="+", default=["12,12,12", "11.5,13,14"])
-    parser.add_argument("--weights", nargs="+", default=["gauss"], choices=("gauss", "student"))
-    parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE")
+    benches = parser.add_subparsers(required=True)
+    full = benches.add_parser("size")
+    full.set_defaults(bench=size)
+    full.add_argument("--compressor", nargs="+", default=["brotli"], choices=tuple(train_gpt.CODECS))
+    full.add_argument("--clips", nargs="+", default=["12,12,12", "11.5,13,14"])
+    full.add_argument("--weights", nargs="+", default=["gauss"], choices=("gauss", "student"))
+    full.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE")
+    curves = benches.add_parser("trade")
+    curves.set_defaults(bench=trade)
+    curves.add_argument("run", type=Path)
+    curves.add_argument("--data", required=True, help="directory with the shards")
+    curves.add_argument("--clips", nargs="+", type=float, default=[12.0, 18.0, 27.0, 40.0])
+    curves.add_argument("--curves", nargs="+", default=list(CURVES), choices=tuple(CURVES))
+    curves.add_argument("--tokens", type=int, default=65_536)
+    curves.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    runtime = train_gpt.Runtime(0, 1, torch.device("cpu"), train_gpt.Log(None, True))
-    for compressor, clips, kind in ((c, k, w) for c in args.compressor for k in args.clips for w in args.weights):
-        names = ("MLP_CLIP_SIGMAS", "ATTN_CLIP_SIGMAS", "EMBED_CLIP_SIGMAS")
-        environ = KNOBS | dict(zip(names, clips.split(","), strict=True)) | {"COMPRESSOR": compressor}
-        cfg = train_gpt.load_config(environ | dict(text.split("=", 1) for text in args.set))
-        print(f"{compressor}, clips {clips}, {kind} weights: {measure(cfg, runtime, kind)}", flush=True)
+    args.bench(args)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt  # noqa: E402
+import train_gpt
 
 ROWS = {  # what is compared: knobs over those of the run
     "sliding windows": {"EVAL": "sliding"},

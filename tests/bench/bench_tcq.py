@@ -3,12 +3,11 @@
     OMP_NUM_THREADS=1 python tests/bench/bench_tcq.py [--bars Q R T] [--inputs weights_hessians.npz] [--threads 2]
 
 Q: standard normal weights at 3.4 bits: bits above the rate-distortion bound by the bytes of the coder, for each number
-of states, and for a scalar quantiser. R: weights, input Hessians and squared output gradients of a small trained
-transformer (--inputs: an archive with L.role.W, .H, .G): bytes of the whole file at equal error of each tensor's
-output (weighted by the Hessian; `Fisher`: by the gradients of its rows too), over GPTQ with row steps of 12 standard
-deviations and lrzip. T: seconds to quantise, encode and decode the contest model (36 million random heavy-tailed
-weights), by the clock and of processor time, which other programs on the machine do not lengthen. Prints tables in
-Markdown, then one line of JSON.
+of states, and for a scalar quantiser. R: weights and input Hessians of a small trained transformer (--inputs: an
+archive with L.role.W, .H): bytes of the whole file at equal Hessian-weighted error of each tensor, over GPTQ with a
+clip of 12 row standard deviations and lrzip. T: seconds to quantise, encode and decode the contest model (36 million
+random heavy-tailed weights), by the clock and of processor time, which other programs on the machine do not lengthen.
+Prints tables in Markdown, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import bench_quantize  # noqa: E402
 
+import pack_artifact  # noqa: E402
 import train_gpt  # noqa: E402
 
 SITES = {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o", "up": "mlp.up", "down": "mlp.down"}
@@ -37,24 +36,22 @@ Row = dict[str, object]
 
 
 class Layer(NamedTuple):
-    """A matrix with what its error is weighted by: input Hessian, squared gradients of its rows."""
+    """A matrix and the Hessian of its inputs, which weights its error."""
 
     W: Tensor
     H: Tensor
-    G: Tensor
 
-    def error(self, decoded: Tensor, fisher: bool) -> float:
-        rows = ((self.W - decoded).double() @ self.H.double() * (self.W - decoded).double()).sum(dim=1)
-        return (rows * self.G.double() if fisher else rows).sum().item()
+    def error(self, decoded: Tensor) -> float:
+        error = (self.W - decoded).double()
+        return (error @ self.H.double() * error).sum().item()
 
 
 class Setup(NamedTuple):
-    """A quantiser and a coder; fisher_rows: with row steps by gradients, which the program does not have."""
+    """A quantiser and a coder."""
 
     scheme: str
     codec: str
     cfg: train_gpt.Config
-    fisher_rows: bool = False
 
 
 def table(title: str, rows: list[Row]) -> None:
@@ -85,32 +82,18 @@ def encode(setup: Setup, layers: list[Layer], clips: list[float]) -> list[train_
     return found
 
 
-def with_fisher_rows(layers: list[Layer]) -> Callable:
-    """sd_steps, but for these matrices the steps go with the -1/2 power of the row's gradients, at the same mean."""
-    plain = train_gpt.sigma_clip_scale
-
-    def steps(weight: Tensor, bits: int, clip: float) -> Tensor:
-        G = next(x.G for x in layers if x.W is weight)
-        tilt = -0.5 * G.clamp_min(G.mean() / 1000).log()
-        return (plain(weight, bits, clip).log().mean() + tilt - tilt.mean()).exp()
-
-    return steps
-
-
-def at_equal_error(setup: Setup, layers: dict[str, Layer], want: dict[str, float], fisher: bool) -> Row:
+def at_equal_error(setup: Setup, layers: dict[str, Layer], want: dict[str, float]) -> Row:
     """Bits per weight of the whole file when each tensor has the error that is wanted (within a percent, and the rest
     by the slope of 6.02 dB a bit)."""
     clips, weights = dict.fromkeys(layers, 12.0), sum(x.W.numel() for x in layers.values())
-    plain, decode = train_gpt.sigma_clip_scale, train_gpt.SCHEMES[setup.scheme].decode
-    train_gpt.sigma_clip_scale = with_fisher_rows(list(layers.values())) if setup.fisher_rows else plain
+    decode = train_gpt.SCHEMES[setup.scheme].decode
     for _ in range(4):
         found = encode(setup, list(layers.values()), list(clips.values()))
         pairs = zip(layers, found, strict=True)
-        over = {n: layers[n].error(decode(parts), fisher) / want[n] if want else 1.0 for n, parts in pairs}
+        over = {n: layers[n].error(decode(parts)) / want[n] for n, parts in pairs}
         if max(abs(math.log(x)) for x in over.values()) < 0.01:
             break
         clips = {n: clips[n] / math.sqrt(over[n]) for n in layers}
-    train_gpt.sigma_clip_scale = plain
     keys = (f"blocks.{n.split('.')[0]}.{SITES[n.split('.')[1]]}.weight:{setup.scheme}" for n in layers)
     bits = 8 * packed(dict(zip(keys, found, strict=True)), setup.codec) / weights
     bits += sum(x.W.numel() * math.log2(over[n]) / 2 for n, x in layers.items()) / weights
@@ -119,8 +102,8 @@ def at_equal_error(setup: Setup, layers: dict[str, Layer], want: dict[str, float
 
 def read_layers(path: Path) -> dict[str, Layer]:
     archive = np.load(path)
-    names = sorted({name[:-2] for name in archive.files})
-    return {n: Layer(*(torch.from_numpy(archive[f"{n}.{kind}"]) for kind in "WHG")) for n in names}
+    names = [name[:-2] for name in sorted(archive.files) if name.endswith(".W")]
+    return {n: Layer(*(torch.from_numpy(archive[f"{n}.{kind}"]) for kind in "WH")) for n in names}
 
 
 def bar_r(args: argparse.Namespace) -> list[Row]:
@@ -129,20 +112,15 @@ def bar_r(args: argparse.Namespace) -> list[Row]:
     reference = Setup("gptq", "pergroup", train_gpt.Config())
     decoded = [train_gpt.decode_rows(p) for p in encode(reference, list(layers.values()), [12.0] * len(layers))]
     setups = {"GPTQ, 12 deviations, lrzip": reference, "GPTQ, rANS": Setup("gptq", "rans", base)}
-    for states, beta, fisher in ((8, 0.0, 0), (8, 1.0, 0), (64, 1.0, 0), (8, 1.0, 1)):
-        cfg = train_gpt.Config(scale_step=0.02, tcq_states=states, tcq_column_beta=beta)
-        name = f"TCQ {states}, rANS" + f", column steps {beta:g}" * (beta > 0) + ", row steps by gradients" * fisher
-        setups[name] = Setup("gptq_tcq", "rans", cfg, bool(fisher))
+    for states in (8, 64):
+        cfg = train_gpt.Config(scale_step=0.02, tcq_states=states)
+        setups[f"TCQ {states}, rANS"] = Setup("gptq_tcq", "rans", cfg)
+    want = {n: layers[n].error(d) for n, d in zip(layers, decoded, strict=True)}
     rows: list[Row] = []
     for name, setup in setups.items():
-        row: Row = {"what": name}
-        for kind, fisher in (("Hessian", False), ("Fisher", True)):
-            pairs = zip(layers, decoded, strict=True)
-            want = {n: layers[n].error(d, fisher) for n, d in pairs}
-            found = at_equal_error(setup, layers, want, fisher)
-            row |= {f"bits ({kind})": found["bits"], f"clip ({kind})": found["clip"]}
-            row[f"saved ({kind})"] = (rows[0] if rows else row)[f"bits ({kind})"] - found["bits"]
-        rows.append(row)
+        found = at_equal_error(setup, layers, want)
+        saved = (rows[0] if rows else found)["bits"] - found["bits"]
+        rows.append({"what": name} | found | {"saved": saved})
     table("R: bits per weight of the whole file at equal error of every tensor", rows)
     return rows
 
@@ -158,7 +136,7 @@ def bar_q(args: argparse.Namespace) -> list[Row]:
         error = (train_gpt.SCHEMES[scheme].decode(parts) - W).square().mean() / W.square().mean()
         coded = {key: part for key, part in parts.items() if key in "qt"}
         bits = 8 * packed({f"blocks.0.mlp.up.weight:{scheme}": coded}, "rans") / W.numel()
-        entropy, gap = 8 * train_gpt.entropy_bytes(coded) / W.numel(), bits + error.log2().item() / 2
+        entropy, gap = 8 * pack_artifact.entropy_bytes(coded) / W.numel(), bits + error.log2().item() / 2
         rows.append(
             {
                 "states": states if states > 1 else "scalar",
@@ -177,7 +155,7 @@ def bar_t(args: argparse.Namespace) -> list[Row]:
     ours = {"MATRIX_QUANT": "gptq_tcq", "EMBED_QUANT": "gptq_tcq", "COMPRESSOR": "rans", "SCALE_STEP": "0.02"}
     runtime, rows = train_gpt.Runtime(0, 1, torch.device("cpu"), train_gpt.Log(None, True)), []
     for states in args.states:
-        knobs = {"TCQ_STATES": str(states), "TCQ_COLUMN_BETA": "1", "TCQ_CHUNK_ROWS": str(args.chunk_rows)}
+        knobs = {"TCQ_STATES": str(states), "TCQ_CHUNK_ROWS": str(args.chunk_rows)}
         cfg = train_gpt.load_config(bench_quantize.KNOBS | ours | knobs | {"REPAIR": "none"})
         state = bench_quantize.random_weights(cfg, "student")
         hessians = bench_quantize.synthetic_hessians(state)

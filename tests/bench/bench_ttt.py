@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_gpt  # noqa: E402
+import train_gpt
 
 DOCUMENTS, GPUS = 50_000, 8  # of the contest's evaluation
 

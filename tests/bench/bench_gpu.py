@@ -1,0 +1,204 @@
+"""Time and memory of training steps, of the fused kernels, and of the gated delta rule.
+
+    PRESET=records/<...> python tests/bench/bench_gpu.py step [--steps 20] [--attention fa2,fa3] [--peak-tflops 989]
+    python tests/bench/bench_gpu.py kernels [--tokens 98304] [--steps 20]
+    python tests/bench/bench_gpu.py delta [--rows 1] [--tokens 1024] [--chunks 16,32,64,128] [--steps 5]
+
+step: a full-size training step of one micro-batch, looping off and on: ms, tokens per second, MFU, peak memory. Random
+tokens, documents of the published mean length; knobs from the environment as for train_gpt.py.
+kernels: forward with backward of each fused kernel beside its plain twin under torch.compile, at the contest's shapes.
+delta: forward with backward of the gated delta rule, token by token, in chunks, and by flash-linear-attention; the
+contest's heads, bf16 on a GPU, float32 on a CPU.
+`kernels` needs a GPU; on a CPU only the ratios of the others mean something. One JSON line per measurement, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+import gdn_rules  # noqa: E402
+
+import train_gpt  # noqa: E402
+
+MEAN_DOCUMENT = 957  # tokens, of the published CaseOps training documents
+DELTA_HEADS, DELTA_WIDTH = 4, 64
+CUDA = torch.cuda.is_available()
+
+
+def measure(calls: dict[str, Callable[[], object]], repeats: int, warm_up: int = 5) -> dict[str, dict[str, float]]:
+    """Median ms of each call, taken in turn so that a busy machine is busy for all, and its peak memory in MiB."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    memory = dict.fromkeys(calls, 0)
+    wait = torch.cuda.synchronize if CUDA else lambda: None
+    for turn in range(warm_up + repeats):
+        for name, call in calls.items():
+            before = torch.cuda.memory_allocated() if CUDA else 0
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
+            wait()
+            started = time.perf_counter()
+            call()
+            wait()
+            if turn >= warm_up:
+                times[name].append(1e3 * (time.perf_counter() - started))
+                memory[name] = (torch.cuda.max_memory_allocated() - before) // 2**20 if CUDA else 0
+    return {name: {"ms": round(statistics.median(times[name]), 3), "mib": memory[name]} for name in calls}
+
+
+def say(**found: object) -> None:
+    """One JSON line with the machine."""
+    device = torch.cuda.get_device_name() if CUDA else f"cpu, {torch.get_num_threads()} threads"
+    print(json.dumps(found | {"device": device, "torch": torch.__version__}), flush=True)
+
+
+def random_batch(cfg: train_gpt.Config, rng: np.random.Generator) -> train_gpt.Batch:
+    """One micro-batch of random tokens with document starts at the published density."""
+    span = rng.integers(4, cfg.vocab_size, cfg.train_batch_tokens // cfg.batch_slices + 1).astype(np.uint16)
+    span[rng.random(len(span)) < 1 / MEAN_DOCUMENT] = train_gpt.BOS_ID
+    return train_gpt.LOADERS[cfg.loader].batch(span, cfg.train_seq_len)
+
+
+def flops_per_token(cfg: train_gpt.Config, route: train_gpt.Route) -> float:
+    """6 per weight that a token meets (matrices of every execution and the head), attention left out."""
+    with torch.device("meta"):
+        model = train_gpt.GPT(cfg)
+    per_layer = [sum(p.numel() for n, p in b.named_parameters() if n.endswith("weight")) for b in model.blocks]
+    return 6 * (sum(per_layer[layer] for layer in route.layers) + cfg.vocab_size * cfg.model_dim)
+
+
+def bench_step(args: argparse.Namespace) -> None:
+    """Every attention backend asked for, looping off and on."""
+    environment = train_gpt.load_config(os.environ)
+    for attention, looping in ((a, looping) for a in args.attention.split(",") for looping in (False, True)):
+        cfg = dataclasses.replace(environment, attention=attention)
+        runtime = train_gpt.Runtime.start(cfg, {})
+        parts = train_gpt.choose_attention(cfg, runtime), runtime.dtype, train_gpt.choose_kernels(cfg, runtime)
+        model = train_gpt.GPT(cfg, *parts).to(runtime.device)
+        model.load_state_dict(train_gpt.GPT(cfg).init_weights(cfg.seed).state_dict())
+        model.set_looping(looping)
+        trainer, rng = train_gpt.Trainer(cfg, runtime, model, None), np.random.default_rng(0)
+        batches = itertools.cycle(enumerate([random_batch(cfg, rng) for _ in range(4)]))
+
+        def step(trainer: train_gpt.Trainer = trainer, batches: Iterator = batches) -> None:
+            number, batch = next(batches)
+            trainer.step([batch], 1.0, number)
+
+        (found,) = measure({"step": step}, args.steps).values()
+        tokens = cfg.train_batch_tokens // cfg.batch_slices
+        rate = tokens / found["ms"] * 1e3
+        mfu = flops_per_token(cfg, model.route) * rate / args.peak_tflops / 1e12
+        say(
+            attention=attention,
+            looping=looping,
+            tokens=tokens,
+            **found,
+            tokens_per_second=round(rate),
+            mfu=round(mfu, 4),
+        )
+
+
+def plain_mlp(m: torch.Tensor, up: torch.Tensor, down: torch.Tensor, slope: float) -> torch.Tensor:
+    """The twin of train_gpt.fused_mlp."""
+    return F.linear(F.leaky_relu(F.linear(m, up), slope).square(), down)
+
+
+def gaussian(*shape: int, size: float = 1.0) -> torch.Tensor:
+    """A bf16 leaf on the GPU."""
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).mul_(size).requires_grad_()
+
+
+def gradients(function: Callable, leaves: tuple[torch.Tensor, ...], others: tuple, g: torch.Tensor) -> Callable:
+    """Compiled forward and backward of a function of leaves and others, as a call without arguments."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    return lambda: torch.autograd.grad(compiled(*leaves, *others), leaves, g)
+
+
+def bench_kernels(args: argparse.Namespace) -> None:
+    """Both kernels, fused and plain."""
+    if train_gpt.triton is None or not CUDA:
+        raise SystemExit("error: needs a GPU and triton")
+    torch.manual_seed(0)
+    N, D, H, V = args.tokens or 98_304, 512, 2048, 8192
+    logits, targets = gaussian(N, V, size=5), torch.randint(V, (N,), device="cuda")
+    mlp = gaussian(N, D), gaussian(H, D, size=D**-0.5), gaussian(D, H, size=H**-0.5)
+    rows, hidden = torch.full((N,), 1 / N, device="cuda"), torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
+    ce = train_gpt.fused_cross_entropy, train_gpt.softcapped_cross_entropy
+    pairs = {
+        "softcapped cross-entropy": [gradients(f, (logits,), (targets, 30.0), rows) for f in ce],
+        "mlp": [gradients(f, mlp, (0.5,), hidden) for f in (train_gpt.fused_mlp, plain_mlp)],
+    }
+    for name, calls in pairs.items():
+        found = measure(dict(zip(("fused", "plain"), calls, strict=True)), args.steps)
+        say(kernel=name, tokens=N, **found, triton=train_gpt.triton.__version__)
+
+
+def delta_inputs(rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
+    """Inputs of the rule as a fresh model gives them, leaves where they are differentiated."""
+    torch.manual_seed(0)
+    device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+    shape = rows, tokens, DELTA_HEADS
+    q, k, v = (torch.randn(*shape, DELTA_WIDTH, device=device, dtype=dtype) for _ in range(3))
+    g, beta = (torch.rand(*shape, device=device) for _ in range(2))
+    starts = torch.zeros(rows, tokens, dtype=torch.bool, device=device)
+    state = torch.zeros(rows, DELTA_HEADS, DELTA_WIDTH, DELTA_WIDTH, device=device)
+    leaves = [x.requires_grad_() for x in (F.elu(q) + 1, F.elu(k) + 1, v, -0.1 * g, beta)]
+    return *leaves, starts, state
+
+
+def normalised(rule: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rule of the plain twins, after the norm of queries and keys."""
+    q, k, v, *others = inputs
+    return rule(train_gpt.l2_normalize(q), train_gpt.l2_normalize(k), train_gpt.at_least_fp32(v), *others)
+
+
+def bench_delta(args: argparse.Namespace) -> None:
+    """All rules in turn, and how often faster than token by token."""
+    rules = {"token by token": functools.partial(normalised, gdn_rules.recurrence)}
+    for chunk in map(int, args.chunks.split(",")):
+        chunked = functools.partial(train_gpt.chunked_delta_rule, chunk=chunk)
+        rules[f"chunks of {chunk}"] = functools.partial(normalised, chunked)
+    if CUDA and train_gpt.chunk_gated_delta_rule is not None:
+        rules["flash-linear-attention"] = train_gpt.fused_delta_rule
+    inputs = delta_inputs(args.rows, args.tokens or 1024)
+
+    def call(rule: Callable) -> None:
+        torch.autograd.grad(rule(*inputs)[0].float().square().sum(), inputs[:5])
+
+    found = measure({name: functools.partial(call, rule) for name, rule in rules.items()}, args.steps, warm_up=1)
+    slow = found["token by token"]["ms"]
+    table = {name: row | {"times faster": round(slow / row["ms"], 2)} for name, row in found.items()}
+    say(rows=args.rows, tokens=args.tokens or 1024, heads=DELTA_HEADS, width=DELTA_WIDTH, rules=table)
+
+
+def main() -> None:
+    """The benchmark that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    benches = {"step": bench_step, "kernels": bench_kernels, "delta": bench_delta}
+    parser.add_argument("bench", choices=tuple(benches))
+    parser.add_argument("--steps", type=int, default=20, help="timed repetitions")
+    parser.add_argument("--attention", default="auto", help="step: comma-separated values of ATTENTION")
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="step: dense bf16 peak (H100, H200: 989)")
+    parser.add_argument("--tokens", type=int, default=0, help="kernels, delta: tokens of a row (98,304 and 1,024)")
+    parser.add_argument("--rows", type=int, default=1, help="delta")
+    parser.add_argument("--chunks", default="16,32,64,128", help="delta")
+    args = parser.parse_args()
+    benches[args.bench](args)
+
+
+if __name__ == "__main__":
+    main()
