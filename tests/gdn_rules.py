@@ -17,10 +17,10 @@ GOLDEN = rules.read_golden("gdn_model")
 DELTA = {"qkv.weight": "qkv_proj.weight", "ba.weight": "ba_proj.weight", "z.weight": "z_proj.weight"}
 DELTA |= {"o.weight": "o_proj.weight", "taps": "conv1d.weight"}  # our name in a delta net -> the published one
 VALUES: rules.Values = (
-    ("k_sink", "gate", 0.0),
-    ("conv1d.weight", "conv", 0.0),
-    ("A_log", "A_log", "A_log"),
-    ("dt_bias", "dt_bias", "dt_bias"),
+    (("k_sink",), "gate", 0.0),
+    (("conv1d.weight",), "conv", 0.0),
+    (("A_log",), "A_log", "A_log"),
+    (("dt_bias",), "dt_bias", "dt_bias"),
     *rules.VALUES,
 )
 

@@ -7,11 +7,13 @@ ngram_rules and gdn_rules say the same of the models of the other two stacks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import inspect
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,21 +44,16 @@ CANONICAL = (  # our name (regular expression) -> the published one
     (r"embed_extras\.smear\.weight", "smear_gate.weight"),
     (r"embed_extras\.smear\.scale", "smear_lambda"),
 )
-Values = tuple[tuple[str, str | float, str | float], ...]
+Values = tuple[tuple[tuple[str, ...], str | float, str | float], ...]
 VALUES: Values = (  # ends of published names -> amplitude (or its class), base (or its setting); the first that fits
-    ("tok_emb.weight", "tok_emb", 0.0),
-    ("smear_gate.weight", "gate", 0.0),
-    ("weight", "matrix", 0.0),
-    ("resid_mix", "scale", 0.0),
-    ("q_gain", "scale", "qk_gain_init"),
-    ("attn_scale", "scale", 1.0),
-    ("mlp_scale", "scale", 1.0),
-    ("skip_weights", "scale", 1.0),
-    ("attn_gate_w", "gate", 0.0),
-    ("skip_gates", "gate", 0.0),
-    ("smear_lambda", "gate", 0.0),
-    ("parallel_post_lambdas", "gate", 1.0),
-    ("parallel_resid_lambdas", "gate", 1.1),
+    (("tok_emb.weight",), "tok_emb", 0.0),
+    (("smear_gate.weight", "attn_gate_w", "skip_gates", "smear_lambda"), "gate", 0.0),
+    (("weight",), "matrix", 0.0),
+    (("resid_mix",), "scale", 0.0),
+    (("q_gain",), "scale", "qk_gain_init"),
+    (("attn_scale", "mlp_scale", "skip_weights"), "scale", 1.0),
+    (("parallel_post_lambdas",), "gate", 1.0),
+    (("parallel_resid_lambdas",), "gate", 1.1),
 )
 
 
@@ -116,6 +113,26 @@ def named(golden: Entry) -> Iterator[None]:
         raise
 
 
+def each(kind: str, *stacks: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A test of one entry, its argument `golden`, as one test of all entries of a kind."""
+
+    def decorate(check: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(check)
+        def test(**fixtures: Any) -> None:
+            found = entries(kind, *stacks)
+            assert {golden.stack for golden in found} == {*stacks}
+            for golden in found:
+                with named(golden):
+                    check(golden, **fixtures)
+
+        first, *others = inspect.signature(check).parameters.values()
+        assert first.name == "golden"
+        test.__signature__ = inspect.Signature(others)
+        return test
+
+    return decorate
+
+
 # Fills and tokens
 
 
@@ -167,11 +184,11 @@ def tokens(vocab: int, count: int, bos: list[int]) -> np.ndarray:
     return ids
 
 
-def hessian(key: str, samples: int, cols: int, rho: float, dead: list[int]) -> Tensor:
+def hessian(key: str, samples: int, cols: int, rho: float, dead: tuple[int, ...] = ()) -> Tensor:
     """X^T X / samples, float64, of correlated columns."""
     X = fill("hash", f"gptq.X.{key}", (samples, cols), 1.0) * (1 + torch.arange(cols) / cols)
     X = X + rho * fill("hash", f"gptq.c.{key}", (samples, 1), 1.0)
-    X[:, dead] = 0
+    X[:, list(dead)] = 0
     return X.T @ X / samples
 
 
@@ -243,7 +260,7 @@ def by_published_name(cfg: train_gpt.Config, tensors: Mapping[str, Tensor]) -> d
 
 def published_value(config: dict[str, Any], name: str, shape: tuple[int, ...], values: Values = VALUES) -> Tensor:
     """What a canonical tensor is filled with."""
-    amp, base = next((a, b) for ending, a, b in values if name.endswith(ending))
+    amp, base = next((a, b) for endings, a, b in values if name.endswith(endings))
     amp = config["amps"][amp] if isinstance(amp, str) else amp
     amp = (2 / shape[1]) ** 0.5 if amp == "sqrt(2/in)" else amp
     if isinstance(base, str):
@@ -304,6 +321,16 @@ def exact_tables(length: int, dims: int, base: float, device: torch.device) -> t
     frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return angle.cos(), angle.sin()
+
+
+def knobs(text: str) -> dict[str, str]:
+    """NAME=value pairs, separated by blanks, as the environment of a run."""
+    return dict(pair.split("=", 1) for pair in text.split())
+
+
+def toy_config(text: str, **changed: Any) -> train_gpt.Config:
+    """The Config of such pairs, with other values for some fields."""
+    return dataclasses.replace(train_gpt.load_config(knobs(text)), **changed)
 
 
 def runtime(dtype: torch.dtype = torch.float32, compile: bool = False) -> train_gpt.Runtime:

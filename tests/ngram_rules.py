@@ -29,20 +29,15 @@ PUBLISHED = (  # our name (regular expression) -> the published one, before thos
     *rules.CANONICAL,
 )
 VALUES: rules.Values = (  # ends of published names -> amplitude, base; the first that fits counts
-    ("gram.scale", 0.1, 0.05),
-    ("ve_shared.scale", 0.1, 0.1),
-    ("q_gain", 0.1, 1.5),
-    ("skip_weights", 0.1, 1.0),
-    ("attn_scale", 0.1, 1.0),
-    ("mlp_scale", 0.1, 1.0),
-    ("vr_lambda", 0.3, 0.5),
-    ("attn_gate.bias", 0.3, 4.0),
-    ("attn_gate.weight", 0.3, 0.0),
-    ("smear.gate", 0.3, 0.0),
-    ("resid_mix", 0.3, 0.0),
-    ("tok_emb.weight", 0.1, 0.0),
-    ("embed.weight", 0.1, 0.0),
-    ("weight", 0.05, 0.0),
+    (("gram.scale",), 0.1, 0.05),
+    (("ve_shared.scale",), 0.1, 0.1),
+    (("q_gain",), 0.1, 1.5),
+    (("skip_weights", "attn_scale", "mlp_scale"), 0.1, 1.0),
+    (("vr_lambda",), 0.3, 0.5),
+    (("attn_gate.bias",), 0.3, 4.0),
+    (("attn_gate.weight", "smear.gate", "resid_mix"), 0.3, 0.0),
+    (("tok_emb.weight", "embed.weight"), 0.1, 0.0),
+    (("weight",), 0.05, 0.0),
 )
 
 
@@ -58,7 +53,7 @@ def by_published_name(cfg: train_gpt.Config, tensors: Mapping[str, Tensor]) -> d
 
 
 def published_value(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
-    for ending, value in config["overrides"].items():
+    for ending, value in config.get("overrides", {}).items():
         if name.endswith(ending):
             return torch.tensor(value, dtype=torch.float64).view(-1, *(1,) * (len(shape) - 1)).expand(shape)
     if name == "ve_layer_scales":
@@ -66,7 +61,7 @@ def published_value(config: dict[str, Any], name: str, shape: tuple[int, ...]) -
     return rules.published_value(config, name, shape, VALUES)
 
 
-def model_config(config: dict[str, Any]) -> train_gpt.Config:
+def model_config(config: dict[str, Any], **knobs: Any) -> train_gpt.Config:
     """The Config of a golden entry's model."""
     extras = {"bigram": config["bigram_vocab_size"], "trigram": config["trigram_vocab_size"], "smear_channel": True}
     values = {"xsa": True, "value_residual": config["value_residual"], "value_embed": config["ve_enabled"]}
@@ -87,12 +82,13 @@ def model_config(config: dict[str, Any]) -> train_gpt.Config:
         smear_bos_mask=False,
         hash_bos_mask=False,
         **{name: config[name] for name in same.split()},
+        **knobs,
     )
 
 
-def build(config: dict[str, Any]) -> train_gpt.GPT:
+def build(config: dict[str, Any], **knobs: Any) -> train_gpt.GPT:
     """The filled float64 model of a golden entry."""
-    model = train_gpt.GPT(model_config(config), dtype=torch.float64).double()
+    model = train_gpt.GPT(model_config(config, **knobs), dtype=torch.float64).double()
     return rules.filled(model, lambda name, shape: published_value(config, published_name(name), shape))
 
 

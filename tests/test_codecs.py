@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import shutil
 from pathlib import Path
 
@@ -102,6 +103,16 @@ def test_each_role_has_a_stream_and_the_rest_is_the_first() -> None:
     assert [streams[f"{role}.weight:awq_lite+lqer:q"] for role in roles] == list(range(1, 8))
     rest = {name for name, stream in streams.items() if stream == 0}
     assert rest == {n for n in names if n.endswith((":s", ":w", ":order")) or "gate" in n}
+
+
+def test_lzma_presets_round_trip_and_differ() -> None:
+    rows = np.random.default_rng(1).integers(-8, 8, (300, 64)).astype(np.int8)
+    arrays = {"blocks.0.attn.q.weight:gptq_lite:q": rows, "skips.weights:fp16:w": np.ones(5, np.float16)}
+    blobs = {codec: pack_arrays(arrays, codec) for codec in ("lzma", "lzma6")}
+    for blob in blobs.values():
+        assert all(np.array_equal(a, arrays[n]) for n, a in unpack_arrays(blob).items())
+    assert train_gpt.CODERS["lzma6"].encode(b"xy" * 100) == lzma.compress(b"xy" * 100, preset=6)
+    assert blobs["lzma6"] != blobs["lzma"]
 
 
 def test_other_codecs_sort_nothing() -> None:

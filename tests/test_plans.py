@@ -2,70 +2,45 @@
 
 from __future__ import annotations
 
-import lzma
-from pathlib import Path
 from typing import Any
 
 import gdn_rules
 import golden_rules as rules
-import numpy as np
 import pytest
 import torch
+from conftest import RECORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
 from train_gpt import Config, UserError
 
+
 def test_the_first_override_that_fits_counts_and_keeps_scheme_and_clip() -> None:
-    cfg = Config(
-        mixers="G*2 A*9",
-        attn_extras=("sink",),
-        matrix_bits_overrides=("attn.o:7", "blocks.1.*: 5", "mlp.down:8"),
-    )
-    found = {
-        n: train_gpt.quant_plan(cfg)[n]
-        for n in (
-            "blocks.1.attn.o.weight",
-            "blocks.1.attn.z.weight",
-            "blocks.1.attn.qkv.weight",
-            "blocks.1.mlp.down.weight",
-            "blocks.2.mlp.down.weight",
-            "blocks.2.attn.q.weight",
-            "blocks.1.attn.ba.weight",
-            "blocks.1.attn.taps",
-            "blocks.2.attn.sink",
-            "blocks.1.attn.A_log",
-            "blocks.1.attn.dt_bias",
-        )
-    }
-    assert [rule.bits for rule in found.values()] == [7, 5, 5, 5, 8, 6, 16, 16, 16, 16, 16]
-    assert found["blocks.2.mlp.down.weight"].clip == cfg.mlp_clip_sigmas
-    assert found["blocks.1.attn.qkv.weight"].clip == cfg.attn_clip_sigmas
+    overrides = ("attn.o:7", "blocks.1.*: 5", "mlp.down:8")
+    cfg = Config(mixers="G*2 A*9", attn_extras=("sink",), matrix_bits_overrides=overrides)
+    bits = {"1.attn.o.weight": 7, "1.attn.z.weight": 5, "1.attn.qkv.weight": 5, "1.mlp.down.weight": 5}
+    bits |= {"2.mlp.down.weight": 8, "2.attn.q.weight": 6}
+    bits |= dict.fromkeys(("1.attn.ba.weight", "1.attn.taps", "2.attn.sink", "1.attn.A_log", "1.attn.dt_bias"), 16)
+    plan = train_gpt.quant_plan(cfg)
+    assert {name: plan[f"blocks.{name}"].bits for name in bits} == bits
+    assert plan["blocks.2.mlp.down.weight"].clip == cfg.mlp_clip_sigmas
+    assert plan["blocks.1.attn.qkv.weight"].clip == cfg.attn_clip_sigmas
 
 
-@pytest.mark.parametrize(
-    ("knobs", "message"),
-    [
-        ({"MATRIX_BITS_OVERRIDES": "attn.o:9"}, "must be parts of names with 2 to 8 bits"),
-        ({"HADAMARD_VO_ROTATE": "1"}, "say ROTATE=hadamard_vo"),
-        ({"EMBED_TOPK": "0"}, "EMBED_TOPK=0 must be at least 1"),
-    ],
-)
-def test_wrong_knobs_are_sentences(knobs: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        train_gpt.load_config(knobs)
+def test_wrong_knobs_are_sentences_before_the_training() -> None:
+    for text, message in (
+        ("MATRIX_BITS_OVERRIDES=attn.o:9", "must be name:bits with 2 to 8 bits"),
+        ("MATRIX_BITS_OVERRIDES=attn.out:7", "MATRIX_BITS_OVERRIDES=attn.out is in no name of a matrix"),
+        ("HADAMARD_VO_ROTATE=1", "say ROTATE=hadamard_vo"),
+        ("EMBED_TOPK=0", "EMBED_TOPK=0 must be >= 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_gpt.explain(train_gpt.load_config(rules.knobs(text)), {})
 
 
-def test_an_override_that_names_nothing_is_found_before_the_training() -> None:
-    with pytest.raises(UserError, match="MATRIX_BITS_OVERRIDES=attn.out is in no name of a matrix"):
-        train_gpt.explain(Config(matrix_bits_overrides=("attn.out:7",)), {})
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.integers(0, 10**6), st.sampled_from((4, 6, 8)), st.sampled_from((0.0, 0.3)), st.sampled_from((0.01, 1.0, 40.0))
-)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from((4, 6, 8)), st.sampled_from((0.0, 0.3)), st.floats(0.01, 40.0))
 def test_clip_search_by_row_is_never_worse_than_one_for_all(seed: int, bits: int, floor: float, size: float) -> None:
     weight = size * torch.randn(6, 200, generator=torch.Generator().manual_seed(seed)) ** 3
     errors = []
@@ -78,56 +53,43 @@ def test_clip_search_by_row_is_never_worse_than_one_for_all(seed: int, bits: int
     assert (errors[0] <= (weight - train_gpt.fake_quantize(weight, loosest, bits)).square().sum(dim=1)).all()
 
 
-def test_lzma_presets_round_trip_and_differ() -> None:
-    rows = np.random.default_rng(1).integers(-8, 8, (300, 64)).astype(np.int8)
-    arrays = {"blocks.0.attn.q.weight:gptq_lite:q": rows, "skips.weights:fp16:w": np.ones(5, np.float16)}
-    blobs = {codec: train_gpt.pack_arrays(arrays, codec) for codec in ("lzma", "lzma6")}
-    for blob in blobs.values():
-        assert all(np.array_equal(a, arrays[n]) for n, a in train_gpt.unpack_arrays(blob).items())
-    assert train_gpt.CODERS["lzma6"].encode(b"xy" * 100) == lzma.compress(b"xy" * 100, preset=6)
-    assert blobs["lzma6"] != blobs["lzma"]
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "record": {},
+    "value_residual": {"attn_extras": ("xsa", "sink", "value_residual"), "attn_gate": "out"},
+    "no_xsa": {"attn_extras": ("sink",), "attn_gate": "dense_bias"},
+    "attention_alone": {"attn_extras": ("xsa",), "mixers": "", "num_kv_heads": 4, "attn_gate": "sparse"},
+    "one_kv_head": {"num_kv_heads": 1, "xsa_last_n": 2, "num_heads": 2},
+}
 
 
-@pytest.mark.parametrize("loop_on", [False, True])
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {},
-        {"attn_extras": ("xsa", "sink", "value_residual"), "attn_gate": "out"},
-        {"attn_extras": ("sink",), "attn_gate": "dense_bias"},
-        {"attn_extras": ("xsa",), "mixers": "", "num_kv_heads": 4, "attn_gate": "sparse"},
-        {"num_kv_heads": 1, "xsa_last_n": 2, "num_heads": 2},
-    ],
-    ids=["record", "value_residual", "no_xsa", "attention_alone", "one_kv_head"],
-)
-def test_rotation_changes_no_output(knobs: dict[str, Any], loop_on: bool) -> None:
-    c = entries("hadamard_rotation")[0].config
-    cfg = model_config(c, rotate="hadamard_vo", **knobs)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_rotation_changes_no_output(structure: str) -> None:
+    """And it turns the Hessians of what reads the rotated values."""
+    c = rules.entries("hadamard_rotation", "gdn")[0].config
+    cfg = gdn_rules.model_config(c, rotate="hadamard_vo", **STRUCTURES[structure])
     assert not cfg.problems()
-    model, generator = train_gpt.GPT(cfg, dtype=torch.float64).double(), torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in model.init_weights(1).parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    model.set_looping(loop_on)
-    ids = torch.randint(0, c["V"], (2, 30), generator=generator)
-    tap = train_gpt.HessianTap()
-    logits = model(ids, taps=tap)
-    state, turned = train_gpt.ROTATIONS[cfg.rotate](cfg, model.state_dict(), tap.hessians(model, 1, rules.runtime()))
-    model.load_state_dict(state)
-    again = train_gpt.HessianTap()
-    torch.testing.assert_close(model(ids, taps=again), logits, rtol=0, atol=1e-11)
-    collected = again.hessians(model, 1, rules.runtime())
-    assert collected.keys() == turned.keys()
-    for name, H in collected.items():
-        torch.testing.assert_close(turned[name], H, rtol=1e-4, atol=1e-4 * float(H.abs().max()), msg=name)
-
-
-RECORD_FOLDER = Path(__file__).resolve().parents[1] / "records" / "track_10min_16mb" / "2026-04-28_GDN_Hybrid_PR1895"
+    for loop_on in (False, True):
+        model, generator = train_gpt.GPT(cfg, dtype=torch.float64).double(), torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in model.init_weights(1).parameters():
+                p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        model.set_looping(loop_on)
+        ids = torch.randint(0, c["V"], (2, 30), generator=generator)
+        tap, again = train_gpt.HessianTap(), train_gpt.HessianTap()
+        logits = model(ids, taps=tap)
+        hessians = tap.hessians(model, 1, rules.runtime())
+        state, turned = train_gpt.ROTATIONS[cfg.rotate](cfg, model.state_dict(), hessians)
+        model.load_state_dict(state)
+        torch.testing.assert_close(model(ids, taps=again), logits, rtol=0, atol=1e-11)
+        collected = again.hessians(model, 1, rules.runtime())
+        assert collected.keys() == turned.keys()
+        for name, H in collected.items():
+            torch.testing.assert_close(turned[name], H, rtol=1e-4, atol=1e-4 * float(H.abs().max()), msg=name)
 
 
 def test_the_record_has_the_published_parts() -> None:
     """35,896,408 parameters in groups of 1, 66 and 57 tensors, with the taps (in none there) 60; stored as there."""
-    cfg = train_gpt.load_config({"PRESET": str(RECORD_FOLDER)})
+    cfg = train_gpt.load_config({"PRESET": str(next(record for record in RECORDS if record.name.endswith("PR1895")))})
     with torch.device("meta"):
         model = train_gpt.GPT(cfg)
     sizes: dict[str, list[int]] = {}

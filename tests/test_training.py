@@ -8,7 +8,7 @@ import functools
 import itertools
 import json
 import math
-import subprocess
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,28 +20,22 @@ import torch
 from golden_rules import numbered_shards, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import train_gpt
 from train_gpt import Config, UserError
 
-SMALL = {
-    "vocab_size": 97,
-    "num_layers": 2,
-    "model_dim": 32,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "mlp_mult": 2.0,
-    "rope_dims": 4,
-    "num_loops": 0,
-    "parallel_start_layer": 0,
-    "embed_extras": ("bigram",),
-    "bigram_vocab_size": 61,
-    "bigram_dim": 12,
-    "train_batch_tokens": 64,
-    "batch_slices": 2,
-    "train_seq_len": 32,
-}
+SMALL = """
+VOCAB_SIZE=97 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 ROPE_DIMS=4 NUM_LOOPS=0
+PARALLEL_START_LAYER=0 EMBED_EXTRAS=bigram BIGRAM_VOCAB_SIZE=61 BIGRAM_DIM=12 TRAIN_BATCH_TOKENS=64 BATCH_SLICES=2
+TRAIN_SEQ_LEN=32
+"""
+
+
+def trainer(**changed: Any) -> train_gpt.Trainer:
+    cfg = rules.toy_config(SMALL, **changed)
+    runtime = dataclasses.replace(rules.runtime(compile=cfg.compile == "on"), log=train_gpt.Log(None, False))
+    return train_gpt.Trainer(cfg, runtime, train_gpt.GPT(cfg).init_weights(3), None)
 
 
 # The order of the data
@@ -51,11 +45,7 @@ def deck_config(folder: Path, **knobs: Any) -> Config:
     return Config(**{"data_path": str(folder), "loader": "shuffled", "vocab_size": 10_000, "train_seq_len": 32} | knobs)
 
 
-@given(
-    lengths=st.lists(st.integers(40, 400), min_size=1, max_size=5),
-    slices=st.sampled_from([1, 2, 4]),
-    length=st.integers(2, 9),
-)
+@given(st.lists(st.integers(40, 400), min_size=1, max_size=5), st.sampled_from([1, 2, 4]), st.integers(2, 9))
 @settings(deadline=None, max_examples=30, derandomize=True)
 def test_each_sequence_is_dealt_once_and_no_two_slices_share_text(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], slices: int, length: int
@@ -103,22 +93,6 @@ def test_warmdown_frac_counts_without_iterations() -> None:
     assert train_gpt.lr_multiplier(0.0, 0.0, 0.1) == 1.0
 
 
-def test_ema_is_the_weighted_sum_of_the_iterates() -> None:
-    model = nn.Linear(3, 2, bias=False)
-    ema = train_gpt.Ema(Config(ema_decay=0.75), [model.weight])
-    iterates = [model.weight.detach().clone()]
-    for step in range(4):
-        with torch.no_grad():
-            model.weight.add_(step + 1.0)
-        ema.update()
-        iterates.append(model.weight.detach().clone())
-    shares = [0.75**4, *(0.25 * 0.75 ** (3 - step) for step in range(4))]
-    assert sum(shares) == pytest.approx(1)
-    assert torch.equal(model.weight, iterates[-1])  # the live weights are left alone
-    expected = sum(share * w for share, w in zip(shares, iterates, strict=True))
-    torch.testing.assert_close(ema.shadow[0], expected)
-
-
 def test_swa_of_ema_averages_the_averages() -> None:
     cfg = Config(average=("swa", "ema"), ema_decay=0.5, swa_every=1)
     weight = torch.zeros(1)
@@ -135,6 +109,14 @@ def test_swa_of_ema_averages_the_averages() -> None:
     assert train_gpt.averages_of(Config(average=()), [weight]) == {}
 
 
+def test_swa_that_collected_nothing_says_so_and_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    at = trainer(average=("swa",))
+    before = copy.deepcopy(at.model.state_dict())
+    at.store_average()
+    assert "WARNING: no step was a multiple of SWA_EVERY" in capsys.readouterr().out
+    assert all(torch.equal(p, before[name]) for name, p in at.model.state_dict().items())
+
+
 # The clock
 
 
@@ -146,18 +128,14 @@ class FakeRank(train_gpt.Runtime):
     heard: list = dataclasses.field(default_factory=list)
 
     def broadcast_from_rank0(self, value: float) -> float:
-        if self.rank == 0:
-            self.said.append(value)
-            return value
-        self.heard.append(value)
+        (self.heard if self.rank else self.said).append(value)
         return self.said[len(self.heard) - 1]
 
 
 class FakeTime:
-    """A perf_counter that moves when told to."""
+    """A perf_counter that moves when it is set."""
 
-    def __init__(self) -> None:
-        self.now = 100.0
+    now = 100.0
 
     def perf_counter(self) -> float:
         return self.now
@@ -185,11 +163,15 @@ def fake_rank(rank: int, said: list) -> FakeRank:
     return FakeRank(rank, 2, rules.CPU, train_gpt.Log(None, True), said=said)
 
 
-def test_clock_follows_time_and_stops_at_the_budget(fake_time: FakeTime) -> None:
+def test_clock_follows_time_and_stops_at_the_budget_or_the_step_limit(fake_time: FakeTime) -> None:
     runtime = fake_rank(0, [])
     fractions = run_clock(train_gpt.Clock(runtime, 60.0, 10_000), fake_time, [0.5])
     assert fractions == pytest.approx([step * 0.5 / 60 for step in range(121)])
     assert len(runtime.said) < 40  # most steps are extrapolated, without waiting for the device
+    fractions = run_clock(train_gpt.Clock(runtime, 0.0, 8), fake_time, [50.0])
+    assert fractions == [step / 8 for step in range(9)], "without a budget"
+    fractions = run_clock(train_gpt.Clock(fake_rank(0, []), 1e6, 5), fake_time, [1.0])
+    assert len(fractions) == 6 and fractions[-1] == 1, "the limit comes before the budget"
 
 
 def test_clock_catches_a_slower_step_within_its_stride(fake_time: FakeTime) -> None:
@@ -200,7 +182,7 @@ def test_clock_catches_a_slower_step_within_its_stride(fake_time: FakeTime) -> N
     assert 60 <= spent[-1] < 60 + 2 * 2.0
 
 
-def test_clock_measures_again_when_told_of_a_change(fake_time: FakeTime) -> None:
+def test_clock_measures_again_after_a_change_and_goes_on_after_a_pause(fake_time: FakeTime) -> None:
     runtime = fake_rank(0, [])
     clock = train_gpt.Clock(runtime, 600.0, 10_000)
     clock.start()
@@ -211,6 +193,11 @@ def test_clock_measures_again_when_told_of_a_change(fake_time: FakeTime) -> None
     fake_time.now += 7.0
     clock.expect_change()
     assert clock.fraction(30) == pytest.approx(37 / 600) and len(runtime.said) == readings + 1
+    elapsed = clock.read()
+    fake_time.now += 1000  # a validation
+    clock.start(elapsed)
+    fake_time.now += 5
+    assert math.isclose(clock.read(), 42)
 
 
 def test_every_rank_reads_the_same_clock(fake_time: FakeTime) -> None:
@@ -222,34 +209,7 @@ def test_every_rank_reads_the_same_clock(fake_time: FakeTime) -> None:
     assert second.heard != first.said[: len(second.heard)]  # its own clock did say otherwise
 
 
-def test_clock_without_budget_counts_steps(fake_time: FakeTime) -> None:
-    fractions = run_clock(train_gpt.Clock(fake_rank(0, []), 0.0, 8), fake_time, [50.0])
-    assert fractions == [step / 8 for step in range(9)]
-
-
-def test_clock_stops_at_the_step_limit(fake_time: FakeTime) -> None:
-    fractions = run_clock(train_gpt.Clock(fake_rank(0, []), 1e6, 5), fake_time, [1.0])
-    assert len(fractions) == 6 and fractions[-1] == 1
-
-
-def test_clock_goes_on_after_a_pause(fake_time: FakeTime) -> None:
-    clock = train_gpt.Clock(fake_rank(0, []), 100.0, 1000)
-    clock.start()
-    fake_time.now += 10
-    elapsed = clock.read()
-    fake_time.now += 1000  # a validation
-    clock.start(elapsed)
-    fake_time.now += 5
-    assert math.isclose(clock.read(), 15)
-
-
 # Quantisation-aware training
-
-
-def trainer(**knobs: Any) -> train_gpt.Trainer:
-    cfg = Config(**SMALL | knobs)
-    runtime = rules.runtime(torch.float32, compile=cfg.compile == "on")
-    return train_gpt.Trainer(cfg, runtime, train_gpt.GPT(cfg).init_weights(3), None)
 
 
 def one_batch() -> list[train_gpt.Batch]:
@@ -257,10 +217,14 @@ def one_batch() -> list[train_gpt.Batch]:
     return [train_gpt.Batch(ids[:-1].view(2, 32), ids[1:].view(2, 32), None)]
 
 
-@pytest.mark.parametrize("compile_", ["off", "on"])
-def test_ste_sees_the_grid_and_its_gradient_goes_straight_through(compile_: str) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ste_sees_the_grid_and_its_gradient_goes_straight_through(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also after the graph was compiled without it: what the published program missed."""
-    at = trainer(qat="ste", matrix_quant="gptq_lite", embed_bits=8, compile=compile_)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    at = trainer(qat="ste", matrix_quant="gptq_lite", embed_bits=8, compile="on" if compiled else "off")
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for p in at.model.parameters():  # zeros of the initial values have nothing to round
@@ -280,7 +244,7 @@ def test_ste_sees_the_grid_and_its_gradient_goes_straight_through(compile_: str)
                 p.copy_(train_gpt.fake_quantize(p, (p.abs().amax(dim=1) / 31).clamp_min(2.0**-24), 6))
     rounded.zero_grad()
     batch = one_batch()[0]
-    loss = rounded(batch.ids, batch.targets, rounded.plan(32, torch.device("cpu"), None, 32, rows=2))
+    loss = rounded(batch.ids, batch.targets, rounded.plan(32, rules.CPU, None, 32, rows=2))
     loss.backward()
     assert gradients[0]["loss"] != gradients[1]["loss"]
     torch.testing.assert_close(gradients[1]["loss"], loss.detach())
@@ -315,7 +279,7 @@ def test_noise_is_of_the_stated_size_seeded_and_taken_back(monkeypatch: pytest.M
     values = at.qat.values(3)
     assert all(map(torch.equal, values, again.qat.values(3))), "the same on every rank"
     assert not torch.equal(values[0], at.qat.values(4)[0])
-    many = torch.stack([at.qat.values(step)[1] - at.qat.params[1].detach() for step in range(400)])
+    many = torch.stack([at.qat.values(step)[1] - at.qat.params[1].detach() for step in range(300)])
     wanted = 0.05 * 13.0 * at.qat.params[1].detach().std(dim=1) / 31 / math.sqrt(12)
     torch.testing.assert_close(many.std(dim=(0, 2)), wanted, rtol=0.05, atol=0.0)
     before = [p.detach().clone() for p in at.model.parameters()]
@@ -338,3 +302,62 @@ def test_weights_come_back_when_a_step_fails() -> None:
         assert not p.any()
         raise KeyboardInterrupt
     assert p.all()
+
+
+# Runs of one and of two processes
+
+
+NGRAM = """
+AVERAGE=ema,swa SWA_EVERY=2 SWA_START_SCALE=0.9 QAT=ste LATE_QAT_THRESHOLD=0.6 WARMDOWN_ITERS=8 MIN_LR=0 CLIP_FLOOR=1
+MATRIX_QUANT=gptq_lite EMBED_QUANT=row_quantile EMBED_BITS=8 COMPRESSOR=lzma6 ATTN_GATE=dense_bias ROPE_REFERENCE_LEN=32
+EMBED_EXTRAS=smear,smear_channel,trigram,bigram ATTN_EXTRAS=xsa,value_residual,value_embed VE_LAYERS=1,4 VE_DIM=12
+BIGRAM_VOCAB_SIZE=64 BIGRAM_DIM=8 TRIGRAM_VOCAB_SIZE=64 TRIGRAM_DIM=32 TRIGRAM_TRAINED=0 ITERATIONS=10 EVAL=plain
+"""
+HYBRID = """
+MIXERS=GAAAG GDN_HEAD_DIM=8 ATTN_EXTRAS=xsa,sink PARALLEL_LANES=1 LOADER=shuffled QAT=noise QAT_NOISE_START_FRAC=0.5
+MUON_COEFFICIENTS=polar_express_safe ROTATE=hadamard_vo MATRIX_BITS_OVERRIDES=blocks.[1-3].attn.o.weight:7
+EMBED_QUANT=gptq_freqsplit EMBED_TOPK=100 EMBED_FREQ_TOKENS=4000 EVAL=chunk_sgd EVAL_STRIDE=16 TTT_CHUNK_TOKENS=192
+TTT_LR=0.1 TTT_EPOCHS=1 TTT_TRAINABLE=mlp ITERATIONS=4
+"""
+
+
+def test_two_processes_round_and_average_as_one(run_gpt: Callable, tmp_path: Path) -> None:
+    """Every part of the n-gram stack."""
+    states = []
+    for ranks in (1, 2):
+        folder = tmp_path / f"ranks{ranks}"
+        done = run_gpt(ranks=ranks, **rules.knobs(NGRAM), ARTIFACT_DIR=folder)
+        assert done.returncode == 0, done.stderr
+        assert "ste on from step" in done.stdout and "weights: ema+swa" in done.stdout
+        assert "SWA: 4 snapshots" in done.stdout
+        plan = done.stdout.rpartition("quantisation plan:\n")[2]
+        assert re.search(r"^  gptq_lite .*\bq\b", plan, re.MULTILINE), plan
+        assert re.search(r"^  row_quantile .*\bhash_table\b", plan, re.MULTILINE), plan
+        states.append(torch.load(folder / "model.pt", weights_only=True)["model"])
+    for name, one in states[0].items():
+        torch.testing.assert_close(states[1][name], one, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert result["legal"] and list(result["stages"]) == ["pre_quant", "quantized", "final"]
+    assert "VE_LAYERS=1,4" in (folder / "record.env").read_text(encoding="utf-8")
+    assert not train_gpt.load_artifact(folder / "model.bin")["embed_extras.trigram.table.weight"].any()
+
+
+def test_two_processes_are_one_and_quantising_can_be_resumed(run_gpt: Callable, tmp_path: Path) -> None:
+    results, counts = [], []
+    everything, coarser = {"STAGES": "train,quantize,eval"}, {"STAGES": "quantize,eval", "EMBED_TOPK": "20"}
+    for ranks, more in ((1, everything), (1, coarser), (2, everything)):
+        done = run_gpt(ranks=ranks, **rules.knobs(HYBRID) | more)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((tmp_path / "run" / "result.json").read_text()))
+        counts.append(torch.load(tmp_path / "run" / "hessians.pt", weights_only=True)[train_gpt.COUNTS])
+    one, coarser, two = results
+    assert all(torch.equal(c, counts[0]) for c in counts) and int(counts[0].sum()) == 4000
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+    assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3) and one["legal"] and two["legal"]
+    assert coarser["stages"]["quantized"] != one["stages"]["quantized"], "EMBED_TOPK may change after the training"
+    blob = train_gpt.load_artifact(tmp_path / "run" / "model.bin")
+    trained = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["model"]
+    assert blob.keys() == trained.keys() and blob["blocks.0.attn.taps"].shape == trained["blocks.0.attn.taps"].shape
+    v = "blocks.2.attn.v.weight"
+    turned = train_gpt.rotate_values(train_gpt.load_config({"PRESET": str(tmp_path / "run")}), trained, {})[0]
+    assert (blob[v] - turned[v]).norm() < 0.2 * (blob[v] - trained[v]).norm(), "the artifact holds rotated values"
