@@ -58,7 +58,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import train_gpt
-from train_gpt import UserError, atomic_write
+from train_gpt import Parts, Stored, Stream, UserError, atomic_write, read_json
 
 CAP_BYTES = 16_000_000
 MAGIC = b"#coding:error-artifact-truncated\n"
@@ -475,14 +475,8 @@ def read_input(path: Path, what: str) -> bytes:
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in a file that must exist. UserError when it is missing, broken or not an object."""
-    text = read_input(path, what)
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); write it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, not an object; it was not written by this project")
-    return found
+    read_input(path, what)
+    return read_json(path)
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
@@ -795,35 +789,12 @@ PART_KINDS |= dict.fromkeys(("lqa", "lqas", "lqb", "lqbs", "lqm"), "correction")
 INK, MUTED, BAR, MARK = "#1f2933", "#6b7785", "#627d98", "#d1495b"
 
 
-class Stream(NamedTuple):
-    """One compressed stream of a model blob: its coder, its bytes on disk, and the arrays in it by name."""
-
-    name: str
-    coder: str
-    size: int
-    arrays: dict[str, np.ndarray]
-
-
 def read_streams(blob: bytes, name: str) -> list[Stream]:
-    """Streams of a model blob with their decoded arrays. UserError when it is foreign, damaged or of another version.
-
-    Which array lies in which stream, and the coder of each, is in the codec's own row of CODECS.
-    """
-    train_gpt.unpack_arrays(blob, name)  # checks every byte
-    number, payload = train_gpt.ARTIFACT_HEADER.unpack_from(blob)[2], blob[train_gpt.ARTIFACT_HEADER.size :]
-    layout = next(codec for codec in train_gpt.CODECS.values() if codec.number == number)
-    _, *sizes = struct.unpack_from(f"<B{1 + len(layout.groups)}I", payload)
-    stored = train_gpt.unpack_payload(payload, layout)
-    split: list[dict[str, np.ndarray]] = [{} for _ in sizes]
-    for key, array in stored.items():
-        split[layout.stream_of(key)][key] = array
+    """Streams of a model blob with their arrays. UserError when it is foreign, damaged or of another version."""
+    found = train_gpt.open_blob(blob, name)
     # the first stream begins with the index, whose text costs bytes too
-    index = [[key, array.dtype.str, array.shape] for key, array in stored.items()]
-    text = json.dumps(index, separators=(",", ":")).encode()
-    split[0]["index"] = np.frombuffer(text, np.uint8)
-    names = ["rest", *(re.sub(r"^blocks\.\*\.|\.weight.*$", "", pattern) for pattern in layout.groups)]
-    coders = [layout.coder, *[layout.group_coder] * len(layout.groups)]
-    return [Stream(*row) for row in zip(names, coders, sizes, split, strict=True) if row[2]]
+    index = {("index:index:text", "index"): np.frombuffer(found.index, np.uint8)}
+    return [found.streams[0]._replace(name="rest", arrays=index | found.streams[0].arrays), *found.streams[1:]]
 
 
 def entropy_bits(array: np.ndarray) -> float:
@@ -837,14 +808,9 @@ def entropy_bits(array: np.ndarray) -> float:
     return total
 
 
-def role_of(name: str) -> str:
-    """Kind of weight that a stored tensor is: blocks.3.attn.q.weight -> attn.q."""
-    return re.sub(r"\d+", "*", name).removeprefix("blocks.*.").removesuffix(".weight")
-
-
-def kind_of(key: str) -> str:
-    """Kind of part that a stored array is: blocks.3.attn.q.weight:gptq:s -> scales."""
-    return PART_KINDS.get(key.rpartition(":")[2], "other")
+def role_of(key: str) -> str:
+    """Role of a stored tensor."""
+    return train_gpt.Stored.parse(key, {}).role
 
 
 def cost(size: float, items: float, bound: float) -> dict[str, Any]:
@@ -863,7 +829,7 @@ def stream_rows(streams: list[Stream]) -> list[dict[str, Any]]:
     return rows
 
 
-def byte_shares(streams: list[Stream]) -> dict[str, float]:
+def byte_shares(streams: list[Stream]) -> dict[tuple[str, str], float]:
     """Bytes of each stored array: a stream's bytes, shared out by the entropy of the arrays in it."""
     shares = {}
     for s in streams:
@@ -876,9 +842,9 @@ def byte_shares(streams: list[Stream]) -> dict[str, float]:
 def array_rows(streams: list[Stream]) -> list[dict[str, Any]]:
     """Bytes by role and kind of part, the largest first."""
     shares, sums = byte_shares(streams), {}
-    for key, array in ((key, array) for s in streams for key, array in s.arrays.items()):
-        row = sums.setdefault((role_of(key.partition(":")[0]), kind_of(key)), np.zeros(4))
-        row += 1, shares[key], array.size, entropy_bits(array) / 8
+    for (key, part), array in ((key, array) for s in streams for key, array in s.arrays.items()):
+        row = sums.setdefault((role_of(key), PART_KINDS.get(part, "other")), np.zeros(4))
+        row += 1, shares[key, part], array.size, entropy_bits(array) / 8
     ranked = sorted(sums.items(), key=lambda item: -item[1][1])
     return [{"role": role, "part": kind, "arrays": int(n)} | cost(*row) for (role, kind), (n, *row) in ranked]
 
@@ -1004,9 +970,6 @@ def inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-Parts = dict[str, Tensor]
-
-
 class Loss(NamedTuple):
     """What storing weights loses and costs. All are sums, so the losses of several tensors add up.
 
@@ -1060,23 +1023,14 @@ def entropy_bytes(parts: Parts) -> int:
     return size + int(sum(map(entropy_bits, alphabets)) / 8)
 
 
-def lqer_rows(stored: dict[str, Parts]) -> list[dict[str, int]]:
+def lqer_rows(stored: list[Stored]) -> list[dict[str, int]]:
     """Bytes of all LQER corrections as stored here, and with a byte per entry as published; no row without any."""
-    corrected = [parts for parts in stored.values() if "lqm" in parts]
+    corrected = [tensor.parts for tensor in stored if "lqm" in tensor.parts]
     packed = sum(part.nbytes for parts in corrected for key, part in parts.items() if key.startswith("lq"))
     scales = sum(parts[key].nbytes for parts in corrected for key in ("lqas", "lqbs"))
     entries = sum(int(parts["lqm"][0]) * sum(parts["q"].shape) for parts in corrected)  # rank (rows + columns)
     row = {"lqer_tensors": len(corrected), "bytes_bit_packed": packed, "bytes_with_int8_factors": entries + scales}
     return [row] if corrected else []
-
-
-def stored_parts(path: Path) -> dict[str, Parts]:
-    """'name:scheme' or 'name:scheme+repair' -> parts, of each tensor in a model blob."""
-    found: dict[str, Parts] = {}
-    for name, array in train_gpt.unpack_arrays(path.read_bytes(), str(path)).items():
-        key, _, part = name.rpartition(":")
-        found.setdefault(key, {})[part] = torch.from_numpy(array)
-    return found
 
 
 # A run as its quantiser saw it: configuration, float weights by name, Hessians by name
@@ -1088,22 +1042,18 @@ def read_calibrated(run: Path) -> Calibrated:
     device = {"DEVICE": os.environ["DEVICE"]} if os.environ.get("DEVICE") else {}
     cfg = train_gpt.load_config({"PRESET": str(run)} | device)
     weights, hessians = (train_gpt.load_saved(run / name) for name in ("model.pt", "hessians.pt"))
-    weights, hessians = train_gpt.ROTATIONS[cfg.rotate](cfg, weights["model"], hessians)
-    if train_gpt.CODECS[cfg.compressor].sort_hidden:
-        runtime = train_gpt.Runtime.start(cfg, {})
-        weights, hessians = train_gpt.sort_hidden(cfg, runtime, weights, hessians)
-    return cfg, weights, hessians
+    return cfg, *train_gpt.reparametrize(cfg, train_gpt.Runtime.start(cfg, {}), weights["model"], hessians)
 
 
-def measure_losses(found: Calibrated, stored: dict[str, Parts], shares: dict[str, float]) -> dict[str, Loss]:
-    """The loss of each stored tensor, by its key; `shares` are bytes of the artifact by stored array."""
+def measure_losses(found: Calibrated, stored: list[Stored], shares: dict[tuple[str, str], float]) -> dict[Stored, Loss]:
+    """The loss of each stored tensor; `shares` are bytes of the artifact by stored array."""
     (_, weights, hessians), losses = found, {}
-    for key, parts in stored.items():
-        name = key.partition(":")[0]
+    for tensor in stored:
+        name, parts, key = tensor.name, tensor.parts, tensor.key()
         if name not in weights:
             raise UserError(f"model.pt has no {name}, which model.bin stores: they are of different runs")
         weight, hessian = weights[name].float(), hessians.get(name)
-        error = weight - train_gpt.decode(key, parts)
+        error = weight - tensor.decode()
         squares = [t.double().square().sum().item() for t in (error, weight)]
         if "q" in parts and squares[0] > max(squares[1], 1e-12):
             raise UserError(
@@ -1112,8 +1062,8 @@ def measure_losses(found: Calibrated, stored: dict[str, Parts], shares: dict[str
             )
         weighted = [output_power(t, hessian) for t in (error, weight)]
         raw = sum(part.nbytes for part in parts.values())
-        size = sum(share for array, share in shares.items() if array.partition(":")[0] == name)
-        losses[key] = Loss(weight.numel(), *squares, *weighted, raw, entropy_bytes(parts), size)
+        size = sum(share for (owner, _), share in shares.items() if owner == key)
+        losses[tensor] = Loss(weight.numel(), *squares, *weighted, raw, entropy_bytes(parts), size)
     return losses
 
 
@@ -1132,18 +1082,18 @@ def probe_rows(found: Calibrated) -> list[dict[str, Any]]:
 
     refined = train_gpt.refined_plan(dataclasses.replace(cfg, awq_lite_enabled=True), weights, hessians)
     probes = []
-    for name in (name for name, rule in refined.items() if rule.fine):
-        what = f"AWQ-lite from columns {','.join(map(str, refined[name].fine))}"
-        probes.append((what, name, refined[name].scheme, encode(name, refined[name])))
+    for name, rule in refined.items():
+        if rule.awq_groups:
+            what = f"AWQ-lite from columns {','.join(map(str, rule.awq_groups))}"
+            probes.append((what, name, encode(name, rule)))
     calibrated = sorted(hessians.keys() & weights.keys(), key=lambda name: (weights[name].numel(), name))
     largest = {plan[name]: name for name in calibrated}  # of each rule, the last one stays
     for rule, name in largest.items():
-        scales = train_gpt.searched_scales(weights[name].float(), rule.bits)
-        probes.append(("clip search", name, "rowwise", train_gpt.rounded_rows(weights[name], scales, rule.bits)))
+        probes.append(("clip search", name, encode(name, rule._replace(scheme="gptq_lite"))))
     rows = []
-    for what, name, scheme, other in probes:
+    for what, name, other in probes:
         ours = encode(name, plan[name])
-        decoded = train_gpt.SCHEMES[scheme].decode(other), train_gpt.SCHEMES[plan[name].scheme].decode(ours)
+        decoded = [train_gpt.decode_rows(parts) for parts in (other, ours)]
         errors = [output_power(weights[name] - weight, hessians[name]) for weight in decoded]
         row = {"probe": what, "tensor": name, "bytes_at_entropy": entropy_bytes(other) - entropy_bytes(ours)}
         rows.append(row | {"error_ratio": ratio(*errors)})
@@ -1152,14 +1102,13 @@ def probe_rows(found: Calibrated) -> list[dict[str, Any]]:
 
 def run_report(run: Path, shares: dict[str, float], probe: bool) -> dict[str, Any]:
     """Errors and bytes by role and by tensor, bytes of the LQER corrections and, if asked, the other quantisers."""
-    found, stored = read_calibrated(run), stored_parts(run / "model.bin")
+    found, stored = read_calibrated(run), train_gpt.read_artifact(run / "model.bin")
     losses = measure_losses(found, stored, shares)
     groups: dict[tuple[str, str], list[Loss]] = {}
     tensors = []
-    for key, loss in losses.items():
-        name, _, scheme = key.partition(":")
-        groups.setdefault((role_of(name), scheme), []).append(loss)
-        tensors.append({"tensor": name, "role": role_of(name), "stored": scheme} | loss.row())
+    for tensor, loss in losses.items():
+        groups.setdefault((tensor.role, tensor.encoding()), []).append(loss)
+        tensors.append({"tensor": tensor.name, "role": tensor.role, "stored": tensor.encoding()} | loss.row())
     sums = {group: Loss(*map(sum, zip(*members, strict=True))) for group, members in groups.items()}
     ranked = sorted(sums.items(), key=lambda item: -item[1].bytes)
     return {

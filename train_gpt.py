@@ -21,15 +21,18 @@ Nouns: Config, Runtime, Route, AttnMeta, taps, QuantRule, Codec, ByteMeter, Lear
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import copy
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import lzma
 import math
@@ -47,7 +50,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -191,6 +194,7 @@ class Config:
         "MIXERS=G",
     )
     mlp_mult: float = knob(4.0, "hidden width of the MLP / MODEL_DIM", "> 0")
+    mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", ">= 0")
     tied_embed_init_std: float = knob(0.005, "std of the embedding at init", "> 0")
     logit_softcap: float = knob(30.0, "c in c*tanh(logits/c)", "> 0")
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", "> 1")
@@ -400,14 +404,7 @@ class Config:
     repair: str = knob("none", "lqer: low-rank correction of the tensors with the largest error", "none|lqer")
     lqer_rank: int = knob(4, "rank of the correction", ">= 1", "REPAIR=lqer")
     lqer_top_k: int = knob(3, "number of corrected tensors, by Frobenius norm of the error", ">= 1", "REPAIR=lqer")
-    lqer_asym_enabled: bool = knob(
-        True,
-        "factors in 2 and 4 bits on an asymmetric grid; off: LQER_FACTOR_BITS each",
-        "",
-        "REPAIR=lqer",
-    )
-    lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", "> 0", "LQER_ASYM_ENABLED=1")
-    lqer_factor_bits: int = knob(4, "bits of symmetric factors", ">= 2, <= 8", "LQER_ASYM_ENABLED=0")
+    lqer_asym_group: int = knob(64, "entries per scale of the 4-bit factor", "> 0", "REPAIR=lqer")
     awq_lite_enabled: bool = knob(False, "GPTQ with more bits for the most salient column groups")
     awq_lite_bits: int = knob(8, "bits of those columns", ">= 3, <= 8", "AWQ_LITE_ENABLED=1")
     awq_lite_group_top_k: int = knob(1, "number of groups, over all tensors", ">= 1", "AWQ_LITE_ENABLED=1")
@@ -439,12 +436,16 @@ class Config:
     ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", ">= 0", "EVAL=doc_lora|phased_lora")
     ttt_beta1: float = knob(0.0, "AdamW beta1", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
     ttt_beta2: float = knob(0.99, "AdamW beta2", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
-    ttt_k_lora: bool = knob(True, "adapters on keys", "", "EVAL=doc_lora|phased_lora")
-    ttt_o_lora: bool = knob(True, "adapters across the attention sublayer", "", "EVAL=doc_lora|phased_lora")
-    ttt_mlp_lora: bool = knob(True, "adapters across the MLP sublayer", "", "EVAL=doc_lora|phased_lora")
+    ttt_lora_sites: tuple[str, ...] = knob(
+        ("q", "k", "v", "attn", "mlp", "head"),
+        "where adapters act; attn, mlp: across the sublayer; any of q, k, v: the joint projection of a delta layer",
+        "q|k|v|attn|mlp|head",
+        "EVAL=doc_lora|phased_lora",
+    )
     ttt_warm_start_a: bool = knob(
         False,
-        "keep each batch slot's A from its document before (the score then depends on the ranks)",
+        "keep each batch row's A from its document before, as published; the score then depends on TTT_BATCH_SIZE and "
+        "on the ranks",
         "",
         "EVAL=doc_lora|phased_lora",
     )
@@ -456,18 +457,6 @@ class Config:
         "plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in reach)",
         "recompute|carry",
         "EVAL=doc_lora|phased_lora",
-    )
-    ttt_carry_recompute: int = knob(
-        0,
-        "tokens before a chunk, whole chunks of them, that run again with gradient",
-        ">= 0",
-        "TTT_CONTEXT=carry",
-    )
-    ttt_carry_refresh: int = knob(
-        0,
-        "chunks after which what is kept is made anew, without gradient; 0: never",
-        ">= 0",
-        "TTT_CONTEXT=carry",
     )
     phased_ttt_prefix_docs: int = knob(
         2000,
@@ -679,6 +668,10 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "COMPRESSOR=rans",
     ),
     (
+        lambda c: not c.ttt_lora_sites,
+        "TTT_LORA_SITES is empty; to adapt nothing say TTT_LORA_LR=0",
+    ),
+    (
         lambda c: not c.ttt_trainable,
         "TTT_TRAINABLE is empty; to train nothing at test time, say TTT_EPOCHS=0",
     ),
@@ -701,11 +694,15 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "LZMA_PRESET": "COMPRESSOR=lzma6 (or COMPRESSOR=lzma: preset 9, extreme)",
     "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
     "LQER_ENABLED": "REPAIR=lqer (or REPAIR=none)",
+    "LQER_ASYM_ENABLED": "nothing (LQER factors are always asymmetric)",
     "LQER_SELECT": "REPAIR=lqer (the tensors of largest error are corrected)",
     "MATRIX_CLIP_SIGMAS": "ATTN_CLIP_SIGMAS and MLP_CLIP_SIGMAS",
     "SLOT_ENABLED": "EVAL=slot (as published: with SLOT_CAUSAL=0 and ALLOW_NONCAUSAL=1)",
     "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
     "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
+    "TTT_K_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without k: 0)",
+    "TTT_O_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without attn: 0)",
+    "TTT_MLP_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without mlp: 0)",
     "FULL_ATTENTION_START": "MIXERS (published: G*2 A*8 G)",
     "FULL_ATTENTION_END": "MIXERS (published: G*2 A*8 G)",
     "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER and PARALLEL_LANES=1",
@@ -885,23 +882,25 @@ def help_text() -> str:
 
 
 class Log:
-    """Prints to stdout and appends to a file; silent on every rank but the first."""
+    """Prints to stdout and appends to a file. Ranks other than 0 are quiet."""
 
     def __init__(self, path: Path | None, quiet: bool) -> None:
-        self.path, self.quiet, self.last = path, quiet, 0.0
+        self.path, self.quiet = path, quiet
+        self.last = 0.0  # when progress last wrote a line
 
     def __call__(self, message: str, to_file_only: bool = False) -> None:
-        """One message, which may have several lines."""
+        """Write one message, which may have several lines."""
         if self.quiet:
             return
         if not to_file_only:
             print(message, flush=True)
         if self.path is not None:
+            # Opened for each message, so the file is complete whatever ends the process.
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(message + "\n")
 
     def progress(self, what: str, done: int, total: int, started: float, every: float = 10.0) -> None:
-        """One line every `every` seconds: how much is done and how long the rest will take."""
+        """Write how much is done and the estimated seconds left, at most one line every `every` seconds."""
         now = time.perf_counter()
         if now - max(self.last, started) < every or done == 0:
             return
@@ -912,7 +911,7 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where the program runs: rank, world, device, log. One process is world = 1, not a branch elsewhere."""
+    """Rank, world size, device, log, activation dtype, and whether to compile. A single process has world = 1."""
 
     rank: int
     world: int
@@ -923,7 +922,10 @@ class Runtime:
 
     @classmethod
     def start(cls, cfg: Config, environ: Mapping[str, str], log_path: Path | None = None) -> Runtime:
-        """Join the process group that torchrun's variables describe and choose device, dtype and compilation."""
+        """Choose the device and dtype, and join the process group described by torchrun's variables in `environ`.
+
+        Raises UserError for a world size that does not divide BATCH_SLICES and for a missing GPU.
+        """
         rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
         if cfg.batch_slices % world != 0:
             raise UserError(f"BATCH_SLICES={cfg.batch_slices} is not a multiple of the {world} ranks")
@@ -933,9 +935,11 @@ class Runtime:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(device)
-            torch._dynamo.config.recompile_limit = 64  # two routes, with and without gradient, of three models
+            # Two routes, with and without gradients, for three models: more graphs than the default limit of 8.
+            torch._dynamo.config.recompile_limit = 64
             torch.set_float32_matmul_precision("high")
         if world > 1:
+            # CPU tensors go over gloo and never wait for the GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
         dtypes = {
             "auto": torch.bfloat16 if use_cuda else torch.float32,
@@ -946,24 +950,25 @@ class Runtime:
         return cls(rank, world, device, Log(log_path, rank != 0), dtypes[cfg.compute_dtype], compiled)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """All-reduce (sum) in place; the tensor itself."""
+        """All-reduce (sum) in place and return the tensor."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def barrier(self) -> None:
         """Wait for every rank."""
+        # An all-reduce ends only when every rank has joined it.
         self.sum_(torch.zeros(1))
 
     def broadcast_from_rank0(self, value: float) -> float:
-        """Rank 0's number on every rank, over the host network: the device is not synchronised."""
+        """Broadcast a float from rank 0 over gloo, without synchronising the GPU."""
         tensor = torch.tensor([value], dtype=torch.float64)
         if self.world > 1:
             dist.broadcast(tensor, 0)
         return tensor.item()
 
     def gather(self, items: dict[str, Any]) -> dict[str, Any]:
-        """The union of every rank's dict, on every rank."""
+        """Merge the dicts of all ranks; every rank gets the union."""
         if self.world == 1:
             return items
         parts: list[Any] = [None] * self.world
@@ -971,16 +976,17 @@ class Runtime:
         return {key: value for part in parts for key, value in part.items()}
 
     def claim_tickets(self, queue_name: str, length: int) -> Iterator[int]:
-        """Tickets 0 <= i < length of a queue that all ranks take from, through the process group's store."""
+        """Yield the tickets 0 <= i < length that this rank claims; each ticket goes to exactly one rank."""
         if self.world == 1:
             yield from range(length)
             return
+        # The store's counter is atomic, so a rank that finishes early simply claims the next ticket.
         store = dist.distributed_c10d._get_default_store()
         while (ticket := store.add(queue_name, 1) - 1) < length:
             yield ticket
 
     def synchronize(self) -> None:
-        """Wait until the device has done what was launched."""
+        """Wait until the GPU has finished what was launched."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -991,36 +997,33 @@ class Runtime:
 
 
 class Clock:
-    """Rank 0's training clock, read as the same number by every rank, without a device sync on every step.
+    """Training time in seconds, the same number on every rank, without a GPU sync at every step.
 
-    Between readings (at most EVERY steps apart, each step near the end) time is extrapolated by the last step time, so
-    schedules, the looping switch and the end fall on the same step everywhere. budget 0: fractions follow steps.
+    Rank 0's clock is read at most EVERY steps apart, and every step near the end; between readings the time of the last
+    step is extrapolated. So schedules, the looping switch and the end fall on the same step everywhere. With
+    budget = 0 the fraction done counts steps.
     """
 
     EVERY = 10
 
     def __init__(self, runtime: Runtime, budget: float, iterations: int) -> None:
         self.runtime, self.budget, self.iterations = runtime, budget, iterations
-        self.started, self.mark_step, self.mark_time, self.step_time, self.next_reading = (
-            0.0,
-            0,
-            0.0,
-            0.0,
-            0,
-        )
+        self.started = 0.0
+        self.mark_step, self.mark_time = 0, 0.0  # the last reading
+        self.step_time, self.next_reading = 0.0, 0
 
     def start(self, elapsed: float = 0.0) -> None:
-        """Start, or go on after a pause, at `elapsed` seconds."""
+        """Start, or resume after a pause, with `elapsed` seconds on the clock."""
         self.runtime.synchronize()
         self.started = time.perf_counter() - elapsed
 
     def read(self) -> float:
-        """Seconds of training so far, after a device sync; rank 0's, on every rank."""
+        """Return rank 0's seconds of training so far, after a GPU sync."""
         self.runtime.synchronize()
         return self.runtime.broadcast_from_rank0(time.perf_counter() - self.started)
 
     def fraction(self, step: int) -> float:
-        """Fraction of the run done when step `step` begins: 1 and more means stop."""
+        """Return the fraction of the run that is done when `step` begins; 1 or more means stop."""
         if self.budget <= 0 or step >= self.iterations:
             return step / self.iterations
         if step >= self.next_reading:
@@ -1028,31 +1031,43 @@ class Clock:
             if step > self.mark_step:
                 self.step_time = (now - self.mark_time) / (step - self.mark_step)
             self.mark_step, self.mark_time = step, now
+            # Read again after half of the steps that still fit, so the last steps are measured one by one.
             left = (self.budget - now) / self.step_time if self.step_time > 0 else 2
             self.next_reading = step + max(1, min(self.EVERY, int(left / 2)))
         return (self.mark_time + (step - self.mark_step) * self.step_time) / self.budget
 
     def expect_change(self) -> None:
-        """Measure again at once: the step time is about to change."""
+        """Read the clock at the next step, because the time of a step is about to change."""
         self.next_reading = 0
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write bytes under a temporary name, then rename: a half-written file never has the final name."""
+    """Write bytes under a temporary name, then rename: the final name never holds half a file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
 def atomic_save(path: Path, value: Any) -> None:
-    """torch.save, atomically."""
+    """torch.save through atomic_write."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     atomic_write(path, buffer.getvalue())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or {} if there is no file. UserError for anything but an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); write it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object; it was not written by this project")
+    return value
+
+
 def load_saved(path: Path) -> Any:
-    """What atomic_save wrote, on the CPU; UserError when it is missing or damaged."""
+    """Load what atomic_save wrote onto the CPU. UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path} is missing; run the stage before (STAGES=train,quantize,eval)")
     try:
@@ -1062,9 +1077,9 @@ def load_saved(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({reason}); run the stage before again") from None
 
 
-def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Callable:
-    """torch.compile of a whole function when the run compiles, else the function."""
-    return torch.compile(function, fullgraph=True, dynamic=dynamic) if runtime.compile else function
+def compiled(runtime: Runtime, function: Callable) -> Callable:
+    """Return the function compiled as one graph if this run compiles, else the function itself; see mark_dynamic."""
+    return torch.compile(function, fullgraph=True, dynamic=False) if runtime.compile else function
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1073,7 +1088,7 @@ def compiled(runtime: Runtime, function: Callable, dynamic: bool = False) -> Cal
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """Tokens of a shard, uint16, memory-mapped. UserError unless header and size are those of the format.
+    """Memory-map the tokens of a shard, (N,) uint16. UserError if the header or the file size is wrong.
 
     Format: 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then the tokens as uint16.
     """
@@ -1087,59 +1102,77 @@ def read_shard(path: str | Path) -> np.ndarray:
             f"{path}: not a shard: magic and version are {header[:2].tolist()}, expected "
             f"[{SHARD_MAGIC}, {SHARD_VERSION}]; prepare the data again"
         )
-    if size != header_bytes + 2 * int(header[2]):
+    count = int(header[2])
+    expected = header_bytes + 2 * count
+    if size != expected:
         raise UserError(
-            f"{path}: {size} bytes, but its header promises {header[2]} tokens = "
-            f"{header_bytes + 2 * int(header[2])} bytes; copy or prepare it again"
+            f"{path}: {size} bytes, but its header promises {count} tokens = {expected} bytes; copy or prepare it again"
         )
-    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(int(header[2]),))
+    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
 def list_shards(folder: str, kind: str) -> list[Path]:
-    """Shards of a kind (train, val, val_bytes) in order; UserError when there are none or a number is missing."""
-    paths = sorted(p for p in Path(folder).glob(f"fineweb_{kind}_*.bin") if p.stem[len(f"fineweb_{kind}_") :].isdigit())
+    """List the shards of a kind (train, val, val_bytes) in order.
+
+    UserError if a number is missing between two shards, or if there is no shard; only val_bytes is optional.
+    """
+    prefix = f"fineweb_{kind}_"
+    # "fineweb_val_*" also finds the byte sidecars, so what follows the prefix must be a number.
+    paths = sorted(p for p in Path(folder).glob(f"{prefix}*.bin") if p.stem.removeprefix(prefix).isdigit())
     if not paths and kind != "val_bytes":
         raise UserError(
-            f"DATA_PATH={folder} has no fineweb_{kind}_*.bin; make shards with data/prepare.py or fetch them "
-            "with data/download.py"
+            f"DATA_PATH={folder} has no {prefix}*.bin; make shards with data/prepare.py or fetch them with "
+            "data/download.py"
         )
-    numbers = [int(p.stem.rsplit("_", 1)[1]) for p in paths]
-    gaps = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers)) if numbers else []
+    numbers = [int(p.stem.removeprefix(prefix)) for p in paths]
+    gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers)) if numbers else []
     if gaps:
-        raise UserError(f"DATA_PATH={folder}: fineweb_{kind}_{gaps[0]:06d}.bin is missing between its neighbours")
+        raise UserError(f"DATA_PATH={folder}: {prefix}{gaps[0]:06d}.bin is missing between its neighbours")
     return paths
 
 
 def segment_bounds(starts: np.ndarray, total: int, cap: int) -> np.ndarray:
-    """Boundaries of attention segments in `total` tokens, int32, from 0 to total.
+    """Return the boundaries of attention segments in `total` tokens, int32, from 0 to total.
 
-    A segment begins at 0, at each of `starts` (document starts) and every `cap` tokens inside a document (0: no cap).
+    A segment begins at 0, at each document start in `starts`, and every `cap` tokens within a document (0: no cap).
     """
     edges = np.unique(np.concatenate(([0], starts, [total])))
     if cap > 0:
-        edges = np.concatenate([np.arange(a, b, cap) for a, b in zip(edges[:-1], edges[1:], strict=True)] + [[total]])
+        # arange starts again at every document, so the cap counts from the document start.
+        documents = zip(edges[:-1], edges[1:], strict=True)
+        parts = [np.arange(a, b, cap) for a, b in documents]
+        edges = np.concatenate([*parts, [total]])
     return edges.astype(np.int32)
 
 
 def pad_bounds(bounds: np.ndarray, multiple: int = 64) -> np.ndarray:
-    """Right-pad with the total to a multiple of entries: few distinct shapes, and zero-length segments do nothing."""
-    return np.pad(bounds, (0, -len(bounds) % multiple), mode="edge")
+    """Right-pad boundaries with their last entry to a multiple of `multiple` entries.
+
+    Compiled code then sees few shapes; the added segments are empty.
+    """
+    missing = -len(bounds) % multiple
+    return np.pad(bounds, (0, missing), mode="edge")
 
 
 class Batch(NamedTuple):
-    """A micro-batch on the host: ids and targets (B, T) int64, cu the padded segment boundaries over B*T or None."""
+    """A micro-batch: ids and targets (B, T) int64; padded segment boundaries over B*T tokens, or None."""
 
     ids: Tensor
     targets: Tensor
     cu_seqlens: Tensor | None
 
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a batch with the function applied to every tensor."""
+        parts = (None if t is None else function(t) for t in self)
+        return Batch(*parts)
+
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; copies from pinned memory do not block."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        """Copy the batch to a device; copies from pinned memory do not block."""
+        return self.apply(lambda t: t.to(device, non_blocking=True))
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
-    """UserError for training tokens of another vocabulary."""
+    """UserError if a token id is outside the vocabulary."""
     if tokens.size and tokens.max() >= vocab_size:
         raise UserError(
             f"{where}: token id {tokens.max()} is outside VOCAB_SIZE={vocab_size}; the shards were made with another "
@@ -1148,16 +1181,17 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
 
 
 class ShardWalker:
-    """A cursor over the training shards, in order, again from the first after the last: no randomness.
+    """Reads the training shards in order, and starts over after the last one. Nothing is random.
 
-    With whole_docs a shard's tokens before its first document and a tail shorter than a request are skipped (the
-    published packing); without, requests run on from one shard into the next.
+    whole_docs=True is the published packing: it skips a shard's tokens before the first document and a tail that is
+    shorter than a request. With False, a request continues in the next shard.
     """
 
     def __init__(self, paths: list[Path], vocab_size: int, whole_docs: bool) -> None:
         self.paths, self.vocab_size, self.whole_docs = paths, vocab_size, whole_docs
         self.index, self.position, self.tokens = -1, 0, np.empty(0, np.uint16)
-        sizes = [len(read_shard(path)) for path in paths]  # reads every header: a bad shard stops no later step
+        # Read every header now, so a bad shard cannot stop the run at a later step.
+        sizes = [len(read_shard(path)) for path in paths]
         if not any(sizes):
             raise UserError(f"{paths[0].parent}: no training shard holds a token; prepare the data again")
 
@@ -1171,13 +1205,14 @@ class ShardWalker:
         self.position = int(starts[0]) if self.whole_docs and len(starts) else 0
 
     def next_tokens(self, count: int) -> np.ndarray:
-        """The next `count` tokens, uint16."""
+        """Return the next `count` tokens, uint16. UserError if whole_docs and no shard holds that many."""
         parts, missing, opened = [], count, 0
         while missing:
             left = len(self.tokens) - self.position
             if left < (missing if self.whole_docs else 1):
                 self.open_next()
                 opened += 1
+                # All shards were opened without an answer: the next round would find nothing either.
                 if opened > len(self.paths) and self.whole_docs:
                     raise UserError(
                         f"{self.paths[0].parent}: no training shard holds the {count} tokens of one step; lower "
@@ -1191,20 +1226,20 @@ class ShardWalker:
 
 
 class ShuffledSequences:
-    """Sequences of `length` + 1 tokens of some pieces of the training text, each once, shuffled; then anew. Published
-    order (PR 1895): every piece gets a random phase and permutation, which is dealt from its end; the next sequence is
-    of a random piece, by how many each has left.
+    """Deals sequences of `length` + 1 tokens from pieces of text: each once in random order, then shuffles again.
+
+    Published order (PR 1895): every piece gets a random phase and a random permutation of its sequences, which is dealt
+    from its end. The next sequence comes from a random piece, weighted by how many sequences each has left.
     """
 
     def __init__(self, pieces: list[np.ndarray], length: int, seed: int) -> None:
-        self.pieces, self.length = [piece for piece in pieces if len(piece) > length], length
-        self.rng, self.starts = (
-            np.random.Generator(np.random.PCG64(seed)),
-            [np.empty(0, np.int64)],
-        )
+        self.length = length
+        self.pieces = [piece for piece in pieces if len(piece) > length]
+        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.starts = [np.empty(0, np.int64)]  # of the sequences that each piece has left
 
     def shuffle(self) -> None:
-        """Draw the starts of every piece's sequences, the next one last."""
+        """Draw every piece's sequence starts; the last one is dealt first."""
         self.starts = []
         for piece in self.pieces:
             phase = int(self.rng.integers(min(self.length, len(piece) - self.length)))
@@ -1212,50 +1247,49 @@ class ShuffledSequences:
             self.starts.append(phase + self.length * self.rng.permutation(count))
 
     def next_sequence(self) -> np.ndarray:
-        """The next sequence, (length + 1,) uint16."""
-        left = np.array([len(starts) for starts in self.starts])
-        if not left.any():
+        """Return the next sequence, (length + 1,) uint16."""
+        if not any(map(len, self.starts)):
             self.shuffle()
-            left = np.array([len(starts) for starts in self.starts])
+        left = np.array([len(starts) for starts in self.starts])
+        # Weighted by what is left, all pieces run out at about the same time.
         i = int(self.rng.choice(len(left), p=left / left.sum()))
         start, self.starts[i] = self.starts[i][-1], self.starts[i][:-1]
         return self.pieces[i][start : start + self.length + 1]
 
 
 def walked_spans(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
-    """Of each step the spans of TRAIN_BATCH_TOKENS/BATCH_SLICES + 1 tokens of some slices, in the order of the text."""
+    """Yield, for each step, the given slices of the text in order: spans of TRAIN_BATCH_TOKENS/BATCH_SLICES + 1."""
     span = cfg.train_batch_tokens // cfg.batch_slices + 1
     walker = ShardWalker(list_shards(cfg.data_path, "train"), cfg.vocab_size, LOADERS[cfg.loader].documents)
     while True:
+        # Every rank reads the whole step and keeps its slices, so all ranks agree on where the next step begins.
         tokens = walker.next_tokens(cfg.batch_slices * span).reshape(cfg.batch_slices, span)
         yield [tokens[j] for j in slices]
 
 
 def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
-    """Of each step the rows (n, TRAIN_SEQ_LEN + 1) of some slices.
+    """Yield, for each step, rows (n, TRAIN_SEQ_LEN + 1) of the given slices.
 
-    Slice j deals the shards j, j + BATCH_SLICES, ... from a deck of its own: with 8 slices it is the published rank j.
-    Shards that are too few for that are cut into equal pieces, each of which ends with the next one's first token.
+    Slice j deals from shards j, j + BATCH_SLICES, ... alone; with 8 slices it is the published rank j. UserError if a
+    slice gets no sequence.
     """
-    length, shards = (
-        cfg.train_seq_len,
-        [read_shard(path) for path in list_shards(cfg.data_path, "train")],
-    )
-    pieces, cuts = [], -(-cfg.batch_slices // len(shards))
+    length, count = cfg.train_seq_len, cfg.batch_slices
+    shards = [read_shard(path) for path in list_shards(cfg.data_path, "train")]
+    # With fewer shards than slices, cut every shard into equal pieces. A piece ends with the first token of the next,
+    # which is the target of its last token.
+    pieces, cuts = [], -(-count // len(shards))
     for shard in shards:
         edges = [(len(shard) - 1) * i // cuts for i in range(cuts + 1)]
         pieces += [shard[max(a, 0) : b + 1] for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    decks = [ShuffledSequences(pieces[j :: cfg.batch_slices], length, j) for j in range(cfg.batch_slices)]
-    if not all(deck.pieces for deck in decks):
+    dealers = [ShuffledSequences(pieces[j::count], length, j) for j in range(count)]
+    if not all(dealer.pieces for dealer in dealers):
         raise UserError(
-            f"DATA_PATH={cfg.data_path}: {len(shards)} training shards do not give each of BATCH_SLICES="
-            f"{cfg.batch_slices} a sequence of TRAIN_SEQ_LEN={length}; lower one of these, or prepare more text"
+            f"DATA_PATH={cfg.data_path}: {len(shards)} training shards do not give each of BATCH_SLICES={count} a "
+            f"sequence of TRAIN_SEQ_LEN={length}; lower one of these, or prepare more text"
         )
+    rows = range(cfg.train_batch_tokens // count // length)
     while True:
-        batches = [
-            np.stack([deck.next_sequence() for _ in range(cfg.train_batch_tokens // cfg.batch_slices // length)])
-            for deck in (decks[j] for j in slices)
-        ]
+        batches = [np.stack([dealers[j].next_sequence() for _ in rows]) for j in slices]
         check_ids(np.concatenate(batches), cfg.vocab_size, f"DATA_PATH={cfg.data_path}")
         yield batches
 
@@ -1263,29 +1297,30 @@ def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
 def rows_batch(rows: np.ndarray, seq_len: int) -> Batch:
     """Rows of seq_len + 1 tokens as they are; attention runs across documents."""
     tokens = torch.from_numpy(rows.astype(np.int64))
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+    ids, targets = tokens[:, :-1], tokens[:, 1:]
+    return Batch(ids.contiguous(), targets.contiguous(), None)
 
 
 def packed_docs_batch(span: np.ndarray, seq_len: int) -> Batch:
-    """One row of all tokens; attention stays inside documents, and inside pieces of seq_len of a document."""
-    ids = span[:-1]
-    bounds = segment_bounds(np.flatnonzero(ids == BOS_ID), len(ids), seq_len)
-    return Batch(as_row(ids), as_row(span[1:]), torch.from_numpy(pad_bounds(bounds)))
+    """One row of all tokens; attention stays inside a document and inside pieces of seq_len tokens."""
+    starts = np.flatnonzero(span[:-1] == BOS_ID)
+    bounds = segment_bounds(starts, len(span) - 1, seq_len)
+    row = rows_batch(span[None], seq_len)
+    return row._replace(cu_seqlens=torch.from_numpy(pad_bounds(bounds)))
 
 
 def stream_batch(span: np.ndarray, seq_len: int) -> Batch:
     """Contiguous rows of seq_len tokens; attention runs across documents."""
-    return Batch(as_row(span[:-1]).view(-1, seq_len), as_row(span[1:]).view(-1, seq_len), None)
-
-
-def as_row(tokens: np.ndarray) -> Tensor:
-    """uint16 (N,) -> int64 (1, N)."""
-    return torch.from_numpy(tokens.astype(np.int64))[None]
+    row = rows_batch(span[None], seq_len)
+    return row.apply(lambda t: t.view(-1, seq_len))
 
 
 class Loader(NamedTuple):
-    """A way to cut the training text: each step's tokens of some slices, a micro-batch of those of one slice, and
-    whether documents bound attention."""
+    """A way to cut the training text.
+
+    tokens yields each step's tokens for some slices; batch makes the micro-batch of one slice; documents says whether
+    attention stops at document borders.
+    """
 
     tokens: Callable[[Config, range], Iterator[list[np.ndarray]]]
     batch: Callable[[np.ndarray, int], Batch]
@@ -1300,38 +1335,27 @@ LOADERS = {
 
 
 def train_batches(cfg: Config, runtime: Runtime) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of each optimiser step, for ever, prepared two steps ahead by a thread.
-
-    A step has BATCH_SLICES slices; slice j goes to rank j mod world, so that every world size sees the same tokens per
-    step in the same order.
-    """
+    """Yield this rank's micro-batches for each optimiser step, without end; a thread prepares two steps ahead."""
+    # Slice j goes to rank j mod world, so every world size sees the same tokens per step.
     loader, mine = LOADERS[cfg.loader], range(runtime.rank, cfg.batch_slices, runtime.world)
 
     def steps() -> Iterator[list[Batch]]:
         for parts in loader.tokens(cfg, mine):
             batches = [loader.batch(tokens, cfg.train_seq_len) for tokens in parts]
-            yield [pin(b) for b in batches] if runtime.device.type == "cuda" else batches
+            yield [b.apply(Tensor.pin_memory) for b in batches] if runtime.device.type == "cuda" else batches
 
     return prefetch(steps(), depth=2)
 
 
-def pin(batch: Batch) -> Batch:
-    """The batch in page-locked memory."""
-    return Batch(*(None if t is None else t.pin_memory() for t in batch))
-
-
 def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
-    """Items of an endless source, made by a daemon thread; its exception is raised at the consumer.
-
-    The thread has ended when the consumer's generator is closed: left alone, it may be inside torch when the program
-    exits, which aborts.
-    """
+    """Yield the items of an endless iterator, made ahead by a daemon thread; its exceptions are raised here."""
     ready: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()
 
     def put(item: Any) -> None:
         while not stop.is_set():
             try:
+                # The timeout lets the thread notice `stop` while the queue is full.
                 return ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
@@ -1340,7 +1364,7 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
         try:
             while not stop.is_set():
                 put(next(source))
-        except Exception as error:  # whatever it is: a consumer must not wait for ever
+        except Exception as error:  # any kind: the consumer must not wait for ever
             put(error)
 
     worker = threading.Thread(target=work, daemon=True)
@@ -1352,38 +1376,46 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
                 raise item
             yield item
     finally:
+        # Join: a thread that is still inside torch when the program exits aborts the process.
         stop.set()
         worker.join()
 
 
 def calibration_rows(cfg: Config, index: int) -> np.ndarray:
-    """Calibration batch `index`: random training windows, (rows, TRAIN_SEQ_LEN) int64, whatever the world."""
+    """Return calibration batch `index`: random training windows, (rows, TRAIN_SEQ_LEN) int64, for any world size."""
+    # Seeded by the index alone, so the rows do not depend on which rank draws them.
     rng = np.random.Generator(np.random.PCG64(index))
     shards = [read_shard(path) for path in list_shards(cfg.data_path, "train")]
-    room = np.array([max(0, len(s) - cfg.train_seq_len) for s in shards], dtype=np.float64)
+    length = cfg.train_seq_len
+    room = np.array([max(0, len(s) - length) for s in shards], dtype=np.float64)
     if not room.any():
-        raise UserError(f"DATA_PATH={cfg.data_path}: no training shard holds TRAIN_SEQ_LEN={cfg.train_seq_len} tokens")
-    rows = cfg.train_batch_tokens // cfg.batch_slices // cfg.train_seq_len
+        raise UserError(f"DATA_PATH={cfg.data_path}: no training shard holds TRAIN_SEQ_LEN={length} tokens")
+    rows = cfg.train_batch_tokens // cfg.batch_slices // length
+    # A shard is picked in proportion to its possible windows, so every window is equally likely.
     picks = rng.choice(len(shards), size=rows, p=room / room.sum())
     starts = [int(rng.integers(0, int(room[i]))) for i in picks]
-    return np.stack([shards[i][s : s + cfg.train_seq_len] for i, s in zip(picks, starts, strict=True)]).astype(np.int64)
+    windows = [shards[i][s : s + length] for i, s in zip(picks, starts, strict=True)]
+    return np.stack(windows).astype(np.int64)
 
 
 class ByteTable(NamedTuple):
-    """Bytes that a token stands for, by id: own bytes, a leading space, and whether nothing precedes (control ids)."""
+    """What each token id adds to the text, by id (V,): its bytes without a leading space (int32), whether it has a
+    leading space, and whether it is a boundary (a control id)."""
 
     bytes: np.ndarray
     space: np.ndarray
     boundary: np.ndarray
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes credited to each token as a target, int32; a leading space counts unless a control id precedes."""
-        previous_is_boundary = np.concatenate(([True], self.boundary[tokens[:-1]]))
-        return self.bytes[tokens] + (self.space[tokens] & ~previous_is_boundary)
+        """Return the bytes credited to each token of a stream as a target, int32."""
+        # The decoder drops a leading space at the start of a text, so it counts only if no control id precedes it.
+        after_boundary = np.concatenate(([True], self.boundary[tokens[:-1]]))
+        spaces = self.space[tokens] & ~after_boundary
+        return self.bytes[tokens] + spaces
 
 
 def find_tokenizer(cfg: Config) -> Path | None:
-    """The SentencePiece model of a run, or None when DATA_PATH holds none; UserError when ambiguous or missing."""
+    """Return TOKENIZER_PATH, or the only *.model in DATA_PATH, or None. UserError if missing or ambiguous."""
     if cfg.tokenizer_path:
         if not Path(cfg.tokenizer_path).is_file():
             raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: no such file")
@@ -1395,86 +1427,88 @@ def find_tokenizer(cfg: Config) -> Path | None:
 
 
 def byte_table(path: Path, vocab_size: int) -> ByteTable:
-    """Byte counts by id of a SentencePiece model: UTF-8 length without the leading U+2581, 1 for byte pieces, 0 for
-    control, unknown and unused ids (which are boundaries). UserError when the vocabulary is another one."""
+    """Count the bytes of every id of a SentencePiece model. UserError if its vocabulary has another size."""
     try:
         processor = spm.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: not a SentencePiece model ({error})") from None
     if processor.vocab_size() != vocab_size:
         raise UserError(f"{path}: the tokenizer has {processor.vocab_size()} pieces, VOCAB_SIZE={vocab_size}")
+    # Without this piece a single space would become <unk>, and its byte would be lost.
     if processor.piece_to_id("\u2581") == processor.unk_id():
         raise UserError(f"{path}: the tokenizer has no bare U+2581 piece, so bytes cannot be counted")
-    size = np.zeros(vocab_size, np.int32)
-    space, boundary = np.zeros(vocab_size, bool), np.zeros(vocab_size, bool)
+    table = ByteTable(np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool), np.zeros(vocab_size, bool))
     for i in range(vocab_size):
         if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
-            boundary[i] = True
+            table.boundary[i] = True
         elif processor.is_byte(i):
-            size[i] = 1
+            table.bytes[i] = 1
         else:
+            # U+2581 stands for a space.
             piece = processor.id_to_piece(i)
-            space[i] = piece.startswith("\u2581")
-            size[i] = len(piece.removeprefix("\u2581").encode("utf-8"))
-    return ByteTable(size, space, boundary)
+            table.space[i] = piece.startswith("\u2581")
+            table.bytes[i] = len(piece.removeprefix("\u2581").encode("utf-8"))
+    return table
 
 
 class ValData(NamedTuple):
-    """The validation stream: tokens (N,) int64, and the bytes credited to each as a target (N,) int32."""
+    """The validation stream: tokens (N,) int64, and the bytes credited to each token as a target, (N,) int32."""
 
     tokens: np.ndarray
     bytes: np.ndarray
 
 
 def load_val(cfg: Config) -> ValData:
-    """Validation tokens with their bytes from the sidecar where there is one, else from the tokenizer.
+    """Load the validation tokens and their bytes: from the byte sidecar if there is one, else from the tokenizer.
 
-    Cut to a multiple of EVAL_SEQ_LEN targets (the canonical count) unless EVAL_INCLUDE_TAIL.
+    The stream is cut to a multiple of EVAL_SEQ_LEN targets, the canonical count, unless EVAL_INCLUDE_TAIL is set.
+    UserError if the stream is too short, or if shards, sidecars, tokenizer and VOCAB_SIZE do not fit together.
     """
-    shards, sidecars = (
-        list_shards(cfg.data_path, "val"),
-        list_shards(cfg.data_path, "val_bytes"),
-    )
+    where = f"DATA_PATH={cfg.data_path}"
+    shards, sidecars = list_shards(cfg.data_path, "val"), list_shards(cfg.data_path, "val_bytes")
     tokens = np.concatenate([read_shard(path) for path in shards]).astype(np.int64)
-    count = len(tokens) - 1 if cfg.eval_include_tail else (len(tokens) - 1) // cfg.eval_seq_len * cfg.eval_seq_len
+    count = len(tokens) - 1
+    if not cfg.eval_include_tail:
+        count -= count % cfg.eval_seq_len
     if count < 1:
         raise UserError(
-            f"DATA_PATH={cfg.data_path}: {len(tokens)} validation tokens are fewer than "
-            f"EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower EVAL_SEQ_LEN or prepare more --val-docs"
+            f"{where}: {len(tokens)} validation tokens are fewer than EVAL_SEQ_LEN={cfg.eval_seq_len} + 1; lower "
+            "EVAL_SEQ_LEN or prepare more --val-docs"
         )
-    if tokens.max() >= cfg.vocab_size:
-        raise UserError(
-            f"DATA_PATH={cfg.data_path}: validation token id {tokens.max()} is outside "
-            f"VOCAB_SIZE={cfg.vocab_size}; the shards were made with another tokenizer"
-        )
+    check_ids(tokens, cfg.vocab_size, where)
+    # The tokenizer is checked against VOCAB_SIZE even where the sidecar has the bytes.
     tokenizer = find_tokenizer(cfg)
     table = byte_table(tokenizer, cfg.vocab_size) if tokenizer else None
     if sidecars:
-        sizes = [(len(read_shard(a)), len(read_shard(b))) for a, b in zip(shards, sidecars, strict=False)]
-        if len(shards) != len(sidecars) or any(a != b for a, b in sizes):
-            raise UserError(f"DATA_PATH={cfg.data_path}: the byte sidecars do not match the validation shards")
-        counted = np.concatenate([read_shard(path) for path in sidecars]).astype(np.int32)
+        parts = [read_shard(path) for path in sidecars]
+        if list(map(len, parts)) != [len(read_shard(path)) for path in shards]:
+            raise UserError(f"{where}: the byte sidecars do not match the validation shards")
+        counted = np.concatenate(parts).astype(np.int32)
     elif table is not None:
         counted = table.count(tokens)
     else:
-        raise UserError(f"DATA_PATH={cfg.data_path} has neither a *.model nor a byte sidecar; set TOKENIZER_PATH")
+        raise UserError(f"{where} has neither a *.model nor a byte sidecar; set TOKENIZER_PATH")
     return ValData(tokens[: count + 1], counted[: count + 1])
 
 
 def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
-    """(start, length) of each document of a stream; the length includes the next document's BOS, the last target."""
+    """Return (start, length) of each document. The length includes the next document's BOS, which is a target too."""
     starts = np.flatnonzero(tokens == BOS_ID)
     if not len(starts):
         raise UserError("the validation stream has no document start (BOS); EVAL=doc_lora needs documents")
-    starts[0] = 0  # tokens before the first BOS belong to the first document: every target is scored
+    starts[0] = 0  # tokens before the first BOS join the first document, so every target is scored
+    # + 1: the last token of a document predicts the BOS of the next one.
     ends = np.append(starts[1:] + 1, len(tokens))
     return [(int(s), int(e - s)) for s, e in zip(starts, ends, strict=True)]
 
 
 def row_bounds(ids: np.ndarray) -> Tensor:
-    """Padded segment boundaries of rows (B, T): every row start and every document start, over B*T flattened tokens."""
-    starts = np.union1d(np.flatnonzero(ids.reshape(-1) == BOS_ID), np.arange(0, ids.size, ids.shape[1]))
-    return torch.from_numpy(pad_bounds(segment_bounds(starts, ids.size, 0)))
+    """Return padded segment boundaries for rows (B, T) as B*T flat tokens: every row start and document start."""
+    documents = np.flatnonzero(ids.reshape(-1) == BOS_ID)
+    rows = np.arange(0, ids.size, ids.shape[1])
+    # The union counts a document start at a row start once; twice would make an empty segment.
+    bounds = segment_bounds(np.union1d(documents, rows), ids.size, 0)
+    return torch.from_numpy(pad_bounds(bounds))
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -1583,7 +1617,11 @@ class AttnMeta(NamedTuple):
     sin: Tensor
     mask: Tensor | None  # segment_mask, for masked_attention
     starts: Tensor | None = None  # (B, T) bool, for recurrent mixers: tokens before which the state is cleared
-    carry: KVCache | None = None  # keys and values of the documents' earlier parts
+    kv_cache: KVCache | None = None  # keys and values of the documents' earlier parts
+
+    def at(self, execution: int) -> AttnMeta:
+        """The meta of one execution: its cache is that execution's."""
+        return self if self.kv_cache is None else self._replace(kv_cache=self.kv_cache._replace(execution=execution))
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttnMeta, Tensor | None], Tensor]
@@ -1667,33 +1705,32 @@ def masked_attention(
 
 
 class KVCache(NamedTuple):
-    """What a forward pass over parts of documents has of the parts before; its ids begin with GPT.reach earlier tokens.
+    """Keys and values of earlier tokens, for rows that continue their documents.
 
-    first: (B, 1, 1) bool, rows that begin with their document, before which nothing counts. cache: (slots, 2, B, C, K,
-    d), keys and values of earlier tokens, or None; mask: (B, 1, H/K * T, C + T), what is added to the scores, its own
-    tokens last. cells: (B, n) columns that the head gets; None: all. new: what the slots leave, in turn: k, v, k, ...
+    first: (B, 1, 1) bool, rows that begin a document: nothing before them counts, neither tokens nor cache.
+    positions: (B, T), of the rows' tokens in their documents.
+    cached: (executions, 2, B, C, K, d), keys and values of earlier tokens.
+    mask: (B, 1, H/K * T, C + T), added to the scores; the rows' own tokens are the last T columns.
+    new: what each execution leaves, (2, B, T, K, d); attend fills it in.
+    The ids of such a forward begin with the GPT.reach tokens before the row, for embeddings that look back.
     """
 
     first: Tensor
-    cache: Tensor | None
-    mask: Tensor | None
-    cells: Tensor | None
-    new: list[Tensor]
+    positions: Tensor
+    cached: Tensor
+    mask: Tensor
+    new: dict[int, Tensor]
+    execution: int = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
-        """An Attend for the slot whose turn it is. The queries of a key/value group lie side by side: a GPU's tiles
-        are fuller, and no key is copied for them. The cache itself is copied, so it may be written before a backward.
-
-        Queries are the last of the keys (bottom-right alignment). Flash attention with seqused_k would read only the
-        columns in use; a mask reads all of a bucket and is exact everywhere.
-        """
-        execution = len(self.new) // 2
-        self.new.extend((k.detach(), v.detach()))
-        if self.cache is None:
-            return causal_attention(q, k, v, meta)
+        """Attention over the cached and the row's own keys. Shapes as masked_attention; there are no sinks here."""
+        self.new[self.execution] = torch.stack((k.detach(), v.detach()))
+        # cat copies the cache, so that it may be written before the backward
         k, v = (
-            torch.cat((old, x), dim=1).transpose(1, 2) for old, x in zip(self.cache[execution], (k, v), strict=True)
+            torch.cat((old, x), dim=1).transpose(1, 2)
+            for old, x in zip(self.cached[self.execution], (k, v), strict=True)
         )
+        # the queries of a key/value group lie side by side: a GPU's tiles are fuller, and no key is repeated for them
         rows = q.unflatten(2, (k.size(1), -1)).permute(0, 2, 3, 1, 4)  # (B, K, H/K, T, d)
         y = F.scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=self.mask)
         return y.view(rows.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)
@@ -2699,7 +2736,7 @@ class Attention(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, raw_v))
         q, k = (rotate(rms_norm(x), meta.cos, meta.sin) for x in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
-        attend = self.attend if meta.carry is None else meta.carry.attend
+        attend = self.attend if meta.kv_cache is None else meta.kv_cache.attend
         y = attend(q, k, v, meta, self.sink)
         if self.xsa:
             y = remove_self_value(y, v)
@@ -2755,9 +2792,6 @@ class DeltaNet(nn.Module):
 MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
 
 
-LEAKY_SLOPE = 0.5  # of the MLP's LeakyReLU on the negative side
-
-
 class MLP(nn.Module):
     """down(LeakyReLU(up(m), slope)^2), by the fused kernel if the run has it and nobody listens at up or down."""
 
@@ -2766,7 +2800,7 @@ class MLP(nn.Module):
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.up = Linear("up", cfg.model_dim, hidden)
         self.down = Linear("down", hidden, cfg.model_dim)
-        self.slope, self.fused = LEAKY_SLOPE, kernels.mlp
+        self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
     def forward(
         self,
@@ -2988,14 +3022,18 @@ class GPT(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_len: int = 0,
         rows: int = 1,
+        kv_cache: KVCache | None = None,
     ) -> AttnMeta:
-        """The Seq of rows of `length` tokens; cu: boundaries over the rows * length flattened tokens, row starts in it;
-        max_len: no segment is longer (0: not known)."""
+        """The AttnMeta of rows of `length` tokens; cu_seqlens: boundaries over the rows * length flattened tokens, row
+        starts in it; max_len: no segment is longer (0: not known). With a cache, rows continue their documents."""
         total, mask = rows * length, None
         if cu_seqlens is not None and self.masked:
             mask = segment_mask(cu_seqlens, total, max_len if max_len > 0 and total % max_len == 0 else total)
         dims, base, reference = self.rope
         stretched = stretched_base(base, dims, max_len or length, reference)
+        if kv_cache is not None:
+            cos, sin = rotary_at(kv_cache.positions, dims, stretched, max_len)
+            return AttnMeta(None, max_len, cos, sin, None, kv_cache=kv_cache)
         rotary = self.rotary if stretched == base else rotary_tables  # published: a stretched table is float32
         cos, sin = rotary(
             length if cu_seqlens is None or not self.anchored else total,
@@ -3008,12 +3046,6 @@ class GPT(nn.Module):
             position = (token - cu_seqlens[segments(cu_seqlens, total) - 1]).view(rows, length)
             cos, sin = cos[position], sin[position]
         return AttnMeta(cu_seqlens, max_len, cos, sin, mask)
-
-    def plan_carry(self, at: Tensor, max_len: int, carry: KVCache) -> AttnMeta:
-        """The Seq of rows that are parts of documents, their tokens at positions `at` (B, T) of them."""
-        dims, base, reference = self.rope
-        base = stretched_base(base, dims, max_len, reference)
-        return AttnMeta(None, max_len, *rotary_at(at, dims, base, max_len), None, carry=carry)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, D): the embedding and its extras, normed, then the extras that act after the norm."""
@@ -3031,26 +3063,25 @@ class GPT(nn.Module):
         if self.first_id is not None:
             meta = meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
         x = self.embed(ids)
-        if meta.carry is not None:
+        if meta.kv_cache is not None:  # cut off what embeddings looked back at; a document's start looks at nothing
             ids = ids[:, self.reach :]
-            x = torch.where(meta.carry.first, self.embed(ids), x[:, self.reach :])
+            x = torch.where(meta.kv_cache.first, self.embed(ids), x[:, self.reach :])
         x0 = x
         values = ValueContext(None, None) if self.value_embed is None else self.value_embed(ids, self.dtype)
         lanes, outputs, route = (x,), [], self.route
         for execution, layer in enumerate(route.layers):
             lane0, block, tap = lanes[0], self.blocks[layer], LayerTap(taps, execution, layer)
+            here = meta.at(execution)
             row, source = route.skip_row[execution], route.skip_source[execution]
             if row >= 0:
                 lane0 = self.skips(lane0, outputs[source], row)
             if route.parallel[execution]:
                 pair = (lane0, lanes[-1])
-                lanes = self.lanes(pair, block.branches(*pair, x0, meta, tap, values), layer)
+                lanes = self.lanes(pair, block.branches(*pair, x0, here, tap, values), layer)
             else:
-                lanes = (block(lane0, x0, meta, tap, values, route.parallel_block[execution]),)
+                lanes = (block(lane0, x0, here, tap, values, route.parallel_block[execution]),)
             outputs.append(lanes[0])
         x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
-        if meta.carry is not None and meta.carry.cells is not None:
-            x = x.gather(1, meta.carry.cells.unsqueeze(-1).expand(-1, -1, x.size(-1)))
         return rms_norm(x)
 
     def forward(
@@ -3418,17 +3449,20 @@ class FakeQuantSTE:
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg, plan = cfg, quant_plan(cfg)
-        rounded = {name for name, rule in plan.items() if rule.bits < 8 and SCHEMES[rule.scheme].steps is not None}
+        # which rows are frequent, and so have more bits, is not known before the calibration
+        rounded = {name for name, rule in plan.items() if rule.bits < 8 and not SCHEMES[rule.scheme].counts}
         self.jobs = [(p, plan[name]) for name, p in model.named_parameters() if name in rounded]
         self.params = [p for p, _ in self.jobs]
 
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
         """What the forward pass of a step sees instead of self.params."""
-        return [
-            fake_quantize(p, SCHEMES[rule.scheme].steps(p, rule, self.cfg).float(), rule.bits).to(p.dtype)
-            for p, rule in self.jobs
-        ]
+        rounded = []
+        for p, rule in self.jobs:
+            scheme = SCHEMES[rule.scheme]
+            scale = (scheme.qat_scale or scheme.scale)(p, rule, self.cfg)
+            rounded.append(fake_quantize(p, scale.float(), rule.bits).to(p.dtype))
+        return rounded
 
 
 class QuantNoise:
@@ -3645,14 +3679,13 @@ class Trainer:
 
 
 class QuantRule(NamedTuple):
-    """How a tensor is stored: scheme, bits, clip in standard deviations of a row; the first columns of the groups that
-    AWQ-lite gives more bits, and the rows that gptq_freqsplit gives more."""
+    """How one tensor is stored."""
 
-    scheme: str
+    scheme: str  # key of SCHEMES
     bits: int
-    clip: float = 0.0
-    fine: tuple[int, ...] = ()
-    rows: tuple[int, ...] = ()
+    clip: float = 0.0  # in standard deviations of a row
+    awq_groups: tuple[int, ...] = ()  # first columns of the groups that have AWQ_LITE_BITS
+    frequent_rows: tuple[int, ...] = ()  # rows that have EMBED_TOP_BITS
 
 
 # Tables of ids have no input to calibrate on
@@ -3703,40 +3736,39 @@ def passes(cfg: Config, layer: int) -> int:
 
 
 def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
-    """AWQ's measure of a column, (cols,) float64: RMS of its input, over `count` passes, times its mean |weight|.
+    """AWQ's measure of each column, (cols,) float64: RMS of its input, over `count` passes, times its mean |weight|.
 
     The number of calibration tokens, a factor that all tensors share, stays in the RMS.
     """
     return (hessian.diagonal().double() / count).sqrt() * weight.double().abs().mean(dim=0)
 
 
-def refined_plan(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> Plan:
-    """quant_plan with what depends on the data: the embedding's EMBED_TOPK most frequent rows (of equally frequent ones
-    the first), and the columns that AWQ-lite gives more bits."""
+def refined_plan(cfg: Config, state: Weights, hessians: Weights) -> Plan:
+    """quant_plan with what depends on the data: the EMBED_TOPK most frequent rows and AWQ-lite's column groups."""
     plan = quant_plan(cfg)
-    if COUNTS in hessians:
-        order = hessians[COUNTS].sort(descending=True, stable=True).indices.tolist()
-        for name in weights_by_role(cfg, "embed").values():
-            plan[name] = plan[name]._replace(rows=tuple(order[: cfg.embed_topk]))
-    for name, starts in salient_groups(cfg, plan, state, hessians).items():
-        plan[name] = plan[name]._replace(scheme=FINER[plan[name].scheme], fine=tuple(sorted(starts)))
+    for name, rule in plan.items():
+        if SCHEMES[rule.scheme].counts:
+            if COUNTS not in hessians:
+                raise UserError(f"EMBED_QUANT={rule.scheme} has no token counts; run STAGES=train,... again with it")
+            # a stable sort: of equally frequent tokens the lowest ids are taken
+            order = hessians[COUNTS].sort(descending=True, stable=True).indices.tolist()
+            plan[name] = rule._replace(frequent_rows=tuple(order[: cfg.embed_topk]))
+    if cfg.awq_lite_enabled:
+        for name, starts in salient_groups(cfg, plan, state, hessians).items():
+            plan[name] = plan[name]._replace(scheme=FINER[plan[name].scheme], awq_groups=tuple(sorted(starts)))
     return plan
 
 
-def salient_groups(
-    cfg: Config,
-    plan: Plan,
-    state: dict[str, Tensor],
-    hessians: dict[str, Tensor],
-) -> dict[str, list[int]]:
-    """Name -> first columns of its groups among the AWQ_LITE_GROUP_TOP_K most salient groups of contiguous columns of
-    all tensors; empty unless AWQ_LITE_ENABLED."""
+def salient_groups(cfg: Config, plan: Plan, state: Weights, hessians: Weights) -> dict[str, list[int]]:
+    """Name -> first columns of its groups among the AWQ_LITE_GROUP_TOP_K most salient ones of all tensors."""
     groups, chosen, size = [], {}, cfg.awq_lite_group_size
-    for name, p in weights_of(cfg).items():
-        eligible = plan[name].scheme in FINER and plan[name].bits < cfg.awq_lite_bits
-        if cfg.awq_lite_enabled and eligible and name in state.keys() & hessians.keys():
-            salience = column_salience(state[name], hessians[name], passes(cfg, p.layer))
-            groups += [(-part.sum().item(), name, i * size) for i, part in enumerate(salience.split(size))]
+    layers = {name: p.layer for name, p in weights_of(cfg).items()}
+    for name in layers.keys() & state.keys() & hessians.keys():
+        if plan[name].scheme not in FINER or plan[name].bits >= cfg.awq_lite_bits:
+            continue
+        salience = column_salience(state[name], hessians[name], passes(cfg, layers[name]))
+        for i, part in enumerate(salience.split(size)):
+            groups.append((-part.sum().item(), name, i * size))
     for _, name, start in sorted(groups)[: cfg.awq_lite_group_top_k]:
         chosen.setdefault(name, []).append(start)
     return chosen
@@ -3761,7 +3793,7 @@ class HessianTap:
         self.sums[key].addmm_(flat.T, flat)
         return y
 
-    def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> dict[str, Tensor]:
+    def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> Weights:
         """Name of a weight of the model -> X^T X / batches on the CPU, summed over the ranks."""
         means = {key: (runtime.sum_(total) / batches).cpu() for key, total in self.sums.items()}
         inputs = {name: (ROLES[p.role].hessian, p.layer) for name, p in model.named_parameters()}
@@ -3769,7 +3801,7 @@ class HessianTap:
 
 
 @torch.no_grad()
-def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> dict[str, Tensor]:
+def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> Weights:
     """Input Hessians over GPTQ_CALIBRATION_BATCHES of random training windows, split over the ranks."""
     tap, started = HessianTap(), time.perf_counter()
     mine = range(runtime.rank, cfg.gptq_calibration_batches, runtime.world)
@@ -3798,72 +3830,56 @@ def token_counts(cfg: Config, runtime: Runtime) -> Tensor:
     return runtime.sum_(torch.from_numpy(counts))
 
 
-Bits = int | Tensor  # of all rows, or of each (rows,)
+Parts = dict[str, Tensor]  # what a stored tensor consists of, such as its integers "q" and the scales "s" of its rows
+Weights = dict[str, Tensor]  # by name
+Bits = int | Tensor  # of every weight alike, or a tensor that broadcasts to (rows, cols)
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a row of zeros is divided by it, not by 0
 
 
-def row_scales(weight: Tensor, bits: Bits, clip: float, base_step: float = 0.0) -> Tensor:
-    """SD-clip step of each row, float32, as it is stored: clip * std / (2^(bits-1) - 1), at least 2^-24."""
-    return scale_values(stored_scales(sigma_clip_scale(weight, bits, clip), base_step))
+def storable(scale: Tensor) -> Tensor:
+    """Row scales as float16, never 0."""
+    return scale.half().clamp_min(SMALLEST_SCALE)
 
 
-def ruled_scales(weight: Tensor, rule: QuantRule, cfg: Config) -> Tensor:
-    """row_scales of a rule of the plan."""
-    return row_scales(weight, rule.bits, rule.clip, cfg.scale_step)
+def log_scales(scale: Tensor, base_step: float) -> Tensor:
+    """Row scales as int16: their log2 in multiples of base_step."""
+    return (scale.double().clamp_min(SMALLEST_SCALE).log2() / base_step).round().to(torch.int16)
 
 
-def storable(steps: Tensor) -> Tensor:
-    """Row steps as float16, at least the smallest one above 0."""
-    return steps.half().clamp_min(2.0**-24)
-
-
-def log_scales(steps: Tensor, base_step: float) -> Tensor:
-    """Row steps as int16, in multiples of base_step of their log2."""
-    return (steps.double().clamp_min(2.0**-24).log2() / base_step).round().to(torch.int16)
-
-
-def stored_scales(steps: Tensor, base_step: float, key: str = "s") -> Parts:
-    """The parts that hold row steps under a key: float16, or (base_step over 0) log_scales and their base step `ss`."""
+def stored_scales(scale: Tensor, base_step: float, key: str = "s") -> Parts:
+    """The parts that hold row scales: float16 or, with a base_step over 0, log_scales and that step ("ss")."""
     if base_step == 0:
-        return {key: storable(steps)}
+        return {key: storable(scale)}
     return {
-        key: log_scales(steps, base_step),
-        "ss": torch.tensor([base_step], device=steps.device),
+        key: log_scales(scale, base_step),
+        "ss": torch.tensor([base_step], device=scale.device),
     }
 
 
 def scale_values(parts: Parts, key: str = "s") -> Tensor:
-    """Row steps (rows,) float32 of stored_scales: what a decoder multiplies by, and so what a quantiser divides by."""
+    """Row scales (rows,) float32 of stored_scales: what a decoder multiplies by, so what a quantiser divides by."""
     stored = parts[key]
     return stored.float() if stored.is_floating_point() else (stored.double() * parts["ss"].double()).exp2().float()
 
 
-def sigma_clip_scale(weight: Tensor, bits: Bits, clip: float) -> Tensor:
-    """Step of each row, float32, of a grid that reaches clip standard deviations."""
-    return clip * weight.float().std(dim=1) / (2 ** (bits - 1) - 1)
+def awq_columns(groups: Tensor, cols: int) -> Tensor:
+    """Column indices of AWQ-lite's groups, given as [columns of a group, first column, first column ...]."""
+    size, *starts = groups.tolist()
+    return torch.cat([torch.arange(start, min(start + size, cols)) for start in starts])
 
 
-def quantile_steps(weight: Tensor, bits: int, quantile: float, floor: float) -> Tensor:
-    """Step of each row, float32, of a grid that reaches a quantile of its magnitudes, and at least floor."""
-    top, magnitude = 2 ** (bits - 1) - 1, weight.float().abs()
-    clip = magnitude.amax(dim=1) if quantile == 1 else magnitude.quantile(quantile, dim=1)
-    return (clip.clamp_min(floor) / top).clamp_min(2.0**-24)
+def weight_scales(parts: Parts, cols: int) -> Tensor:
+    """What each integer is multiplied by: (rows, 1), or (rows, cols) where AWQ-lite's columns have scales "hs"."""
+    scale = scale_values(parts)[:, None]
+    if "hc" in parts:
+        scale = scale.repeat(1, cols)
+        scale[:, awq_columns(parts["hc"], cols)] = scale_values(parts, "hs")[:, None]
+    return scale
 
 
-def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The weight rounded to the grid with a step (rows,) for each row."""
-    return round_to_grid(weight, scale[:, None], bits) * scale[:, None]
-
-
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-
-
-def searched_scales(weight: Tensor, bits: int, floor: float = 0.0, by_row: bool = True) -> Tensor:
-    """Row steps, float16, of the older clip search ("GPTQ-lite"): clipped at the quantile of a row's magnitudes of
-    least squared error when rounding to nearest, for each row or (by_row off) the same one for a whole matrix."""
-    scales = torch.stack([storable(quantile_steps(weight, bits, q, floor)) for q in CLIP_QUANTILES])
-    errors = torch.stack([(weight - fake_quantize(weight, s.float(), bits)).square().sum(dim=1) for s in scales])
-    best = (errors if by_row else errors.sum(dim=1, keepdim=True).expand_as(errors)).argmin(dim=0)
-    return scales.gather(0, best[None])[0]
+def decode_rows(parts: Parts) -> Tensor:
+    """Integers times their scales, float32."""
+    return parts["q"].float() * weight_scales(parts, parts["q"].size(1))
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, bits: Bits) -> Tensor:
@@ -3872,29 +3888,59 @@ def round_to_grid(weight: Tensor, scale: Tensor, bits: Bits) -> Tensor:
     return torch.clamp(torch.round(weight / scale), -top, top)
 
 
-class HighBitColumns(NamedTuple):
-    """Columns of a matrix with a grid of their own: their indices (n,), bits, and step of each row (rows,)."""
-
-    columns: Tensor
-    bits: int
-    scale: Tensor
+def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The weight rounded to a grid whose rows have scales (rows,)."""
+    return round_to_grid(weight, scale[:, None], bits) * scale[:, None]
 
 
-def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a damped Hessian (cols, cols): the order of its columns by falling diagonal, the upper Cholesky factor of its
-    inverse in that order, and which columns have no input at all."""
+def sigma_clip_scale(weight: Tensor, bits: Bits, clip: float) -> Tensor:
+    """Row scales (rows,) float32 of a grid that reaches `clip` standard deviations; bits: an int or (rows, 1)."""
+    deviation = weight.float().std(dim=1, keepdim=True)
+    return (clip * deviation / (2 ** (bits - 1) - 1)).squeeze(1)
+
+
+def row_scales(weight: Tensor, bits: Bits, clip: float, base_step: float = 0.0) -> Tensor:
+    """sigma_clip_scale as it will be read back from the artifact."""
+    return scale_values(stored_scales(sigma_clip_scale(weight, bits, clip), base_step))
+
+
+def quantile_scale(weight: Tensor, bits: int, quantile: float, floor: float) -> Tensor:
+    """Row scales (rows,) float32 of a grid that reaches a quantile of the row's magnitudes, and at least `floor`."""
+    top, magnitude = 2 ** (bits - 1) - 1, weight.float().abs()
+    clip = magnitude.amax(dim=1) if quantile == 1 else magnitude.quantile(quantile, dim=1)
+    return (clip.clamp_min(floor) / top).clamp_min(SMALLEST_SCALE)
+
+
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+
+
+def searched_scales(weight: Tensor, bits: int, floor: float = 0.0, by_row: bool = True) -> Tensor:
+    """Row scales (rows,) float16 of the older clip search ("GPTQ-lite").
+
+    The clip is the one of CLIP_QUANTILES with the smallest squared error when rounding to nearest: for each row or, as
+    published (by_row off), one quantile for the whole matrix.
+    """
+    scales = torch.stack([storable(quantile_scale(weight, bits, q, floor)) for q in CLIP_QUANTILES])
+    errors = torch.stack([(weight - fake_quantize(weight, s.float(), bits)).square().sum(dim=1) for s in scales])
+    best = (errors if by_row else errors.sum(dim=1, keepdim=True).expand_as(errors)).argmin(dim=0)
+    return scales.gather(0, best[None])[0]
+
+
+def inverse_factor(hessian: Tensor, percdamp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """GPTQ's preparation of a Hessian (cols, cols).
+
+    Returns the order of the columns by falling diagonal, the upper Cholesky factor of the inverse of the damped Hessian
+    in that order, and a mask of the columns that never had an input.
+    """
     H = hessian.float().clone()
-    diagonal = H.diagonal()
+    diagonal = H.diagonal()  # a view: what is written to it changes H
     dead = diagonal == 0
     diagonal[dead] = 1
-    diagonal += damp * diagonal.mean()
+    diagonal += percdamp * diagonal.mean()
     order = torch.argsort(diagonal, descending=True)
     H = H[order][:, order]
-    return (
-        order,
-        torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True),
-        dead,
-    )
+    Hinv = torch.cholesky_inverse(torch.linalg.cholesky(H))
+    return order, torch.linalg.cholesky(Hinv, upper=True), dead
 
 
 def gptq_columns(
@@ -3903,10 +3949,10 @@ def gptq_columns(
     blocksize: int,
     rounder: Callable[[Tensor, int], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """GPTQ's loop (Frantar et al. 2023): levels (..., rows, cols) of W, column by column; W itself is used up.
+    """GPTQ's loop (Frantar et al. 2023): levels (..., rows, cols) of W, column by column. W is overwritten.
 
-    rounder(column (..., rows), j) gives levels and the weights that they stand for; the error is spread over the later
-    columns through Hinv (..., cols, cols), to those of other blocks of columns at the end of a block.
+    rounder(column (..., rows), j) returns levels and the weights that they stand for. Each column's error is spread
+    over the later columns through Hinv (..., cols, cols).
     """
     Q = torch.empty_like(W)
     for start in range(0, W.size(-1), blocksize):
@@ -3916,37 +3962,31 @@ def gptq_columns(
             Q[..., j], value = rounder(W[..., j], j)
             errors[..., j - start] = (W[..., j] - value) / Hinv[..., j, j, None]
             W[..., j:stop].addcmul_(errors[..., j - start, None], Hinv[..., j, None, j:stop], value=-1)
+        # columns of later blocks get the errors of the whole block in one matrix product
         W[..., stop:] -= errors @ Hinv[..., start:stop, stop:]
     return Q
 
 
-def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    scale: Tensor,
-    bits: Bits,
-    damp: float,
-    blocksize: int,
-    fine: HighBitColumns | None = None,
-) -> Tensor:
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits, percdamp: float, blocksize: int) -> Tensor:
     """Integers (rows, cols) int8 of GPTQ with activation order (Frantar et al. 2023).
 
-    weight (rows, cols) float32, hessian (cols, cols), scale (rows,), bits of all rows or (rows,). Columns go in order
-    of falling diagonal; the rounding error of each is spread over the later ones through the Cholesky factor of the
-    inverse Hessian.
+    weight (rows, cols), hessian (cols, cols); scale and bits broadcast to (rows, cols).
     """
-    order, Hinv, dead = inverse_factor(hessian, damp)
-    W = weight.float().clone()
-    W[:, dead] = 0
-    finer = set(fine.columns.tolist()) if fine is not None else set()
-    grids = [(fine.scale.float(), fine.bits) if c in finer else (scale.float(), bits) for c in order.tolist()]
+    order, Hinv, dead = inverse_factor(hessian, percdamp)
+    W = torch.where(dead, 0.0, weight.float())[:, order].contiguous()
+    scales = scale.expand_as(W).T[order]  # (cols, rows), in GPTQ's order
+    if isinstance(bits, int):
+        widths = [bits] * len(order)
+    else:
+        widths = bits.expand_as(W).T[order]
 
-    def nearest(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        step, width = grids[j]
-        levels = round_to_grid(column, step, width)
-        return levels, levels * step
+    def nearest_level(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        """The nearest levels of a column, and their values."""
+        levels = round_to_grid(column, scales[j], widths[j])
+        return levels, levels * scales[j]
 
-    return gptq_columns(W[:, order].contiguous(), Hinv, blocksize, nearest)[:, torch.argsort(order)].to(torch.int8)
+    q = gptq_columns(W, Hinv, blocksize, nearest_level)
+    return q[:, torch.argsort(order)].to(torch.int8)
 
 
 # A trellis is a shift register (Ungerboeck 1982, codes for amplitude modulation). State s goes by branch b to state
@@ -4026,72 +4066,65 @@ class Viterbi:
         return points.gather(1, subset[:, None])[:, 0]
 
 
-Parts = dict[str, Tensor]
+def nearest(weight: Tensor, hessian: Tensor | None, scale: Tensor, bits: Bits, cfg: Config) -> Tensor:
+    """Round each weight to the nearest level, int8."""
+    return round_to_grid(weight.float(), scale, bits).to(torch.int8)
+
+
+def require_hessian(hessian: Tensor | None) -> Tensor:
+    """The Hessian; UserError if calibration did not collect it."""
+    if hessian is None:
+        raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
+    return hessian
+
+
+def with_feedback(weight: Tensor, hessian: Tensor | None, scale: Tensor, bits: Bits, cfg: Config) -> Tensor:
+    """Round column by column with GPTQ, int8."""
+    return gptq(weight, require_hessian(hessian), scale, bits, cfg.gptq_damp, cfg.gptq_blocksize)
+
+
+def row_bits(weight: Tensor, rule: QuantRule, cfg: Config) -> Bits:
+    """Bits of all rows, or (rows, 1) if frequent rows have more."""
+    if not rule.frequent_rows:
+        return rule.bits
+    bits = torch.full((len(weight), 1), rule.bits, device=weight.device)
+    bits[list(rule.frequent_rows)] = cfg.embed_top_bits
+    return bits
+
+
+def sigma_clip(weight: Tensor, rule: QuantRule, cfg: Config) -> Tensor:
+    """Scales of rows that are clipped at so many standard deviations."""
+    return row_scales(weight, row_bits(weight, rule, cfg), rule.clip, cfg.scale_step)
 
 
 class Scheme(NamedTuple):
-    """encode(weight, hessian, rule, cfg) -> parts, and decode(parts) -> float32 weight. repairable: integers of a
-    matrix, whose error a repair may correct. steps(weight, rule, cfg): row steps of the grid, for QAT.
-    together(weights, hessians, rules, cfg): encode of several matrices of equal width at once, to the same parts.
-    hessian, counts: what calibration has to collect for it."""
+    """How a tensor becomes parts and back: a scale for each row, then integers. Without a scale: float16."""
 
-    encode: Callable[[Tensor, Tensor | None, QuantRule, Config], Parts]
-    decode: Callable[[Parts], Tensor]
-    repairable: bool = False
-    steps: Callable[[Tensor, QuantRule, Config], Tensor] | None = None
-    encode_batch: Callable[[list[Tensor], list[Tensor | None], list[QuantRule], Config], list[Parts]] | None = None
-    hessian: bool = False
-    counts: bool = False
+    scale: Callable | None  # (weight, rule, cfg) -> (rows,) float32
+    rounder: Callable = nearest  # (weight, hessian, scale, bits, cfg) -> int8 (rows, cols)
+    decode: Callable[[Parts], Tensor] = decode_rows
+    qat_scale: Callable | None = None  # the scale that training sees, if it is another one
+    # (weights, hessians, rules, cfg) -> parts of each: encodes matrices of equal width at once
+    batch_encoder: Callable | None = None
+    repairable: bool = True  # REPAIR may correct the error
+    hessian: bool = False  # calibration collects Hessians for it
+    counts: bool = False  # and counts tokens
 
-
-def rounded_rows(weight: Tensor, steps: Tensor, bits: int, base_step: float = 0.0) -> Parts:
-    """Nearest levels of a grid with one step per row."""
-    parts = stored_scales(steps, base_step)
-    return {"q": round_to_grid(weight.float(), scale_values(parts)[:, None], bits).to(torch.int8)} | parts
-
-
-def encode_rowwise(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """Round to nearest with one step per row."""
-    return rounded_rows(weight, sigma_clip_scale(weight, rule.bits, rule.clip), rule.bits, cfg.scale_step)
-
-
-def encode_clip_search(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """Round to nearest with the clip of least squared error ("GPTQ-lite")."""
-    scale = searched_scales(weight.float(), rule.bits, cfg.clip_floor, cfg.clip_search_rows)
-    return rounded_rows(weight, scale, rule.bits, cfg.scale_step)
-
-
-def encode_row_quantile(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """Round to nearest, each row clipped at CLIP_QUANTILE of its magnitudes."""
-    steps = quantile_steps(weight, rule.bits, cfg.clip_quantile, cfg.clip_floor)
-    return rounded_rows(weight, steps, rule.bits, cfg.scale_step)
-
-
-def encode_int8_row(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """Round to nearest, the largest magnitude of each row on level 127."""
-    return rounded_rows(weight, (weight.float().abs().amax(dim=1) / 127).half().clamp_min(2.0**-24), 8)
-
-
-def require_hessian(hessian: Tensor | None) -> None:
-    """UserError when there is none."""
-    if hessian is None:
-        raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
-
-
-def encode_gptq(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """GPTQ with one step per row; AWQ-lite's columns, if the rule names any, have a finer step `hs`."""
-    require_hessian(hessian)
-    parts, fine = (
-        stored_scales(sigma_clip_scale(weight, rule.bits, rule.clip), cfg.scale_step),
-        None,
-    )
-    if rule.fine:
-        parts["hc"] = torch.tensor([cfg.awq_lite_group_size, *rule.fine], dtype=torch.int32)
-        parts |= stored_scales(sigma_clip_scale(weight, cfg.awq_lite_bits, rule.clip), cfg.scale_step, "hs")
-        columns = fine_columns(parts["hc"], weight.size(1))
-        fine = HighBitColumns(columns, cfg.awq_lite_bits, scale_values(parts, "hs"))
-    q = gptq(weight, hessian, scale_values(parts), rule.bits, cfg.gptq_damp, cfg.gptq_blocksize, fine)
-    return {"q": q} | parts
+    def encode(self, weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
+        """The parts of one tensor (rows, cols)."""
+        if self.scale is None:
+            return {"w": weight.half()}
+        if self.batch_encoder is not None:
+            return self.batch_encoder([weight], [hessian], [rule], cfg)[0]
+        parts, cols = stored_scales(self.scale(weight, rule, cfg), cfg.scale_step), weight.size(1)
+        bits = row_bits(weight, rule, cfg)
+        if rule.awq_groups:
+            parts["hc"] = torch.tensor([cfg.awq_lite_group_size, *rule.awq_groups], dtype=torch.int32)
+            finer = sigma_clip_scale(weight, cfg.awq_lite_bits, rule.clip)
+            parts |= stored_scales(finer, cfg.scale_step, "hs")
+            bits = torch.full((1, cols), rule.bits, device=weight.device)
+            bits[:, awq_columns(parts["hc"], cols)] = cfg.awq_lite_bits
+        return {"q": self.rounder(weight, hessian, weight_scales(parts, cols), bits, cfg)} | parts
 
 
 TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; a scalar quantiser's 1/12 (2 steps)^2, less 1.1 dB
@@ -4161,70 +4194,28 @@ def encode_tcq(
     return [{"q": q, "t": t} | parts for q, parts in zip(levels, found, strict=True)]
 
 
-def encode_freqsplit(weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-    """GPTQ with EMBED_TOP_BITS for the rows of frequent tokens; the row's step says to the decoder all it needs."""
-    if hessian is None or not rule.rows:
-        raise UserError("EMBED_QUANT=gptq_freqsplit has no Hessian or token counts; run STAGES=train,... again with it")
-    bits = torch.full((len(weight),), rule.bits, device=weight.device)
-    bits[list(rule.rows)] = cfg.embed_top_bits
-    parts = stored_scales(sigma_clip_scale(weight, bits, rule.clip), cfg.scale_step)
-    return {"q": gptq(weight, hessian, scale_values(parts), bits, cfg.gptq_damp, cfg.gptq_blocksize)} | parts
-
-
-def fine_columns(groups: Tensor, cols: int) -> Tensor:
-    """Column indices of AWQ-lite's groups, given as [columns of a group, first column, first column ...]."""
-    size, *starts = groups.tolist()
-    return torch.cat([torch.arange(start, min(start + size, cols)) for start in starts])
-
-
-def decode_rows(parts: Parts) -> Tensor:
-    """q * s."""
-    return parts["q"].float() * scale_values(parts)[:, None]
-
-
-def decode_awq(parts: Parts) -> Tensor:
-    """q * s, and q * hs in AWQ-lite's columns."""
-    weight, columns = decode_rows(parts), fine_columns(parts["hc"], parts["q"].size(1))
-    weight[:, columns] = parts["q"][:, columns].float() * scale_values(parts, "hs")[:, None]
-    return weight
-
-
 SCHEMES = {
-    "gptq": Scheme(encode_gptq, decode_rows, True, ruled_scales, hessian=True),
-    "gptq_freqsplit": Scheme(encode_freqsplit, decode_rows, True, hessian=True, counts=True),
-    "gptq_tcq": Scheme(
-        lambda w, hessian, rule, cfg: encode_tcq([w], [hessian], [rule], cfg)[0],
-        decode_rows,
-        True,
-        ruled_scales,
-        encode_tcq,
-        hessian=True,
-    ),
-    "awq_lite": Scheme(encode_gptq, decode_awq, repairable=True),
-    "rowwise": Scheme(encode_rowwise, decode_rows, True, ruled_scales),
+    "gptq": Scheme(sigma_clip, with_feedback, hessian=True),
+    "gptq_freqsplit": Scheme(sigma_clip, with_feedback, hessian=True, counts=True),
+    "gptq_tcq": Scheme(sigma_clip, batch_encoder=encode_tcq, hessian=True),
+    "awq_lite": Scheme(sigma_clip, with_feedback, hessian=True),
+    "rowwise": Scheme(sigma_clip),
     "gptq_lite": Scheme(
-        encode_clip_search,
-        decode_rows,
-        True,
-        lambda w, rule, cfg: quantile_steps(w, rule.bits, 1.0, cfg.clip_floor),
+        lambda w, rule, cfg: searched_scales(w.float(), rule.bits, cfg.clip_floor, cfg.clip_search_rows),
+        # published: training does not search
+        qat_scale=lambda w, rule, cfg: quantile_scale(w, rule.bits, 1.0, cfg.clip_floor),
     ),
-    "row_quantile": Scheme(
-        encode_row_quantile,
-        decode_rows,
-        True,
-        lambda w, rule, cfg: quantile_steps(w, rule.bits, cfg.clip_quantile, cfg.clip_floor),
-    ),
-    "int8_row": Scheme(encode_int8_row, decode_rows),
-    "fp16": Scheme(lambda w, hessian, rule, cfg: {"w": w.half()}, lambda parts: parts["w"].float()),
+    "row_quantile": Scheme(lambda w, rule, cfg: quantile_scale(w, rule.bits, cfg.clip_quantile, cfg.clip_floor)),
+    "int8_row": Scheme(lambda w, rule, cfg: quantile_scale(w, rule.bits, 1.0, 0.0), repairable=False),
+    "fp16": Scheme(None, decode=lambda parts: parts["w"].float(), repairable=False),
 }
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """Integers in [0, 2^bits), bits <= 8, as a stream of bits in uint8, lowest first; zeros fill the last byte."""
+    """Integers in [0, 2^bits), bits <= 8, without gaps in uint8, lowest bit first; zeros fill the last byte."""
     column = values.cpu().numpy().astype(np.uint8).reshape(-1, 1)
-    return torch.from_numpy(
-        np.packbits(np.unpackbits(column, axis=1, count=bits, bitorder="little"), bitorder="little")
-    )
+    planes = np.unpackbits(column, axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(planes, bitorder="little"))
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -4234,20 +4225,21 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 class Grid(NamedTuple):
-    """How a factor of a repair is stored: bits, and entries (in row-major order) per scale."""
+    """How a factor of an LQER correction is stored: on all 2^bits levels, which are not symmetric about 0."""
 
     bits: int
-    group: int
+    group: int  # entries, in row-major order, that share a scale
 
-    def encode(self, x: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor]:
-        """Packed integers and float16 scales. The asymmetric grid uses all 2^bits levels and reaches half a level over
-        the top; the symmetric one leaves the lowest level out."""
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed integers and float16 scales."""
         half = 2 ** (self.bits - 1)
-        low, reach = (-half, half - 0.5) if asymmetric else (1 - half, half - 1.0)
-        rows = F.pad(x.flatten(), (0, -x.numel() % self.group)).view(-1, self.group)
-        scale = (rows.abs().amax(dim=1) / reach).half().clamp_min(2.0**-24)
-        q = torch.clamp(torch.round(rows / scale.float()[:, None]), low, half - 1)
-        return pack_bits(q.flatten()[: x.numel()] + half, self.bits), scale
+        padding = -x.numel() % self.group
+        rows = F.pad(x.flatten(), (0, padding)).view(-1, self.group)
+        # levels go from -half to half - 1; the largest magnitude lies half a level over the top one
+        scale = storable(rows.abs().amax(dim=1) / (half - 0.5))
+        q = torch.round(rows / scale.float()[:, None])
+        q = q.clamp(-half, half - 1).flatten()[: x.numel()]
+        return pack_bits(q + half, self.bits), scale
 
     def decode(self, packed: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
         """The float32 factor."""
@@ -4257,34 +4249,32 @@ class Grid(NamedTuple):
 
 
 def encode_lqer(error: Tensor, cfg: Config) -> Parts:
-    """LQER (Zhang et al. 2024): quantised factors A (rows, r), B (r, cols) of the best rank-r fit to the error matrix.
-
-    The sign of each pair is such that the largest entry of B's row is positive: the grids are asymmetric, and a
-    library's choice of sign would show in the result.
-    """
+    """LQER (Zhang et al. 2024): the factors A (rows, r), B (r, cols) of the best rank-r fit to an error matrix."""
     U, S, Vh = torch.linalg.svd(error.float(), full_matrices=False)
     rank = min(cfg.lqer_rank, len(S))
+    A = U[:, :rank] * S[:rank]
     B = Vh[:rank]
+    # The grids are asymmetric, so the sign of a pair shows in the result, but the library's choice must not:
+    # the largest entry of each row of B is made positive
     sign = B.gather(1, B.abs().argmax(dim=1, keepdim=True)).sign()
-    A, B = U[:, :rank] * S[:rank] * sign.T, B * sign
-    published = Grid(2, A.numel()), Grid(4, cfg.lqer_asym_group)
-    plain = Grid(cfg.lqer_factor_bits, rank), Grid(cfg.lqer_factor_bits, B.size(1))
-    grids = published if cfg.lqer_asym_enabled else plain
-    (lqa, lqas), (lqb, lqbs) = (grid.encode(x, cfg.lqer_asym_enabled) for grid, x in zip(grids, (A, B), strict=True))
-    head = torch.tensor([rank, *grids[0], *grids[1]], dtype=torch.int32)
-    return {"lqa": lqa, "lqas": lqas, "lqb": lqb, "lqbs": lqbs, "lqm": head}
+    grid_a = Grid(2, A.numel())  # bits and groups as published
+    grid_b = Grid(4, cfg.lqer_asym_group)
+    lqa, lqas = grid_a.encode(A * sign.T)
+    lqb, lqbs = grid_b.encode(B * sign)
+    layout = torch.tensor([rank, *grid_a, *grid_b], dtype=torch.int32)
+    return {"lqa": lqa, "lqas": lqas, "lqb": lqb, "lqbs": lqbs, "lqm": layout}
 
 
 def decode_lqer(parts: Parts) -> Tensor:
     """A B, to be added to the decoded weight."""
-    rank, *head = parts["lqm"].tolist()
+    rank, *grids = parts["lqm"].tolist()
     rows, cols = parts["q"].shape
-    A = Grid(*head[:2]).decode(parts["lqa"], parts["lqas"], (rows, rank))
-    return A @ Grid(*head[2:]).decode(parts["lqb"], parts["lqbs"], (rank, cols))
+    A = Grid(*grids[:2]).decode(parts["lqa"], parts["lqas"], (rows, rank))
+    return A @ Grid(*grids[2:]).decode(parts["lqb"], parts["lqbs"], (rank, cols))
 
 
 class Repair(NamedTuple):
-    """encode(error, cfg) -> further parts of a tensor, and decode(parts) -> what they add to the decoded weight."""
+    """encode(error, cfg) -> further parts of a tensor; decode(parts) -> what they add to the decoded weight."""
 
     encode: Callable[[Tensor, Config], Parts]
     decode: Callable[[Parts], Tensor]
@@ -4293,95 +4283,137 @@ class Repair(NamedTuple):
 REPAIRS = {"none": None, "lqer": Repair(encode_lqer, decode_lqer)}
 
 
-def decode(key: str, parts: Parts) -> Tensor:
-    """The float32 weight stored under 'name:scheme' or 'name:scheme+repair'."""
-    scheme, *repairs = key.partition(":")[2].split("+")
-    return sum((REPAIRS[name].decode(parts) for name in repairs), SCHEMES[scheme].decode(parts))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor as it is stored: all that the artifact says about it."""
+
+    name: str
+    role: str  # key of ROLES
+    scheme: str  # key of SCHEMES
+    repairs: tuple[str, ...]  # keys of REPAIRS
+    parts: Parts
+
+    def encoding(self) -> str:
+        """Scheme and repairs as text, `scheme+repair`."""
+        return "+".join((self.scheme, *self.repairs))
+
+    def key(self) -> str:
+        """Everything but the parts as text, `name:role:scheme+repair`."""
+        return f"{self.name}:{self.role}:{self.encoding()}"
+
+    @classmethod
+    def parse(cls, key: str, parts: Parts) -> Stored:
+        """The inverse of key; ValueError if the text has another form."""
+        name, role, encoding = key.split(":")
+        scheme, *repairs = encoding.split("+")
+        return cls(name, role, scheme, tuple(repairs), parts)
+
+    def decode(self) -> Tensor:
+        """The float32 weight."""
+        weight = SCHEMES[self.scheme].decode(self.parts)
+        return sum((REPAIRS[name].decode(self.parts) for name in self.repairs), weight)
 
 
-def deal_jobs(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """The union of work(job) over all jobs, dealt out to the ranks in turn."""
-    mine, done, started = jobs[runtime.rank :: runtime.world], {}, time.perf_counter()
+def dequantize(stored: list[Stored]) -> Weights:
+    """The float32 state dict."""
+    return {tensor.name: tensor.decode() for tensor in stored}
+
+
+def deal_jobs(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict]) -> dict[str, Any]:
+    """The union of work(job) over all jobs, which the ranks take in turn."""
+    started, done = time.perf_counter(), {}
+    mine = jobs[runtime.rank :: runtime.world]
     for count, job in enumerate(mine):
         done |= work(job)
         runtime.log.progress(what, count + 1, len(mine), started)
     return runtime.gather(done)
 
 
-def quantize(cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> dict[str, Parts]:
-    """'name:scheme' (or 'name:scheme+repair') -> parts of every tensor, on the CPU; the work is shared out by cost."""
-    bad = [name for name, w in state.items() if not torch.isfinite(w).all()]
-    if bad:
-        raise FloatingPointError(f"{bad[0]} holds values that are not finite; train again")
-    plan, device = refined_plan(cfg, state, hessians), runtime.device
+def on_cpu(parts: Parts) -> Parts:
+    """The parts on the CPU."""
+    return {key: part.cpu() for key, part in parts.items()}
 
-    def encode(names: list[str]) -> dict[str, Parts]:
-        """The parts of the tensors of a job."""
+
+def quantisation_jobs(plan: Plan, state: Weights, world: int) -> list[list[str]]:
+    """Names of tensors that are encoded together, the costly ones first.
+
+    A scheme that encodes a batch gets its matrices of equal width at once, split evenly over `world` ranks.
+    """
+    groups: dict[Any, list[str]] = {}
+    costs = {name: w.numel() * w.size(-1) for name, w in state.items()}
+    for name in sorted(state, key=lambda name: (-costs[name], name)):
+        scheme = plan[name].scheme
+        group = name if SCHEMES[scheme].batch_encoder is None else (scheme, state[name].size(-1))
+        groups.setdefault(group, []).append(name)
+    shares = [names[rank::world] for names in groups.values() for rank in range(world)]
+    return [names for names in shares if names]
+
+
+def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> list[Stored]:
+    """The tensors of a state dict as they are stored, in the order of the model, on the CPU; all ranks share the work.
+
+    Raises FloatingPointError for weights that are not finite, UserError for a missing Hessian.
+    """
+    for name, weight in state.items():
+        if not torch.isfinite(weight).all():
+            raise FloatingPointError(f"{name} holds values that are not finite; train again")
+    plan, device = refined_plan(cfg, state, hessians), runtime.device
+    roles = {name: p.role for name, p in weights_of(cfg).items()}
+
+    def encode(names: list[str]) -> dict[str, Stored]:
+        """The tensors of one job, by name."""
         rules = [plan[name] for name in names]
         weights = [state[name].to(device) for name in names]
         inputs = [hessians[name].to(device) if name in hessians else None for name in names]
         scheme = SCHEMES[rules[0].scheme]
-        if scheme.encode_batch is not None:
-            encoded = scheme.encode_batch(weights, inputs, rules, cfg)
-        else:
+        if scheme.batch_encoder is None:
             encoded = [scheme.encode(weights[0], inputs[0], rules[0], cfg)]
+        else:
+            encoded = scheme.batch_encoder(weights, inputs, rules, cfg)
         return {
-            f"{name}:{rule.scheme}": {key: part.cpu() for key, part in parts.items()}
+            name: Stored(name, roles[name], rule.scheme, (), on_cpu(parts))
             for name, rule, parts in zip(names, rules, encoded, strict=True)
         }
 
-    groups: dict[Any, list[str]] = {}
-    for name in sorted(state, key=lambda n: (-state[n].numel() * state[n].size(-1), n)):
-        scheme = plan[name].scheme
-        groups.setdefault(name if SCHEMES[scheme].encode_batch is None else (scheme, state[name].size(-1)), []).append(
-            name
-        )
-    shares = [names[rank :: runtime.world] for names in groups.values() for rank in range(runtime.world)]
-    jobs = [names for names in shares if names]
-    whole = repaired(cfg, runtime, state, deal_jobs(runtime, "quantising", jobs, encode))
-    return {key: whole[key] for key in sorted(whole)}
+    jobs = quantisation_jobs(plan, state, runtime.world)
+    stored = repaired(cfg, runtime, state, deal_jobs(runtime, "quantising", jobs, encode))
+    return [stored[name] for name in plan if name in stored]
 
 
-def repaired(cfg: Config, runtime: Runtime, state: dict[str, Tensor], parts: dict[str, Parts]) -> dict[str, Parts]:
-    """The parts after REPAIR has corrected the LQER_TOP_K tensors of largest error, by Frobenius norm."""
-    repair, norms = REPAIRS[cfg.repair], {}
+def repaired(cfg: Config, runtime: Runtime, state: Weights, stored: dict[str, Stored]) -> dict[str, Stored]:
+    """The tensors after REPAIR has corrected the LQER_TOP_K ones of largest error, by Frobenius norm."""
+    repair = REPAIRS[cfg.repair]
     if repair is None:
-        return parts
+        return stored
 
-    def error(key: str) -> Tensor:
-        return state[key.split(":")[0]].cpu().float() - decode(key, parts[key])
+    def error(name: str) -> Tensor:
+        """What the stored tensor lacks."""
+        return state[name].cpu().float() - stored[name].decode()
 
-    def correct(key: str) -> dict[str, Parts]:
-        return {key: {k: v.cpu() for k, v in repair.encode(error(key).to(runtime.device), cfg).items()}}
+    def correct(name: str) -> dict[str, Stored]:
+        """The tensor with its correction."""
+        extra = on_cpu(repair.encode(error(name).to(runtime.device), cfg))
+        parts = stored[name].parts | extra
+        return {name: dataclasses.replace(stored[name], repairs=(cfg.repair,), parts=parts)}
 
-    for key in parts:
-        if SCHEMES[key.split(":")[1]].repairable:
-            norms[key] = error(key).double().norm().item()
-    worst = sorted(norms, key=lambda k: (-norms[k], k))[: cfg.lqer_top_k]
-    added = deal_jobs(runtime, "repairing", worst, correct)
-    kept = {key: value for key, value in parts.items() if key not in added}
-    return kept | {f"{key}+{cfg.repair}": parts[key] | extra for key, extra in added.items()}
-
-
-def dequantize(parts: dict[str, Parts]) -> dict[str, Tensor]:
-    """Float32 state dict from 'name:scheme' -> parts."""
-    return {key.split(":")[0]: decode(key, value) for key, value in parts.items()}
+    candidates = [name for name, tensor in stored.items() if SCHEMES[tensor.scheme].repairable]
+    norms = {name: error(name).double().norm().item() for name in candidates}
+    worst = sorted(norms, key=lambda name: (-norms[name], name))[: cfg.lqer_top_k]
+    return stored | deal_jobs(runtime, "repairing", worst, correct)
 
 
-def sort_hidden(
-    cfg: Config, runtime: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same function with each MLP's hidden units in the order in which the rows of `up` resemble one another.
+def sort_hidden(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
+    """The same function with each MLP's hidden units sorted so that similar rows of `up` are neighbours.
 
-    An elementwise nonlinearity commutes with a permutation, so the rows of `up` are sorted for the coder at no cost
-    when the columns of `down` move with them. Done before quantisation, on rounded rows: GPTQ, AWQ-lite and LQER then
-    see nothing but another model, and no scale or packed factor has to be permuted. New dicts are returned.
+    An elementwise nonlinearity commutes with a permutation, so the columns of `down` move with the rows of `up`. GPTQ,
+    AWQ-lite and LQER see nothing but another model, and no scale or packed factor has to be permuted. New dicts.
     """
     plan, state, hessians = quant_plan(cfg), dict(state), dict(hessians)
 
-    def order(name: str) -> dict[str, Tensor]:
-        weight = state[name].to(runtime.device)
-        return {name: similarity_order(encode_rowwise(weight, None, plan[name], cfg)["q"]).cpu()}
+    def order(name: str) -> Weights:
+        """The order of the rows of one matrix, by their levels."""
+        q = SCHEMES["rowwise"].encode(state[name].to(runtime.device), None, plan[name], cfg)["q"]
+        return {name: similarity_order(q).cpu()}
 
     ups, downs = weights_by_role(cfg, "up"), weights_by_role(cfg, "down")
     orders = deal_jobs(runtime, "sorting hidden units", list(ups.values()), order)
@@ -4395,81 +4427,67 @@ def sort_hidden(
 
 def hadamard(size: int) -> Tensor:
     """Sylvester's orthogonal matrix of a power of two, symmetric, float64."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
-    return matrix / math.sqrt(size)
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    return functools.reduce(torch.kron, [two] * int(math.log2(size)), torch.ones(1, 1)) / math.sqrt(size)
 
 
-def rotate_values(
-    cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same function with every head's values turned by a Hadamard matrix, which spreads outliers, and the columns
-    of `o` turned with them.
+def rotate_values(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
+    """The same function with each head's values rotated by a Hadamard matrix, which spreads outliers.
 
-    An output is a sum of values, so it turns too; XSA and value_residual see dot products and sums of values, gates and
-    sink a number per head. Done after calibration, so the Hessians of `o` turn as its inputs would. New dicts.
+    An output is a sum of values, so it rotates too, and the columns of `o` rotate back. XSA and value_residual see dot
+    products and sums of values, gates and sink one number per head. The Hessians of `o` rotate as its inputs do. New
+    dicts.
     """
     state, hessians, R = dict(state), dict(hessians), hadamard(cfg.model_dim // cfg.num_heads)
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         """x with each head's block of columns times R."""
         return (x.double().unflatten(-1, (-1, len(R))) @ R).flatten(-2).to(x.dtype)
 
     outputs = weights_by_role(cfg, "o")
     for layer, v in weights_by_role(cfg, "v").items():
         o = outputs[layer]
-        state[v], state[o] = turned(state[v].T).T.contiguous(), turned(state[o])
+        state[v], state[o] = rotated(state[v].T).T.contiguous(), rotated(state[o])
         if o in hessians:
-            hessians[o] = turned(turned(hessians[o]).T)
+            hessians[o] = rotated(rotated(hessians[o]).T)
     return state, hessians
 
 
-ROTATIONS = {
-    "none": lambda cfg, state, hessians: (state, hessians),
-    "hadamard_vo": rotate_values,
-}
+ROTATIONS = {"none": None, "hadamard_vo": rotate_values}
+HIDDEN_ORDERS = {"pergroup": sort_hidden}  # COMPRESSOR -> what helps its coder; the others do not gain by it
 
 
-def plan_report(cfg: Config, parts: dict[str, Parts]) -> str:
-    """The plan as it was carried out: a line for each scheme and bits, with bytes before entropy coding."""
-    plan, weights, rows = quant_plan(cfg), weights_of(cfg), {}
-    for key, value in parts.items():
-        name, _, stored = key.partition(":")
-        size = sum(part.nbytes for part in value.values())
-        rows.setdefault((stored, plan[name].bits), []).append((weights[name].role, weights[name].numel(), size))
-    lines = ["quantisation plan:"]
-    for (stored, bits), tensors in rows.items():
-        roles, counts, sizes = zip(*tensors, strict=True)
-        lines.append(
-            f"  {stored:14} {bits:2} bits  {len(tensors):3} tensors {sum(counts):>11,} weights "
-            f"{sum(sizes):>11,} bytes raw: {' '.join(dict.fromkeys(roles))}"
-        )
-    return "\n".join(lines)
+def reparametrize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
+    """The same function in weights that are easier to store, and their Hessians: before quantisation."""
+    for step in (ROTATIONS[cfg.rotate], HIDDEN_ORDERS.get(cfg.compressor)):
+        if step is not None:
+            state, hessians = step(cfg, runtime, state, hessians)
+    return state, hessians
+
+
+CACHED_ROWS = 512  # rows of a hidden layer's width that fit into a processor's cache
 
 
 def similarity_order(matrix: Tensor) -> Tensor:
-    """Order of the rows of an integer matrix, (rows,) int64: from row 0 always on to the nearest row, by L1 distance,
-    that has not been taken yet; of equally near ones to the first.
+    """A greedy walk over the rows of an integer matrix: (rows,) int64, from row 0 always to the nearest row left.
 
-    Sums of integers below 2^24 are exact in float32, whatever their order.
+    Distances are L1; of equally near rows the first is taken. Sums of integers below 2^24 are exact in float32, so the
+    order is the same on any machine.
     """
-    rows, ids, order = (
-        matrix.float(),
-        torch.arange(len(matrix), device=matrix.device),
-        [0] * (len(matrix) > 0),
-    )
-    taken, ones = torch.zeros(len(matrix), device=matrix.device), rows.new_ones(rows.size(1))
-    here, position, stale = rows[:1].clone(), 0, 0
+    if not len(matrix):
+        return torch.empty(0, dtype=torch.int64)
+    rows, ids = matrix.float(), torch.arange(len(matrix), device=matrix.device)
+    taken, ones = rows.new_zeros(len(rows)), rows.new_ones(rows.size(1))  # `taken`: infinity for a row in the walk
+    order, position, stale = [0], 0, 0
     while len(order) < len(matrix):
+        here = rows[position].clone()
         taken[position] = math.inf
         stale += 1
-        if 8 * stale > len(ids):  # leave the taken rows behind, now and then
+        if 8 * stale > len(ids):  # an eighth of the rows is taken: drop them
             left = taken == 0
             rows, ids, taken, stale = rows[left], ids[left], taken[left], 0
-        blocks = [(block - here).abs_() @ ones for block in rows.split(512)]  # blocks that fit into a cache
-        position = int((torch.cat(blocks) + taken).argmin())
-        here = rows[position : position + 1].clone()
+        distances = [(block - here).abs_() @ ones for block in rows.split(CACHED_ROWS)]
+        position = int((torch.cat(distances) + taken).argmin())
         order.append(int(ids[position]))
     return torch.tensor(order, dtype=torch.int64)
 
@@ -4478,35 +4496,43 @@ def similarity_order(matrix: Tensor) -> Tensor:
 # | 11 ARTIFACT                                                                                                        |
 # +--------------------------------------------------------------------------------------------------------------------+
 
-MAGIC, ARTIFACT_VERSION = b"PGLF", 2
+MAGIC, ARTIFACT_VERSION = b"PGLF", 3
 ARTIFACT_HEADER = struct.Struct("<4sBBII")  # magic, version, codec, payload bytes, CRC-32 of all that and the payload
-Arrays = dict[str, np.ndarray]
+
+
+def shuffle_bytes(array: np.ndarray, trellis: np.ndarray | None = None) -> bytes:
+    """Bytes of an array for a general coder: matrices column by column, wider items in planes by significance."""
+    flat = np.ascontiguousarray(array.T if array.ndim == 2 else array)
+    return flat.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
+
+
+def unshuffle_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of shuffle_bytes."""
+    kind = np.dtype(dtype)
+    flat = np.frombuffer(data, np.uint8).reshape(kind.itemsize, -1).T.copy().reshape(-1).view(kind)
+    return np.ascontiguousarray(flat.reshape(shape[::-1]).T) if len(shape) == 2 else flat.reshape(shape)
 
 
 class Coder(NamedTuple):
-    """An entropy coder, bytes <-> bytes. need raises UserError when what it runs on is not installed.
-
-    frame(array, trellis or None) and unframe(bytes, dtype, shape): how an array lies in what is coded, after `head`
-    bytes about it.
-    """
+    """An entropy coder, bytes <-> bytes, and how an array is laid out for it."""
 
     encode: Callable[[bytes], bytes]
     decode: Callable[[bytes], bytes]
-    need: Callable[[], Any]
-    frame: Callable[[np.ndarray, np.ndarray | None], bytes] = lambda array, trellis: shuffle_bytes(array)
-    unframe: Callable[[bytes, str, tuple[int, ...]], np.ndarray] = lambda *args: unshuffle_bytes(*args)
-    head: int = 0
+    frame: Callable[[np.ndarray, np.ndarray | None], bytes] = shuffle_bytes  # (array, its trellis) -> bytes
+    unframe: Callable[[bytes, str, tuple[int, ...]], np.ndarray] = unshuffle_bytes  # (bytes, dtype, shape) -> array
+    head: int = 0  # bytes that a frame adds to those of the array
+    require: Callable[[], Any] = lambda: None  # raises UserError if what it runs on is not installed
 
 
 def require_brotli() -> Any:
-    """The brotli module; a missing one is an error that names the package, never a fallback."""
+    """The brotli module; UserError if it is not installed."""
     if brotli is None:
         raise UserError("COMPRESSOR=brotli or pergroup needs the package brotli: pip install brotli")
     return brotli
 
 
 def require_lrzip() -> str:
-    """Path of the program lrzip; a missing one is an error that names the package, never a fallback."""
+    """Path of the program lrzip; UserError if it is not installed."""
     program = shutil.which("lrzip")
     if program is None:
         raise UserError(
@@ -4516,17 +4542,16 @@ def require_lrzip() -> str:
 
 
 def run_lrzip(data: bytes, *flags: str) -> bytes:
-    """lrzip's output for data, through files of a temporary folder, without the settings of a user's lrzip.conf."""
+    """Output of lrzip for data, through files in a temporary folder."""
     program = require_lrzip()
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.lrz", Path(folder) / "out"
         source.write_bytes(data)
-        # -N 0: by default it runs at the lowest priority, and starves on a busy machine
-        command = [program, "-Q", "-f", "-N", "0", *flags, "-o", str(target), str(source)]
         done = subprocess.run(
-            command,
+            # -N 0: by default it runs at the lowest priority, and starves on a busy machine
+            [program, "-Q", "-f", "-N", "0", *flags, "-o", str(target), str(source)],
             capture_output=True,
-            env={"LRZIP": "NOCONFIG", "TMPDIR": folder},
+            env={"LRZIP": "NOCONFIG", "TMPDIR": folder},  # a user's lrzip.conf must not change the bytes
             check=False,
         )
         if done.returncode != 0 or not target.is_file():
@@ -4770,147 +4795,138 @@ def rans_decode(blob: bytes) -> bytes:
 CODERS = {
     "brotli": Coder(
         lambda raw: require_brotli().compress(raw, quality=11, lgwin=24),
-        lambda b: require_brotli().decompress(b),
-        require_brotli,
+        lambda coded: require_brotli().decompress(coded),
+        require=require_brotli,
     ),
-    "lzma": Coder(
-        lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-        lzma.decompress,
-        lambda: None,
-    ),
-    "lzma6": Coder(lambda raw: lzma.compress(raw, preset=6), lzma.decompress, lambda: None),
+    "lzma": Coder(lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
+    "lzma6": Coder(lambda raw: lzma.compress(raw, preset=6), lzma.decompress),
     # ZPAQ; -p 1: by default the block size, and so the bytes, depend on the number of processors
     "lrzip": Coder(
         lambda raw: run_lrzip(raw, "-z", "-L", "9", "-p", "1"),
-        lambda b: run_lrzip(b, "-d"),
-        require_lrzip,
+        lambda coded: run_lrzip(coded, "-d"),
+        require=require_lrzip,
     ),
-    "rans": Coder(rans_encode, rans_decode, lambda: None, rans_frame, rans_unframe, RANS_HEAD.size),
+    "rans": Coder(rans_encode, rans_decode, rans_frame, rans_unframe, RANS_HEAD.size),
 }
 
 
 class Codec(NamedTuple):
-    """A layout and its coders, by the number in the blob's head.
+    """Which streams an artifact consists of, and the coder of each.
 
-    Each glob pattern of `groups` gathers the arrays of one role into a stream for group_coder; all else goes, with the
-    index, into the first stream, for coder. Matrices that match sorted_rows are stored with similar rows side by side,
-    and their order as a further array. sort_hidden asks the quantiser to arrange the MLPs so beforehand.
+    The integers of a matrix are in the stream that stream_of(role) names. All else is in the first stream, "", which
+    begins with the index.
     """
 
-    number: int
-    coder: str
-    group_coder: str = ""
-    groups: tuple[str, ...] = ()
-    sorted_rows: tuple[str, ...] = ()
-    sort_hidden: bool = False
-    by_layer: bool = False  # the arrays of a layer lie together, and not those of a role
+    number: int  # in the header of the artifact
+    coder: str  # of the first stream
+    integer_coder: str = ""  # of the other streams
+    stream_of: Callable[[Role], str] = lambda role: ""
+    sorted_rows: tuple[str, ...] = ()  # streams whose matrices are stored with similar rows side by side
 
-    def stream_of(self, name: str) -> int:
-        """The stream of an array."""
-        return next((i for i, p in enumerate(self.groups, 1) if fnmatch.fnmatchcase(name, p)), 0)
+    def coders(self, count: int) -> list[Coder]:
+        """The coder of each of `count` streams."""
+        return [CODERS[name] for name in (self.coder, *[self.integer_coder] * (count - 1))]
 
-    def coders(self) -> list[Coder]:
-        """The coder of each stream."""
-        return [CODERS[name] for name in (self.coder, *[self.group_coder] * len(self.groups))]
-
-    def need(self) -> None:
-        """UserError when a coder cannot run here."""
-        for coder in self.coders():
-            coder.need()
+    def require(self) -> None:
+        """UserError if a coder cannot run here."""
+        for coder in self.coders(2 if self.integer_coder else 1):
+            coder.require()
 
 
-STREAMS = (
-    "tok_emb.weight:*:q",
-    "blocks.*.attn.q.weight:*:q",
-    "blocks.*.attn.k.weight:*:q",
-    "blocks.*.attn.v.weight:*:q",
-    "blocks.*.attn.o.weight:*:q",
-    "blocks.*.mlp.up.weight:*:q",
-    "blocks.*.mlp.down.weight:*:q",
-)
 CODECS = {
-    "brotli": Codec(1, "brotli", "brotli", STREAMS),  # streams of their own: coded side by side on several processors
+    "brotli": Codec(1, "brotli", "brotli", lambda role: role.stream),  # streams are coded in parallel
     "lzma": Codec(2, "lzma"),
-    "pergroup": Codec(3, "brotli", "lrzip", STREAMS, sorted_rows=STREAMS[:2], sort_hidden=True),
+    "pergroup": Codec(3, "brotli", "lrzip", lambda role: role.stream, sorted_rows=("embed", "q")),
     "lzma6": Codec(4, "lzma6"),
-    "rans": Codec(5, "brotli", "rans", ("*:q",), by_layer=True),
+    "rans": Codec(5, "brotli", "rans", lambda role: "integers"),
 }
 
 
-def sort_rows(arrays: Arrays, patterns: tuple[str, ...]) -> Arrays:
-    """The arrays with the rows of matching matrices sorted, and their orders (uint16) as '<name>:order'."""
-    out, matrices = (
-        dict(arrays),
-        [n for n, a in arrays.items() if a.ndim == 2 and a.dtype == np.int8],
-    )
-    for name in (n for n in matrices for p in patterns if fnmatch.fnmatchcase(n, p)):
-        assert len(arrays[name]) <= 2**16, f"{name} has too many rows for an order in uint16"
-        order = similarity_order(torch.from_numpy(arrays[name])).numpy()
-        out |= {name: arrays[name][order], f"{name}:order": order.astype(np.uint16)}
-    return out
+def sort_rows(parts: Parts) -> Parts:
+    """The parts with similar rows of "q" side by side, and where each came from as a further part, "order"."""
+    order = similarity_order(parts["q"])
+    assert len(order) <= 2**16, "too many rows for an order in uint16"
+    return parts | {"q": parts["q"][order], "order": order.to(torch.uint16)}
 
 
-def unsort_rows(arrays: Arrays) -> Arrays:
-    """The inverse of sort_rows."""
-    out = {name: array for name, array in arrays.items() if not name.endswith(":order")}
-    for name in arrays.keys() - out.keys():
-        out[name.removesuffix(":order")] = arrays[name.removesuffix(":order")][np.argsort(arrays[name])]
-    return out
+def unsort_rows(parts: Parts) -> Parts:
+    """The inverse of sort_rows, in place."""
+    if "order" in parts:
+        parts["q"] = parts["q"][parts.pop("order").long().argsort()]
+    return parts
 
 
-def shuffle_bytes(array: np.ndarray) -> bytes:
-    """Bytes of an array for the coder: matrices column by column, wider items in planes by significance."""
-    flat = np.ascontiguousarray(array.T if array.ndim == 2 else array)
-    return flat.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
+class Stream(NamedTuple):
+    """One stream of an artifact: its coder, its coded bytes, and (Stored.key, part) -> array as it is stored."""
+
+    name: str
+    coder: str
+    size: int
+    arrays: dict[tuple[str, str], np.ndarray]
 
 
-def unshuffle_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of shuffle_bytes."""
-    kind = np.dtype(dtype)
-    flat = np.frombuffer(data, np.uint8).reshape(kind.itemsize, -1).T.copy().reshape(-1).view(kind)
-    return np.ascontiguousarray(flat.reshape(shape[::-1]).T) if len(shape) == 2 else flat.reshape(shape)
+class Blob(NamedTuple):
+    """What a model blob holds: the tensors, the streams that they were in, the text of the index."""
+
+    tensors: list[Stored]
+    streams: list[Stream]
+    index: bytes
 
 
-def pack_arrays(arrays: Arrays, codec: str) -> bytes:
-    """Named arrays -> one self-describing blob. Arrays of one role lie together, layer after layer.
+def storage_order(index: list[Any]) -> dict[str, list[Any]]:
+    """Stream -> (key, part, dtype, shape) of its arrays, in order.
 
-    Payload: number of streams (u8), their lengths (u32 each), the streams. The first begins with the index (its length
-    as u32, then JSON): name, dtype and shape of each array in storage order.
+    index: for each tensor its key and {part: [stream, dtype, shape]}.
     """
+    streams = {"": []}
+    for key, parts in index:
+        for part, (stream, dtype, shape) in parts.items():
+            streams.setdefault(stream, []).append((key, part, dtype, tuple(shape)))
+    # like parts of like weights together, layer after layer; the integers stay in the order of the model
+    streams[""].sort(key=lambda row: (row[1], Stored.parse(row[0], {}).role))
+    return streams
 
-    layout = CODECS[codec]
 
-    def role(name: str) -> tuple[Any, ...]:
-        key = re.sub(r"\d+", "", name), [int(n) for n in re.findall(r"\d+", name)]
-        return key[::-1] if layout.by_layer else key
+def pack_stored(stored: list[Stored], codec: str) -> bytes:
+    """Stored tensors -> one self-describing blob.
 
-    arrays = sort_rows(arrays, layout.sorted_rows)
-    names = sorted(arrays, key=role)
-    index = json.dumps([[n, arrays[n].dtype.str, arrays[n].shape] for n in names], separators=(",", ":")).encode()
-    raws = [[struct.pack("<I", len(index)), index], *([] for _ in layout.groups)]
-    coders = layout.coders()
-    for name in names:
-        i, trellis = layout.stream_of(name), arrays.get(f"{name.rpartition(':')[0]}:t")
-        raws[i].append(coders[i].frame(arrays[name], trellis))
-    streams = in_parallel([coder.encode for coder in coders], [b"".join(raw) for raw in raws])
-    payload = struct.pack(f"<B{len(streams)}I", len(streams), *map(len, streams)) + b"".join(streams)
+    Payload: number of streams (u8), their lengths (u32 each), the streams. The first one begins with the length of the
+    index (u32) and the index, which is JSON.
+    """
+    layout, index, arrays = CODECS[codec], [], {}
+    for tensor in stored:
+        key, stream, types = tensor.key(), layout.stream_of(ROLES[tensor.role]), {}
+        parts = sort_rows(tensor.parts) if stream in layout.sorted_rows else tensor.parts
+        for part, values in parts.items():
+            array = arrays[key, part] = values.numpy()
+            types[part] = [stream if part == "q" else "", array.dtype.str, array.shape]
+        index.append([key, types])
+    text, streams = json.dumps(index, separators=(",", ":")).encode(), storage_order(index)
+    coders = layout.coders(len(streams))
+    raws = [
+        b"".join(coder.frame(arrays[key, part], arrays.get((key, "t"))) for key, part, *_ in rows)
+        for coder, rows in zip(coders, streams.values(), strict=True)
+    ]
+    raws[0] = struct.pack("<I", len(text)) + text + raws[0]
+    coded = in_parallel([coder.encode for coder in coders], raws)
+    payload = struct.pack(f"<B{len(coded)}I", len(coded), *map(len, coded)) + b"".join(coded)
     return seal(layout.number, payload)
 
 
 def seal(number: int, payload: bytes) -> bytes:
-    """A payload with the head of its codec."""
-    head = ARTIFACT_HEADER.pack(MAGIC, ARTIFACT_VERSION, number, len(payload), 0)[:-4]
-    return head + struct.pack("<I", zlib.crc32(payload, zlib.crc32(head))) + payload
+    """A payload after the header of its codec."""
+    header = ARTIFACT_HEADER.pack(MAGIC, ARTIFACT_VERSION, number, len(payload), 0)[:-4]
+    return header + struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + payload
 
 
 def in_parallel(functions: list[Callable[[bytes], bytes]], datas: list[bytes]) -> list[bytes]:
-    """function(data) for each pair, on as many threads as there are processors; nothing stays nothing."""
+    """function(data) of each pair, on as many threads as there are processors; nothing stays nothing."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda function, data: function(data) if data else b"", functions, datas))
 
 
-def unpack_arrays(blob: bytes, source: str = "artifact") -> Arrays:
-    """The inverse of pack_arrays; UserError for a blob that is foreign, of another version, truncated or damaged."""
+def open_blob(blob: bytes, source: str = "artifact") -> Blob:
+    """The inverse of pack_stored; UserError if the blob is foreign, of another version, truncated or damaged."""
     if len(blob) < ARTIFACT_HEADER.size or blob[:4] != MAGIC:
         raise UserError(f"{source}: not a model artifact of this program ({len(blob)} bytes, starts with {blob[:4]!r})")
     _, version, number, size, crc = ARTIFACT_HEADER.unpack_from(blob)
@@ -4918,74 +4934,80 @@ def unpack_arrays(blob: bytes, source: str = "artifact") -> Arrays:
         raise UserError(f"{source}: artifact version {version}, this program reads {ARTIFACT_VERSION}; quantise again")
     payload = blob[ARTIFACT_HEADER.size :]
     if len(payload) != size:
-        raise UserError(f"{source}: truncated or padded: {len(payload)} payload bytes, the head promises {size}")
+        raise UserError(f"{source}: truncated or padded: {len(payload)} payload bytes, the header promises {size}")
     layouts = {codec.number: codec for codec in CODECS.values()}
     if number not in layouts:
         raise UserError(f"{source}: unknown codec number {number}")
     if zlib.crc32(payload, zlib.crc32(blob[: ARTIFACT_HEADER.size - 4])) != crc:
         raise UserError(f"{source}: damaged: the checksum does not match; copy or quantise it again")
     try:
-        return unsort_rows(unpack_payload(payload, layouts[number]))
+        return decode_payload(payload, layouts[number])
     except UserError:
         raise
     except Exception as error:  # each coder has errors of its own
         raise UserError(f"{source}: damaged: the payload does not decode ({error}); quantise again") from None
 
 
-def unpack_payload(payload: bytes, layout: Codec) -> Arrays:
-    """The arrays as stored; some ordinary exception when the payload is none of this layout."""
-    coders = layout.coders()
-    count, *sizes = struct.unpack_from(f"<B{len(coders)}I", payload)
-    if count != len(coders):
-        raise ValueError(f"{count} streams where the codec has {len(coders)}")
-    ends = np.cumsum([1 + 4 * count, *sizes]).tolist()
-    streams = [payload[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-    raws = in_parallel([coder.decode for coder in coders], streams)
+def decode_payload(payload: bytes, layout: Codec) -> Blob:
+    """The contents of a payload; some ordinary exception if it is not one of this layout."""
+    count = payload[0]
+    sizes = struct.unpack_from(f"<{count}I", payload, 1)
+    ends = list(itertools.accumulate(sizes, initial=1 + 4 * count))
+    if ends[-1] != len(payload):
+        raise ValueError("the lengths of the streams do not add up to the payload")
+    coders = layout.coders(count)
+    coded = [payload[start:end] for start, end in itertools.pairwise(ends)]
+    raws = in_parallel([coder.decode for coder in coders], coded)
     (length,) = struct.unpack_from("<I", raws[0])
-    arrays, positions = {}, [4 + length, *(0 for _ in layout.groups)]
-    for name, dtype, shape in json.loads(raws[0][4 : 4 + length]):
-        i = layout.stream_of(name)
-        size = coders[i].head + np.dtype(dtype).itemsize * math.prod(shape)
-        arrays[name] = coders[i].unframe(raws[i][positions[i] : positions[i] + size], dtype, tuple(shape))
-        positions[i] += size
-    if ends[-1] != len(payload) or positions != list(map(len, raws)):
+    text, raws[0] = raws[0][4 : 4 + length], raws[0][4 + length :]
+    if len(text) != length:
+        raise ValueError("the index is cut off")
+    index = json.loads(text)
+    parts, streams = {key: dict.fromkeys(types) for key, types in index}, []
+    for coder, size, raw, (name, rows) in zip(coders, sizes, raws, storage_order(index).items(), strict=True):
+        arrays = unframe_arrays(coder, raw, rows)
+        streams.append(Stream(name, layout.integer_coder if name else layout.coder, size, arrays))
+        for (key, part), array in arrays.items():
+            parts[key][part] = torch.from_numpy(array)
+    return Blob([Stored.parse(key, unsort_rows(parts[key])) for key in parts], streams, text)
+
+
+def unframe_arrays(coder: Coder, raw: bytes, rows: list[Any]) -> dict[tuple[str, str], np.ndarray]:
+    """The arrays of a decoded stream; ValueError unless they take exactly its bytes."""
+    sizes = [coder.head + np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows]
+    if sum(sizes) != len(raw) or min(sizes, default=0) < 0:
         raise ValueError("the index does not account for all bytes")
+    arrays, end = {}, 0
+    for (key, part, dtype, shape), size in zip(rows, sizes, strict=True):
+        start, end = end, end + size
+        arrays[key, part] = coder.unframe(raw[start:end], dtype, shape)
     return arrays
 
 
-def as_array(name: str, tensor: Tensor) -> np.ndarray:
-    """A tensor's values for the artifact; UserError naming one that numpy has no type for."""
-    try:
-        return tensor.numpy()
-    except (TypeError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{name}: a {tensor.dtype} tensor cannot be stored ({why}); let its scheme encode it") from None
-
-
-def save_artifact(path: Path, parts: dict[str, Parts], codec: str) -> int:
-    """Write the model blob atomically; its size in bytes."""
-    arrays = {f"{k}:{part}": as_array(f"{k}:{part}", t) for k, value in parts.items() for part, t in value.items()}
-    blob = pack_arrays(arrays, codec)
+def save_artifact(path: Path, stored: list[Stored], codec: str) -> int:
+    """Write the model blob atomically; returns its size in bytes."""
+    blob = pack_stored(stored, codec)
     atomic_write(path, blob)
     return len(blob)
 
 
-def load_artifact(path: str | Path) -> dict[str, Tensor]:
-    """Dequantised float32 state dict of a model blob; UserError when it cannot be read."""
+def read_artifact(path: str | Path) -> list[Stored]:
+    """The tensors in a model blob as they are stored; UserError if it cannot be read."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such artifact; run STAGES=train,quantize first or set MODEL_PATH")
-    parts: dict[str, Parts] = {}
-    for name, array in unpack_arrays(Path(path).read_bytes(), str(path)).items():
-        key, _, part = name.rpartition(":")
-        parts.setdefault(key, {})[part] = torch.from_numpy(array)
+    return open_blob(Path(path).read_bytes(), str(path)).tensors
+
+
+def load_artifact(path: str | Path) -> Weights:
+    """The float32 state dict in a model blob; UserError if it cannot be read."""
     try:
-        return dequantize(parts)
+        return dequantize(read_artifact(path))
     except (KeyError, IndexError) as error:
         raise UserError(f"{path}: written by another program or version: no {error}; quantise again") from None
 
 
-def fill_model(model: GPT, state: dict[str, Tensor], source: str) -> None:
-    """Load weights; UserError naming the first difference when they are another model's."""
+def fill_model(model: GPT, state: Weights, source: str) -> None:
+    """Load weights; UserError naming the first difference if they are of another model."""
     own = model.state_dict()
     for name in sorted(own.keys() | state.keys()):
         a, b = (tuple(d[name].shape) if name in d else None for d in (own, state))
@@ -5010,15 +5032,16 @@ class Score(NamedTuple):
     legal: bool
 
 
-class Unit(NamedTuple):
-    """What is scored in one forward, and what may then be learnt from.
+class Cells(NamedTuple):
+    """What is scored in one forward.
 
-    ids and targets (B, T) int64; the target in cell (row, col) stands at origin[row] + col of the validation stream;
-    rows, cols: the scored cells; bounds: attention segments or None. learn_rows: rows whose cells learn_cols may be
-    learnt once they are scored. docs, fresh: for adapters per document, which document a row is, and whether it begins.
-    cells: of the B*T flattened ones, those that need the head, the scored ones first; None: all. fit: those whose
-    targets the score itself is fitted on. span: stream positions of targets that all ranks then learn together.
-    begin: for rows that go on where they were (docs of -1 are idle), tokens of their documents before them.
+    ids, targets: (B, T) int64; the target in cell (row, col) is token origin[row] + col of the validation stream.
+    rows, cols: the cells that are scored.
+    cu_seqlens: attention segments over the B*T cells; None: rows are the segments.
+    documents, begin: where rows adapt to documents, which one each row holds (-1: the row is idle), and how many of its
+    targets come before the scored ones.
+    learns: whether a lesson on these cells follows, so that the forward must keep what a backward needs.
+    fit: flattened cells whose targets the score itself is fitted on.
     """
 
     ids: np.ndarray
@@ -5026,29 +5049,54 @@ class Unit(NamedTuple):
     origin: np.ndarray
     rows: np.ndarray
     cols: np.ndarray
-    bounds: Tensor | None = None
-    learn_rows: np.ndarray = np.empty(0, np.int64)
-    learn_cols: slice = slice(0)
-    docs: tuple[int, ...] = ()
-    fresh: bool = False
-    cells: np.ndarray | None = None
-    fit: np.ndarray = np.empty(0, np.int64)
-    span: range = range(0)
-    begin: np.ndarray = np.empty(0, np.int64)
+    cu_seqlens: Tensor | None = None
+    documents: np.ndarray | None = None
+    begin: np.ndarray | None = None
+    learns: bool = False
+    fit: np.ndarray | None = None
 
     def scored(self) -> np.ndarray:
         """Stream positions of the scored targets."""
         return self.origin[self.rows] + self.cols
 
-    def learnt(self) -> np.ndarray:
-        """Stream positions of the targets that learning would read."""
-        cols = np.arange(self.learn_cols.start or 0, self.learn_cols.stop)
-        return (self.origin[self.learn_rows][:, None] + cols).reshape(-1)
-
     def fitted(self) -> np.ndarray:
-        """Stream positions of the targets that scoring reads beside the context."""
-        width = max(1, self.ids.shape[1])
-        return self.origin[self.fit // width] + self.fit % width
+        """Stream positions of the targets that the score is fitted on."""
+        row, col = np.divmod(self.fit, self.ids.shape[1])
+        return self.origin[row] + col
+
+
+class Lesson(NamedTuple):
+    """What may be learnt from the cells just scored: the targets of some rows in some columns, by this rank alone."""
+
+    rows: np.ndarray
+    cols: slice
+    shared = False
+
+    def targets(self, cells: Cells) -> np.ndarray:
+        """Stream positions of the targets that are learnt."""
+        return (cells.origin[self.rows, None] + np.arange(self.cols.start, self.cols.stop)).reshape(-1)
+
+
+class SharedLesson(NamedTuple):
+    """What all ranks learn together: ranges of stream positions, whichever rank has scored them."""
+
+    spans: tuple[range, ...]
+    shared = True
+
+    def targets(self, cells: None = None) -> np.ndarray:
+        """Stream positions of the targets that are learnt."""
+        return np.concatenate([np.arange(span.start, span.stop) for span in self.spans])
+
+    def tokens(self) -> np.ndarray:
+        """Stream positions of what is read: each span's targets, and the token before them."""
+        return np.concatenate([np.arange(span.start - 1, span.stop) for span in self.spans])
+
+
+class Step(NamedTuple):
+    """What happens next in an evaluation: cells are scored, then a lesson is learnt; either may be missing."""
+
+    cells: Cells | None
+    lesson: Lesson | SharedLesson | None = None
 
 
 class LegalityError(AssertionError):
@@ -5066,14 +5114,14 @@ class Ledger:
         self.count[0] = 1  # the first token of the stream is never a target
         self.noncausal, self.legal = noncausal, True
 
-    def admit(self, unit: Unit) -> None:
-        """Check that a unit's scores are fitted only on targets before all that it scores: windows are scored in the
-        order of the stream, so those are scored already. Where noncausal scores are allowed, note that this is one."""
-        fitted = unit.fitted()
-        if len(fitted) and fitted.max() >= unit.scored().min():
-            if not self.noncausal:
-                raise LegalityError("a score is fitted on a target that it scores, or on a later one")
-            self.legal = False
+    def admit(self, cells: Cells) -> None:
+        """Check that a score is fitted only on targets before all that it scores."""
+        # windows are scored in the order of the stream, so what comes before them is scored already
+        if cells.fit is None or not len(cells.fit) or cells.fitted().max() < cells.scored().min():
+            return
+        if not self.noncausal:
+            raise LegalityError("a score is fitted on a target that it scores, or on a later one")
+        self.legal = False
 
     def claim(self, positions: np.ndarray) -> None:
         """Mark targets as scored."""
@@ -5090,7 +5138,7 @@ class Ledger:
         """Check that some rank has scored each target; every rank calls this."""
         counts = runtime.sum_(torch.from_numpy(self.count[positions].astype(np.int32)))
         if not bool((counts > 0).all()):
-            raise LegalityError("a global update would read a target that no rank has scored yet")
+            raise LegalityError("a shared lesson would read a target that no rank has scored yet")
 
     def close(self, runtime: Runtime) -> None:
         """Check over all ranks that every target has been scored exactly once."""
@@ -5110,11 +5158,11 @@ class ByteMeter:
         self.loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
         self.tokens, self.bytes, self.started = 0, 0, time.perf_counter()
 
-    def add(self, unit: Unit, nll: Tensor) -> None:
-        """Count a unit's scored cells of nll (B, T)."""
-        positions = unit.scored()
+    def add(self, cells: Cells, nll: Tensor) -> None:
+        """Count the scored cells of nll (B, T)."""
+        positions = cells.scored()
         self.ledger.claim(positions)
-        rows, cols = (torch.from_numpy(a).to(nll.device, non_blocking=True) for a in (unit.rows, unit.cols))
+        rows, cols = (torch.from_numpy(a).to(nll.device, non_blocking=True) for a in (cells.rows, cells.cols))
         self.loss += nll.detach()[rows, cols].double().sum()
         self.tokens += len(positions)
         self.bytes += int(self.val.bytes[positions].sum())
@@ -5133,91 +5181,106 @@ class ByteMeter:
 
 
 class Learner(Protocol):
-    """What test-time training does: score with the state before the unit, learn from it once scored, end."""
+    """What test-time training does with cells. It is made, and compiles, before the clock of the evaluation runs."""
 
-    def score(self, unit: Unit) -> Tensor:
-        """(B, T) nats, of the scored cells at least."""
+    def score(self, cells: Cells) -> Tensor:
+        """(B, T) nats, at least of the scored cells, from what was learnt before; asking twice changes nothing."""
 
-    def learn(self, unit: Unit, nll: Tensor) -> None:
-        """Adapt on the unit's learn cells and span; nll is what score returned."""
-
-    def after(self) -> None:
-        """The last unit is done."""
+    def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
+        """Learn from what is scored; cells, and nll as score returned it, are those of the same step."""
 
 
-def score_first(units: Iterable[Unit], learner: Learner, meter: ByteMeter) -> None:
-    """The only loop that may adapt a model: a unit is scored, in the ledger, before anything learns from it."""
-    for unit in units:
-        meter.ledger.admit(unit)
-        nll = learner.score(unit)
-        meter.add(unit, nll)
-        meter.ledger.require(unit.learnt())
-        if unit.span:
-            meter.ledger.require_anywhere(np.arange(unit.span.start, unit.span.stop), meter.runtime)
-        learner.learn(unit, nll)
-    learner.after()
+def score_first(steps: Iterable[Step], learner: Learner, meter: ByteMeter) -> None:
+    """The only loop that may adapt a model: cells are scored and in the ledger before anything learns from them."""
+    for cells, lesson in steps:
+        nll = None
+        if cells is not None:
+            meter.ledger.admit(cells)
+            nll = learner.score(cells)
+            meter.add(cells, nll)
+        if lesson is None:
+            continue
+        if lesson.shared:
+            meter.ledger.require_anywhere(lesson.targets(), meter.runtime)
+        else:
+            meter.ledger.require(lesson.targets(cells))
+        learner.learn(lesson, cells, nll)
+
+
+def with_progress(steps: Iterable[Step], meter: ByteMeter) -> Iterator[Step]:
+    """The steps, with progress by scored tokens (this rank's, times the ranks)."""
+    runtime, total = meter.runtime, len(meter.val.tokens) - 1
+    for step in steps:
+        yield step
+        done = min(total, meter.tokens * runtime.world)
+        runtime.log.progress("evaluation, tokens", done, total, meter.started)
+
+
+class Evaluator(NamedTuple):
+    """A way to evaluate, a row of EVALS: a rank's steps in their order, and the learner that scores them."""
+
+    steps: Callable[[Config, Runtime, ValData], Iterable[Step]]
+    learner: Callable[[Config, Runtime, GPT, ValData], Learner]
+
+    def __call__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
+        learner = self.learner(cfg, runtime, model, val)
+        meter = ByteMeter(val, runtime, cfg.allow_noncausal)
+        score_first(with_progress(self.steps(cfg, runtime, val), meter), learner, meter)
+        return meter.close()
+
+
+def mark_dynamic(runtime: Runtime, dims: tuple[int, ...], *tensors: Tensor) -> None:
+    """Let one compiled graph serve every size of these dimensions."""
+    if runtime.compile:
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, dims)
 
 
 class NoAdaptation:
     """The learner that does not learn."""
 
-    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> None:
         self.model, self.runtime, self.max_len = model, runtime, cfg.eval_seq_len
         self.forward = compiled(runtime, model)
 
-    def inputs(self, unit: Unit) -> tuple[Tensor, Tensor, AttnMeta]:
-        """ids, targets and Seq of a unit on the device."""
-        batch = Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), unit.bounds)
+    def inputs(self, cells: Cells) -> tuple[Tensor, Tensor, AttnMeta]:
+        """ids, targets and AttnMeta on the device."""
+        batch = Batch(torch.from_numpy(cells.ids), torch.from_numpy(cells.targets), cells.cu_seqlens)
         return on_device(self.model, batch, self.runtime, self.max_len)
 
     @torch.no_grad()
-    def score(self, unit: Unit) -> Tensor:
-        """(B, T) nats of every cell, or of the scored ones where the unit says which need the head."""
-        ids, targets, meta = self.inputs(unit)
-        if unit.cells is None:
-            return self.forward(ids, targets, meta, None, "none")
-        cells = torch.from_numpy(unit.cells).to(ids.device)
-        return scatter_losses(unit, self.forward(ids, targets, meta, None, "none", cells))
+    def score(self, cells: Cells) -> Tensor:
+        """(B, T) nats of the scored cells, which alone get the head."""
+        ids, targets, meta = self.inputs(cells)
+        scored = torch.from_numpy(cells.rows * ids.size(1) + cells.cols).to(ids.device)
+        mark_dynamic(self.runtime, (0,), scored)
+        return scatter_losses(cells, self.forward(ids, targets, meta, None, "none", scored))
 
-    def learn(self, unit: Unit, nll: Tensor) -> None:
-        """Nothing."""
-
-    def after(self) -> None:
+    def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
         """Nothing."""
 
 
-def scatter_losses(unit: Unit, losses: Tensor) -> Tensor:
-    """(B, T) with the scored cells' losses, the first of (n,), in their place; elsewhere NaN, which no sum forgives."""
-    nll = losses.new_full(unit.ids.shape, math.nan)
-    rows, cols = (torch.from_numpy(a).to(losses.device) for a in (unit.rows, unit.cols))
-    nll[rows, cols] = losses[: len(rows)]
+def scatter_losses(cells: Cells, losses: Tensor) -> Tensor:
+    """(B, T) with the scored cells' losses in place. Other cells are NaN, so an accidental use poisons the sum."""
+    nll = losses.new_full(cells.ids.shape, math.nan)
+    rows, cols = (torch.from_numpy(a).to(losses.device) for a in (cells.rows, cells.cols))
+    nll[rows, cols] = losses
     return nll
 
 
-def plain_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
+def plain_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """Non-overlapping spans: packed documents cut at EVAL_SEQ_LEN, or rows of it, as the model was trained."""
-    documents = LOADERS[cfg.loader].documents
-    row = cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len * cfg.eval_seq_len
-    shape = (1, row) if documents else (row // cfg.eval_seq_len, cfg.eval_seq_len)
-
-    def unit(start: int) -> Unit:
-        """The span from `start`, zero-padded at the end of the stream."""
-        span = np.zeros(row + 1, np.int64)
-        real = val.tokens[start : start + row + 1]
+    make_batch = packed_docs_batch if LOADERS[cfg.loader].documents else stream_batch
+    size = cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len * cfg.eval_seq_len
+    for start in range(0, len(val.tokens) - 1, size)[runtime.rank :: runtime.world]:
+        span = np.zeros(size + 1, np.int64)  # the last span is padded with zeros: one shape, one graph
+        real = val.tokens[start : start + size + 1]
         span[: len(real)] = real
-        cells = np.arange(len(real) - 1)
-        bounds = segment_bounds(np.flatnonzero(span[:-1] == BOS_ID), row, cfg.eval_seq_len) if documents else None
-        return Unit(
-            span[:-1].reshape(shape),
-            span[1:].reshape(shape),
-            start + 1 + np.arange(0, row, shape[1]),
-            cells // shape[1],
-            cells % shape[1],
-            None if bounds is None else torch.from_numpy(pad_bounds(bounds)),
-        )
-
-    starts = range(0, len(val.tokens) - 1, row)[runtime.rank :: runtime.world]
-    return [lambda start=start: unit(start) for start in starts]
+        batch = make_batch(span, cfg.eval_seq_len)
+        width = batch.ids.size(1)
+        rows, cols = np.divmod(np.arange(len(real) - 1), width)
+        origin = start + 1 + np.arange(0, size, width)
+        yield Step(Cells(batch.ids.numpy(), batch.targets.numpy(), origin, rows, cols, batch.cu_seqlens))
 
 
 def window_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
@@ -5234,23 +5297,16 @@ def window_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
     return np.stack([start, stop - start, reached - start, stop - start], axis=1)
 
 
-def window_unit(cfg: Config, val: ValData, windows: np.ndarray) -> Unit:
-    """A batch of some of window_rows, zero-padded to full size. Context as the model was trained.
-
-    Only the scored cells get the head; there are as many in every full batch but the first, and a smaller batch is
-    filled up with cell 0, so that two compiled graphs do.
-    """
-    size = windows_per_batch(cfg)
-    ids, targets = (np.zeros((size, cfg.eval_seq_len), np.int64) for _ in range(2))
+def window_cells(cfg: Config, val: ValData, windows: np.ndarray) -> Cells:
+    """A batch of some of window_rows, zero-padded to full size. Context as the model was trained."""
+    ids, targets = (np.zeros((windows_per_batch(cfg), cfg.eval_seq_len), np.int64) for _ in range(2))
     for row, (start, length, _, _) in enumerate(windows.tolist()):
         ids[row, :length] = val.tokens[start : start + length]
         targets[row, :length] = val.tokens[start + 1 : start + length + 1]
-    counts = windows[:, 3] - windows[:, 2]
-    rows = np.repeat(np.arange(len(windows)), counts)
+    rows = np.repeat(np.arange(len(windows)), windows[:, 3] - windows[:, 2])
     cols = np.concatenate([np.arange(first, last) for first, last in windows[:, 2:].tolist()])
-    cells = np.pad(rows * cfg.eval_seq_len + cols, (0, max(0, size * cfg.eval_stride - len(rows))))
-    bounds = row_bounds(ids) if LOADERS[cfg.loader].documents else None
-    return Unit(ids, targets, windows[:, 0] + 1, rows, cols, bounds, cells=cells)
+    cu_seqlens = row_bounds(ids) if LOADERS[cfg.loader].documents else None
+    return Cells(ids, targets, windows[:, 0] + 1, rows, cols, cu_seqlens)
 
 
 def windows_per_batch(cfg: Config) -> int:
@@ -5258,40 +5314,11 @@ def windows_per_batch(cfg: Config) -> int:
     return max(1, cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len)
 
 
-def sliding_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
+def sliding_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """Windows of EVAL_SEQ_LEN every EVAL_STRIDE tokens, some per batch."""
-    windows = window_rows(len(val.tokens) - 1, cfg.eval_seq_len, cfg.eval_stride)
-    starts, size = range(0, len(windows), windows_per_batch(cfg)), windows_per_batch(cfg)
-    return [lambda i=i: window_unit(cfg, val, windows[i : i + size]) for i in starts[runtime.rank :: runtime.world]]
-
-
-def build_each(units: list[Callable[[], Unit]], what: str, log: Log) -> Iterator[Unit]:
-    """Build units one by one, with progress."""
-    started = time.perf_counter()
-    for done, make in enumerate(units):
-        log.progress(what, done, len(units), started)
-        yield make()
-
-
-def evaluate_frozen(units: Callable, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score without adaptation, over units of the given cut."""
-    meter = ByteMeter(val, runtime)
-    score_first(
-        build_each(units(cfg, runtime, val), "evaluation", runtime.log),
-        NoAdaptation(cfg, runtime, model),
-        meter,
-    )
-    return meter.close()
-
-
-def evaluate_plain(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score of non-overlapping spans (see plain_units)."""
-    return evaluate_frozen(plain_units, cfg, runtime, model, val)
-
-
-def evaluate_sliding(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score of overlapping windows (see sliding_units)."""
-    return evaluate_frozen(sliding_units, cfg, runtime, model, val)
+    windows, size = window_rows(len(val.tokens) - 1, cfg.eval_seq_len, cfg.eval_stride), windows_per_batch(cfg)
+    for first in range(0, len(windows), size)[runtime.rank :: runtime.world]:
+        yield Step(window_cells(cfg, val, windows[first : first + size]))
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -5299,68 +5326,152 @@ def evaluate_sliding(cfg: Config, runtime: Runtime, model: GPT, val: ValData) ->
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-class BatchedLoRA(nn.Module):
-    """One low-rank adapter per document, site and slot (Hu et al. 2021): a taps listener that adds scale * x A^T B^T.
-
-    A (rows, rank, in) is uniform in +-1/sqrt(in), drawn per document; B (rows, out, rank) starts at zero, so that a
-    fresh adapter leaves the model bitwise unchanged. "attn" and "mlp" adapters read the sublayer's normed input.
-    """
-
-    def __init__(self, cfg: Config, model: GPT, rows: int) -> None:
-        super().__init__()
-        self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank
-        self.sites = frozenset(name for name, _, _ in lora_sites(cfg, model))
-        shapes = {f"{name}_{execution}": shape for name, execution, shape in lora_sites(cfg, model)}
-        like = {
-            "device": model.tok_emb.weight.device,
-            "dtype": at_least_fp32(torch.empty(0, dtype=model.dtype)).dtype,
-        }
-        rank = cfg.ttt_lora_rank
-        self.A = nn.ParameterDict({key: torch.zeros(rows, rank, d_in, **like) for key, (d_out, d_in) in shapes.items()})
-        self.B = nn.ParameterDict(
-            {key: torch.zeros(rows, d_out, rank, **like) for key, (d_out, d_in) in shapes.items()}
-        )
-
-    @torch.no_grad()
-    def reset(self, seed: int, docs: tuple[int, ...]) -> None:
-        """Fresh adapters: row i is document docs[i], whose A depends on the seed and the document alone."""
-        sizes = [a[0].numel() for a in self.A.values()]
-        for row, doc in enumerate(docs):
-            for a, draw in zip(self.A.values(), self.draw(seed, doc, sum(sizes)).split(sizes), strict=True):
-                a[row].copy_(draw.view_as(a[row])).mul_(a.size(-1) ** -0.5)
-        torch._foreach_zero_(list(self.B.values()))
-
-    def draw(self, seed: int, doc: int, count: int) -> Tensor:
-        """All entries of a document's A before their bound: uniform in +-1, site after site."""
-        device = next(iter(self.A.values())).device
-        mixed = int(np.random.SeedSequence((seed, doc)).generate_state(1)[0])  # torch's CPU seeds are 32 bits
-        generator = torch.Generator(device).manual_seed(mixed)
-        return torch.rand(count, generator=generator, device=device).mul_(2).sub_(1)
-
-    def share(self, flat: Tensor) -> None:
-        """Make every adapter a view of flat (rows, entries): a row is a document's A of all sites, then its B."""
-        sizes = [p[0].numel() for p in self.parameters()]
-        for p, part in zip(self.parameters(), flat.split(sizes, dim=1), strict=True):
-            p.data = part.unflatten(1, p.shape[1:])
-
-    def forward(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        key = f"{site.name}_{max(site.execution, 0)}"
-        if key not in self.A:
-            return y
-        a, b = self.A[key].to(x.dtype), self.B[key].to(x.dtype)
-        return torch.baddbmm(y, x @ a.mT, b.mT, alpha=self.scale)
-
-
 def lora_sites(cfg: Config, model: GPT) -> list[tuple[str, int, tuple[int, int]]]:
-    """(site, slot, (out, in)) of every adapter on the model's current route."""
-    D, V = cfg.model_dim, cfg.vocab_size
-    used, sites = {"k": cfg.ttt_k_lora, "attn": cfg.ttt_o_lora, "mlp": cfg.ttt_mlp_lora}, []
+    """(site, execution, (out, in)) of every adapter on the model's current route."""
+    D, V, chosen = cfg.model_dim, cfg.vocab_size, {*cfg.ttt_lora_sites}
+    if chosen & {"q", "k", "v"}:
+        chosen.add("qkv")  # the joint projection of a delta layer
+    sites = []
     for execution, layer in enumerate(model.route.layers):
         attn = model.blocks[layer].attn
         shapes = {name: tuple(getattr(attn, name).weight.shape) for name in attn.INPUTS}
         shapes |= {"attn": (D, D), "mlp": (D, D)}
-        sites += [(name, execution, shape) for name, shape in shapes.items() if used.get(name, True)]
-    return [*sites, ("head", 0, (V, D))]
+        sites += [(name, execution, shape) for name, shape in shapes.items() if name in chosen]
+    return sites + [("head", 0, (V, D))] * ("head" in chosen)
+
+
+ADAPTER_EPS = 1e-10  # of AdamW, as published
+
+
+class AdapterState(NamedTuple):
+    """Buffers of adapters, (rows, entries); a row holds one document's A of all sites, then its B of all sites.
+
+    weights: at least float32. live: the copy that computes, in the activations' dtype; None where weights has it.
+    first, second: AdamW's moments; first is None where beta1 is 0. steps: (rows, 1) float64.
+    """
+
+    weights: Tensor
+    live: Tensor | None
+    first: Tensor | None
+    second: Tensor
+    steps: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> AdapterState:
+        """A function applied to every buffer."""
+        return AdapterState(*(None if t is None else function(t) for t in self))
+
+
+@torch.no_grad()
+def adapter_adamw_(cfg: Config, state: AdapterState, grad: Tensor) -> None:
+    """A step of AdamW (Loshchilov & Hutter 2019) on every entry, each row by its own step count."""
+    weights, live, first, second, steps = state
+    steps += 1
+    weights.mul_(1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay)
+    second.mul_(cfg.ttt_beta2).addcmul_(grad, grad, value=1 - cfg.ttt_beta2)
+    if first is not None:
+        grad = first.lerp_(grad, 1 - cfg.ttt_beta1)
+    rate = (cfg.ttt_lora_lr / (1 - cfg.ttt_beta1**steps)).to(grad.dtype)
+    unbias = (1 - cfg.ttt_beta2**steps).sqrt().to(grad.dtype)
+    weights.sub_(rate * grad / (second.sqrt() / unbias + ADAPTER_EPS))
+    if live is not None:
+        live.copy_(weights)
+
+
+class Adapters:
+    """Low-rank adapters, one set per document, site and execution (Hu et al. 2021), with their AdamW: a taps listener
+    that adds scale * x A^T B^T.
+
+    A (rows, rank, in) is uniform in +-1/sqrt(in), drawn per document; B (rows, out, rank) starts at zero, so that fresh
+    adapters leave the model bitwise unchanged. "attn" and "mlp" adapters read the sublayer's normed input. A and B are
+    plain tensors, views of the rows in use: Dynamo would keep every dimension of an nn.Parameter static.
+    """
+
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT, rows: int) -> None:
+        self.cfg, self.runtime, rank = cfg, runtime, cfg.ttt_lora_rank
+        self.scale = cfg.ttt_lora_alpha / rank
+        # by name, as draws always were
+        found = sorted(lora_sites(cfg, model), key=lambda site: f"{site[0]}_{site[1]}")
+        device = model.tok_emb.weight.device
+        self.sites = frozenset(name for name, _, _ in found)
+        self.shapes_A = {f"{name}_{execution}": (rank, d_in) for name, execution, (_, d_in) in found}
+        self.shapes_B = {f"{name}_{execution}": (d_out, rank) for name, execution, (d_out, _) in found}
+        sizes_A, sizes_B = ([math.prod(s) for s in shapes.values()] for shapes in (self.shapes_A, self.shapes_B))
+        self.sizes = sizes_A + sizes_B
+        weights = torch.zeros(
+            rows, sum(self.sizes), device=device, dtype=at_least_fp32(torch.empty(0, dtype=model.dtype)).dtype
+        )
+        self.all = AdapterState(
+            weights,
+            None if model.dtype == weights.dtype else weights.to(model.dtype),
+            torch.zeros_like(weights) if cfg.ttt_beta1 > 0 else None,
+            torch.zeros_like(weights),
+            torch.zeros(rows, 1, dtype=torch.float64, device=device),
+        )
+        bounds = [
+            torch.full((size,), d_in**-0.5) for size, (_, d_in) in zip(sizes_A, self.shapes_A.values(), strict=True)
+        ]
+        self.bound = torch.cat(bounds).to(weights)
+        self.adamw_ = compiled(runtime, adapter_adamw_)
+        self.use_rows(rows)
+
+    def use_rows(self, rows: int) -> None:
+        """Let the first `rows` rows compute; A and B become leaves of their own, so that no gradient is the size of a
+        whole buffer."""
+        self.state = self.all.map(lambda t: t[:rows])
+        live = self.state.weights if self.state.live is None else self.state.live
+        views = iter(live.split(self.sizes, dim=1))
+        self.A, self.B = (
+            {key: next(views).unflatten(1, shape).detach().requires_grad_() for key, shape in shapes.items()}
+            for shapes in (self.shapes_A, self.shapes_B)
+        )
+        mark_dynamic(self.runtime, (0,), *self.leaves(), *(t for t in self.state if t is not None))
+
+    def leaves(self) -> list[Tensor]:
+        """A of all sites, then B of all sites: the order of a buffer's entries."""
+        return [*self.A.values(), *self.B.values()]
+
+    @torch.no_grad()
+    def keep_rows(self, index: Tensor) -> None:
+        """Go on with some of the rows only, moved to the front."""
+        rows = len(index)
+        self.all.map(lambda t: t[:rows].copy_(t[index]))
+        self.use_rows(rows)
+
+    @torch.no_grad()
+    def renew(self, row: int, document: int, keep_A: bool = False) -> None:
+        """Fresh adapters for a row's new document; keep_A: but for A, which goes on from the row's document before."""
+        state, size = self.all.map(lambda t: t[row]), len(self.bound)
+        A = state.weights[:size].clone() if keep_A else self.draw(document).mul_(self.bound)
+        state.map(Tensor.zero_)
+        state.weights[:size] = A
+        if state.live is not None:
+            state.live.copy_(state.weights)
+
+    def draw(self, document: int) -> Tensor:
+        """All entries of a document's A before their bound, uniform in +-1, by the seed and the document alone."""
+        mixed = int(
+            np.random.SeedSequence((self.cfg.seed, document)).generate_state(1)[0]
+        )  # torch's CPU seeds: 32 bits
+        device = self.bound.device
+        generator = torch.Generator(device).manual_seed(mixed)
+        return torch.rand(len(self.bound), generator=generator, device=device).mul_(2).sub_(1)
+
+    def step(self, nll: Tensor, learns: Tensor) -> None:
+        """Learn from nll (rows, chunk): each row the mean of its own, times learns (rows,), which is 0 or 1.
+
+        AdamW moves the other rows too; their documents have ended.
+        """
+        loss = (nll.mean(dim=1) * learns).sum()
+        grads = torch.autograd.grad(loss, self.leaves())
+        flat = torch.cat([g.flatten(1) for g in grads], dim=1).to(self.state.weights.dtype)
+        mark_dynamic(self.runtime, (0,), flat)
+        self.adamw_(self.cfg, self.state, flat)
+
+    def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        key = f"{site.name}_{max(site.execution, 0)}"
+        if key not in self.A:
+            return y
+        return torch.baddbmm(y, x @ self.A[key].mT, self.B[key].mT, alpha=self.scale)
 
 
 def document_batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
@@ -5370,431 +5481,299 @@ def document_batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
     return sorted(groups, key=lambda g: -docs[g[-1]][1])
 
 
-def chunk_window(chunk: int, predictions: int, size: int, window: int) -> tuple[int, int, int, int]:
-    """Of chunk number `chunk` of a document with so many predictions: window start, window length, and the scored
-    chunk's offset and length inside the window. The window ends with the chunk and is at most `window` long."""
-    stop = min((chunk + 1) * size, predictions)
-    start = max(0, stop - window)
-    return start, stop - start, chunk * size - start, stop - chunk * size
-
-
-def batch_units(cfg: Config, val: ValData, docs: list[tuple[int, int]], batches: Iterator[list[int]]) -> Iterator[Unit]:
-    """The units of batches of documents, one batch after another."""
-    for batch in batches:
-        yield from chunk_units(cfg, val, docs, batch)
-
-
-def chunk_units(cfg: Config, val: ValData, docs: list[tuple[int, int]], batch: list[int]) -> Iterator[Unit]:
-    """The units of a batch of documents: chunk after chunk, the rows side by side, right-padded with id 0.
-
-    Rows of finished documents are dropped as soon as a quarter of the rows is idle, unless the slots' A live on.
-    """
-    size, window = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
-    rows_docs = np.array(batch)
-    for c in range(-(-max(docs[i][1] - 1 for i in batch) // size)):
-        unfinished = np.array([docs[i][1] - 1 > c * size for i in rows_docs])
-        if unfinished.sum() <= 0.75 * len(rows_docs) and not cfg.ttt_warm_start_a:
-            rows_docs = rows_docs[unfinished]
-        yield chunk_unit(val, [docs[i] for i in rows_docs], tuple(rows_docs.tolist()), c, (size, window))
-
-
-def chunk_unit(
-    val: ValData,
-    docs: list[tuple[int, int]],
-    indices: tuple[int, ...],
-    c: int,
-    sizes: tuple[int, int],
-) -> Unit:
-    """Chunk number c of some documents (start, length), with sizes (chunk, window)."""
-    size, window = sizes
-    starts, predictions = np.array([d[0] for d in docs]), np.array([d[1] - 1 for d in docs])
-    width = min((c + 1) * size, window)
-    ids, targets = (np.zeros((len(docs), width), np.int64) for _ in range(2))
-    origin, cells = starts + 1, []
-    for row in np.flatnonzero(predictions > c * size):
-        begin, length, offset, count = chunk_window(c, int(predictions[row]), size, window)
-        origin[row] = starts[row] + begin + 1
-        ids[row, :length] = val.tokens[origin[row] - 1 : origin[row] - 1 + length]
-        targets[row, :length] = val.tokens[origin[row] : origin[row] + length]
-        cells.append(np.stack([np.full(count, row), np.arange(offset, offset + count)]))
-    rows, cols = np.concatenate(cells, axis=1)
-    learn = np.flatnonzero(predictions > (c + 1) * size)
-    return Unit(
-        ids,
-        targets,
-        origin,
-        rows,
-        cols,
-        None,
-        learn,
-        slice(width - size, width),
-        indices,
-        c == 0,
-    )
-
-
-def adapter_adamw(cfg: Config, parameters: Iterable[nn.Parameter], **options: bool) -> torch.optim.Optimizer:
-    """The optimiser of adapters."""
-    betas = (cfg.ttt_beta1, cfg.ttt_beta2)
-    return torch.optim.AdamW(
-        parameters,
-        lr=cfg.ttt_lora_lr,
-        betas=betas,
-        eps=1e-10,
-        weight_decay=cfg.ttt_weight_decay,
-        **options,
-    )
-
-
-class DocLora:
-    """Per-document adapters: each chunk is scored, then learnt; every document starts from fresh adapters.
-
-    Rows are independent: AdamW is elementwise and the loss is a sum over rows of a row's mean over its chunk.
-    """
-
-    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
-        self.cfg, self.runtime, self.model = cfg, runtime, model.requires_grad_(False)
-        self.forward = compiled(runtime, model, dynamic=True)
-        self.docs: tuple[int, ...] = ()
-        self.lora: BatchedLoRA | None = None
-        self.warm: BatchedLoRA | None = None  # the full-sized set whose A lives on, with TTT_WARM_START_A
-        self.optimiser: torch.optim.Optimizer | None = None
-
-    @torch.no_grad()
-    def begin(self, docs: tuple[int, ...]) -> None:
-        """Fresh adapters (or, warm-started, fresh B) and optimiser state for a batch of documents."""
-        full = len(docs) == self.cfg.ttt_batch_size
-        if full and self.warm is not None:
-            self.lora = self.warm
-            torch._foreach_zero_(list(self.lora.B.values()))
-        else:
-            if self.lora is None or len(next(iter(self.lora.A.values()))) != len(docs) or self.lora is self.warm:
-                self.lora = BatchedLoRA(self.cfg, self.model, len(docs))
-            self.lora.reset(self.cfg.seed, docs)
-            self.warm = self.lora if full and self.cfg.ttt_warm_start_a else self.warm
-        self.docs, self.optimiser = docs, self.new_optimiser()
-
-    def warm_up(self) -> None:
-        """Compile for the shortest and the longest window, on random tokens, outside the evaluation clock."""
-        if not self.runtime.compile:
-            return
-        rng, rows = np.random.default_rng(0), self.cfg.ttt_batch_size
-        for width in (self.cfg.ttt_chunk_size, self.cfg.ttt_eval_seq_len):
-            ids = rng.integers(0, self.cfg.vocab_size, (rows, width))
-            everything = slice(width - self.cfg.ttt_chunk_size, width)
-            none = np.empty(0, np.int64)
-            unit = Unit(
-                ids,
-                ids,
-                none,
-                none,
-                none,
-                None,
-                np.arange(rows),
-                everything,
-                tuple(range(rows)),
-                True,
-            )
-            self.learn(unit, self.score(unit))
-        self.forget()
-
-    def keep(self, docs: tuple[int, ...]) -> None:
-        """Go on with some of the documents only: their adapters and moments, in smaller tensors."""
-        rows = torch.tensor([self.docs.index(doc) for doc in docs], device=self.runtime.device)
-        old, state, self.docs = self.lora, self.optimiser.state, docs
-        self.lora = BatchedLoRA(self.cfg, self.model, len(docs))
-        self.optimiser = self.new_optimiser()
-        for parameter, before in zip(self.lora.parameters(), old.parameters(), strict=True):
-            parameter.data.copy_(before.data[rows])
-            kept = {key: value[rows] if value.dim() else value for key, value in state[before].items()}
-            if kept:
-                self.optimiser.state[parameter] = kept
-
-    def new_optimiser(self) -> torch.optim.Optimizer:
-        """AdamW over the adapters."""
-        return adapter_adamw(self.cfg, self.lora.parameters(), fused=self.runtime.device.type == "cuda")
-
-    def losses(self, unit: Unit) -> Tensor:
-        """(B, T) nats with the adapters as they are."""
-        batch = Batch(torch.from_numpy(unit.ids), torch.from_numpy(unit.targets), None)
-        ids, targets, meta = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
-        return self.forward(ids, targets, meta, self.lora, "none")
-
-    def score(self, unit: Unit) -> Tensor:
-        """(B, T) nats; the graph is kept only when something will be learnt."""
-        if unit.fresh:
-            self.begin(unit.docs)
-        elif unit.docs != self.docs:
-            self.keep(unit.docs)
-        with torch.set_grad_enabled(bool(len(unit.learn_rows))):
-            return self.losses(unit)
-
-    def learn(self, unit: Unit, nll: Tensor) -> None:
-        """TTT_GRAD_STEPS updates on the scored chunk; the first uses the graph of the score itself."""
-        if not len(unit.learn_rows):
-            return
-        rows = torch.from_numpy(unit.learn_rows).to(nll.device)
-        for step in range(self.cfg.ttt_grad_steps):
-            nll = nll if step == 0 else self.losses(unit)
-            nll[rows, unit.learn_cols].mean(dim=1).sum().backward()
-            self.optimiser.step()
-            self.optimiser.zero_grad(set_to_none=True)
-
-    def after(self) -> None:
-        """Nothing: the next batch begins with `fresh`."""
-
-    def forget(self) -> None:
-        """Drop every adapter: the weights under them have changed."""
-        self.docs, self.lora, self.warm, self.optimiser = (), None, None, None
-
-
 def longest_first(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
     """Documents one by one, so that the last rows to work have short ones and none waits long for another."""
     return [[i] for i in sorted(range(len(docs)), key=lambda i: -docs[i][1])]
 
 
-def carried_units(
-    cfg: Config, val: ValData, docs: list[tuple[int, int]], batches: Iterator[list[int]]
-) -> Iterator[Unit]:
-    """The next chunk of each row's document, over and over; a row whose document has ended takes the next of the queue,
-    and is idle (document -1) once there is none."""
-    size, num_rows, queue = (
-        cfg.ttt_chunk_size,
-        min(cfg.ttt_batch_size, len(docs)),
-        (i for b in batches for i in b),
-    )
-    starts, predictions = np.array([d[0] for d in docs]), np.array([d[1] - 1 for d in docs])
-    doc, begin, cols = np.full(num_rows, -1), np.zeros(num_rows, np.int64), np.arange(size)
+def chunk_window(chunk: int, predictions: Any, size: int, window: int) -> tuple[Any, Any, Any, Any]:
+    """For chunk number `chunk` of documents with so many predictions (an int, or an array): window start, window
+    length, and the scored chunk's offset and length inside the window. The window ends with the chunk and is at most
+    `window` long."""
+    stop = np.minimum((chunk + 1) * size, predictions)
+    start = np.maximum(0, stop - window)
+    return start, stop - start, chunk * size - start, stop - chunk * size
+
+
+def document_step(
+    val: ValData,
+    documents: np.ndarray,
+    begin: np.ndarray,
+    first: np.ndarray,
+    length: np.ndarray,
+    offset: np.ndarray,
+    lesson: Lesson,
+) -> Step:
+    """Rows of documents: (rows, lesson.cols.stop) cells with `length` tokens from stream position `first` on, then
+    zeros; they are scored from column `offset` on. See Cells for documents and begin."""
+    cols = np.arange(lesson.cols.stop)
+    inside = cols < length[:, None]
+    where = np.where(inside, first[:, None] + cols, 0)
+    ids, targets = (np.where(inside, val.tokens[where + inside * i], 0) for i in (0, 1))
+    rows, scored = np.nonzero(inside & (cols >= offset[:, None]))
+    learns = len(lesson.rows) > 0
+    cells = Cells(ids, targets, first + 1, rows, scored, None, documents, begin, learns)
+    return Step(cells, lesson if learns else None)
+
+
+def rows_to_keep(unfinished: np.ndarray) -> np.ndarray:
+    """The rows that go on: all of them, or half, a quarter ... where those hold every unfinished one. Few different
+    numbers of rows, as each costs the attention backend a plan; never 1, which is a graph of its own."""
+    rows = len(unfinished)
+    while rows // 2 >= max(2, unfinished.sum()):
+        rows //= 2
+    return np.sort(np.argsort(~unfinished, kind="stable")[:rows])
+
+
+def batch_steps(cfg: Config, val: ValData, docs: list[tuple[int, int]], batches: Iterable[list[int]]) -> Iterator[Step]:
+    """The steps of batches of documents: chunk after chunk, the rows side by side, each with its window.
+
+    Rows of finished documents are dropped, unless A lives on in them.
+    """
+    size, window, most = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, min(cfg.ttt_batch_size, len(docs))
+    starts, lengths = np.array(docs).T
+    for batch in batches:
+        documents = np.pad(batch, (0, most - len(batch)), constant_values=-1)
+        for c in range(-(-(lengths[batch].max() - 1) // size)):
+            left = np.where(documents < 0, 0, lengths[documents] - 1 - c * size)  # predictions from this chunk on
+            if not cfg.ttt_warm_start_a:
+                kept = rows_to_keep(left > 0)
+                documents, left = documents[kept], left[kept]
+            start, length, offset, _ = chunk_window(c, lengths[documents] - 1, size, window)
+            width = min((c + 1) * size, window)
+            lesson = Lesson(np.flatnonzero(left > size), slice(width - size, width))
+            begin, length = np.full(len(documents), c * size), np.where(left > 0, length, 0)
+            yield document_step(val, documents, begin, starts[documents] + start, length, offset, lesson)
+
+
+def carried_steps(
+    cfg: Config, val: ValData, docs: list[tuple[int, int]], batches: Iterable[list[int]]
+) -> Iterator[Step]:
+    """The next chunk of each row's document, over and over. A row whose document has ended takes the next of the queue;
+    once the queue is empty, it is idle."""
+    size, rows, queued = cfg.ttt_chunk_size, min(cfg.ttt_batch_size, len(docs)), (i for b in batches for i in b)
+    starts, lengths = np.array(docs).T
+    documents, begin, offset = np.full(rows, -1), np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     while True:
-        for row in np.flatnonzero(doc < 0):
-            doc[row], begin[row] = next(queue, -1), 0
-        if (doc < 0).all():
+        for row in np.flatnonzero(documents < 0):
+            documents[row], begin[row] = next(queued, -1), 0
+        if (documents < 0).all():
             return
-        left = np.where(doc < 0, 0, predictions[doc] - begin)
-        origin, inside = np.where(doc < 0, 0, starts[doc] + begin) + 1, cols < left[:, None]
-        ids, targets = (
-            np.where(inside, val.tokens[np.where(inside, origin[:, None] + cols - 1 + i, 0)], 0) for i in (0, 1)
-        )
-        rows, columns = np.nonzero(inside)
-        learn, docs_now = np.flatnonzero(left > size), tuple(doc.tolist())
-        yield Unit(
-            ids,
-            targets,
-            origin,
-            rows,
-            columns,
-            None,
-            learn,
-            slice(0, size),
-            docs_now,
-            begin=begin.copy(),
-        )
-        begin = begin + size
-        doc[left <= size] = -1
+        left = np.where(documents < 0, 0, lengths[documents] - 1 - begin)
+        first = np.where(documents < 0, 0, starts[documents] + begin)
+        lesson = Lesson(np.flatnonzero(left > size), slice(0, size))
+        yield document_step(val, documents.copy(), begin.copy(), first, left, offset, lesson)
+        begin += size
+        documents[left <= size] = -1
 
 
-class CarryLora:
+class DocLora:
+    """Adapters per document: each chunk is scored, then learnt; every document starts from fresh adapters. A shared
+    lesson is a global update of all weights (see global_update).
+
+    Rows are independent: AdamW is elementwise and the loss is a sum over rows of a row's mean over its chunk. A score
+    depends on its document alone, but with TTT_WARM_START_A on all documents that were in its row before.
+    """
+
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> None:
+        self.cfg, self.runtime, self.model, self.tokens = cfg, runtime, model.requires_grad_(False), val.tokens
+        self.num_rows = min(cfg.ttt_batch_size, len(val_documents(val.tokens)))
+        self.forward = compiled(runtime, model)
+        self.adapters = Adapters(cfg, runtime, model, self.num_rows) if cfg.ttt_lora_lr > 0 else None
+        self.documents, self.warm = np.full(self.num_rows, -1), False
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Compile with and without gradient, on random tokens: one graph each serves all windows and rows."""
+        if not self.runtime.compile:
+            return
+        size, rows = self.cfg.ttt_chunk_size, self.num_rows
+        width = self.cfg.ttt_eval_seq_len - (self.cfg.ttt_eval_seq_len == rows)  # equal sizes would become one symbol
+        ids = np.random.default_rng(0).integers(0, self.cfg.vocab_size, (rows, width))
+        zeros, none = np.zeros(rows, np.int64), np.empty(0, np.int64)
+        for learns in (True, False):
+            cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros, learns)
+            nll = self.score(cells)
+            if learns:
+                self.learn(Lesson(np.arange(rows), slice(width - size, width)), cells, nll)
+        self.warm = False
+
+    def place(self, cells: Cells) -> None:
+        """Bring the adapters into the rows of their documents; those of documents that begin are fresh."""
+        if cells.begin[0] == 0:  # a new batch
+            self.adapters.use_rows(len(cells.documents))
+        elif len(cells.documents) < len(self.documents):
+            index = [np.flatnonzero(self.documents == document)[0] for document in cells.documents]
+            self.adapters.keep_rows(torch.tensor(index, device=self.runtime.device))
+        self.documents = cells.documents
+        self.renew(cells)
+
+    def renew(self, cells: Cells) -> None:
+        """Fresh adapters for the documents that begin."""
+        starting = np.flatnonzero((cells.begin == 0) & (cells.documents >= 0))
+        # published: the rows of a full batch keep their A from the batch before
+        full = self.cfg.ttt_warm_start_a and len(starting) == self.cfg.ttt_batch_size
+        for row in starting:
+            self.adapters.renew(row, cells.documents[row], keep_A=full and self.warm)
+        self.warm = self.warm or full
+
+    def losses(self, cells: Cells) -> Tensor:
+        """(rows, T) nats with the adapters as they are."""
+        batch = Batch(torch.from_numpy(cells.ids), torch.from_numpy(cells.targets), None)
+        ids, targets, meta = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
+        mark_dynamic(self.runtime, (0, 1), ids, targets)
+        mark_dynamic(self.runtime, (0,), meta.cos, meta.sin)
+        return self.forward(ids, targets, meta, self.adapters, "none")
+
+    def score(self, cells: Cells) -> Tensor:
+        """(rows, T) nats; the graph is kept only when something will be learnt."""
+        if self.adapters is not None:
+            self.place(cells)
+        with torch.set_grad_enabled(cells.learns and self.adapters is not None):
+            return self.losses(cells)
+
+    def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
+        """TTT_GRAD_STEPS updates of the adapters, the first by the graph of the score itself; or a global update."""
+        if lesson.shared:
+            steps = global_update(self.cfg, self.runtime, self.model, self.tokens[lesson.tokens()])
+            self.runtime.log(f"{steps} global steps on {len(lesson.spans)} scored documents")
+            self.warm = False  # A was learnt on other weights
+        elif self.adapters is not None:
+            for number in range(self.cfg.ttt_grad_steps):
+                self.step(lesson, nll if number == 0 else self.losses(cells))
+
+    def step(self, lesson: Lesson, nll: Tensor) -> None:
+        """One update of the adapters."""
+        self.adapters.step(nll[:, lesson.cols], self.learning(lesson).to(nll))
+
+    def learning(self, lesson: Lesson) -> Tensor:
+        """(rows,) bool on the host: the rows that learn."""
+        return torch.from_numpy(np.isin(np.arange(len(self.documents)), lesson.rows))
+
+
+CACHE_WIDTHS = (256, 512, 1024, 2048, 4096)  # columns that attention may read, each a pair of CUDA graphs
+
+
+class CarryLora(DocLora):
     """DocLora at a fraction of the work: a chunk attends to the keys and values that were kept when earlier chunks of
     its document ran, under older adapters, and no gradient goes there (Transformer-XL's recurrence, Dai et al. 2019).
 
-    A row's state is its document's: adapters, second moments, steps, and a ring of whole chunks of rotated keys, values
-    and ids; rows are independent, so each goes through its documents at its own pace. The ring has one chunk more than
-    is in reach: what a chunk writes, it does not read, and scoring it again changes nothing. With TTT_LORA_LR=0 nothing
-    is learnt, and the model is scored as it is.
+    Rows go through their documents at their own pace, each with a cache of its own, a ring of whole chunks, one more
+    than are in reach. What a chunk writes it does not read, so scoring it again changes nothing:
 
-    On a GPU, forward and backward with step are two CUDA graphs per bucket of cache columns; what a step reads lies in
-    static tensors, and the host waits for nothing.
+        column   0      8      16     24            chunks of 8 tokens, 3 in reach: chunk 6 is scored;
+        chunk    4      5      2      3             it reads 3, 4, 5 and takes the place of 2
+
+    With TTT_LORA_LR=0 nothing is learnt, and the model is scored as it is. On a GPU, forward and backward with step are
+    two CUDA graphs per width of the cache; what they read lies in static tensors, and the host waits for nothing.
     """
 
-    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
-        self.cfg, self.runtime, self.model = cfg, runtime, model.requires_grad_(False)
-        self.size, self.reach = cfg.ttt_chunk_size, model.reach
-        self.ring = cfg.ttt_eval_seq_len // self.size - 1  # chunks within reach
-        self.again = min(cfg.ttt_carry_recompute // self.size, self.ring) * self.size
-        self.columns = (self.ring + 1) * self.size
-        self.forward = compiled(runtime, model)
-        self.on_gpu, self.num_rows = runtime.device.type == "cuda", 0
-        widths = (256, 512, 1024, 2048, 4096) if self.on_gpu else range(self.size, self.columns, self.size)
-        self.buckets = [
-            *(w for w in widths if w < self.columns),
-            self.columns,
-        ]  # few, where each is compiled
-
-    def allocate(self, rows: int) -> None:
-        """State of `rows` documents at once, and the programs that work on it."""
+    def prepare(self) -> None:
+        """The cache, and what scores and learns for each number of its columns."""
         cfg, model, device = self.cfg, self.model, self.runtime.device
-        self.num_rows, self.lora = rows, None
-        heads = (
-            len(model.route.layers),
-            2,
-            rows,
-            self.columns,
-            cfg.num_kv_heads,
-            cfg.model_dim // cfg.num_heads,
-        )
-        self.cache = torch.zeros(heads, dtype=model.dtype, device=device)
-        self.history = torch.zeros(rows, self.columns + self.size, dtype=torch.int64, device=device)
-        self.inputs = torch.zeros(rows, 2 + 2 * self.size, dtype=torch.int64, device=device)
-        if cfg.ttt_lora_lr > 0:
-            self.equip(BatchedLoRA(cfg, model, rows))
+        self.size, self.on_gpu = cfg.ttt_chunk_size, device.type == "cuda"
+        self.ring = cfg.ttt_eval_seq_len // self.size - 1  # chunks in reach
+        self.columns = (self.ring + 1) * self.size
+        head = (cfg.num_kv_heads, cfg.model_dim // cfg.num_heads)
+        # a column more than is used: then every slice has the strides of a part, and one compiled graph serves all
+        shape = (len(model.route.layers), 2, self.num_rows, self.columns + 1, *head)
+        self.cache = torch.zeros(shape, dtype=model.dtype, device=device)
+        # of each row: begin, the ids that embeddings look back at, ids, targets
+        self.inputs = torch.zeros(self.num_rows, 1 + model.reach + 2 * self.size, dtype=torch.int64, device=device)
+        self.learns = torch.zeros(self.num_rows, dtype=model.dtype, device=device)
+        widths = CACHE_WIDTHS if self.on_gpu else range(self.size, self.columns, self.size)
+        self.widths = [*(w for w in widths if w < self.columns), self.columns]
         self.programs = self.captured() if self.on_gpu else {}
         how = "CUDA graphs" if self.programs else "eager"
-        self.runtime.log(f"carry: {rows} documents abreast, {self.ring} chunks of {self.size} kept, {how}")
+        self.runtime.log(f"carry: {self.num_rows} documents at once, {self.ring} chunks of {self.size} kept, {how}")
 
-    def equip(self, lora: BatchedLoRA) -> None:
-        """Adapters, a document's in each row of one buffer, and their AdamW, to which a row is a parameter."""
-        cfg, self.lora, self.some = self.cfg, lora, BatchedLoRA(self.cfg, self.model, 1)
-        self.bound = torch.cat([a.new_full((a[0].numel(),), a.size(-1) ** -0.5) for a in lora.A.values()])
-        self.adapters = self.bound.new_zeros(self.num_rows, sum(p[0].numel() for p in lora.parameters()))
-        self.live = self.adapters.to(self.model.dtype)  # what computes: the same tensor unless the dtypes differ
-        lora.share(self.live)
-        self.rows, one = (
-            [nn.Parameter(row) for row in self.adapters],
-            {"fused": True, "capturable": True},
-        )
-        self.optimiser = adapter_adamw(cfg, self.rows, **one if self.on_gpu else {})
-
-    @torch.no_grad()
-    def renew(self, row: int, doc: int) -> None:
-        """Fresh adapters for a row's new document."""
-        draws = self.lora.draw(self.cfg.seed, doc, len(self.bound))
-        for state in (self.adapters[row], *self.optimiser.state[self.rows[row]].values()):
-            state.zero_()
-        self.adapters[row, : len(self.bound)].copy_(draws).mul_(self.bound)
-        self.live[row].copy_(self.adapters[row])
-
-    def losses(self, bucket: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Of what `inputs` holds: (rows, chunk) nats, the keys and values that the slots leave, and their positions."""
-        size, device, model = self.size, self.runtime.device, self.model
-        begin, ids, targets = (
-            self.inputs[:, :1],
-            self.inputs[:, 2 : 2 + size],
-            self.inputs[:, 2 + size :],
-        )
-        chunk, width = torch.arange(size, device=device), self.again + size
-        self.history.scatter_(1, (begin + chunk) % self.history.size(1), ids)
-        first = (begin - self.again).clamp_min(0)
-        at = first + torch.arange(width, device=device)
-        kept = begin - 1 - (begin - 1 - torch.arange(bucket, device=device)) % self.columns  # position in each column
-        seen = (kept >= (begin - self.ring * size).clamp_min(0)) & (kept < first)
-        own = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    def forward_chunk(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For what `inputs` holds, over the first `width` columns of the cache: (rows, chunk) nats, the keys and values
+        (executions, 2, rows, chunk, K, d) that the chunk leaves, and the columns (rows, chunk) where they go."""
+        size, reach, device = self.size, self.model.reach, self.runtime.device
+        begin, ids, targets = self.inputs.split([1, reach + size, size], dim=1)
+        positions = begin + torch.arange(size, device=device)
+        # column j holds the last position before `begin` that is j modulo the ring; negative: nothing yet
+        held = begin - 1 - (begin - 1 - torch.arange(width, device=device)) % self.columns
+        seen = held >= (begin - self.ring * size).clamp_min(0)
+        own = torch.ones(size, size, dtype=torch.bool, device=device).tril()
         own = own.repeat(self.cfg.num_heads // self.cfg.num_kv_heads, 1)
         rows = (self.num_rows, len(own), -1)
-        mask = torch.zeros((), dtype=model.dtype, device=device).where(
-            torch.cat((seen[:, None].expand(rows), own.expand(rows)), dim=2), -math.inf
-        )
-        cells = begin - first + chunk if self.again else None
-        carry = KVCache((first == 0)[:, None], self.cache[:, :, :, :bucket], mask[:, None], cells, [])
-        meta = model.plan_carry(at, self.cfg.ttt_eval_seq_len, carry)
-        return self.forward(self.recall(at), targets, meta, self.lora, "none"), carry.new, at
+        visible = torch.cat((seen[:, None].expand(rows), own.expand(rows)), dim=2)[:, None]
+        mask = torch.zeros((), dtype=self.model.dtype, device=device).where(visible, -math.inf)
+        kv_cache = KVCache((begin == 0)[:, None], positions, self.cache[:, :, :, :width], mask, {})
+        mark_dynamic(self.runtime, (3,), kv_cache.cached, mask)
+        meta = self.model.plan(size, device, max_len=self.cfg.ttt_eval_seq_len, kv_cache=kv_cache)
+        nll = self.forward(ids, targets, meta, self.adapters, "none")
+        return nll, torch.stack([kv_cache.new[i] for i in range(len(self.cache))]), positions % self.columns
 
-    def recall(self, at: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The ids at positions at (rows, T), and the `reach` before them."""
-        history = self.history if rows is None else self.history[rows]
-        before = at[:, :1] + torch.arange(-self.reach, 0, device=at.device)
-        return history.gather(1, torch.cat((before, at), dim=1) % history.size(1))
-
-    def keep(self, new: list[Tensor], at: Tensor, rows: Tensor) -> None:
-        """Store what a forward pass left."""
-        stacked = torch.stack(new).unflatten(0, (-1, 2))
-        self.cache[:, :, rows[:, None], at % self.columns] = stacked
-
-    def step(self, nll: Tensor) -> None:
-        """Gradient of each learning row's mean, and AdamW. Rows that do not learn end here: theirs is renewed."""
-        loss = (nll.mean(dim=1) * self.inputs[:, 1].to(nll.dtype)).sum()
-        grads = torch.autograd.grad(loss, list(self.lora.parameters()))
-        flat = torch.cat([g.flatten(1) for g in grads], dim=1).to(self.adapters.dtype)
-        for row, gradient in zip(self.rows, flat, strict=True):
-            row.grad = gradient
-        self.optimiser.step()
-        self.live.copy_(self.adapters)
-
-    @torch.no_grad()
-    def refresh(self, begin: np.ndarray) -> None:
-        """Keys and values of all tokens in reach anew, under the adapters as they are, of the rows that it is time for;
-        so many tokens are computed for each that it is done in parts."""
-        every = self.cfg.ttt_carry_refresh * self.size
-        due = np.flatnonzero((begin > 0) & (begin % every == 0))
-        for rows in (due[i : i + 8] for i in range(0, len(due), 8)):
-            start = np.maximum(begin[rows] - self.ring * self.size, 0)
-            index, first = (torch.from_numpy(a).to(self.runtime.device) for a in (rows, start))
-            at = first[:, None] + torch.arange(int((begin[rows] - start).max()), device=first.device)
-            carry = KVCache((first == 0)[:, None, None], None, None, None, [])
-            self.some.share(self.live[index])
-            meta = self.model.plan_carry(at, self.cfg.ttt_eval_seq_len, carry)
-            self.model.trunk(self.recall(at, index), meta, self.some)
-            self.keep(carry.new, at, index)
+    def learn_chunk(self, nll: Tensor) -> None:
+        """One update of the adapters from what forward_chunk returned, in the rows that `learns` says."""
+        self.adapters.step(nll, self.learns.to(nll.dtype))
 
     def captured(self) -> dict[int, tuple[Callable, Callable]]:
-        """losses and step of every bucket as CUDA graphs; none where they cannot be captured, which the log says."""
+        """forward_chunk and learn_chunk for every width as CUDA graphs; none where they cannot be captured, which the
+        log says."""
         try:
-            return {bucket: self.capture(bucket) for bucket in self.buckets}
+            pool = torch.cuda.graph_pool_handle()  # one for all: graphs run in turn
+            return {width: self.capture(width, pool) for width in self.widths}
         except RuntimeError as error:
             self.runtime.log(f"carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
             return {}
 
-    def capture(self, bucket: int) -> tuple[Callable, Callable]:
-        """Two graphs that share their memory: the first keeps what the second's backward needs, so they always run in
-        turn. What is trained here is renewed before it counts."""
-        side = torch.cuda.Stream()
+    def capture(self, width: int, pool: tuple[int, int]) -> tuple[Callable, Callable]:
+        """Two graphs: the first keeps what the second's backward needs. What is trained here is renewed before it
+        counts."""
+        side, learns = torch.cuda.Stream(), self.adapters is not None
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.set_grad_enabled(self.lora is not None):
+        with torch.cuda.stream(side), torch.set_grad_enabled(learns):
             for _ in range(2):
-                nll, *_ = self.losses(bucket)
-                if self.lora is not None:
-                    self.step(nll)
+                nll, *_ = self.forward_chunk(width)
+                if learns:
+                    self.learn_chunk(nll)
+        del nll  # its graph would keep the side stream in the captured backward
         torch.cuda.current_stream().wait_stream(side)
-        score, learn = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.set_grad_enabled(self.lora is not None):
-            with torch.cuda.graph(score):
-                result = self.losses(bucket)
-            if self.lora is not None:
-                with torch.cuda.graph(learn, pool=score.pool()):
-                    self.step(result[0])
+        forward, learn = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.set_grad_enabled(learns):
+            with torch.cuda.graph(forward, pool=pool):
+                nll, new, columns = self.forward_chunk(width)
+            if learns:
+                with torch.cuda.graph(learn, pool=pool):
+                    self.learn_chunk(nll)
+        result = nll.detach(), new, columns
 
-        def replay() -> tuple[Tensor, list[Tensor], Tensor]:
-            score.replay()
+        def replay() -> tuple[Tensor, Tensor, Tensor]:
+            forward.replay()
             return result
 
         return replay, lambda nll: learn.replay()
 
-    def warm_up(self) -> None:
-        """Compile and capture every bucket, on zeros, outside the evaluation clock."""
-        if self.on_gpu:
-            self.allocate(self.cfg.ttt_batch_size)
+    def send(self, source: Tensor, target: Tensor) -> None:
+        """Copy from the host into a static tensor, without waiting for the device."""
+        target.copy_(source.pin_memory() if self.on_gpu else source, non_blocking=True)
 
-    def score(self, unit: Unit) -> Tensor:
-        """(rows, chunk) nats; what the chunk leaves is kept."""
-        if self.num_rows != len(unit.docs):
-            self.allocate(len(unit.docs))
-        learns = np.isin(np.arange(self.num_rows), unit.learn_rows)
-        table = torch.from_numpy(np.column_stack((unit.begin, learns, unit.ids, unit.targets)))
-        self.inputs.copy_(table.pin_memory() if self.on_gpu else table, non_blocking=True)
-        if self.lora is not None:
-            for row in np.flatnonzero((unit.begin == 0) & (np.array(unit.docs) >= 0)):
-                self.renew(row, unit.docs[row])
-            if self.cfg.ttt_carry_refresh > 0:
-                self.refresh(unit.begin)
-        bucket = next(b for b in self.buckets if b >= min(unit.begin.max(), self.columns))
-        self.program = self.programs.get(bucket, (lambda: self.losses(bucket), self.step))
-        with torch.set_grad_enabled(self.lora is not None and bool(len(unit.learn_rows))):
-            nll, new, at = self.program[0]()
-        self.keep(new, at, torch.arange(self.num_rows, device=at.device))
+    def score(self, cells: Cells) -> Tensor:
+        """(rows, chunk) nats; what the chunk leaves goes into the cache."""
+        before = np.maximum(0, cells.origin[:, None] - 1 + np.arange(-self.model.reach, 0))
+        table = np.column_stack((cells.begin, self.tokens[before], cells.ids, cells.targets))
+        self.send(torch.from_numpy(table), self.inputs)
+        if self.adapters is not None:
+            self.renew(cells)
+        width = next(w for w in self.widths if w >= min(cells.begin.max(), self.columns))
+        self.program = self.programs.get(width, (lambda: self.forward_chunk(width), self.learn_chunk))
+        with torch.set_grad_enabled(cells.learns and self.adapters is not None):
+            nll, new, columns = self.program[0]()
+        self.cache[:, :, torch.arange(self.num_rows, device=new.device)[:, None], columns] = new
         return nll
 
-    def learn(self, unit: Unit, nll: Tensor) -> None:
-        """TTT_GRAD_STEPS updates on the scored chunk; the first uses the graph of the score itself."""
-        if self.lora is None or not len(unit.learn_rows):
-            return
-        losses, step = self.program
-        for number in range(self.cfg.ttt_grad_steps):
-            step(nll if number == 0 else losses()[0])
+    def losses(self, cells: Cells) -> Tensor:
+        """The same chunk again, with the adapters as they are; the cache keeps what the score left."""
+        return self.program[0]()[0]
 
-    def after(self) -> None:
-        """Nothing: every document has ended."""
-
-    def forget(self) -> None:
-        """Nothing: documents that come begin afresh."""
+    def step(self, lesson: Lesson, nll: Tensor) -> None:
+        """One update of the adapters."""
+        self.send(self.learning(lesson).to(self.learns.dtype), self.learns)
+        self.program[1](nll)
 
 
 def phase_boundaries(prefix_docs: int, phases: int, documents: int) -> list[int]:
@@ -5820,54 +5799,6 @@ def phase_segments(batches: list[list[int]], boundaries: list[int]) -> list[tupl
     return [*segments, (segment, [])]
 
 
-class GlobalSgd:
-    """SGD with momentum on all weights over documents that are already scored; a new optimiser for every phase."""
-
-    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
-        self.cfg, self.runtime, self.model = cfg, runtime, model
-
-    def learn(self, tokens: np.ndarray) -> int:
-        """One phase over the concatenated documents; the number of steps. The last chunk is left out, as published.
-
-        A chunk is cut into BATCH_SLICES packed rows that are shared out over the ranks, whatever their number.
-        """
-        cfg, size = self.cfg, self.cfg.global_ttt_chunk_tokens
-        chunks, params = -(-(len(tokens) - 1) // size), list(self.model.parameters())
-        self.model.requires_grad_(True)
-        optimiser = torch.optim.SGD(params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-        for _ in range(cfg.global_ttt_epochs):
-            for c in range(chunks - 1):
-                optimiser.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * c / (chunks - 1)))
-                self.backward(tokens[c * size : (c + 1) * size + 1])
-                if cfg.global_ttt_grad_clip > 0:
-                    torch.nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
-                optimiser.step()
-                optimiser.zero_grad(set_to_none=True)
-        self.model.requires_grad_(False)
-        return cfg.global_ttt_epochs * max(0, chunks - 1)
-
-    def backward(self, span: np.ndarray) -> None:
-        """Gradient of the mean loss of a chunk (size + 1 tokens), over all ranks."""
-        slices, runtime = self.cfg.batch_slices, self.runtime
-        row = (len(span) - 1) // slices
-        for j in range(runtime.rank, slices, runtime.world):
-            batch = packed_docs_batch(span[j * row : (j + 1) * row + 1], self.cfg.eval_seq_len)
-            ids, targets, meta = on_device(self.model, batch, runtime, self.cfg.eval_seq_len)
-            (self.model(ids, targets, meta) / slices).backward()
-        for p in self.model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            runtime.sum_(p.grad)
-
-
-def with_progress(units: Iterable[Unit], meter: ByteMeter) -> Iterator[Unit]:
-    """The units, with progress by scored tokens (this rank's, times the ranks)."""
-    runtime, total = meter.runtime, len(meter.val.tokens) - 1
-    for unit in units:
-        yield unit
-        done = min(total, meter.tokens * runtime.world)
-        runtime.log.progress("test-time training, tokens", done, total, meter.started)
-
-
 def claim_batches(cfg: Config, runtime: Runtime, queue_id: str, batches: list[list[int]]) -> Iterator[list[int]]:
     """This rank's batches of a queue that the ranks share, each when it is asked for."""
     for ticket in runtime.claim_tickets(queue_id, len(batches)):
@@ -5881,57 +5812,118 @@ def claim_batches(cfg: Config, runtime: Runtime, queue_id: str, batches: list[li
 
 
 class Context(NamedTuple):
-    """A way in which adapters see their documents: the learner, how documents queue, and the units of those taken."""
+    """A way in which adapters see their documents: the learner, how documents queue, and the steps of those taken."""
 
-    learner: type[DocLora] | type[CarryLora]
+    learner: type[DocLora]
     batches: Callable[[list[tuple[int, int]], int], list[list[int]]]
-    units: Callable[[Config, ValData, list[tuple[int, int]], Iterator[list[int]]], Iterator[Unit]]
+    steps: Callable[[Config, ValData, list[tuple[int, int]], Iterable[list[int]]], Iterator[Step]]
 
 
 TTT_CONTEXTS = {
-    "recompute": Context(DocLora, document_batches, batch_units),
-    "carry": Context(CarryLora, longest_first, carried_units),
+    "recompute": Context(DocLora, document_batches, batch_steps),
+    "carry": Context(CarryLora, longest_first, carried_steps),
 }
 
 
-def adapt_documents(cfg: Config, runtime: Runtime, model: GPT, val: ValData, boundaries: list[int]) -> Score:
-    """Score with adapters that learn each document as it is read, and global updates between segments of documents.
+def document_learner(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> DocLora:
+    """The learner of TTT_CONTEXT."""
+    return TTT_CONTEXTS[cfg.ttt_context].learner(cfg, runtime, model, val)
 
-    Batches come from a queue that the ranks share; with cold A the score does not depend on which rank takes which.
+
+def document_steps(cfg: Config, runtime: Runtime, val: ValData, boundaries: Sequence[int] = ()) -> Iterator[Step]:
+    """Documents by a queue that the ranks share, with a shared lesson at each boundary.
+
+    With cold A the score does not depend on which rank takes which.
     """
     context, docs = TTT_CONTEXTS[cfg.ttt_context], val_documents(val.tokens)
-    learner, trainer = context.learner(cfg, runtime, model), GlobalSgd(cfg, runtime, model)
-    learner.warm_up()
+    queue_id = f"ttt {runtime.broadcast_from_rank0(time.time())}"  # a queue is used once
     segments = phase_segments(context.batches(docs, cfg.ttt_batch_size), boundaries)
-    queue_id, meter = (
-        f"ttt {runtime.broadcast_from_rank0(time.time())}",
-        ByteMeter(val, runtime),
-    )  # a queue is used once
     for number, (batches, learnt) in enumerate(segments):
-        queue = claim_batches(cfg, runtime, f"{queue_id}/{number}", batches)
-        score_first(with_progress(context.units(cfg, val, docs, queue), meter), learner, meter)
+        claimed = claim_batches(cfg, runtime, f"{queue_id}/{number}", batches)
+        yield from context.steps(cfg, val, docs, claimed)
         if learnt:
-            spans = [np.arange(docs[i][0], docs[i][0] + docs[i][1]) for i in learnt]
-            meter.ledger.require_anywhere(np.concatenate([span[1:] for span in spans]), runtime)
-            steps = trainer.learn(val.tokens[np.concatenate(spans)])
-            learner.forget()
-            seconds = time.perf_counter() - meter.started
-            runtime.log(
-                f"phase {number + 1}: {steps} global steps on {len(learnt)} scored documents, at {seconds:.1f} s"
-            )
-    return meter.close()
+            spans = (range(docs[i][0] + 1, docs[i][0] + docs[i][1]) for i in learnt)
+            yield Step(None, SharedLesson(tuple(spans)))
 
 
-def evaluate_doc_lora(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score with adapters per document alone."""
-    return adapt_documents(cfg, runtime, model, val, [])
-
-
-def evaluate_phased_lora(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score with adapters per document, and global SGD on scored documents at PHASED_TTT_NUM_PHASES boundaries."""
+def phased_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
+    """document_steps with PHASED_TTT_NUM_PHASES boundaries."""
     documents = int((val.tokens == BOS_ID).sum())
-    phases = phase_boundaries(cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, documents)
-    return adapt_documents(cfg, runtime, model, val, phases)
+    boundaries = phase_boundaries(cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, documents)
+    return document_steps(cfg, runtime, val, boundaries)
+
+
+def cosine_to_zero(done: float) -> float:
+    """Factor on a learning rate: 1 at the start, 0 when all is done."""
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+class SpanSgd:
+    """SGD with momentum on gradients that the ranks share out and sum.
+
+    groups: parameters and their factor on the learning rate. A gradient lives in a flat buffer, one per dtype, whose
+    views are the parameters' .grad, so that one all-reduce makes it the same everywhere.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        model: GPT,
+        forward: Callable,
+        groups: list[tuple[list[nn.Parameter], float]],
+        momentum: float,
+        clip: float,
+    ) -> None:
+        self.runtime, self.model, self.forward, self.clip = runtime, model, forward, clip
+        self.params = [p for params, _ in groups for p in params]
+        self.grads: list[Tensor] = []
+        for dtype in dict.fromkeys(p.dtype for p in self.params):
+            own = [p for p in self.params if p.dtype == dtype]
+            sizes = [p.numel() for p in own]
+            self.grads.append(torch.zeros(sum(sizes), dtype=dtype, device=runtime.device))
+            for p, grad in zip(own, self.grads[-1].split(sizes), strict=True):
+                p.requires_grad_(True).grad = grad.view_as(p)
+        rated = [{"params": params, "factor": factor} for params, factor in groups]
+        self.optimiser = torch.optim.SGD(rated, momentum=momentum)
+
+    def gradient(self, batches: list[tuple[float, Batch]], max_len: int) -> Tensor:
+        """The sum of share * mean loss over (share, batch), differentiated into the buffers; its norm."""
+        for grad in self.grads:
+            grad.zero_()
+        for share, batch in batches[self.runtime.rank :: self.runtime.world]:
+            (self.forward(*on_device(self.model, batch, self.runtime, max_len)) * share).backward()
+        for grad in self.grads:
+            self.runtime.sum_(grad)
+        return torch.nn.utils.get_total_norm(self.grads)
+
+    def step(self, rate: float, batches: list[tuple[float, Batch]], max_len: int) -> None:
+        """One step at a learning rate, on a gradient of limited norm."""
+        norm = self.gradient(batches, max_len)
+        if self.clip > 0:
+            for grad in self.grads:
+                grad.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.optimiser.step()
+
+
+def global_update(cfg: Config, runtime: Runtime, model: GPT, tokens: np.ndarray) -> int:
+    """SGD on all weights over concatenated documents, with an optimiser of its own; the number of steps.
+
+    The last chunk is left out, as published. A chunk is cut into BATCH_SLICES packed rows that the ranks share out,
+    whatever their number.
+    """
+    size, slices, length = cfg.global_ttt_chunk_tokens, cfg.batch_slices, cfg.eval_seq_len
+    row, chunks = size // slices, -(-(len(tokens) - 1) // size)
+    params = list(model.parameters())
+    sgd = SpanSgd(runtime, model, model, [(params, 1.0)], cfg.global_ttt_momentum, cfg.global_ttt_grad_clip)
+    for c in [*range(chunks - 1)] * cfg.global_ttt_epochs:
+        starts = (c * size + j * row for j in range(slices))
+        batches = [(1 / slices, packed_docs_batch(tokens[start : start + row + 1], length)) for start in starts]
+        sgd.step(cfg.global_ttt_lr * cosine_to_zero(c / (chunks - 1)), batches, length)
+    for p in params:
+        p.requires_grad_(False).grad = None
+    return cfg.global_ttt_epochs * max(0, chunks - 1)
 
 
 def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -5959,8 +5951,8 @@ def fp32_copy(model: GPT) -> GPT:
 class ChunkSgd:
     """Windows scored by `scorer` on weights that earlier chunks have trained; then SGD steps on the chunk just scored.
 
-    The gradient of a chunk is a mean over its sequences, which the ranks share out by BATCH_SLICES; it lives in one
-    buffer, so that one all-reduce makes it the same everywhere. Works on a copy of the model.
+    The gradient of a chunk is a mean over its sequences, which the ranks share out by BATCH_SLICES. Works on a copy of
+    the model.
     """
 
     def __init__(
@@ -5969,110 +5961,84 @@ class ChunkSgd:
         runtime: Runtime,
         model: GPT,
         val: ValData,
-        scorer: type[NoAdaptation],
+        scorer: type[NoAdaptation] = NoAdaptation,
     ) -> None:
-        self.cfg, self.runtime, self.tokens, self.model = (
-            cfg,
-            runtime,
-            val.tokens,
-            fp32_copy(model),
-        )
+        self.cfg, self.runtime, self.tokens = cfg, runtime, val.tokens
+        self.model = fp32_copy(model).requires_grad_(False)
         self.num_chunks = -(-(len(val.tokens) - 1) // cfg.ttt_chunk_tokens)
-        self.model.requires_grad_(False)
         chosen = trainable(cfg, self.model)
-        self.params = list(chosen.values())
-        self.grads = torch.zeros(
-            sum(p.numel() for p in self.params),
-            dtype=self.params[0].dtype,
-            device=runtime.device,
-        )
-        for p, grad in zip(self.params, self.grads.split([p.numel() for p in self.params]), strict=True):
-            p.requires_grad_(True).grad = grad.view_as(p)
         groups: dict[str, list[nn.Parameter]] = {}
-        for p in self.params:
+        for p in chosen.values():
             groups.setdefault(ROLES[p.role].ttt_lr_mult, []).append(p)
-        rated = [{"params": ps, "factor": getattr(cfg, knob) if knob else 1.0} for knob, ps in groups.items()]
-        self.optimiser = torch.optim.SGD(rated, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
-        self.scorer = scorer(cfg, runtime, self.model)
+        rated = [(params, getattr(cfg, knob) if knob else 1.0) for knob, params in groups.items()]
+        self.scorer = scorer(cfg, runtime, self.model, val)
+        self.sgd = SpanSgd(runtime, self.model, self.scorer.forward, rated, cfg.ttt_momentum, cfg.ttt_grad_clip)
+        runtime.log(
+            f"chunk SGD: {self.num_chunks} chunks of {cfg.ttt_chunk_tokens} targets, {cfg.ttt_epochs} passes over each "
+            f"but the last, {sum(p.numel() for p in chosen.values()):,} weights in {len(chosen)} tensors"
+        )
+        if runtime.compile:
+            self.warm_up()
 
     def warm_up(self) -> None:
-        """Compile the scoring of both sizes of batch, and the gradient, on random tokens, outside the clock."""
-        if not self.runtime.compile:
-            return
-        cfg, real = self.cfg, self.tokens
-        count = cfg.eval_seq_len + 2 * windows_per_batch(cfg) * cfg.eval_stride
-        self.tokens = np.random.default_rng(0).integers(4, cfg.vocab_size, max(count, cfg.ttt_chunk_tokens) + 1)
-        val = ValData(self.tokens, np.zeros(len(self.tokens), np.int32))
-        alone = dataclasses.replace(self.runtime, rank=0, world=1)
-        for make in sliding_units(cfg, alone, val)[:2]:
-            self.scorer.score(make())
+        """Compile the scoring and the gradient, on random tokens."""
+        cfg = self.cfg
+        tokens = np.random.default_rng(0).integers(4, cfg.vocab_size, max(cfg.eval_seq_len, cfg.ttt_chunk_tokens) + 1)
+        windows = window_rows(cfg.eval_seq_len, cfg.eval_seq_len, cfg.eval_stride)
+        self.score(window_cells(cfg, ValData(tokens, tokens), windows))
         if cfg.ttt_epochs > 0:
-            self.gradient(learn_span(cfg, 0))
-        self.tokens = real
+            self.sgd.gradient(self.batches(tokens[: len(learn_span(cfg, 0)) + 1]), cfg.eval_seq_len)
 
-    def score(self, unit: Unit) -> Tensor:
-        """(B, T) nats of the scored cells; a unit without any is there to be learnt."""
-        return self.scorer.score(unit) if len(unit.rows) else torch.empty(unit.ids.shape)
+    def score(self, cells: Cells) -> Tensor:
+        """(B, T) nats of the scored cells."""
+        return self.scorer.score(cells)
 
-    def learn(self, unit: Unit, nll: Tensor) -> None:
-        """TTT_EPOCHS passes over the unit's span; momentum stays from chunk to chunk, the rate falls as a cosine."""
-        if not unit.span:
-            return
-        cfg, chunk = self.cfg, (unit.span.start - 1) // self.cfg.ttt_chunk_tokens
-        rate = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / (self.num_chunks - 1)))
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate * group["factor"]
-        span, width = unit.span, cfg.ttt_batch_seqs * cfg.eval_seq_len or len(unit.span)
+    def learn(self, lesson: SharedLesson, cells: None, nll: None) -> None:
+        """TTT_EPOCHS passes over the span; momentum stays from chunk to chunk, the rate falls as a cosine."""
+        cfg, (span,) = self.cfg, lesson.spans
+        chunk = (span.start - 1) // cfg.ttt_chunk_tokens
+        rate = cfg.ttt_lr * cosine_to_zero(chunk / (self.num_chunks - 1))
+        width = cfg.ttt_batch_seqs * cfg.eval_seq_len or len(span)
         for start in [*range(span.start, span.stop, width)] * cfg.ttt_epochs:
-            self.gradient(range(start, min(start + width, span.stop)))
-            if cfg.ttt_grad_clip > 0:
-                self.grads.mul_((cfg.ttt_grad_clip / (self.grads.norm() + 1e-6)).clamp(max=1.0))
-            self.optimiser.step()
+            tokens = self.tokens[start - 1 : min(start + width, span.stop)]
+            self.sgd.step(rate, self.batches(tokens), cfg.eval_seq_len)
 
-    def gradient(self, span: range) -> None:
-        """Gradient of the mean loss over a span's sequences of EVAL_SEQ_LEN, over all ranks, into the buffer."""
-        cfg, runtime, length = self.cfg, self.runtime, self.cfg.eval_seq_len
-        ids, targets = (self.tokens[span.start - 1 + i : span.stop - 1 + i].reshape(-1, length) for i in (0, 1))
-        cuts = [len(ids) * j // cfg.batch_slices for j in range(cfg.batch_slices + 1)]
-        self.grads.zero_()
-        for a, b in list(zip(cuts[:-1], cuts[1:], strict=True))[runtime.rank :: runtime.world]:
+    def batches(self, tokens: np.ndarray) -> list[tuple[float, Batch]]:
+        """Sequences of EVAL_SEQ_LEN, cut into BATCH_SLICES batches, each with its share of them; none is empty."""
+        ids, targets = (tokens[i : len(tokens) - 1 + i].reshape(-1, self.cfg.eval_seq_len) for i in (0, 1))
+        cuts = [len(ids) * j // self.cfg.batch_slices for j in range(self.cfg.batch_slices + 1)]
+        made = []
+        for a, b in zip(cuts[:-1], cuts[1:], strict=True):
             if a < b:
-                bounds = row_bounds(ids[a:b]) if LOADERS[cfg.loader].documents else None
+                bounds = row_bounds(ids[a:b]) if LOADERS[self.cfg.loader].documents else None
                 batch = Batch(torch.from_numpy(ids[a:b]), torch.from_numpy(targets[a:b]), bounds)
-                loss = self.scorer.forward(*on_device(self.model, batch, runtime, length))
-                (loss * ((b - a) / len(ids))).backward()
-        runtime.sum_(self.grads)
-
-    def after(self) -> None:
-        """Nothing: the copy that has learnt is not used again."""
+                made.append(((b - a) / len(ids), batch))
+        return made
 
 
 class Slot(NoAdaptation):
     """Scores with a shift of the last hidden state that is fitted for each batch (SLOT, sample-specific test-time
-    parameters, Hu et al. 2025), by AdamW on the loss of the unit's fit cells, from zero.
+    parameters, Hu et al. 2025), by AdamW on the loss of the cells' `fit`, from zero.
 
     The head is linear, so a shift d that all cells share is a bias E d of the logits: they are computed once, and a
     step costs no matrix product over the cells. Published: on H + d in bf16, which rounds small shifts away.
     """
 
-    def __init__(self, cfg: Config, runtime: Runtime, model: GPT) -> None:
-        super().__init__(cfg, runtime, model)
-        self.lr, self.steps, self.trunk = (
-            cfg.slot_lr,
-            cfg.slot_steps,
-            compiled(runtime, model.trunk),
-        )
+    def __init__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> None:
+        super().__init__(cfg, runtime, model, val)
+        self.lr, self.steps, self.trunk = cfg.slot_lr, cfg.slot_steps, compiled(runtime, model.trunk)
 
     @torch.no_grad()
-    def score(self, unit: Unit) -> Tensor:
+    def score(self, cells: Cells) -> Tensor:
         """(B, T) nats of the scored cells."""
-        ids, targets, meta = self.inputs(unit)
+        ids, targets, meta = self.inputs(cells)
         h, y, head = self.trunk(ids, meta).flatten(0, 1), targets.flatten(), self.model.tok_emb
-        cells, fit = (torch.from_numpy(a).to(ids.device) for a in (unit.cells[: len(unit.rows)], unit.fit))
-        z = at_least_fp32(head(h[cells]))
-        if len(fit):
+        scored = torch.from_numpy(cells.rows * ids.size(1) + cells.cols).to(ids.device)
+        z = at_least_fp32(head(h[scored]))
+        if cells.fit is not None and len(cells.fit):
+            fit = torch.from_numpy(cells.fit).to(ids.device)
             z += head.weight @ self.fitted_shift(head(h[fit]), y[fit])
-        return scatter_losses(unit, self.model.cross_entropy(z, y[cells], self.model.softcap))
+        return scatter_losses(cells, self.model.cross_entropy(z, y[scored], self.model.softcap))
 
     @torch.enable_grad()
     def fitted_shift(self, z: Tensor, targets: Tensor) -> Tensor:
@@ -6088,11 +6054,11 @@ class Slot(NoAdaptation):
         return shift.detach()
 
 
-def fit_cells(unit: Unit, causal: bool) -> np.ndarray:
+def fit_cells(cells: Cells, causal: bool) -> np.ndarray:
     """Flattened cells that SLOT is fitted on: those of targets before the batch's first scored one; or, as published,
     all cells of its windows but the last of each, scored or not, padded or not."""
-    cols = np.arange(unit.ids.shape[1])
-    before = unit.origin[:, None] + cols < unit.scored().min()
+    cols = np.arange(cells.ids.shape[1])
+    before = cells.origin[:, None] + cols < cells.scored().min()
     return np.flatnonzero(before if causal else np.broadcast_to(cols < len(cols) - 1, before.shape))
 
 
@@ -6110,69 +6076,31 @@ def windows_by_chunk(cfg: Config, num_targets: int) -> tuple[np.ndarray, np.ndar
     return windows, np.searchsorted(windows[:, 0] + windows[:, 2], edges)
 
 
-def chunk_sgd_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
-    """Of each chunk this rank's batches of windows, then, except of the last, a unit that scores nothing and has the
-    chunk as its span: every rank has as many of those. Batches do not depend on the ranks."""
+def chunk_sgd_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
+    """For each chunk this rank's batches of windows, then, except after the last, the chunk as a lesson for all ranks.
+    Batches do not depend on the ranks."""
     windows, edges = windows_by_chunk(cfg, len(val.tokens) - 1)
-    size, none = windows_per_batch(cfg), np.empty(0, np.int64)
-    pause = Unit(none.reshape(0, 0), none.reshape(0, 0), none, none, none)
-
-    units: list[Callable[[], Unit]] = []
+    size = windows_per_batch(cfg)
     for chunk, (first, last) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-        starts = range(first, last, size)[runtime.rank :: runtime.world]
-        units += [lambda i=i, last=last: window_unit(cfg, val, windows[i : min(i + size, last)]) for i in starts]
+        for i in range(first, last, size)[runtime.rank :: runtime.world]:
+            yield Step(window_cells(cfg, val, windows[i : min(i + size, last)]))
         if chunk < len(edges) - 2 and cfg.ttt_epochs > 0:
-            units.append(lambda chunk=chunk: pause._replace(span=learn_span(cfg, chunk)))
-    return units
+            yield Step(None, SharedLesson((learn_span(cfg, chunk),)))
 
 
-def slot_units(cfg: Config, runtime: Runtime, val: ValData) -> list[Callable[[], Unit]]:
-    """chunk_sgd_units that say which cells the score is fitted on (see Slot)."""
-
-    def fitted(unit: Unit) -> Unit:
-        """The unit with its fit cells; those that score nothing have none."""
-        return unit._replace(fit=fit_cells(unit, cfg.slot_causal)) if len(unit.rows) else unit
-
-    return [lambda make=make: fitted(make()) for make in chunk_sgd_units(cfg, runtime, val)]
+def slot_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
+    """chunk_sgd_steps that say which cells the score is fitted on (see Slot)."""
+    for cells, lesson in chunk_sgd_steps(cfg, runtime, val):
+        yield Step(cells and cells._replace(fit=fit_cells(cells, cfg.slot_causal)), lesson)
 
 
-def adapt_chunks(
-    cfg: Config,
-    runtime: Runtime,
-    model: GPT,
-    val: ValData,
-    units: Callable,
-    scorer: type[NoAdaptation],
-) -> Score:
-    """Score sliding windows chunk by chunk, with SGD on each chunk once it is scored. The model is left as it was."""
-    learner, made = ChunkSgd(cfg, runtime, model, val, scorer), units(cfg, runtime, val)
-    runtime.log(
-        f"chunk SGD: {learner.num_chunks} chunks of {cfg.ttt_chunk_tokens} targets, {cfg.ttt_epochs} passes over each "
-        f"but the last, {learner.grads.numel():,} weights in {len(learner.params)} tensors"
-    )
-    learner.warm_up()
-    meter = ByteMeter(val, runtime, cfg.allow_noncausal)
-    score_first(build_each(made, "chunk SGD, batches and chunks", runtime.log), learner, meter)
-    return meter.close()
-
-
-def evaluate_chunk_sgd(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """Score of sliding windows with SGD on each scored chunk (see ChunkSgd)."""
-    return adapt_chunks(cfg, runtime, model, val, chunk_sgd_units, NoAdaptation)
-
-
-def evaluate_slot(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-    """The same with a shift of the hidden state fitted for each batch of windows (see Slot)."""
-    return adapt_chunks(cfg, runtime, model, val, slot_units, Slot)
-
-
-EVALS: dict[str, Callable[[Config, Runtime, GPT, ValData], Score]] = {
-    "plain": evaluate_plain,
-    "sliding": evaluate_sliding,
-    "chunk_sgd": evaluate_chunk_sgd,
-    "slot": evaluate_slot,
-    "doc_lora": evaluate_doc_lora,
-    "phased_lora": evaluate_phased_lora,
+EVALS = {
+    "plain": Evaluator(plain_steps, NoAdaptation),
+    "sliding": Evaluator(sliding_steps, NoAdaptation),
+    "chunk_sgd": Evaluator(chunk_sgd_steps, ChunkSgd),
+    "slot": Evaluator(slot_steps, functools.partial(ChunkSgd, scorer=Slot)),
+    "doc_lora": Evaluator(document_steps, document_learner),
+    "phased_lora": Evaluator(phased_steps, document_learner),
 }
 
 
@@ -6189,14 +6117,10 @@ class Run:
         self.attend, self.kernels = choose_attention(cfg, runtime), choose_kernels(cfg, runtime)
         self.val = load_val(cfg)
         if "quantize" in cfg.stages:
-            CODECS[cfg.compressor].need()  # before the training, not after it
+            CODECS[cfg.compressor].require()  # before the training, not after it
         self.result: dict[str, Any] = {"preset": preset, "seed": cfg.seed, "stages": {}}
-        old = folder / "result.json"
-        if "train" not in cfg.stages and old.is_file():
-            try:
-                self.result |= json.loads(old.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{old} is damaged ({error}); delete it to resume without it") from None
+        if "train" not in cfg.stages:
+            self.result |= read_json(folder / "result.json")
         self.result["source_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     def model(self) -> GPT:
@@ -6249,7 +6173,7 @@ class Run:
         model.set_looping(False)
         metrics = self.folder / "metrics.jsonl" if runtime.rank == 0 else None
         trainer = Trainer(cfg, runtime, model, metrics)
-        report = trainer.run(lambda: evaluate_plain(cfg, runtime, model, self.val))
+        report = trainer.run(lambda: EVALS["plain"](cfg, runtime, model, self.val))
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise FloatingPointError(
                 "the trained weights are not all finite; earlier files are untouched. Lower MATRIX_LR, "
@@ -6278,7 +6202,7 @@ class Run:
         }
         if runtime.device.type == "cuda":
             self.result["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
-        self.record("pre_quant", evaluate_plain(cfg, runtime, model, self.val))
+        self.record("pre_quant", EVALS["plain"](cfg, runtime, model, self.val))
 
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
@@ -6286,15 +6210,13 @@ class Run:
         state = load_saved(self.folder / "model.pt")["model"]
         fill_model(self.model(), state, str(self.folder / "model.pt"))
         hessians = load_saved(self.folder / "hessians.pt")
-        state, hessians = ROTATIONS[cfg.rotate](cfg, state, hessians)
-        if CODECS[cfg.compressor].sort_hidden:
-            state, hessians = sort_hidden(cfg, runtime, state, hessians)
-        parts = quantize(cfg, runtime, state, hessians)
+        stored = quantize(cfg, runtime, *reparametrize(cfg, runtime, state, hessians))
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
-            self.log(plan_report(cfg, parts))
+            counts = collections.Counter(tensor.encoding() for tensor in stored)
+            self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
             started = time.perf_counter()
-            save_artifact(self.folder / "model.bin", parts, cfg.compressor)
+            save_artifact(self.folder / "model.bin", stored, cfg.compressor)
         runtime.barrier()
         size, code = (self.folder / "model.bin").stat().st_size, Path(__file__).stat().st_size
         self.log(
@@ -6305,7 +6227,7 @@ class Run:
         self.result |= {"bytes_code": code, "bytes_model": size, "bytes_total": code + size}
         self.record(
             "quantized",
-            evaluate_plain(cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val),
+            EVALS["plain"](cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val),
         )
 
     def from_artifact(self, path: Path) -> GPT:

@@ -1,14 +1,14 @@
-"""CaseOps: capitals become operators in front of lower-case letters, and every string comes back exactly.
+"""CaseOps: capitals become operators before lower-case letters, and every string can be restored exactly.
 
     encode("The NASA iPhone")  ->  "<TITLE>the <ALLCAPS>nasa i<CAPNEXT>phone"
 
 The tokenizer then knows one form of each word instead of three. The operators are private-use characters: TITLE U+E001
-(the word starts with a capital), ALLCAPS U+E002 (the word is all capitals), CAPNEXT U+E003 (the next letter is one) and
-ESC U+E004 (the next character is itself, no operator). A word is a longest run of ASCII letters; nothing but ASCII
-letters is changed, and the encoded text holds no ASCII capital. The transform is that of the contest's CaseOps records
+(the word starts with a capital), ALLCAPS U+E002 (the word is all capitals), CAPNEXT U+E003 (the next letter is a
+capital) and ESC U+E004 (the next character is literal, not an operator). A word is a longest run of ASCII letters. Only
+ASCII letters are changed, and encoded text holds no ASCII capital. The transform matches the contest's CaseOps records
 (lossless_caps_caseops_v1), code point for code point.
 
-Because a piece of encoded text says little about the length of the original, validation shards get a byte sidecar:
+A piece of encoded text says little about the length of the original, so validation shards get a byte sidecar:
 `CaseOps.piece_bytes`.
 """
 
@@ -27,9 +27,9 @@ UTF8_OF = np.frombuffer("".join(OPERATORS).encode(), np.uint8).reshape(-1, 3)  #
 IS_TITLE, IS_ALLCAPS, IS_CAPNEXT = 0, 1, 2
 
 NO_LETTER, LOWER, CAPITAL = 0, 1, 2
-KIND = np.zeros(256, np.uint8)  # of a byte of UTF-8
+KIND = np.zeros(256, np.uint8)  # by UTF-8 byte
 KIND[97:123], KIND[65:91] = LOWER, CAPITAL
-OPERATOR_AFTER = np.array([IS_TITLE, IS_CAPNEXT, IS_CAPNEXT])  # for a capital, by the kind before it
+OPERATOR_AFTER = np.array([IS_TITLE, IS_CAPNEXT, IS_CAPNEXT])  # the operator for a capital, by the kind before it
 
 OPERATOR = re.compile(f"([{TITLE}-{ESC}])")
 ESCAPED = re.compile(f"{ESC}(.)", re.DOTALL)
@@ -38,7 +38,7 @@ LETTER = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 
 
 class CaseOpsError(ValueError):
-    """A string that no text encodes to; `position` is the index of the character where that shows."""
+    """The string is not the encoding of any text; `position` is the index of the first character that shows it."""
 
     def __init__(self, message: str, position: int) -> None:
         super().__init__(f"malformed CaseOps string at character {position}: {message}")
@@ -51,26 +51,26 @@ class CaseOpsError(ValueError):
 
 
 def encode(text: str) -> str:
-    """Rewrite capitals as operators. Any string, lone surrogates included; linear.
+    """Rewrite capitals as operators, in linear time. Takes any string, lone surrogates included.
 
-    Per word: all capitals and longer than one -> ALLCAPS in front. Else every capital gets an operator of its own,
-    TITLE at the start of the word and CAPNEXT inside it. So it is enough to look at the capitals and their neighbours.
+    A word of two or more capitals gets ALLCAPS in front. Otherwise every capital gets its own operator: TITLE at the
+    start of the word, CAPNEXT inside it. So it is enough to look at the capitals and their neighbours.
     """
     if any(operator in text for operator in OPERATORS):
         text = OPERATOR.sub(ESC + r"\1", text)
-    utf8 = f" {text} ".encode("utf-8", "surrogatepass")  # spaces: so that every letter has neighbours
+    utf8 = f" {text} ".encode("utf-8", "surrogatepass")  # with the spaces every letter has neighbours
     chars = np.frombuffer(utf8, np.uint8)
     (capitals,) = (chars - 65 < 26).nonzero()
     if not len(capitals):
         return text
-    lower = np.frombuffer(utf8.lower(), np.uint8)  # of bytes: ASCII only
+    lower = np.frombuffer(utf8.lower(), np.uint8)  # bytes.lower changes ASCII letters only
     return splice(lower, *capital_operators(chars, capitals))[1:-1].decode("utf-8", "surrogatepass")
 
 
 def capital_operators(chars: np.ndarray, capitals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which operators go where: positions in `chars` that get one in front (M,), and its index in OPERATORS (M,).
+    """Return the positions in `chars` before which an operator goes, (M,), and its index in OPERATORS, (M,).
 
-    chars: (N,) uint8 of UTF-8 text, neither beginning nor ending in a letter. capitals: (C,) positions of its capitals.
+    chars: (N,) uint8, UTF-8 text that neither begins nor ends with a letter. capitals: (C,) positions of its capitals.
     """
     left, right = KIND.take(chars.take(capitals - 1)), KIND.take(chars.take(capitals + 1))
     operators = OPERATOR_AFTER[left]
@@ -85,8 +85,10 @@ def capital_operators(chars: np.ndarray, capitals: np.ndarray) -> tuple[np.ndarr
 
 
 def splice(chars: np.ndarray, positions: np.ndarray, operators: np.ndarray) -> bytes:
-    """Put an operator of three bytes in front of each of the (M,) positions: N + 3 M bytes."""
-    inserted = (positions + np.arange(0, 3 * len(positions), 3))[:, None] + np.arange(3)  # (M, 3) places in the result
+    """Insert a three-byte operator before each of the (M,) positions; return N + 3 M bytes."""
+    inserted = (positions + np.arange(0, 3 * len(positions), 3))[:, None] + np.arange(
+        3
+    )  # (M, 3) positions in the result
     out = np.empty(len(chars) + inserted.size, np.uint8)
     is_text = np.ones(len(out), bool)
     out[inserted] = UTF8_OF[operators]
@@ -101,18 +103,18 @@ def splice(chars: np.ndarray, positions: np.ndarray, operators: np.ndarray) -> b
 
 
 class Decoder:
-    """The state machine that reads encoded text, one operator or one stretch of other characters at a time."""
+    """State machine that reads encoded text: one operator, or one run of other characters, at a time."""
 
     def __init__(self) -> None:
         self.out: list[str] = []
-        self.escape = False  # the next character is itself
+        self.escape = False  # the next character is literal
         self.mode = ""  # TITLE or ALLCAPS, waiting for its word
         self.capital = False  # the next letter is a capital
         self.in_word = False
         self.in_caps = False  # inside a word of capitals
 
     def read_operator(self, char: str, position: int) -> None:
-        """One of OPERATORS that is not escaped. CaseOpsError if it cannot stand here."""
+        """Read an operator that is not escaped. CaseOpsError if it is not allowed here."""
         if char == ESC and self.mode:  # an escaped character starts no word
             raise CaseOpsError("escaped character where a word must begin", position)
         if char == ESC:
@@ -128,14 +130,14 @@ class Decoder:
             self.mode = char
 
     def read_literal(self, char: str) -> None:
-        """The character after ESC. A waiting CAPNEXT goes on waiting."""
+        """Read the character after ESC. A waiting CAPNEXT keeps waiting."""
         self.out.append(char)
         self.escape = False
         self.in_word = char in LETTER
         self.in_caps &= self.in_word
 
     def read_text(self, text: str, position: int) -> None:
-        """Characters without operators, at least one. CaseOpsError if an operator waits and no letter comes first."""
+        """Read a non-empty run without operators. CaseOpsError if an operator waits and no letter comes first."""
         letters = LETTERS.match(text).end()
         if not letters and (self.mode or self.capital):
             raise CaseOpsError("an operator is not followed by a letter", position)
@@ -149,17 +151,17 @@ class Decoder:
         self.in_caps &= letters == len(text)
 
     def finish(self, position: int) -> str:
-        """The decoded text. CaseOpsError if an operator still waits for its letter."""
+        """Return the decoded text. CaseOpsError if an operator still waits for its letter."""
         if self.escape or self.mode or self.capital:
             raise CaseOpsError("the string ends after an operator", position)
         return "".join(self.out)
 
 
 def decode(text: str) -> str:
-    """The text that `encode` made this of.
+    """Return the text that `encode` turned into this string.
 
-    Strings that `encode` never makes are decoded too where they have a meaning (CAPNEXT at the start of a word, an
-    escaped letter, capitals); where they have none, CaseOpsError (a ValueError) names the position.
+    A string that `encode` never makes is decoded too if it has a meaning (CAPNEXT at the start of a word, an escaped
+    letter, capitals). If it has none, CaseOpsError (a ValueError) names the position.
     """
     decoder, position = Decoder(), 0
     for index, part in enumerate(OPERATOR.split(text)):
@@ -180,30 +182,30 @@ def decode(text: str) -> str:
 
 
 def original_bytes(encoded: str) -> np.ndarray:
-    """UTF-8 bytes of the original text that each character of encoded text stands for: (C,) int64, operators 0."""
+    """Return the original UTF-8 bytes behind each character of encoded text: (C,) int64, 0 for operators."""
     points = np.frombuffer(encoded.encode("utf-32-le", "surrogatepass"), "<u4")
     widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
-    widths[points - FIRST_OPERATOR < len(OPERATORS)] = 0  # unsigned: smaller ones wrap around
+    widths[points - FIRST_OPERATOR < len(OPERATORS)] = 0  # unsigned: smaller code points wrap around
     widths[[match.start(1) for match in ESCAPED.finditer(encoded)]] = len(ESC.encode())
     return widths
 
 
 class CaseOps:
-    """The transform as data/prepare.py takes it."""
+    """The transform as data/prepare.py uses it."""
 
-    name = "lossless_caps_caseops_v1"
-    symbols = OPERATORS
+    name = "lossless_caps_caseops_v1"  # recorded in the manifest
+    symbols = OPERATORS  # pieces that a tokenizer trained for it has from id 4 on
 
     def encode(self, text: str) -> str:
-        """The text as the tokenizer sees it."""
+        """Return the text as the tokenizer sees it."""
         return encode(text)
 
     def piece_bytes(self, text: str, processor: spm.SentencePieceProcessor) -> np.ndarray:
-        """Original UTF-8 bytes of each id of `processor.encode(encode(text))`: (N,) int64.
+        """Return the original UTF-8 bytes of each id of `processor.encode(encode(text))`: (N,) int64.
 
-        A piece has the bytes of the characters that it consumed (its surface): collapsed white space belongs to the
-        piece after it, a character that became several pieces to the last of them. White space at either end of the
-        text has no piece; that is all that the sum lacks.
+        A piece has the bytes of the characters that it consumed (its surface). Collapsed white space belongs to the
+        piece after it; a character that became several pieces belongs to the last one. Only white space at the ends of
+        the text has no piece, so only that is missing from the sum.
         """
         encoded = encode(text)
         pieces = word_bpe(processor).pieces(encoded)

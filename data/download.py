@@ -1,4 +1,4 @@
-"""Download the published shard sets of the contest from the Hugging Face hub, and check them.
+"""Download the contest's published shard sets from the Hugging Face hub, and check them.
 
     python data/download.py caseops --out DIR [--train-shards N]
     python data/download.py caseops --out DIR --verify-only
@@ -7,15 +7,15 @@
     sp8192    8,192 BPE pieces                              40,540,160 validation targets
     caseops   8,192 BPE pieces after the CaseOps transform  47,851,520 validation targets, 151,074,499 bytes
 
-All files end up flat in DIR: shards, the byte sidecar where the set has one, the tokenizer, and a manifest.json. The
-validation split and the tokenizer come first and must give the canonical counts above; only then the training shards
-are fetched. Every file is compared with the hub's size and SHA-256; every shard with its own header and vocabulary.
-A broken connection is continued where it broke; a run that was ended resumes file by file (a shard has 200 MB), because
-the hub client does not keep parts of a file from one run to the next.
+All files end up flat in DIR: shards, the byte sidecar if the set has one, the tokenizer, and a manifest.json. The
+validation split and the tokenizer come first and must give the canonical counts above; only then are the training
+shards downloaded. Every file is compared with the hub's size and SHA-256, every shard with its header and vocabulary.
+After a broken connection the download continues where it stopped. After an interrupted run it resumes with the next
+incomplete file (a shard has 200 MB), because the hub client does not keep partial files between runs.
 
-Not tested against the real hub: this was written and tested where the hub cannot be reached, against a local
-stand-in of its file listing and download addresses. The repository names and layouts are those that the contest's
-download script and published records use; the files are found by the end of their path, so a moved folder does no harm.
+Not tested against the real hub: this was written and tested where the hub cannot be reached, against a local stand-in
+for its file listing and download addresses. Repository names and layouts are those of the contest's download script and
+of published records. Files are found by the end of their path, so a moved folder does no harm.
 """
 
 from __future__ import annotations
@@ -32,30 +32,28 @@ import numpy as np
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
-from prepare import BOS, MANIFEST_NAME, open_shard, sha256_file, write_json
+from prepare import MANIFEST_NAME, sha256_file, write_json
+
+from train_gpt import BOS_ID, UserError, check_ids, list_shards, read_shard
 
 HUB_ERRORS = (OSError, HTTPError, HfHubHTTPError, HFValidationError, EntryNotFoundError)
-STAGING_NAME = ".hub"  # partial files, until they are complete
-
-
-class DownloadError(ValueError):
-    """What went wrong, in the one line that the user sees."""
+STAGING_NAME = ".hub"  # holds files until they are complete
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Where a published set lies and what it must contain."""
+    """Where a published set is and what it must contain."""
 
     repo: str  # a dataset repository
-    folder: str  # regular expression for the folder of the shards
-    tokenizer: str  # regular expression for the name of the model
+    folder: str  # regular expression for the shards' folder
+    tokenizer: str  # regular expression for the model's name
     vocab_size: int
     targets: int  # canonical number of scored validation tokens
     target_bytes: int | None = None  # canonical sum of the byte sidecar over these targets; None: no sidecar
-    seq_len: int = 2048  # validation is cut to a multiple of it
+    seq_len: int = 2048  # the number of targets is cut to a multiple of this
 
     def local_name(self, path: str) -> str | None:
-        """The name in DIR of a file of the repository, or None for a file that is not part of the set."""
+        """Return the name in DIR for a path in the repository, or None if the file is not part of the set."""
         kinds = "train|val|val_bytes" if self.target_bytes is not None else "train|val"
         shard = re.search(rf"(?:^|/){self.folder}/(fineweb_(?:{kinds})_\d{{6}}\.bin)$", path)
         model = re.search(rf"(?:^|/)({self.tokenizer}\.model)$", path)
@@ -78,7 +76,7 @@ SHARD_SETS: dict[str, ShardSet] = {
 
 
 class Remote(NamedTuple):
-    """One file of the set on the hub."""
+    """One file on the hub."""
 
     path: str
     name: str  # in DIR
@@ -91,71 +89,60 @@ class Remote(NamedTuple):
 # +---------------------------------------------------------------------------+
 
 
-def check_shard(path: Path, vocab_size: int | None) -> np.ndarray:
-    """Open a shard and compare header, size and, unless it is a sidecar, its ids. DownloadError says what is wrong."""
-    try:
-        tokens = open_shard(path)
-    except ValueError as error:
-        raise DownloadError(str(error)) from error
-    if vocab_size is not None and int(tokens.max()) >= vocab_size:
-        raise DownloadError(f"{path}: token {int(tokens.max())} in a vocabulary of {vocab_size}; not of this set")
-    return tokens
+def open_shards(out: Path, kind: str, vocab_size: int | None) -> list[np.ndarray]:
+    """Open the shards of a kind (train, val, val_bytes) and check headers, sizes, numbers and, given a vocabulary, ids.
 
-
-def shard_paths(out: Path, kind: str) -> list[Path]:
-    """The shards of one kind (train, val, val_bytes) in a directory, which must be numbered without a gap."""
-    paths = sorted(path for path in out.glob(f"fineweb_{kind}_*.bin") if re.search(rf"{kind}_\d{{6}}\.bin$", path.name))
-    for index, path in enumerate(paths):
-        if path.name != f"fineweb_{kind}_{index:06d}.bin":
-            raise DownloadError(f"{out}: fineweb_{kind}_{index:06d}.bin is missing, but {path.name} is there")
-    return paths
+    Training shards may be absent, because --train-shards 0 downloads none.
+    """
+    paths = list_shards(str(out), kind) if kind != "train" or any(out.glob("fineweb_train_*.bin")) else []
+    if paths and paths[0].name != f"fineweb_{kind}_000000.bin":
+        raise UserError(f"{out}: fineweb_{kind}_000000.bin is missing, but {paths[0].name} is there; download again")
+    shards = [read_shard(path) for path in paths]
+    if vocab_size is not None:
+        for path, tokens in zip(paths, shards, strict=True):
+            check_ids(tokens, vocab_size, path)
+    return shards
 
 
 def check_validation(out: Path, wanted: ShardSet) -> dict[str, int]:
-    """Compare the validation split with the canonical counts and return them.
-
-    Targets are all tokens but the first, cut to a multiple of `seq_len`; the bytes are those of the targets, that is
-    of the sidecar shifted by one.
-    """
-    paths = shard_paths(out, "val")
-    if not paths:
-        raise DownloadError(f"{out}: no validation shard (fineweb_val_000000.bin)")
-    shards = [check_shard(path, wanted.vocab_size) for path in paths]
-    if shards[0][0] != BOS:
-        raise DownloadError(f"{paths[0]}: starts with token {shards[0][0]}, not with BOS ({BOS})")
+    """Compare the validation split with the canonical counts and return them."""
+    shards = open_shards(out, "val", wanted.vocab_size)
+    if shards[0][:1].tolist() != [BOS_ID]:
+        raise UserError(f"{out}: validation starts with token {shards[0][:1].tolist()}, not with BOS ({BOS_ID})")
+    # Every token but the first is a target.
     targets = (sum(map(len, shards)) - 1) // wanted.seq_len * wanted.seq_len
     if targets != wanted.targets:
-        raise DownloadError(f"{out}: {targets:,} validation targets; the canonical set has {wanted.targets:,}")
+        raise UserError(f"{out}: {targets:,} validation targets; the canonical set has {wanted.targets:,}")
     counts = {"targets": targets}
     if wanted.target_bytes is not None:
-        sidecars = [check_shard(path, None) for path in shard_paths(out, "val_bytes")]
-        if [len(sidecar) for sidecar in sidecars] != [len(shard) for shard in shards]:
-            raise DownloadError(f"{out}: byte sidecars and validation shards differ in number or length")
+        sidecars = open_shards(out, "val_bytes", None)
+        if list(map(len, sidecars)) != list(map(len, shards)):
+            raise UserError(f"{out}: byte sidecars and validation shards differ in number or length")
         scored = np.concatenate(sidecars)[1 : targets + 1]
         counts["target_bytes"] = int(scored.sum(dtype=np.int64))
         if counts["target_bytes"] != wanted.target_bytes:
-            raise DownloadError(
+            raise UserError(
                 f"{out}: the sidecar counts {counts['target_bytes']:,} bytes for the targets; "
-                f"canonical are {wanted.target_bytes:,}"
+                f"the canonical set has {wanted.target_bytes:,}"
             )
     return counts
 
 
 def check_tokenizer_name(out: Path, wanted: ShardSet) -> Path:
-    """The one tokenizer of the set in a directory."""
+    """Return the only tokenizer in a directory; UserError unless it is the set's."""
     models = sorted(out.glob("*.model"))
     if len(models) != 1 or wanted.local_name(models[0].name) is None:
         names = ", ".join(model.name for model in models) or "none"
-        raise DownloadError(f"{out}: exactly one tokenizer of the set has to be there; found {names}")
+        raise UserError(f"{out}: must hold exactly one tokenizer, the set's; found {names}")
     return models[0]
 
 
 def verify(out: Path, wanted: ShardSet) -> dict:
-    """Check all that lies in a directory against the canonical set, without the network; return counts and files."""
+    """Check a directory against the canonical set, without the network; return its counts and its tokenizer."""
     if not out.is_dir():
-        raise DownloadError(f"{out}: no such directory")
+        raise UserError(f"{out}: no such directory")
     counts = check_validation(out, wanted)
-    train = [len(check_shard(path, wanted.vocab_size)) for path in shard_paths(out, "train")]
+    train = [len(tokens) for tokens in open_shards(out, "train", wanted.vocab_size)]
     return {
         "canonical": counts,
         "train_shards": len(train),
@@ -170,33 +157,33 @@ def verify(out: Path, wanted: ShardSet) -> dict:
 
 
 def list_remote(api: HfApi, wanted: ShardSet, revision: str) -> list[Remote]:
-    """The files of the set in its repository. DownloadError if they are absent or ambiguous."""
+    """List the set's files in its repository. UserError if one is absent or ambiguous."""
     found: dict[str, Remote] = {}
     for entry in api.list_repo_tree(wanted.repo, recursive=True, repo_type="dataset", revision=revision):
         name = wanted.local_name(entry.path) if isinstance(entry, RepoFile) else None
         if name is None:
             continue
         if name in found:
-            raise DownloadError(f"{wanted.repo} holds {name} twice: {found[name].path} and {entry.path}")
+            raise UserError(f"{wanted.repo} holds {name} twice: {found[name].path} and {entry.path}")
         found[name] = Remote(entry.path, name, entry.size, entry.lfs.sha256 if entry.lfs else None)
     for pattern in ("fineweb_val_000000.bin", ".model"):
         if not any(name.endswith(pattern) for name in found):
-            raise DownloadError(f"{wanted.repo} holds no {pattern} of this set; was it moved?")
+            raise UserError(f"{wanted.repo} holds no {pattern} of this set; was it moved?")
     return [found[name] for name in sorted(found)]
 
 
 def choose(files: list[Remote], train_shards: int, repo: str) -> tuple[list[Remote], list[Remote]]:
-    """(tokenizer and validation files, the first training shards)."""
+    """Return (tokenizer and validation files, the first training shards)."""
     train = [file for file in files if "_train_" in file.name]
     if train_shards > len(train):
-        raise DownloadError(f"--train-shards {train_shards}: {repo} has {len(train)} training shards")
+        raise UserError(f"--train-shards {train_shards}: {repo} has {len(train)} training shards")
     return [file for file in files if file not in train], train[:train_shards]
 
 
 def fetch(file: Remote, out: Path, wanted: ShardSet, source: dict[str, str]) -> str:
-    """Bring one file into DIR unless it is there, check size and hash, and return its SHA-256.
+    """Download one file into DIR unless it is there, check its size and hash, and return its SHA-256.
 
-    It arrives in the staging folder; the name in DIR is given to complete files only.
+    The staging folder receives it; only a complete file gets its name in DIR.
     """
     path = out / file.name
     if not path.is_file():
@@ -205,48 +192,44 @@ def fetch(file: Remote, out: Path, wanted: ShardSet, source: dict[str, str]) -> 
         if staged.stat().st_size != file.size:
             size = staged.stat().st_size
             staged.unlink()
-            raise DownloadError(f"{file.name}: got {size:,} bytes, the hub has {file.size:,}; run again")
+            raise UserError(f"{file.name}: got {size:,} bytes, the hub has {file.size:,}; run again")
         staged.replace(path)
     size, digest = path.stat().st_size, sha256_file(path)
     if size != file.size:
-        raise DownloadError(f"{path}: {size:,} bytes, the hub has {file.size:,}; remove it and run again")
+        raise UserError(f"{path}: {size:,} bytes, the hub has {file.size:,}; remove it and run again")
     if file.sha256 is not None and digest != file.sha256:
-        raise DownloadError(f"{path}: SHA-256 {digest}, the hub has {file.sha256}; remove it and run again")
+        raise UserError(f"{path}: SHA-256 {digest}, the hub has {file.sha256}; remove it and run again")
     return digest
 
 
 def check_space(files: list[Remote], out: Path) -> None:
-    """DownloadError if the files that are not there yet do not fit on the disk."""
+    """UserError if the files still to download do not fit on the disk."""
     needed = sum(file.size for file in files if not (out / file.name).is_file())
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise DownloadError(f"{out}: {free:,} bytes free for {needed:,}; fewer --train-shards or another --out")
+        raise UserError(f"{out}: {free:,} bytes free for {needed:,}; fewer --train-shards or another --out")
 
 
 def download(wanted: ShardSet, out: Path, train_shards: int, endpoint: str | None, revision: str = "main") -> dict:
-    """Download and check a set; returns what manifest.json says. DownloadError for all that goes wrong.
-
-    Tokenizer and validation come first, so a set that is not the canonical one is found before the long download.
-    """
+    """Download and check a set; return its manifest. UserError for anything that goes wrong."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         api = HfApi(endpoint=endpoint)
-        # Pin the commit: a push during a download of hours must not mix two versions.
+        # Pin the commit: a push during hours of downloading must not mix two versions.
         commit = api.dataset_info(wanted.repo, revision=revision).sha
         first, train = choose(list_remote(api, wanted, commit), train_shards, wanted.repo)
         source = {"revision": commit} if endpoint is None else {"revision": commit, "endpoint": endpoint}
         check_space(first + train, out)
-        digests = {}
-        for file in first:
-            digests[file.name] = fetch(file, out, wanted, source)
+        # Tokenizer and validation first, so a wrong set is found before the long part of the download.
+        digests = {file.name: fetch(file, out, wanted, source) for file in first}
         check_validation(out, wanted)
         for index, file in enumerate(train, 1):
             print(f"training shard {index} of {len(train)}", file=sys.stderr)
             digests[file.name] = fetch(file, out, wanted, source)
-            check_shard(out / file.name, wanted.vocab_size)
+            check_ids(read_shard(out / file.name), wanted.vocab_size, out / file.name)
     except HUB_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DownloadError(f"{wanted.repo}: {reason}; what is complete is kept, run again to resume") from error
+        raise UserError(f"{wanted.repo}: {reason}; complete files are kept, run again to resume") from error
     manifest = {"repository": wanted.repo, "revision": commit, **verify(out, wanted), "sha256": digests}
     write_json(out / MANIFEST_NAME, manifest)
     shutil.rmtree(out / STAGING_NAME, ignore_errors=True)
@@ -273,17 +256,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """The command line; returns the exit code: 0, 2 for anything wrong, 130 after Ctrl-C."""
+    """Run the command line; return the exit status: 0, 2 for anything wrong, 130 after Ctrl-C."""
     args = parse_arguments(argv)
     wanted = SHARD_SETS[args.set]
     try:
         if args.train_shards < 0:
-            raise DownloadError(f"--train-shards {args.train_shards}: at least 0")
+            raise UserError(f"--train-shards {args.train_shards}: at least 0")
         if args.verify_only:
             result = verify(args.out, wanted)
         else:
             result = download(wanted, args.out, args.train_shards, args.endpoint, args.revision)
-    except (DownloadError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

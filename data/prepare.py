@@ -1,37 +1,32 @@
-"""Documents -> tokenizer -> token shards, the way the contest publishes them.
+"""Turn documents into a tokenizer and token shards, in the contest's published layout.
 
     python data/prepare.py --docs FILE_OR_DIR... --out DIR (--tokenizer MODEL | --vocab-size N) [--val-docs N]
     python data/prepare.py sample --out DIR [--vocab-size N] [--val-docs N]
     python data/prepare.py audit DIR
 
-The second form needs no download: it gathers the English prose that every Python installation carries. With --caseops
-the tokenizer sees CaseOps text (see caseops.py) and validation gets a byte sidecar, which the third form checks.
+The second form needs no download: it collects the English prose that every Python installation carries. With --caseops
+the tokenizer sees CaseOps text (see caseops.py), and validation gets a byte sidecar, which the third form checks.
 
-What is written into DIR:
+Files written into DIR:
     fineweb_val_000000.bin ...    the first --val-docs documents of the input, in input order
     fineweb_train_000000.bin ...  all other documents, in input order
-    fineweb_val_bytes_000000.bin  original bytes per validation token; only with a text transform (see Transform)
+    fineweb_val_bytes_000000.bin  original bytes per validation token; only with --caseops
     *.model                       the tokenizer, given or trained (on training documents only)
     manifest.json                 sources, counts, SHA-256 of every file, document hashes, settings
 
-A shard is 256 little-endian int32 ([0] = 20240520, [1] = 1, [2] = number of tokens, rest 0) and that many little-endian
-uint16 tokens. A document is BOS and its ids, without EOS; it may run on from one shard into the next, because every
-shard but the last of a split holds exactly --shard-tokens tokens.
+train_gpt.read_shard defines the shard format. A document is BOS and its ids, without EOS. It may continue in the next
+shard, because every shard of a split except the last holds exactly --shard-tokens tokens.
 
-The output depends on the arguments and the inputs alone: not on --jobs, not on where a run was interrupted.
+The output depends only on the arguments and the inputs: not on --jobs, and not on where a run was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import contextlib
 import functools
 import gzip
 import hashlib
 import heapq
-import importlib
-import inspect
 import io
 import itertools
 import json
@@ -39,83 +34,50 @@ import lzma
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
-import sysconfig
-import warnings
-import zipfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from pydoc_data.topics import topics as PYDOC_TOPICS
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import sentencepiece as spm
+import zstandard
 from caseops import CaseOps, CaseOpsError, decode
+from stdlib_prose import sample_documents
 from tqdm import tqdm
-from word_bpe import word_bpe
+from word_bpe import MAX_VOCAB, word_bpe
 
-try:
-    import pyarrow
-    import pyarrow.parquet as parquet
-except ImportError:  # optional: only .parquet inputs need it
-    pyarrow = parquet = None
-try:
-    import zstandard
-except ImportError:  # optional: only .zst inputs need it
-    zstandard = None
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_gpt  # the line above finds it when this file runs as a script
+from train_gpt import BOS_ID, UserError, atomic_write, list_shards, read_json, read_shard
 
 TOOL_VERSION = 1  # raise it when the same arguments would give other bytes
-MAGIC, FORMAT_VERSION, HEADER_INTS = 20240520, 1, 256
-HEADER_BYTES = HEADER_INTS * 4
-BOS, FIRST_SYMBOL = 1, 4
-MAX_VOCAB = 65536  # ids are stored as uint16
-CHUNK_BYTES, CHUNK_DOCS = 1 << 18, 512  # one task of a worker: long enough that handing it over costs little
+FIRST_SYMBOL = 4  # id of the first transform symbol, after pad, BOS, EOS and unknown
+CHUNK_BYTES, CHUNK_DOCS = 1 << 18, 512  # one task for a worker: large enough that handing it over costs little
 STATE_NAME, MANIFEST_NAME, SAMPLE_NAME = "prepare.state.json", "manifest.json", "sample.jsonl"
-DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
-if zstandard is not None:
-    DAMAGED = (*DAMAGED, zstandard.ZstdError)
-BAD_PARQUET = (OSError,) if pyarrow is None else (OSError, pyarrow.ArrowException)
-
-
-class PrepareError(ValueError):
-    """A mistake in arguments or inputs; its text is the one line that the user sees."""
-
-
-class Transform(Protocol):
-    """A reversible rewriting of the text before the tokenizer, with the original bytes that every piece stands for.
-
-    A transform is handed to `prepare`; the validation split then gets a byte sidecar, because bytes per piece can no
-    longer be looked up by id. It must be picklable (a plain top-level class without state is).
-    """
-
-    name: str  # stands in the manifest
-    symbols: tuple[str, ...]  # pieces that a tokenizer trained for it holds from id FIRST_SYMBOL on
-
-    def encode(self, text: str) -> str:
-        """The text as the tokenizer sees it."""
-        ...
-
-    def piece_bytes(self, text: str, processor: spm.SentencePieceProcessor) -> Iterable[int]:
-        """Original UTF-8 bytes of each id of `processor.encode(self.encode(text))`."""
-        ...
+START_OVER = "use --overwrite or another --out"
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zstandard.ZstdError)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of one preparation; everything here but jobs and overwrite decides the bytes of the output."""
+    """Arguments of one preparation. All of them but jobs and overwrite decide the bytes of the output."""
 
     docs: tuple[Path, ...]
     out: Path
     tokenizer: Path | None = None
     vocab_size: int = 0
-    val_docs: int = 50_000
+    val_docs: int = 50_000  # as published
     shard_tokens: int = 100_000_000
     sample_mb: float = 64.0
     text_key: str = "text"
@@ -124,7 +86,7 @@ class Options:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """PrepareError for values that make no sense."""
+        """UserError for the first value that makes no sense."""
         checks = [
             (self.docs, "--docs names no file"),
             ((self.tokenizer is None) == (self.vocab_size > 0), "give either --tokenizer MODEL or --vocab-size N"),
@@ -134,9 +96,9 @@ class Options:
             (self.sample_mb > 0, f"--tokenizer-sample-mb {self.sample_mb}: more than 0"),
             (self.jobs >= 1, f"--jobs {self.jobs}: at least 1"),
         ]
-        for fine, message in checks:
-            if not fine:
-                raise PrepareError(message)
+        for valid, message in checks:
+            if not valid:
+                raise UserError(message)
 
 
 # +---------------------------------------------------------------------------+
@@ -145,43 +107,32 @@ class Options:
 
 
 def shard_header(num_tokens: int) -> bytes:
-    """The 1024 bytes in front of `num_tokens` tokens."""
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, FORMAT_VERSION, num_tokens
+    """Return the header in front of `num_tokens` tokens."""
+    header = np.zeros(train_gpt.SHARD_HEADER_INTS, dtype="<i4")
+    header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, num_tokens
     return header.tobytes()
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """Map a shard: (tokens,) uint16, read-only. ValueError says what is wrong with the file."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such shard")
-    size = path.stat().st_size
-    if size < HEADER_BYTES:
-        raise ValueError(f"{path}: {size} bytes, shorter than the header of {HEADER_BYTES}")
-    header = np.fromfile(path, dtype="<i4", count=3)
-    if header[0] != MAGIC or header[1] != FORMAT_VERSION:
-        raise ValueError(f"{path}: magic {header[0]}, version {header[1]}; a shard has {MAGIC}, {FORMAT_VERSION}")
-    tokens = int(header[2])
-    if tokens < 1 or size != HEADER_BYTES + 2 * tokens:
-        raise ValueError(f"{path}: {size} bytes, but its header promises {tokens} tokens; copy or download it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+def write_shard(path: Path, tokens: Iterable[int]) -> Path:
+    """Write a whole shard of (n,) tokens at once and return its path."""
+    values = np.asarray(tokens, dtype="<u2")
+    atomic_write(path, shard_header(len(values)) + values.tobytes())
+    return path
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file as hex."""
+    """Return the SHA-256 of a file as hex."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON under a temporary name and rename it, so that the file is never half there."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(tmp, path)
+    """Write indented JSON through atomic_write."""
+    atomic_write(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
 class ShardFile:
-    """One shard while it grows, under a temporary name until `finish`."""
+    """A shard that grows under a temporary name until `finish`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.tokens = path, 0
@@ -195,7 +146,7 @@ class ShardFile:
         self.tokens += len(values)
 
     def finish(self) -> dict:
-        """Complete the header, give the file its name, and return its line of the manifest."""
+        """Complete the header, give the file its name, and return its row for the manifest."""
         self.handle.seek(0)
         self.handle.write(shard_header(self.tokens))
         self.handle.close()
@@ -215,7 +166,7 @@ class ShardFile:
 
 
 class Item(NamedTuple):
-    """One document as it lies in the input, not yet parsed: workers do that."""
+    """One document as stored in the input; workers parse it."""
 
     source: int  # index into the sources
     where: str  # file:line, for messages
@@ -226,111 +177,81 @@ class Item(NamedTuple):
 class Source(NamedTuple):
     """One argument of --docs."""
 
-    name: str  # its last path component: the manifest names no directory of this machine
+    name: str  # the last path component: the manifest names no directory of this machine
     files: tuple[Path, ...]
-    sha256: str  # of the file; of names and digests of all files for a directory
+    sha256: str  # of the file; for a directory, of the names and hashes of its files
     bytes: int
 
-    def record(self) -> dict:
-        """Its line in journal and manifest."""
+    def row(self) -> dict:
+        """Return its row for journal and manifest."""
         return {"name": self.name, "sha256": self.sha256, "bytes": self.bytes}
 
 
-class ZstReader(io.RawIOBase):
-    """Decompressed bytes of a .zst file of one or more frames.
+def zst_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a .zst file with one or more frames.
 
-    The package's own reader ends silently where a file was cut off; this one raises EOFError.
+    The reader of the zstandard package stops silently where a file was cut off; this one raises EOFError.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("rb")
-        self.frame = zstandard.ZstdDecompressor().decompressobj()
-        self.inside, self.rest, self.ready = False, b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        """Fill (a part of) the buffer; 0 at the end of the last frame."""
-        while not self.ready:
-            packed = self.rest or self.file.read(1 << 17)
-            if not packed:
-                if self.inside:
-                    raise EOFError("compressed file ended before its end-of-frame marker")
-                return 0
-            self.ready, self.rest, self.inside = self.frame.decompress(packed), b"", True
-            if self.frame.eof:
-                self.rest, self.inside = self.frame.unused_data, False
-                self.frame = zstandard.ZstdDecompressor().decompressobj()
-        count = min(len(buffer), len(self.ready))
-        buffer[:count] = self.ready[:count]
-        self.ready = self.ready[count:]
-        return count
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
+    frame, line = None, b""
+    with path.open("rb") as file:
+        while packed := (frame and frame.unused_data) or file.read(1 << 17):
+            if frame is None or frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            *lines, line = (line + frame.decompress(packed)).split(b"\n")
+            yield from lines
+    if frame and not frame.eof:
+        raise EOFError("compressed file ended before its end-of-frame marker")
+    yield line
 
 
-def open_zst(path: Path) -> BinaryIO:
-    """Open a .zst file for reading decompressed bytes."""
-    if zstandard is None:
-        raise PrepareError(f"{path}: reading .zst needs the package zstandard: pip install zstandard")
-    return io.BufferedReader(ZstReader(path), 1 << 20)
-
-
-OPENERS: dict[str, Callable[[Path], BinaryIO]] = {
+OPENERS: dict[str, Callable[[Path], AbstractContextManager[Iterable[bytes]]]] = {
     "jsonl": lambda path: path.open("rb"),
-    "jsonl.gz": lambda path: gzip.open(path, "rb"),
-    "jsonl.xz": lambda path: lzma.open(path, "rb"),
-    "jsonl.zst": open_zst,
+    "jsonl.gz": gzip.open,
+    "jsonl.xz": lzma.open,
+    "jsonl.zst": lambda path: closing(zst_lines(path)),
 }
 KINDS = (*OPENERS, "txt", "parquet")
+SUFFIXES = ", ".join("." + kind for kind in KINDS)
 
 
 def kind_of(path: Path) -> str | None:
-    """Which of KINDS a file is, by its name; None for anything else."""
+    """Return which of KINDS a file is, judging by its name, or None."""
     name = path.name.lower()
-    return next((kind for kind in sorted(KINDS, key=len, reverse=True) if name.endswith("." + kind)), None)
+    return next((kind for kind in KINDS if name.endswith("." + kind)), None)
 
 
 def read_jsonl(path: Path, source: int, kind: str) -> Iterator[Item]:
-    """One document a line; blank lines are none."""
+    """Yield one document per line; blank lines are skipped."""
     number = 0
     try:
         with OPENERS[kind](path) as lines:
             for number, line in enumerate(lines, 1):
-                if not line.isspace():
+                if line.strip():
                     yield Item(source, f"{path}:{number}", line, True)
     except DAMAGED as error:
-        raise PrepareError(f"{path}: damaged or cut off after line {number}: {error}") from error
-
-
-def parquet_texts(path: Path, text_key: str) -> Iterator[object]:
-    """The column `text_key`, row by row; row groups are read one after the other."""
-    if parquet is None:
-        raise PrepareError(f"{path}: reading .parquet needs the package pyarrow: pip install pyarrow")
-    with parquet.ParquetFile(path) as table:
-        if text_key not in table.schema_arrow.names:
-            raise PrepareError(f"{path}: no column {text_key!r}; it has {', '.join(table.schema_arrow.names)}")
-        for batch in table.iter_batches(batch_size=CHUNK_DOCS, columns=[text_key]):
-            yield from batch.column(0).to_pylist()
+        raise UserError(f"{path}: damaged or cut off after line {number}: {error}") from error
 
 
 def read_parquet(path: Path, source: int, text_key: str) -> Iterator[Item]:
-    """One document a row."""
+    """Yield one document per row, reading one batch of rows at a time."""
     number = 0
     try:
-        for number, text in enumerate(parquet_texts(path, text_key), 1):
-            if not isinstance(text, str):
-                raise PrepareError(f"{path}:{number}: {text_key!r} is {type(text).__name__}, not text")
-            yield Item(source, f"{path}:{number}", text.encode(), False)
-    except BAD_PARQUET as error:
-        raise PrepareError(f"{path}: cannot be read after row {number}: {error}") from error
+        with parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if text_key not in names:
+                raise UserError(f"{path}: no column {text_key!r}; it has {', '.join(names)}; choose with --text-key")
+            batches = table.iter_batches(batch_size=CHUNK_DOCS, columns=[text_key])
+            texts = (text for batch in batches for text in batch.column(0).to_pylist())
+            for number, text in enumerate(texts, 1):
+                if not isinstance(text, str):
+                    raise UserError(f"{path}:{number}: {text_key!r} is {type(text).__name__}, not text")
+                yield Item(source, f"{path}:{number}", text.encode(), False)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read after row {number}: {error}") from error
 
 
 def read_items(sources: list[Source], text_key: str) -> Iterator[Item]:
-    """Every document of every source, in the order of the arguments (directories: sorted by relative path)."""
+    """Yield every document, in the order of the arguments; within a directory, sorted by relative path."""
     for index, source in enumerate(sources):
         for path in source.files:
             kind = kind_of(path)
@@ -343,49 +264,48 @@ def read_items(sources: list[Source], text_key: str) -> Iterator[Item]:
 
 
 def parse_item(item: Item, text_key: str) -> tuple[str, bytes]:
-    """The text of a document, and the same as UTF-8. PrepareError names file and line of what cannot be one."""
+    """Return the text of a document and its UTF-8 bytes. UserError with file and line if it has none."""
     try:
         text = item.raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = "" if item.is_json else f":{item.raw.count(10, 0, error.start) + 1}"
-        raise PrepareError(f"{item.where}{line}: not UTF-8: byte {item.raw[error.start]:#04x}") from error
+        raise UserError(f"{item.where}{line}: not UTF-8: byte {item.raw[error.start]:#04x}") from error
     if not item.is_json:
         return text, item.raw
     try:
         row = json.loads(text)
     except ValueError as error:
-        raise PrepareError(f"{item.where}: not a line of JSON: {error}") from error
+        raise UserError(f"{item.where}: not a line of JSON: {error}") from error
     if not isinstance(row, dict) or text_key not in row:
-        raise PrepareError(f"{item.where}: no key {text_key!r}; name the right one with --text-key")
+        raise UserError(f"{item.where}: no key {text_key!r}; name the right one with --text-key")
     text = row[text_key]
     if not isinstance(text, str):
-        raise PrepareError(f"{item.where}: {text_key!r} is {type(text).__name__}, not text")
+        raise UserError(f"{item.where}: {text_key!r} is {type(text).__name__}, not text")
     try:
         return text, text.encode()
     except UnicodeEncodeError as error:
-        raise PrepareError(f"{item.where}: the text holds half a surrogate pair, which has no UTF-8 form") from error
+        raise UserError(f"{item.where}: the text holds half a surrogate pair, which has no UTF-8 form") from error
 
 
 def find_source(path: Path) -> Source:
-    """Look at one argument of --docs and hash what it holds."""
+    """Look up one argument of --docs and hash its contents."""
     if path.is_file():
         if kind_of(path) is None:
-            raise PrepareError(f"{path}: unknown suffix; known are " + ", ".join("." + kind for kind in KINDS))
+            raise UserError(f"{path}: unknown suffix; known are {SUFFIXES}")
         if path.stat().st_size == 0:
-            raise PrepareError(f"{path}: the file is empty")
+            raise UserError(f"{path}: the file is empty")
         return Source(path.name, (path,), sha256_file(path), path.stat().st_size)
     if not path.is_dir():
-        raise PrepareError(f"{path}: no such file or directory")
-    files = sorted(
-        (found for found in path.rglob("*") if found.is_file() and kind_of(found)),
-        key=lambda found: found.relative_to(path).as_posix(),
-    )
+        raise UserError(f"{path}: no such file or directory")
+    names = {found.relative_to(path).as_posix(): found for found in path.rglob("*") if found.is_file()}
+    files = {name: names[name] for name in sorted(names) if kind_of(names[name])}
     if not files:
-        raise PrepareError(f"{path}: no file there ends in " + ", ".join("." + kind for kind in KINDS))
+        raise UserError(f"{path}: no file there ends in {SUFFIXES}")
     tree = hashlib.sha256()
-    for found in files:
-        tree.update(f"{found.relative_to(path).as_posix()}\0{sha256_file(found)}\n".encode())
-    return Source(path.resolve().name, tuple(files), tree.hexdigest(), sum(f.stat().st_size for f in files))
+    for name, found in files.items():
+        tree.update(f"{name}\0{sha256_file(found)}\n".encode())
+    size = sum(found.stat().st_size for found in files.values())
+    return Source(path.resolve().name, tuple(files.values()), tree.hexdigest(), size)
 
 
 # +---------------------------------------------------------------------------+
@@ -394,31 +314,31 @@ def find_source(path: Path) -> Source:
 
 
 def check_tokenizer(processor: spm.SentencePieceProcessor, name: str) -> None:
-    """PrepareError unless shards and byte accounting can rest on this tokenizer."""
+    """UserError unless shards and byte counts can rest on this tokenizer."""
     vocab = processor.get_piece_size()
     checks = [
         (vocab <= MAX_VOCAB, f"{vocab} pieces do not fit uint16"),
-        (processor.bos_id() == BOS, f"BOS has id {processor.bos_id()}; the shard format wants {BOS}"),
-        # Without byte pieces unknown characters become <unk> and their bytes are lost to the accounting.
+        (processor.bos_id() == BOS_ID, f"BOS has id {processor.bos_id()}; the shard format wants {BOS_ID}"),
+        # Without byte pieces unknown characters become <unk>, and their bytes are lost.
         (any(processor.is_byte(index) for index in range(vocab)), "it has no byte pieces (byte_fallback)"),
-        # The leading-space rule counts the bare space as 0 + 1 bytes, so that piece has to exist.
+        # A bare space counts as 0 + 1 bytes, so that piece has to exist.
         (processor.piece_to_id("\u2581") != processor.unk_id(), "it lacks the bare piece U+2581 (a single space)"),
     ]
-    for fine, message in checks:
-        if not fine:
-            raise PrepareError(f"tokenizer {name}: {message}")
+    for valid, message in checks:
+        if not valid:
+            raise UserError(f"tokenizer {name}: {message}")
 
 
-def check_symbols(processor: spm.SentencePieceProcessor, name: str, transform: Transform | None) -> None:
-    """PrepareError unless a tokenizer is made for this transform (None: for plain text)."""
+def check_symbols(processor: spm.SentencePieceProcessor, name: str, transform: CaseOps | None) -> None:
+    """UserError unless a tokenizer was made for this transform (None: for plain text)."""
     symbols = transform.symbols if transform else ()
     if [processor.piece_to_id(symbol) for symbol in symbols] != [FIRST_SYMBOL + i for i in range(len(symbols))]:
-        raise PrepareError(
+        raise UserError(
             f"tokenizer {name}: {transform.name} needs its {len(symbols)} symbols as pieces from id {FIRST_SYMBOL} on; "
             "train one with --vocab-size"
         )
     if transform is None and processor.piece_to_id(CaseOps.symbols[0]) == FIRST_SYMBOL:
-        raise PrepareError(f"tokenizer {name}: trained on CaseOps text; add --caseops")
+        raise UserError(f"tokenizer {name}: trained on CaseOps text; add --caseops")
 
 
 @functools.cache
@@ -427,7 +347,7 @@ def load_tokenizer(path: str) -> spm.SentencePieceProcessor:
     try:
         processor = spm.SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError) as error:
-        raise PrepareError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0][:80]})") from error
+        raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0][:80]})") from error
     check_tokenizer(processor, Path(path).name)
     return processor
 
@@ -435,13 +355,14 @@ def load_tokenizer(path: str) -> spm.SentencePieceProcessor:
 def sentences(text: str, limit: int = 4000) -> Iterator[str]:
     """Cut a text at white space into pieces of at most `limit` bytes.
 
-    SentencePiece drops longer training sentences silently. Its merges never cross white space, so cutting there
-    loses nothing; only a single word of over `limit` bytes is cut inside.
+    SentencePiece silently drops longer training sentences. Its merges never cross white space, so cutting there loses
+    nothing; only a single word longer than `limit` bytes is cut inside.
     """
     for line in text.splitlines():
         piece: list[str] = []
         size = 0
         for word in line.split():
+            # A character has at most 4 bytes.
             for part in [word[i : i + limit // 4] for i in range(0, len(word), limit // 4)]:
                 length = len(part.encode()) + 1
                 if piece and size + length > limit:
@@ -456,7 +377,7 @@ def sentences(text: str, limit: int = 4000) -> Iterator[str]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, symbols: tuple[str, ...] = ()) -> bytes:
     """Train a BPE model with the settings of the published tokenizers and return the file.
 
-    Ids: 0 pad, 1 BOS, 2 EOS, 3 unknown, the transform's symbols, 256 byte pieces, then what was learnt.
+    Ids: 0 pad, 1 BOS, 2 EOS, 3 unknown, then the transform's symbols, 256 byte pieces, and the learnt pieces.
     """
     lines = (line for text in texts for line in sentences(text))
     model = io.BytesIO()
@@ -470,7 +391,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, symbols: tuple[str, .
             split_digits=True,
             byte_fallback=True,
             pad_id=0,
-            bos_id=BOS,
+            bos_id=BOS_ID,
             eos_id=2,
             unk_id=3,
             normalization_rule_name="nmt_nfkc",
@@ -481,29 +402,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, symbols: tuple[str, .
         )
     except RuntimeError as error:
         needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        message = f"SentencePiece could not train {vocab_size} pieces: {' '.join(str(error).split())[:200]}"
         if needed:
             message = f"--vocab-size {vocab_size} is too small: control, byte and character pieces need {needed[1]}"
-        else:
-            message = f"SentencePiece could not train {vocab_size} pieces: {' '.join(str(error).split())[:200]}"
-        raise PrepareError(message) from error
+        raise UserError(message) from error
     processor = spm.SentencePieceProcessor(model_proto=model.getvalue())
-    if processor.get_piece_size() != vocab_size:
-        raise PrepareError(
-            f"--vocab-size {vocab_size} is too large: the training text gives only {processor.get_piece_size()} pieces"
-        )
+    found = processor.get_piece_size()
+    if found != vocab_size:
+        raise UserError(f"--vocab-size {vocab_size} is too large: the training text gives only {found} pieces")
     check_tokenizer(processor, "just trained")
     return model.getvalue()
 
 
 class TextSample:
-    """A bounded sample of a stream: as many documents with the smallest hashes as it takes to reach `max_bytes`.
+    """A sample of a stream: the documents with the smallest hashes that together reach `max_bytes`.
 
-    Which documents these are depends on the documents alone, so a corpus sorted by origin is sampled evenly.
+    The sample depends only on the set of documents, so a corpus sorted by origin is sampled evenly.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.size = max_bytes, 0
-        self.heap: list[tuple[int, bytes]] = []  # (minus hash, UTF-8 text)
+        self.heap: list[tuple[int, bytes]] = []  # (minus hash, UTF-8 text): the largest hash is on top
         self.held: set[int] = set()
 
     def add(self, digest: bytes, raw: bytes) -> None:
@@ -520,7 +439,7 @@ class TextSample:
             self.size -= len(lost)
 
     def texts(self) -> Iterator[str]:
-        """What was kept, in the order of the hashes."""
+        """Yield the sampled texts in the order of their hashes."""
         for _, raw in sorted(self.heap, reverse=True):
             yield raw.decode()
 
@@ -536,51 +455,53 @@ class Task(NamedTuple):
     items: list[Item]
     model: str
     text_key: str
-    transform: Transform | None
+    transform: CaseOps | None
     sidecar: bool
 
 
 class Encoded(NamedTuple):
-    """What a worker makes of a Task; D documents of T tokens together."""
+    """A worker's result for a Task with D documents and T tokens."""
 
-    ids: np.ndarray  # (T,) uint16, every document led by BOS
+    ids: np.ndarray  # (T,) uint16; every document begins with BOS
     ends: list[int]  # (D,) end of each document in ids
     num_bytes: list[int]  # (D,) UTF-8 bytes of each text
     digests: list[bytes]  # (D,) SHA-256 of each text
     counts: np.ndarray | None  # (T,) uint16 original bytes per token
-    edges: list[int]  # (D,) bytes at both ends of each text that the tokenizer drops; only with counts
+    edges: list[int]  # (D,) bytes at the ends of each text that the tokenizer drops; only with counts
 
 
 def piece_counts(task: Task, texts: tuple[str, ...], lengths: list[int]) -> np.ndarray:
-    """Original bytes of every token of the task, 0 for BOS: (T,) uint16."""
+    """Return the original bytes of every token in the task, 0 for BOS: (T,) uint16."""
     processor = load_tokenizer(task.model)
     counts = np.zeros(sum(lengths), np.uint16)
     start = 0
     for item, text, length in zip(task.items, texts, lengths, strict=True):
         row = np.array(task.transform.piece_bytes(text, processor), np.int64)
         if len(row) != length - 1:
-            raise PrepareError(f"{item.where}: {task.transform.name} counts {len(row)} pieces, not {length - 1}")
+            raise UserError(f"{item.where}: {task.transform.name} counts {len(row)} pieces, not {length - 1}")
         if len(row) and not 0 <= row.min() <= row.max() < 65536:
-            raise PrepareError(f"{item.where}: a piece stands for {row.max()} bytes, over the 65,535 of the sidecar")
+            raise UserError(f"{item.where}: a piece stands for {row.max()} bytes, over the 65,535 of the sidecar")
         counts[start + 1 : start + length] = row
         start += length
     return counts
 
 
 def edge_bytes(text: str, processor: spm.SentencePieceProcessor) -> int:
-    """UTF-8 bytes at both ends of a text that no piece stands for: what the normaliser strips there, white space."""
+    """Count the UTF-8 bytes at both ends of a text that belong to no piece: white space that the normaliser strips."""
     normal, origin = processor.normalize(text, with_offsets=True)
-    first, last = (origin[0], origin[-1]) if normal else (len(text), len(text))
+    first = origin[0] if normal else len(text)
+    last = origin[-1] if normal else len(text)
     edges = text[:first] + text[last:]
+    # If the normaliser keeps something of the edges, they are not white space: leave their bytes unexplained.
     return 0 if processor.normalize(edges) else len(edges.encode())
 
 
 def encode_task(task: Task) -> Encoded:
-    """Parse, hash and tokenise. Runs in a worker; depends on nothing but its argument."""
+    """Parse, hash and tokenise. Runs in a worker and depends only on its argument."""
     processor = load_tokenizer(task.model)
     texts, raw = zip(*(parse_item(item, task.text_key) for item in task.items), strict=True)
     seen = texts if task.transform is None else [task.transform.encode(text) for text in texts]
-    tokenizer, bos = word_bpe(processor), np.array([BOS], np.uint16)
+    tokenizer, bos = word_bpe(processor), np.array([BOS_ID], np.uint16)
     rows = [tokenizer.ids(text) for text in seen]
     lengths = [len(row) + 1 for row in rows]
     return Encoded(
@@ -593,35 +514,32 @@ def encode_task(task: Task) -> Encoded:
     )
 
 
-def ignore_interrupt() -> None:
-    """Workers leave Ctrl-C to the parent, which ends them in order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, Encoded]]:
-    """`encode_task` over the tasks, results in order, with at most a few tasks per worker in memory.
+    """Run `encode_task` over the tasks; yield results in order, with at most four tasks per worker in memory.
 
-    Executor.map and Pool.imap would draw the whole input into memory, hence the window here.
+    Executor.map would read the whole input into memory.
     """
     if jobs == 1:
         yield from ((task, encode_task(task)) for task in tasks)
         return
     waiting: deque[tuple[Task, Future[Encoded]]] = deque()
-    # spawn: the same on every platform, and safe in a process that already runs threads
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=ignore_interrupt) as pool:
+    # A fork of this process would copy its threads' locks. The server has none; it imports torch once for all workers.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch"])
+    # Workers leave Ctrl-C to this process, which shuts them down in order.
+    ignored = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(jobs, mp_context=server, initializer=signal.signal, initargs=ignored) as pool:
         try:
             for task in tasks:
                 waiting.append((task, pool.submit(encode_task, task)))
                 if len(waiting) >= 4 * jobs:
                     done, future = waiting.popleft()
                     yield done, future.result()
-            while waiting:
-                done, future = waiting.popleft()
+            for done, future in waiting:
                 yield done, future.result()
         except BrokenProcessPool as error:
             message = "a worker was killed (out of memory?); run again with fewer --jobs, it resumes"
-            raise PrepareError(message) from error
+            raise UserError(message) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -632,66 +550,36 @@ def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, Encode
 
 
 @dataclass
-class Counts:
-    """Totals of one split."""
-
-    docs: int = 0
-    tokens: int = 0
-    raw_bytes: int = 0
-
-
-@dataclass
-class ByteAudit:
-    """Where the bytes of the validation documents are: on a token, or (white space at the ends of a text) on none."""
-
-    docs: int = 0
-    utf8_bytes: int = 0
-    sidecar_bytes: int = 0
-    edge_bytes: int = 0
-    docs_with_edges: int = 0
-
-    def add(self, num_bytes: int, counts: np.ndarray, edge: int) -> None:
-        """One document: its UTF-8 bytes, the bytes of its tokens, the bytes without one."""
-        self.docs += 1
-        self.utf8_bytes += num_bytes
-        self.sidecar_bytes += int(counts.sum(dtype=np.int64))
-        self.edge_bytes += edge
-        self.docs_with_edges += edge > 0
-
-    def record(self) -> dict:
-        """Its part of the manifest."""
-        return {**asdict(self), "unexplained_bytes": self.utf8_bytes - self.sidecar_bytes - self.edge_bytes}
-
-
-@dataclass
 class State:
-    """The journal: all that a resumed run has to know about the work in finished shards."""
+    """The journal: what a resumed run has to know about the finished shards."""
 
     settings: dict
     sources: list[dict]
     tokenizer_sha256: str = ""
     docs_total: int | None = None  # known once the documents were sampled for the tokenizer
-    docs_done: int = 0  # documents of the input that lie wholly in finished shards
+    docs_done: int = 0  # documents of the input that lie completely in finished shards
     carry: int = 0  # tokens of the next document that lie there too
     source_docs: list[int] = field(default_factory=list)
-    splits: dict[str, Counts] = field(default_factory=lambda: {"val": Counts(), "train": Counts()})
+    splits: dict[str, Counter] = field(  # docs, tokens and raw_bytes of each split
+        default_factory=lambda: {split: Counter(docs=0, tokens=0, raw_bytes=0) for split in ("val", "train")}
+    )
     overlap_dropped: int = 0
     val_hashes: list[str] = field(default_factory=list)
     train_digest: str = hashlib.sha256().hexdigest()
     shards: list[dict] = field(default_factory=list)
     sidecars: list[dict] = field(default_factory=list)
-    audit: ByteAudit = field(default_factory=ByteAudit)  # stays empty without a sidecar
+    audit: Counter = field(default_factory=lambda: Counter(sidecar_bytes=0, edge_bytes=0, docs_with_edges=0))
 
     @classmethod
     def load(cls, path: Path) -> State:
-        """Read a journal back. PrepareError if it is none."""
+        """Read a journal back. UserError if the file is something else."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            values["splits"] = {name: Counts(**counts) for name, counts in values["splits"].items()}
-            values["audit"] = ByteAudit(**values["audit"])
+            values = read_json(path)
+            values["splits"] = {name: Counter(counts) for name, counts in values["splits"].items()}
+            values["audit"] = Counter(values["audit"])
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise PrepareError(f"{path}: not a journal of this version; use --overwrite or another --out") from error
+            raise UserError(f"{path}: not a journal of this version; {START_OVER}") from error
 
 
 class SplitWriter:
@@ -700,15 +588,13 @@ class SplitWriter:
     def __init__(self, preparation: Preparation, split: str, sidecar: bool) -> None:
         self.preparation, self.split, self.sidecar = preparation, split, sidecar
         self.limit = preparation.options.shard_tokens
-        self.files: list[ShardFile] = []
+        self.files: list[ShardFile] = []  # the open shard and, with a sidecar, the open sidecar
 
     def put(self, rows: list[np.ndarray], start: int) -> None:
-        """Write (n,) ids and, with a sidecar, their (n,) bytes from `start` on.
-
-        A full shard is finished only when a next token needs room. Then the journal always points at that token:
-        `docs_done` documents are complete and `start` tokens of the next one are on disk.
-        """
+        """Write (n,) ids and, with a sidecar, their (n,) bytes from `start` on."""
         while start < len(rows[0]):
+            # A full shard is finished only when another token needs room. So the journal always points at that token:
+            # `docs_done` documents are complete, and `start` tokens of the next one are on disk.
             if self.files and self.files[0].tokens == self.limit:
                 self.finish(carry=start)
             if not self.files:
@@ -719,16 +605,18 @@ class SplitWriter:
             start = min(stop, len(rows[0]))
 
     def next_names(self) -> list[str]:
-        """Names of the next shard and its sidecar."""
+        """Return the names of the next shard and its sidecar."""
         index = sum(shard["name"].startswith(f"fineweb_{self.split}_") for shard in self.preparation.state.shards)
         kinds = [self.split, f"{self.split}_bytes"] if self.sidecar else [self.split]
         return [f"fineweb_{kind}_{index:06d}.bin" for kind in kinds]
 
     def finish(self, carry: int = 0) -> None:
         """Complete the open shard, if there is one, and journal it."""
+        if not self.files:
+            return
         state = self.preparation.state
-        for file, records in zip(self.files, (state.shards, state.sidecars), strict=False):
-            records.append(file.finish())
+        for file, rows in zip(self.files, (state.shards, state.sidecars), strict=False):
+            rows.append(file.finish())
             tqdm.write(f"wrote {file.path.name}: {file.tokens:,} tokens", file=sys.stderr)
         self.files = []
         state.carry = carry
@@ -743,23 +631,23 @@ class SplitWriter:
 class Preparation:
     """One run of the tool over one output directory."""
 
-    def __init__(self, options: Options, transform: Transform | None) -> None:
+    def __init__(self, options: Options, transform: CaseOps | None) -> None:
         """Look at the inputs; nothing is written yet."""
         self.options, self.transform = options, transform
         self.sources = [find_source(path) for path in options.docs]
         name = options.tokenizer.name if options.tokenizer else f"bpe_{options.vocab_size}.model"
         self.model = options.out / name
-        self.state = State(self.settings(), [source.record() for source in self.sources])
+        self.state = State(self.settings(), [source.row() for source in self.sources])
         self.state.source_docs = [0] * len(self.sources)
-        self.val_index: dict[str, int] = {}
+        self.val_index: dict[str, int] = {}  # hash of a validation document -> its number
 
     def settings(self) -> dict:
-        """What decides the bytes of the output, beside the sources."""
+        """Return what decides the bytes of the output, apart from the sources."""
         options = self.options
         tokenizer: dict = {"vocab_size": options.vocab_size, "sample_mb": options.sample_mb}
         if options.tokenizer is not None:
             if not options.tokenizer.is_file():
-                raise PrepareError(f"{options.tokenizer}: no such tokenizer")
+                raise UserError(f"{options.tokenizer}: no such tokenizer")
             check_symbols(load_tokenizer(str(options.tokenizer)), options.tokenizer.name, self.transform)
             tokenizer = {"name": options.tokenizer.name, "sha256": sha256_file(options.tokenizer)}
         return {
@@ -767,35 +655,36 @@ class Preparation:
             "sentencepiece": spm.__version__,
             "tokenizer": tokenizer,
             "transform": self.transform.name if self.transform else None,
-            "val_docs": options.val_docs,
-            "shard_tokens": options.shard_tokens,
-            "text_key": options.text_key,
-            "drop_overlap": options.drop_overlap,
+            **{name: getattr(options, name) for name in ("val_docs", "shard_tokens", "text_key", "drop_overlap")},
         }
 
     def save(self) -> None:
         """Write the journal."""
-        write_json(self.options.out / STATE_NAME, asdict(self.state))
+        write_json(self.options.out / STATE_NAME, vars(self.state))
 
     def run(self) -> dict:
-        """Do what is not done yet and return the manifest."""
+        """Do what is still to be done and return the manifest."""
         manifest = self.open_out()
         if manifest is not None:
             return manifest
         self.make_tokenizer()
         self.write_shards()
-        if not self.state.splits["train"].docs:
-            raise PrepareError(
-                f"the input has {self.state.docs_done} documents and --val-docs is {self.options.val_docs}: "
-                "nothing is left to train on; lower --val-docs and add --overwrite"
-            )
+        if not self.state.splits["train"]["docs"]:
+            raise self.nothing_to_train_on(self.state.docs_done)
         manifest = self.manifest()
         write_json(self.options.out / MANIFEST_NAME, manifest)
         (self.options.out / STATE_NAME).unlink()
         return manifest
 
+    def nothing_to_train_on(self, count: int) -> UserError:
+        """Return the error for an input of `count` documents that all belong to validation."""
+        return UserError(
+            f"the input has {count} documents and --val-docs is {self.options.val_docs}: "
+            "nothing is left to train on; lower --val-docs and add --overwrite"
+        )
+
     def open_out(self) -> dict | None:
-        """Find out what the output directory holds: the manifest if all is done; else load or start the journal."""
+        """Return the manifest if the output directory is complete; else load or start the journal."""
         out = self.options.out
         out.mkdir(parents=True, exist_ok=True)
         ours = [*out.glob("fineweb_*.bin"), *out.glob("*.tmp"), *out.glob("*.model")]
@@ -813,11 +702,11 @@ class Preparation:
             self.state = state
             self.val_index = {digest: index for index, digest in enumerate(state.val_hashes)}
         elif foreign := [path.name for path in ours if path.suffix != ".tmp"]:
-            raise PrepareError(f"{out} holds {foreign[0]} from elsewhere; use --overwrite or another --out")
+            raise UserError(f"{out} holds {foreign[0]} from elsewhere; {START_OVER}")
         return None
 
     def refuse_change(self, settings: dict, sources: list[dict]) -> None:
-        """PrepareError if the work in the output directory was begun with other arguments or inputs."""
+        """UserError if the output directory was started with other arguments or inputs."""
         changed = [
             f"{key} was {settings.get(key)}, is {value}"
             for key, value in self.state.settings.items()
@@ -826,28 +715,27 @@ class Preparation:
         if not changed and sources != self.state.sources:
             changed = ["the documents are not the same"]
         if changed:
-            message = f"{self.options.out} was begun otherwise: {changed[0]}"
-            raise PrepareError(f"{message}; use --overwrite or another --out")
+            raise UserError(f"{self.options.out} was started with other arguments: {changed[0]}; {START_OVER}")
 
     def check_finished(self) -> dict:
-        """The manifest of a finished directory, after a look at its files."""
+        """Return the manifest of a complete directory after a look at its files."""
         path = self.options.out / MANIFEST_NAME
+        manifest = read_json(path)
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
             sources = [{key: row[key] for key in ("name", "sha256", "bytes")} for row in manifest["sources"]]
             self.refuse_change(manifest["settings"], sources)
             files = [(row["name"], row["tokens"]) for row in manifest["shards"] + manifest["sidecars"]]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise PrepareError(f"{path}: not written by this tool; use --overwrite or another --out") from error
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: not written by this tool; {START_OVER}") from error
         for name, tokens in files:
             try:
-                found = len(open_shard(self.options.out / name))
-            except ValueError as error:
-                raise PrepareError(f"{error}, or use --overwrite") from error
+                found = len(read_shard(self.options.out / name))
+            except UserError as error:
+                raise UserError(f"{error}, or use --overwrite") from error
             if found != tokens:
-                raise PrepareError(f"{self.options.out / name}: not the shard of the manifest; use --overwrite")
+                raise UserError(f"{self.options.out / name}: not the shard of the manifest; use --overwrite")
         if not self.model.is_file():
-            raise PrepareError(f"{self.model}: the tokenizer is gone; use --overwrite")
+            raise UserError(f"{self.model}: the tokenizer is gone; use --overwrite")
         return manifest
 
     def make_tokenizer(self) -> None:
@@ -855,55 +743,49 @@ class Preparation:
         state, given = self.state, self.options.tokenizer
         if state.tokenizer_sha256:
             if not self.model.is_file() or sha256_file(self.model) != state.tokenizer_sha256:
-                raise PrepareError(f"{self.model}: changed since the interrupted run; use --overwrite")
+                raise UserError(f"{self.model}: changed since the interrupted run; use --overwrite")
             return
-        tmp = self.model.with_name(self.model.name + ".tmp")
         if given is None:
             sample = self.sample_text()
             print(f"training a tokenizer of {self.options.vocab_size} pieces on {sample.size:,} bytes", file=sys.stderr)
             symbols = self.transform.symbols if self.transform else ()
             rewrite = self.transform.encode if self.transform else str
-            tmp.write_bytes(train_tokenizer(map(rewrite, sample.texts()), self.options.vocab_size, symbols))
-            os.replace(tmp, self.model)
+            atomic_write(self.model, train_tokenizer(map(rewrite, sample.texts()), self.options.vocab_size, symbols))
         elif given.resolve() != self.model.resolve():
-            shutil.copyfile(given, tmp)
-            os.replace(tmp, self.model)
+            atomic_write(self.model, given.read_bytes())
         state.tokenizer_sha256 = sha256_file(self.model)
         self.save()
 
     def sample_text(self) -> TextSample:
-        """Read all documents once: sample the training split for the tokenizer and find mistakes early."""
-        sample = TextSample(int(self.options.sample_mb * 1e6))
+        """Read all documents once: sample the training split for the tokenizer, and find mistakes early."""
+        options, sample = self.options, TextSample(int(self.options.sample_mb * 1e6))
         val: dict[bytes, int] = {}
         count = 0
-        items = read_items(self.sources, self.options.text_key)
+        items = read_items(self.sources, options.text_key)
         for count, item in enumerate(tqdm(items, "reading", unit=" docs", disable=None), 1):
-            text, raw = parse_item(item, self.options.text_key)
+            text, raw = parse_item(item, options.text_key)
             digest = hashlib.sha256(raw).digest()
-            if count <= self.options.val_docs:
+            if count <= options.val_docs:
                 val.setdefault(digest, count - 1)
             elif text and digest in val:
                 self.refuse_overlap(item, val[digest])
             else:
                 sample.add(digest, raw)
-        if count <= self.options.val_docs:
-            raise PrepareError(
-                f"the input has {count} documents and --val-docs is {self.options.val_docs}: "
-                "nothing is left to train on; lower --val-docs"
-            )
+        if count <= options.val_docs:
+            raise self.nothing_to_train_on(count)
         self.state.docs_total = count
         return sample
 
     def refuse_overlap(self, item: Item, twin: int) -> None:
-        """PrepareError for a training document that validation holds too, unless such are to be dropped."""
+        """UserError for a training document that is in validation too, unless --drop-overlap drops such documents."""
         if not self.options.drop_overlap:
-            raise PrepareError(
+            raise UserError(
                 f"{item.where}: this training document is also validation document {twin + 1}; "
                 "remove it or use --drop-overlap"
             )
 
     def tasks(self) -> Iterator[Task]:
-        """The documents that are not in finished shards, grouped; no group crosses the split."""
+        """Yield the documents that are not in finished shards, in groups; no group crosses the split."""
         options, done = self.options, self.state.docs_done
         items = itertools.islice(read_items(self.sources, options.text_key), done, None)
         group: list[Item] = []
@@ -926,31 +808,27 @@ class Preparation:
     def write_shards(self) -> None:
         """Tokenise and write everything that is not in finished shards."""
         state = self.state
-        writers = {
-            "val": SplitWriter(self, "val", sidecar=self.transform is not None),
-            "train": SplitWriter(self, "train", sidecar=False),
-        }
+        val = SplitWriter(self, "val", sidecar=self.transform is not None)
+        train = SplitWriter(self, "train", sidecar=False)
         bar = tqdm(total=state.docs_total, initial=state.docs_done, desc="tokenising", unit=" docs", disable=None)
         try:
-            with contextlib.closing(ordered_map(self.tasks(), self.options.jobs)) as results:
+            with closing(ordered_map(self.tasks(), self.options.jobs)) as results:
                 for task, encoded in results:
-                    split = "val" if state.docs_done < self.options.val_docs else "train"
-                    if split == "train" and writers["val"].files:
-                        writers["val"].finish()
-                    self.write_task(task, encoded, writers[split])
+                    is_val = state.docs_done < self.options.val_docs
+                    if not is_val:
+                        val.finish()
+                    self.write_task(task, encoded, val if is_val else train)
                     bar.update(len(task.items))
-            for writer in writers.values():
-                if writer.files:
-                    writer.finish()
+            val.finish()
+            train.finish()
         finally:
             bar.close()
-            for writer in writers.values():
-                writer.abandon()
+            val.abandon()
+            train.abandon()
 
     def write_task(self, task: Task, encoded: Encoded, writer: SplitWriter) -> None:
-        """Write the documents of one task and account for them."""
+        """Write the documents of one task and count them."""
         state = self.state
-        counts = state.splits[writer.split]
         start = 0
         for index, (item, stop) in enumerate(zip(task.items, encoded.ends, strict=True)):
             digest, num_bytes = encoded.digests[index], encoded.num_bytes[index]
@@ -960,19 +838,18 @@ class Preparation:
             else:
                 rows = [ids[start:stop] for ids in (encoded.ids, encoded.counts) if ids is not None]
                 writer.put(rows, state.carry)
-                self.account(digest, writer.split)
-                counts.docs += 1
-                counts.tokens += stop - start
-                counts.raw_bytes += num_bytes
+                self.remember(digest, writer.split)
+                state.splits[writer.split].update(docs=1, tokens=stop - start, raw_bytes=num_bytes)
                 if encoded.counts is not None:
-                    state.audit.add(num_bytes, rows[1], encoded.edges[index])
+                    edge, counted = encoded.edges[index], int(rows[1].sum(dtype=np.int64))
+                    state.audit.update(sidecar_bytes=counted, edge_bytes=edge, docs_with_edges=edge > 0)
             state.carry = 0
             state.docs_done += 1
             state.source_docs[item.source] += 1
             start = stop
 
-    def account(self, digest: bytes, split: str) -> None:
-        """Remember a document: validation in a list, training in one running digest."""
+    def remember(self, digest: bytes, split: str) -> None:
+        """Remember a document's hash: validation in a list, training in one running digest."""
         state = self.state
         if split == "val":
             self.val_index.setdefault(digest.hex(), len(state.val_hashes))
@@ -980,187 +857,38 @@ class Preparation:
         else:
             state.train_digest = hashlib.sha256(bytes.fromhex(state.train_digest) + digest).hexdigest()
 
+    def byte_audit(self) -> dict:
+        """Return where the bytes of validation are: on a token or, as white space at the ends of a text, on none."""
+        val, audit = self.state.splits["val"], self.state.audit
+        unexplained = val["raw_bytes"] - audit["sidecar_bytes"] - audit["edge_bytes"]
+        return {"docs": val["docs"], "utf8_bytes": val["raw_bytes"], **audit, "unexplained_bytes": unexplained}
+
     def manifest(self) -> dict:
-        """The record of what was made from what."""
+        """Return the record of what was made from what."""
         state = self.state
-        audit = {"byte_audit": state.audit.record()} if self.transform else {}
         return {
             "tool": f"data/prepare.py {TOOL_VERSION}",
             "settings": state.settings,
-            "sources": [
-                {**source, "docs": docs} for source, docs in zip(state.sources, state.source_docs, strict=True)
-            ],
+            "sources": [row | {"docs": docs} for row, docs in zip(state.sources, state.source_docs, strict=True)],
             "tokenizer": {
                 "name": self.model.name,
                 "sha256": state.tokenizer_sha256,
                 "vocab_size": load_tokenizer(str(self.model)).get_piece_size(),
             },
-            "splits": {name: asdict(counts) for name, counts in state.splits.items()},
+            "splits": state.splits,
             "overlap_dropped": state.overlap_dropped,
             "shards": state.shards,
             "sidecars": state.sidecars,
-            **audit,
+            **({"byte_audit": self.byte_audit()} if self.transform else {}),
             # d = sha256() at first; then for every training document in order d = sha256(d + sha256(text))
             "train_documents_digest": state.train_digest,
             "val_document_sha256": state.val_hashes,
         }
 
 
-def prepare(options: Options, transform: Transform | None = None) -> dict:
-    """Turn documents into a data directory and return its manifest. PrepareError for anything the user can mend."""
+def prepare(options: Options, transform: CaseOps | None = None) -> dict:
+    """Turn documents into a data directory and return its manifest. UserError for anything the user can mend."""
     return Preparation(options, transform).run()
-
-
-# +---------------------------------------------------------------------------+
-# | SAMPLE: the prose that Python carries                                     |
-# +---------------------------------------------------------------------------+
-
-SKIPPED_DIRS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
-DOC_CHARS = 8000  # a document is closed at the first paragraph beyond
-MIN_DOC_CHARS = 400
-RULE = re.compile(r"[*=~^#\-_+|\s]{3,}")  # underlines of headings, borders of tables
-
-
-class ProseFilter:
-    """Cleans text into paragraphs, and lets every longer paragraph pass once only.
-
-    Many classes repeat the words of their parents, and the help topics include one another: without this, validation
-    would hold sentences of the training text.
-    """
-
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-
-    def paragraphs(self, text: str) -> list[str]:
-        """Paragraphs of prose in `text`, each on one line with single spaces."""
-        kept = []
-        for block in re.split(r"\n\s*\n", text.expandtabs()):
-            lines = [line.strip() for line in block.splitlines()]
-            paragraph = " ".join(" ".join(line for line in lines if line and not RULE.fullmatch(line)).split())
-            if self.is_new_prose(paragraph):
-                kept.append(paragraph)
-        return kept
-
-    def is_new_prose(self, paragraph: str) -> bool:
-        """Mostly letters and spaces, not a prompt, and not met before."""
-        plain = sum(map(str.isalpha, paragraph)) + paragraph.count(" ")
-        if len(paragraph) < 12 or plain < 0.78 * len(paragraph) or paragraph.startswith(">>>"):
-            return False
-        key = paragraph.casefold()
-        if len(paragraph) >= 40 and key in self.seen:
-            return False
-        self.seen.add(key)
-        return True
-
-
-def docstrings(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of a syntax tree's definitions, in source order."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            name = f"{prefix}{child.name}"
-            text = ast.get_docstring(child)
-            if text:
-                yield name, text
-            yield from docstrings(child, name + ".")
-        elif isinstance(child, (ast.If, ast.Try)):
-            yield from docstrings(child, prefix)
-
-
-def comment_blocks(source: str) -> Iterator[str]:
-    """Comments of three and more lines: those that explain, not those that label."""
-    block: list[str] = []
-    for line in [*source.splitlines(), ""]:
-        text = line.strip()
-        if text.startswith("#"):
-            block.append(text.lstrip("#!").strip())
-            continue
-        if len(block) >= 3:
-            yield "\n".join(block)
-        block = []
-
-
-def module_paragraphs(source: bytes, prose: ProseFilter) -> list[str]:
-    """Docstrings, then longer comments, of one module's source; none if it is not valid source."""
-    if b'"""' not in source and b"'''" not in source:
-        return []  # tables of encodings and the like: slow to parse, and no docstring in them
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd escapes in old modules are not our concern
-            tree = ast.parse(source)
-        text = source.decode("utf-8")
-    except (SyntaxError, ValueError):  # templates and files in other encodings
-        return []
-    found = prose.paragraphs(ast.get_docstring(tree) or "")
-    for name, doc in docstrings(tree):
-        own = prose.paragraphs(doc)
-        found += [f"{name}: {own[0]}", *own[1:]] if own else []
-    for block in comment_blocks(text):
-        found += prose.paragraphs(block)
-    return found
-
-
-def builtin_paragraphs(name: str, prose: ProseFilter) -> list[str]:
-    """Docstrings of a module that is compiled into the interpreter."""
-    module = importlib.import_module(name)
-    found = prose.paragraphs(module.__doc__ or "")
-    members = [("", module)]
-    # Only what C defines: a hook that something replaced in this process must not change the sample.
-    members += [(f"{key}.", value) for key, value in sorted(vars(module).items()) if inspect.isclass(value)]
-    for prefix, owner in members:
-        for key, value in sorted(vars(owner).items(), key=lambda pair: pair[0]):
-            fixed = inspect.isbuiltin(value) or inspect.ismethoddescriptor(value) or inspect.isgetsetdescriptor(value)
-            if fixed and isinstance(value.__doc__, str):
-                own = prose.paragraphs(value.__doc__)
-                found += [f"{prefix}{key}: {own[0]}", *own[1:]] if own else []
-    return found
-
-
-def stdlib_paragraphs(prose: ProseFilter) -> Iterator[list[str]]:
-    """The paragraphs of every file of the standard library, file by file, and of the wheels that ensurepip bundles."""
-    files: list[Path] = []
-    for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
-        subfolders[:] = sorted(set(subfolders) - SKIPPED_DIRS)
-        files += [Path(folder, name) for name in sorted(names)]
-    for path in files:
-        if path.suffix == ".py" and path.parent.name != "pydoc_data":
-            yield module_paragraphs(path.read_bytes(), prose)
-        elif path.suffix in (".txt", ".rst"):
-            yield prose.paragraphs(path.read_text(encoding="utf-8", errors="replace"))
-        elif path.suffix == ".whl":
-            with zipfile.ZipFile(path) as wheel:
-                names = sorted(name for name in wheel.namelist() if name.endswith(".py"))
-                yield from (module_paragraphs(wheel.read(name), prose) for name in names)
-
-
-def sample_documents() -> list[str]:
-    """The embedded corpus: help topics, docstrings, comments and notes of this Python, as documents of prose.
-
-    A long text is cut into documents of about DOC_CHARS characters at paragraphs; the order is that of the documents'
-    hashes, so that any split of it is alike. Nothing but the Python installation decides the result.
-    """
-    prose = ProseFilter()
-    texts: list[list[str]] = [prose.paragraphs(PYDOC_TOPICS[name]) for name in sorted(PYDOC_TOPICS)]
-    texts += [builtin_paragraphs(name, prose) for name in sorted(sys.builtin_module_names)]
-    texts += stdlib_paragraphs(prose)
-    documents: set[str] = set()
-    for paragraphs in texts:
-        while paragraphs:
-            sizes = itertools.accumulate(len(paragraph) for paragraph in paragraphs)
-            stop = 1 + sum(size < DOC_CHARS for size in sizes)
-            document = "\n\n".join(paragraphs[:stop])
-            if len(document) >= MIN_DOC_CHARS:
-                documents.add(document)
-            paragraphs = paragraphs[stop:]
-    return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())
-
-
-def write_sample(path: Path) -> None:
-    """Write the sample as .jsonl, unless the very same is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in sample_documents())
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(lines, encoding="utf-8", newline="\n")
-    os.replace(tmp, path)
 
 
 # +---------------------------------------------------------------------------+
@@ -1172,82 +900,67 @@ class Audit(NamedTuple):
     """What `audit` found in a validation split with a sidecar."""
 
     docs: int
-    undecodable: int  # documents whose ids are no CaseOps text any more: the normaliser made or ate a letter
+    undecodable: int  # documents whose ids are no longer CaseOps text: the normaliser made or removed a letter
     tokens: int
     sidecar_bytes: int
-    decoded_bytes: int  # UTF-8 of the ids, decoded: less what the normaliser folds (white space, wide characters)
+    decoded_bytes: int  # UTF-8 of the decoded ids: without what the normaliser folds (white space, wide characters)
     targets: int  # scored tokens: the published evaluation drops an incomplete last sequence
     target_bytes: int
 
 
-def find_tokenizer(folder: Path) -> spm.SentencePieceProcessor:
-    """The one model of a data directory."""
-    models = sorted(folder.glob("*.model"))
-    if len(models) != 1:
-        raise PrepareError(f"{folder}: {len(models)} files *.model; an audit needs the one that made the shards")
-    return load_tokenizer(str(models[0]))
+def decode_documents(processor: spm.SentencePieceProcessor, ids: np.ndarray, caseops: bool) -> tuple[int, int]:
+    """Decode a stream of documents; return their UTF-8 bytes, and how many are not valid CaseOps text."""
+    total = broken = 0
+    plain = str.maketrans(dict.fromkeys(CaseOps.symbols))
+    for row in np.split(ids, np.flatnonzero(ids == BOS_ID)):
+        text = processor.decode(row[row != BOS_ID].tolist())
+        try:
+            text = decode(text) if caseops else text
+        except CaseOpsError:
+            broken += 1
+            text = text.translate(plain)
+        total += len(text.encode("utf-8", "surrogatepass"))
+    return total, broken
 
 
 def read_validation(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (T,) and their original bytes (T,) of a directory's validation split; PrepareError if they do not fit."""
-    streams = []
-    shards = sorted(folder.glob("fineweb_val_[0-9]*.bin"))
-    if not shards:
-        raise PrepareError(f"{folder}: no fineweb_val_*.bin there")
-    try:
-        for path in shards:
-            streams.append((open_shard(path), open_shard(path.with_name(path.name.replace("_val_", "_val_bytes_")))))
-    except ValueError as error:
-        raise PrepareError(str(error)) from error
-    for path, (ids, counts) in zip(shards, streams, strict=True):
-        if len(ids) != len(counts):
-            raise PrepareError(f"{path}: {len(ids)} tokens, but its sidecar has {len(counts)}")
-    ids, counts = (np.concatenate(rows) for rows in zip(*streams, strict=True))
-    return ids, counts
+    """Return the tokens (T,) of a directory's validation split and their original bytes (T,)."""
+    shards = [read_shard(path) for path in list_shards(str(folder), "val")]
+    sidecars = [read_shard(path) for path in list_shards(str(folder), "val_bytes")]
+    if list(map(len, shards)) != list(map(len, sidecars)):
+        raise UserError(f"{folder}: byte sidecars and validation shards differ in number or length; prepare them again")
+    return np.concatenate(shards), np.concatenate(sidecars)
 
 
 def audit(folder: Path, seq_len: int = 2048) -> Audit:
-    """Take a CaseOps validation split apart again, and compare tokens, sidecar and manifest.
+    """Decode a CaseOps validation split and compare tokens, sidecar and manifest.
 
-    PrepareError for files that do not belong together. Documents that do not decode are only counted: NFKC can turn the
+    UserError for files that do not belong together. Documents that do not decode are only counted: NFKC can turn the
     character beside an operator into an ASCII letter, or merge its letter with an accent.
     """
-    processor = find_tokenizer(folder)
+    model = train_gpt.find_tokenizer(train_gpt.Config(data_path=str(folder)))
+    if model is None:
+        raise UserError(f"{folder} has no *.model; an audit needs the tokenizer that made the shards")
+    processor = load_tokenizer(str(model))
     check_symbols(processor, folder.name, CaseOps())
     ids, counts = read_validation(folder)
-    starts = np.flatnonzero(ids == BOS)
+    starts = np.flatnonzero(ids == BOS_ID)
     if not len(starts) or starts[0] != 0:
-        raise PrepareError(f"{folder}: the validation split does not begin with BOS ({BOS})")
+        raise UserError(f"{folder}: the validation split does not begin with BOS ({BOS_ID})")
     if counts[starts].any():
-        raise PrepareError(f"{folder}: the sidecar gives bytes to BOS; it belongs to other shards")
-    decoded_bytes = undecodable = 0
-    plain = str.maketrans(dict.fromkeys(CaseOps.symbols))
-    for row in np.split(ids, starts[1:]):
-        text = processor.decode(row[1:].tolist())
-        try:
-            text = decode(text)
-        except CaseOpsError:
-            undecodable += 1
-            text = text.translate(plain)
-        decoded_bytes += len(text.encode())
+        raise UserError(f"{folder}: the sidecar gives bytes to BOS; it belongs to other shards")
     total = int(counts.sum(dtype=np.int64))
-    check_manifest_sum(folder, total)
+    said = read_json(folder / MANIFEST_NAME).get("byte_audit", {}).get("sidecar_bytes", total)
+    if said != total:
+        raise UserError(f"{folder}: the sidecar sums to {total} bytes, its manifest says {said}; prepare it again")
+    decoded, undecodable = decode_documents(processor, ids, caseops=True)
     targets = (len(ids) - 1) // seq_len * seq_len
     scored = int(counts[1 : targets + 1].sum(dtype=np.int64))
-    return Audit(len(starts), undecodable, len(ids), total, decoded_bytes, targets, scored)
-
-
-def check_manifest_sum(folder: Path, total: int) -> None:
-    """PrepareError if the directory has a manifest with a byte audit, and that has another sum. Other ones pass."""
-    path = folder / MANIFEST_NAME
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    expected = manifest.get("byte_audit", {}).get("sidecar_bytes", total)
-    if expected != total:
-        raise PrepareError(f"{folder}: the sidecar sums to {total} bytes, its manifest says {expected}")
+    return Audit(len(starts), undecodable, len(ids), total, decoded, targets, scored)
 
 
 def audit_main(argv: list[str]) -> None:
-    """The form `prepare.py audit DIR`."""
+    """Run the form `prepare.py audit DIR`."""
     parser = argparse.ArgumentParser("prepare.py audit", description=audit.__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR")
     found = audit(parser.parse_args(argv).folder)
@@ -1261,62 +974,44 @@ def audit_main(argv: list[str]) -> None:
 # +---------------------------------------------------------------------------+
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Arguments of both forms."""
-    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output directory")
-    parser.add_argument("--jobs", type=int, default=jobs, help="worker processes (default: all cores)")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens per shard (default %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="remove an earlier preparation in DIR first")
-    parser.add_argument(
-        "--caseops",
-        action="store_true",
-        help="rewrite capitals as operators before tokenising, and write a byte sidecar for validation",
-    )
+def write_sample(path: Path) -> None:
+    """Write the sample as .jsonl."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in sample_documents())
+    atomic_write(path, lines.encode())
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Parse the command line of either form."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    if argv[:1] == ["sample"]:
-        parser = argparse.ArgumentParser("prepare.py sample", description=sample_documents.__doc__)
-        add_common(parser)
-        parser.add_argument("--vocab-size", type=int, default=1024, help="pieces to train (default %(default)s)")
-        parser.add_argument("--val-docs", type=int, default=16, help="validation documents (default %(default)s)")
-        parser.set_defaults(docs=None, tokenizer=None, tokenizer_sample_mb=64.0, text_key="text", drop_overlap=False)
+    """Parse the command line of either form into the fields of Options, and `caseops`."""
+    is_sample = argv[:1] == ["sample"]
+    name, text = ("prepare.py sample", sample_documents.__doc__) if is_sample else ("prepare.py", __doc__)
+    parser = argparse.ArgumentParser(name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, default = parser.add_argument, "(default %(default)s)"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--out", type=Path, required=True, metavar="DIR", help="output directory")
+    add("--jobs", type=int, default=cores, help="worker processes (default: all cores)")
+    add("--shard-tokens", type=int, default=Options.shard_tokens, help=f"tokens per shard {default}")
+    add("--overwrite", action="store_true", help="remove an earlier preparation in DIR first")
+    add("--caseops", action="store_true", help="turn capitals into operators; validation gets a byte sidecar")
+    if is_sample:
+        add("--vocab-size", type=int, default=1024, help=f"pieces to train {default}")
+        add("--val-docs", type=int, default=16, help=f"validation documents {default}")
         return parser.parse_args(argv[1:])
-    parser = argparse.ArgumentParser("prepare.py", description=__doc__, formatter_class=formatter)
-    add_common(parser)
-    parser.add_argument(
-        "--docs",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="FILE_OR_DIR",
-        help=f"documents: {', '.join('.' + kind for kind in KINDS)} (.txt: a file is a document), or directories",
-    )
+    add("--docs", type=Path, nargs="+", required=True, metavar="FILE_OR_DIR", help=f"directories, or {SUFFIXES}")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to use")
     which.add_argument("--vocab-size", type=int, default=0, metavar="N", help="train a BPE tokenizer of N pieces")
-    parser.add_argument(
-        "--val-docs",
-        type=int,
-        default=50_000,
-        help="the first N documents are the validation split (default %(default)s, as published)",
-    )
-    parser.add_argument(
+    add("--val-docs", type=int, default=Options.val_docs, help=f"the first N documents are the validation {default}")
+    add(
         "--tokenizer-sample-mb",
         type=float,
-        default=64.0,
+        default=Options.sample_mb,
         metavar="MB",
-        help="at most so much training text for the tokenizer (default %(default)s)",
+        dest="sample_mb",
+        help=f"training text for the tokenizer, at most {default}",
     )
-    parser.add_argument("--text-key", default="text", help="key or column of the text (default %(default)s)")
-    parser.add_argument(
-        "--drop-overlap",
-        action="store_true",
-        help="drop training documents that validation holds too, instead of refusing them",
-    )
+    add("--text-key", default=Options.text_key, help=f"key or column of the text {default}")
+    add("--drop-overlap", action="store_true", help="drop training documents that are in validation (else: an error)")
     return parser.parse_args(argv)
 
 
@@ -1339,30 +1034,19 @@ def report(manifest: dict) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """The command line; returns the exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
+    """Run the command line; return the exit status: 0, 2 for a mistake by the user, 130 after Ctrl-C."""
     try:
         if argv[:1] == ["audit"]:
             audit_main(argv[1:])
             return 0
-        args = parse_arguments(argv)
-        if args.docs is None:
-            write_sample(args.out / SAMPLE_NAME)
-            args.docs = [args.out / SAMPLE_NAME]
-        options = Options(
-            docs=tuple(args.docs),
-            out=args.out,
-            tokenizer=args.tokenizer,
-            vocab_size=args.vocab_size,
-            val_docs=args.val_docs,
-            shard_tokens=args.shard_tokens,
-            sample_mb=args.tokenizer_sample_mb,
-            text_key=args.text_key,
-            drop_overlap=args.drop_overlap,
-            jobs=args.jobs,
-            overwrite=args.overwrite,
-        )
-        report(prepare(options, CaseOps() if args.caseops else None))
-    except (PrepareError, OSError) as error:
+        values = vars(parse_arguments(argv))
+        transform = CaseOps() if values.pop("caseops") else None
+        if "docs" not in values:
+            values["docs"] = [values["out"] / SAMPLE_NAME]
+            write_sample(values["docs"][0])
+        values["docs"] = tuple(values["docs"])
+        report(prepare(Options(**values), transform))
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

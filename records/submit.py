@@ -6,42 +6,39 @@
     python records/submit.py --leaderboard [--check]
 
 A run is given by its folder (result.json, record.env, log.txt) or by its log alone. The seeds must share one
-configuration, one source and one kind of machine, or nothing is written. Into the record's folder go submission.json
-(what it held by hand stays: name, blurb, author), seeds.png, and a table between two markers of README.md.
+configuration, one source and one kind of machine, or nothing is written. The record's folder gets submission.json
+(handwritten entries such as the name stay), seeds.png, and a table between two markers in README.md.
 
-Statistics: means, sample standard deviations (n - 1); against another record, in bits per byte and in nats per token,
+Statistics: means and sample standard deviations (n - 1). Against another record, in bits per byte and nats per token:
 Welch's test and, over common seeds, the paired test, both one-sided ("ours is lower"). Verdicts: `readme_rule` is the
-contest's README (0.005 nats per token better, shown at p < 0.01: the test is of means that differ by that margin), and
-`progression` is how its maintainers judged (p < 0.25). A record known by its mean alone is taken as a constant.
+contest's README (0.005 nats per token better, shown at p < 0.01: the test is of means that differ by that margin);
+`progression` is how its maintainers judged (p < 0.25). A record known only by its mean counts as a constant.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
 import io
 import json
 import math
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pack_artifact import CAP_BYTES  # noqa: E402
-from train_gpt import UserError, atomic_write  # noqa: E402
+from records.verify import BUDGET_SECONDS, CAP_BYTES, FAIL, preset_sha256, read_log  # noqa: E402  (needs the line above)
+from train_gpt import LOCAL_KNOBS, UserError, atomic_write, preset_layers, read_json, read_preset  # noqa: E402
 
 BEGIN, END = "<!-- results: written by records/submit.py -->", "<!-- end of results -->"
-MARGIN_NATS, README_P, PROGRESSION_P, BUDGET_SECONDS = 0.005, 0.01, 0.25, 600.0
+HANDWRITTEN = ("author", "github_id", "name", "blurb", "date")
+MARGIN_NATS, README_P, PROGRESSION_P = 0.005, 0.01, 0.25
 INK, MUTED, OURS, THEIRS = "#1f2933", "#6b7785", "#243b53", "#d1495b"
 
 
@@ -50,9 +47,8 @@ INK, MUTED, OURS, THEIRS = "#1f2933", "#6b7785", "#243b53", "#d1495b"
 # +---------------------------------------------------------------------------+
 
 
-@dataclasses.dataclass(frozen=True)
-class SeedRun:
-    """One seed: its knobs but the seed, hash of its source, its machine, its result."""
+class SeedRun(NamedTuple):
+    """One seed's run: the knobs that make it what it is without SEED, its machine (from the log), its result."""
 
     name: str
     seed: int
@@ -61,74 +57,40 @@ class SeedRun:
     result: dict[str, Any]
 
 
-def knobs_of_log(text: str) -> dict[str, str]:
-    """Non-default knobs that a log's head names, without those that say where it ran."""
-    block = text.rpartition("knobs that are not default:")[2].split("\nparameters")[0]
-    local = {
-        "RUN_ID",
-        "ARTIFACT_DIR",
-        "STAGES",
-        "MODEL_PATH",
-        "DEVICE",
-        "ATTENTION",
-        "FUSED_CE_ENABLED",
-        "FUSED_MLP_ENABLED",
-        "COMPUTE_DTYPE",
-        "COMPILE",
-        "DATA_PATH",
-        "TOKENIZER_PATH",
-    }
-    found = dict(re.findall(r"^  ([A-Z0-9_]+)=(.*?)  \(", block, re.MULTILINE))
-    return {k: v for k, v in found.items() if k not in local}
-
-
 def read_run(path: Path) -> SeedRun:
-    """A run from its folder or its log; UserError when it is neither or has no final score."""
-    log = path / "log.txt" if path.is_dir() else path
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    results = [line for line in text.splitlines() if line.startswith("RESULT ")]
-    source = path / "result.json" if path.is_dir() else None
-    try:
-        if source is not None and source.is_file():
-            result = json.loads(source.read_text(encoding="utf-8"))
-        elif results:
-            result = json.loads(results[-1].removeprefix("RESULT "))
-        else:
-            raise UserError(f"{path}: no result.json and no RESULT line of a log; give a run folder or its log")
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: the result is not JSON: {error}") from error
+    """Read a run from its folder or its log. UserError if it is neither, or has no final score."""
+    is_folder = path.is_dir()
+    log, knobs, logged = read_log(path / "log.txt" if is_folder else path)
+    result = (read_json(path / "result.json") if is_folder else {}) or logged
+    if not result:
+        raise UserError(f"{path}: no result.json and no RESULT line of a log; give a run folder or its log")
     if "final" not in result.get("stages", {}):
         raise UserError(f"{path}: the run has no final score; finish it with STAGES=eval")
-    record = path / "record.env"
-    if path.is_dir() and record.is_file():
-        knobs = dict(line.split("=", 1) for line in record.read_text(encoding="utf-8").split("\n") if "=" in line)
-    else:
-        knobs = knobs_of_log(text)
-    machine = re.findall(r"^python .*$", text, re.MULTILINE)
+    knobs = {name: value for name, value in knobs.items() if name.lower() not in LOCAL_KNOBS}
+    if is_folder and (path / "record.env").is_file():
+        knobs = read_preset(str(path))
+    machines = re.findall(r"^python .*$", log, re.MULTILINE)
     seed = int(knobs.pop("SEED", result.get("seed", 1337)))
-    return SeedRun(path.name, seed, knobs, machine[-1] if machine else "", result)
+    return SeedRun(path.name, seed, knobs, machines[-1] if machines else "", result)
 
 
 def refuse_mixed(runs: list[SeedRun]) -> None:
-    """UserError unless all runs are one configuration of one source on one kind of machine, each with its own seed."""
+    """UserError unless all runs have one configuration, source and kind of machine, and each its own seed."""
     first = runs[0]
     if len({run.seed for run in runs}) != len(runs):
         raise UserError(f"seeds {[run.seed for run in runs]}: each run needs a seed of its own")
     for run in runs[1:]:
+        pair = f"{first.name} and {run.name}"
         other = sorted(k for k in first.knobs.keys() | run.knobs.keys() if first.knobs.get(k) != run.knobs.get(k))
         if other:
             values = f"{first.knobs.get(other[0], 'default')} and {run.knobs.get(other[0], 'default')}"
-            raise UserError(f"{first.name} and {run.name} are not one configuration: {', '.join(other)} ({values})")
-        if first.result.get("source_sha256") != run.result.get("source_sha256"):
-            raise UserError(f"{first.name} and {run.name} ran different sources (source_sha256)")
+            raise UserError(f"{pair} are not one configuration: {', '.join(other)} ({values})")
         if first.machine != run.machine:
-            machines = f"{first.machine!r}, {run.machine!r}"
-            raise UserError(f"{first.name} and {run.name} ran on different machines: {machines}")
-        for key in ("tokens_scored", "bytes_scored"):
+            raise UserError(f"{pair} ran on different machines: {first.machine!r}, {run.machine!r}")
+        for key in ("source_sha256", "tokens_scored", "bytes_scored"):
             if first.result.get(key) != run.result.get(key):
-                raise UserError(f"{first.name} and {run.name} scored different data ({key})")
+                what = "ran different sources" if key == "source_sha256" else "scored different data"
+                raise UserError(f"{pair} {what} ({key})")
 
 
 # +---------------------------------------------------------------------------+
@@ -136,44 +98,44 @@ def refuse_mixed(runs: list[SeedRun]) -> None:
 # +---------------------------------------------------------------------------+
 
 
-def spread(values: list[float]) -> float | None:
-    """Sample standard deviation; None of fewer than two."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def finite(p: float) -> float | None:
-    """A p value, or None where there is none (one seed, no spread)."""
-    return float(p) if math.isfinite(p) else None
+def sample_std(values: list[float]) -> float | None:
+    """Return the sample standard deviation, None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    return float(np.std(values, ddof=1))
 
 
 def welch(ours: list[float], theirs: list[float], margin: float = 0.0) -> float | None:
-    """One-sided p of 'the mean of ours is lower than that of theirs by more than the margin'."""
-    if len(theirs) == 1 and len(ours) > 1:
-        return finite(stats.ttest_1samp(ours, theirs[0] - margin, alternative="less").pvalue) if spread(ours) else None
-    if min(len(ours), len(theirs)) < 2 or not (spread(ours) or spread(theirs)):
+    """Return the one-sided p of "our mean is lower than theirs by more than the margin", None if it is undefined."""
+    if len(ours) < 2 or not (sample_std(ours) or sample_std(theirs)):
         return None
-    test = stats.ttest_ind(ours, [x - margin for x in theirs], equal_var=False, alternative="less")
-    return finite(test.pvalue)
+    shifted = [x - margin for x in theirs]
+    if len(theirs) == 1:
+        test = stats.ttest_1samp(ours, shifted[0], alternative="less")
+    else:
+        test = stats.ttest_ind(ours, shifted, equal_var=False, alternative="less")
+    return float(test.pvalue)
 
 
 def paired(ours: dict[str, float], theirs: dict[str, float]) -> float | None:
-    """One-sided p of the paired test over common seeds; None of fewer than two."""
-    common = sorted(ours.keys() & theirs.keys())
-    differences = [ours[s] - theirs[s] for s in common]
-    if len(common) < 2 or not spread(differences):
+    """Return the one-sided p of the paired test over common seeds, None if it is undefined."""
+    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    if not sample_std(differences):
         return None
-    return finite(stats.ttest_1samp(differences, 0.0, alternative="less").pvalue)
+    return float(stats.ttest_1samp(differences, 0.0, alternative="less").pvalue)
 
 
 def scores_by_seed(submission: dict[str, Any], key: str) -> dict[str, float]:
-    """Scores of a submission.json: by seed or, where only the mean is known, under the name 'mean'."""
-    rows = {s: row[key] for s, row in (submission.get("seed_results") or {}).items() if row.get(key) is not None}
-    mean = submission.get(key) or (submission.get("comparison_baseline_bpb") if key == "val_bpb" else None)
-    return rows or ({"mean": mean} if mean is not None else {})
+    """Return the scores in a submission.json by seed or, if only their mean is known, under the name "mean"."""
+    seeds = submission.get("seed_results") or {}
+    rows = {seed: row[key] for seed, row in seeds.items() if row.get(key) is not None}
+    published = {"val_bpb": submission.get("comparison_baseline_bpb")}
+    mean = submission.get(key) or published.get(key)
+    return rows if rows or mean is None else {"mean": mean}
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> dict[str, Any]:
-    """The comparison block of submission.json. UserError when the other record has no score at all."""
+    """Return the comparison block of submission.json. UserError if the other record has no score at all."""
     found: dict[str, Any] = {"against": name}
     for key, unit in (("val_bpb", "bpb"), ("val_loss", "nats_per_token")):
         a, b = scores_by_seed(ours, key), scores_by_seed(theirs, key)
@@ -181,21 +143,21 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> dict[str
             found |= {f"delta_{unit}": None, f"welch_p_{unit}": None, f"paired_p_{unit}": None}
             continue
         x, y = list(a.values()), list(b.values())
-        found |= {
-            f"delta_{unit}": float(np.mean(x) - np.mean(y)),
-            f"welch_p_{unit}": welch(x, y),
-            f"paired_p_{unit}": paired(a, b),
-            f"their_seeds_{unit}": len(y),
-        }
+        found[f"delta_{unit}"] = float(np.mean(x) - np.mean(y))
+        found[f"welch_p_{unit}"] = welch(x, y)
+        found[f"paired_p_{unit}"] = paired(a, b)
+        found[f"their_seeds_{unit}"] = len(y)
         if unit == "nats_per_token":
             found["welch_p_margin"] = welch(x, y, MARGIN_NATS)
     if found["delta_bpb"] is None:
         raise UserError(f"{name} has no val_bpb to compare with")
-    p = found.get("welch_p_margin")
     found["common_seeds"] = sorted(ours["seed_results"].keys() & (theirs.get("seed_results") or {}).keys())
-    found["readme_rule"] = None if p is None else p < README_P
-    p = found["welch_p_bpb"]
-    found["progression"] = None if p is None else p < PROGRESSION_P
+    for rule, key, limit in (
+        ("readme_rule", "welch_p_margin", README_P),
+        ("progression", "welch_p_bpb", PROGRESSION_P),
+    ):
+        p = found.get(key)
+        found[rule] = None if p is None else p < limit
     return found
 
 
@@ -205,7 +167,7 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> dict[str
 
 
 def seed_row(result: dict[str, Any]) -> dict[str, Any]:
-    """One seed's line of submission.json."""
+    """Return one seed's row of submission.json."""
     stages, seconds, steps = result["stages"], result.get("train_seconds"), result.get("train_steps")
     return {
         "val_loss": result["val_loss"],
@@ -223,109 +185,90 @@ def seed_row(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def compliance(runs: list[SeedRun], rows: dict[str, dict[str, Any]]) -> dict[str, bool | None]:
-    """What the results themselves bear out; None where they do not say."""
-
-    def every(key: str, limit: float) -> bool | None:
+    """Return what the results themselves show; None where they do not say."""
+    found: dict[str, bool | None] = {}
+    for name, key, limit in (
+        ("artifact_under_16mb", "artifact_bytes", CAP_BYTES),
+        ("train_under_600s_strict", "train_wallclock_ms", 1e3 * BUDGET_SECONDS),
+        ("eval_under_600s", "eval_time_s", BUDGET_SECONDS),
+    ):
         values = [row[key] for row in rows.values()]
-        return None if any(v is None for v in values) else all(v <= limit for v in values)
-
-    return {
-        "artifact_under_16mb": every("artifact_bytes", CAP_BYTES),
-        "train_under_600s_strict": every("train_wallclock_ms", 1e3 * BUDGET_SECONDS),
-        "eval_under_600s": every("eval_time_s", BUDGET_SECONDS),
-        "three_seeds": len(runs) >= 3,
-        "score_before_update": all(run.result.get("legal") is True for run in runs),
-        "no_slot": all(run.knobs.get("EVAL") != "slot" for run in runs),
-    }
-
-
-def versions_of(machine: str) -> dict[str, str | None]:
-    """Hardware and versions out of a log's line."""
-    torch = re.search(r"torch ([\w.+]+)", machine)
-    hardware = re.search(r"; (\d+ x \w+(?:, [^,]+)?), activations", machine)
-    return {"hardware": hardware[1] if hardware else None, "pytorch_version": torch[1] if torch else None}
+        found[name] = None if None in values else max(values) <= limit
+    found["three_seeds"] = len(runs) >= 3
+    found["score_before_update"] = all(run.result.get("legal") is True for run in runs)
+    found["no_slot"] = all(run.knobs.get("EVAL") != "slot" for run in runs)
+    return found
 
 
 def build_submission(old: dict[str, Any], runs: list[SeedRun], given: dict[str, str]) -> dict[str, Any]:
-    """submission.json of these runs. What was written by hand stays, unless the command line says otherwise."""
-    rows = {str(run.seed): seed_row(run.result) for run in sorted(runs, key=lambda r: r.seed)}
-
-    def column(key: str) -> list[float]:
-        return [row[key] for row in rows.values() if row[key] is not None]
-
-    def mean(key: str) -> float | None:
-        return float(np.mean(column(key))) if column(key) else None
-
-    sizes = column("artifact_bytes")
-    code = [run.result["bytes_code"] for run in runs if run.result.get("bytes_code") is not None]
+    """Return these runs' submission.json. Handwritten entries in `old` stay unless the command line replaces them."""
+    rows = {str(run.seed): seed_row(run.result) for run in sorted(runs, key=lambda run: run.seed)}
+    columns = {key: [row[key] for row in rows.values() if row[key] is not None] for key in next(iter(rows.values()))}
+    mean = {key: float(np.mean(values)) if values else None for key, values in columns.items()}
+    largest = {key: max(values, default=None) for key, values in columns.items()}
+    torch = re.search(r"torch ([\w.+]+)", runs[0].machine)
+    hardware = re.search(r"; (\d+ x \w+(?:, [^,]+)?), activations", runs[0].machine)
     new = {
         **given,
-        "val_loss": mean("val_loss"),
-        "val_bpb": mean("val_bpb"),
-        "val_loss_std": spread(column("val_loss")),
-        "val_bpb_std": spread(column("val_bpb")),
+        "val_loss": mean["val_loss"],
+        "val_bpb": mean["val_bpb"],
+        "val_loss_std": sample_std(columns["val_loss"]),
+        "val_bpb_std": sample_std(columns["val_bpb"]),
         "std_type": "sample",
-        "seeds": [int(s) for s in rows],
+        "seeds": [int(seed) for seed in rows],
         "seed_results": rows,
-        "artifact_bytes_mean": mean("artifact_bytes"),
-        "artifact_bytes_max": max(sizes) if sizes else None,
-        "bytes_total": max(sizes) if sizes else None,
-        "bytes_code": max(code) if code else None,
-        "train_steps_mean": mean("steps"),
-        "train_wallclock_ms_mean": mean("train_wallclock_ms"),
-        "train_wallclock_ms_max": max(column("train_wallclock_ms"), default=None),
-        "eval_time_s_mean": mean("eval_time_s"),
-        "eval_time_s_max": max(column("eval_time_s"), default=None),
-        **versions_of(runs[0].machine),
+        "artifact_bytes_mean": mean["artifact_bytes"],
+        "artifact_bytes_max": largest["artifact_bytes"],
+        "bytes_total": largest["artifact_bytes"],
+        "bytes_code": max(run.result.get("bytes_code") or 0 for run in runs) or None,
+        "train_steps_mean": mean["steps"],
+        "train_wallclock_ms_mean": mean["train_wallclock_ms"],
+        "train_wallclock_ms_max": largest["train_wallclock_ms"],
+        "eval_time_s_mean": mean["eval_time_s"],
+        "eval_time_s_max": largest["eval_time_s"],
+        "hardware": hardware[1] if hardware else None,
+        "pytorch_version": torch[1] if torch else None,
         "source_sha256": runs[0].result.get("source_sha256"),
         "compliance": compliance(runs, rows),
         "logs": {str(run.seed): run.name for run in runs},
     }
-    return {k: v for k, v in old.items() if k != "comparison"} | new
+    return {key: value for key, value in old.items() if key != "comparison"} | new
 
 
-def number(value: float | None, digits: int = 5) -> str:
-    """A cell: a rounded number, or a dash."""
-    return "-" if value is None else f"{value:,.{digits}f}"
+def number(value: float | None, digits: int = 5, unit: float = 1.0) -> str:
+    """Return a table cell: the value in some unit, rounded, or a dash."""
+    return "-" if value is None else f"{value / unit:,.{digits}f}"
 
 
-def results_table(submission: dict[str, Any]) -> str:
-    """The README's block: a line per seed, mean and standard deviation, the comparison in words."""
+def results_table(found: dict[str, Any]) -> str:
+    """Return the README's block: a row per seed, mean and standard deviation, the comparison in words."""
     lines = ["| seed | val_bpb | val_loss | before quantisation | steps | train s | eval s | bytes |", "|---" * 8 + "|"]
-    for seed, row in submission["seed_results"].items():
-        seconds = None if row["train_wallclock_ms"] is None else row["train_wallclock_ms"] / 1e3
-        scores = [number(row[key]) for key in ("val_bpb", "val_loss", "pre_quant_val_bpb")]
-        cells = (
-            *scores,
-            number(row["steps"], 0),
-            number(seconds, 1),
-            number(row["eval_time_s"], 1),
-            number(row["artifact_bytes"], 0),
-        )
-        lines.append(f"| {seed} | " + " | ".join(cells) + " |")
+    for seed, row in found["seed_results"].items():
+        cells = [number(row[key]) for key in ("val_bpb", "val_loss", "pre_quant_val_bpb")]
+        cells += [number(row["steps"], 0), number(row["train_wallclock_ms"], 1, 1e3), number(row["eval_time_s"], 1)]
+        lines.append(f"| {seed} | " + " | ".join([*cells, number(row["artifact_bytes"], 0)]) + " |")
     lines.append(
-        f"| **mean** | **{number(submission['val_bpb'])}** | **{number(submission['val_loss'])}** | | "
-        f"{number(submission['train_steps_mean'], 0)} | | {number(submission['eval_time_s_mean'], 1)} | "
-        f"{number(submission['bytes_total'], 0)} max |"
+        f"| **mean** | **{number(found['val_bpb'])}** | **{number(found['val_loss'])}** | | "
+        f"{number(found['train_steps_mean'], 0)} | | {number(found['eval_time_s_mean'], 1)} | "
+        f"{number(found['bytes_total'], 0)} max |"
     )
-    deviations = f"{number(submission['val_bpb_std'])} | {number(submission['val_loss_std'])}"
-    lines.append(f"| sample std | {deviations} | | | | | |")
-    found = submission.get("comparison")
-    if found:
-        word = {True: "yes", False: "no", None: "cannot be said"}
+    lines.append(f"| sample std | {number(found['val_bpb_std'])} | {number(found['val_loss_std'])} | | | | | |")
+    if found.get("comparison"):
+        c = found["comparison"]
+        word = {True: "yes", False: "no", None: "unknown"}
         lines += [
             "",
-            f"Against {found['against']}: {number(found['delta_bpb'])} bits per byte, "
-            f"{number(found['delta_nats_per_token'])} nats per token; Welch p = {number(found['welch_p_bpb'], 4)} and "
-            f"{number(found['welch_p_nats_per_token'], 4)}, paired p = {number(found['paired_p_bpb'], 4)} over "
-            f"{len(found['common_seeds'])} common seeds. 0.005 nats better at p < 0.01: {word[found['readme_rule']]}. "
-            f"Progression at p < 0.25: {word[found['progression']]}.",
+            f"Against {c['against']}: {number(c['delta_bpb'])} bits per byte, "
+            f"{number(c['delta_nats_per_token'])} nats per token; Welch p = {number(c['welch_p_bpb'], 4)} and "
+            f"{number(c['welch_p_nats_per_token'], 4)}, paired p = {number(c['paired_p_bpb'], 4)} over "
+            f"{len(c['common_seeds'])} common seeds. 0.005 nats better at p < 0.01: {word[c['readme_rule']]}. "
+            f"Progression at p < 0.25: {word[c['progression']]}.",
         ]
     return "\n".join(lines)
 
 
 def with_block(readme: str, block: str) -> str:
-    """The README with the block between its markers, or at its end when it has none."""
+    """Return the README with the block between its markers, or at its end if it has none."""
     if (BEGIN in readme) != (END in readme):
         raise UserError(f"README.md has one of the markers {BEGIN} and {END}; it needs both or none")
     text = f"{BEGIN}\n{block}\n{END}"
@@ -336,21 +279,19 @@ def with_block(readme: str, block: str) -> str:
 
 
 def draw(submission: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:
-    """val_bpb by seed with mean and standard deviation, and the other record's mean."""
+    """Draw val_bpb by seed with mean and standard deviation, and the other record's mean."""
     figure = Figure(figsize=(7, 4), dpi=120, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
     ax = figure.subplots()
-    seeds, scores = list(submission["seed_results"]), [r["val_bpb"] for r in submission["seed_results"].values()]
-    ax.scatter(range(len(seeds)), scores, color=OURS, zorder=3)
+    scores = scores_by_seed(submission, "val_bpb")
+    ax.scatter(range(len(scores)), list(scores.values()), color=OURS, zorder=3)
     mean, deviation = submission["val_bpb"], submission["val_bpb_std"] or 0.0
     ax.axhline(mean, color=OURS, lw=1.2, label=f"mean {mean:.5f}, sample std {deviation:.5f}")
     ax.axhspan(mean - deviation, mean + deviation, color=OURS, alpha=0.12)
-    other = scores_by_seed(theirs, "val_bpb") if theirs else {}
+    other = list(scores_by_seed(theirs, "val_bpb").values())
     if other:
-        value = float(np.mean(list(other.values())))
-        name = theirs.get("name") or "the other record"
-        ax.axhline(value, color=THEIRS, lw=1.2, ls="--", label=f"{name}: {value:.5f}")
-    ax.set_xticks(range(len(seeds)), seeds, color=INK)
+        label = f"{theirs.get('name') or 'the other record'}: {np.mean(other):.5f}"
+        ax.axhline(np.mean(other), color=THEIRS, lw=1.2, ls="--", label=label)
+    ax.set_xticks(range(len(scores)), list(scores), color=INK)
     ax.set_xlabel("seed", color=MUTED)
     ax.set_ylabel("bits per byte (the axis does not start at 0)", color=MUTED)
     ax.set_title(str(submission.get("name") or "seeds"), loc="left", color=INK, fontsize=11)
@@ -362,25 +303,14 @@ def draw(submission: dict[str, Any], theirs: dict[str, Any], path: Path) -> None
     atomic_write(path, buffer.getvalue())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of a file, {} when it is not there; UserError when it is broken."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no object")
-    return found
-
-
 def submit(args: argparse.Namespace) -> None:
-    """Write submission.json, README.md and seeds.png of a record."""
-    record = args.record
+    """Write a record's submission.json, README.md and seeds.png."""
+    record, readme = args.record, args.record / "README.md"
     if not (record / "record.env").is_file():
         raise UserError(f"{record}: no record.env there; name a record folder")
     runs = [read_run(path) for path in args.runs]
     refuse_mixed(runs)
-    given = {k: getattr(args, k) for k in ("author", "github_id", "name", "blurb", "date") if getattr(args, k)}
+    given = {name: getattr(args, name) for name in HANDWRITTEN if getattr(args, name)}
     submission = build_submission(read_json(record / "submission.json"), runs, given)
     theirs: dict[str, Any] = {}
     if args.against:
@@ -390,126 +320,104 @@ def submit(args: argparse.Namespace) -> None:
             raise UserError(f"--against {args.against}: no submission.json there")
         submission["comparison"] = compare(submission, theirs, str(theirs.get("name") or path.parent.name))
     block = results_table(submission)
-    readme = record / "README.md"
     text = with_block(readme.read_text(encoding="utf-8") if readme.is_file() else f"# {record.name}\n", block)
     atomic_write(record / "submission.json", json.dumps(submission, indent=1).encode() + b"\n")
     atomic_write(readme, text.encode())
     draw(submission, theirs, record / "seeds.png")
     print(block)
-    print(
-        "SUBMIT "
-        + json.dumps(
-            {k: submission[k] for k in ("val_bpb", "val_bpb_std", "val_loss", "bytes_total")}
-            | {"comparison": submission.get("comparison")}
-        )
-    )
+    keys = ("val_bpb", "val_bpb_std", "val_loss", "bytes_total", "comparison")
+    print("SUBMIT " + json.dumps({key: submission.get(key) for key in keys}))
 
 
 # +---------------------------------------------------------------------------+
 # | LEADERBOARD                                                               |
 # +---------------------------------------------------------------------------+
 
+LEADERBOARD_HEAD = """# Records
+
+Written by `python records/submit.py --leaderboard`; do not edit. "Published" is the score
+of the system that a record reproduces or is based on, "here" is what was run with this code, "legality" is the
+verdict of `python records/verify.py` (toy size: the record's knobs and program on a small model).
+"""
+
 
 def legality_of(record: Path) -> str:
-    """The judge's word on a record, by the verdict.json in its folder."""
+    """Return the judge's verdict on a record, from the verdict.json in its folder."""
     verdict = read_json(record / "verdict.json")
     if not verdict:
         return "not judged"
-    if verdict.get("record_sha256") != hashlib.sha256((record / "record.env").read_bytes()).hexdigest():
-        return "judged before record.env changed"
+    if verdict.get("record_sha256") != preset_sha256(record):
+        return "judged before its knobs changed"
     word = {True: "legal", False: "NOT legal", None: "undecided"}[verdict.get("legal")]
-    failed = [c["name"] for c in verdict.get("checks", []) if c["status"] == "FAIL"]
-    return f"{word} ({verdict.get('scale')} size{'; ' + ', '.join(failed) if failed else ''})"
+    failed = [check["name"] for check in verdict.get("checks", []) if check["status"] == FAIL]
+    return f"{word} ({'; '.join([str(verdict.get('scale')) + ' size', *failed])})"
 
 
 def leaderboard_row(record: Path, records: Path) -> tuple[float, str]:
-    """(sorting key, line of the table) of a record."""
+    """Return a record's (best score, table row)."""
     found = read_json(record / "submission.json")
     published, ours = found.get("comparison_baseline_bpb"), found.get("val_bpb")
-    here = "not run at full size" if ours is None else f"{ours:.5f}"
+    here = "not run at full size" if ours is None else number(ours)
     if ours is not None and found.get("val_bpb_std") is not None:
         here += f" ± {found['val_bpb_std']:.5f} ({len(found.get('seeds', []))} seeds)"
-    train = found.get("train_wallclock_ms_mean")
+    own = len(preset_layers(str(record))) > 1  # what has a BASE is no reproduction
     cells = (
         f"[{found.get('name') or record.name}]({record.relative_to(records).as_posix()})",
-        number(published),
+        f"none; based on {found.get('comparison_baseline')}: {number(published)}" if own else number(published),
         here,
         number(found.get("bytes_total"), 0),
-        number(None if train is None else train / 1e3, 1),
+        number(found.get("train_wallclock_ms_mean"), 1, 1e3),
         number(found.get("eval_time_s_mean"), 1),
         legality_of(record),
     )
-    best = min((x for x in (published, ours) if x is not None), default=math.inf)
-    return best, "| " + " | ".join(cells) + " |"
+    return min((x for x in (published, ours) if x is not None), default=math.inf), "| " + " | ".join(cells) + " |"
 
 
 def leaderboard(records: Path) -> str:
-    """records/README.md: every record of every track, the best score first."""
-    lines = [
-        "# Records",
-        "",
-        'Written by `python records/submit.py --leaderboard`; do not edit. "Published" is the score',
-        'of the system that a record follows, "here" is what was run with this code, "legality" is the word of',
-        "`python records/verify.py` (verdict.json in the record's folder; toy size: the record's own knobs and program",
-        "on a small model).",
-        "",
-    ]
-    for track in sorted(p for p in records.glob("track_*") if p.is_dir()):
+    """Return records/README.md: every record of every track, the best score first."""
+    head = "| record | published val_bpb | here | bytes | train s | eval s | legality |"
+    lines = [LEADERBOARD_HEAD]
+    for track in sorted(path for path in records.glob("track_*") if path.is_dir()):
         rows = sorted(leaderboard_row(path.parent, records) for path in track.glob("*/record.env"))
-        head = "| record | published val_bpb | here | bytes | train s | eval s | legality |"
-        head = "| record | published val_bpb | here | bytes | train s | eval s | legality |"
-        lines += [f"## {track.name}", "", head, "|---" * 7 + "|", *(line for _, line in rows), ""]
+        lines += [f"## {track.name}", "", head, "|---" * 7 + "|", *(row for _, row in rows), ""]
     return "\n".join(lines)
 
 
 def write_leaderboard(records: Path, check: bool) -> int:
-    """Write records/README.md or, with --check, say whether it is up to date: 0, or 1 when it is not."""
+    """Write records/README.md. With --check only return 0 if it is up to date, else 1."""
     text, path = leaderboard(records), records / "README.md"
     if not check:
         atomic_write(path, text.encode())
         print(text)
-        return 0
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"error: {path} is out of date; run `python records/submit.py --leaderboard`", file=sys.stderr)
-    return 1
-
-
-# +---------------------------------------------------------------------------+
-# | COMMAND LINE                                                              |
-# +---------------------------------------------------------------------------+
-
-
-def command_line() -> argparse.ArgumentParser:
-    """All options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path, nargs="?", metavar="RECORD", help="record folder to write into")
-    parser.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="run folders or logs, one per seed")
-    parser.add_argument("--against", type=Path, metavar="RECORD", help="record or submission.json to compare with")
-    for name in ("author", "github_id", "name", "blurb", "date"):
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{name} of submission.json (default: what it holds)")
-    parser.add_argument("--leaderboard", action="store_true", help="write records/README.md")
-    parser.add_argument("--check", action="store_true", help="with --leaderboard: only say whether it is up to date")
-    parser.add_argument("--records", type=Path, default=ROOT / "records", help=argparse.SUPPRESS)
-    return parser
+    elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+        print(f"error: {path} is out of date; run `python records/submit.py --leaderboard`", file=sys.stderr)
+        return 1
+    return 0
 
 
 def main(argv: list[str]) -> int:
-    """Entry point; returns the exit status."""
-    parser = command_line()
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("record", type=Path, nargs="?", metavar="RECORD", help="record folder to write into")
+    add("--runs", type=Path, nargs="+", metavar="RUN", help="run folders or logs, one per seed")
+    add("--against", type=Path, metavar="RECORD", help="record or submission.json to compare with")
+    for name in HANDWRITTEN:
+        add(f"--{name.replace('_', '-')}", help=f"{name} in submission.json (default: as it is)")
+    add("--leaderboard", action="store_true", help="write records/README.md")
+    add("--check", action="store_true", help="with --leaderboard: only say whether it is up to date")
+    add("--records", type=Path, default=ROOT / "records", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    wanted: Callable[[], Any] | None = None
-    if args.leaderboard:
-        wanted = lambda: write_leaderboard(args.records, args.check)  # noqa: E731
-    elif args.record and args.runs:
-        wanted = lambda: submit(args)  # noqa: E731
-    else:
+    if not args.leaderboard and not (args.record and args.runs):
         parser.error("give a record folder with --runs, or --leaderboard")
     try:
-        return wanted() or 0
+        if args.leaderboard:
+            return write_leaderboard(args.records, args.check)
+        submit(args)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,28 +1,26 @@
 #!/usr/bin/env python3
-"""The judge: is a score legal, and are its size, its bytes and its claims what they are said to be?
+"""The judge: is a score legal, and do its size, its byte count and its claims hold?
 
-    python records/verify.py records/track_10min_16mb/<record>              a preset, shrunk to a toy and trained first
+    python records/verify.py records/track_10min_16mb/<record>              a preset, trained at toy size first
     python records/verify.py logs/<RUN_ID> [--data DATA_PATH]               a finished run
     python records/verify.py logs/<RUN_ID>/artifact.pyz --data DATA_PATH    a packed file, judged by its own program
-    python records/verify.py --all                                          every record, each with its verdict.json
+    python records/verify.py --all                                          every record; writes each verdict.json
 
-What it asks (numbers of the contest's conditions, issue 1017):
-  C1  does a score depend on anything but the artifact and what was scored before? The real evaluator runs again and
-      again on changed tokens: one token, a permuted future, another document. Scores before the change must be equal to
-      the last bit, through adaptation, phases, smear and packing. "Before" means before in the order of scoring, which
-      the judge writes down itself: an earlier unit, or the same unit and the same document further left.
-  C2  is what scores a target a distribution? With the state and the context held, each id of the alphabet is scored as
-      the target; the probabilities must sum to 1, and the score of a changed token must be the one foretold.
-  C3  is every target scored before anything learns from it, C4 is each scored exactly once: by the judge's own ledger.
-  bytes   the denominator again from the ids, through the tokenizer and the CaseOps decoder; canonical totals.
-  split   documents that training and validation share, by hash.
-  budget  600 s to train with Hessians, 600 s to score.
-  disk    the files' real size against the cap and against what is said.
-  claims  README and submission.json against knobs, log and result.
+The questions (C1 to C4 are the contest's conditions, issue 1017):
+  C1  Does a score depend only on the artifact and on what was scored before? The real evaluator runs again on changed
+      tokens: one token, a permuted future, another document. Scores before the change must be equal to the last bit,
+      through adaptation, phases, smear and packing. "Before" follows the order of scoring, which the judge records
+      itself: an earlier unit, or a position further left in the same unit and document.
+  C2  Is every target scored by a distribution? With state and context held, each id of the vocabulary is scored as the
+      target; the probabilities must sum to 1, and a changed token must get the score predicted for it.
+  C3  Is every target scored before anything learns from it, and C4, is each scored exactly once? The judge counts.
+  bytes: the denominator again from the ids, through tokenizer and CaseOps decoder. split: documents that training and
+  validation share. budget: 600 s to train with Hessians, 600 s to score. disk: the files' real size against the cap and
+  the claimed size. claims: README and submission.json against knobs, log and result.
 
-Verdict per check: pass, FAIL, n/a (nothing to ask), unknown (asked, and not answered). The last line of the output is
-`VERDICT {json}`; exit status 0 when nothing failed or stayed unknown, 1 otherwise, 2 for a wrong input.
-One process judges, on a GPU where there is one; --documents bounds how much of the validation stream it uses.
+Verdict per check: pass, FAIL, n/a (nothing to ask), unknown (asked, not answered). The last line of the output is
+`VERDICT {json}`. Exit status: 0 if nothing failed or stayed unknown, 1 otherwise, 2 for a wrong input. One process
+judges, on a GPU if there is one; --documents limits how much of the validation stream it uses.
 """
 
 from __future__ import annotations
@@ -51,149 +49,127 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-import prepare  # noqa: E402  (data/ is no package)
-from caseops import ESC, OPERATORS, CaseOpsError, decode  # noqa: E402
+import prepare  # noqa: E402  (data/ is not a package)
+from caseops import ESC, OPERATORS  # noqa: E402
 
 import pack_artifact  # noqa: E402
 from pack_artifact import CAP_BYTES  # noqa: E402
-from train_gpt import UserError, atomic_write  # noqa: E402
+from train_gpt import UserError, read_json, read_preset  # noqa: E402
 
-# Numbers that make any record small enough for seconds on one core. Depth is apart: a record may list its layers.
-TOY_DEPTH = {
-    "NUM_LAYERS": "4",
-    "XSA_LAST_N": "4",
-    "NUM_LOOPS": "1",
-    "LOOP_START": "1",
-    "LOOP_END": "2",
-    "PARALLEL_START_LAYER": "3",
-}
-TOY = {
-    "VOCAB_SIZE": "512",
-    "MODEL_DIM": "64",
-    "NUM_HEADS": "4",
-    "NUM_KV_HEADS": "2",
-    "MLP_MULT": "2.0",
-    "ROPE_DIMS": "8",
-    "TRAIN_SEQ_LEN": "128",
-    "EVAL_SEQ_LEN": "128",
-    "EVAL_STRIDE": "32",
-    "TRAIN_BATCH_TOKENS": "1024",
-    "VAL_BATCH_TOKENS": "1024",
-    "BATCH_SLICES": "4",
-    "ITERATIONS": "12",
-    "MAX_WALLCLOCK_SECONDS": "0",
-    "WARMUP_STEPS": "1",
-    "TRAIN_LOG_EVERY": "4",
-    "EMA_DECAY": "0.5",
-    "GPTQ_CALIBRATION_BATCHES": "4",
-    "TTT_LORA_RANK": "4",
-    "TTT_LORA_ALPHA": "6",
-    "TTT_LORA_LR": "0.003",
-    "TTT_EVAL_SEQ_LEN": "96",
-    "TTT_BATCH_SIZE": "2",
-    "PHASED_TTT_PREFIX_DOCS": "2",
-    "PHASED_TTT_NUM_PHASES": "2",
-    "GLOBAL_TTT_CHUNK_TOKENS": "256",
-    "TTT_CHUNK_TOKENS": "512",
-}
 BUDGET_SECONDS = 600.0
-TOY_VOCAB = 400  # control ids, operators, bytes and the characters of the text leave a few for words
-SUM_TOLERANCE = 1e-4  # of float32 losses of a whole alphabet
+SUM_TOLERANCE = 1e-4  # of float32 losses over a whole vocabulary
 OVERLAP_ALLOWED = 0.01  # of validation documents: web text repeats some by itself, a leak repeats most
 FOLDED_ALLOWED = 0.01  # of words whose text the tokenizer's normalisation may have shortened
-SIDECAR_SLACK = 0.08  # what a sidecar knows of folded white space; case operators would add 9 %, double spaces 17 %
+SIDECAR_SLACK = 0.08  # what a sidecar knows about folded white space; case operators would add 9 %, double spaces 17 %
 PASS, FAIL, NOT_ASKED, UNKNOWN = "pass", "FAIL", "n/a", "unknown"
+INVALID_TOTAL = 164_594_398
 CANONICAL = {  # (bytes, targets) -> what that denominator is; targets 0: any number
     (151_074_499, 47_851_520): "the canonical CaseOps denominator",
     (151_080_891, 0): "the canonical SP8192 denominator",
-    (164_594_398, 0): "CaseOps operators counted as bytes: an INVALID denominator",
+    (INVALID_TOTAL, 0): "CaseOps operators counted as bytes: an INVALID denominator",
 }
-INVALID_TOTALS = frozenset((164_594_398,))
+# Depth of the toy preset; a record that lists its layers one by one keeps its own.
+DEPTH = ("NUM_LAYERS", "XSA_LAST_N", "NUM_LOOPS", "LOOP_START", "LOOP_END", "PARALLEL_START_LAYER")
 
 
 class Check(NamedTuple):
-    """One question, its answer and why."""
+    """One question, its answer and the reason."""
 
     name: str
     status: str
     detail: str
 
 
-def verdict_of(name: str, good: bool, detail: str) -> Check:
-    """pass or FAIL."""
+def decide(name: str, good: bool, detail: str) -> Check:
+    """Return a check that passed or failed."""
     return Check(name, PASS if good else FAIL, detail)
 
 
 @dataclasses.dataclass
-class Subject:
-    """What is judged: the program that scores, its configuration, the weights, and the papers around them.
+class Candidate:
+    """What is judged: the program that scores, its configuration, the weights, and the papers around them."""
 
-    folder: record or run folder, or None; result: result.json or {}; files: what would be submitted; scale: toy, full.
-    """
-
-    kind: str
+    kind: str  # preset, run or artifact
     name: str
     program: Any
-    source: Path
-    cfg: Any
-    blob: Path | None
-    folder: Path | None
-    result: dict[str, Any]
-    files: list[Path]
-    data: Path | None
-    scale: str = "full"
+    cfg: Any = None
+    blob: Path | None = None
+    folder: Path | None = None  # record or run folder
+    result: dict[str, Any] = dataclasses.field(default_factory=dict)  # result.json
+    files: list[Path] = dataclasses.field(default_factory=list)  # what would be submitted
+    data: Path | None = None
+    claimed: Any = None  # for a preset, the full-size configuration that its papers describe
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
+def read_log(path: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """Return a log's text, non-default knobs and last RESULT, all empty without a file. UserError for broken JSON."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    block = text.rpartition("knobs that are not default:")[2].split("\nparameters")[0]
+    knobs = dict(re.findall(r"^  ([A-Z0-9_]+)=(.*?)  \(", block, re.MULTILINE))
+    results = re.findall(r"^RESULT (.*)$", text, re.MULTILINE)
+    try:
+        return text, knobs, json.loads(results[-1]) if results else {}
+    except ValueError as error:
+        raise UserError(f"{path}: its RESULT line is not JSON ({error}); copy the log again") from error
+
+
 # +---------------------------------------------------------------------------+
-# | TAPE: what the real evaluator does, written down                          |
+# | TRACE: what the real evaluator does, recorded                             |
 # +---------------------------------------------------------------------------+
 
 
-class Tape:
-    """Every score of one evaluation in the order of scoring, and the answers to the questions put on the way.
+class Trace:
+    """Every score of one evaluation in the order of scoring, and the answers to the probes put in between.
 
     nll, unit, group: per stream position, its loss (float64 holds a float32 exactly), the number of the unit that
-    scored it and the document whose row it stood in (-1 where rows are windows of one stream). alternatives: position
+    scored it, and the document that the unit's row held (-1 if rows are windows of one stream). alternatives: position
     -> token that is scored there instead, once, from the same state. probed: units whose distributions are summed.
     """
 
     def __init__(self, length: int, alternatives: dict[int, int] | None = None, probed: tuple[int, ...] = ()) -> None:
-        self.nll, self.count = np.full(length, math.nan), np.zeros(length, np.int64)
-        self.unit, self.group = np.full(length, -1), np.full(length, -1)
+        self.nll = np.full(length, math.nan)
+        self.count = np.zeros(length, np.int64)
+        self.unit = np.full(length, -1)
+        self.group = np.full(length, -1)
         self.alternatives, self.probed = alternatives or {}, probed
-        self.foretold: dict[int, float] = {}
+        self.predicted: dict[int, float] = {}
         self.sums: list[np.ndarray] = []
         self.units, self.learnt_too_early, self.learnt = 0, 0, 0
 
+    @property
+    def scored(self) -> np.ndarray:
+        """Mask of the positions with a score."""
+        return self.count > 0
+
     def note(self, unit: Any, nll: torch.Tensor) -> None:
-        """A unit has been scored."""
+        """Record a unit that has been scored."""
         positions = unit.scored()
         np.add.at(self.count, positions, 1)
         self.nll[positions] = nll.detach()[unit.rows, unit.cols].double().cpu().numpy()
         self.unit[positions] = self.units
-        if unit.docs:
-            self.group[positions] = np.asarray(unit.docs)[unit.rows]
+        if unit.documents is not None:
+            self.group[positions] = unit.documents[unit.rows]
         self.units += 1
 
-    def note_learning(self, unit: Any) -> None:
-        """A unit is about to be learnt from."""
-        span = getattr(unit, "span", range(0))
-        positions = np.concatenate([unit.learnt(), np.arange(span.start, span.stop)])
+    def note_learning(self, lesson: Any, unit: Any) -> None:
+        """Record a lesson that is about to be learnt."""
+        positions = lesson.targets(unit)
         self.learnt += len(positions)
         self.learnt_too_early += int((self.count[positions] == 0).sum())
 
-    def ask(self, learner: Any, unit: Any, alphabet: int) -> None:
-        """Score the unit with other targets, from the state that it is about to be scored from."""
-        where = {int(p): (r, c) for p, r, c in zip(unit.scored(), unit.rows, unit.cols, strict=True)}
-        for position in where.keys() & self.alternatives.keys():
+    def probe(self, learner: Any, unit: Any, vocab: int) -> None:
+        """Score the unit with other targets, from the state in which it is about to be scored."""
+        cells = {int(p): (r, c) for p, r, c in zip(unit.scored(), unit.rows, unit.cols, strict=True)}
+        for position in cells.keys() & self.alternatives.keys():
             targets = unit.targets.copy()
-            targets[where[position]] = self.alternatives[position]
-            self.foretold[position] = learner.score(unit._replace(targets=targets)).detach()[where[position]].item()
+            targets[cells[position]] = self.alternatives[position]
+            nll = learner.score(unit._replace(targets=targets)).detach()
+            self.predicted[position] = nll[cells[position]].item()
         if self.units not in self.probed:
             return
         total = np.zeros(len(unit.rows))
-        for token in range(alphabet):
+        for token in range(vocab):
             targets = unit.targets.copy()
             targets[unit.rows, unit.cols] = token
             nll = learner.score(unit._replace(targets=targets)).detach()[unit.rows, unit.cols]
@@ -201,74 +177,79 @@ class Tape:
         self.sums.append(total)
 
 
-class Watched:
-    """A learner whose every step is written to a tape."""
+class TracedLearner:
+    """A learner whose every step is recorded in a trace."""
 
-    def __init__(self, learner: Any, tape: Tape, alphabet: int) -> None:
-        self.learner, self.tape, self.alphabet = learner, tape, alphabet
+    def __init__(self, learner: Any, trace: Trace, vocab: int) -> None:
+        self.learner = learner
+        self.trace, self.vocab = trace, vocab
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.learner, name)
 
     def score(self, unit: Any) -> torch.Tensor:
-        """The learner's score, after the tape's questions."""
-        if len(unit.rows):
-            self.tape.ask(self.learner, unit, self.alphabet)
+        """Probe, then score."""
+        self.trace.probe(self.learner, unit, self.vocab)
         return self.learner.score(unit)
 
-    def learn(self, unit: Any, nll: torch.Tensor) -> None:
-        """The learner's learning."""
-        self.tape.note_learning(unit)
-        self.learner.learn(unit, nll)
+    def learn(self, lesson: Any, unit: Any, nll: torch.Tensor | None) -> None:
+        """Record, then learn."""
+        self.trace.note_learning(lesson, unit)
+        self.learner.learn(lesson, unit, nll)
 
 
 @contextlib.contextmanager
-def taped(program: Any, tape: Tape, alphabet: int) -> Iterator[None]:
-    """Within, the program's one scoring loop and its meter write to the tape; nothing else of it is changed."""
+def traced(program: Any, trace: Trace, vocab: int) -> Iterator[None]:
+    """Within this context the program's only scoring loop and its meter write to the trace; nothing else changes."""
     meter, loop = program.ByteMeter, program.score_first
 
-    class TapedMeter(meter):
-        """The program's meter."""
-
+    class TracedMeter(meter):
         def add(self, unit: Any, nll: torch.Tensor) -> None:
-            """Write down first: the program's own ledger may refuse."""
-            if len(unit.rows):
-                tape.note(unit, nll)
+            # Record first: the program's own ledger may refuse.
+            trace.note(unit, nll)
             super().add(unit, nll)
 
-    program.ByteMeter = TapedMeter
-    program.score_first = lambda units, learner, meter: loop(units, Watched(learner, tape, alphabet), meter)
+    program.ByteMeter = TracedMeter
+    program.score_first = lambda units, learner, meter: loop(units, TracedLearner(learner, trace, vocab), meter)
     try:
         yield
     finally:
         program.ByteMeter, program.score_first = meter, loop
 
 
-class Bench:
-    """The evaluators of a subject, ready to run on any stream of tokens."""
+class Scorer:
+    """A candidate's evaluators, ready to run on any stream of tokens."""
 
-    def __init__(self, subject: Subject, val: Any) -> None:
-        program, cfg = subject.program, subject.cfg
+    def __init__(self, candidate: Candidate, val: Any) -> None:
+        program, cfg = candidate.program, candidate.cfg
         self.program, self.cfg, self.val = program, cfg, val
         runtime = program.Runtime.start(cfg, {})
         self.runtime = dataclasses.replace(runtime, log=program.Log(None, True))
-        self.state = program.load_artifact(subject.blob)
+        self.state = program.load_artifact(candidate.blob)
         self.attend = program.choose_attention(cfg, self.runtime)
         self.kernels = program.choose_kernels(cfg, self.runtime)
         self.final = program.EVALS[cfg.eval]
         self.packed = program.EVALS.get("plain") or getattr(program, "evaluate_plain", None)
 
     def model(self) -> Any:
-        """The artifact's model, fresh."""
+        """Return a new model with the artifact's weights."""
         model = self.program.GPT(self.cfg, self.attend, self.runtime.dtype, self.kernels).to(self.runtime.device)
         model.set_looping(self.program.loops(self.cfg))
         self.program.fill_model(model, self.state, "the artifact")
         return model
 
-    def run(self, evaluate: Callable[..., Any], tokens: np.ndarray, tape: Tape) -> Any:
-        """Score of a stream; the tape holds the details."""
-        with taped(self.program, tape, self.cfg.vocab_size):
-            return evaluate(self.cfg, self.runtime, self.model(), self.program.ValData(tokens, self.val.bytes))
+    def run(self, evaluate: Callable[..., Any], tokens: np.ndarray, trace: Trace) -> Any:
+        """Return the score of a stream and record the evaluation in the trace."""
+        program, cfg = self.program, self.cfg
+        val = program.ValData(tokens, self.val.bytes)
+        with traced(program, trace, cfg.vocab_size):
+            return evaluate(cfg, self.runtime, self.model(), val)
+
+    def trace(self, evaluate: Callable[..., Any], tokens: np.ndarray) -> Trace:
+        """Return the trace of an evaluation without probes."""
+        trace = Trace(len(tokens))
+        self.run(evaluate, tokens, trace)
+        return trace
 
 
 # +---------------------------------------------------------------------------+
@@ -276,224 +257,203 @@ class Bench:
 # +---------------------------------------------------------------------------+
 
 
-def differing(a: Tape, b: Tape, where: np.ndarray) -> np.ndarray:
-    """Positions among `where` (a mask) whose scores are not the same bits."""
-    return np.flatnonzero(where & (a.nll.view(np.int64) != b.nll.view(np.int64)))
+def differing(a: Trace, b: Trace, where: np.ndarray) -> np.ndarray:
+    """Return the positions in the mask `where` whose scores are not the same bits."""
+    ours = a.nll.view(np.int64)
+    theirs = b.nll.view(np.int64)
+    return np.flatnonzero(where & (ours != theirs))
 
 
-def after_in_order(tape: Tape, t: int) -> np.ndarray:
-    """Mask of the positions that may depend on token t: later units, and its own unit and document further right."""
-    positions = np.arange(len(tape.nll))
-    own = (tape.unit == tape.unit[t]) & (tape.group == tape.group[t])
-    return (tape.unit > tape.unit[t]) | (own & (positions > t))
+def may_depend(trace: Trace, t: int) -> np.ndarray:
+    """Mask of the positions that may depend on token t: later units, and positions further right beside it."""
+    later = trace.unit > trace.unit[t]
+    beside = (trace.unit == trace.unit[t]) & (trace.group == trace.group[t])
+    right = np.arange(len(trace.nll)) > t
+    return later | (beside & right)
 
 
-def pick_tokens(bench: Bench, tape: Tape, count: int) -> dict[int, int]:
-    """`count` positions spread over the order of scoring, none a document start, each with another token for it."""
-    tokens, rng = bench.val.tokens, np.random.Generator(np.random.PCG64(17))
-    plain = np.flatnonzero((tokens != bench.program.BOS_ID) & (tape.count == 1))
-    order = plain[np.argsort(tape.unit[plain], kind="stable")]
+def pick_tokens(scorer: Scorer, trace: Trace, count: int) -> dict[int, int]:
+    """Pick positions spread over the order of scoring, no document starts; return {position: another token}."""
+    tokens, rng = scorer.val.tokens, np.random.Generator(np.random.PCG64(17))
+    plain = np.flatnonzero((tokens != scorer.program.BOS_ID) & (trace.count == 1))
+    order = plain[np.argsort(trace.unit[plain], kind="stable")]
     chosen = [int(rng.choice(part)) for part in np.array_split(order, count) if len(part)]
-    others = np.unique(tokens[plain])
-    return {t: int(rng.choice(others[others != tokens[t]])) for t in chosen}
+    known = np.unique(tokens[plain])
+    picked = {}
+    for t in chosen:
+        others = known[known != tokens[t]]
+        picked[t] = int(rng.choice(others))
+    return picked
 
 
-def compare(name: str, base: Tape, other: Tape, must: np.ndarray, what: str) -> Check:
-    """Whether the scores under the mask are the same bits; unknown when the change had no effect anywhere."""
+def compare(name: str, base: Trace, other: Trace, fixed: np.ndarray, change: str) -> Check:
+    """Pass if the scores in the mask `fixed` are the same bits; unknown if the change had no effect anywhere."""
     if not (np.array_equal(base.unit, other.unit) and np.array_equal(base.group, other.group)):
-        return Check(name, FAIL, f"{what}: what is scored when depends on the tokens themselves")
-    wrong, compared = differing(base, other, must), int(must.sum())
+        return Check(name, FAIL, f"{change}: the order of scoring depends on the tokens themselves")
+    wrong, compared = differing(base, other, fixed), int(fixed.sum())
     if len(wrong):
         gap = float(np.abs(base.nll[wrong] - other.nll[wrong]).max())
         where = f"first at position {wrong[0]}, by up to {gap:.2e} nats"
-        return Check(name, FAIL, f"{what}: {len(wrong):,} of {compared:,} scores before it changed, {where}")
-    reacts = len(differing(base, other, ~must & (base.count > 0)))
+        return Check(name, FAIL, f"{change}: {len(wrong):,} of {compared:,} scores before it changed, {where}")
+    reacts = len(differing(base, other, ~fixed & base.scored))
     if not reacts:
-        return Check(name, UNKNOWN, f"{what}: no score reacts to the change at all, so nothing was tested")
-    return Check(name, PASS, f"{what}: {compared:,} scores before it bit-equal, {reacts:,} after it react")
+        return Check(name, UNKNOWN, f"{change}: no score reacts to the change, so nothing was tested")
+    return Check(name, PASS, f"{change}: {compared:,} scores before it are bit-equal, {reacts:,} after it react")
 
 
-def one_token(bench: Bench, evaluate: Callable, base: Tape, probed: Tape, label: str) -> Iterator[Check]:
-    """C1 by changed tokens; and the changed token's own score must be what was foretold from the state before it."""
+def changed_tokens(scorer: Scorer, evaluate: Callable, base: Trace, probed: Trace, label: str) -> Iterator[Check]:
+    """C1 with changed tokens; each changed token must also get the score that was predicted for it."""
     for t, token in probed.alternatives.items():
-        tokens = bench.val.tokens.copy()
+        tokens = scorer.val.tokens.copy()
         tokens[t] = token
-        other = Tape(len(tokens))
-        bench.run(evaluate, tokens, other)
-        must = (base.count > 0) & ~after_in_order(base, t)
-        must[t] = False
-        yield compare(f"C1 token ({label})", base, other, must, f"token {t} changed")
-        told, found = probed.foretold.get(t, math.nan), float(other.nll[t])
-        yield verdict_of(
-            f"C2 own target ({label})", told == found, f"position {t}: foretold {told:.6f}, scored {found:.6f} nats"
-        )
+        other = scorer.trace(evaluate, tokens)
+        fixed = base.scored & ~may_depend(base, t)
+        fixed[t] = False
+        yield compare(f"C1 token ({label})", base, other, fixed, f"token {t} changed")
+        predicted, found = probed.predicted.get(t, math.nan), float(other.nll[t])
+        detail = f"position {t}: predicted {predicted:.6f}, scored {found:.6f} nats"
+        yield decide(f"C2 own target ({label})", predicted == found, detail)
 
 
-def permuted_future(bench: Bench, evaluate: Callable, base: Tape, label: str) -> Check:
-    """C1 by permuting all that is scored from the middle of the evaluation on; documents keep their places."""
-    tokens, rng = bench.val.tokens.copy(), np.random.Generator(np.random.PCG64(23))
-    inside = np.flatnonzero((tokens != bench.program.BOS_ID) & (base.count > 0))
+def permuted_future(scorer: Scorer, evaluate: Callable, base: Trace, label: str) -> Check:
+    """C1 with every token permuted that is scored in the second half; document starts keep their places."""
+    tokens, rng = scorer.val.tokens.copy(), np.random.Generator(np.random.PCG64(23))
+    inside = np.flatnonzero((tokens != scorer.program.BOS_ID) & base.scored)
     order = inside[np.argsort(base.unit[inside], kind="stable")]
     t = int(order[len(order) // 2])
-    later = after_in_order(base, t)
+    later = may_depend(base, t)
     later[t] = True
     moved = inside[later[inside]]
     tokens[moved] = rng.permutation(tokens[moved])
-    other = Tape(len(tokens))
-    bench.run(evaluate, tokens, other)
-    must = (base.count > 0) & ~later
-    return compare(f"C1 future ({label})", base, other, must, f"{len(moved):,} later tokens permuted")
+    other = scorer.trace(evaluate, tokens)
+    return compare(f"C1 future ({label})", base, other, base.scored & ~later, f"{len(moved):,} later tokens permuted")
 
 
-def swapped_document(bench: Bench, evaluate: Callable, base: Tape, label: str) -> Check:
-    """C1 by putting another document's text in the place of the one scored in the middle, cut to its length."""
-    tokens = bench.val.tokens.copy()
-    docs = [d for d in bench.program.val_documents(tokens) if d[1] > 2]
+def swapped_document(scorer: Scorer, evaluate: Callable, base: Trace, label: str) -> Check:
+    """C1 with the text of the document scored in the middle replaced by another document's, cut to its length."""
+    tokens = scorer.val.tokens.copy()
+    docs = [d for d in scorer.program.val_documents(tokens) if d[1] > 2]
     if len(docs) < 2:
         return Check(f"C1 document ({label})", NOT_ASKED, "fewer than two documents")
     first = [int(base.unit[start + 1 : start + length].min()) for start, length in docs]
     order = sorted(range(len(docs)), key=lambda i: (first[i], i))
-    victim, donor = order[len(order) // 2], order[-1] if order[-1] != order[len(order) // 2] else order[0]
-    start, length = docs[victim]
-    source = tokens[docs[donor][0] + 1 : docs[donor][0] + docs[donor][1] - 1]
-    source = source[source != bench.program.BOS_ID]
+    victim = order[len(order) // 2]
+    donor = order[-1] if order[-1] != victim else order[0]
+    (start, length), (donor_start, donor_length) = docs[victim], docs[donor]
+    text = tokens[donor_start + 1 : donor_start + donor_length - 1]
+    text = text[text != scorer.program.BOS_ID]
     inner = np.arange(start + 1, min(start + length, len(tokens)) - 1)
-    tokens[inner] = np.resize(source, len(inner))
-    other = Tape(len(tokens))
-    bench.run(evaluate, tokens, other)
-    may = after_in_order(base, int(inner[0]))
-    may[inner] = True
-    what = f"document {victim} replaced by document {donor}"
-    return compare(f"C1 document ({label})", base, other, (base.count > 0) & ~may, what)
+    tokens[inner] = np.resize(text, len(inner))
+    other = scorer.trace(evaluate, tokens)
+    free = may_depend(base, int(inner[0]))
+    free[inner] = True
+    change = f"document {victim} replaced by document {donor}"
+    return compare(f"C1 document ({label})", base, other, base.scored & ~free, change)
 
 
-def isolated(bench: Bench, evaluate: Callable, base: Tape, label: str, why_not: str) -> Check:
-    """Documents do not read one another: with the last token of every other one changed, the rest score the same.
-
-    What catches a smear gate that reads over a document's start, and attention that does.
-    """
+def isolated_documents(scorer: Scorer, evaluate: Callable, base: Trace, label: str, why_not: str) -> Check:
+    """Change the last token of every other document; catches smear gates and attention that read across a start."""
     name = f"documents apart ({label})"
-    docs = bench.program.val_documents(bench.val.tokens)
+    docs = scorer.program.val_documents(scorer.val.tokens)
     if why_not or len(docs) < 2:
         return Check(name, NOT_ASKED, why_not or "fewer than two documents")
-    tokens, must = bench.val.tokens.copy(), np.zeros(len(bench.val.tokens), bool)
+    tokens, fixed = scorer.val.tokens.copy(), np.zeros(len(scorer.val.tokens), bool)
     for i, (start, length) in enumerate(docs):
         last = min(start + length, len(tokens)) - 1
-        last -= int(tokens[last] == bench.program.BOS_ID)
+        last -= int(tokens[last] == scorer.program.BOS_ID)
         if i % 2:
-            must[start + 1 : start + length] = True
+            fixed[start + 1 : start + length] = True
         elif last > start:
-            tokens[last] = 4 + (tokens[last] - 3) % (bench.cfg.vocab_size - 4)
-    other = Tape(len(tokens))
-    bench.run(evaluate, tokens, other)
-    return compare(name, base, other, must & (base.count > 0), "last tokens of every other document changed")
+            tokens[last] = 4 + (tokens[last] - 3) % (scorer.cfg.vocab_size - 4)
+    other = scorer.trace(evaluate, tokens)
+    return compare(name, base, other, fixed & base.scored, "last tokens of every other document changed")
 
 
-def ledger_checks(bench: Bench, tape: Tape, score: Any, label: str) -> list[Check]:
-    """C3 and C4 by the judge's own counts, and the sums again."""
-    targets, counts = len(bench.val.tokens) - 1, tape.count[1:]
+def ledger_checks(scorer: Scorer, trace: Trace, score: Any, label: str) -> Iterator[Check]:
+    """C3 and C4 by the judge's own counts, and the program's sums again."""
+    targets, counts = len(scorer.val.tokens) - 1, trace.count[1:]
     twice, never = int((counts > 1).sum()), int((counts == 0).sum())
-    detail = f"{targets:,} targets: {never:,} never scored, {twice:,} more than once; {tape.units:,} units"
-    early = f"{tape.learnt:,} targets learnt from, {tape.learnt_too_early:,} of them before their score"
-    loss = float(np.nansum(tape.nll[1:]) / max(1, (counts > 0).sum()))
-    size = int(bench.val.bytes[1:].sum())
+    early = f"{trace.learnt:,} targets learnt from, {trace.learnt_too_early:,} of them before their score"
+    yield decide(f"C3 score before update ({label})", trace.learnt_too_early == 0, early)
+    detail = f"{targets:,} targets: {never:,} never scored, {twice:,} more than once; {trace.units:,} units"
+    yield decide(f"C4 each target once ({label})", not twice and not never and trace.count[0] == 0, detail)
+    loss = float(np.nansum(trace.nll[1:]) / max(1, (counts > 0).sum()))
+    size = int(scorer.val.bytes[1:].sum())
     equal = score.tokens == targets and score.bytes == size and math.isclose(loss, score.val_loss, rel_tol=1e-6)
-    sums = (
-        f"val_loss {score.val_loss:.8f}, from the single scores {loss:.8f}; {score.tokens:,} tokens, "
-        f"{score.bytes:,} of {size:,} bytes"
-    )
-    return [
-        verdict_of(f"C3 score before update ({label})", tape.learnt_too_early == 0, early),
-        verdict_of(f"C4 each target once ({label})", not twice and not never and tape.count[0] == 0, detail),
-        verdict_of(f"sums ({label})", equal, sums),
-        verdict_of(f"C3 the program's word ({label})", bool(score.legal), f"legal: {str(bool(score.legal)).lower()}"),
-    ]
+    sums = f"val_loss {score.val_loss:.8f} and {loss:.8f}; {score.tokens:,} tokens, {score.bytes:,} of {size:,} bytes"
+    yield decide(f"sums ({label})", equal, sums)
+    yield decide(f"C3 the program's word ({label})", bool(score.legal), f"legal: {str(bool(score.legal)).lower()}")
 
 
-def sum_check(tape: Tape, alphabet: int, label: str) -> Check:
-    """C2: the probabilities of all ids at each cell of the probed units sum to 1."""
+def sum_check(trace: Trace, vocab: int, label: str) -> Check:
+    """C2: at each cell of the probed units the probabilities of all ids sum to 1."""
     name = f"C2 sums to 1 ({label})"
-    if not tape.sums:
-        return Check(name, UNKNOWN, "the evaluator does not score through the program's one loop")
-    sums = np.concatenate(tape.sums)
+    if not trace.sums:
+        return Check(name, UNKNOWN, "the evaluator does not score through the program's only loop")
+    sums = np.concatenate(trace.sums)
     worst = float(np.abs(sums - 1).max())
-    return verdict_of(
-        name, worst <= SUM_TOLERANCE, f"{len(sums)} positions, {alphabet:,} ids each: off by at most {worst:.1e}"
+    return decide(
+        name, worst <= SUM_TOLERANCE, f"{len(sums)} positions, {vocab:,} ids each: off by at most {worst:.1e}"
     )
 
 
 def examine(
-    bench: Bench, evaluate: Callable, label: str, probes: int, why_not_apart: str, sums: bool = True
+    scorer: Scorer, evaluate: Callable, label: str, probes: int, why_not_apart: str, sums: bool = True
 ) -> list[Check]:
-    """All of C1 to C4 for one evaluator. An evaluator that the program itself stops, fails C4 with its words.
-
-    sums: ask one unit for its whole distributions, which costs as many forward passes as there are ids.
-    """
-    base = Tape(len(bench.val.tokens))
+    """Run C1 to C4 on one evaluator. sums: also sum a unit's distributions, one forward pass for each id."""
+    tokens, base = scorer.val.tokens, Trace(len(scorer.val.tokens))
+    once = f"C4 each target once ({label})"
     try:
-        score = bench.run(evaluate, bench.val.tokens, base)
-    except bench.program.LegalityError as error:
-        return [
-            *ledger_refusal(base, label),
-            Check(f"C4 each target once ({label})", FAIL, f"the program stops: {error}"),
-        ]
+        score = scorer.run(evaluate, tokens, base)
+    except scorer.program.LegalityError as error:
+        early = f"{base.learnt_too_early:,} targets learnt from before their score, until the program stopped"
+        stopped = decide(f"C3 score before update ({label})", base.learnt_too_early == 0, early)
+        return [stopped, Check(once, FAIL, f"the program stops: {error}")]
     if not base.units:
-        return [Check(f"C4 each target once ({label})", UNKNOWN, "the evaluator scores past the program's meter")]
-    checks = ledger_checks(bench, base, score, label)
-    chosen = pick_tokens(bench, base, probes)
+        return [Check(once, UNKNOWN, "the evaluator scores without the program's meter")]
+    checks = list(ledger_checks(scorer, base, score, label))
+    chosen = pick_tokens(scorer, base, probes)
     units = (max(int(base.unit[t]) for t in chosen),) if sums else ()
-    probed = Tape(len(bench.val.tokens), chosen, units)
-    bench.run(evaluate, bench.val.tokens, probed)
-    if len(differing(base, probed, base.count > 0)):
-        again = Tape(len(bench.val.tokens))
-        bench.run(evaluate, bench.val.tokens, again)
-        if len(repeated := differing(base, again, base.count > 0)):
-            detail = f"{len(repeated):,} scores differ when it runs again: bit equality says nothing; judge on a CPU"
+    probed = Trace(len(tokens), chosen, units)
+    scorer.run(evaluate, tokens, probed)
+    if len(differing(base, probed, base.scored)):
+        # Either asking for a score changed the state, or the scores are not repeatable at all.
+        repeated = differing(base, scorer.trace(evaluate, tokens), base.scored)
+        if len(repeated):
+            detail = f"{len(repeated):,} scores differ in a second run: bit equality says nothing; judge on a CPU"
             return [*checks, Check(f"C1 repeat ({label})", UNKNOWN, detail)]
         checks.append(Check(f"C3 scoring learns ({label})", FAIL, "asking for a score changes the scores after it"))
     if units:
-        checks.append(sum_check(probed, bench.cfg.vocab_size, label))
-    checks += one_token(bench, evaluate, base, probed, label)
-    checks.append(permuted_future(bench, evaluate, base, label))
-    checks.append(swapped_document(bench, evaluate, base, label))
-    checks.append(isolated(bench, evaluate, base, label, why_not_apart))
+        checks.append(sum_check(probed, scorer.cfg.vocab_size, label))
+    checks += changed_tokens(scorer, evaluate, base, probed, label)
+    checks.append(permuted_future(scorer, evaluate, base, label))
+    checks.append(swapped_document(scorer, evaluate, base, label))
+    checks.append(isolated_documents(scorer, evaluate, base, label, why_not_apart))
     return checks
 
 
-def ledger_refusal(tape: Tape, label: str) -> list[Check]:
-    """C3 of an evaluation that was stopped, as far as it went."""
-    early = f"{tape.learnt_too_early:,} targets learnt from before their score, up to where the program stopped"
-    return [verdict_of(f"C3 score before update ({label})", tape.learnt_too_early == 0, early)]
+def across_documents(candidate: Candidate) -> str:
+    """Return why documents depend on one another in the packed forward, or '' if attention stays inside them."""
+    apart = candidate.program.LOADERS[candidate.cfg.loader].documents
+    return "" if apart else f"LOADER={candidate.cfg.loader} reads across documents"
 
 
-def across_documents(subject: Subject) -> str:
-    """Why documents depend on one another in the packed forward; '' when attention stays inside them."""
-    apart = subject.program.LOADERS[subject.cfg.loader].documents
-    return "" if apart else f"LOADER={subject.cfg.loader} reads across documents"
-
-
-# Why documents may depend on one another in the final evaluation, '' when they may not; not listed: as packed.
-NOT_APART: dict[str, Callable[[Subject], str]] = {
-    "chunk_sgd": lambda s: "weights adapt over the stream",
-    "slot": lambda s: "weights adapt over the stream",
-    "phased_lora": lambda s: "weights adapt on documents already scored",
-    "doc_lora": lambda s: "adapters go on from the document before" if s.cfg.ttt_warm_start_a else "",
+# Why documents may depend on one another in the final evaluation, '' if they may not; others: as in the packed forward.
+NOT_APART: dict[str, Callable[[Candidate], str]] = {
+    "chunk_sgd": lambda c: "weights adapt over the stream",
+    "slot": lambda c: "weights adapt over the stream",
+    "phased_lora": lambda c: "weights adapt on documents already scored",
+    "doc_lora": lambda c: "adapters continue from the document before" if c.cfg.ttt_warm_start_a else "",
 }
-CHUNKS_NEEDED = {"chunk_sgd": 2, "slot": 2}
 
 
-def legality(subject: Subject, val: Any, probes: int) -> list[Check]:
-    """C1 to C4 of the final evaluator and of the packed forward that training and the earlier stages use."""
-    bench = Bench(subject, val)
-    checks = examine(
-        bench,
-        bench.final,
-        f"EVAL={subject.cfg.eval}",
-        probes,
-        NOT_APART.get(subject.cfg.eval, across_documents)(subject),
-    )
-    if bench.packed not in (None, bench.final):
-        checks += examine(bench, bench.packed, "packed forward", 1, across_documents(subject), sums=False)
+def legality(candidate: Candidate, val: Any, probes: int) -> list[Check]:
+    """C1 to C4 for the final evaluator, and for the packed forward that training and the earlier stages use."""
+    scorer, cfg = Scorer(candidate, val), candidate.cfg
+    apart = NOT_APART.get(cfg.eval, across_documents)(candidate)
+    checks = examine(scorer, scorer.final, f"EVAL={cfg.eval}", probes, apart)
+    if scorer.packed not in (None, scorer.final):
+        checks += examine(scorer, scorer.packed, "packed forward", 1, across_documents(candidate), sums=False)
     return checks
 
 
@@ -503,139 +463,96 @@ def legality(subject: Subject, val: Any, probes: int) -> list[Check]:
 
 
 class Pieces(NamedTuple):
-    """What each id of a tokenizer stands for, by a count that shares nothing with the program's: see own_bytes."""
+    """What each id of a tokenizer stands for, counted without the program's code."""
 
-    bytes: np.ndarray
-    space: np.ndarray
-    control: np.ndarray
-    operator: np.ndarray
-    escape: np.ndarray
+    bytes: np.ndarray  # UTF-8 bytes without a leading space and without case operators; 1 for a byte piece
+    space: np.ndarray  # whether the piece begins with a space
+    control: np.ndarray  # whether it is a control id
+    operator: np.ndarray  # whether it consists of case operators alone
+    escape: np.ndarray  # whether it ends with the escape
+    caseops: bool  # whether the tokenizer was made for CaseOps text
 
 
 def read_pieces(processor: spm.SentencePieceProcessor) -> Pieces:
-    """Per id: UTF-8 bytes without a leading space and without case operators; whether it begins with a space, is a
-    control id, consists of operators alone, ends in the escape."""
-    size = processor.vocab_size()
-    texts = [
-        "" if processor.is_control(i) or processor.is_unknown(i) else processor.id_to_piece(i) for i in range(size)
-    ]
+    """Look up every id of a tokenizer."""
+    ids = range(processor.vocab_size())
+    control = [processor.is_control(i) or processor.is_unknown(i) for i in ids]
+    texts = ["" if control[i] else processor.id_to_piece(i) for i in ids]
     caseops = processor.piece_to_id(OPERATORS[0]) != processor.unk_id()
-    strip = str.maketrans(dict.fromkeys(OPERATORS)) if caseops else {}
-    bare = [t.replace("\u2581", " ").translate(strip) for t in texts]
-    is_byte = [processor.is_byte(i) for i in range(size)]
-    own = [
-        1 if b else len(t.removeprefix(" ").encode("utf-8", "surrogatepass"))
-        for t, b in zip(bare, is_byte, strict=True)
-    ]
+    plain = str.maketrans(dict.fromkeys(OPERATORS)) if caseops else {}
+    bare = [text.replace("\u2581", " ").translate(plain) for text in texts]
+    sizes = [len(text.removeprefix(" ").encode("utf-8", "surrogatepass")) for text in bare]
     return Pieces(
-        np.array(own),
-        np.array([t.startswith(" ") for t in bare]),
-        np.array([not t for t in texts]),
-        np.array([bool(t) and caseops and not b for t, b in zip(texts, bare, strict=True)]),
-        np.array([caseops and t.endswith(ESC) for t in texts]),
+        np.array([1 if processor.is_byte(i) else sizes[i] for i in ids]),
+        np.array([text.startswith(" ") for text in bare]),
+        np.array([not text for text in texts]),
+        np.array([bool(texts[i]) and caseops and not bare[i] for i in ids]),
+        np.array([caseops and text.endswith(ESC) for text in texts]),
+        caseops,
     )
 
 
-def own_bytes(pieces: Pieces, ids: np.ndarray) -> np.ndarray:
-    """Bytes that each id of a stream adds to the text, (N,) int64; a space after a control id is no text."""
-    after_control = np.concatenate(([True], pieces.control[ids[:-1]]))
-    return pieces.bytes[ids] + (pieces.space[ids] & ~after_control)
-
-
-def decoded_bytes(processor: spm.SentencePieceProcessor, ids: np.ndarray, bos: int) -> tuple[int, int]:
-    """UTF-8 bytes of all documents, decoded; and how many have case operators that do not decode."""
-    total = broken = 0
-    strip = str.maketrans(dict.fromkeys(OPERATORS))
-    caseops = processor.piece_to_id(OPERATORS[0]) != processor.unk_id()
-    starts = np.flatnonzero(ids == bos)
-    for row in np.split(ids, starts):
-        text = processor.decode(row[row != bos].tolist())
-        try:
-            text = decode(text) if caseops else text
-        except CaseOpsError:
-            broken, text = broken + 1, text.translate(strip)
-        total += len(text.encode("utf-8", "surrogatepass"))
-    return total, broken
-
-
-def byte_checks(subject: Subject, val: Any) -> list[Check]:
-    """The denominator that the evaluator uses, against a count from the ids alone."""
-    if subject.data is None:
-        return [Check("bytes", NOT_ASKED, "no data (give --data): scored on seeded tokens")]
-    tokenizer = subject.program.find_tokenizer(subject.cfg)
+def byte_checks(candidate: Candidate, val: Any) -> Iterator[Check]:
+    """The evaluator's denominator against a count from the ids alone."""
+    if candidate.data is None:
+        yield Check("bytes", NOT_ASKED, "no data (give --data): scored on seeded tokens")
+        return
     total, targets = int(val.bytes[1:].sum()), len(val.tokens) - 1
-    known = CANONICAL.get((total, targets)) or CANONICAL.get((total, 0))
-    checks = [
-        verdict_of(
-            "bytes total",
-            total not in INVALID_TOTALS,
-            f"{total:,} bytes for {targets:,} targets: {known or 'no canonical total'}",
-        )
-    ]
+    known = CANONICAL.get((total, targets)) or CANONICAL.get((total, 0)) or "no canonical total"
+    yield decide("bytes total", total != INVALID_TOTAL, f"{total:,} bytes for {targets:,} targets: {known}")
+    tokenizer = candidate.program.find_tokenizer(candidate.cfg)
     if tokenizer is None:
-        return [*checks, Check("bytes per word", UNKNOWN, "no tokenizer: the sidecar cannot be checked")]
+        yield Check("bytes per word", UNKNOWN, "no tokenizer: the sidecar cannot be checked")
+        return
     processor = spm.SentencePieceProcessor(model_file=str(tokenizer))
     pieces, ids, counted = read_pieces(processor), val.tokens, val.bytes.astype(np.int64)
-    word = np.cumsum(pieces.space[ids] | pieces.control[ids])  # a character of several pieces may be counted on any
-    difference = np.bincount(word, counted - own_bytes(pieces, ids)).astype(np.int64)
-    escaped = np.bincount(word, pieces.escape[ids]) > 0  # an operator that was in the text itself
-    control, operator = int(counted[pieces.control[ids]].sum()), int(counted[pieces.operator[ids]].sum())
-    checks.append(
-        verdict_of(
-            "bytes of control ids", control == 0, f"{control:,} bytes on {int(pieces.control[ids].sum()):,} tokens"
-        )
+    for name, mask in (("control ids", pieces.control[ids]), ("case operators", pieces.operator[ids])):
+        size = int(counted[mask].sum())
+        yield decide(f"bytes of {name}", size == 0, f"{size:,} bytes on {int(mask.sum()):,} tokens")
+    # By word, because a character of several pieces may be counted on any of them.
+    word = np.cumsum(pieces.space[ids] | pieces.control[ids])
+    # A space after a control id is not text: the decoder drops it.
+    after_control = np.concatenate(([True], pieces.control[ids[:-1]]))
+    own = pieces.bytes[ids] + (pieces.space[ids] & ~after_control)
+    difference = np.bincount(word, counted - own).astype(np.int64)
+    # An escape means that the text itself holds an operator, which then has bytes.
+    plain = np.bincount(word, pieces.escape[ids]) == 0
+    fewer, more, words = int(((difference < 0) & plain).sum()), int(((difference > 0) & plain).sum()), int(word[-1]) + 1
+    sidecar = bool(candidate.program.list_shards(str(candidate.data), "val_bytes"))
+    good = fewer <= FOLDED_ALLOWED * words and more <= 0.5 * words if sidecar else fewer + more == 0
+    source = "sidecar" if sidecar else "tokenizer table"
+    detail = (
+        f"{source}: of {words:,} words {fewer:,} have fewer bytes than their text, {more:,} more (folded white space)"
     )
-    seen = int(pieces.operator[ids].sum())
-    checks.append(verdict_of("bytes of case operators", operator == 0, f"{operator:,} bytes on {seen:,} tokens"))
-    sidecar = bool(subject.program.list_shards(str(subject.data), "val_bytes"))
-    wrong, wider = int(((difference < 0) & ~escaped).sum()), int(((difference > 0) & ~escaped).sum())
-    words = int(word[-1]) + 1
-    good = wrong <= FOLDED_ALLOWED * words and wider <= 0.5 * words if sidecar else wrong + wider == 0
-    detail = f"{'sidecar' if sidecar else 'tokenizer table'}: of {words:,} words {wrong:,} have fewer bytes than their "
-    detail += f"text, {wider:,} more (white space that was folded)"
-    checks.append(verdict_of("bytes per word", good, detail))
-    text, broken = decoded_bytes(processor, ids, subject.program.BOS_ID)
-    good = abs(int(counted.sum()) - text) <= (SIDECAR_SLACK * text if sidecar else 0)
-    checks.append(
-        verdict_of(
-            "bytes of the decoded text",
-            good,
-            f"counted {int(counted.sum()):,}, decoded {text:,}"
-            + (f", {broken} documents do not decode" if broken else ""),
-        )
-    )
-    return checks
+    yield decide("bytes per word", good, detail)
+    total, (text, broken) = int(counted.sum()), prepare.decode_documents(processor, ids, pieces.caseops)
+    detail = f"counted {total:,}, decoded {text:,}" + (f", {broken} documents do not decode" if broken else "")
+    yield decide("bytes of the decoded text", abs(total - text) <= (SIDECAR_SLACK * text if sidecar else 0), detail)
 
 
 def document_hashes(paths: list[Path], program: Any) -> Iterator[bytes]:
-    """A hash of each document of some shards, in order; a document may run on into the next shard."""
-    tail = np.empty(0, np.uint16)
+    """Yield a hash of each document in some shards, in order; a document may continue in the next shard."""
+    rest = np.empty(0, np.uint16)
     for path in paths:
-        ids = np.concatenate([tail, program.read_shard(path)])
-        starts = np.flatnonzero(ids == program.BOS_ID)
-        for a, b in zip(starts, starts[1:], strict=False):
-            yield hashlib.blake2b(ids[a:b].tobytes(), digest_size=12).digest()
-        tail = ids[starts[-1] :] if len(starts) else ids
-    if len(tail):
-        yield hashlib.blake2b(tail.tobytes(), digest_size=12).digest()
+        ids = np.concatenate([rest, program.read_shard(path)])
+        *documents, rest = np.split(ids, np.flatnonzero(ids == program.BOS_ID))
+        yield from (hashlib.blake2b(part.tobytes(), digest_size=12).digest() for part in documents if len(part))
+    if len(rest):
+        yield hashlib.blake2b(rest.tobytes(), digest_size=12).digest()
 
 
-def split_check(subject: Subject) -> Check:
-    """Documents of validation that training holds too."""
-    if subject.data is None:
+def split_check(candidate: Candidate) -> Check:
+    """Count the validation documents that training holds too."""
+    if candidate.data is None:
         return Check("split", NOT_ASKED, "no data")
-    if not list(subject.data.glob("fineweb_train_*.bin")):
-        return Check("split", UNKNOWN, f"{subject.data.name} has no training shards")
-    shards = [subject.program.list_shards(str(subject.data), kind) for kind in ("val", "train")]
-    val = list(document_hashes(shards[0], subject.program))
-    wanted, shared, count = set(val), set(), 0
-    for digest in document_hashes(shards[1], subject.program):
-        count += 1
-        if digest in wanted:
-            shared.add(digest)
+    if not list(candidate.data.glob("fineweb_train_*.bin")):
+        return Check("split", UNKNOWN, f"{candidate.data.name} has no training shards")
+    program, folder = candidate.program, str(candidate.data)
+    val = list(document_hashes(program.list_shards(folder, "val"), program))
+    shared = set(val).intersection(document_hashes(program.list_shards(folder, "train"), program))
     both = sum(digest in shared for digest in val)
-    detail = f"{both:,} of {len(val):,} validation documents are in training ({count:,} documents)"
-    return verdict_of("split", both <= OVERLAP_ALLOWED * len(val), detail)
+    detail = f"{both:,} of {len(val):,} validation documents are in training"
+    return decide("split", both <= OVERLAP_ALLOWED * len(val), detail)
 
 
 # +---------------------------------------------------------------------------+
@@ -643,354 +560,257 @@ def split_check(subject: Subject) -> Check:
 # +---------------------------------------------------------------------------+
 
 
-def log_of(subject: Subject) -> str:
-    """Text of the run's log, or ''."""
-    path = subject.folder / "log.txt" if subject.folder else None
-    return path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
-
-
-def logged_result(log: str) -> dict[str, Any]:
-    """The last `RESULT {json}` of a log, or {}."""
-    lines = [line for line in log.splitlines() if line.startswith("RESULT ")]
-    return json.loads(lines[-1].removeprefix("RESULT ")) if lines else {}
-
-
-def budget_checks(subject: Subject) -> list[Check]:
-    """600 s each for training with its Hessians and for scoring, from result.json, and the log's word on the first."""
-    result, checks = subject.result, []
-    if subject.kind != "run":
-        return [Check("budget", NOT_ASKED, f"{subject.kind}: no clock in it; judge its run folder")]
+def budget_checks(candidate: Candidate) -> Iterator[Check]:
+    """600 s each for training with its Hessians and for scoring: result.json, and the log on training."""
+    if candidate.kind != "run":
+        yield Check("budget", NOT_ASKED, f"{candidate.kind}: it has no clock; judge its run folder")
+        return
+    trained = candidate.result.get("train_seconds")
     for name, key in (("budget training", "train_seconds"), ("budget evaluation", "eval_seconds")):
-        seconds = result.get(key)
+        seconds = candidate.result.get(key)
         if not isinstance(seconds, int | float):
-            checks.append(Check(name, UNKNOWN, f"result.json has no {key}"))
-        elif name == "budget training" and subject.cfg.max_wallclock_seconds == 0:
-            checks.append(Check(name, NOT_ASKED, f"{seconds:.1f} s, by steps (MAX_WALLCLOCK_SECONDS=0)"))
+            yield Check(name, UNKNOWN, f"result.json has no {key}")
+        elif name == "budget training" and candidate.cfg.max_wallclock_seconds == 0:
+            yield Check(name, NOT_ASKED, f"{seconds:.1f} s, by steps (MAX_WALLCLOCK_SECONDS=0)")
         else:
-            checks.append(verdict_of(name, seconds <= BUDGET_SECONDS, f"{seconds:.1f} of {BUDGET_SECONDS:.0f} s"))
-    log = log_of(subject)
+            yield decide(name, seconds <= BUDGET_SECONDS, f"{seconds:.1f} of {BUDGET_SECONDS:.0f} s")
+    log, _, _ = read_log(candidate.folder / "log.txt")
     stop = re.search(r"training stopped at step \d+ after ([\d.]+) s", log)
     hessians = re.search(r"calibration: \d+ Hessians, ([\d.]+) s", log)
-    if stop and hessians and isinstance(result.get("train_seconds"), int | float):
-        told = float(stop[1]) + float(hessians[1])
-        detail = f"log {stop[1]} + {hessians[1]} s, result.json {result['train_seconds']:.1f} s"
-        checks.append(verdict_of("budget as logged", told <= float(result["train_seconds"]) + 0.5, detail))
-    return checks
+    if stop and hessians and isinstance(trained, int | float):
+        detail = f"log {stop[1]} + {hessians[1]} s, result.json {trained:.1f} s"
+        yield decide("budget as logged", float(stop[1]) + float(hessians[1]) <= float(trained) + 0.5, detail)
 
 
-def disk_checks(subject: Subject) -> list[Check]:
-    """Real bytes of the submitted files against the cap, and against what result.json and submission.json count."""
-    if not subject.files:
-        if subject.result.get("artifact"):
-            return [Check("disk", FAIL, f"result.json counts {subject.result['artifact']}, which is not shipped")]
-        return [Check("disk", NOT_ASKED, "nothing packed here")]
-    total = sum(f.stat().st_size for f in subject.files)
-    names = " + ".join(f.name for f in subject.files)
-    checks = [verdict_of("disk cap", total <= CAP_BYTES, f"{names}: {total:,} of {CAP_BYTES:,} bytes")]
-    claimed = subject.result.get("bytes_total")
+def disk_checks(candidate: Candidate) -> Iterator[Check]:
+    """The real bytes of the submitted files against the cap, and against what result.json counts."""
+    files, result = candidate.files, candidate.result
+    if not files:
+        missing = f"result.json counts {result['artifact']}, which is not there" if result.get("artifact") else ""
+        yield Check("disk", FAIL if missing else NOT_ASKED, missing or "nothing is packed here")
+        return
+    total, claimed = sum(file.stat().st_size for file in files), result.get("bytes_total")
+    names = " + ".join(file.name for file in files)
+    yield decide("disk cap", total <= CAP_BYTES, f"{names}: {total:,} of {CAP_BYTES:,} bytes")
     if isinstance(claimed, int):
-        checks.append(
-            verdict_of("disk as counted", claimed == total, f"{total:,} bytes on disk, result.json counts {claimed:,}")
-        )
-    digest = subject.result.get("artifact_sha256")
-    if digest and len(subject.files) == 1:
-        found = hashlib.sha256(subject.files[0].read_bytes()).hexdigest()
-        checks.append(
-            verdict_of("disk as packed", found == digest, f"sha256 {found[:16]}, result.json {str(digest)[:16]}")
-        )
-    return checks
+        yield decide("disk as counted", claimed == total, f"{total:,} bytes on disk, result.json counts {claimed:,}")
+    digest = result.get("artifact_sha256")
+    if digest and len(files) == 1:
+        found = hashlib.sha256(files[0].read_bytes()).hexdigest()
+        yield decide("disk as packed", found == digest, f"sha256 {found[:16]}, result.json {str(digest)[:16]}")
 
 
-class Claim(NamedTuple):
-    """A sentence that papers make: how to recognise it, and whether the knobs bear it out."""
-
-    words: str
-    holds: Callable[[Any, re.Match[str]], bool]
-    otherwise: str
-
-
-CLAIMS = (
-    Claim(
+# Sentences in papers: how to recognise one, whether the knobs (c) agree with the match (m), what they say otherwise.
+CLAIMS: tuple[tuple[str, Callable[[Any, re.Match[str]], bool], str], ...] = (
+    (
         r"BOS[- ](?:fix|mask)|mask\w* at document starts|with the document mask",
         lambda c, m: "smear" not in c.embed_extras or c.smear_bos_mask,
         "SMEAR_BOS_MASK=0",
     ),
-    Claim(
-        r"adapters? per document \(rank (\d+)",
-        lambda c, m: c.ttt_lora_rank == int(m[1]),
-        "TTT_LORA_RANK={c.ttt_lora_rank}",
-    ),
-    Claim(r"int(\d) matrices", lambda c, m: c.matrix_bits == int(m[1]), "MATRIX_BITS={c.matrix_bits}"),
-    Claim(r"int(\d) embedding", lambda c, m: c.embed_bits == int(m[1]), "EMBED_BITS={c.embed_bits}"),
-    Claim(r"per-group lrzip", lambda c, m: c.compressor == "pergroup", "COMPRESSOR={c.compressor}"),
-    Claim(
+    (
         r"nothing carried from one\s+document to another",
         lambda c, m: {"doc_lora": not c.ttt_warm_start_a}.get(c.eval, False),
         "EVAL={c.eval}, TTT_WARM_START_A={c.ttt_warm_start_a:d}",
     ),
-    Claim(r"A warm-started", lambda c, m: c.ttt_warm_start_a, "TTT_WARM_START_A=0"),
+    (r"A warm-started", lambda c, m: c.ttt_warm_start_a, "TTT_WARM_START_A=0"),
+    (
+        r"adapters? per document \(rank (\d+)",
+        lambda c, m: c.ttt_lora_rank == int(m[1]),
+        "TTT_LORA_RANK={c.ttt_lora_rank}",
+    ),
+    (r"int(\d) matrices", lambda c, m: c.matrix_bits == int(m[1]), "MATRIX_BITS={c.matrix_bits}"),
+    (r"int(\d) embedding", lambda c, m: c.embed_bits == int(m[1]), "EMBED_BITS={c.embed_bits}"),
+    (r"per-group lrzip", lambda c, m: c.compressor == "pergroup", "COMPRESSOR={c.compressor}"),
 )
-COMPLIANCE: dict[str, Callable[[Subject, Any], bool]] = {
-    "artifact_under_16mb": lambda s, c: sum(f.stat().st_size for f in s.files) <= CAP_BYTES,
-    "train_under_600s_strict": lambda s, c: s.result.get("train_seconds", 0) <= BUDGET_SECONDS,
-    "eval_under_600s": lambda s, c: s.result.get("eval_seconds", 0) <= BUDGET_SECONDS,
-    "score_before_update": lambda s, c: s.result.get("legal", True) is True,
-    "no_slot": lambda s, c: {"slot": False}.get(c.eval, True),
+COMPLIANCE: dict[str, Callable[[Candidate], bool]] = {
+    "artifact_under_16mb": lambda c: sum(file.stat().st_size for file in c.files) <= CAP_BYTES,
+    "train_under_600s_strict": lambda c: c.result.get("train_seconds", 0) <= BUDGET_SECONDS,
+    "eval_under_600s": lambda c: c.result.get("eval_seconds", 0) <= BUDGET_SECONDS,
+    "score_before_update": lambda c: c.result.get("legal", True) is True,
+    "no_slot": lambda c: {"slot": False}.get(c.cfg.eval, True),
 }
 
 
-def read_submission(folder: Path) -> dict[str, Any]:
-    """submission.json of a folder, or {}; UserError when it is broken."""
-    path = folder / "submission.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no object")
-    return found
-
-
-def claim_checks(subject: Subject) -> list[Check]:
-    """README and submission.json against the knobs, the log against result.json and record.env."""
-    if subject.folder is None:
+def claim_checks(candidate: Candidate) -> list[Check]:
+    """README and submission.json against the knobs, and the log against result.json and record.env."""
+    if candidate.folder is None:
         return [Check("claims", NOT_ASKED, "an artifact alone claims nothing")]
-    readme, cfg = subject.folder / "README.md", subject.cfg
-    submission = read_submission(subject.folder)
+    readme, submission = candidate.folder / "README.md", read_json(candidate.folder / "submission.json")
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    text = (
-        text.split("## Departures")[0]
-        + " "
-        + " ".join(str(submission.get(k, "")) for k in ("name", "blurb", "technique_summary"))
-    )
-    found = [(claim, m) for claim in CLAIMS for m in re.finditer(claim.words, text, re.IGNORECASE)]
-    wrong = [f"says '{m[0]}', but {claim.otherwise.format(c=cfg)}" for claim, m in found if not claim.holds(cfg, m)]
-    checks = [
-        verdict_of("claims in words", not wrong, "; ".join(wrong) or f"{len(found)} sentences agree with the knobs")
+    # Departures from the published system describe what does not hold here.
+    parts = [
+        text.split("## Departures")[0],
+        *(str(submission.get(k, "")) for k in ("name", "blurb", "technique_summary")),
     ]
-    said = {k: v for k, v in (submission.get("compliance") or {}).items() if k in COMPLIANCE and v is True}
-    false = [k for k in said if not COMPLIANCE[k](subject, cfg)]
+    text, cfg = " ".join(parts), candidate.cfg
+    found = [(m, holds(cfg, m), said) for words, holds, said in CLAIMS for m in re.finditer(words, text, re.IGNORECASE)]
+    wrong = [f"says '{m[0]}', but {said.format(c=cfg)}" for m, holds, said in found if not holds]
+    detail = "; ".join(wrong) or f"{len(found)} sentences agree with the knobs"
+    checks = [decide("claims in words", not wrong, detail)]
+    compliance = submission.get("compliance") or {}
+    said = [name for name in COMPLIANCE if compliance.get(name) is True]
     if said:
-        checks.append(verdict_of("claims of compliance", not false, ", ".join(false) or f"{len(said)} hold"))
-    checks += seed_checks(submission) + log_checks(subject)
-    return checks
+        false = [name for name in said if not COMPLIANCE[name](candidate)]
+        checks.append(decide("claims of compliance", not false, ", ".join(false) or f"{len(said)} hold"))
+    return [*checks, *seed_checks(submission), *log_checks(candidate)]
 
 
-def seed_checks(submission: dict[str, Any]) -> list[Check]:
-    """submission.json against itself: the mean is that of its seeds, the seeds are those that it lists."""
+def seed_checks(submission: dict[str, Any]) -> Iterator[Check]:
+    """submission.json against itself: its mean is that of its seeds, and it lists the seeds that it has."""
     seeds = submission.get("seed_results") or {}
     if not seeds:
-        return []
-    scores = [row["val_bpb"] for row in seeds.values()]
-    mean = sum(scores) / len(scores)
-    good = math.isclose(mean, submission.get("val_bpb") or 0, abs_tol=5e-6)
+        return
+    claimed, size = submission.get("val_bpb"), submission.get("bytes_total")
+    mean = sum(row["val_bpb"] for row in seeds.values()) / len(seeds)
     listed = sorted(map(str, submission.get("seeds", []))) == sorted(seeds)
+    good = listed and math.isclose(mean, claimed or 0, abs_tol=5e-6)
+    yield decide("claims of the score", good, f"val_bpb {claimed}, mean of {len(seeds)} seeds {mean:.8f}")
     largest = max(row.get("artifact_bytes") or 0 for row in seeds.values())
-    checks = [
-        verdict_of(
-            "claims of the score",
-            good and listed,
-            f"val_bpb {submission.get('val_bpb')}, mean of {len(scores)} seeds {mean:.8f}",
-        )
-    ]
     if largest:
-        good = largest == submission.get("bytes_total") and largest <= CAP_BYTES
-        detail = f"bytes_total {submission.get('bytes_total')}, largest seed {largest}"
-        checks.append(verdict_of("claims of the size", good, detail))
-    return checks
+        good = largest == size and largest <= CAP_BYTES
+        yield decide("claims of the size", good, f"bytes_total {size}, largest seed {largest}")
 
 
-def log_checks(subject: Subject) -> list[Check]:
-    """The log is of this configuration and of this result."""
-    log = log_of(subject)
-    if not log:
-        return []
-    result, checks = logged_result(log), []
-    keys = [k for k in ("val_loss", "val_bpb", "seed", "tokens_scored", "bytes_scored") if k in result]
-    wrong = [k for k in keys if result[k] != subject.result.get(k)]
-    checks.append(
-        verdict_of("log and result", not wrong and bool(keys), ", ".join(wrong) or f"{len(keys)} values agree")
-    )
-    block = log.rpartition("knobs that are not default:")[2].split("\nparameters")[0]
-    logged = dict(re.findall(r"^  ([A-Z0-9_]+)=(.*?)  \(", block, re.MULTILINE))
-    local = {name.upper() for name in subject.program.LOCAL_KNOBS}
-    stored = dict(line.split("=", 1) for line in subject.program.record_env(subject.cfg).splitlines())
-    wrong = sorted(k for k in (logged.keys() | stored.keys()) - local if logged.get(k) != stored.get(k))
-    checks.append(verdict_of("log and record.env", not wrong, ", ".join(wrong) or f"{len(stored)} knobs agree"))
-    return checks
+def log_checks(candidate: Candidate) -> Iterator[Check]:
+    """The log belongs to this configuration and this result."""
+    text, knobs, result = read_log(candidate.folder / "log.txt")
+    if not text:
+        return
+    keys = [key for key in ("val_loss", "val_bpb", "seed", "tokens_scored", "bytes_scored") if key in result]
+    wrong = [key for key in keys if result[key] != candidate.result.get(key)]
+    detail = ", ".join(wrong) or f"{len(keys)} values agree"
+    yield decide("log and result", not wrong and bool(keys), detail)
+    stored = dict(line.split("=", 1) for line in candidate.program.record_env(candidate.cfg).splitlines())
+    names = (knobs.keys() | stored.keys()) - {name.upper() for name in candidate.program.LOCAL_KNOBS}
+    wrong = sorted(name for name in names if knobs.get(name) != stored.get(name))
+    yield decide("log and record.env", not wrong, ", ".join(wrong) or f"{len(stored)} knobs agree")
 
 
 # +---------------------------------------------------------------------------+
-# | SUBJECTS                                                                  |
+# | CANDIDATES                                                                |
 # +---------------------------------------------------------------------------+
 
 
-def toy_documents(folder: Path, vocab: int) -> Path:
-    """CaseOps shards, sidecar and tokenizer of short documents that Python itself carries."""
-    pieces = {
-        p.strip() for _, topic in sorted(TOPICS.items()) for p in topic.split("\n\n\n") if 250 < len(p.strip()) < 700
-    }
-    lines = [json.dumps({"text": text}) for text in sorted(pieces, key=lambda t: hashlib.md5(t.encode()).digest())]
-    (folder / "docs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    argv = [
-        "--docs",
-        str(folder / "docs.jsonl"),
-        "--caseops",
-        "--out",
-        str(folder / "shards"),
-        "--vocab-size",
-        str(vocab),
-    ]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as complaint:
-        if prepare.main([*argv, "--val-docs", "7", "--jobs", "1"]) != 0:
-            raise UserError(f"no toy data: {complaint.getvalue().strip()}")
-    return folder / "shards"
+def toy_documents(folder: Path, vocab_size: int) -> Path:
+    """Make CaseOps shards, sidecar and tokenizer from short texts that Python itself carries."""
+    parts = [part.strip() for topic in TOPICS.values() for part in topic.split("\n\n\n")]
+    short = {part for part in parts if 250 < len(part) < 700}
+    texts = sorted(short, key=lambda text: hashlib.md5(text.encode()).digest())
+    docs, out = folder / "docs.jsonl", folder / "shards"
+    lines = [json.dumps({"text": text}) for text in texts]
+    docs.write_text("\n".join(lines), encoding="utf-8")
+    options = prepare.Options(docs=(docs,), out=out, vocab_size=vocab_size, val_docs=7)
+    with contextlib.redirect_stderr(io.StringIO()):
+        prepare.prepare(options, prepare.CaseOps())
+    return out
 
 
-def write_toy_data(folder: Path, vocab: int, tokens: int) -> Path:
-    """Shards of seeded documents for training and validation, with a byte sidecar, so that no tokenizer is needed."""
-    rng = np.random.Generator(np.random.PCG64(vocab))
-    lengths = rng.integers(20, 110, size=tokens // 20)
-    lengths = lengths[: 1 + int(np.searchsorted(np.cumsum(lengths), tokens))]
-    ids = rng.integers(4, vocab, size=int(lengths.sum()))
-    repeated = rng.random(len(ids)) < 0.5  # something to learn
-    ids[1:][repeated[1:]] = ids[:-1][repeated[1:]]
-    ids[np.concatenate(([0], np.cumsum(lengths)[:-1]))] = 1
+def seeded_data(folder: Path, vocab_size: int, count: int) -> Path:
+    """Write shards of random documents with a byte sidecar, which need no tokenizer."""
+    rng = np.random.Generator(np.random.PCG64(vocab_size))
+    starts = np.cumsum(rng.integers(20, 110, size=count // 20))
+    ids = rng.integers(4, vocab_size, size=count)
+    ids[[0, *starts[starts < count - 1]]] = 1
     folder.mkdir()
     for kind, values in (("train", ids), ("val", ids), ("val_bytes", np.where(ids == 1, 0, 3))):
-        data = prepare.shard_header(len(values)) + values.astype("<u2").tobytes()
-        (folder / f"fineweb_{kind}_000000.bin").write_bytes(data)
+        prepare.write_shard(folder / f"fineweb_{kind}_000000.bin", values)
     return folder
 
 
-def vocabulary(program: Any, data: Path) -> int:
-    """Pieces of the tokenizer of some shards."""
-    tokenizer = program.find_tokenizer(program.Config(data_path=str(data)))
-    if tokenizer is None:
-        raise UserError(f"{data} has no tokenizer; a record is judged on shards with their *.model")
-    return spm.SentencePieceProcessor(model_file=str(tokenizer)).vocab_size()
-
-
-def toy_config(program: Any, values: dict[str, str], data: Path, **others: str) -> Any:
-    """The record's configuration with the numbers of a toy; its own depth where its lists of layers need it."""
-    knobs = {f.name.upper() for f in dataclasses.fields(program.Config)}
-    problems = ""
-    for numbers in (TOY | TOY_DEPTH, TOY):
-        small = (
-            values
-            | {k: v for k, v in (numbers | others).items() if k in knobs}
-            | {"DEVICE": "cpu", "DATA_PATH": str(data)}
-        )
+def toy_config(program: Any, values: dict[str, str], **others: str) -> Any:
+    """Return a record's configuration with the numbers of records/toy, keeping its own depth if it must."""
+    knobs = {field.name.upper() for field in dataclasses.fields(program.Config)}
+    toy = {name: value for name, value in read_preset(str(ROOT / "records" / "toy")).items() if name in knobs}
+    for kept in ((), DEPTH):
+        small = {name: value for name, value in toy.items() if name not in kept}
         try:
-            return program.load_config(small)
+            return program.load_config(values | small | {"DEVICE": "cpu"} | others)
         except program.UserError as error:
             problems = str(error)
     raise UserError(f"the preset has no toy size: {problems}".replace("\n", "; "))
 
 
-def shrink(record: Path, source: Path, room: Path, given: Path | None) -> Subject:
-    """A record, as a toy: its own knobs but for the numbers, a few steps of training, its own quantiser and coder."""
+def shrink(record: Path, source: Path, room: Path, given: Path | None) -> Candidate:
+    """Train and quantise a record at toy size, with all its own knobs except the numbers."""
     program = pack_artifact.load_program(source, "judged")
+    found = Candidate("preset", record.name, program, folder=record)
+    found.claimed = program.load_config({"PRESET": str(record)})  # a wrong record is refused before any work
     values = program.read_preset(str(record))
-    notes = []
-    full = program.load_config({"PRESET": str(record)})  # a wrong record is refused before any work
-    data = given or toy_documents(room, TOY_VOCAB)
-    numbers = {"VOCAB_SIZE": str(vocabulary(program, data))}
-    cfg = toy_config(program, values, data, **numbers)
+    found.data = given or toy_documents(room, toy_config(program, values).vocab_size)
+    tokenizer = program.find_tokenizer(program.Config(data_path=str(found.data)))
+    if tokenizer is None:
+        raise UserError(f"{found.data} has no tokenizer; a record is judged on shards with their *.model")
+    vocab_size = prepare.load_tokenizer(str(tokenizer)).vocab_size()
+    own = {"DATA_PATH": str(found.data), "VOCAB_SIZE": str(vocab_size)}
+    found.cfg = toy_config(program, values, **own)
     try:
-        program.CODECS[cfg.compressor].need()
+        program.CODECS[found.cfg.compressor].require()
     except program.UserError as error:
-        notes.append(f"COMPRESSOR=brotli in place of {cfg.compressor}: {error}")
-        cfg = toy_config(program, values, data, **numbers, COMPRESSOR="brotli")
+        found.notes.append(f"COMPRESSOR=brotli in place of {found.cfg.compressor}: {error}")
+        found.cfg = toy_config(program, values, **own, COMPRESSOR="brotli")
     folder = room / "run"
     folder.mkdir()
     with contextlib.redirect_stdout(io.StringIO()):
-        run = program.Run(cfg, program.Runtime.start(cfg, {}, folder / "log.txt"), str(record), folder)
+        runtime = program.Runtime.start(found.cfg, {}, folder / "log.txt")
+        run = program.Run(found.cfg, runtime, str(record), folder)
         run.train()
         run.quantize()
-    subject = Subject(
-        "preset", record.name, program, source, cfg, folder / "model.bin", record, {}, [], data, "toy", notes
-    )
-    subject.result = {"claimed": full}
-    return subject
+    found.blob = folder / "model.bin"
+    return found
 
 
-def data_of(given: Path | None, log: str) -> Path | None:
-    """--data, else DATA_PATH, else the directory that the run's log names, when it is there."""
-    named = re.findall(r"^  DATA_PATH=(.*?)  \(", log, re.MULTILINE)
-    options = [given, *(Path(p) for p in (os.environ.get("DATA_PATH"), *named[-1:]) if p)]
-    return next((p for p in options if p is not None and p.is_dir()), None)
+def data_of(given: Path | None, logged: str = "") -> Path | None:
+    """Return --data, else DATA_PATH, else the directory that the run's log names, if it is there."""
+    for name in (str(given or ""), os.environ.get("DATA_PATH"), logged):
+        if name and Path(name).is_dir():
+            return Path(name)
+    return None
 
 
-def with_data(subject: Subject, values: dict[str, str], room: Path) -> Subject:
-    """The subject with its configuration for its data; seeded tokens where it has none."""
-    where = subject.data
-    if where is None:
-        cfg = subject.program.load_config(values)
-        where = write_toy_data(room / "seeded", cfg.vocab_size, cfg.eval_seq_len + 600)
-        subject.notes.append("no data was given: judged on seeded tokens")
-    tokenizer = {"TOKENIZER_PATH": os.environ["TOKENIZER_PATH"]} if os.environ.get("TOKENIZER_PATH") else {}
-    device = {"DEVICE": os.environ["DEVICE"]} if os.environ.get("DEVICE") else {}
-    subject.cfg = subject.program.load_config(values | tokenizer | device | {"DATA_PATH": str(where)})
-    return subject
+def configure(found: Candidate, values: dict[str, str], room: Path) -> Candidate:
+    """Set a candidate's configuration from its preset and this machine; seeded tokens replace missing data."""
+    data = found.data
+    if data is None:
+        cfg = found.program.load_config(values)
+        data = seeded_data(room / "seeded", cfg.vocab_size, cfg.eval_seq_len + 600)
+        found.notes.append("no data was given: judged on seeded tokens")
+    here = {name: os.environ[name] for name in ("TOKENIZER_PATH", "DEVICE") if os.environ.get(name)}
+    found.cfg = found.program.load_config(values | here | {"DATA_PATH": str(data)})
+    return found
 
 
-def open_run(folder: Path, source: Path, room: Path, given: Path | None) -> Subject:
-    """A run folder: its weights with the program beside this tool (a note says when that has changed since)."""
-    program, result = pack_artifact.load_program(source, "judged"), pack_artifact.read_result(folder)
-    values = program.read_preset(str(folder))
-    artifact = folder / str(result.get("artifact") or "artifact.pyz")
-    files = pack_artifact.artifact_files(artifact) if artifact.exists() else []
-    notes = []
-    if result.get("source_sha256") != hashlib.sha256(source.read_bytes()).hexdigest():
-        notes.append(f"{source.name} has changed since this run")
-    log = (folder / "log.txt").read_text(encoding="utf-8") if (folder / "log.txt").is_file() else ""
-    subject = Subject(
-        "run",
-        folder.name,
-        program,
-        source,
-        None,
-        folder / "model.bin",
-        folder,
-        result,
-        files,
-        data_of(given, log),
-        "full",
-        notes,
-    )
-    return with_data(subject, values, room)
+def open_run(folder: Path, source: Path, room: Path, given: Path | None) -> Candidate:
+    """Open a run folder: its weights, with the program beside this tool."""
+    program = pack_artifact.load_program(source, "judged")
+    found = Candidate("run", folder.name, program, folder=folder, blob=folder / "model.bin")
+    found.result = read_json(folder / "result.json")
+    artifact = folder / str(found.result.get("artifact") or "artifact.pyz")
+    if artifact.exists():
+        found.files = pack_artifact.artifact_files(artifact)
+    if found.result.get("source_sha256") != hashlib.sha256(source.read_bytes()).hexdigest():
+        found.notes.append(f"{source.name} has changed since this run")
+    _, logged, _ = read_log(folder / "log.txt")
+    found.data = data_of(given, logged.get("DATA_PATH", ""))
+    return configure(found, program.read_preset(str(folder)), room)
 
 
-def open_artifact(path: Path, room: Path, given: Path | None) -> Subject:
-    """A packed file: judged by the program inside it, which is imported from a temporary folder."""
+def open_artifact(path: Path, room: Path, given: Path | None) -> Candidate:
+    """Open a packed file, to be judged by the program inside it."""
     parts = pack_artifact.read_packed(path)
     for name, data in (("train_gpt.py", parts.source), ("record.env", parts.config), ("model.bin", parts.weights)):
         (room / name).write_bytes(data)
     program = pack_artifact.load_program(room / "train_gpt.py", "judged")
-    if parts.tokenizer:
-        (room / "tokenizer.model").write_bytes(parts.tokenizer)
     values = program.read_preset(str(room))
     if parts.tokenizer:
+        (room / "tokenizer.model").write_bytes(parts.tokenizer)
         values["TOKENIZER_PATH"] = str(room / "tokenizer.model")
-    files = pack_artifact.artifact_files(path)
-    subject = Subject(
-        "artifact",
-        path.name,
-        program,
-        room / "train_gpt.py",
-        None,
-        room / "model.bin",
-        None,
-        {},
-        files,
-        data_of(given, ""),
-    )
-    return with_data(subject, values, room)
+    found = Candidate("artifact", path.name, program, blob=room / "model.bin", data=data_of(given))
+    found.files = pack_artifact.artifact_files(path)
+    return configure(found, values, room)
 
 
-def open_subject(args: argparse.Namespace, room: Path) -> Subject:
-    """What the command line names. UserError when it is none of the three."""
+def open_candidate(args: argparse.Namespace, room: Path) -> Candidate:
+    """Open what the command line names. UserError if it is nothing that can be judged."""
     target = args.target
     if target.is_dir() and (target / "model.bin").is_file() and (target / "result.json").is_file():
         return open_run(target, args.source, room, args.data)
@@ -998,9 +818,7 @@ def open_subject(args: argparse.Namespace, room: Path) -> Subject:
         return shrink(target, args.source, room, args.data)
     if target.is_file() or (target / "train_gpt.py").is_file():
         return open_artifact(target, room, args.data)
-    raise UserError(
-        f"{target} is no record folder (record.env), no run folder (result.json, model.bin) and no artifact"
-    )
+    raise UserError(f"{target}: give a record folder, a run folder (with result.json and model.bin) or an artifact")
 
 
 # +---------------------------------------------------------------------------+
@@ -1008,111 +826,101 @@ def open_subject(args: argparse.Namespace, room: Path) -> Subject:
 # +---------------------------------------------------------------------------+
 
 
-def shortened(subject: Subject, val: Any, documents: int) -> Any:
-    """The first documents of the stream: as many as asked for, but at least what two steps of adaptation need."""
-    program, cfg = subject.program, subject.cfg
-    least = CHUNKS_NEEDED.get(cfg.eval, 0) * getattr(cfg, "ttt_chunk_tokens", 0) + 1
-    docs = program.val_documents(val.tokens)
-    ends = [start + length for start, length in docs]
-    enough = next((e for e in ends[documents - 1 :] if e > least), len(val.tokens)) if documents else len(val.tokens)
-    return program.ValData(val.tokens[:enough], val.bytes[:enough])
+def shortened(candidate: Candidate, val: Any, documents: int) -> Any:
+    """Return the first documents of the stream (0: all), at least as many as two steps of adaptation need."""
+    program, cfg = candidate.program, candidate.cfg
+    adapts = cfg.eval in ("chunk_sgd", "slot")
+    least = 2 * cfg.ttt_chunk_tokens * adapts + 1
+    ends = [start + length for start, length in program.val_documents(val.tokens)]
+    stop = next((end for end in ends[documents - 1 :] if end > least), len(val.tokens))
+    return program.ValData(val.tokens[:stop], val.bytes[:stop])
 
 
-def judge(subject: Subject, documents: int, probes: int) -> list[Check]:
-    """All checks of a subject."""
-    val = subject.program.load_val(subject.cfg)
-    checks = legality(subject, shortened(subject, val, documents), probes)
-    checks += byte_checks(subject, val)
-    checks.append(split_check(subject))
-    if subject.kind == "preset":  # papers speak of the full size
-        subject = dataclasses.replace(subject, cfg=subject.result["claimed"], result={})
-    return [*checks, *budget_checks(subject), *disk_checks(subject), *claim_checks(subject)]
+def judge(candidate: Candidate, documents: int, probes: int) -> list[Check]:
+    """Run all checks on a candidate."""
+    val = candidate.program.load_val(candidate.cfg)
+    checks = legality(candidate, shortened(candidate, val, documents), probes)
+    checks += [*byte_checks(candidate, val), split_check(candidate)]
+    if candidate.claimed:  # papers describe the full size
+        candidate = dataclasses.replace(candidate, cfg=candidate.claimed)
+    return [*checks, *budget_checks(candidate), *disk_checks(candidate), *claim_checks(candidate)]
 
 
-def summary(subject: Subject, checks: list[Check]) -> dict[str, Any]:
-    """The verdict as JSON: legal is true, false, or null when a question stayed open."""
-    states = [c.status for c in checks]
+def preset_sha256(folder: Path) -> str:
+    """SHA-256 of the knobs in a preset, over those of its BASE: comments and the order of lines do not count."""
+    return hashlib.sha256(json.dumps(read_preset(str(folder)), sort_keys=True).encode()).hexdigest()
+
+
+def summary(candidate: Candidate, checks: list[Check]) -> dict[str, Any]:
+    """Return the verdict as JSON; legal is true, false, or null if a question stayed open."""
+    states = [check.status for check in checks]
     legal = False if FAIL in states else (None if UNKNOWN in states else True)
-    record = subject.folder / "record.env" if subject.folder else None
+    record = candidate.folder / "record.env" if candidate.folder else None
     return {
-        "target": subject.name,
-        "kind": subject.kind,
-        "scale": subject.scale,
+        "target": candidate.name,
+        "kind": candidate.kind,
+        "scale": "toy" if candidate.kind == "preset" else "full",
         "legal": legal,
-        "counts": {s: states.count(s) for s in (PASS, FAIL, UNKNOWN, NOT_ASKED)},
-        "record_sha256": hashlib.sha256(record.read_bytes()).hexdigest() if record and record.is_file() else None,
-        "notes": subject.notes,
-        "checks": [c._asdict() for c in checks],
+        "counts": {state: states.count(state) for state in (PASS, FAIL, UNKNOWN, NOT_ASKED)},
+        "record_sha256": preset_sha256(record.parent) if record and record.is_file() else None,
+        "notes": candidate.notes,
+        "checks": [check._asdict() for check in checks],
     }
 
 
 def print_verdict(verdict: dict[str, Any]) -> None:
-    """The readable table."""
+    """Print the verdict as a table."""
     for note in verdict["notes"]:
         print(f"note: {note}")
-    rows = [(c["name"], c["status"], c["detail"]) for c in verdict["checks"]]
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    for name, status, detail in rows:
-        print(f"  {name.ljust(widths[0])}  {status.ljust(widths[1])}  {detail}")
+    names, states = ([check[key] for check in verdict["checks"]] for key in ("name", "status"))
+    for check in verdict["checks"]:
+        print(f"  {check['name']:{max(map(len, names))}}  {check['status']:{max(map(len, states))}}  {check['detail']}")
     word = {True: "legal, as far as it was asked", False: "NOT legal", None: "undecided"}[verdict["legal"]]
-    counts = ", ".join(f"{n} {s}" for s, n in verdict["counts"].items() if n)
+    counts = ", ".join(f"{n} {state}" for state, n in verdict["counts"].items() if n)
     print(f"{verdict['target']} ({verdict['kind']}, {verdict['scale']} size): {word} ({counts})")
 
 
-def command_line() -> argparse.ArgumentParser:
-    """All options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", type=Path, nargs="?", metavar="TARGET", help="record folder, run folder, packed file")
-    parser.add_argument("--all", action="store_true", help="judge every record of every track, writing verdict.json")
-    parser.add_argument("--data", type=Path, metavar="DATA_PATH", help="shards (default: DATA_PATH, or the log's)")
-    parser.add_argument("--source", type=Path, default=ROOT / "train_gpt.py", help="program (default: the one here)")
-    parser.add_argument(
-        "--documents",
-        type=int,
-        default=12,
-        metavar="N",
-        help="documents of the stream for C1 to C4; 0: all (default %(default)s)",
-    )
-    parser.add_argument("--probes", type=int, default=3, metavar="N", help="changed tokens (default %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the verdict there too (records: verdict.json)")
-    return parser
-
-
 def judge_target(args: argparse.Namespace) -> int:
-    """Judge what the command line names and print the verdict: 0 legal, 1 not, 2 a wrong input."""
+    """Judge what the command line names and print the verdict. Return 0 if legal, 1 if not, 2 for a wrong input."""
     started = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(prefix="verify_") as name:
-            subject = open_subject(args, Path(name))
-            verdict = summary(subject, judge(subject, args.documents, args.probes))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ValueError as error:  # the judged program has a UserError of its own
-        if type(error).__name__ != UserError.__name__:
+            candidate = open_candidate(args, Path(name))
+            verdict = summary(candidate, judge(candidate, args.documents, args.probes))
+    except (ValueError, OSError) as error:
+        # The judged program has a UserError class of its own; any other ValueError is a bug.
+        if not isinstance(error, OSError) and type(error).__name__ != "UserError":
             raise
         print(f"error: {error}".replace("\n", "; "), file=sys.stderr)
         return 2
     print_verdict(verdict)
     if args.out:
-        atomic_write(args.out, json.dumps(verdict, indent=1).encode() + b"\n")
+        prepare.write_json(args.out, verdict)
     print("VERDICT " + json.dumps(verdict | {"seconds": round(time.perf_counter() - started, 1)}), flush=True)
     return 0 if verdict["legal"] else 1
 
 
 def main(argv: list[str]) -> int:
-    """Entry point; returns the exit status, with --all the worst."""
-    parser = command_line()
+    """Run the command line; return the exit status, with --all the worst one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, default = parser.add_argument, "(default %(default)s)"
+    add("target", type=Path, nargs="?", metavar="TARGET", help="record folder, run folder or packed file")
+    add("--all", action="store_true", help="judge every record of every track, and write verdict.json")
+    add("--data", type=Path, metavar="DATA_PATH", help="shards (default: DATA_PATH, else the log's)")
+    add("--source", type=Path, default=ROOT / "train_gpt.py", help="program (default: the one here)")
+    add("--documents", type=int, default=12, metavar="N", help=f"documents for C1 to C4; 0: all {default}")
+    add("--probes", type=int, default=3, metavar="N", help=f"changed tokens {default}")
+    add("--out", type=Path, metavar="FILE", help="also write the verdict there (records: verdict.json)")
     args = parser.parse_args(argv)
     if args.all == (args.target is not None):
         parser.error("give one record folder, run folder or packed file, or --all")
     if not args.all:
         return judge_target(args)
-    worst = 0
+    states = []
     for path in sorted((ROOT / "records").glob("track_*/*/record.env")):
         args.target, args.out = path.parent, path.with_name("verdict.json")
-        worst = max(worst, judge_target(args))
-    return worst
+        states.append(judge_target(args))
+    return max(states)
 
 
 if __name__ == "__main__":

@@ -1,248 +1,241 @@
-"""The artifact: named arrays to bytes and back bit for bit, and every way in which a blob can be wrong."""
+"""The artifact: stored tensors to bytes and back bit for bit, and every way in which a blob can be wrong."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
 import struct
 import zlib
 from pathlib import Path
 
+import golden_rules as rules
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, same_stored, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import (
-    ARTIFACT_HEADER,
-    CODECS,
-    CODERS,
-    GPT,
-    Log,
-    Runtime,
-    UserError,
-    load_config,
-    pack_arrays,
-    unpack_arrays,
-)
+from train_gpt import ARTIFACT_HEADER, CODECS, CODERS, GPT, Stored, UserError, load_config, open_blob, pack_stored
 
-PROPERTY = settings(deadline=None, max_examples=80, derandomize=True)
-SETTLED = Runtime(0, 1, torch.device("cpu"), Log(None, True))
-NAMES = tuple(f"blocks.{i}.{part}:gptq:{kind}" for i in (0, 2, 10) for part in ("q", "up") for kind in "qs")
+KEYS = tuple(f"blocks.{i}.{role}:{role}:{how}" for i in (0, 2, 10) for role in ("k", "up") for how in ("gptq", "a+b"))
+
+
+@functools.cache
+def usable() -> tuple[str, ...]:
+    """The codecs whose coders are installed."""
+
+    def works(codec: str) -> bool:
+        try:
+            CODECS[codec].require()
+        except UserError:
+            return False
+        return True
+
+    return tuple(filter(works, CODECS))
 
 
 @st.composite
-def arrays(draw: st.DrawFn) -> dict[str, np.ndarray]:
-    """Some named arrays of any bits: NaN, infinities and negative zero among the floats."""
-    found = {}
-    for name in draw(st.lists(st.sampled_from(NAMES), unique=True, max_size=4)):
-        shape = draw(st.lists(st.integers(0, 5), max_size=3))
-        dtype = np.dtype(draw(st.sampled_from(["int8", "int16", "float16", "float32"])))
-        size = int(np.prod(shape)) * dtype.itemsize
-        found[name] = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), dtype).reshape(shape)
+def tensors(draw: st.DrawFn) -> list[Stored]:
+    """Some stored tensors of any bits: NaN, infinities and negative zero among the floats."""
+    found = []
+    for key in draw(st.lists(st.sampled_from(KEYS), unique=True, max_size=4)):
+        parts = {}
+        for part in draw(st.lists(st.sampled_from("qsw"), unique=True, min_size=1)):
+            shape = draw(st.lists(st.integers(0, 5), max_size=3))
+            dtype = np.dtype(draw(st.sampled_from(["int8", "int16", "float16", "float32"])))
+            size = int(np.prod(shape)) * dtype.itemsize
+            data = bytearray(draw(st.binary(min_size=size, max_size=size)))
+            parts[part] = torch.from_numpy(np.frombuffer(data, dtype).reshape(shape))
+        found.append(Stored.parse(key, parts))
     return found
 
 
-def example() -> dict[str, np.ndarray]:
-    """A blob's worth of small arrays."""
-    grid = np.arange(-6, 6, dtype=np.int8).reshape(3, 4)
-    return {"a.weight:gptq:q": grid, "a.weight:gptq:s": np.linspace(0.1, 1, 3).astype(np.float16)}
+def example() -> list[Stored]:
+    grid = torch.arange(-6, 6, dtype=torch.int8).view(3, 4)
+    return stored({"a.weight:k:gptq": {"q": grid, "s": torch.linspace(0.1, 1, 3).half()}})
 
 
 @functools.cache
 def example_blob(codec: str) -> bytes:
-    return pack_arrays(example(), codec)
-
-
-def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    """Equal names, dtypes, shapes and bits."""
-    return a.keys() == b.keys() and all(
-        (a[n].dtype, a[n].shape, a[n].tobytes()) == (b[n].dtype, b[n].shape, b[n].tobytes()) for n in a
-    )
+    return pack_stored(example(), codec)
 
 
 # There and back
 
 
-def check_round_trip(original: dict[str, np.ndarray], codec: str) -> None:
-    blob = pack_arrays(original, codec)
-    restored = unpack_arrays(blob)
-    assert same(original, restored)
-    assert pack_arrays(dict(reversed(original.items())), codec) == blob, "same input, same bytes"
-    assert all(a.flags.writeable or a.size == 0 for a in restored.values()), "torch warns of read-only memory"
+@given(original=tensors(), codec=st.sampled_from(("brotli", "lzma6", "rans")))
+@settings(deadline=None, max_examples=80, derandomize=True)
+def test_round_trip_is_bitwise(original: list[Stored], codec: str) -> None:
+    blob = pack_stored(original, codec)
+    restored = open_blob(blob).tensors
+    assert same_stored(restored, original) and pack_stored(restored, codec) == blob
 
 
-@given(original=arrays())
-@PROPERTY
-def test_round_trip_is_bitwise_brotli(original: dict[str, np.ndarray]) -> None:
-    check_round_trip(original, "brotli")
+def test_round_trip_of_every_shape_and_type() -> None:
+    shapes = (), (0,), (7,), (0, 3), (3, 0), (1, 5), (5, 1), (2, 3, 4), (2, 0, 4)
+    kinds = list(itertools.product(shapes, (torch.int8, torch.int16, torch.float16, torch.float32)))
+    for part in ("w", "q"):  # of the first stream and of another one
+        every = {
+            f"{i}:k:gptq": {part: torch.arange(np.prod(shape, dtype=int)).view(shape).to(dtype)}
+            for i, (shape, dtype) in enumerate(kinds)
+        }
+        for codec in usable():
+            assert same_stored(open_blob(pack_stored(stored(every), codec)).tensors, stored(every)), (codec, part)
 
 
-@given(original=arrays())
-@settings(PROPERTY, max_examples=15)
-def test_round_trip_is_bitwise_lzma(original: dict[str, np.ndarray]) -> None:
-    check_round_trip(original, "lzma")
-
-
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("shape", [(), (0,), (7,), (0, 3), (3, 0), (1, 5), (5, 1), (2, 3, 4), (2, 0, 4)])
-@pytest.mark.parametrize("dtype", ["int8", "int16", "float16", "float32"])
-def test_round_trip_of_every_shape_and_type(codec: str, shape: tuple[int, ...], dtype: str) -> None:
-    original = {"x": np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)}
-    assert same(original, unpack_arrays(pack_arrays(original, codec)))
-
-
-def test_a_view_is_packed_like_its_copy() -> None:
-    base = np.arange(24, dtype=np.float32).reshape(4, 6)
+def test_views_are_packed_like_copies_and_bytes_lie_by_column_and_significance() -> None:
+    base = torch.arange(24.0).view(4, 6)
     for view in (base.T, base[::2, 1:4], base[:, 3]):
-        assert pack_arrays({"x": view}, "lzma") == pack_arrays({"x": view.copy()}, "lzma")
-
-
-def test_bytes_lie_by_column_and_by_significance() -> None:
+        blobs = [pack_stored(stored({"x:k:fp16": {"w": values}}), "lzma6") for values in (view, view.clone())]
+        assert blobs[0] == blobs[1]
     assert train_gpt.shuffle_bytes(np.array([[1, 2], [3, 4]], np.int8)) == bytes([1, 3, 2, 4])
     assert train_gpt.shuffle_bytes(np.array([0x0102, 0x0304], "<i2")) == bytes([2, 4, 1, 3])
 
 
-def test_layers_of_one_role_lie_together_in_number_order() -> None:
-    stored = list(unpack_arrays(pack_arrays({n: np.zeros(1, np.int8) for n in NAMES}, "lzma")))
-    assert stored == sorted(stored, key=lambda n: (n.split(".")[2], int(n.split(".")[1])))
+def test_like_parts_of_like_weights_lie_together_layer_after_layer() -> None:
+    parts = {"q": torch.zeros(2, 2, dtype=torch.int8), "s": torch.ones(2).half()}
+    given_ = stored({f"{layer}.{role}:{role}:gptq": parts for layer in (0, 2, 10) for role in ("k", "up")})
+    (stream,) = open_blob(pack_stored(given_, "lzma6")).streams
+    found = [(part, key.split(":")[0]) for key, part in stream.arrays]
+    assert found == [(part, f"{layer}.{role}") for part in "qs" for role in ("k", "up") for layer in (0, 2, 10)]
 
 
 def test_blob_says_how_to_open_itself() -> None:
-    for number, codec in ((1, "brotli"), (2, "lzma")):
-        magic, version, stored, size, crc = ARTIFACT_HEADER.unpack_from(example_blob(codec))
-        payload = example_blob(codec)[ARTIFACT_HEADER.size :]
-        assert (magic, version, stored) == (b"PGLF", 2, number) and size == len(payload)
-        assert crc == zlib.crc32(example_blob(codec)[: ARTIFACT_HEADER.size - 4] + payload)
+    for codec in usable():
+        blob = example_blob(codec)
+        magic, version, number, size, crc = ARTIFACT_HEADER.unpack_from(blob)
+        payload = blob[ARTIFACT_HEADER.size :]
+        assert (magic, version, number, size) == (b"PGLF", 3, CODECS[codec].number, len(payload)), codec
+        assert crc == zlib.crc32(blob[: ARTIFACT_HEADER.size - 4] + payload), codec
+
+
+def test_keys_name_role_scheme_and_repairs() -> None:
+    for key in ("blocks.3.attn.q.weight:q:gptq", "a:embed:awq_lite+lqer", "a:up:gptq+lqer+lqer"):
+        tensor = Stored.parse(key, {})
+        assert tensor.key() == key and tensor.encoding() == key.split(":")[2]
+    assert (tensor.name, tensor.role, tensor.scheme, tensor.repairs) == ("a", "up", "gptq", ("lqer", "lqer"))
+    for key in ("", "a", "a:gptq", "a:b:c:d"):
+        with pytest.raises(ValueError, match="unpack"):
+            Stored.parse(key, {})
 
 
 # Wrong blobs
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_every_truncation_is_a_user_error(codec: str) -> None:
-    blob = example_blob(codec)
-    for size in range(len(blob)):
-        with pytest.raises(UserError, match="^place: "):
-            unpack_arrays(blob[:size], "place")
-    with pytest.raises(UserError, match="truncated or padded"):
-        unpack_arrays(blob + b"\0", "place")
+def test_every_truncation_and_every_changed_bit_is_a_user_error() -> None:
+    for codec in usable():
+        blob = example_blob(codec)
+        for size in range(len(blob)):
+            with pytest.raises(UserError, match="^place: "):
+                open_blob(blob[:size], "place")
+        with pytest.raises(UserError, match="truncated or padded"):
+            open_blob(blob + b"\0", "place")
+        for position, mask in itertools.product(range(len(blob)), (1, 2, 4, 8, 16, 32, 64, 128, 255)):
+            damaged = bytearray(blob)
+            damaged[position] ^= mask
+            with pytest.raises(UserError, match="^place: "):
+                open_blob(bytes(damaged), "place")
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_every_change_of_a_head_byte_is_a_user_error(codec: str) -> None:
-    blob = example_blob(codec)
-    for position, mask in itertools.product(range(ARTIFACT_HEADER.size), range(1, 256)):
-        damaged = bytearray(blob)
-        damaged[position] ^= mask
-        with pytest.raises(UserError):
-            unpack_arrays(bytes(damaged))
-
-
-@pytest.mark.parametrize("codec", CODECS)
-@given(data=st.data(), mask=st.integers(1, 255))
-@PROPERTY
-def test_changed_byte_anywhere_is_a_user_error(codec: str, data: st.DataObject, mask: int) -> None:
-    blob = bytearray(example_blob(codec))
-    blob[data.draw(st.integers(0, len(blob) - 1))] ^= mask
-    with pytest.raises(UserError):
-        unpack_arrays(bytes(blob))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda blob: b"PK\x03\x04" + blob[4:], "not a model artifact of this program"),
-        (lambda blob: b"", "not a model artifact of this program"),
-        (lambda blob: blob[:4] + b"\x03" + blob[5:], "artifact version 3, this program reads 2"),
-        (lambda blob: blob[:5] + b"\x09" + blob[6:], "unknown codec number 9"),
-        (lambda blob: blob[:-1], "truncated or padded"),
-        (lambda blob: blob[:-1] + bytes([blob[-1] ^ 1]), "checksum"),
-    ],
-)
-def test_each_fault_has_its_words(tmp_path: Path, change: object, words: str) -> None:
-    path = tmp_path / "model.bin"
-    path.write_bytes(change(example_blob("lzma")))
-    with pytest.raises(UserError, match=words) as refused:
-        train_gpt.load_artifact(path)
-    assert str(refused.value).startswith(str(path)) and "\n" not in str(refused.value)
-
-
-def sealed(raw: bytes, codec: str = "lzma") -> bytes:
-    """A blob whose head is right whatever its content is."""
-    stream = CODERS[codec].encode(raw)
-    payload = struct.pack("<BI", 1, len(stream)) + stream
-    return train_gpt.seal(CODECS[codec].number, payload)
-
-
-@pytest.mark.parametrize(
-    "blob",
-    [
-        sealed(b""),
-        sealed(struct.pack("<I", 2) + b"no"),
-        pack_arrays({"no scheme": np.zeros(1, np.int8)}, "lzma"),
-        pack_arrays({"w:unheard:q": np.zeros(1, np.int8)}, "lzma"),
-        pack_arrays({"w:gptq:q": np.zeros((1, 1), np.int8)}, "lzma"),
-    ],
-    ids=["empty", "index is no JSON", "no scheme", "unknown scheme", "part missing"],
-)
-def test_blob_of_another_program_with_a_right_checksum_is_a_user_error(tmp_path: Path, blob: bytes) -> None:
-    (tmp_path / "model.bin").write_bytes(blob)
-    with pytest.raises(UserError):
-        train_gpt.load_artifact(tmp_path / "model.bin")
-
-
-def test_missing_artifact_says_what_to_run(tmp_path: Path) -> None:
+def test_each_fault_has_its_words(tmp_path: Path) -> None:
+    path, blob = tmp_path / "model.bin", example_blob("lzma")
+    for damaged, words in (
+        (b"PK\x03\x04" + blob[4:], "not a model artifact of this program"),
+        (b"", "not a model artifact of this program"),
+        (blob[:4] + b"\x02" + blob[5:], "artifact version 2, this program reads 3"),
+        (blob[:5] + b"\x09" + blob[6:], "unknown codec number 9"),
+        (blob[:-1], "truncated or padded"),
+        (blob[:-1] + bytes([blob[-1] ^ 1]), "checksum"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=words) as refused:
+            train_gpt.load_artifact(path)
+        assert str(refused.value).startswith(str(path)) and "\n" not in str(refused.value)
     with pytest.raises(UserError, match="no such artifact; run STAGES=train,quantize"):
-        train_gpt.load_artifact(tmp_path / "model.bin")
+        train_gpt.load_artifact(tmp_path / "none.bin")
+
+
+def sealed(index: object, data: bytes = b"", length: int | None = None, sizes: tuple[int, ...] | None = None) -> bytes:
+    """A blob with a right checksum whatever it holds; `length` of its index and `sizes` of its streams may be wrong."""
+    text = index if isinstance(index, bytes) else json.dumps(index).encode()
+    stream = CODERS["lzma6"].encode(struct.pack("<I", len(text) if length is None else length) + text + data)
+    sizes = (len(stream),) if sizes is None else sizes
+    payload = struct.pack(f"<B{len(sizes)}I", len(sizes), *sizes) + stream
+    return train_gpt.seal(CODECS["lzma6"].number, payload)
+
+
+def test_blobs_of_another_program_with_a_right_checksum_are_user_errors(tmp_path: Path) -> None:
+    def one(dtype: str = "|i1", shape: object = (1, 1), key: str = "w:k:gptq", stream: str = "") -> list:
+        return [[key, {"q": [stream, dtype, shape]}]]
+
+    path = tmp_path / "model.bin"
+    for name, blob in {
+        "no payload": train_gpt.seal(2, b""),
+        "no stream": sealed([], sizes=()),
+        "sizes past the end": sealed([], sizes=(4, 2**32 - 1)),
+        "a size too small": sealed([], sizes=(4,)),
+        "no index": train_gpt.seal(4, struct.pack("<BI", 1, 0)),
+        "index past the end": sealed([], length=2**31),
+        "index is no JSON": sealed(b"no"),
+        "index of another kind": sealed({"a": 1}),
+        "too few bytes": sealed(one(), b""),
+        "too many bytes": sealed(one(), b"ab"),
+        "huge shape": sealed(one(shape=(2**40, 2**40)), b"a"),
+        "negative shape": sealed([*one(shape=(-1,)), *one(shape=(2,), key="v:k:gptq")], b"a"),
+        "shape of text": sealed(one(shape="ab"), b"a"),
+        "unknown dtype": sealed(one(dtype="|x9"), b"a"),
+        "objects": sealed(one(dtype="|O"), b"12345678"),
+        "one stream more": sealed(one(stream="k"), b"a"),
+        "no role": sealed(one(key="w:gptq"), b"a"),
+        "unknown scheme": sealed(one(key="w:k:unheard"), b"a"),
+        "unknown repair": sealed(one(key="w:k:gptq+unheard"), b"a"),
+        "a part is missing": sealed(one(), b"a"),
+    }.items():
+        path.write_bytes(blob)
+        try:
+            pytest.fail(f"{name}: {train_gpt.load_artifact(path)}")
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error), name
 
 
 def test_missing_brotli_names_the_package_and_does_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     blob = example_blob("brotli")
     monkeypatch.setattr(train_gpt, "brotli", None)
-    for use in (lambda: pack_arrays(example(), "brotli"), lambda: unpack_arrays(blob)):
+    for use in (lambda: pack_stored(example(), "brotli"), lambda: open_blob(blob)):
         with pytest.raises(UserError, match="pip install brotli"):
             use()
-    assert same(example(), unpack_arrays(pack_arrays(example(), "lzma")))
+    assert same_stored(open_blob(pack_stored(example(), "lzma")).tensors, example())
 
 
 # A model
 
 
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    """A tiny model with every tensor away from zero."""
-    model = GPT(load_config(TINY)).init_weights(3)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-@pytest.mark.parametrize("codec", ["brotli", "lzma"])  # pergroup: test_codecs.py
-def test_saved_model_loads_bit_for_bit_as_what_was_quantised(tmp_path: Path, model: GPT, codec: str) -> None:
-    cfg = load_config({**TINY, "MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise", "COMPRESSOR": codec})
-    state = model.state_dict()
-    parts = train_gpt.quantize(cfg, SETTLED, state, {})
-    size = train_gpt.save_artifact(tmp_path / "model.bin", parts, cfg.compressor)
-    assert size == (tmp_path / "model.bin").stat().st_size and [p.name for p in tmp_path.iterdir()] == ["model.bin"]
-    loaded, wanted = train_gpt.load_artifact(tmp_path / "model.bin"), train_gpt.dequantize(parts)
-    assert loaded.keys() == wanted.keys() == state.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(loaded[name], tensor) and loaded[name].dtype == torch.float32, name
-        assert tensor.shape == state[name].shape, name
+def test_a_saved_model_loads_bit_for_bit_as_what_was_quantised(tmp_path: Path) -> None:
+    cfg = load_config({**TINY, "MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise"})
+    generator, state = torch.Generator().manual_seed(4), GPT(cfg).init_weights(3).state_dict()
+    state = {name: w + 0.05 * torch.randn(w.shape, generator=generator) for name, w in state.items()}
+    tensors_, path = train_gpt.quantize(cfg, rules.runtime(), state, {}), tmp_path / "model.bin"
+    wanted = train_gpt.dequantize(tensors_)
+    for codec in ("brotli", "lzma"):  # pergroup and rans: test_codecs.py
+        size = train_gpt.save_artifact(path, tensors_, codec)
+        assert size == path.stat().st_size and list(tmp_path.iterdir()) == [path], codec
+        assert same_stored(train_gpt.read_artifact(path), tensors_), codec
+        loaded = train_gpt.load_artifact(path)
+        assert list(loaded) == list(wanted) == list(state), codec
+        for name, weight in wanted.items():
+            assert torch.equal(loaded[name], weight) and loaded[name].dtype == torch.float32, (codec, name)
+            assert weight.shape == state[name].shape, name
     other = GPT(cfg).init_weights(9)
     train_gpt.fill_model(other, loaded, "model.bin")
     assert all(torch.equal(p, wanted[name]) for name, p in other.named_parameters())
 
 
-def test_weights_of_another_model_are_refused_by_the_first_difference(model: GPT) -> None:
+def test_weights_of_another_model_are_refused_by_the_first_difference() -> None:
+    model, name = GPT(load_config(TINY)).init_weights(3), "blocks.1.attn.k.weight"
     state, before = dict(model.state_dict()), model.tok_emb.weight.clone()
-    name = "blocks.1.attn.k.weight"
     for wrong, words in (
         ({**state, name: torch.zeros(3, 4)}, r"has shape \(3, 4\) there, \(16, 32\) in this configuration"),
         ({n: t for n, t in state.items() if n != name}, "has shape None there"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import lzma
 import shutil
@@ -11,43 +12,32 @@ import golden_rules as rules
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, same_stored, stored
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import CODECS, UserError, load_config, pack_arrays, unpack_arrays
+from train_gpt import CODECS, UserError, load_config, open_blob, pack_stored
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "quant.json").read_text(encoding="utf-8"))["entries"]
-PERGROUP = CODECS["pergroup"]
 needs_lrzip = pytest.mark.skipif(shutil.which("lrzip") is None, reason="the program lrzip is not installed")
 
 
-def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    """Equal names, dtypes, shapes and bits."""
-    return a.keys() == b.keys() and all(
-        (a[n].dtype, a[n].shape, a[n].tobytes()) == (b[n].dtype, b[n].shape, b[n].tobytes()) for n in a
-    )
-
-
-def model_arrays(scheme: str = "gptq", layers: int = 3) -> dict[str, np.ndarray]:
-    """Arrays as a small quantised model has them."""
+def model_tensors(encoding: str = "gptq", layers: int = 3) -> list[train_gpt.Stored]:
+    """The tensors of a small quantised model."""
     rng = np.random.default_rng(0)
 
-    def matrix(rows: int, cols: int) -> np.ndarray:
-        return np.round(3 * rng.standard_normal((rows, cols))).astype(np.int8)
+    def matrix(rows: int, cols: int) -> torch.Tensor:
+        return torch.from_numpy(np.round(3 * rng.standard_normal((rows, cols))).astype(np.int8))
 
-    shapes = {"attn.q": (16, 16), "attn.k": (8, 16), "attn.v": (8, 16), "attn.o": (16, 16), "mlp.up": (48, 16)}
-    found = {
-        f"tok_emb.weight:{scheme}:q": matrix(40, 16),
-        "skips.weights:fp16:w": rng.random((4, 16)).astype(np.float16),
-    }
+    shapes = {"q": (16, 16), "k": (8, 16), "v": (8, 16), "o": (16, 16), "up": (48, 16), "down": (16, 48)}
+    found = {f"tok_emb.weight:embed:{encoding}": {"q": matrix(40, 16)}}
+    found["skips.weights:scale:fp16"] = {"w": torch.rand(4, 16).half()}
     for layer in range(layers):
-        for part, shape in (shapes | {"mlp.down": (16, 48)}).items():
-            found[f"blocks.{layer}.{part}.weight:{scheme}:q"] = matrix(*shape)
-            found[f"blocks.{layer}.{part}.weight:{scheme}:s"] = rng.random(shape[0]).astype(np.float16)
-        found[f"blocks.{layer}.attn.gate.weight:int8_row:q"] = matrix(8, 12)
-    return found
+        for role, shape in shapes.items():
+            found[f"{layer}.{role}:{role}:{encoding}"] = {"q": matrix(*shape), "s": torch.rand(shape[0]).half()}
+        found[f"{layer}.gate:dense_gate:int8_row"] = {"q": matrix(8, 12)}
+    return stored(found)
 
 
 # Row order
@@ -83,56 +73,52 @@ def test_row_order_is_the_greedy_walk_with_ties_to_the_first(seed: int, rows: in
 
 
 def test_rows_are_sorted_and_sorted_back() -> None:
-    arrays = model_arrays()
-    found = train_gpt.sort_rows(arrays, PERGROUP.sorted_rows)
-    orders = {n.removesuffix(":order"): a for n, a in found.items() if n.endswith(":order")}
-    assert sorted(orders) == sorted(n for n in arrays if n.endswith(":q") and ("tok_emb" in n or ".q.weight" in n))
-    for name, order in orders.items():
-        assert order.dtype == np.uint16 and order[0] == 0 and order.tolist() != sorted(order)
-        assert np.array_equal(found[name], arrays[name][order])
-    assert same(train_gpt.unsort_rows(found), arrays)
+    for tensor in model_tensors():
+        if "q" in tensor.parts:
+            found = train_gpt.sort_rows(tensor.parts)
+            order = found["order"].long()
+            assert found["order"].dtype == torch.uint16 and order[0] == 0 and not torch.equal(order, order.sort()[0])
+            assert torch.equal(found["q"], tensor.parts["q"][order]), tensor.name
+            restored = dataclasses.replace(tensor, parts=train_gpt.unsort_rows(found))
+            assert same_stored([restored], [tensor]), tensor.name
 
 
 # Streams
 
 
-def test_each_role_has_a_stream_and_the_rest_is_the_first() -> None:
-    names = list(train_gpt.sort_rows(model_arrays("awq_lite+lqer"), PERGROUP.sorted_rows))
-    streams = {name: PERGROUP.stream_of(name) for name in names}
-    roles = ["tok_emb", *(f"blocks.1.{part}" for part in "attn.q attn.k attn.v attn.o mlp.up mlp.down".split())]
-    assert [streams[f"{role}.weight:awq_lite+lqer:q"] for role in roles] == list(range(1, 8))
-    rest = {name for name, stream in streams.items() if stream == 0}
-    assert rest == {n for n in names if n.endswith((":s", ":w", ":order")) or "gate" in n}
-
-
-def test_lzma_presets_round_trip_and_differ() -> None:
-    rows = np.random.default_rng(1).integers(-8, 8, (300, 64)).astype(np.int8)
-    arrays = {"blocks.0.attn.q.weight:gptq_lite:q": rows, "skips.weights:fp16:w": np.ones(5, np.float16)}
-    blobs = {codec: pack_arrays(arrays, codec) for codec in ("lzma", "lzma6")}
-    for blob in blobs.values():
-        assert all(np.array_equal(a, arrays[n]) for n, a in unpack_arrays(blob).items())
-    assert train_gpt.CODERS["lzma6"].encode(b"xy" * 100) == lzma.compress(b"xy" * 100, preset=6)
-    assert blobs["lzma6"] != blobs["lzma"]
-
-
-def test_other_codecs_sort_nothing() -> None:
-    for codec in (CODECS["brotli"], CODECS["lzma"]):
-        assert not codec.sort_hidden and not codec.sorted_rows
-    assert {CODECS["lzma"].stream_of(name) for name in model_arrays()} == {0}
-    assert [len(CODECS[name].coders()) for name in ("brotli", "lzma", "pergroup")] == [8, 1, 8]
+def test_integers_have_the_stream_of_their_role_and_all_else_is_in_the_first() -> None:
+    tensors, roles = model_tensors("awq_lite+lqer"), "embed q k v o up down".split()
+    for codec, names in {"brotli": roles, "pergroup": roles, "rans": ["integers"], "lzma": [], "lzma6": []}.items():
+        if codec == "pergroup" and shutil.which("lrzip") is None:
+            continue
+        first, *others = open_blob(pack_stored(tensors, codec)).streams
+        assert [stream.name for stream in others] == names and first.name == "", codec
+        assert {stream.coder for stream in others} <= {CODECS[codec].integer_coder}, codec
+        for name, _, _, arrays in others:
+            owners = [train_gpt.Stored.parse(key, {}) for key, _ in arrays]
+            assert {part for _, part in arrays} == {"q"} and (name == "integers" or {t.role for t in owners} == {name})
+            order = [t.name for t in tensors if t.name in {owner.name for owner in owners}]
+            assert [owner.name for owner in owners] == order, "layer after layer"
+        ordered = {key.split(":")[1] for key, part in first.arrays if part == "order"}
+        assert ordered == ({"embed", "q"} if codec == "pergroup" else set()), codec
     assert len({codec.number for codec in CODECS.values()}) == len(CODECS)
+
+
+def test_lzma_presets_differ() -> None:
+    for name, options in {"lzma6": {"preset": 6}, "lzma": {"preset": 9 | lzma.PRESET_EXTREME}}.items():
+        assert train_gpt.CODERS[name].encode(b"xy" * 100) == lzma.compress(b"xy" * 100, **options), name
 
 
 @needs_lrzip
 def test_round_trip_is_bitwise_and_the_same_bytes_again() -> None:
-    arrays = model_arrays()
-    blob = pack_arrays(arrays, "pergroup")
-    assert same(unpack_arrays(blob), arrays)
-    assert pack_arrays(dict(reversed(arrays.items())), "pergroup") == blob
-    for shape in (1, 1), (3, 0), (0, 3), (5,), (2, 2, 2):
-        names = "tok_emb.weight:gptq:q", "blocks.0.attn.k.weight:gptq:q"
-        arrays = {name: np.ones(shape, np.int8) for name in names}
-        assert same(unpack_arrays(pack_arrays(arrays, "pergroup")), arrays), shape
+    tensors = model_tensors()
+    blob = pack_stored(tensors, "pergroup")
+    again = open_blob(blob).tensors
+    assert same_stored(again, tensors) and pack_stored(again, "pergroup") == blob
+    for shape in (1, 1), (3, 0), (0, 3):
+        q = {"q": torch.ones(shape, dtype=torch.int8)}
+        tensors = stored({"tok_emb.weight:embed:gptq": q, "blocks.0.attn.k.weight:k:gptq": q})
+        assert same_stored(open_blob(pack_stored(tensors, "pergroup")).tensors, tensors), shape
 
 
 @needs_lrzip
@@ -150,9 +136,9 @@ def test_quantised_model_survives(codec: str, tmp_path: Path) -> None:
     cfg = load_config({**TINY, **knobs, "COMPRESSOR": codec, "SCALE_STEP": "0.02" if codec == "rans" else "0"})
     model = train_gpt.GPT(cfg).init_weights(3)
     state = {name: w + 0.05 * torch.randn(w.shape) for name, w in model.state_dict().items()}
-    parts = train_gpt.quantize(cfg, rules.runtime(), state, {})
-    size = train_gpt.save_artifact(tmp_path / "model.bin", parts, codec)
-    loaded, wanted = train_gpt.load_artifact(tmp_path / "model.bin"), train_gpt.dequantize(parts)
+    tensors = train_gpt.quantize(cfg, rules.runtime(), state, {})
+    size = train_gpt.save_artifact(tmp_path / "model.bin", tensors, codec)
+    loaded, wanted = train_gpt.load_artifact(tmp_path / "model.bin"), train_gpt.dequantize(tensors)
     assert size == (tmp_path / "model.bin").stat().st_size and loaded.keys() == wanted.keys()
     assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
 
@@ -167,10 +153,10 @@ def test_missing_lrzip_names_the_package_and_stops_a_run_before_it_trains(
     knobs = TINY | {"COMPRESSOR": "pergroup", "DATA_PATH": str(tiny_data), "ARTIFACT_DIR": str(folder), "DEVICE": "cpu"}
     for name, value in (knobs | {"PATH": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
-    for use in (PERGROUP.need, lambda: pack_arrays(model_arrays(), "pergroup")):
+    for use in (CODECS["pergroup"].require, lambda: pack_stored(model_tensors(), "pergroup")):
         with pytest.raises(UserError, match="needs the program lrzip.*apt install lrzip"):
             use()
-    assert same(unpack_arrays(pack_arrays(model_arrays(), "lzma")), model_arrays())
+    assert pack_stored(model_tensors(), "lzma")
     assert train_gpt.main([]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: COMPRESSOR=pergroup needs the program lrzip")
@@ -179,9 +165,9 @@ def test_missing_lrzip_names_the_package_and_stops_a_run_before_it_trains(
 
 def test_payload_of_another_codec_is_a_user_error() -> None:
     for codec, other in ("brotli", 2), ("pergroup", 2), ("lzma", 3), ("lzma", 1):
-        blob = bytearray(pack_arrays({"skips.weights:fp16:w": np.ones(3, np.float16)}, codec))
+        blob = bytearray(pack_stored(stored({"skips.weights:scale:fp16": {"w": torch.ones(3).half()}}), codec))
         blob[5] = other
         with pytest.raises(UserError, match="^here: damaged: the checksum"):
-            unpack_arrays(bytes(blob), "here")
+            open_blob(bytes(blob), "here")
         with pytest.raises(UserError, match="^here: damaged: the payload does not decode"):
-            unpack_arrays(train_gpt.seal(other, bytes(blob[train_gpt.ARTIFACT_HEADER.size :])), "here")
+            open_blob(train_gpt.seal(other, bytes(blob[train_gpt.ARTIFACT_HEADER.size :])), "here")

@@ -236,6 +236,7 @@ ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, a
     ({"TCQ_STATES": "5"}, "TCQ_STATES=5"),
     ({"MATRIX_QUANT": "gptq_tcq", "MATRIX_BITS": "8", "COMPRESSOR": "rans"}, "are at most 7"),
     ({"MATRIX_QUANT": "gptq_tcq"}, "COMPRESSOR=brotli"),
+    ({"TTT_LORA_SITES": ""}, "TTT_LORA_SITES is empty"),
     ({"TTT_TRAINABLE": ""}, "TTT_TRAINABLE is empty"),
 )
 

@@ -1,4 +1,4 @@
-"""data/download.py against a local stand-in of the hub: its file listing, its download addresses, its byte ranges."""
+"""data/download.py against a local stand-in for the hub: its file listing, download addresses and byte ranges."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import download
 import huggingface_hub
 import numpy as np
 import pytest
-from download import SHARD_SETS, DownloadError, ShardSet
+from download import SHARD_SETS, ShardSet
 from prepare import shard_header
+
+from train_gpt import UserError
 
 COMMIT = "c" * 40
 ROOT = "datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved/"
@@ -28,7 +30,7 @@ def shard(tokens: np.ndarray) -> bytes:
 
 
 def hub_files() -> dict[str, bytes]:
-    """A repository with the layout of the published CaseOps set, and things beside it that do not belong to it."""
+    """A repository with the layout of the published CaseOps set, and files that do not belong to the set."""
     rng = np.random.default_rng(5)
     val = rng.integers(4, 8192, 30)
     val[0] = 1
@@ -47,7 +49,7 @@ def hub_files() -> dict[str, bytes]:
 
 
 class Hub(ThreadingHTTPServer):
-    """What the hub client needs: the commit of a branch, the tree of a commit, HEAD and GET of files with ranges."""
+    """Serves what the hub client asks for: a branch's commit, a commit's tree, HEAD and GET with ranges for files."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -185,7 +187,7 @@ def test_broken_connection_continues_where_it_stopped(
 
 def test_failure_keeps_what_is_complete(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
     hub.gone = {"fineweb_train_000001.bin"}
-    with pytest.raises(DownloadError, match="run again to resume") as caught:
+    with pytest.raises(UserError, match="run again to resume") as caught:
         download.download(tiny, tmp_path, 3, hub.url)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "manifest.json").exists()
@@ -196,24 +198,24 @@ def test_failure_keeps_what_is_complete(tmp_path: Path, hub: Hub, tiny: ShardSet
 
 
 def test_wrong_counts_stop_before_the_training_shards(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
-    with pytest.raises(DownloadError, match="24 validation targets; the canonical set has 32"):
+    with pytest.raises(UserError, match="24 validation targets; the canonical set has 32"):
         download.download(replace(tiny, targets=32), tmp_path, 3, hub.url)
     assert not any("train" in name for name in hub.fetched())
-    with pytest.raises(DownloadError, match="counts 300 bytes for the targets; canonical are 276"):
+    with pytest.raises(UserError, match="counts 300 bytes for the targets; the canonical set has 276"):
         download.download(replace(tiny, target_bytes=276), tmp_path, 3, hub.url)
     assert not any("train" in name for name in hub.fetched())
 
 
 def test_hub_without_the_files(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
-    with pytest.raises(DownloadError, match="--train-shards 4: .* has 3 training shards"):
+    with pytest.raises(UserError, match="--train-shards 4: .* has 3 training shards"):
         download.download(tiny, tmp_path, 4, hub.url)
     hub.files["moved/caseops_v2/fineweb_val_000000.bin"] = b"a second one"
-    with pytest.raises(DownloadError, match=r"holds fineweb_val_000000\.bin twice"):
+    with pytest.raises(UserError, match=r"holds fineweb_val_000000\.bin twice"):
         download.download(tiny, tmp_path, 1, hub.url)
     hub.files.clear()
-    with pytest.raises(DownloadError, match=r"holds no fineweb_val_000000\.bin"):
+    with pytest.raises(UserError, match=r"holds no fineweb_val_000000\.bin"):
         download.download(tiny, tmp_path, 1, hub.url)
-    with pytest.raises(DownloadError, match="someone/else"):
+    with pytest.raises(UserError, match="someone/else"):
         download.download(replace(tiny, repo="someone/else"), tmp_path, 1, hub.url)
 
 
@@ -222,41 +224,45 @@ def test_local_files_are_compared_with_the_hub(tmp_path: Path, hub: Hub, tiny: S
     path = tmp_path / "fineweb_train_000000.bin"
     raw = path.read_bytes()
     path.write_bytes(raw[:-2])
-    with pytest.raises(DownloadError, match="remove it and run again"):
+    with pytest.raises(UserError, match="remove it and run again"):
         download.download(tiny, tmp_path, 1, hub.url)
     path.write_bytes(raw[:-2] + b"\1\1")
-    with pytest.raises(DownloadError, match="SHA-256 .* remove it and run again"):
+    with pytest.raises(UserError, match="SHA-256 .* remove it and run again"):
         download.download(tiny, tmp_path, 1, hub.url)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"fineweb_train_000000.bin": b"short"}, "shorter than the header"),
-        ({"fineweb_train_000000.bin": shard_header(9) + bytes(4)}, "promises 9 tokens"),
-        ({"fineweb_train_000000.bin": bytes(1030)}, "magic 0"),
-        ({"fineweb_train_000000.bin": shard(np.full(3, 8192))}, "token 8192 in a vocabulary of 8192"),
-        ({"fineweb_train_000000.bin": None}, r"fineweb_train_000000\.bin is missing"),
-        ({"fineweb_val_000000.bin": None}, "no validation shard"),
-        ({"fineweb_val_000000.bin": shard(np.full(30, 7))}, "starts with token 7"),
-        ({"fineweb_val_bytes_000000.bin": shard(np.zeros(29))}, "differ in number or length"),
-        ({"fineweb_val_bytes_000000.bin": None}, "differ in number or length"),
-        ({"other.model": b""}, "exactly one tokenizer"),
-    ],
-)
-def test_verify_only(tmp_path: Path, tiny: ShardSet, change: dict[str, bytes | None], message: str) -> None:
-    for path, raw in hub_files().items():
-        name = tiny.local_name(path)
-        if name is not None:
-            (tmp_path / name).write_bytes(raw)
+def test_verify_only_names_what_is_wrong(tmp_path: Path, tiny: ShardSet) -> None:
+    files = {name: raw for path, raw in hub_files().items() if (name := tiny.local_name(path))}
+    train, val, sidecar = (f"fineweb_{kind}_000000.bin" for kind in ("train", "val", "val_bytes"))
+    model = next(name for name in files if name.endswith(".model"))
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
     assert download.verify(tmp_path, tiny)["train_tokens"] == 300_003
-    for name, raw in change.items():
+    for name, raw, message in (
+        (train, b"short", rf"{train}: not a shard"),
+        (train, shard_header(9) + bytes(4), rf"{train}: .*promises 9 tokens"),
+        (train, bytes(1030), rf"{train}: not a shard"),
+        (train, shard(np.full(3, 8192)), rf"{train}: token id 8192 is outside"),
+        (train, None, rf"{train} is missing"),
+        ("fineweb_train_000001.bin", None, r"fineweb_train_000001\.bin is missing"),
+        (val, None, r"has no fineweb_val_\*\.bin"),
+        (val, shard(np.full(30, 7)), r"starts with token \[7\]"),
+        (val, shard(np.zeros(0)), r"starts with token \[\]"),
+        (sidecar, shard(np.zeros(29)), "differ in number or length"),
+        (sidecar, None, "differ in number or length"),
+        (model, None, "exactly one tokenizer, the set's; found none"),
+        ("other.model", b"", "exactly one tokenizer, the set's; found .*, other.model"),
+    ):
         if raw is None:
             (tmp_path / name).unlink()
         else:
             (tmp_path / name).write_bytes(raw)
-    with pytest.raises(DownloadError, match=message):
-        download.verify(tmp_path, tiny)
+        with pytest.raises(UserError, match=message):
+            download.verify(tmp_path, tiny)
+        (tmp_path / name).unlink(missing_ok=True)
+        if name in files:
+            (tmp_path / name).write_bytes(files[name])
+    assert download.verify(tmp_path, tiny)["train_tokens"] == 300_003, "every change was taken back"
 
 
 def test_names_of_the_published_layouts() -> None:

@@ -177,8 +177,9 @@ def test_a_later_token_leaves_earlier_logits_bit_equal() -> None:
 
 def test_fresh_adapters_change_no_bit_and_reach_the_first_values() -> None:
     model, ids = everything(ttt_lora_rank=2), sample(2, 12, [0])
-    lora = train_gpt.BatchedLoRA(model.cfg, model, 2)
-    lora.reset(0, (0, 1))
+    lora = train_gpt.Adapters(model.cfg, rules.runtime(), model, 2)
+    for row in (0, 1):
+        lora.renew(row, row)
     before = model(ids)
     assert torch.equal(model(ids, None, None, lora), before)
     with torch.no_grad():

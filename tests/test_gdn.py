@@ -617,13 +617,14 @@ def test_value_embeddings_need_attention() -> None:
 
 
 def test_adapters_on_delta_nets() -> None:
-    cfg = train_gpt.Config(**TOY, ttt_lora_rank=2, ttt_k_lora=False)
+    cfg = train_gpt.Config(**TOY, ttt_lora_rank=2, ttt_lora_sites=("q", "v", "attn", "mlp", "head"))
     model, ids = toy(), sample(2, 40, [0])
     names = [name for name, slot, _ in train_gpt.lora_sites(cfg, model) if slot == 0]
     assert names[:3] == ["qkv", "attn", "mlp"]
     assert [n for n, slot, _ in train_gpt.lora_sites(cfg, model) if slot == 1] == ["q", "v", "attn", "mlp"]
-    lora = train_gpt.BatchedLoRA(cfg, model, 2)
-    lora.reset(1, (0, 1))
+    lora = train_gpt.Adapters(cfg, rules.runtime(), model, 2)
+    for row in (0, 1):
+        lora.renew(row, row)
     plain = model(ids)
     assert torch.equal(model(ids, taps=lora), plain)
     model(ids, ids, taps=lora).backward()

@@ -437,7 +437,8 @@ def test_averages() -> None:
 
 def qat_scale(weight: Tensor, rule: QuantRule, cfg: Config) -> Tensor:
     """The scales (rows,) of what a forward pass sees in training."""
-    return train_gpt.SCHEMES[rule.scheme].steps(weight, rule, cfg)
+    scheme = train_gpt.SCHEMES[rule.scheme]
+    return (scheme.qat_scale or scheme.scale)(weight, rule, cfg)
 
 
 @rules.each("qat", "ngram")
@@ -489,20 +490,11 @@ def encode(weight: Tensor, rule: QuantRule, cfg: Config) -> dict[str, Tensor]:
 
 def gptq(weight: Tensor, H: Tensor, bits: int | list[int], clip: float, blocksize: int) -> tuple[Tensor, Tensor]:
     """GPTQ's integers (rows, cols) int32, and the scales (rows, 1) float64; bits: of all rows, or of each."""
-    bits = torch.tensor(bits) if isinstance(bits, list) else bits
-    scale = train_gpt.row_scales(weight, bits, clip)
+    bits = torch.tensor(bits)[:, None] if isinstance(bits, list) else bits
+    scale = train_gpt.row_scales(weight, bits, clip)[:, None]
     q = train_gpt.gptq(weight, H, scale, bits, 0.01, blocksize)
     assert q.dtype == torch.int8
-    return q.int(), scale.double()[:, None]
-
-
-def quantised(
-    cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]
-) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
-    """Name -> its parts and its decoded value, of a quantised state dict."""
-    parts = train_gpt.quantize(cfg, rules.runtime(), state, hessians)
-    restored = train_gpt.dequantize(parts)
-    return {key.split(":")[0]: (found, restored[key.split(":")[0]]) for key, found in parts.items()}
+    return q.int(), scale.double()
 
 
 def test_clip_search_and_row_quantile() -> None:
@@ -588,7 +580,7 @@ def test_frequent_rows(golden: rules.Entry, tmp_path: Path) -> None:
     assert int(counts.sum()) == want["scanned_tokens"] and counts[:16].tolist() == want["counts_first16"]
     assert int(counts.square().sum()) == want["counts_sum_squares"]
     rule = train_gpt.refined_plan(cfg, {}, {train_gpt.COUNTS: counts})["tok_emb.weight"]
-    frequent = frequent_rows(rule)
+    frequent = rule.frequent_rows
     assert (rule.scheme, rule.bits, len(frequent)) == ("gptq_freqsplit", c["tail_bits"], c["topk"])
     if "top_ids_sorted_by_id" in want:
         assert sorted(frequent) == want["top_ids_sorted_by_id"]
@@ -596,10 +588,6 @@ def test_frequent_rows(golden: rules.Entry, tmp_path: Path) -> None:
         tied = want["tied_ids_if_lowest_id_first"]
         assert sorted(frequent) == sorted(want["ids_strictly_above_sorted"] + tied)
         assert len(tied) == want["tied_ids_to_pick"] and counts[tied].unique().tolist() == [want["count_at_cut"]]
-
-
-def frequent_rows(rule: QuantRule) -> tuple[int, ...]:
-    return rule.rows
 
 
 def frequency_shards(c: dict[str, Any], vocab: int) -> list[np.ndarray]:
@@ -691,9 +679,9 @@ def test_stored_dictionary(tmp_path: Path) -> None:
         if "q_sum" in want[name]:
             H = rules.hessian(f"mq.{c['key']}.{name}", 2 * shape[1], shape[1], c["rho"])
             hessians[ours[name]] = H.float()
-    found = quantised(cfg, state, hessians)
+    stored = {tensor.name: tensor for tensor in train_gpt.quantize(cfg, rules.runtime(), state, hessians)}
     for name in shapes:
-        parts, value = found[ours[name]]
+        parts, value = stored[ours[name]].parts, stored[ours[name]].decode()
         value = value.bfloat16() if name == "tok_emb.weight" else value
         rules.assert_checks(value, want[name]["dequantised"], rel=1e-4)
         assert ("q" in parts) == ("q_sum" in want[name]), name
@@ -702,8 +690,8 @@ def test_stored_dictionary(tmp_path: Path) -> None:
             assert q.flatten()[:16].tolist() == want[name]["q_first16"], name
             assert (int(q.sum()), int(q.abs().sum())) == (want[name]["q_sum"], want[name]["q_abs_sum"]), name
             rules.assert_checks(parts["s"], want[name]["scale"], rel=1e-6)
-    top = list(frequent_rows(train_gpt.refined_plan(cfg, state, hessians)["tok_emb.weight"]))
-    q = found["tok_emb.weight"][0]["q"].int().abs().sum(dim=1)
+    top = list(train_gpt.refined_plan(cfg, state, hessians)["tok_emb.weight"].frequent_rows)
+    q = stored["tok_emb.weight"].parts["q"].int().abs().sum(dim=1)
     split = [int(q[top].sum()), int(q.sum() - q[top].sum())]
     assert split == [want["tok_emb.weight"][f"q_abs_sum_{part}_rows"] for part in ("top", "tail")]
 
@@ -749,7 +737,7 @@ def test_hadamard_matrix(golden: rules.Entry) -> None:
 @rules.each("hadamard_rotation", "gdn")
 def test_rotated_weights(golden: rules.Entry) -> None:
     model = gdn_rules.build(golden.config, rotate="hadamard_vo")
-    turned, _ = train_gpt.ROTATIONS[model.cfg.rotate](model.cfg, model.state_dict(), {})
+    turned, _ = train_gpt.reparametrize(model.cfg, rules.runtime(), model.state_dict(), {})
     state, before = (gdn_rules.by_published_name(model.cfg, tensors) for tensors in (turned, model.state_dict()))
     changed = {name for name in before if not torch.equal(state[name], before[name])}
     assert changed == set(golden.expected["changed_tensors"])
@@ -816,7 +804,7 @@ def test_plain_evaluation(golden: rules.Entry, exact_rope: None) -> None:
     c, want = golden.config, golden.expected
     val = golden_stream(c, c["targets_before_trim"] // c["seq_len"] * c["seq_len"])
     cfg = eval_config(c, val_batch_tokens=3 * c["seq_len"])
-    score = train_gpt.evaluate_plain(cfg, rules.runtime(torch.float64), gdn_rules.build(c), val)
+    score = train_gpt.EVALS["plain"](cfg, rules.runtime(torch.float64), gdn_rules.build(c), val)
     assert (score.tokens, score.bytes) == (want["targets"], want["bytes"])
     assert (score.val_loss, score.val_bpb) == pytest.approx((want["val_loss"], want["val_bpb"]), rel=1e-8)
 
@@ -838,21 +826,22 @@ def test_chunk_sgd(golden: rules.Entry, exact_rope: None, monkeypatch: pytest.Mo
     knobs["ttt_batch_seqs"] = c["batch_seqs"] if c["batch_seqs"] * c["seq_len"] < c["chunk_tokens"] else 0
     cfg = eval_config(c, eval="chunk_sgd", eval_stride=c["stride"], val_batch_tokens=5 * c["seq_len"], **knobs)
     model, runtime, norms = gdn_rules.build(c), rules.runtime(torch.float64), []
-    learner = train_gpt.ChunkSgd(cfg, runtime, model, val, train_gpt.NoAdaptation)
-    meter, gradient = train_gpt.ByteMeter(val, runtime), learner.gradient
+    learner, meter = train_gpt.ChunkSgd(cfg, runtime, model, val), train_gpt.ByteMeter(val, runtime)
+    gradient = learner.sgd.gradient
 
-    def note(span: range) -> None:
-        gradient(span)
-        norms.append(learner.grads.norm().item())
+    def note(*args: Any) -> Tensor:
+        norm = gradient(*args)
+        norms.append(norm.item())
+        return norm
 
-    monkeypatch.setattr(learner, "gradient", note)
+    monkeypatch.setattr(learner.sgd, "gradient", note)
     sums, windows = [0.0], [0]
-    for make in train_gpt.chunk_sgd_units(cfg, runtime, val):
-        unit, before = make(), meter.loss.item()
-        train_gpt.score_first([unit], learner, meter)
+    for step in train_gpt.chunk_sgd_steps(cfg, runtime, val):
+        before = meter.loss.item()
+        train_gpt.score_first([step], learner, meter)
         sums[-1] += meter.loss.item() - before
-        windows[-1] += len(np.unique(unit.rows))
-        if unit.span:
+        windows[-1] += len(np.unique(step.cells.rows)) if step.cells else 0
+        if step.lesson:
             sums.append(0.0)
             windows.append(0)
     score = meter.close()
@@ -860,7 +849,7 @@ def test_chunk_sgd(golden: rules.Entry, exact_rope: None, monkeypatch: pytest.Mo
     assert sums == pytest.approx(want["scored_nll_sum_per_chunk"], rel=1e-7)
     assert (score.val_loss, score.val_bpb) == pytest.approx((want["val_loss"], want["val_bpb"]), rel=1e-7)
     assert norms == pytest.approx(want["steps"], rel=1e-7)
-    rates = [group["lr"] for group in learner.optimiser.param_groups]
+    rates = [group["lr"] for group in learner.sgd.optimiser.param_groups]
     assert rates == pytest.approx(want["learning_rate_per_trained_chunk"][-1], rel=1e-7, abs=1e-15)
     after, own = (gdn_rules.by_published_name(cfg, m.state_dict()) for m in (learner.model, model))
     assert sum(not torch.equal(after[name], own[name]) for name in own) == want["changed"]

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import golden_rules as rules
 import numpy as np
 import pytest
 import torch
@@ -338,9 +339,9 @@ def test_fused_mlp_runs_unless_somebody_listens_inside_it() -> None:
 
     model, plain = small_model(Kernels(train_gpt.fused_cross_entropy, counting)), small_model(train_gpt.PLAIN)
     ids = torch.randint(2, 320, (2, 12), generator=torch.Generator().manual_seed(9))
-    lora = train_gpt.BatchedLoRA(dataclasses.replace(SMALL, ttt_lora_rank=2), model, 2)
+    lora = train_gpt.Adapters(dataclasses.replace(SMALL, ttt_lora_rank=2), rules.runtime(), model, 2)
     with torch.no_grad():
-        for i, p in enumerate(lora.parameters()):
+        for i, p in enumerate(lora.leaves()):
             p.copy_(noise(100 + i, *p.shape, size=0.3))
         for taps, fused in ((None, True), (lora, True), (train_gpt.HessianTap(), False)):
             calls.clear()

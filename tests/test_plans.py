@@ -49,7 +49,7 @@ def test_clip_search_by_row_is_never_worse_than_one_for_all(seed: int, bits: int
         assert (scale.float() * (2 ** (bits - 1) - 1) >= floor * 0.999).all()
         errors.append((weight - train_gpt.fake_quantize(weight, scale.float(), bits)).square().sum(dim=1))
     assert (errors[0] <= errors[1]).all()
-    loosest = train_gpt.storable(train_gpt.quantile_steps(weight, bits, 1.0, floor)).float()
+    loosest = train_gpt.storable(train_gpt.quantile_scale(weight, bits, 1.0, floor)).float()
     assert (errors[0] <= (weight - train_gpt.fake_quantize(weight, loosest, bits)).square().sum(dim=1)).all()
 
 
@@ -78,7 +78,7 @@ def test_rotation_changes_no_output(structure: str) -> None:
         tap, again = train_gpt.HessianTap(), train_gpt.HessianTap()
         logits = model(ids, taps=tap)
         hessians = tap.hessians(model, 1, rules.runtime())
-        state, turned = train_gpt.ROTATIONS[cfg.rotate](cfg, model.state_dict(), hessians)
+        state, turned = train_gpt.reparametrize(cfg, rules.runtime(), model.state_dict(), hessians)
         model.load_state_dict(state)
         torch.testing.assert_close(model(ids, taps=again), logits, rtol=0, atol=1e-11)
         collected = again.hessians(model, 1, rules.runtime())
@@ -113,5 +113,5 @@ def test_the_record_has_the_published_parts() -> None:
 
 def test_without_counts_the_split_is_a_user_error() -> None:
     cfg = Config(embed_quant="gptq_freqsplit")
-    with pytest.raises(UserError, match=r"gptq_freqsplit has no Hessian or token counts; run STAGES=train"):
+    with pytest.raises(UserError, match=r"gptq_freqsplit has no token counts; run STAGES=train"):
         train_gpt.quantize(cfg, rules.runtime(), {"tok_emb.weight": torch.ones(4, 4)}, {"tok_emb.weight": torch.eye(4)})

@@ -10,13 +10,13 @@ import golden_rules as rules
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, same_stored, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import train_gpt
-from train_gpt import UserError, load_config, pack_arrays, rans_decode, rans_encode, rans_frame, unpack_arrays
+from train_gpt import UserError, load_config, open_blob, pack_stored, rans_decode, rans_encode, rans_frame
 
 # Row scales
 
@@ -45,7 +45,7 @@ def test_quantisers_divide_by_the_scale_that_is_stored(tmp_path: Path) -> None:
         assert parts["s"].dtype == torch.int16 and torch.equal(scales, torch.exp2(0.25 * parts["s"])), scheme
         nearest = train_gpt.round_to_grid(W, scales[:, None], 6)  # with the identity as Hessian nothing is fed back
         assert torch.equal(parts["q"].float(), nearest), scheme
-        train_gpt.save_artifact(tmp_path / "m.bin", {f"x:{scheme}": parts}, "lzma")
+        train_gpt.save_artifact(tmp_path / "m.bin", stored({f"x:up:{scheme}": parts}), "lzma")
         assert torch.equal(train_gpt.load_artifact(tmp_path / "m.bin")["x"], parts["q"] * scales[:, None]), scheme
 
 
@@ -57,7 +57,7 @@ def test_awq_columns_and_qat_share_the_stored_scale() -> None:
     assert (fine < coarse).all() and parts["hs"].dtype == torch.int16
     error = (train_gpt.SCHEMES["awq_lite"].decode(parts) - W).abs()
     assert (error[:, :8] <= 0.51 * coarse[:, None]).all() and (error[:, 8:] <= 0.51 * fine[:, None]).all()
-    assert torch.equal(train_gpt.SCHEMES["gptq"].steps(W, rule, cfg), coarse)
+    assert torch.equal(train_gpt.SCHEMES["gptq"].scale(W, rule, cfg), coarse)
 
 
 # The coder
@@ -166,19 +166,15 @@ def test_matrices_lie_layer_by_layer_and_know_their_trellis(tmp_path: Path) -> N
     plain = {"q": torch.from_numpy(normal(30, 24)), "s": torch.rand(30).half() + 0.1}
     walk = {"q": torch.from_numpy(on_trellis(60, 24, 8, 32)), "t": torch.tensor([8, 32], dtype=torch.int32)}
     parts = {
-        "blocks.0.mlp.up.weight:gptq_tcq": walk | train_gpt.stored_scales(torch.rand(60) + 0.1, 0.02),
-        "blocks.1.attn.q.weight:gptq": plain,
-        "tok_emb.weight:rowwise": plain,
-        "skips.gates:fp16": {"w": torch.rand(7).half()},
+        "tok_emb.weight:embed:rowwise": plain,
+        "blocks.0.mlp.up.weight:up:gptq_tcq": walk | train_gpt.stored_scales(torch.rand(60) + 0.1, 0.02),
+        "blocks.1.attn.q.weight:q:gptq": plain,
+        "skips.gates:shut:fp16": {"w": torch.rand(7).half()},
     }
-    size = train_gpt.save_artifact(tmp_path / "model.bin", parts, "rans")
+    size = train_gpt.save_artifact(tmp_path / "model.bin", stored(parts), "rans")
     blob = (tmp_path / "model.bin").read_bytes()
-    assert size == len(blob)
-    flat = {f"{key}:{part}": t.numpy() for key, value in parts.items() for part, t in value.items()}
-    kept = unpack_arrays(blob)
-    assert all(np.array_equal(kept[n], flat[n]) and kept[n].dtype == flat[n].dtype for n in flat)
-    assert [n.split(".")[0] for n in kept if n.endswith(":q")] == ["tok_emb", "blocks", "blocks"]
-    loaded, wanted = train_gpt.load_artifact(tmp_path / "model.bin"), train_gpt.dequantize(parts)
+    assert size == len(blob) and same_stored(open_blob(blob).tensors, stored(parts))
+    loaded, wanted = train_gpt.load_artifact(tmp_path / "model.bin"), train_gpt.dequantize(stored(parts))
     assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[n], wanted[n]) for n in wanted)
     head = train_gpt.ARTIFACT_HEADER.size
     sizes = np.frombuffer(blob[head + 1 : head + 9], "<u4")
@@ -189,7 +185,7 @@ def test_matrices_lie_layer_by_layer_and_know_their_trellis(tmp_path: Path) -> N
 
 def resealed(stream: bytes) -> bytes:
     """A blob of right checksum whose symbols are `stream`."""
-    blob = pack_arrays({"x:gptq:q": normal(20, 30)}, "rans")
+    blob = pack_stored(stored({"x:up:gptq": {"q": torch.from_numpy(normal(20, 30))}}), "rans")
     head = train_gpt.ARTIFACT_HEADER.size
     first = int.from_bytes(blob[head + 1 : head + 5], "little")
     rest = blob[head + 9 : head + 9 + first]
@@ -201,12 +197,13 @@ def resealed(stream: bytes) -> bytes:
 @given(data=st.data())
 def test_a_damaged_stream_of_right_checksum_is_one_line(data: st.DataObject) -> None:
     stream = bytearray(rans_encode(framed(normal(20, 30))))
-    assert np.array_equal(unpack_arrays(resealed(bytes(stream)))["x:gptq:q"], normal(20, 30))
+    (tensor,) = open_blob(resealed(bytes(stream))).tensors
+    assert np.array_equal(tensor.parts["q"], normal(20, 30))
     change = data.draw(st.sampled_from(["cut", "flip", "more"]))
     at = data.draw(st.integers(0, len(stream) - 1))
     damaged = {"cut": stream[:at], "more": stream + b"\0\0", "flip": bytearray(stream)}[change]
     if change == "flip":
         damaged[at] ^= data.draw(st.integers(1, 255))
     with pytest.raises(UserError, match="^here: damaged: the payload does not decode") as caught:
-        unpack_arrays(resealed(bytes(damaged)), "here")
+        open_blob(resealed(bytes(damaged)), "here")
     assert "\n" not in str(caught.value)

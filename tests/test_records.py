@@ -47,7 +47,7 @@ def test_packed_record_gives_the_score_of_its_run(
     record: Path, packed_toy: Callable[[Path], ToyRun], once: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = packed_toy(record)
-    parts = pack_artifact.read_artifact(run.folder / "artifact.pyz")
+    parts = pack_artifact.read_packed(run.folder / "artifact.pyz")
     for name, data in (("record.env", parts.config), ("model.bin", parts.weights)):
         (tmp_path / name).write_bytes(data)
     assert parts.weights == (run.folder / "model.bin").read_bytes()
@@ -86,7 +86,7 @@ def test_packing_counts_what_is_on_disk_and_keeps_to_the_cap(
     assert after.result["bytes_total"] == (after.folder / "artifact.pyz").stat().st_size < before.result["bytes_total"]
     assert all(after.result[key] == before.result[key] for key in ("bytes_model", "val_bpb"))
     folder = Path(shutil.copytree(before.folder, tmp_path / "run"))
-    (tmp_path / "small.py").write_text('"""A source that packs quickly."""\n', encoding="utf-8")
+    (tmp_path / "small.py").write_text("QUICK = 1\n", encoding="utf-8")
     assert pack_artifact.main(["pack", str(folder), "--cap", "1000", "--source", str(tmp_path / "small.py")]) == 1
     assert re.search(r"error: [\d,]+ bytes are [\d,]+ over the cap of 1,000 .*\n\Z", capsys.readouterr().err)
     assert all((folder / path.name).read_bytes() == path.read_bytes() for path in before.folder.iterdir())

@@ -1,9 +1,11 @@
-"""What refines quantisation: LQER factors, AWQ-lite columns, int8 gates, sorted hidden units, the reports on it all."""
+"""What refines quantisation: LQER factors, AWQ-lite columns, int8 gates, sorted hidden units."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,23 @@ from test_quantisation import OURS, is_matrix, small_state, weighted_error
 from torch import Tensor
 
 import train_gpt
-from train_gpt import Config, Grid, Parts
+from train_gpt import Config, Grid, Parts, Stored
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "quant.json").read_text(encoding="utf-8"))["entries"]
 KNOBS = {field.name for field in train_gpt.dataclasses.fields(Config)}
-SYMMETRIC = {"lqer_asym_enabled": False}
 FP16_ULP = 2.0**-10
+Quantised = tuple[Config, dict[str, Tensor], dict[str, Tensor]]  # configuration, weights, Hessians
 
 
-def golden_of(kind: str) -> list[Any]:
-    return [pytest.param(e["config"], e["expected"], id=e["name"]) for e in GOLDEN if e["kind"] == kind]
+def golden_of(kind: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Settings and numbers of each published entry of a kind."""
+    found = [(entry["config"], entry["expected"]) for entry in GOLDEN if entry["kind"] == kind]
+    assert found
+    yield from found
+
+
+def quantized(cfg: Config, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> dict[str, Stored]:
+    return {tensor.name: tensor for tensor in train_gpt.quantize(cfg, rules.runtime(), state, hessians)}
 
 
 def integers(parts: Parts, factor: str) -> Tensor:
@@ -45,74 +54,69 @@ def blank(rows: int, cols: int) -> Parts:
 # The published numbers
 
 
-@pytest.mark.parametrize(("config", "want"), golden_of("lqer"))
-def test_lqer_factors(config: dict[str, Any], want: dict[str, Any]) -> None:
-    rows, cols, key = config["rows"], config["cols"], config["key"]
-    noise = rules.fill("hash", f"lqer.E.{key}", (rows, cols), 0.01)
-    u, v = rules.fill("hash", f"lqer.u.{key}", (rows, 3), 0.05), rules.fill("hash", f"lqer.v.{key}", (3, cols), 0.2)
-    E = (noise + u @ v).float()
-    assert E.norm().item() == pytest.approx(want["E_frobenius"], rel=1e-6)
-    assert torch.linalg.svdvals(E)[:6].tolist() == pytest.approx(want["singular_values_first6"], rel=1e-4)
-    cfg = Config(lqer_rank=config["rank"], lqer_asym_group=config["group"])
-    parts = blank(rows, cols) | train_gpt.encode_lqer(E, cfg)
-    canonical = want["canonical_largest_abs_of_each_Vh_row_positive"]
-    q = {factor: integers(parts, factor) for factor in "ab"}
-    assert parts["lqas"].item() == pytest.approx(canonical["sA_fp16"], rel=FP16_ULP)
-    assert parts["lqbs"].tolist() == pytest.approx(canonical["sB_fp16"], rel=FP16_ULP)
-    for factor in "ab":
-        assert abs(int(q[factor].sum()) - canonical[f"q{factor.upper()}_sum"]) <= 2
-        assert abs(int(q[factor].abs().sum()) - canonical[f"q{factor.upper()}_abs_sum"]) <= 2
-    counts = [int((q["a"] == level).sum()) for level in (-2, -1, 0, 1)]
-    assert np.abs(np.subtract(counts, canonical["qA_counts_m2_m1_0_1"])).max() <= 2
-    correction = train_gpt.decode_lqer(parts)
-    rules.assert_checks(correction, canonical["correction"], rel=1e-3)
-    left = (E - correction).norm().item()
-    assert left == pytest.approx(canonical["E_minus_correction_frobenius"], rel=1e-3)
+def test_lqer_factors() -> None:
+    for config, want in golden_of("lqer"):
+        rows, cols, key = config["rows"], config["cols"], config["key"]
+        noise = rules.fill("hash", f"lqer.E.{key}", (rows, cols), 0.01)
+        u, v = rules.fill("hash", f"lqer.u.{key}", (rows, 3), 0.05), rules.fill("hash", f"lqer.v.{key}", (3, cols), 0.2)
+        E = (noise + u @ v).float()
+        assert E.norm().item() == pytest.approx(want["E_frobenius"], rel=1e-6)
+        assert torch.linalg.svdvals(E)[:6].tolist() == pytest.approx(want["singular_values_first6"], rel=1e-4)
+        cfg = Config(lqer_rank=config["rank"], lqer_asym_group=config["group"])
+        parts = blank(rows, cols) | train_gpt.encode_lqer(E, cfg)
+        canonical = want["canonical_largest_abs_of_each_Vh_row_positive"]
+        q = {factor: integers(parts, factor) for factor in "ab"}
+        assert parts["lqas"].item() == pytest.approx(canonical["sA_fp16"], rel=FP16_ULP)
+        assert parts["lqbs"].tolist() == pytest.approx(canonical["sB_fp16"], rel=FP16_ULP)
+        for factor in "ab":
+            assert abs(int(q[factor].sum()) - canonical[f"q{factor.upper()}_sum"]) <= 2, key
+            assert abs(int(q[factor].abs().sum()) - canonical[f"q{factor.upper()}_abs_sum"]) <= 2, key
+        counts = [int((q["a"] == level).sum()) for level in (-2, -1, 0, 1)]
+        assert np.abs(np.subtract(counts, canonical["qA_counts_m2_m1_0_1"])).max() <= 2, key
+        correction = train_gpt.decode_lqer(parts)
+        rules.assert_checks(correction, canonical["correction"], rel=1e-3)
+        left = (E - correction).norm().item()
+        assert left == pytest.approx(canonical["E_minus_correction_frobenius"], rel=1e-3), key
 
 
-@pytest.mark.parametrize(("config", "want"), golden_of("gate_int8"))
-def test_int8_gate(config: dict[str, Any], want: dict[str, Any]) -> None:
-    gate = rules.fill(config["fill"], config["tensor_name"], tuple(config["shape"]), 0.3).float()
-    cfg = Config(gated_attn_quant_gate=True, attn_gate="dense")
-    parts = train_gpt.quantize(cfg, rules.runtime(), {"blocks.3.attn.gate.weight": gate}, {})
-    (stored,) = parts.values()
-    assert list(parts) == ["blocks.3.attn.gate.weight:int8_row"]
-    assert stored["q"].tolist() == want["q"] and stored["q"].dtype == torch.int8
-    assert stored["s"].double().tolist() == pytest.approx(want["scales_fp16"], rel=1e-9)
-    (decoded,) = train_gpt.dequantize(parts).values()
-    rules.assert_checks(decoded, want["dequant"], rel=1e-6)
+def test_int8_gate() -> None:
+    for config, want in golden_of("gate_int8"):
+        gate = rules.fill(config["fill"], config["tensor_name"], tuple(config["shape"]), 0.3).float()
+        cfg = Config(gated_attn_quant_gate=True, attn_gate="dense")
+        (stored,) = train_gpt.quantize(cfg, rules.runtime(), {"blocks.3.attn.gate.weight": gate}, {})
+        assert stored.key() == "blocks.3.attn.gate.weight:dense_gate:int8_row"
+        assert stored.parts["q"].tolist() == want["q"] and stored.parts["q"].dtype == torch.int8
+        assert stored.parts["s"].double().tolist() == pytest.approx(want["scales_fp16"], rel=1e-9)
+        rules.assert_checks(stored.decode(), want["dequant"], rel=1e-6)
 
 
-@pytest.mark.parametrize(("config", "want"), golden_of("mixed_quantize"))
-def test_quantise_and_repair_of_a_dictionary(config: dict[str, Any], want: dict[str, Any]) -> None:
-    state, hessians = {}, {}
-    for name in (n for n, published in want.items() if published["meta"].startswith("gptq")):
-        shape, ours = tuple(config["shapes"][name]), OURS[name]
-        state[ours] = rules.fill("hash", name, shape, config["amps"][name]).float()
-        key = config["hessian_key_prefix"] + name
-        hessians[ours] = rules.hessian(key, config["hessian_samples"], shape[1], config["rho"]).float()
-    cfg = Config(repair="lqer", **{knob: value for knob, value in config.items() if knob in KNOBS})
-    parts = train_gpt.quantize(cfg, rules.runtime(), state, hessians)
-    restored = train_gpt.dequantize(parts)
-    for name, published in want.items():
-        if OURS.get(name) not in state:
-            continue
-        ours, corrected = OURS[name], "lqer" in published["meta"]
-        assert f"{ours}:gptq{'+lqer' * corrected}" in parts
-        error = state[ours] - restored[ours]
-        # the published signs are the library's; the canonical ones round the factors otherwise
-        near = 5e-3 if corrected else 1e-3
-        assert error.norm().item() == pytest.approx(published["error_frobenius_after"], rel=near)
-        weighted = weighted_error(error, hessians[ours])
-        assert weighted == pytest.approx(published["hessian_weighted_error_after"], rel=5 * near)
-        if corrected:
-            stored = parts[f"{ours}:gptq+lqer"]
-            before = (state[ours] - train_gpt.decode_rows(stored)).norm().item()
-            assert before == pytest.approx(published["error_frobenius_before_lqer"], rel=1e-3)
-            assert stored["lqas"].item() == pytest.approx(published["lqer"]["sA_fp16"], rel=2 * FP16_ULP)
-            assert stored["lqbs"].tolist() == pytest.approx(published["lqer"]["sB_fp16"], rel=4 * FP16_ULP)
-            levels = [int(integers(stored, factor).abs().sum()) for factor in "ab"]
-            assert levels == pytest.approx([published["lqer"][f"q{factor}_abs_sum"] for factor in "AB"], abs=8)
+def test_quantise_and_repair_of_a_dictionary() -> None:
+    for config, want in golden_of("mixed_quantize"):
+        state, hessians = {}, {}
+        for name in (n for n, published in want.items() if published["meta"].startswith("gptq")):
+            shape, ours = tuple(config["shapes"][name]), OURS[name]
+            state[ours] = rules.fill("hash", name, shape, config["amps"][name]).float()
+            key = config["hessian_key_prefix"] + name
+            hessians[ours] = rules.hessian(key, config["hessian_samples"], shape[1], config["rho"]).float()
+        cfg = Config(repair="lqer", **{knob: value for knob, value in config.items() if knob in KNOBS})
+        for ours, tensor in quantized(cfg, state, hessians).items():
+            published = next(want[name] for name in want if OURS.get(name) == ours)
+            corrected = "lqer" in published["meta"]
+            assert (tensor.scheme, tensor.repairs) == ("gptq", ("lqer",) * corrected), ours
+            error = state[ours] - tensor.decode()
+            # the published signs are the library's; the canonical ones round the factors otherwise
+            near = 5e-3 if corrected else 1e-3
+            assert error.norm().item() == pytest.approx(published["error_frobenius_after"], rel=near), ours
+            weighted = weighted_error(error, hessians[ours])
+            assert weighted == pytest.approx(published["hessian_weighted_error_after"], rel=5 * near), ours
+            if corrected:
+                parts, lqer = tensor.parts, published["lqer"]
+                before = (state[ours] - train_gpt.decode_rows(parts)).norm().item()
+                assert before == pytest.approx(published["error_frobenius_before_lqer"], rel=1e-3), ours
+                assert parts["lqas"].item() == pytest.approx(lqer["sA_fp16"], rel=2 * FP16_ULP), ours
+                assert parts["lqbs"].tolist() == pytest.approx(lqer["sB_fp16"], rel=4 * FP16_ULP), ours
+                levels = [int(integers(parts, factor).abs().sum()) for factor in "ab"]
+                assert levels == pytest.approx([lqer[f"q{factor}_abs_sum"] for factor in "AB"], abs=8), ours
 
 
 # Packing
@@ -132,46 +136,32 @@ def test_two_bits_go_four_and_four_bits_go_two_to_a_byte() -> None:
     assert train_gpt.pack_bits(torch.tensor([5, 10, 15]), 4).tolist() == [0xA5, 0x0F]
 
 
-@pytest.mark.parametrize(
-    ("bits", "asymmetric", "levels"), [(2, True, (-2, 1)), (4, True, (-8, 7)), (4, False, (-7, 7)), (2, False, (-1, 1))]
-)
-@pytest.mark.parametrize("group", [5, 16, 1000])
-def test_a_grid_reaches_its_levels_and_stays_within_a_step(
-    bits: int, asymmetric: bool, levels: tuple[int, int], group: int
-) -> None:
-    x = torch.randn(9, 13, generator=torch.Generator().manual_seed(bits))
-    packed, scale = Grid(bits, group).encode(x, asymmetric)
-    assert scale.numel() == math.ceil(x.numel() / group)
-    q = train_gpt.unpack_bits(packed, bits, x.numel()).int() - 2 ** (bits - 1)
-    assert levels[0] <= q.min() and q.max() <= levels[1]
-    step = scale.float().repeat_interleave(group)[: x.numel()].view_as(x)
-    decoded = Grid(bits, group).decode(packed, scale, (9, 13))
-    assert ((decoded - x).abs() <= 0.502 * step).all(), "every grid reaches half a level over its top"
+def test_a_grid_reaches_its_levels_and_stays_within_a_step() -> None:
+    for bits, group in itertools.product((2, 4), (5, 16, 1000)):
+        x = torch.randn(9, 13, generator=torch.Generator().manual_seed(bits))
+        packed, scale = Grid(bits, group).encode(x)
+        assert scale.numel() == math.ceil(x.numel() / group)
+        q = train_gpt.unpack_bits(packed, bits, x.numel()).int() - 2 ** (bits - 1)
+        assert q.abs().max() >= 2 ** (bits - 1) - 1, (bits, group)
+        step = scale.float().repeat_interleave(group)[: x.numel()].view_as(x)
+        decoded = Grid(bits, group).decode(packed, scale, (9, 13))
+        assert ((decoded - x).abs() <= 0.502 * step).all(), "every grid reaches half a level over its top"
 
 
 # LQER
 
 
-@pytest.mark.parametrize("knobs", [{}, SYMMETRIC, SYMMETRIC | {"lqer_factor_bits": 8}, {"lqer_asym_group": 50}])
-def test_a_low_rank_error_is_found_again(knobs: dict[str, Any]) -> None:
+def test_a_low_rank_error_is_found_again() -> None:
     generator = torch.Generator().manual_seed(0)
     E = torch.randn(60, 4, generator=generator) @ torch.randn(4, 72, generator=generator)
-    parts = blank(60, 72) | train_gpt.encode_lqer(E, Config(**knobs))
-    left = ((E - train_gpt.decode("w:rowwise+lqer", parts)).norm() / E.norm()).item()
-    assert left < (0.02 if knobs.get("lqer_factor_bits") == 8 else 0.2 if "lqer_asym_enabled" in knobs else 0.7)
+    for group in (64, 50):
+        parts = blank(60, 72) | train_gpt.encode_lqer(E, Config(lqer_asym_group=group))
+        assert (E - Stored.parse("w:up:rowwise+lqer", parts).decode()).norm() < 0.7 * E.norm(), group
 
 
-def test_symmetric_factors_have_a_scale_per_row() -> None:
-    E = torch.randn(40, 72, generator=torch.Generator().manual_seed(1))
-    parts = train_gpt.encode_lqer(E, Config(lqer_rank=3, lqer_factor_bits=5, lqer_asym_enabled=False))
-    assert (parts["lqas"].numel(), parts["lqbs"].numel()) == (40, 3)
-    assert parts["lqa"].numel() == math.ceil(40 * 3 * 5 / 8) and parts["lqb"].numel() == math.ceil(72 * 3 * 5 / 8)
-
-
-@pytest.mark.parametrize("E", [torch.zeros(8, 12), torch.eye(3, 12), torch.full((8, 1), 1e-12)])
-def test_degenerate_errors_stay_finite(E: Tensor) -> None:
-    for knobs in ({}, SYMMETRIC):
-        parts = blank(*E.shape) | train_gpt.encode_lqer(E, Config(**knobs))
+def test_degenerate_errors_stay_finite() -> None:
+    for E in torch.zeros(8, 12), torch.eye(3, 12), torch.full((8, 1), 1e-12):
+        parts = blank(*E.shape) | train_gpt.encode_lqer(E, Config())
         assert torch.isfinite(train_gpt.decode_lqer(parts)).all() and parts["lqm"][0] == min(4, *E.shape)
 
 
@@ -189,22 +179,21 @@ def test_signs_do_not_come_from_the_library(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
-@pytest.mark.parametrize("knobs", [{}, SYMMETRIC, {"matrix_quant": "rowwise"}, {"awq_lite_enabled": True}])
-def test_the_worst_tensors_are_repaired_and_the_others_kept(knobs: dict[str, Any]) -> None:
-    cfg, state, hessians = small_state(repair="none", **knobs)
-    before = train_gpt.quantize(cfg, rules.runtime(), state, hessians)
-    parts = train_gpt.quantize(small_state(repair="lqer", **knobs)[0], rules.runtime(), state, hessians)
-    plain = train_gpt.dequantize(before)
-    norms = {n: (state[n] - plain[n]).double().norm().item() for n in state if is_matrix(n)}
-    worst = sorted(norms, key=lambda n: -norms[n])[:3]
-    assert sorted(key.split(":")[0] for key in parts if key.endswith("+lqer")) == sorted(worst)
-    assert list(parts) == sorted(parts)
-    restored = train_gpt.dequantize(parts)
-    for name in state:
-        if name in worst:
-            assert (state[name] - restored[name]).norm() < (state[name] - plain[name]).norm()
-        else:
-            assert torch.equal(restored[name], plain[name])
+def test_the_worst_tensors_are_repaired_and_the_others_kept() -> None:
+    for knobs in {}, {"matrix_quant": "rowwise"}, {"awq_lite_enabled": True}:
+        cfg, state, hessians = small_state(repair="none", **knobs)
+        before = quantized(cfg, state, hessians)
+        after = quantized(train_gpt.dataclasses.replace(cfg, repair="lqer"), state, hessians)
+        norms = {n: (state[n] - before[n].decode()).double().norm().item() for n in state if is_matrix(n)}
+        worst = sorted(norms, key=lambda n: -norms[n])[:3]
+        assert sorted(n for n, tensor in after.items() if tensor.repairs == ("lqer",)) == sorted(worst), knobs
+        assert list(after) == list(before) == list(state)
+        for name, weight in state.items():
+            plain, restored = before[name].decode(), after[name].decode()
+            if name in worst:
+                assert (weight - restored).norm() < (weight - plain).norm(), name
+            else:
+                assert torch.equal(restored, plain), name
 
 
 # AWQ-lite
@@ -226,38 +215,29 @@ def awq_case(**knobs: Any) -> tuple[Config, dict[str, Tensor], dict[str, Tensor]
     return cfg, *({name: pair[i] for name, pair in zip(names, pairs, strict=True)} for i in (0, 1))
 
 
-@pytest.mark.parametrize(("top_k", "fine"), [(1, [(16,)]), (2, [(16,), (48,)])])
-def test_the_loudest_groups_are_chosen(top_k: int, fine: list[tuple[int, ...]]) -> None:
-    cfg, state, hessians = awq_case(awq_lite_group_top_k=top_k)
-    plan = train_gpt.refined_plan(cfg, state, hessians)
-    own = {name: rule for name, rule in plan.items() if rule.fine}
-    assert [rule.fine for rule in own.values()] == fine and {rule.scheme for rule in own.values()} == {"awq_lite"}
-    assert [rule.clip for rule in own.values()] == [cfg.mlp_clip_sigmas, cfg.attn_clip_sigmas][:top_k]
-    assert {n: r for n, r in plan.items() if n not in own}.items() <= train_gpt.quant_plan(cfg).items()
+def test_the_loudest_groups_are_chosen() -> None:
+    for top_k, groups in (1, [(16,)]), (2, [(16,), (48,)]):
+        cfg, state, hessians = awq_case(awq_lite_group_top_k=top_k)
+        plan = train_gpt.refined_plan(cfg, state, hessians)
+        own = {name: rule for name, rule in plan.items() if rule.awq_groups}
+        assert [rule.awq_groups for rule in own.values()] == groups
+        assert {rule.scheme for rule in own.values()} == {"awq_lite"}
+        assert [rule.clip for rule in own.values()] == [cfg.mlp_clip_sigmas, cfg.attn_clip_sigmas][:top_k]
+        assert {n: r for n, r in plan.items() if n not in own}.items() <= train_gpt.quant_plan(cfg).items()
 
 
 def test_chosen_columns_get_their_bits_and_the_error_falls() -> None:
     cfg, state, hessians = awq_case()
-    parts = train_gpt.quantize(cfg, rules.runtime(), state, hessians)
     name = "blocks.0.mlp.up.weight"
-    stored = parts[f"{name}:awq_lite"]
-    plain = train_gpt.quantize(Config(), rules.runtime(), state, hessians)[f"{name}:gptq"]
-    fine = stored["hs"].float() * 127 / (stored["s"].float() * 31)
-    assert fine.numpy() == pytest.approx(np.ones(24), rel=2e-3), "the clip is the same, in more levels"
+    finer, plain = (quantized(c, state, hessians)[name] for c in (cfg, Config()))
+    assert (finer.scheme, plain.scheme) == ("awq_lite", "gptq")
+    scales = {key: finer.parts[key].float() for key in ("hs", "s")}
+    ratio = scales["hs"] * 127 / (scales["s"] * 31)
+    assert ratio.numpy() == pytest.approx(np.ones(24), rel=2e-3), "the clip is the same, in more levels"
     W, H = state[name], hessians[name]
-    weights = [train_gpt.decode_awq(stored), train_gpt.decode_rows(plain)]
-    errors = [weighted_error(W - w, H) for w in weights]
+    errors = [weighted_error(W - tensor.decode(), H) for tensor in (finer, plain)]
     assert errors[0] < 0.5 * errors[1]
-    assert ((W - weights[0])[:, 16:32].abs() <= 0.6 * stored["hs"].float()[:, None]).float().mean() > 0.9
-    assert torch.equal(train_gpt.dequantize(parts)[name], weights[0])
-
-
-def test_fine_columns_with_the_coarse_grid_change_nothing() -> None:
-    W, H = spiky(3, slice(0, 8))
-    scale = train_gpt.row_scales(W, 6, 12.0)
-    same = train_gpt.HighBitColumns(torch.arange(5, 30), 6, scale)
-    coarse, fine = (train_gpt.gptq(W, H, scale, 6, 0.01, 16, f) for f in (None, same))
-    assert torch.equal(coarse, fine)
+    assert ((W - finer.decode())[:, 16:32].abs() <= 0.6 * scales["hs"][:, None]).float().mean() > 0.9
 
 
 def test_looped_layers_count_their_passes_once() -> None:
@@ -278,38 +258,41 @@ def test_looped_layers_count_their_passes_once() -> None:
 
 
 def test_groups_at_the_edge_are_cut_off() -> None:
-    assert train_gpt.fine_columns(torch.tensor([8, 16, 0]), 20).tolist() == [*range(16, 20), *range(8)]
+    assert train_gpt.awq_columns(torch.tensor([8, 16, 0]), 20).tolist() == [*range(16, 20), *range(8)]
 
 
 # Sorted hidden units
 
 
-def settled_mlp(matrix: str = "gptq") -> tuple[Config, dict[str, Tensor], dict[str, Tensor]]:
-    return small_state(matrix_quant=matrix, matrix_bits=4, mlp_clip_sigmas=4.0, compressor="pergroup")
+def settled_mlp(matrix: str = "gptq", **knobs: Any) -> Quantised:
+    return small_state(matrix_quant=matrix, matrix_bits=4, mlp_clip_sigmas=4.0, compressor="pergroup", **knobs)
 
 
-def permutations(state: dict[str, Tensor], arranged: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Layer's up name -> the order that takes its rows to where they are now."""
-    found = {}
-    for name in (n for n in state if n.endswith("mlp.up.weight")):
-        found[name] = torch.cdist(arranged[name], state[name]).argmin(dim=1)
-    return found
+def sorted_orders(cfg: Config, state: dict[str, Tensor], arranged: dict[str, Tensor]) -> Iterator[tuple]:
+    """Names of `up` and `down` of each layer, and the order that takes their hidden units to where they are now."""
+    downs = train_gpt.weights_by_role(cfg, "down")
+    for layer, up in train_gpt.weights_by_role(cfg, "up").items():
+        yield up, downs[layer], torch.cdist(arranged[up], state[up]).argmin(dim=1)
 
 
 def test_sorting_permutes_up_with_down_and_its_hessian() -> None:
     cfg, state, hessians = settled_mlp()
     copies = {n: w.clone() for n, w in state.items()}
-    sorted_state, sorted_hessians = train_gpt.sort_hidden(cfg, rules.runtime(), state, hessians)
+    sorted_state, sorted_hessians = train_gpt.reparametrize(cfg, rules.runtime(), state, hessians)
     assert all(torch.equal(state[n], copies[n]) for n in state), "the inputs are left alone"
-    for up, order in permutations(state, sorted_state).items():
-        down = up.replace(".up.", ".down.")
-        assert sorted(order.tolist()) == list(range(len(order))) != order.tolist()
-        assert torch.equal(sorted_state[up], state[up][order])
-        assert torch.equal(sorted_state[down], state[down][:, order])
-        assert torch.equal(sorted_hessians[down], hessians[down][order][:, order])
-        assert torch.equal(sorted_hessians[up], hessians[up])
-    moved = {n for n in state if not torch.equal(sorted_state[n], state[n])}
-    assert moved == {n for n in state if ".mlp." in n and n.endswith("weight")}
+    moved = set()
+    for up, down, order in sorted_orders(cfg, state, sorted_state):
+        assert sorted(order.tolist()) == list(range(len(order))) != order.tolist(), up
+        assert torch.equal(sorted_state[up], state[up][order]), up
+        assert torch.equal(sorted_state[down], state[down][:, order]), down
+        assert torch.equal(sorted_hessians[down], hessians[down][order][:, order]), down
+        assert torch.equal(sorted_hessians[up], hessians[up]), up
+        moved |= {up, down}
+    assert {n for n in state if not torch.equal(sorted_state[n], state[n])} == moved
+    for codec in ("brotli", "lzma", "rans"):  # whose coders gain nothing by it
+        cfg = train_gpt.dataclasses.replace(cfg, compressor=codec)
+        same, _ = train_gpt.reparametrize(cfg, rules.runtime(), state, hessians)
+        assert all(torch.equal(same[n], state[n]) for n in state), codec
 
 
 def logits(cfg: Config, state: dict[str, Tensor]) -> Tensor:
@@ -320,45 +303,31 @@ def logits(cfg: Config, state: dict[str, Tensor]) -> Tensor:
         return model(torch.arange(40)[None] % 80 + 8)
 
 
-@pytest.mark.parametrize("matrix", ["gptq", "rowwise"])
-def test_decoded_model_computes_the_same_function_sorted_or_not(matrix: str) -> None:
+def test_the_decoded_model_computes_the_same_function_sorted_or_not() -> None:
     """Quantising the sorted model is sorting the quantised model, and the order of hidden units is no function's."""
-    cfg, state, hessians = settled_mlp(matrix)
-    arranged = train_gpt.sort_hidden(cfg, rules.runtime(), state, hessians)
-    as_float = logits(cfg, state)
-    assert torch.allclose(logits(cfg, arranged[0]), as_float, rtol=0, atol=1e-9)
-    plain, after = (
-        train_gpt.dequantize(train_gpt.quantize(cfg, rules.runtime(), *pair)) for pair in ((state, hessians), arranged)
-    )
-    for up, order in permutations(state, arranged[0]).items():
-        down = up.replace(".up.", ".down.")
-        assert torch.equal(after[up], plain[up][order])
-        assert (after[down] != plain[down][:, order]).float().mean() < 0.01, "but for halves that rounding decides"
-        after[down], after[up] = after[down][:, order.argsort()], after[up][order.argsort()]
-    shift = (logits(cfg, after) - logits(cfg, plain)).abs().max()
-    assert shift <= (1e-9 if matrix == "rowwise" else 0.05 * (logits(cfg, plain) - as_float).abs().max())
+    for matrix in ("gptq", "rowwise"):
+        cfg, state, hessians = settled_mlp(matrix)
+        arranged = train_gpt.sort_hidden(cfg, rules.runtime(), state, hessians)
+        as_float = logits(cfg, state)
+        assert torch.allclose(logits(cfg, arranged[0]), as_float, rtol=0, atol=1e-9)
+        plain, after = (
+            train_gpt.dequantize(train_gpt.quantize(cfg, rules.runtime(), *pair))
+            for pair in ((state, hessians), arranged)
+        )
+        for up, down, order in sorted_orders(cfg, state, arranged[0]):
+            assert torch.equal(after[up], plain[up][order]), up
+            assert (after[down] != plain[down][:, order]).float().mean() < 0.01, "but for halves that rounding decides"
+            after[down], after[up] = after[down][:, order.argsort()], after[up][order.argsort()]
+        shift, lost = ((logits(cfg, w) - logits(cfg, plain)).abs().max() for w in (after, state))
+        assert shift <= (1e-9 if matrix == "rowwise" else 0.05 * lost)
 
 
 def test_sorting_is_composed_with_repair_and_awq() -> None:
-    cfg, state, hessians = settled_mlp()
-    cfg = small_state(repair="lqer", awq_lite_enabled=True, lqer_top_k=30, awq_lite_group_size=8)[0]
-    arranged, rearranged = train_gpt.sort_hidden(cfg, rules.runtime(), state, hessians)
-    parts = train_gpt.quantize(cfg, rules.runtime(), arranged, rearranged)
-    assert sum(key.endswith("+lqer") for key in parts) == 30 and any(":awq_lite" in key for key in parts)
-    restored = train_gpt.dequantize(parts)
+    cfg, state, hessians = settled_mlp(repair="lqer", awq_lite_enabled=True, lqer_top_k=30, awq_lite_group_size=8)
+    pairs = (state, hessians), train_gpt.sort_hidden(cfg, rules.runtime(), state, hessians)
+    plain, after = (train_gpt.quantize(cfg, rules.runtime(), *pair) for pair in pairs)
+    assert sum(tensor.repairs == ("lqer",) for tensor in after) == 30
+    assert any(tensor.scheme == "awq_lite" for tensor in after)
     reference = logits(cfg, state)
-    plain = train_gpt.dequantize(train_gpt.quantize(cfg, rules.runtime(), state, hessians))
-    errors = [(logits(cfg, weights) - reference).norm() for weights in (restored, plain)]
+    errors = [(logits(cfg, train_gpt.dequantize(stored)) - reference).norm() for stored in (after, plain)]
     assert errors[0] == pytest.approx(errors[1].item(), rel=0.25)
-
-
-def test_clip_search_takes_the_least_squared_error() -> None:
-    W = torch.randn(8, 4000, generator=torch.Generator().manual_seed(8))
-    found = train_gpt.searched_scales(W, 3, by_row=False)
-    errors = {}
-    for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
-        scale = (W.abs().quantile(q, dim=1) / 3).half()
-        restored = train_gpt.decode_rows(train_gpt.rounded_rows(W, scale, 3))
-        errors[q] = (W - restored).norm().item()
-        assert torch.equal(scale, found) == (q == 0.999), "three levels a side want the tightest clip"
-    assert min(errors, key=errors.__getitem__) == 0.999

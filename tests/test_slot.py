@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_chunk_sgd import GOLDEN, VOCAB, config, future_leaks, golden_config, scores, stream, strong
+from test_chunk_sgd import GOLDEN, config, golden_config, steps_of, stream
+from ttt_rules import evaluate, scores_of, strong_model
 
 import train_gpt
-from train_gpt import ByteMeter, ChunkSgd, Config, LegalityError, Slot, Unit, UserError, ValData
+from train_gpt import ByteMeter, Cells, ChunkSgd, Config, LegalityError, SharedLesson, Slot, UserError, ValData
 
 PUBLISHED = {"EVAL": "slot", "SLOT_CAUSAL": 0, "ALLOW_NONCAUSAL": 1}
 
@@ -25,8 +26,8 @@ def slot_config(**knobs: object) -> Config:
     return config(**{"EVAL": "slot", "SLOT_LR": 0.1, "SLOT_STEPS": 3, **knobs})
 
 
-def units_of(cfg: Config, val: ValData) -> list[Unit]:
-    return [make() for make in train_gpt.slot_units(cfg, rules.runtime(), val)]
+def cells_of(cfg: Config, val: ValData) -> list[Cells]:
+    return [cells for cells, _ in steps_of(cfg, val) if cells]
 
 
 # The published numbers
@@ -50,30 +51,25 @@ def test_published_form_gives_the_published_numbers(case: dict, monkeypatch: pyt
         windows = np.array([by_start[start] for start in batch["windows"]])
         chunk = int(windows[0, 0] + windows[0, 2]) // c["chunk_tokens"]
         if chunk > 0:
-            learner.learn(pause(train_gpt.learn_span(cfg, chunk - 1)), torch.empty(0))
-        unit = train_gpt.window_unit(cfg, val, windows)
-        unit = unit._replace(fit=train_gpt.fit_cells(unit, causal=False))
-        compare_steps(cfg, learner, unit, batch["steps"])
-        nll = learner.score(unit)
+            learner.learn(SharedLesson((train_gpt.learn_span(cfg, chunk - 1),)), None, None)
+        cells = train_gpt.window_cells(cfg, val, windows)
+        cells = cells._replace(fit=train_gpt.fit_cells(cells, causal=False))
+        compare_steps(cfg, learner, cells, batch["steps"])
+        nll = learner.score(cells)
         found = [[*row, nll[i, row[2] : row[3]].sum().item()] for i, row in enumerate(windows.tolist())]
         assert [row[:3] for row in found] == [w[:3] for w in batch["scored_nll_per_window [start,len,scored_from,sum]"]]
         sums = [w[3] for w in batch["scored_nll_per_window [start,len,scored_from,sum]"]]
         assert [row[4] for row in found] == pytest.approx(sums, rel=1e-7)
-        total, count = total + sum(row[4] for row in found), count + len(unit.rows)
+        total, count = total + sum(row[4] for row in found), count + len(cells.rows)
     assert total / count == pytest.approx(want["val_loss"], rel=1e-8)
     assert abs(total / count - want["val_loss_without_slot"]) > 1e-3
 
 
-def pause(span: range) -> Unit:
-    none = np.empty(0, np.int64)
-    return Unit(none.reshape(0, 0), none.reshape(0, 0), none, none, none, span=span)
-
-
-def compare_steps(cfg: Config, learner: ChunkSgd, unit: Unit, expected: list[dict]) -> None:
+def compare_steps(cfg: Config, learner: ChunkSgd, cells: Cells, expected: list[dict]) -> None:
     """The shift after each number of steps, and the loss that it started from."""
-    ids, targets = torch.from_numpy(unit.ids), torch.from_numpy(unit.targets).flatten()[unit.fit]
+    ids, targets = torch.from_numpy(cells.ids), torch.from_numpy(cells.targets).flatten()[cells.fit]
     with torch.no_grad():
-        z = learner.model.tok_emb(learner.model.trunk(ids).flatten(0, 1)[unit.fit])
+        z = learner.model.tok_emb(learner.model.trunk(ids).flatten(0, 1)[cells.fit])
     shift = torch.zeros(learner.model.tok_emb.weight.size(1), dtype=torch.float64)
     for steps, want in enumerate(expected, 1):
         logits = train_gpt.softcapped(z + learner.model.tok_emb.weight.detach() @ shift, learner.model.softcap)
@@ -89,12 +85,12 @@ def compare_steps(cfg: Config, learner: ChunkSgd, unit: Unit, expected: list[dic
 def test_a_bias_of_the_logits_is_a_shift_of_the_hidden_state() -> None:
     """Written out as published: the shift added to the hidden states, the head computed anew in every step."""
     cfg, val = slot_config(), stream(150)
-    model = strong(cfg)
-    unit = units_of(cfg, val)[4]
-    got = Slot(cfg, rules.runtime(), model).score(unit)
-    ids, targets = torch.from_numpy(unit.ids), torch.from_numpy(unit.targets).flatten()
+    model = strong_model(cfg)
+    cells = cells_of(cfg, val)[3]
+    got = Slot(cfg, rules.runtime(), model, val).score(cells)
+    ids, targets = torch.from_numpy(cells.ids), torch.from_numpy(cells.targets).flatten()
     with torch.no_grad():
-        h = model.trunk(ids, model.plan(16, ids.device, unit.bounds, 16, rows=len(ids))).flatten(0, 1)
+        h = model.trunk(ids, model.plan(16, ids.device, cells.cu_seqlens, 16, rows=len(ids))).flatten(0, 1)
     shift = torch.zeros(h.size(1), requires_grad=True)
     optimiser = torch.optim.AdamW([shift], lr=cfg.slot_lr, eps=1e-5, weight_decay=1e-8)
 
@@ -104,10 +100,10 @@ def test_a_bias_of_the_logits_is_a_shift_of_the_hidden_state() -> None:
 
     for _ in range(cfg.slot_steps):
         optimiser.zero_grad()
-        loss(unit.fit).mean().backward()
+        loss(cells.fit).mean().backward()
         optimiser.step()
-    wanted = loss(unit.rows * 16 + unit.cols).detach()
-    torch.testing.assert_close(got[unit.rows, unit.cols], wanted, rtol=1e-4, atol=1e-5)
+    wanted = loss(cells.rows * 16 + cells.cols).detach()
+    torch.testing.assert_close(got[cells.rows, cells.cols], wanted, rtol=1e-4, atol=1e-5)
 
 
 # What is fitted
@@ -116,89 +112,54 @@ def test_a_bias_of_the_logits_is_a_shift_of_the_hidden_state() -> None:
 def test_causal_form_reads_what_stands_before_the_batch() -> None:
     """For window j of a batch of full windows, its first length - stride * (j + 1) targets."""
     cfg, val = slot_config(TTT_CHUNK_TOKENS=160, VAL_BATCH_TOKENS=256), stream(300)
-    scoring = [unit for unit in units_of(cfg, val) if len(unit.rows)]
+    scoring = cells_of(cfg, val)
     assert not len(scoring[0].fit), "nothing stands before the stream's first window"
-    for unit in scoring[1:]:
-        counts = np.bincount(unit.fit // 16, minlength=len(unit.origin))
-        assert counts.tolist() == [max(0, 16 - 4 * (j + 1)) for j in range(len(unit.origin))]
-        assert unit.fitted().max() == unit.scored().min() - 1
+    for cells in scoring[1:]:
+        counts = np.bincount(cells.fit // 16, minlength=len(cells.origin))
+        assert counts.tolist() == [max(0, 16 - 4 * (j + 1)) for j in range(len(cells.origin))]
+        assert cells.fitted().max() == cells.scored().min() - 1
 
 
 def test_published_form_reads_nearly_all_that_it_scores() -> None:
     """Of 32 windows' 2,048 scored targets 2,047, which make 51.5 % of the terms of its loss."""
     cfg = Config(eval="slot", loader="stream", slot_causal=False, allow_noncausal=True)
     val = ValData(np.full(6145, 7), np.ones(6145, np.int32))
-    unit = train_gpt.window_unit(cfg, val, train_gpt.window_rows(6144, 2048, 64)[1:33])
-    read, scored = unit._replace(fit=train_gpt.fit_cells(unit, causal=False)).fitted(), unit.scored()
+    cells = train_gpt.window_cells(cfg, val, train_gpt.window_rows(6144, 2048, 64)[1:33])
+    read, scored = cells._replace(fit=train_gpt.fit_cells(cells, causal=False)).fitted(), cells.scored()
     assert (len(scored), len(np.intersect1d(read, scored)), len(read)) == (2048, 2047, 65_504)
     assert int((read >= scored.min()).sum()) == 33_760
-    causal = unit._replace(fit=train_gpt.fit_cells(unit, causal=True)).fitted()
+    causal = cells._replace(fit=train_gpt.fit_cells(cells, causal=True)).fitted()
     assert causal.max() < scored.min() and len(causal) == sum(1984 - 64 * j for j in range(32))
 
 
-# Legality
+# Legality (causality: tests/test_causality.py)
 
 
-@pytest.mark.parametrize("epochs", [0, 2])
-@pytest.mark.parametrize("loader", ["packed_docs", "stream"])
-def test_causal_form_never_sees_what_comes_after(epochs: int, loader: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert future_leaks(slot_config(TTT_EPOCHS=epochs, LOADER=loader), monkeypatch) == []
-
-
-def test_published_form_fails_the_same_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    leaks = future_leaks(slot_config(**PUBLISHED, TTT_EPOCHS=0), monkeypatch)
-    assert {5, 31, 70, 150} <= set(leaks), "in the middle of a batch, scores depend on targets that come after"
-
-
-def test_causal_form_changes_scores_but_not_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    val = stream(150)
-    fitted, frozen = scores(slot_config(TTT_EPOCHS=0), val, monkeypatch), scores(config(TTT_EPOCHS=0), val, monkeypatch)
-    first = len(units_of(slot_config(), val)[0].rows)
-    torch.testing.assert_close(fitted[1 : 1 + first], frozen[1 : 1 + first])
-    assert not torch.isclose(fitted[1 + first :], frozen[1 + first :]).any()
+def test_causal_form_changes_scores_but_not_the_first_batch() -> None:
+    val, cfg = stream(150), slot_config(TTT_EPOCHS=0)
+    fitted, frozen = (scores_of(c, strong_model(c), val) for c in (cfg, config(TTT_EPOCHS=0)))
+    first = 1 + len(cells_of(cfg, val)[0].rows)
+    np.testing.assert_allclose(fitted[1:first], frozen[1:first], rtol=1e-5)
+    assert not np.isclose(fitted[first:], frozen[first:]).any()
 
 
 def test_the_driver_refuses_a_fit_on_scored_targets_unless_allowed() -> None:
-    """Whatever the knobs say: the ledger reads the positions that a unit's score is fitted on."""
+    """Whatever the knobs say: the ledger reads the positions that a score is fitted on."""
     cfg, val = slot_config(**PUBLISHED), stream(100)
-    model = strong(cfg)
+    model = strong_model(cfg)
     with pytest.raises(LegalityError, match="fitted on a target that it scores"):
         learner = ChunkSgd(cfg, rules.runtime(), model, val, Slot)
-        train_gpt.score_first(units_of(cfg, val), learner, ByteMeter(val, rules.runtime()))
-    assert train_gpt.evaluate_slot(cfg, rules.runtime(), model, val).legal is False
+        train_gpt.score_first(steps_of(cfg, val), learner, ByteMeter(val, rules.runtime()))
+    assert evaluate(cfg, model, val).legal is False
     for legal in (slot_config(), slot_config(ALLOW_NONCAUSAL=1), config(ALLOW_NONCAUSAL=1)):
-        assert train_gpt.EVALS[legal.eval](legal, rules.runtime(), model, val).legal is True
-
-
-def test_a_fit_that_reads_one_target_too_many_is_refused() -> None:
-    cfg, val = slot_config(), stream(100)
-    unit = units_of(cfg, val)[1]
+        assert evaluate(legal, model, val).legal is True
+    cells = cells_of(slot_config(), val)[1]
     ledger = train_gpt.Ledger(101)
-    ledger.admit(unit)
-    row, first = unit.rows[0], unit.cols[0]
-    with pytest.raises(LegalityError):
-        ledger.admit(unit._replace(fit=np.append(unit.fit, row * 16 + first)))
-
-
-def test_published_form_needs_leave() -> None:
+    ledger.admit(cells)
+    with pytest.raises(LegalityError):  # one target too many
+        ledger.admit(cells._replace(fit=np.append(cells.fit, cells.rows[0] * 16 + cells.cols[0])))
     with pytest.raises(UserError, match="SLOT_CAUSAL=0 fits on the targets that it scores.*ALLOW_NONCAUSAL=1"):
         config(EVAL="slot", SLOT_CAUSAL=0)
-
-
-@pytest.mark.parametrize("causal", [0, 1])
-def test_probabilities_sum_to_one_through_the_shift(causal: int) -> None:
-    """Over every value of a scored target, with the shift as it is fitted on the true ones."""
-    cfg, val = slot_config(SLOT_CAUSAL=causal, ALLOW_NONCAUSAL=1), stream(150)
-    scorer = Slot(cfg, rules.runtime(), strong(cfg))
-    unit = [unit for unit in units_of(cfg, val) if len(unit.rows)][2]
-    shift: list[torch.Tensor] = []
-    fit = scorer.fitted_shift
-    scorer.fitted_shift = lambda z, y: shift[0] if shift else shift.append(fit(z, y)) or shift[0]
-    scorer.score(unit)
-    every = [scorer.score(unit._replace(targets=np.full_like(unit.targets, v))) for v in range(VOCAB)]
-    total = torch.stack([nll[unit.rows, unit.cols] for nll in every]).double().neg().exp().sum(0)
-    assert shift[0].abs().max() > 0.01
-    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
 
 
 # Runs

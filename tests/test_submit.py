@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import train_gpt
 from records import submit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,52 +120,52 @@ def test_writing_again_changes_nothing(record: Path, tmp_path: Path) -> None:
 
 def test_logs_alone_are_enough(record: Path, tmp_path: Path) -> None:
     runs, logs = runs_of(tmp_path, 0.0), []
-    for run in runs:
-        logs.append(str(shutil.copy(Path(run) / "log.txt", tmp_path / f"{Path(run).name}.log")))
+    for number, run in enumerate(runs):
+        # Knobs that say where a run happens may differ from seed to seed.
+        local = "".join(f"  {name.upper()}={number}  (environment)\n" for name in train_gpt.LOCAL_KNOBS)
+        text = (Path(run) / "log.txt").read_text()
+        logs.append(tmp_path / f"{Path(run).name}.log")
+        logs[-1].write_text(text.replace("  EVAL=", local + "  EVAL="))
+        assert submit.read_run(logs[-1]).knobs == {"EVAL": "phased_lora"}
     assert submit.main([str(record), "--runs", *runs]) == 0
     rows = json.loads((record / "submission.json").read_text())["seed_results"]
-    assert submit.main([str(record), "--runs", *logs]) == 0
+    assert submit.main([str(record), "--runs", *map(str, logs)]) == 0
     assert json.loads((record / "submission.json").read_text())["seed_results"] == rows
-    assert submit.read_run(Path(logs[0])).knobs == {"EVAL": "phased_lora"}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_seeds_of_different_things_and_broken_files_are_refused(
+    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in record.iterdir()}
+
+    def refused(message: str, *runs: Path) -> None:
+        assert submit.main([str(record), "--runs", *map(str, runs)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.strip().splitlines()) == 1
+
+    one, two = write_run(tmp_path, 1, 1.06), write_run(tmp_path, 2, 1.06)
+    for change, message in (
         ({"knobs": "EVAL=phased_lora\nTTT_LORA_RANK=80\n"}, "not one configuration: TTT_LORA_RANK (default and 80)"),
         ({"source_sha256": "other"}, "ran different sources"),
         ({"tokens_scored": 1}, "scored different data (tokens_scored)"),
         ({"stages": {}}, "no final score"),
-    ],
-)
-def test_seeds_of_different_things_are_refused(
-    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
-) -> None:
-    before = {path.name: path.read_bytes() for path in record.iterdir()}
-    runs = [write_run(tmp_path, 1, 1.06), write_run(tmp_path, 2, 1.06, **change)]
-    assert submit.main([str(record), "--runs", *map(str, runs)]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.strip().splitlines()) == 1
-    assert {path.name: path.read_bytes() for path in record.iterdir()} == before
-
-
-def test_one_seed_twice_another_machine_and_broken_files_are_refused(
-    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refused(*runs: Path) -> str:
-        assert submit.main([str(record), "--runs", *map(str, runs)]) == 2
-        return capsys.readouterr().err
-
-    one, two = write_run(tmp_path, 1, 1.06), write_run(tmp_path, 2, 1.06)
-    assert "a seed of its own" in refused(one, one)
-    log = (two / "log.txt").read_text()
+    ):
+        shutil.rmtree(two)
+        refused(message, one, write_run(tmp_path, 2, 1.06, **change))
+    refused("a seed of its own", one, one)
+    shutil.rmtree(two)
+    log = (write_run(tmp_path, 2, 1.06) / "log.txt").read_text()
     (two / "log.txt").write_text(log.replace("8 x cuda", "1 x cuda"))
-    assert "different machines" in refused(one, two)
-    assert "give a run folder or its log" in refused(tmp_path / "nowhere")
-    (two / "result.json").write_text("{")
-    assert "not JSON" in refused(two)
+    refused("different machines", one, two)
+    refused("give a run folder or its log", tmp_path / "nowhere")
+    (tmp_path / "cut.log").write_text(log[: log.rindex("}")])
+    refused("RESULT line is not JSON", tmp_path / "cut.log")
+    for text, message in (("{", "not valid JSON"), ("[1]", "not an object")):
+        (two / "result.json").write_text(text)
+        refused(message, two)
+    assert {path.name: path.read_bytes() for path in record.iterdir()} == before
     (record / "README.md").write_text(f"# x\n{submit.BEGIN}\n")
-    assert "both or none" in refused(one)
+    refused("both or none", one)
 
 
 def test_statistics_where_little_is_known() -> None:
@@ -178,7 +179,7 @@ def test_statistics_where_little_is_known() -> None:
     assert submit.compare(two, mean_only, "x")["welch_p_bpb"] == pytest.approx(p)
     with pytest.raises(submit.UserError, match="no val_bpb"):
         submit.compare(one, {"name": "empty"}, "empty")
-    assert submit.welch([1.0, 1.0], [2.0, 2.0]) is None and submit.spread([1.0]) is None
+    assert submit.welch([1.0, 1.0], [2.0, 2.0]) is None and submit.sample_std([1.0]) is None
 
 
 def test_paired_needs_common_seeds_and_sees_what_welch_does_not() -> None:
@@ -216,8 +217,8 @@ def test_leaderboard_of_records(record: Path, tmp_path: Path, capsys: pytest.Cap
     assert submit.main([str(record), "--runs", *runs_of(tmp_path, 0.0)]) == 0
     verdict = {"legal": False, "scale": "toy", "checks": [{"name": "C1 token", "status": "FAIL"}]}
     (record / "verdict.json").write_text(json.dumps(verdict))
-    assert "judged before record.env changed" in submit.leaderboard(records)
-    digest = submit.hashlib.sha256((record / "record.env").read_bytes()).hexdigest()
+    assert "judged before its knobs changed" in submit.leaderboard(records)
+    digest = submit.preset_sha256(record)
     (record / "verdict.json").write_text(json.dumps(verdict | {"record_sha256": digest}))
     text = submit.leaderboard(records)
     assert "1.06108 ± 0.00111 (3 seeds) | 15,951,234 | 596.3 | 455.5 | NOT legal (toy size; C1 token) |" in text

@@ -10,6 +10,7 @@ from pathlib import Path
 import golden_rules as rules
 import pytest
 import torch
+from conftest import same_stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -163,7 +164,7 @@ def test_without_feedback_a_column_is_the_result_of_the_search() -> None:
     x = W / train_gpt.scale_values(parts)[:, None]
     power = x.square().mean(dim=0)
     assert torch.equal(parts["q"].float(), search(x * (power / (power + train_gpt.TCQ_ERROR)), 16))
-    assert torch.equal(train_gpt.SCHEMES["gptq_tcq"].steps(W, RULE, cfg), 2 * train_gpt.scale_values(parts)), "for QAT"
+    assert torch.equal(train_gpt.SCHEMES["gptq_tcq"].scale(W, RULE, cfg), 2 * train_gpt.scale_values(parts)), "for QAT"
 
 
 def test_matrices_together_are_as_alone() -> None:
@@ -194,7 +195,7 @@ def test_a_missing_hessian_and_knobs_that_do_not_fit_are_refused() -> None:
     ours = {"MATRIX_QUANT": "gptq_tcq", "COMPRESSOR": "rans"}
     for knobs, message in (
         ({"TCQ_STATES": "12"}, "TCQ_STATES=12 must be 4, 8, 16, 32 or 64"),
-        ({"MATRIX_BITS": "8"}, "MATRIX_BITS and EMBED_BITS may be at most 7"),
+        ({"MATRIX_BITS": "8"}, "MATRIX_BITS and EMBED_BITS are at most 7"),
         ({"COMPRESSOR": "brotli"}, "COMPRESSOR=rans"),
     ):
         with pytest.raises(train_gpt.UserError, match=message):
@@ -217,17 +218,16 @@ def tcq_state(**knobs: object) -> tuple[train_gpt.Config, dict[str, Tensor], dic
 def test_round_trip_of_a_repaired_artifact(tmp_path: Path) -> None:
     coarse = {"attn_clip_sigmas": 60.0, "mlp_clip_sigmas": 60.0}
     cfg, state, hessians = tcq_state(scale_step=0.02, repair="lqer", lqer_top_k=2, **coarse)
-    parts = train_gpt.quantize(cfg, rules.runtime(), state, hessians)
-    stored = [key.split(":") for key in parts]
-    assert {scheme for _, scheme in stored} == {"gptq_tcq", "gptq_tcq+lqer", "fp16"}
-    want = train_gpt.dequantize(parts)
-    repaired = [name for name, scheme in stored if scheme == "gptq_tcq+lqer"]
+    stored = train_gpt.quantize(cfg, rules.runtime(), state, hessians)
+    assert {tensor.encoding() for tensor in stored} == {"gptq_tcq", "gptq_tcq+lqer", "fp16"}
+    want = train_gpt.dequantize(stored)
+    repaired = [tensor for tensor in stored if tensor.repairs]
     assert len(repaired) == 2
-    for name in repaired:
-        plain = train_gpt.decode_rows(parts[f"{name}:gptq_tcq+lqer"])
-        assert (want[name] - state[name]).norm() < (plain - state[name]).norm(), name
+    for tensor in repaired:
+        weight, plain = state[tensor.name], train_gpt.decode_rows(tensor.parts)
+        assert (want[tensor.name] - weight).norm() < (plain - weight).norm(), tensor.name
     for codec in ("rans", "lzma"):
-        train_gpt.save_artifact(tmp_path / "model.bin", parts, codec)
+        train_gpt.save_artifact(tmp_path / "model.bin", stored, codec)
         restored = train_gpt.load_artifact(tmp_path / "model.bin")
         assert sorted(restored) == sorted(state), codec
         for name, weight in restored.items():
@@ -240,10 +240,10 @@ def test_two_ranks_share_the_matrices_and_agree_with_one(monkeypatch: pytest.Mon
     monkeypatch.setattr(train_gpt.Runtime, "gather", lambda self, items: items)
     ranks = [dataclasses.replace(rules.runtime(), rank=rank, world=2) for rank in (0, 1)]
     halves = [train_gpt.quantize(cfg, rank, state, hessians) for rank in ranks]
-    assert not halves[0].keys() & halves[1].keys() and halves[0].keys() | halves[1].keys() == whole.keys()
-    assert all(sum(key.endswith(":gptq_tcq") for key in half) > 5 for half in halves)
-    for key, parts in (halves[0] | halves[1]).items():
-        assert all(torch.equal(part, whole[key][name]) for name, part in parts.items()), key
+    assert all(sum(tensor.scheme == "gptq_tcq" for tensor in half) > 5 for half in halves)
+    place = {tensor.name: i for i, tensor in enumerate(whole)}
+    together = sorted(halves[0] + halves[1], key=lambda tensor: place[tensor.name])
+    assert same_stored(together, whole)
 
 
 def test_report_counts_the_parity_that_the_coder_knows() -> None:

@@ -359,5 +359,6 @@ def test_two_processes_are_one_and_quantising_can_be_resumed(run_gpt: Callable, 
     trained = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["model"]
     assert blob.keys() == trained.keys() and blob["blocks.0.attn.taps"].shape == trained["blocks.0.attn.taps"].shape
     v = "blocks.2.attn.v.weight"
-    turned = train_gpt.rotate_values(train_gpt.load_config({"PRESET": str(tmp_path / "run")}), trained, {})[0]
+    cfg = train_gpt.load_config({"PRESET": str(tmp_path / "run")})
+    turned = train_gpt.rotate_values(cfg, rules.runtime(), trained, {})[0]
     assert (blob[v] - turned[v]).norm() < 0.2 * (blob[v] - trained[v]).norm(), "the artifact holds rotated values"

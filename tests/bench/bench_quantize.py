@@ -75,10 +75,8 @@ def timed(function: Callable, *args: object) -> tuple[Any, float]:
 def pack(cfg: train_gpt.Config, state: Weights, hessians: Weights) -> Packed:
     """Quantise as the program does, write the artifact, read it back."""
     seconds = {}
-    state, hessians = train_gpt.ROTATIONS[cfg.rotate](cfg, state, hessians)
-    if train_gpt.CODECS[cfg.compressor].sort_hidden:
-        (state, hessians), seconds["sort"] = timed(train_gpt.sort_hidden, cfg, RUNTIME, state, hessians)
-    stored, seconds["quantise and repair"] = timed(train_gpt.quantize, cfg, RUNTIME, state, hessians)
+    pair, seconds["rotate and sort"] = timed(train_gpt.reparametrize, cfg, RUNTIME, state, hessians)
+    stored, seconds["quantise and repair"] = timed(train_gpt.quantize, cfg, RUNTIME, *pair)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.bin"
         size, seconds["pack"] = timed(train_gpt.save_artifact, path, stored, cfg.compressor)
@@ -164,7 +162,7 @@ class Trained:
         model = train_gpt.GPT(self.cfg, attend, torch.float32, train_gpt.choose_kernels(self.cfg, RUNTIME))
         model.set_looping(train_gpt.loops(self.cfg))
         train_gpt.fill_model(model, state, "the artifact")
-        return train_gpt.evaluate_plain(self.cfg, RUNTIME, model, self.val).val_bpb
+        return train_gpt.EVALS["plain"](self.cfg, RUNTIME, model, self.val).val_bpb
 
     def point(self, curve: str, clip: float) -> Point:
         """Quantise, write, read and score."""

@@ -35,9 +35,9 @@ def per_target(meter_add: object) -> dict[int, float]:
     """Nats by position of every score that a meter counts from now on."""
     scores: dict[int, float] = {}
 
-    def listen(meter: train_gpt.ByteMeter, unit: train_gpt.Unit, nll: torch.Tensor) -> None:
-        meter_add(meter, unit, nll)
-        scores.update(zip(unit.scored().tolist(), nll[unit.rows, unit.cols].tolist(), strict=True))
+    def listen(meter: train_gpt.ByteMeter, cells: train_gpt.Cells, nll: torch.Tensor) -> None:
+        meter_add(meter, cells, nll)
+        scores.update(zip(cells.scored().tolist(), nll[cells.rows, cells.cols].tolist(), strict=True))
 
     train_gpt.ByteMeter.add = listen
     return scores

@@ -31,7 +31,6 @@ import bench_quantize  # noqa: E402
 import pack_artifact  # noqa: E402
 import train_gpt  # noqa: E402
 
-SITES = {"q": "attn.q", "k": "attn.k", "v": "attn.v", "o": "attn.o", "up": "mlp.up", "down": "mlp.down"}
 Row = dict[str, object]
 
 
@@ -62,15 +61,14 @@ def table(title: str, rows: list[Row]) -> None:
 
 
 def packed(parts: dict[str, train_gpt.Parts], codec: str) -> int:
-    """Bytes of an artifact."""
-    arrays = {f"{key}:{name}": t.numpy() for key, value in parts.items() for name, t in value.items()}
-    return len(train_gpt.pack_arrays(arrays, codec))
+    """Bytes of an artifact, from Stored.key -> parts."""
+    return len(train_gpt.pack_stored([train_gpt.Stored.parse(key, value) for key, value in parts.items()], codec))
 
 
 def encode(setup: Setup, layers: list[Layer], clips: list[float]) -> list[train_gpt.Parts]:
     """The parts of matrices of any widths, each with a clip of its own."""
     rules = [train_gpt.QuantRule(setup.scheme, 6, clip) for clip in clips]
-    together, found = train_gpt.SCHEMES[setup.scheme].encode_batch, [{}] * len(layers)
+    together, found = train_gpt.SCHEMES[setup.scheme].batch_encoder, [{}] * len(layers)
     if together is None:
         scheme = train_gpt.SCHEMES[setup.scheme]
         return [scheme.encode(x.W, x.H, rule, setup.cfg) for x, rule in zip(layers, rules, strict=True)]
@@ -94,7 +92,7 @@ def at_equal_error(setup: Setup, layers: dict[str, Layer], want: dict[str, float
         if max(abs(math.log(x)) for x in over.values()) < 0.01:
             break
         clips = {n: clips[n] / math.sqrt(over[n]) for n in layers}
-    keys = (f"blocks.{n.split('.')[0]}.{SITES[n.split('.')[1]]}.weight:{setup.scheme}" for n in layers)
+    keys = (f"{n}:{n.split('.')[1]}:{setup.scheme}" for n in layers)  # layer.role
     bits = 8 * packed(dict(zip(keys, found, strict=True)), setup.codec) / weights
     bits += sum(x.W.numel() * math.log2(over[n]) / 2 for n, x in layers.items()) / weights
     return {"bits": bits, "clip": math.exp(sum(map(math.log, clips.values())) / len(clips))}
@@ -135,7 +133,7 @@ def bar_q(args: argparse.Namespace) -> list[Row]:
         parts, seconds = bench_quantize.timed(train_gpt.SCHEMES[scheme].encode, W, torch.eye(W.size(1)), rule, cfg)
         error = (train_gpt.SCHEMES[scheme].decode(parts) - W).square().mean() / W.square().mean()
         coded = {key: part for key, part in parts.items() if key in "qt"}
-        bits = 8 * packed({f"blocks.0.mlp.up.weight:{scheme}": coded}, "rans") / W.numel()
+        bits = 8 * packed({f"0.up:up:{scheme}": coded}, "rans") / W.numel()
         entropy, gap = 8 * pack_artifact.entropy_bytes(coded) / W.numel(), bits + error.log2().item() / 2
         rows.append(
             {
@@ -160,13 +158,13 @@ def bar_t(args: argparse.Namespace) -> list[Row]:
         state = bench_quantize.random_weights(cfg, "student")
         hessians = bench_quantize.synthetic_hessians(state)
         start = time.process_time()
-        parts, quantise = bench_quantize.timed(train_gpt.quantize, cfg, runtime, state, hessians)
-        arrays = {f"{key}:{part}": t.numpy() for key, value in parts.items() for part, t in value.items()}
-        blob, pack = bench_quantize.timed(train_gpt.pack_arrays, arrays, "rans")
+        stored, quantise = bench_quantize.timed(train_gpt.quantize, cfg, runtime, state, hessians)
+        blob, pack = bench_quantize.timed(train_gpt.pack_stored, stored, "rans")
         cpu = time.process_time() - start
-        restored, unpack = bench_quantize.timed(train_gpt.unpack_arrays, blob)
-        if any(restored[name].tobytes() != array.tobytes() for name, array in arrays.items()):
-            raise SystemExit("unpacking does not give back what was packed")
+        restored, unpack = bench_quantize.timed(train_gpt.open_blob, blob)
+        for a, b in zip(stored, restored.tensors, strict=True):
+            if a.key() != b.key() or not all(torch.equal(a.parts[part], b.parts[part]) for part in a.parts):
+                raise SystemExit(f"unpacking does not give back {a.key()}")
         rows.append(
             {"states": states, "quantise": quantise, "encode": pack, "sum": quantise + pack, "of processors": cpu}
         )

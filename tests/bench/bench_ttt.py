@@ -64,24 +64,15 @@ def token_counts(cfg: train_gpt.Config, val: train_gpt.ValData) -> dict[str, flo
     """Tokens per prediction: forward and backward of rows that learn, without padding; all that is computed with
     gradient, padding included; and computed without gradient. Kept: as published, finished rows stay in their batch."""
     docs, context = train_gpt.val_documents(val.tokens), train_gpt.TTT_CONTEXTS[cfg.ttt_context]
-    batches, size = context.batches(docs, cfg.ttt_batch_size), cfg.ttt_chunk_size
-    ring, real, padded, kept, without = cfg.ttt_eval_seq_len // size - 1, 0, 0, 0, 0
-    again = min(cfg.ttt_carry_recompute // size, ring) * size
-    for unit in context.units(cfg, val, docs, iter(batches)):
-        learns = np.isin(np.arange(len(unit.docs)), unit.learn_rows)
-        carried = len(unit.begin) > 0
-        width = size + again if carried else unit.ids.shape[1]
-        seen = np.minimum(unit.begin, again) + size if carried else width
-        real += int((seen * learns).sum())
-        idle = cfg.ttt_lora_lr == 0 or not learns.any()
-        padded += 0 if idle else width * len(unit.docs)
-        without += width * len(unit.docs) if idle else 0
-        kept += width * (len(unit.docs) if carried else min(cfg.ttt_batch_size, len(docs)))
-        if carried and cfg.ttt_carry_refresh > 0:
-            due = (unit.begin > 0) & (unit.begin % (cfg.ttt_carry_refresh * size) == 0)
-            without += int(np.minimum(unit.begin, ring * size)[due].sum())
+    batches, real, padded, without, kept = context.batches(docs, cfg.ttt_batch_size), 0, 0, 0, 0
+    for cells, lesson in context.steps(cfg, val, docs, iter(batches)):
+        rows, width = cells.ids.shape
+        learning = 0 if lesson is None or cfg.ttt_lora_lr == 0 else len(lesson.rows)
+        real += width * learning
+        padded += width * rows if learning else 0
+        without += 0 if learning else width * rows
+        kept += width * min(cfg.ttt_batch_size, len(docs))
     total = len(val.tokens) - 1
-    real = 0 if cfg.ttt_lora_lr == 0 else real
     counts = {"grad_tokens": real, "grad_tokens_padded": padded, "other_tokens": without, "rows_kept": kept}
     return {f"{name}_per_prediction": round(count / total, 3) for name, count in counts.items()}
 
@@ -91,11 +82,11 @@ class Recorder(train_gpt.ByteMeter):
 
     nats: np.ndarray
 
-    def add(self, unit: train_gpt.Unit, nll: torch.Tensor) -> None:
-        """Count a unit's scored cells."""
-        super().add(unit, nll)
-        found = nll.detach()[unit.rows, unit.cols].double().cpu().numpy()
-        np.add.at(Recorder.nats, np.asarray(unit.docs)[unit.rows], found)
+    def add(self, cells: train_gpt.Cells, nll: torch.Tensor) -> None:
+        """Count the scored cells."""
+        super().add(cells, nll)
+        found = nll.detach()[cells.rows, cells.cols].double().cpu().numpy()
+        np.add.at(Recorder.nats, cells.documents[cells.rows], found)
 
 
 def measure(cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torch.Tensor] | None) -> dict[str, object]:
