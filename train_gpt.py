@@ -94,6 +94,7 @@ except ImportError:
     from torch.distributed import reduce_scatter_tensor as reduce_scatter
 
 BOS_ID = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE and COMPUTE_DTYPE
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 RMS_EPS = 2.0**-23  # float32 machine epsilon: what torch uses for an unset eps, made explicit
 
@@ -116,13 +117,16 @@ def knob(default: Any, doc: str, allowed: str = "", when: str = "") -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc, "allowed": allowed, "when": when})
 
 
+Words = tuple[str, ...]  # the value of a knob that lists words, written with commas
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Every knob of a run. A knob's environment variable is its name in capitals."""
 
     run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>")
     artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>")
-    stages: tuple[str, ...] = knob(
+    stages: Words = knob(
         ("train", "quantize", "eval"),
         "stages to run: all three, or the last one or two, which start from the files of an earlier run",
         "train|quantize|eval",
@@ -178,21 +182,6 @@ class Config:
         "",
         "mixer of each layer, A (attention) or G (gated delta net), e.g. G*2 A*8 G; empty: attention everywhere",
     )
-    gdn_head_dim: int = knob(64, "width of a delta net's heads", "> 0", "MIXERS=G")
-    gdn_qk_heads: int = knob(2, "query and key heads of a delta net", "> 0", "MIXERS=G")
-    gdn_v_heads: int = knob(4, "value heads of a delta net", "> 0", "MIXERS=G")
-    gdn_conv_trained: bool = knob(
-        True,
-        "train the taps of the convolution; off, as published: they keep their initial values",
-        "",
-        "MIXERS=G",
-    )
-    gdn_bos_reset: bool = knob(
-        True,
-        "reset state and convolution at every document's first token; off, as published: only at rows and segments",
-        "",
-        "MIXERS=G",
-    )
     mlp_mult: float = knob(4.0, "hidden width of the MLP / MODEL_DIM", "> 0")
     mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", ">= 0")
     tied_embed_init_std: float = knob(0.005, "std of the embedding at init", "> 0")
@@ -206,7 +195,7 @@ class Config:
     )
     qk_gain_init: float = knob(5.0, "initial gain of each query head, after QK norm", "> 0")
     ln_scale: bool = knob(True, "multiply a layer's normed inputs by 1/sqrt(layer + 1)")
-    attn_extras: tuple[str, ...] = knob(
+    attn_extras: Words = knob(
         ("xsa",),
         "xsa: remove from each head's output its component along the token's own value; value_residual: mix in "
         "the values of the first execution; value_embed: add a value embedding of the token; sink: a learnt key "
@@ -226,7 +215,7 @@ class Config:
         "proj|input",
         "ATTN_GATE=out",
     )
-    embed_extras: tuple[str, ...] = knob(
+    embed_extras: Words = knob(
         (),
         "bigram, trigram: add a hashed embedding of the last 2 or 3 tokens; smear: add a gated copy of the "
         "previous token's embedding; smear_channel: blend it in per channel, after the norm; applied in this "
@@ -268,6 +257,18 @@ class Config:
         ">= 0",
     )
 
+    gdn_head_dim: int = knob(64, "width of a delta net's heads", "> 0")
+    gdn_qk_heads: int = knob(2, "query and key heads of a delta net", "> 0")
+    gdn_v_heads: int = knob(4, "value heads of a delta net", "> 0")
+    gdn_conv_trained: bool = knob(
+        True, "train the taps of the convolution; off, as published: they keep their initial values", ""
+    )
+    gdn_bos_reset: bool = knob(
+        True,
+        "reset state and convolution at every document's first token; off, as published: only at rows and segments",
+        "",
+    )
+
     matrix_lr: float = knob(0.026, "learning rate of Muon", ">= 0")
     tied_embed_lr: float = knob(0.03, "learning rate of the embedding", ">= 0")
     embed_dtype: str = knob(
@@ -293,7 +294,7 @@ class Config:
     beta2: float = knob(0.95, "AdamW beta2", ">= 0, <= 1")
     adam_eps: float = knob(1e-8, "AdamW epsilon", "> 0")
     grad_clip_norm: float = knob(0.3, "limit on the global norm of the averaged gradient; 0: none", ">= 0")
-    average: tuple[str, ...] = knob(
+    average: Words = knob(
         ("ema",),
         "weight average to evaluate; ema,swa: SWA over snapshots of the EMA; none: the last weights",
         "ema|swa",
@@ -328,7 +329,7 @@ class Config:
     qat_noise_start_frac: float = knob(0.95, "fraction of the run at which noise starts", ">= 0, <= 1", "QAT=noise")
     qat_noise_mult: float = knob(0.05, "std of the noise / rounding error of a uniform grid", ">= 0", "QAT=noise")
     qat_noise_every: int = knob(1, "steps from one noisy step to the next", "> 0", "QAT=noise")
-    qat_noise_patterns: tuple[str, ...] = knob(
+    qat_noise_patterns: Words = knob(
         ("attn.k.weight", "attn.o.weight"),
         "substrings or globs of the names of the noisy weights",
         "",
@@ -350,7 +351,7 @@ class Config:
         "gptq|gptq_freqsplit|gptq_tcq|rowwise|gptq_lite|row_quantile",
     )
     matrix_bits: int = knob(6, "bits of the matrices", ">= 2, <= 8")
-    matrix_bits_overrides: tuple[str, ...] = knob(
+    matrix_bits_overrides: Words = knob(
         (),
         "other bits for some matrices, as name:bits; name is a substring or glob, the first match counts",
     )
@@ -397,7 +398,6 @@ class Config:
     )
     gptq_calibration_batches: int = knob(16, "calibration batches, over all ranks", "> 0")
     gptq_damp: float = knob(0.01, "damping / mean of the Hessian's diagonal", "> 0")
-    gptq_blocksize: int = knob(128, "columns per lazy update", "> 0")
     tcq_states: int = knob(8, "trellis states: 4, 8, 16, 32 or 64", ">= 4, <= 64", "MATRIX_QUANT=gptq_tcq")
     tcq_chunk_rows: int = knob(1024, "rows per trellis path", ">= 16, <= 2048", "MATRIX_QUANT=gptq_tcq")
     gated_attn_quant_gate: bool = knob(False, "store attention gates as int8 with a scale per row; off: fp16")
@@ -426,85 +426,56 @@ class Config:
         "allow a score fitted on the targets it scores; the result then says legal: false",
     )
 
-    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1", "EVAL=doc_lora|phased_lora")
-    ttt_lora_alpha: float = knob(144.0, "LoRA output scale times rank", "> 0", "EVAL=doc_lora|phased_lora")
-    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", ">= 0", "EVAL=doc_lora|phased_lora")
-    ttt_chunk_size: int = knob(48, "tokens scored, then learnt, at a time", "> 0", "EVAL=doc_lora|phased_lora")
-    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk", "> 1", "EVAL=doc_lora|phased_lora")
-    ttt_batch_size: int = knob(64, "documents adapted side by side", "> 0", "EVAL=doc_lora|phased_lora")
-    ttt_grad_steps: int = knob(1, "updates per chunk", ">= 1", "EVAL=doc_lora|phased_lora")
-    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", ">= 0", "EVAL=doc_lora|phased_lora")
-    ttt_beta1: float = knob(0.0, "AdamW beta1", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
-    ttt_beta2: float = knob(0.99, "AdamW beta2", ">= 0, <= 1", "EVAL=doc_lora|phased_lora")
-    ttt_lora_sites: tuple[str, ...] = knob(
+    ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1")
+    ttt_lora_alpha: float = knob(144.0, "LoRA scale * rank", "> 0")
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", ">= 0")
+    ttt_chunk_size: int = knob(48, "tokens per chunk: scored, then learnt", "> 0")
+    ttt_eval_seq_len: int = knob(2048, "longest context of a chunk, tokens", "> 1")
+    ttt_batch_size: int = knob(64, "documents adapted in parallel", "> 0")
+    ttt_grad_steps: int = knob(1, "updates per chunk", ">= 1")
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay of the adapters", ">= 0")
+    ttt_beta1: float = knob(0.0, "AdamW beta1", ">= 0, <= 1")
+    ttt_beta2: float = knob(0.99, "AdamW beta2", ">= 0, <= 1")
+    ttt_lora_sites: Words = knob(
         ("q", "k", "v", "attn", "mlp", "head"),
-        "where adapters act; attn, mlp: across the sublayer; any of q, k, v: the joint projection of a delta layer",
+        "where adapters act; attn, mlp: across the sublayer; any of q, k, v: the joint projection of a delta net",
         "q|k|v|attn|mlp|head",
-        "EVAL=doc_lora|phased_lora",
     )
     ttt_warm_start_a: bool = knob(
         False,
-        "keep each batch row's A from its document before, as published; the score then depends on TTT_BATCH_SIZE and "
-        "on the ranks",
-        "",
-        "EVAL=doc_lora|phased_lora",
+        "start a document's A from the previous document in its row, as published; the score then depends on "
+        "TTT_BATCH_SIZE and the ranks",
     )
-    ttt_order_audit: bool = knob(False, "write every batch's documents to the log file")
     ttt_context: str = knob(
         "recompute",
         "how a chunk sees its document; recompute: the whole window runs again, with gradient, as published; "
-        "carry: only the chunk runs, over keys and values kept since earlier chunks ran (with TTT_LORA_LR=0: "
-        "plain scoring, each token computed once, with up to TTT_EVAL_SEQ_LEN tokens of its document in reach)",
+        "carry: only the chunk runs, over the keys and values of earlier chunks (with TTT_LORA_LR=0: plain "
+        "scoring that computes each token once and reaches back up to TTT_EVAL_SEQ_LEN tokens)",
         "recompute|carry",
-        "EVAL=doc_lora|phased_lora",
     )
-    phased_ttt_prefix_docs: int = knob(
-        2000,
-        "scored documents by which the last global update is made",
-        ">= 0",
-        "EVAL=phased_lora",
-    )
-    phased_ttt_num_phases: int = knob(3, "global updates", ">= 1", "EVAL=phased_lora")
-    global_ttt_lr: float = knob(1e-3, "peak LR of the global SGD, cosine to 0", ">= 0", "EVAL=phased_lora")
-    global_ttt_momentum: float = knob(0.9, "momentum of the global SGD", ">= 0, <= 1", "EVAL=phased_lora")
-    global_ttt_epochs: int = knob(1, "passes over the scored documents", ">= 1", "EVAL=phased_lora")
-    global_ttt_chunk_tokens: int = knob(32_768, "tokens of a global step", "> 0", "EVAL=phased_lora")
-    global_ttt_grad_clip: float = knob(1.0, "global norm limit; 0: none", ">= 0", "EVAL=phased_lora")
-    ttt_chunk_tokens: int = knob(32_768, "targets scored, then learnt, at a time", "> 0", "EVAL=chunk_sgd|slot")
-    ttt_epochs: int = knob(3, "passes of SGD over a chunk", ">= 0", "EVAL=chunk_sgd|slot")
-    ttt_batch_seqs: int = knob(
-        0,
-        "sequences of an SGD step, over all ranks; 0: the whole chunk",
-        ">= 0",
-        "EVAL=chunk_sgd|slot",
-    )
-    ttt_lr: float = knob(0.002, "peak LR of chunk SGD, cosine to 0", ">= 0", "EVAL=chunk_sgd|slot")
-    ttt_momentum: float = knob(
-        0.9,
-        "momentum of chunk SGD, kept from chunk to chunk",
-        ">= 0, <= 1",
-        "EVAL=chunk_sgd|slot",
-    )
-    ttt_grad_clip: float = knob(1.0, "norm limit of a chunk's gradient; 0: none", ">= 0", "EVAL=chunk_sgd|slot")
-    ttt_trainable: tuple[str, ...] = knob(
+    phased_ttt_prefix_docs: int = knob(2000, "scored documents after which the last global update happens", ">= 0")
+    phased_ttt_num_phases: int = knob(3, "number of global updates", ">= 1")
+    global_ttt_lr: float = knob(1e-3, "peak learning rate, cosine to 0", ">= 0")
+    global_ttt_momentum: float = knob(0.9, "momentum", ">= 0, <= 1")
+    global_ttt_epochs: int = knob(1, "passes over the scored documents", ">= 1")
+    global_ttt_chunk_tokens: int = knob(32_768, "tokens per step", "> 0")
+    global_ttt_grad_clip: float = knob(1.0, "limit on the global norm of the gradient; 0: none", ">= 0")
+    ttt_chunk_tokens: int = knob(32_768, "targets per chunk: scored, then learnt", "> 0")
+    ttt_epochs: int = knob(3, "passes over a chunk", ">= 0")
+    ttt_batch_seqs: int = knob(0, "sequences per step, over all ranks; 0: the whole chunk", ">= 0")
+    ttt_lr: float = knob(0.002, "peak learning rate, cosine to 0", ">= 0")
+    ttt_momentum: float = knob(0.9, "momentum, kept from chunk to chunk", ">= 0, <= 1")
+    ttt_grad_clip: float = knob(1.0, "limit on the norm of a chunk's gradient; 0: none", ">= 0")
+    ttt_trainable: Words = knob(
         ("all",),
-        "weights that chunk SGD trains: all, scalar (gains, gates, scales), or globs or parts of names, such as mlp",
-        "",
-        "EVAL=chunk_sgd|slot",
+        "weights to train: all, scalar (gains, gates, scales), or globs or substrings of names, e.g. mlp",
     )
-    gdn_ttt_lr_mult: float = knob(
-        1.0,
-        "factor on TTT_LR for A_log, dt_bias, ba and taps of delta layers",
-        ">= 0",
-        "EVAL=chunk_sgd|slot",
-    )
-    slot_lr: float = knob(0.003, "learning rate of the fitted shift of the hidden state", ">= 0", "EVAL=slot")
-    slot_steps: int = knob(5, "AdamW steps of the fit, for each batch of windows", ">= 1", "EVAL=slot")
+    gdn_ttt_lr_mult: float = knob(1.0, "factor on TTT_LR for A_log, dt_bias, ba and taps of delta nets", ">= 0")
+    slot_lr: float = knob(0.003, "learning rate", ">= 0")
+    slot_steps: int = knob(5, "AdamW steps per batch of windows", ">= 1")
     slot_causal: bool = knob(
         True,
-        "fit on targets before the batch's first scored one; off: on those that it scores, as published (not legal)",
-        "",
-        "EVAL=slot",
+        "fit on targets before the batch's first scored one; off, as published: on those it scores (not legal)",
     )
 
     def problems(self) -> list[str]:
@@ -525,11 +496,15 @@ GROUPS = {  # first knob -> the title that --help prints above it
     "run_id": "run",
     "data_path": "data",
     "num_layers": "model",
+    "gdn_head_dim": "gated delta nets, when MIXERS has G",
     "matrix_lr": "optimisers",
     "iterations": "training schedule",
     "matrix_quant": "quantisation and artifact",
     "eval": "evaluation",
-    "ttt_lora_rank": "test-time training",
+    "ttt_lora_rank": "test-time training of adapters (EVAL=doc_lora or phased_lora)",
+    "phased_ttt_prefix_docs": "global phases of test-time training (EVAL=phased_lora)",
+    "ttt_chunk_tokens": "test-time training by SGD (EVAL=chunk_sgd or slot)",
+    "slot_lr": "fitted shift of the hidden state (EVAL=slot)",
 }
 
 ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
@@ -748,9 +723,9 @@ def parse_knob(field: dataclasses.Field, text: str) -> Any:
         if text not in ("0", "1"):
             raise ValueError("must be 0 or 1")
         return text == "1"
-    if kind.startswith("tuple"):
+    if kind in ("Words", "tuple[int, ...]"):
         parts = [part.strip() for part in text.split(",") if part.strip() not in ("", "none")]
-        return tuple(map(int, parts)) if "int" in kind else tuple(parts)
+        return tuple(parts) if kind == "Words" else tuple(map(int, parts))
     if kind == "int":
         return int(text.replace("_", ""))
     return float(text) if kind == "float" else text
@@ -765,7 +740,7 @@ def format_knob(value: Any) -> str:
 
 def parse_preset(path: Path) -> dict[str, str]:
     """KEY -> VALUE of a record.env: lines KEY=VALUE, each with an optional comment after a space."""
-    values: dict[str, str] = {}
+    values = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         text = re.split(r"\s#|^#", line, maxsplit=1)[0].strip()
         if not text:
@@ -941,13 +916,9 @@ class Runtime:
         if world > 1:
             # CPU tensors go over gloo and never wait for the GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
-        dtypes = {
-            "auto": torch.bfloat16 if use_cuda else torch.float32,
-            "bf16": torch.bfloat16,
-            "fp32": torch.float32,
-        }
+        dtype = DTYPES.get(cfg.compute_dtype, torch.bfloat16 if use_cuda else torch.float32)
         compiled = {"auto": use_cuda, "on": True, "off": False}[cfg.compile]
-        return cls(rank, world, device, Log(log_path, rank != 0), dtypes[cfg.compute_dtype], compiled)
+        return cls(rank, world, device, Log(log_path, rank != 0), dtype, compiled)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """All-reduce (sum) in place and return the tensor."""
@@ -971,7 +942,7 @@ class Runtime:
         """Merge the dicts of all ranks; every rank gets the union."""
         if self.world == 1:
             return items
-        parts: list[Any] = [None] * self.world
+        parts = [None] * self.world
         dist.all_gather_object(parts, items)
         return {key: value for part in parts for key, value in part.items()}
 
@@ -1349,7 +1320,7 @@ def train_batches(cfg: Config, runtime: Runtime) -> Iterator[list[Batch]]:
 
 def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
     """Yield the items of an endless iterator, made ahead by a daemon thread; its exceptions are raised here."""
-    ready: queue.Queue[Any] = queue.Queue(depth)
+    ready = queue.Queue(depth)
     stop = threading.Event()
 
     def put(item: Any) -> None:
@@ -1772,7 +1743,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tenso
     if sink is not None:
         flat_k, flat_v, cu_k = with_sink(flat_k, flat_v, cu_seqlens, sink)
         longest_k += 1
-    options: dict[str, Any] = {"window_size": (-1, 0)}  # any earlier key, no later one
+    options = {"window_size": (-1, 0)}  # any earlier key, no later one
     if VARLEN_HAS_GQA:
         options["enable_gqa"] = True
     else:
@@ -1877,8 +1848,8 @@ def softcap_ce_back_kernel(
 @kernel
 def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Left and right half of the columns: storing a whole float32 tile at once would need too much shared memory."""
-    R: tl.constexpr = tile_RC.shape[0]
-    C: tl.constexpr = tile_RC.shape[1]
+    R = tile_RC.shape[0]
+    C = tile_RC.shape[1]
     split = tl.reshape(tile_RC, (R, 2, C // 2))
     return tl.split(tl.permute(split, (0, 2, 1)))
 
@@ -1897,9 +1868,9 @@ def leaky_square_kernel(
     The descriptors' blocks set the tile: x (rows, depth), w (columns, depth), or back (depth, columns), pre and out
     (rows, columns / 2).
     """
-    R: tl.constexpr = x.block_shape[0]
-    K: tl.constexpr = x.block_shape[1]
-    HALF: tl.constexpr = pre.block_shape[1]
+    R = x.block_shape[0]
+    K = x.block_shape[1]
+    HALF = pre.block_shape[1]
     across = tl.cdiv(pre.shape[1], 2 * HALF)
     # persistent programs: each takes every num_programs-th tile, row by row
     for tile in tl.range(tl.program_id(0), tl.cdiv(x.shape[0], R) * across, tl.num_programs(0)):
@@ -2541,15 +2512,12 @@ GATES: dict[str, Callable[[Config], HeadGate | None]] = {
 }
 
 
-STORED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE
-
-
 class Table(nn.Module):
     """An embedding of `rows` ids, kept in EMBED_DTYPE."""
 
     def __init__(self, role: str, rows: int, dim: int, cfg: Config) -> None:
         super().__init__()
-        self.weight = make_weight(role, rows, dim, dtype=STORED_DTYPES[cfg.embed_dtype])
+        self.weight = make_weight(role, rows, dim, dtype=DTYPES[cfg.embed_dtype])
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids, self.weight).to(dtype)
@@ -2669,7 +2637,7 @@ class ValueContext:
 
     def __init__(self, embedded: Tensor | None, scales: Tensor | None) -> None:
         self.embedded, self.scales = embedded, scales
-        self.first: Tensor | None = None
+        self.first = None
 
 
 class ValueEmbedding(Projected):
@@ -2985,7 +2953,7 @@ class GPT(nn.Module):
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
-        self.tok_emb = Linear("embed", cfg.model_dim, cfg.vocab_size, STORED_DTYPES[cfg.embed_dtype])
+        self.tok_emb = Linear("embed", cfg.model_dim, cfg.vocab_size, DTYPES[cfg.embed_dtype])
         self.embed_extras = nn.ModuleDict({n: make(cfg) for n, make in EMBED_EXTRAS.items() if n in cfg.embed_extras})
         self.reach = sum(extra.reach for extra in self.embed_extras.values())
         self.value_embed = ValueEmbedding(cfg) if "value_embed" in cfg.attn_extras else None
@@ -3142,7 +3110,7 @@ def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple
 
 def optimiser_groups(model: nn.Module) -> dict[tuple[str, str, str], dict[str, nn.Parameter]]:
     """The parameters of each (optimiser, learning-rate knob, weight-decay knob), by name."""
-    groups: dict[tuple[str, str, str], dict[str, nn.Parameter]] = {}
+    groups = {}
     for name, p in model.named_parameters():
         role = ROLES[p.role]
         groups.setdefault((role.optimiser, role.lr, role.wd), {})[name] = p
@@ -3222,7 +3190,7 @@ class Muon:
     """
 
     def __init__(self, params: Iterable[nn.Parameter], cfg: Config, runtime: Runtime) -> None:
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        shapes = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
         # the largest groups first: their communication overlaps the work on the others
@@ -3433,7 +3401,7 @@ AVERAGES = {"ema": Ema, "swa": Swa}  # in this order: each averages what the one
 
 def averages_of(cfg: Config, params: list[Tensor]) -> dict[str, Ema | Swa]:
     """The chain of averages of AVERAGE; the `shadow` of the last is what training ends with."""
-    chain: dict[str, Ema | Swa] = {}
+    chain = {}
     for name in (name for name in AVERAGES if name in cfg.average):
         source = list(chain.values())[-1].shadow if chain else params
         chain[name] = AVERAGES[name](cfg, source)
@@ -3783,7 +3751,7 @@ class HessianTap:
     sites = frozenset(role.hessian for role in ROLES.values()) - {""}
 
     def __init__(self) -> None:
-        self.sums: dict[tuple[str, int], Tensor] = {}
+        self.sums = {}
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Listen at a site; the output passes through."""
@@ -3943,6 +3911,9 @@ def inverse_factor(hessian: Tensor, percdamp: float) -> tuple[Tensor, Tensor, Te
     return order, torch.linalg.cholesky(Hinv, upper=True), dead
 
 
+GPTQ_BLOCKSIZE = 128  # columns per lazy update: speed alone depends on it
+
+
 def gptq_columns(
     W: Tensor,
     Hinv: Tensor,
@@ -3973,12 +3944,10 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits, percdamp: f
     weight (rows, cols), hessian (cols, cols); scale and bits broadcast to (rows, cols).
     """
     order, Hinv, dead = inverse_factor(hessian, percdamp)
-    W = torch.where(dead, 0.0, weight.float())[:, order].contiguous()
+    W = torch.where(dead, 0.0, weight.float())
+    W = W[:, order].contiguous()
     scales = scale.expand_as(W).T[order]  # (cols, rows), in GPTQ's order
-    if isinstance(bits, int):
-        widths = [bits] * len(order)
-    else:
-        widths = bits.expand_as(W).T[order]
+    widths = [bits] * len(order) if isinstance(bits, int) else bits.expand_as(W).T[order]
 
     def nearest_level(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
         """The nearest levels of a column, and their values."""
@@ -4080,7 +4049,7 @@ def require_hessian(hessian: Tensor | None) -> Tensor:
 
 def with_feedback(weight: Tensor, hessian: Tensor | None, scale: Tensor, bits: Bits, cfg: Config) -> Tensor:
     """Round column by column with GPTQ, int8."""
-    return gptq(weight, require_hessian(hessian), scale, bits, cfg.gptq_damp, cfg.gptq_blocksize)
+    return gptq(weight, require_hessian(hessian), scale, bits, cfg.gptq_damp, GPTQ_BLOCKSIZE)
 
 
 def row_bits(weight: Tensor, rule: QuantRule, cfg: Config) -> Bits:
@@ -4189,7 +4158,7 @@ def encode_tcq(
     found = [stored_scales(sigma_clip_scale(w, rule.bits, rule.clip) / 2, cfg.scale_step) for w, rule in pairs]
     scales, tops = list(map(scale_values, found)), [2**rule.bits - 2 for rule in rules]
     walk = cfg.tcq_states, cfg.tcq_chunk_rows
-    levels = gptq_trellis(weights, hessians, scales, tops, *walk, cfg.gptq_damp, cfg.gptq_blocksize)
+    levels = gptq_trellis(weights, hessians, scales, tops, *walk, cfg.gptq_damp, GPTQ_BLOCKSIZE)
     t = torch.tensor(walk, dtype=torch.int32)
     return [{"q": q, "t": t} | parts for q, parts in zip(levels, found, strict=True)]
 
@@ -4236,10 +4205,11 @@ class Grid(NamedTuple):
         padding = -x.numel() % self.group
         rows = F.pad(x.flatten(), (0, padding)).view(-1, self.group)
         # levels go from -half to half - 1; the largest magnitude lies half a level over the top one
-        scale = storable(rows.abs().amax(dim=1) / (half - 0.5))
+        largest = rows.abs().amax(dim=1)
+        scale = storable(largest / (half - 0.5))
         q = torch.round(rows / scale.float()[:, None])
-        q = q.clamp(-half, half - 1).flatten()[: x.numel()]
-        return pack_bits(q + half, self.bits), scale
+        q = q.clamp(-half, half - 1).flatten()
+        return pack_bits(q[: x.numel()] + half, self.bits), scale
 
     def decode(self, packed: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
         """The float32 factor."""
@@ -4339,11 +4309,12 @@ def quantisation_jobs(plan: Plan, state: Weights, world: int) -> list[list[str]]
 
     A scheme that encodes a batch gets its matrices of equal width at once, split evenly over `world` ranks.
     """
-    groups: dict[Any, list[str]] = {}
+    groups = {}
     costs = {name: w.numel() * w.size(-1) for name, w in state.items()}
     for name in sorted(state, key=lambda name: (-costs[name], name)):
-        scheme = plan[name].scheme
-        group = name if SCHEMES[scheme].batch_encoder is None else (scheme, state[name].size(-1))
+        group, scheme = name, plan[name].scheme
+        if SCHEMES[scheme].batch_encoder is not None:
+            group = scheme, state[name].size(-1)
         groups.setdefault(group, []).append(name)
     shares = [names[rank::world] for names in groups.values() for rank in range(world)]
     return [names for names in shares if names]
@@ -5799,15 +5770,9 @@ def phase_segments(batches: list[list[int]], boundaries: list[int]) -> list[tupl
     return [*segments, (segment, [])]
 
 
-def claim_batches(cfg: Config, runtime: Runtime, queue_id: str, batches: list[list[int]]) -> Iterator[list[int]]:
+def claim_batches(runtime: Runtime, queue_id: str, batches: list[list[int]]) -> Iterator[list[int]]:
     """This rank's batches of a queue that the ranks share, each when it is asked for."""
     for ticket in runtime.claim_tickets(queue_id, len(batches)):
-        if cfg.ttt_order_audit:
-            phase = queue_id.rpartition("/")[2]
-            runtime.log(
-                f"order audit: phase {phase} batch {ticket} documents {batches[ticket]}",
-                to_file_only=True,
-            )
         yield batches[ticket]
 
 
@@ -5839,7 +5804,7 @@ def document_steps(cfg: Config, runtime: Runtime, val: ValData, boundaries: Sequ
     queue_id = f"ttt {runtime.broadcast_from_rank0(time.time())}"  # a queue is used once
     segments = phase_segments(context.batches(docs, cfg.ttt_batch_size), boundaries)
     for number, (batches, learnt) in enumerate(segments):
-        claimed = claim_batches(cfg, runtime, f"{queue_id}/{number}", batches)
+        claimed = claim_batches(runtime, f"{queue_id}/{number}", batches)
         yield from context.steps(cfg, val, docs, claimed)
         if learnt:
             spans = (range(docs[i][0] + 1, docs[i][0] + docs[i][1]) for i in learnt)
@@ -5876,7 +5841,7 @@ class SpanSgd:
     ) -> None:
         self.runtime, self.model, self.forward, self.clip = runtime, model, forward, clip
         self.params = [p for params, _ in groups for p in params]
-        self.grads: list[Tensor] = []
+        self.grads = []
         for dtype in dict.fromkeys(p.dtype for p in self.params):
             own = [p for p in self.params if p.dtype == dtype]
             sizes = [p.numel() for p in own]
@@ -5967,7 +5932,7 @@ class ChunkSgd:
         self.model = fp32_copy(model).requires_grad_(False)
         self.num_chunks = -(-(len(val.tokens) - 1) // cfg.ttt_chunk_tokens)
         chosen = trainable(cfg, self.model)
-        groups: dict[str, list[nn.Parameter]] = {}
+        groups = {}
         for p in chosen.values():
             groups.setdefault(ROLES[p.role].ttt_lr_mult, []).append(p)
         rated = [(params, getattr(cfg, knob) if knob else 1.0) for knob, params in groups.items()]
@@ -6118,7 +6083,7 @@ class Run:
         self.val = load_val(cfg)
         if "quantize" in cfg.stages:
             CODECS[cfg.compressor].require()  # before the training, not after it
-        self.result: dict[str, Any] = {"preset": preset, "seed": cfg.seed, "stages": {}}
+        self.result = {"preset": preset, "seed": cfg.seed, "stages": {}}
         if "train" not in cfg.stages:
             self.result |= read_json(folder / "result.json")
         self.result["source_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

@@ -826,11 +826,13 @@ def open_candidate(args: argparse.Namespace, room: Path) -> Candidate:
 # +---------------------------------------------------------------------------+
 
 
+CHUNKS_TO_ADAPT = {"chunk_sgd": 2, "slot": 2}  # evaluator -> chunks until it has adapted once more
+
+
 def shortened(candidate: Candidate, val: Any, documents: int) -> Any:
     """Return the first documents of the stream (0: all), at least as many as two steps of adaptation need."""
     program, cfg = candidate.program, candidate.cfg
-    adapts = cfg.eval in ("chunk_sgd", "slot")
-    least = 2 * cfg.ttt_chunk_tokens * adapts + 1
+    least = CHUNKS_TO_ADAPT.get(cfg.eval, 0) * cfg.ttt_chunk_tokens + 1
     ends = [start + length for start, length in program.val_documents(val.tokens)]
     stop = next((end for end in ends[documents - 1 :] if end > least), len(val.tokens))
     return program.ValData(val.tokens[:stop], val.bytes[:stop])

@@ -260,7 +260,7 @@ def test_two_processes_adapt_as_one(tiny_data: object, tmp_path: object) -> None
 
 def test_what_carry_cannot_do_is_a_sentence() -> None:
     for knobs, words in (
-        ({"ttt_chunk_size": 7}, "TTT_CHUNK_SIZE=7 from 8"),
+        ({"ttt_chunk_size": 7}, "TTT_CHUNK_SIZE=7 between 8"),
         ({"ttt_chunk_size": 49}, "half of TTT_EVAL_SEQ_LEN=96"),
         ({"ttt_warm_start_a": True}, "TTT_WARM_START_A=0"),
         ({"mixers": "G A A"}, "MIXERS without G"),

@@ -224,7 +224,7 @@ def test_a_word_that_matches_nothing_is_found_before_the_training(run_gpt: Calla
 
 def test_wrong_knobs_and_published_names_are_sentences() -> None:
     for knobs, message in (
-        ({"TTT_CHUNK_TOKENS": 15}, "TTT_CHUNK_TOKENS=15 is under EVAL_SEQ_LEN=16"),
+        ({"TTT_CHUNK_TOKENS": 15}, "TTT_CHUNK_TOKENS=15 must be at least EVAL_SEQ_LEN=16"),
         ({"TTT_TRAINABLE": ""}, "TTT_TRAINABLE is empty"),
         ({"EVAL_STRIDE": 17}, "EVAL_STRIDE=17 is over EVAL_SEQ_LEN=16"),
         ({"PRESET": "", "TTT_LR": -1}, "TTT_LR=-1.0 must be at least 0"),

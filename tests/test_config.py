@@ -20,7 +20,7 @@ from train_gpt import Config, UserError, load_config, record_env, resolve
 FIELDS = {field.name.upper(): field for field in dataclasses.fields(Config)}
 # records/<name>/run is what a run wrote
 PRESETS = sorted(path for path in (ROOT / "records").glob("**/record.env") if path.parent.name != "run")
-KINDS = ("bool", "int", "float", "str", "tuple[str, ...]", "tuple[int, ...]")
+KINDS = ("bool", "int", "float", "str", "Words", "tuple[int, ...]")
 
 
 def write_preset(folder: Path, text: str) -> str:
@@ -292,7 +292,7 @@ def configs(draw: st.DrawFn) -> Config:
             values[field.name] = draw(st.booleans())
         elif field.name in FORMED:
             values[field.name] = draw(st.sampled_from(FORMED[field.name]))
-        elif field.type.startswith("tuple"):
+        elif field.type in ("Words", "tuple[int, ...]"):
             items = range(11) if "int" in field.type else choices or ("mlp", "skips")
             values[field.name] = tuple(draw(st.lists(st.sampled_from(items), unique=True)))
         elif field.type == "str":

@@ -158,7 +158,7 @@ def test_the_driver_refuses_a_fit_on_scored_targets_unless_allowed() -> None:
     ledger.admit(cells)
     with pytest.raises(LegalityError):  # one target too many
         ledger.admit(cells._replace(fit=np.append(cells.fit, cells.rows[0] * 16 + cells.cols[0])))
-    with pytest.raises(UserError, match="SLOT_CAUSAL=0 fits on the targets that it scores.*ALLOW_NONCAUSAL=1"):
+    with pytest.raises(UserError, match="SLOT_CAUSAL=0 fits on the targets it scores.*ALLOW_NONCAUSAL=1"):
         config(EVAL="slot", SLOT_CAUSAL=0)
 
 

@@ -22,7 +22,7 @@ from conftest import ROOT
 
 PROGRAM = "train_gpt.py"
 MAX_FUNCTION_LINES, MAX_TEST_LINES = 60, 100
-MAX_UNDOCUMENTED_LINES = 5
+MAX_UNDOCUMENTED_LINES = 6
 MAX_TOKENS = 50_000  # of the program; comments, docstrings and line breaks are there to be read, and are not counted
 MAX_PER_LINE = 12.0  # tokens, on average over the program's lines of code
 MAX_PER_LINE_OF_A_FUNCTION, MIN_LINES = 18.0, 6  # in shorter functions the signature alone has twenty tokens
@@ -302,7 +302,7 @@ BODY = "    x{i} = {i}\n"
 LONG = lines_of(BODY, MAX_FUNCTION_LINES)
 CLEAN: dict[Rule, str] = {
     function_length: "def f():\n" + lines_of(BODY, MAX_FUNCTION_LINES - 1),
-    docstrings: "def f():\n" + lines_of(BODY, 5) + "def g():\n    'Why.'\n" + LONG,
+    docstrings: "def f():\n" + lines_of(BODY, MAX_UNDOCUMENTED_LINES) + "def g():\n    'Why.'\n" + LONG,
     axis_comparisons: (
         "ILLEGAL = [(lambda c: c.average == 'swa', 'no')]\n"
         "def f(cfg):\n    return TABLE[cfg.eval], cfg.loader is None, 'xsa' in cfg.attn_extras, cfg.lr == 1\n"
@@ -324,7 +324,7 @@ CLEAN: dict[Rule, str] = {
 }
 BREAKING: tuple[tuple[Rule, str, int], ...] = (  # and the line of the violation
     (function_length, "def f():\n" + LONG, 1),
-    (docstrings, "def f():\n" + lines_of(BODY, 6), 1),
+    (docstrings, "def f():\n" + lines_of(BODY, MAX_UNDOCUMENTED_LINES + 1), 1),
     (axis_comparisons, "def f(cfg):\n    return cfg.eval == 'plain'\n", 2),
     (environment_reads, "import os\na = os.environ\nb = os.environ['X']\nc = os.getenv('Y')\n", 4),
     (token_budget, "x = [\n" + "    1,\n" * (MAX_TOKENS // 2) + "]\n", 1),

@@ -39,10 +39,11 @@ def failed(checks: Iterable[verify.Check]) -> set[str]:
 @pytest.fixture(scope="session")
 def toy_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], verify.Candidate]]:
     """toy_of(record): the record, trained once at toy size. Its program is not `train_gpt`, so tests may patch it."""
+    shrink = verify.shrink  # a test puts toy_of in its place
 
     @functools.cache
     def trained(record: Path) -> verify.Candidate:
-        return verify.shrink(record, ROOT / "train_gpt.py", tmp_path_factory.mktemp("toy"), None)
+        return shrink(record, ROOT / "train_gpt.py", tmp_path_factory.mktemp("toy"), None)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack_artifact, "load_program", functools.cache(pack_artifact.load_program))

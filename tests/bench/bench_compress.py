@@ -76,7 +76,7 @@ def coder(name: str) -> tuple[Callable, Callable, Callable, bool]:
         return role_streams, zstd("--ultra", "-22"), zstd("-d"), shutil.which("zstd") is not None
     row = train_gpt.CODERS[name]
     try:
-        row.need()
+        row.require()
     except train_gpt.UserError:
         return role_streams, row.encode, row.decode, False
     return rans_streams if name == "rans" else role_streams, row.encode, row.decode, True
