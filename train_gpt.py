@@ -1498,11 +1498,7 @@ def rms_norm(x: Tensor) -> Tensor:
     return y.to(x.dtype)
 
 
-def rotary_frequencies(
-    dims: int,
-    base: float,
-    device: torch.device,
-) -> Tensor:
+def rotary_frequencies(dims: int, base: float, device: torch.device) -> Tensor:
     """(dims/2) float32: radians per token of each rotated pair (RoPE, Su et al. 2021)."""
     return 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
 
@@ -1523,18 +1519,7 @@ def rotary_tables(
     return angle.cos().float(), angle.sin().float()
 
 
-ROTARIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # values of ROPE_DTYPE
-    "fp32": lambda *shape: rotary_tables(*shape),
-    "bf16": lambda *shape: rotary_tables(*shape, torch.bfloat16),
-}
-
-
-def rotary_at(
-    at: Tensor,
-    dims: int,
-    base: float,
-    trained: int,
-) -> tuple[Tensor, Tensor]:
+def rotary_at(at: Tensor, dims: int, base: float, trained: int) -> tuple[Tensor, Tensor]:
     """cos and sin (B, T, dims/2), float32, of positions `at` (B, T). Positions below `trained` give the very rows of
     rotary_tables; beyond, angles are float64, because a large float32 angle loses its fraction."""
     frequency = rotary_frequencies(dims, base, at.device)
@@ -1544,22 +1529,13 @@ def rotary_at(
     return cos, torch.where(inside, near.sin(), far.sin().float())
 
 
-def stretched_base(
-    base: float,
-    dims: int,
-    span: int,
-    reference: int,
-) -> float:
+def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
     """The rotary base for contexts of `span` tokens. Past a reference length (0: never) it grows, so that the lowest
     frequency turns no further than at the reference (NTK-aware scaling, bloc97 2023)."""
     return base * (span / reference) ** (dims / (dims - 2)) if 0 < reference < span else base
 
 
-def rotate(
-    x_BTHd: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> Tensor:
+def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first 2 * cos.size(-1) dims of each head by tables of (T) or (B, T) rows; the rest passes through."""
     half = cos.size(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -1568,10 +1544,7 @@ def rotate(
     return torch.cat([turned.to(x_BTHd.dtype), rest], dim=-1)
 
 
-def remove_self_value(
-    y_BTHd: Tensor,
-    v_BTKd: Tensor,
-) -> Tensor:
+def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
     """XSA: remove from each head's output its component along the token's own value (that of its key/value head)."""
     own = F.normalize(at_least_fp32(v_BTKd), dim=-1, eps=1e-12).unsqueeze(3)
     y = at_least_fp32(y_BTHd).unflatten(2, (v_BTKd.size(2), -1))  # (B, T, K, H/K, d)
@@ -1604,11 +1577,7 @@ def segments(cu_seqlens: Tensor, total: int) -> Tensor:
     return torch.searchsorted(cu_seqlens, token, right=True)
 
 
-def segment_mask(
-    cu_seqlens: Tensor,
-    total: int,
-    band: int,
-) -> Tensor:
+def segment_mask(cu_seqlens: Tensor, total: int, band: int) -> Tensor:
     """(total/band, 1, band, width) bool: a query sees the keys of its own segment up to itself.
 
     No segment is longer than `band`, so a block of `band` queries needs its own keys and those of the block before:
@@ -1642,17 +1611,6 @@ def exact_attention(
     return y.transpose(1, 2)
 
 
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    meta: AttnMeta,
-    sink: Tensor | None = None,
-) -> Tensor:
-    """Causal attention inside each row. Shapes as masked_attention."""
-    return exact_attention(q, k, v, None, sink)
-
-
 def masked_attention(
     q: Tensor,
     k: Tensor,
@@ -1665,7 +1623,7 @@ def masked_attention(
     A sink (K, d) is one more key, with value 0, that every query sees: y sigmoid(logsumexp(logits) - its logit).
     """
     if meta.mask is None:
-        return causal_attention(q, k, v, meta, sink)
+        return exact_attention(q, k, v, None, sink)
     blocks, _, band, width = meta.mask.shape
     block_q, block_k, block_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
     if width > band:  # each block also sees the block before it; the first sees padding, which the mask hides
@@ -1741,7 +1699,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tenso
     keys than queries, causality is aligned to its end."""
     cu_seqlens, longest = meta.cu_seqlens, meta.max_len
     if cu_seqlens is None and sink is None:
-        return causal_attention(q, k, v, meta)
+        return exact_attention(q, k, v, None, None)
     if cu_seqlens is None:
         longest = q.size(1)
         cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * longest
@@ -1902,11 +1860,7 @@ def leaky_square_kernel(
             out.store([row, column + half * HALF], y.to(out.dtype))
 
 
-def launch_softcap_ce(
-    z: Tensor,
-    targets: Tensor,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def launch_softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """softcap_ce through Triton, one program a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
     loss, lse = (torch.empty(rows, dtype=torch.float32, device=z.device) for _ in range(2))
@@ -1999,13 +1953,7 @@ def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tens
 
 
 @operator(launch_softcap_ce_back)
-def softcap_ce_back(
-    g: Tensor,
-    z: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    softcap: float,
-) -> Tensor:
+def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
     """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
     s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
     p = torch.exp(2 * softcap * s - lse[:, None])
@@ -2028,11 +1976,7 @@ def softcap_ce_grad(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None, None]
 
 
 @operator(launch_softcap_ce, setup_context=softcap_ce_setup, backward=softcap_ce_grad)
-def softcap_ce(
-    z: Tensor,
-    targets: Tensor,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """softcapped_cross_entropy (N,) of z (N, V), and the shifted log-sum-exp (N,) of its backward; both float32."""
     y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
     lse = y.logsumexp(1)
@@ -2045,12 +1989,7 @@ def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
 
 
 @operator(launch_leaky_square_back)
-def leaky_square_back(
-    g: Tensor,
-    down: Tensor,
-    pre: Tensor,
-    slope: float,
-) -> Tensor:
+def leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
     """Gradient (N, F) of pre from the gradient g (N, D) of LeakyReLU(pre, slope)^2 down^T, down (D, F)."""
     return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
 
@@ -2084,12 +2023,7 @@ def leaky_square(m: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Ten
     return F.linear(post, down), pre, post
 
 
-def fused_mlp(
-    m: Tensor,
-    up: Tensor,
-    down: Tensor,
-    slope: float,
-) -> Tensor:
+def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     """LeakyReLU(m up^T, slope)^2 down^T of m (..., D), up (F, D), down (D, F); its twin is MLP's own forward."""
     return leaky_square(m.flatten(0, -2), up, down, slope)[0].view_as(m)
 
@@ -2100,10 +2034,7 @@ def l2_normalize(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def chunk_states_grad(
-    ctx: Any,
-    g: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def chunk_states_grad(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of chunk_states' inputs: the same recurrence, backwards in time with transposed maps."""
     a, states = ctx.saved_tensors
     total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1]).flip(0)  # of each state, through all later ones
@@ -2124,20 +2055,14 @@ def chunk_states(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     return torch.stack(states)
 
 
-def to_chunks(
-    x: Tensor,
-    size: int,
-) -> Tensor:
+def to_chunks(x: Tensor, size: int) -> Tensor:
     """(B, T, H, ...) -> (n, B, H, size, ...), padded with zeros, which write nothing and decay nothing."""
     missing = -x.size(1) % size
     x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
     return x.unflatten(1, (-1, size)).movedim(1, 0).movedim(3, 2)
 
 
-def chunk_decays(
-    g: Tensor,
-    starts: Tensor,
-) -> tuple[Tensor, Tensor]:
+def chunk_decays(g: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """From log decays g and starts, both (n, B, H or 1, chunk): what a read at token i keeps of a write at token j of
     its chunk, (n, B, H, chunk, chunk), and of the state before the chunk, (n, B, H, chunk, 1). Starts clear it."""
     restarts, total = starts.cumsum(-1), g.cumsum(-1)  # both count from the chunk's first token
@@ -2231,11 +2156,7 @@ def fla_rule_back(
         return torch.autograd.grad(fla_rule.twin(*inputs), inputs, (go, gs))
 
 
-def fla_rule_grad(
-    ctx: Any,
-    go: Tensor,
-    gs: Tensor,
-) -> SixTensors:
+def fla_rule_grad(ctx: Any, go: Tensor, gs: Tensor) -> SixTensors:
     """Gradients of fla_rule's inputs."""
     return fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors)
 
@@ -2333,12 +2254,7 @@ class Taps(Protocol):
 
     sites: frozenset[str]  # names of the sites that it hears
 
-    def __call__(
-        self,
-        site: Site,
-        x: Tensor,
-        y: Tensor,
-    ) -> Tensor:
+    def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """x and y: input and output of a matmul, or the normed input and the output of a sublayer."""
 
 
@@ -2349,12 +2265,7 @@ class LayerTap:
         self.taps, self.execution, self.layer = taps, execution, layer
         self.sites = frozenset() if taps is None else taps.sites
 
-    def __call__(
-        self,
-        name: str,
-        x: Tensor,
-        y: Tensor,
-    ) -> Tensor:
+    def __call__(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         return self.taps(Site(name, self.execution, self.layer), x, y) if name in self.sites else y
 
 
@@ -2493,11 +2404,7 @@ class HeadGate(nn.Module):
         self.bias = make_weight("gate_bias", shape[0]) if biased else None
         self.scale, self.factor, self.reads_q = scale, factor, reads_q
 
-    def forward(
-        self,
-        n_BTD: Tensor,
-        q_BTD: Tensor,
-    ) -> Tensor:
+    def forward(self, n_BTD: Tensor, q_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, H, 1)."""
         source = (q_BTD if self.reads_q else n_BTD)[..., : self.weight.size(1)]
         bias = None if self.bias is None else self.bias.to(source.dtype)
@@ -2566,10 +2473,7 @@ class HashEmbedding(Projected):
         self.first_id = BOS_ID if cfg.hash_bos_mask else -1
         self.requires_grad_(trained)
 
-    def buckets(
-        self,
-        ids: Tensor,
-    ) -> Tensor:
+    def buckets(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T) rows of the table."""
         follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has a predecessor
         key, seen = self.multipliers[0] * ids, torch.ones_like(follows)  # seen: the token `back` before exists
@@ -2595,11 +2499,7 @@ class Smear(nn.Module):
         self.scale = make_weight("shut", 1)
         self.bos_mask = cfg.smear_bos_mask
 
-    def forward(
-        self,
-        ids: Tensor,
-        e_BTD: Tensor,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
         gate = torch.sigmoid(F.linear(e_BTD[..., : self.weight.size(1)], self.weight.to(e_BTD.dtype)))
         gate = gate * self.scale.to(e_BTD.dtype)
         if self.bos_mask:
@@ -2620,11 +2520,7 @@ class ChannelSmear(nn.Module):
         self.gate = make_weight("shut", cfg.model_dim)
         self.first_id = BOS_ID if cfg.smear_bos_mask else -1
 
-    def forward(
-        self,
-        ids: Tensor,
-        x_BTD: Tensor,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, x_BTD: Tensor) -> Tensor:
         gate = torch.sigmoid(self.gate.to(x_BTD.dtype)) * (ids != self.first_id).unsqueeze(-1).to(x_BTD.dtype)
         return (1 - gate) * x_BTD + gate * F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
 
@@ -2655,11 +2551,7 @@ class ValueEmbedding(Projected):
         super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, "value_scale")
         self.layer_scales = make_weight("scale", len(cfg.ve_layers))
 
-    def forward(
-        self,
-        ids: Tensor,
-        dtype: torch.dtype,
-    ) -> ValueContext:
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> ValueContext:
         return ValueContext(self.look_up(ids, dtype), self.layer_scales.to(dtype))
 
 
@@ -2736,13 +2628,7 @@ class DeltaNet(nn.Module):
         self.dt_bias = make_weight("delta_step", value_heads)
         self.groups, self.rule = value_heads // cfg.gdn_qk_heads, kernels.delta_rule
 
-    def forward(
-        self,
-        n: Tensor,
-        meta: AttnMeta,
-        tap: LayerTap,
-        values: ValueContext,
-    ) -> Tensor:
+    def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
         # causal convolution over two tokens, which does not reach into the segment before
         qkv, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
@@ -2773,11 +2659,7 @@ class MLP(nn.Module):
         self.down = Linear("down", hidden, cfg.model_dim)
         self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
-    def forward(
-        self,
-        m: Tensor,
-        tap: LayerTap,
-    ) -> Tensor:
+    def forward(self, m: Tensor, tap: LayerTap) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
         if self.fused is not None and tap.sites.isdisjoint(("up", "down")):
             y = self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
@@ -2788,56 +2670,31 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer: a mixer (attention or a delta net), then an MLP, on a residual that also mixes in the embedding x0. Both
-    may instead run in parallel, on one residual or on two lanes."""
+    """A layer: a mixer (attention or a delta net) and an MLP, each with a norm before it and a scale after it. The
+    model puts them on its residual, one after the other, in parallel, or on two lanes."""
 
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
-        self.attn, self.mlp = (
-            MIXERS[mixer_letters(cfg)[layer]](cfg, layer, attend, kernels),
-            MLP(cfg, kernels),
-        )
+        self.attn = MIXERS[mixer_letters(cfg)[layer]](cfg, layer, attend, kernels)
+        self.mlp = MLP(cfg, kernels)
         self.attn_scale, self.mlp_scale = (make_weight("scale", cfg.model_dim) for _ in range(2))
         self.resid_mix = make_weight("residual_mix", 2, cfg.model_dim)
         self.input_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
         for p in self.parameters():
             p.layer = layer
 
-    def norm(self, x: Tensor) -> Tensor:
-        """RMS norm times the layer's input scale."""
-        return rms_norm(x) * self.input_scale
-
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
         """Mix the embedding into the residual."""
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
-    def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        meta: AttnMeta,
-        tap: LayerTap,
-        values: ValueContext,
-        parallel_block: bool,
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D). parallel_block: the MLP reads the mixer's input, not its output."""
-        u = self.mix(x, x0)
-        y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), meta, tap, values)
-        return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(u if parallel_block else y), tap)
+    def attend(self, x: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
+        """What the mixer adds to a residual that reads x, (B, T, D)."""
+        return self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.input_scale, meta, tap, values)
 
-    def branches(
-        self,
-        lane0: Tensor,
-        lane1: Tensor,
-        x0: Tensor,
-        meta: AttnMeta,
-        tap: LayerTap,
-        values: ValueContext,
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs (B, T, D) of the mixer, which reads lane 0 with x0, and of the MLP, which reads lane 1."""
-        a = self.attn_scale.to(lane0.dtype) * self.attn(self.norm(self.mix(lane0, x0)), meta, tap, values)
-        return a, self.mlp_scale.to(lane1.dtype) * self.mlp(self.norm(lane1), tap)
+    def transform(self, x: Tensor, tap: LayerTap) -> Tensor:
+        """What the MLP adds, (B, T, D)."""
+        return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.input_scale, tap)
 
 
 class Skips(nn.Module):
@@ -2939,11 +2796,6 @@ def loops(cfg: Config) -> bool:
     return cfg.num_loops > 0 and cfg.enable_looping_at < 1
 
 
-def num_skip_rows(cfg: Config) -> int:
-    """Skip rows that a model needs: those of its looped route."""
-    return plan_route(cfg, True).num_encoder
-
-
 class GPT(nn.Module):
     """The language model: float32 parameters (the embedding: EMBED_DTYPE), activations in `dtype`; set_looping chooses
     the route."""
@@ -2961,18 +2813,16 @@ class GPT(nn.Module):
         self.reach = sum(extra.reach for extra in self.embed_extras.values())
         self.value_embed = ValueEmbedding(cfg) if "value_embed" in cfg.attn_extras else None
         self.blocks = nn.ModuleList(Block(cfg, i, attend, kernels) for i in range(cfg.num_layers))
-        self.skips = Skips(num_skip_rows(cfg), cfg.model_dim, cfg.skip_gates_enabled)
-        self.lanes = Lanes(cfg) if any(plan_route(cfg, True).parallel) else None
         self.routes = {on: plan_route(cfg, on and cfg.num_loops > 0) for on in (False, True)}
         self.route = self.routes[False]
+        # the looped route has the most skips, and is the one that may split into lanes
+        self.skips = Skips(self.routes[True].num_encoder, cfg.model_dim, cfg.skip_gates_enabled)
+        self.lanes = Lanes(cfg) if any(self.routes[True].parallel) else None
         self.cfg = cfg  # for init_weights alone: the forward pass looks at modules
         self.softcap = cfg.logit_softcap
         self.rope = cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len
-        self.dtype, self.masked, self.rotary = (
-            dtype,
-            attend is masked_attention,
-            ROTARIES[cfg.rope_dtype],
-        )
+        self.dtype, self.rope_dtype = dtype, DTYPES[cfg.rope_dtype]
+        self.masked = attend is masked_attention
         self.anchored = "sink" in cfg.attn_extras or cfg.rope_dtype != "fp32"  # else only distances matter
         self.first_id = (BOS_ID if cfg.gdn_bos_reset else -1) if "G" in mixer_letters(cfg) else None
         self.cross_entropy = kernels.cross_entropy
@@ -2995,8 +2845,11 @@ class GPT(nn.Module):
         rows: int = 1,
         kv_cache: KVCache | None = None,
     ) -> AttnMeta:
-        """The AttnMeta of rows of `length` tokens; cu_seqlens: boundaries over the rows * length flattened tokens, row
-        starts in it; max_len: no segment is longer (0: not known). With a cache, rows continue their documents."""
+        """The AttnMeta of rows of `length` tokens. With a cache, rows continue their documents.
+
+        cu_seqlens: boundaries over the rows * length flattened tokens, row starts among them; max_len: no segment is
+        longer (0: not known).
+        """
         total, mask = rows * length, None
         if cu_seqlens is not None and self.masked:
             mask = segment_mask(cu_seqlens, total, max_len if max_len > 0 and total % max_len == 0 else total)
@@ -3005,14 +2858,11 @@ class GPT(nn.Module):
         if kv_cache is not None:
             cos, sin = rotary_at(kv_cache.positions, dims, stretched, max_len)
             return AttnMeta(None, max_len, cos, sin, None, kv_cache=kv_cache)
-        rotary = self.rotary if stretched == base else rotary_tables  # published: a stretched table is float32
-        cos, sin = rotary(
-            length if cu_seqlens is None or not self.anchored else total,
-            dims,
-            stretched,
-            device,
-        )
-        if cu_seqlens is not None and self.anchored:
+        # positions count from a document's start only where more than distances matter
+        anchored = cu_seqlens is not None and self.anchored
+        dtype = self.rope_dtype if stretched == base else torch.float32  # published: a stretched table is float32
+        cos, sin = rotary_tables(total if anchored else length, dims, stretched, device, dtype)
+        if anchored:
             token = torch.arange(total, device=device)
             position = (token - cu_seqlens[segments(cu_seqlens, total) - 1]).view(rows, length)
             cos, sin = cos[position], sin[position]
@@ -3046,11 +2896,14 @@ class GPT(nn.Module):
             row, source = route.skip_row[execution], route.skip_source[execution]
             if row >= 0:
                 lane0 = self.skips(lane0, outputs[source], row)
+            u = block.mix(lane0, x0)
+            attended = block.attend(u, here, tap, values)
             if route.parallel[execution]:
-                pair = (lane0, lanes[-1])
-                lanes = self.lanes(pair, block.branches(*pair, x0, here, tap, values), layer)
+                added = (attended, block.transform(lanes[-1], tap))
+                lanes = self.lanes((lane0, lanes[-1]), added, layer)
             else:
-                lanes = (block(lane0, x0, here, tap, values, route.parallel_block[execution]),)
+                y = u + attended
+                lanes = (y + block.transform(u if route.parallel_block[execution] else y, tap),)
             outputs.append(lanes[0])
         x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
         return rms_norm(x)
@@ -3177,15 +3030,6 @@ def gram_iterations(x: Tensor, plan: list[tuple[float, float, float]]) -> Tensor
     return x
 
 
-def muon_direction(grad: Tensor, buffer: Tensor, momentum: float, row_normalize: bool) -> Tensor:
-    """Nesterov direction (k, rows, cols), rows of unit norm when asked; updates the momentum buffer in place."""
-    buffer.mul_(momentum).add_(grad)
-    direction = grad + momentum * buffer
-    if row_normalize:
-        direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return direction
-
-
 class Muon:
     """Orthogonalised momentum on 2-D weights (Jordan et al. 2024), stacked by shape and sharded over the ranks.
 
@@ -3225,7 +3069,10 @@ class Muon:
         """One update from the averaged gradient shares."""
         cfg, world, updates, waits = self.cfg, self.runtime.world, [], []
         for share, buffer in zip(shares, self.buffers, strict=True):
-            direction = muon_direction(share, buffer, momentum, cfg.muon_row_normalize)
+            buffer.mul_(momentum).add_(share)
+            direction = share + momentum * buffer  # Nesterov
+            if cfg.muon_row_normalize:
+                direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-7)
             # the iterations tolerate bf16; tests in float64 keep it
             low = self.runtime.dtype if direction.dtype == torch.float32 else direction.dtype
             update = orthogonalize(direction.to(low), cfg.muon_coefficients, cfg.muon_backend_steps)
@@ -4557,11 +4404,7 @@ def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return flat.reshape(shape).copy()
 
 
-def rans_column_prior(
-    profile: np.ndarray,
-    past: np.ndarray,
-    rows: int,
-) -> tuple[int, int]:
+def rans_column_prior(profile: np.ndarray, past: np.ndarray, rows: int) -> tuple[int, int]:
     """How closely the columns follow those of an earlier matrix, in sixteenths, and how many rows that guess is worth.
 
     profile, past (cols,): each column's mean magnitude over the matrix's mean, here and in the earlier matrix.
@@ -5164,12 +5007,7 @@ class Learner(Protocol):
     def score(self, cells: Cells) -> Tensor:
         """(B, T) nats, at least of the scored cells, from what was learnt before; asking twice changes nothing."""
 
-    def learn(
-        self,
-        lesson: Lesson | SharedLesson,
-        cells: Cells | None,
-        nll: Tensor | None,
-    ) -> None:
+    def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
         """Learn from what is scored; cells, and nll as score returned it, are those of the same step."""
 
 
@@ -5243,12 +5081,7 @@ class NoAdaptation:
         mark_dynamic(self.runtime, (0,), scored)
         return scatter_losses(cells, self.forward(ids, targets, meta, None, "none", scored))
 
-    def learn(
-        self,
-        lesson: Lesson | SharedLesson,
-        cells: Cells | None,
-        nll: Tensor | None,
-    ) -> None:
+    def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
         """Nothing."""
 
 
@@ -5481,10 +5314,7 @@ def document_batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
     return groups
 
 
-def longest_first(
-    docs: list[tuple[int, int]],
-    size: int,
-) -> list[list[int]]:
+def longest_first(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
     """Documents one by one, so that the last rows to work have short ones and none waits long for another."""
     order = sorted(range(len(docs)), key=lambda i: -docs[i][1])
     return [[i] for i in order]
@@ -5655,12 +5485,7 @@ class DocLora:
         with torch.set_grad_enabled(cells.learns and self.adapters is not None):
             return self.losses(cells)
 
-    def learn(
-        self,
-        lesson: Lesson | SharedLesson,
-        cells: Cells | None,
-        nll: Tensor | None,
-    ) -> None:
+    def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
         """TTT_GRAD_STEPS updates of the adapters, the first by the graph of the score itself; or a global update."""
         if lesson.shared:
             steps = global_update(self.cfg, self.runtime, self.model, self.tokens[lesson.tokens()])

@@ -316,7 +316,7 @@ def rows_of(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 
 
-def exact_tables(length: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def exact_tables(length: int, dims: int, base: float, *_: Any) -> tuple[Tensor, Tensor]:
     """rotary_tables in float64, as the golden numbers of the n-gram and delta stacks were made."""
     frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
