@@ -488,9 +488,9 @@ class Config:
 
 # Where and how a run happens, not what it is: these knobs are never written to record.env.
 LOCAL_KNOBS = (
-    *("run_id", "artifact_dir", "stages", "model_path", "device", "attention", "fused_ce_enabled"),
-    *("fused_mlp_enabled", "fused_gdn_enabled", "compute_dtype", "compile", "data_path", "tokenizer_path"),
-)
+    "run_id artifact_dir stages model_path device attention fused_ce_enabled "
+    "fused_mlp_enabled fused_gdn_enabled compute_dtype compile data_path tokenizer_path"
+).split()
 
 GROUPS = {  # first knob -> the title that --help prints above it
     "run_id": "run",
@@ -690,7 +690,7 @@ RENAMED = {  # names that became values of an axis, or that the published script
 
 def mixer_letters(cfg: Config) -> str:
     """The mixer of each layer as a letter: MIXERS written out, G*2 A as GGA; empty when it is not of that form."""
-    if not cfg.mixers:
+    if not cfg.mixers:  # attention everywhere
         return "A" * cfg.num_layers
     if not re.fullmatch(r"(\s*[AG](\*\d{1,3})?)+\s*", cfg.mixers):
         return ""
@@ -2426,30 +2426,18 @@ GATES: dict[str, Callable[[Config], HeadGate | None]] = {
 }
 
 
-class Table(nn.Module):
-    """An embedding of `rows` ids, kept in EMBED_DTYPE."""
-
-    def __init__(self, role: str, rows: int, dim: int, cfg: Config) -> None:
-        super().__init__()
-        self.weight = make_weight(role, rows, dim, dtype=DTYPES[cfg.embed_dtype])
-
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(ids, self.weight).to(dtype)
-
-
 class Projected(nn.Module):
-    """scale * P table[id]: an embedding, projected to a width by P where it is narrower."""
+    """scale * P table[id]: an embedding in EMBED_DTYPE, projected to a width by P where it is narrower."""
 
-    def __init__(self, table: Table, width: int, scale_role: str) -> None:
+    def __init__(self, role: str, rows: int, dim: int, width: int, cfg: Config) -> None:
         super().__init__()
-        dim = table.weight.size(1)
-        self.table = table
+        self.table = Linear(f"{role}_table", dim, rows, DTYPES[cfg.embed_dtype])
         self.proj = Linear("projection", dim, width) if dim != width else None
-        self.scale = make_weight(scale_role, 1)
+        self.scale = make_weight(f"{role}_scale", 1)
 
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T) rows of the table -> (B, T, width)."""
-        e = self.table(ids, dtype)
+        e = F.embedding(ids, self.table.weight).to(dtype)
         return (e if self.proj is None else self.proj(e)) * self.scale.to(dtype)
 
 
@@ -2461,14 +2449,11 @@ class HashEmbedding(Projected):
     HASH_BOS_MASK a document's first token has no predecessor.
     """
 
-    MULTIPLIERS = (
-        36313,
-        27191,
-        51497,
-    )  # of the token itself, the one before it, and the one before that
+    # of the token itself, the one before it, and the one before that
+    MULTIPLIERS = (36313, 27191, 51497)
 
     def __init__(self, cfg: Config, order: int, rows: int, dim: int, trained: bool = True) -> None:
-        super().__init__(Table("hash_table", rows, dim, cfg), cfg.model_dim, "hash_scale")
+        super().__init__("hash", rows, dim, cfg.model_dim, cfg)
         self.multipliers, self.rows, self.reach = self.MULTIPLIERS[:order], rows, order - 1
         self.first_id = BOS_ID if cfg.hash_bos_mask else -1
         self.requires_grad_(trained)
@@ -2547,8 +2532,8 @@ class ValueEmbedding(Projected):
     """Attention values looked up by token (Zhou et al. 2024, as in PR 1182): one projected table, a scale per layer."""
 
     def __init__(self, cfg: Config) -> None:
-        table = Table("value_table", cfg.vocab_size, cfg.ve_dim, cfg)
-        super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, "value_scale")
+        width = cfg.num_kv_heads * cfg.model_dim // cfg.num_heads
+        super().__init__("value", cfg.vocab_size, cfg.ve_dim, width, cfg)
         self.layer_scales = make_weight("scale", len(cfg.ve_layers))
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> ValueContext:
@@ -3130,7 +3115,8 @@ class Optimisers:
         """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM."""
         grads = [p.grad for p in self.small]
         # each rank has its own shares, but all of the small gradients
-        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        own = torch.stack([share.square().sum() for share in shares])
+        squares = self.runtime.sum_(own.sum())
         small_norms = torch._foreach_norm([at_least_fp32(g) for g in grads])
         norm = (squares + torch.stack(small_norms).square().sum()).sqrt()
         # the factor stays on the device, so the host waits for nothing
