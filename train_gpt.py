@@ -793,6 +793,7 @@ def name_problems(names: Iterable[str], knobs: Mapping[str, dataclasses.Field], 
     for name in names:
         if name in knobs or (name == "PRESET" and not strict):  # PRESET inside a preset would be ignored
             continue
+        # an environment holds many other names, so only a near miss counts there
         close = difflib.get_close_matches(name, knobs, n=1, cutoff=0.6 if strict else 0.9)
         if name in RENAMED:
             found.append(f"{name} is not a knob here; say {RENAMED[name]}")
@@ -813,6 +814,7 @@ def resolve(environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
     problems = [problem for layer in layers.values() for problem in name_problems(layer, knobs, strict=True)]
     problems += name_problems(environ, knobs, strict=False)
     values, origin = {}, {}
+    # later layers win, and origin remembers which one it was
     for source, layer in (*layers.items(), ("environment", environ)):
         for name in sorted(knobs.keys() & layer.keys()):
             try:
@@ -2559,7 +2561,7 @@ class ValueResidual(nn.Module):
         if values.first is None:
             values.first = v
             return v
-        first, own = self.lambdas.to(v.dtype)
+        first, own = self.lambdas.to(v.dtype)  # two learnt numbers
         return first * values.first + own * v
 
 
@@ -2664,6 +2666,7 @@ class Block(nn.Module):
         self.mlp = MLP(cfg, kernels)
         self.attn_scale, self.mlp_scale = (make_weight("scale", cfg.model_dim) for _ in range(2))
         self.resid_mix = make_weight("residual_mix", 2, cfg.model_dim)
+        # deeper layers read a residual that has grown
         self.input_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
         for p in self.parameters():
             p.layer = layer
@@ -2760,6 +2763,7 @@ def plan_route(cfg: Config, looping: bool) -> Route:
     encoder = len(layers) // 2
     skip_row = [-1] * encoder + [j if j < encoder else -1 for j in range(len(layers) - encoder)]
     skip_source = [encoder - 1 - j if j >= 0 else -1 for j in skip_row]
+    # a looped layer keeps its number: what depends on depth follows the layer, not the execution
     late = [0 < cfg.parallel_start_layer <= layer for layer in layers]
     lanes = cfg.parallel_lanes == 2
     # once the residual has split into two lanes, in the decoder, they last to the end
@@ -2855,6 +2859,7 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, D): the embedding and its extras, normed, then the extras that act after the norm."""
+        # tok_emb is the head's matrix: its rows are looked up here, and multiplied there
         x = F.embedding(ids, self.tok_emb.weight).to(self.dtype)
         for name, extra in self.embed_extras.items():
             x = x if name in NORMED_EXTRAS else extra(ids, x)
@@ -2890,6 +2895,7 @@ class GPT(nn.Module):
                 y = u + attended
                 lanes = (y + block.transform(u if route.parallel_block[execution] else y, tap),)
             outputs.append(lanes[0])
+        # shapes: x, lanes and every output are (B, T, D)
         x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
         return rms_norm(x)
 
@@ -2918,7 +2924,7 @@ class GPT(nn.Module):
 
 def weights_of(cfg: Config) -> dict[str, nn.Parameter]:
     """Name -> parameter of a configuration's model, without memory: shapes, roles and layers of a state dict."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes alone
         return dict(GPT(cfg).named_parameters())
 
 
@@ -3103,6 +3109,7 @@ class Optimisers:
     def reduce_small(self) -> None:
         """Average the AdamW gradients over the ranks, as one flat tensor."""
         for p in self.small:
+            # not every weight is reached on every route, but every rank has to send the same number of bytes
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if self.runtime.world == 1:
             return
@@ -3330,6 +3337,7 @@ class Trainer:
         self.averages = averages_of(cfg, list(model.parameters()))
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
         self.stages, self.begun = stages_of(cfg), set()
+        # calibration runs inside the budget too, so training ends that much earlier
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
         self.loss = torch.zeros((), device=runtime.device)
@@ -3349,7 +3357,7 @@ class Trainer:
                 inputs = on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)
                 loss = self.forward(*inputs) / len(batches)
                 loss.backward()
-                self.loss += loss.detach()
+                self.loss += loss.detach()  # stays on the device: nobody waits for it
         self.optimisers.step(multiplier, step)
 
     def stages_at(self, now: Progress) -> set[str]:
