@@ -1835,9 +1835,9 @@ def leaky_square_kernel(
     The descriptors' blocks set the tile: x (rows, depth), w (columns, depth), or back (depth, columns), pre and out
     (rows, columns / 2).
     """
-    R = x.block_shape[0]
-    K = x.block_shape[1]
-    HALF = pre.block_shape[1]
+    R: tl.constexpr = x.block_shape[0]
+    K: tl.constexpr = x.block_shape[1]
+    HALF: tl.constexpr = pre.block_shape[1]
     across = tl.cdiv(pre.shape[1], 2 * HALF)
     # persistent programs: each takes every num_programs-th tile, row by row
     for tile in tl.range(tl.program_id(0), tl.cdiv(x.shape[0], R) * across, tl.num_programs(0)):
