@@ -1815,8 +1815,8 @@ def softcap_ce_back_kernel(
 @kernel
 def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Left and right half of the columns: storing a whole float32 tile at once would need too much shared memory."""
-    R = tile_RC.shape[0]
-    C = tile_RC.shape[1]
+    R: tl.constexpr = tile_RC.shape[0]
+    C: tl.constexpr = tile_RC.shape[1]
     split = tl.reshape(tile_RC, (R, 2, C // 2))
     return tl.split(tl.permute(split, (0, 2, 1)))
 
