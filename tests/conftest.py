@@ -18,69 +18,35 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from pydoc_data.topics import topics as TOPICS
 from typing import NamedTuple
 
 import prepare
 import pytest
 import torch
+from golden_rules import knobs
 from hypothesis import HealthCheck, settings
 
 import pack_artifact
 import train_gpt
+from records import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = sorted(path.parent for path in (ROOT / "records" / "track_10min_16mb").glob("*/record.env"))
 LAUNCHER = frozenset(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PRESET"))
 KNOBS = frozenset(name.upper() for name in train_gpt.Config.__dataclass_fields__)
-TINY = {  # a model of the CaseOps kind that trains in a second on one core
-    "VOCAB_SIZE": "320",
-    "NUM_LAYERS": "5",
-    "MODEL_DIM": "32",
-    "NUM_HEADS": "4",
-    "NUM_KV_HEADS": "2",
-    "MLP_MULT": "2.0",
-    "ROPE_DIMS": "4",
-    "ATTN_GATE": "sparse",
-    "EMBED_EXTRAS": "smear",
-    "LOOP_START": "1",
-    "LOOP_END": "2",
-    "NUM_LOOPS": "1",
-    "PARALLEL_START_LAYER": "3",
-    "XSA_LAST_N": "5",
-    "TRAIN_SEQ_LEN": "64",
-    "EVAL_SEQ_LEN": "64",
-    "TTT_EVAL_SEQ_LEN": "64",
-    "TRAIN_BATCH_TOKENS": "512",
-    "VAL_BATCH_TOKENS": "512",
-    "BATCH_SLICES": "4",
-    "ITERATIONS": "8",
-    "MAX_WALLCLOCK_SECONDS": "0",
-    "WARMUP_STEPS": "1",
-    "TRAIN_LOG_EVERY": "2",
-    "GPTQ_CALIBRATION_BATCHES": "4",
-    "TTT_LORA_RANK": "4",
-    "TTT_LORA_ALPHA": "6",
-    "TTT_LORA_LR": "0.003",
-    "TTT_CHUNK_SIZE": "16",
-    "TTT_BATCH_SIZE": "3",
-}
-TOY = train_gpt.read_preset(str(ROOT / "records" / "toy")) | {  # any record at toy size, on caseops_sample
-    "VOCAB_SIZE": "512",
-    "EVAL_STRIDE": "64",
-    "VAL_BATCH_TOKENS": "2048",
-    "SWA_EVERY": "2",
-    "WARMDOWN_ITERS": "8",
-    "TTT_BATCH_SIZE": "1",
-    "TTT_EPOCHS": "2",
-    "VE_LAYERS": "1,3",
-    "VE_DIM": "16",
-    "BIGRAM_VOCAB_SIZE": "128",
-    "TRIGRAM_VOCAB_SIZE": "96",
-    "OMP_NUM_THREADS": "1",
-    "DEVICE": "cpu",
-}
-OWN_TOY = {"PR1895": {"MIXERS": "G A*2 G", "GDN_HEAD_DIM": "16", "EMBED_TOPK": "200"}}  # mixers are listed by layer
+TINY = knobs(  # a model of the CaseOps kind that trains in a second on one core
+    "VOCAB_SIZE=320 NUM_LAYERS=5 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2.0 ROPE_DIMS=4 ATTN_GATE=sparse "
+    "EMBED_EXTRAS=smear LOOP_START=1 LOOP_END=2 NUM_LOOPS=1 PARALLEL_START_LAYER=3 XSA_LAST_N=5 TRAIN_SEQ_LEN=64 "
+    "EVAL_SEQ_LEN=64 TTT_EVAL_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512 VAL_BATCH_TOKENS=512 BATCH_SLICES=4 ITERATIONS=8 "
+    "MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 TRAIN_LOG_EVERY=2 GPTQ_CALIBRATION_BATCHES=4 TTT_LORA_RANK=4 "
+    "TTT_LORA_ALPHA=6 TTT_LORA_LR=0.003 TTT_CHUNK_SIZE=16 TTT_BATCH_SIZE=3"
+)
+TOY = train_gpt.read_preset(str(ROOT / "records" / "toy")) | knobs(  # any record at toy size, on caseops_sample
+    "NUM_LAYERS=3 XSA_LAST_N=3 LOOP_END=1 PARALLEL_START_LAYER=2 EVAL_STRIDE=64 VAL_BATCH_TOKENS=2048 SWA_EVERY=2 "
+    "WARMDOWN_ITERS=8 TTT_BATCH_SIZE=1 TTT_EPOCHS=2 VE_LAYERS=0,2 VE_DIM=16 BIGRAM_VOCAB_SIZE=128 "
+    "TRIGRAM_VOCAB_SIZE=96 OMP_NUM_THREADS=1 DEVICE=cpu"
+)
+OWN_TOY = {"PR1895": {"MIXERS": "G A G", "GDN_HEAD_DIM": "16", "EMBED_TOPK": "200"}}  # mixers are listed by layer
 
 # the same examples every time, however slow the machine is
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -273,10 +239,8 @@ def tiny_data(once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def caseops_sample(once: Callable[..., Path]) -> Path:
-    """Python's own documentation as shards, through CaseOps, with the byte sidecar."""
-    texts = [topic for _, topic in sorted(TOPICS.items()) if 800 < len(topic) < 4000]
-    options = ("--caseops", "--vocab-size", "512", "--val-docs", "2")
-    return once("caseops", lambda room: prepare_docs(room, texts, *options)) / "shards"
+    """Short texts of Python's own documentation as shards, through CaseOps, with the byte sidecar."""
+    return once("caseops", lambda room: verify.toy_documents(room, int(TOY["VOCAB_SIZE"]))) / "shards"
 
 
 class ToyRun(NamedTuple):

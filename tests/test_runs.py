@@ -19,9 +19,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, Done, call, environment, launch, one_thread
+from golden_rules import knobs
 
 import train_gpt
 
+FULL = {"SEED": 7, "VAL_LOSS_EVERY": 4}
 QUICK = {"ITERATIONS": 6, "EVAL": "plain", "AVERAGE": "none"}
 STAGES = ("pre_quant", "quantized", "final")
 WRITTEN = {"log.txt", "metrics.jsonl", "model.pt", "hessians.pt", "model.bin", "record.env", "result.json"}
@@ -38,22 +40,22 @@ def sums_in_one_order() -> Iterator[None]:
         yield
 
 
+def finished(data: Path, folder: Path, **knobs: object) -> Done:
+    done = call(environment(data, folder, **knobs), folder)
+    assert done.code == 0, done.err
+    return done
+
+
 @pytest.fixture(scope="module")
 def full(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """A run of all stages, with adapters at the end."""
-    folder = tmp_path_factory.mktemp("full") / "run"
-    done = call(environment(tiny_data, folder, SEED=7, VAL_LOSS_EVERY=4), folder)
-    assert done.code == 0, done.err
-    return done
+    return finished(tiny_data, tmp_path_factory.mktemp("full") / "run", **FULL)
 
 
 @pytest.fixture(scope="module")
 def quick(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """A short run without an average, so that the weights have moved."""
-    folder = tmp_path_factory.mktemp("quick") / "run"
-    done = call(environment(tiny_data, folder, **QUICK), folder)
-    assert done.code == 0, done.err
-    return done
+    return finished(tiny_data, tmp_path_factory.mktemp("quick") / "run", **QUICK)
 
 
 @pytest.fixture
@@ -73,11 +75,10 @@ def again(tiny_data: Path, tmp_path: Path) -> Callable[..., Done]:
 
 
 def test_full_run_leaves_every_file_and_no_half_one(full: Done) -> None:
-    assert {p.name for p in full.folder.iterdir()} == WRITTEN
-    assert full.err == ""
+    assert {p.name for p in full.folder.iterdir()} == WRITTEN and full.err == ""
 
 
-def test_result_has_the_agreed_keys_and_adds_up(full: Done) -> None:
+def test_result_has_the_agreed_keys_and_adds_up(full: Done, tiny_data: Path) -> None:
     result, final = full.result, full.result["stages"]["final"]
     assert list(result["stages"]) == list(STAGES)
     assert all(set(stage) == {"val_loss", "val_bpb", "seconds"} for stage in result["stages"].values())
@@ -88,34 +89,23 @@ def test_result_has_the_agreed_keys_and_adds_up(full: Done) -> None:
     assert result["bytes_total"] == result["bytes_model"] + result["bytes_code"]
     source = (ROOT / "train_gpt.py").read_bytes()
     assert result["source_sha256"] == hashlib.sha256(source).hexdigest() and result["bytes_code"] == len(source)
+    val = train_gpt.load_val(train_gpt.load_config({**TINY, "DATA_PATH": str(tiny_data)}))
+    assert (result["tokens_scored"], result["bytes_scored"]) == (len(val.tokens) - 1, val.bytes[1:].sum())
 
 
-def test_result_counts_the_validation_stream(full: Done, tiny_data: Path) -> None:
-    cfg = train_gpt.load_config({**TINY, "DATA_PATH": str(tiny_data)})
-    val = train_gpt.load_val(cfg)
-    assert full.result["tokens_scored"] == len(val.tokens) - 1
-    assert full.result["bytes_scored"] == val.bytes[1:].sum()
-
-
-def test_last_line_of_log_and_output_is_the_result(full: Done) -> None:
-    log = (full.folder / "log.txt").read_text(encoding="utf-8").splitlines()
-    assert log[-1] == full.out.splitlines()[-1] and log[-1].startswith("RESULT ")
-    assert json.loads(log[-1].removeprefix("RESULT ")) == full.result
-    assert sum(line.startswith("RESULT ") for line in log) == 1
-
-
-def test_log_is_a_complete_record(full: Done) -> None:
+def test_log_is_a_complete_record_and_ends_with_the_result(full: Done) -> None:
     log = (full.folder / "log.txt").read_text(encoding="utf-8")
     for part in ("SEED=7  (environment)", "parameters ", "optimisers:", "quantisation plan:", "torch ", "python "):
-        assert part in log
+        assert part in log, part
     assert f"source sha256 {full.result['source_sha256']}" in log and "layers 0 1 2 | 1 2 3 4" in log
+    last = log.splitlines()[-1]
+    assert last == full.out.splitlines()[-1] and json.loads(last.removeprefix("RESULT ")) == full.result
+    assert len(re.findall("^RESULT ", log, re.MULTILINE)) == 1
 
 
 def test_record_env_of_a_run_is_its_config(full: Done) -> None:
-    lines = (full.folder / "record.env").read_text(encoding="utf-8").splitlines()
-    assert train_gpt.load_config(dict(line.split("=", 1) for line in lines)) == train_gpt.load_config(
-        {**TINY, "SEED": "7", "VAL_LOSS_EVERY": "4"}
-    )
+    environ = train_gpt.read_preset(str(full.folder))
+    assert train_gpt.load_config(environ) == train_gpt.load_config(TINY | {k: str(v) for k, v in FULL.items()})
 
 
 def test_metrics_are_one_line_a_step_with_the_agreed_keys(full: Done) -> None:
@@ -144,17 +134,16 @@ def test_every_evaluation_scores_the_same_targets(name: str, quick: Done, again:
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "text",
     [
-        {"MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise"},
-        {"COMPRESSOR": "lzma"},
-        {"NUM_LOOPS": 0, "PARALLEL_START_LAYER": 0, "SKIP_GATES_ENABLED": 0, "ATTN_EXTRAS": "none"},
-        {"ATTN_GATE": "none", "EMBED_EXTRAS": "none", "AVERAGE": "ema", "GRAD_CLIP_NORM": 0, "EVAL_INCLUDE_TAIL": 1},
+        "MATRIX_QUANT=rowwise EMBED_QUANT=rowwise",
+        "COMPRESSOR=lzma",
+        "NUM_LOOPS=0 PARALLEL_START_LAYER=0 SKIP_GATES_ENABLED=0 ATTN_EXTRAS=none",
+        "ATTN_GATE=none EMBED_EXTRAS=none AVERAGE=ema GRAD_CLIP_NORM=0 EVAL_INCLUDE_TAIL=1",
     ],
-    ids=["rowwise", "lzma", "plain model", "no extras"],
 )
-def test_other_choices_run_from_end_to_end(knobs: dict[str, object], again: Callable[..., Done]) -> None:
-    done = again(**{"ITERATIONS": 3, **knobs})
+def test_other_choices_run_from_end_to_end(text: str, again: Callable[..., Done]) -> None:
+    done = again(**{"ITERATIONS": 3, **knobs(text)})
     assert done.code == 0, done.err
     assert list(done.result["stages"]) == list(STAGES) and done.bpb("final") == done.bpb("quantized")
 
@@ -162,42 +151,42 @@ def test_other_choices_run_from_end_to_end(knobs: dict[str, object], again: Call
 # Resuming
 
 
-@pytest.mark.parametrize("stages", ["quantize,eval", "eval"])
-def test_resumed_run_gives_the_same_score_exactly(stages: str, full: Done, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stages", "needed"),
+    [("quantize,eval", "model.pt hessians.pt result.json"), ("eval", "model.bin result.json")],
+)
+def test_resumed_run_gives_the_same_score_exactly(
+    stages: str, needed: str, full: Done, tiny_data: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    needed = {"quantize,eval": ("model.pt", "hessians.pt", "result.json"), "eval": ("model.bin", "result.json")}[stages]
-    for name in needed:
+    for name in needed.split():
         shutil.copy(full.folder / name, folder)
-    done = call(environment(tiny_data, folder, SEED=7, VAL_LOSS_EVERY=4, STAGES=stages), folder)
-    assert done.code == 0, done.err
+    done = finished(tiny_data, folder, **FULL, STAGES=stages)
     assert (folder / "model.bin").read_bytes() == (full.folder / "model.bin").read_bytes()
-    timed = ("eval_seconds", "stages")
-    assert {k: v for k, v in done.result.items() if k not in timed} == {
-        k: v for k, v in full.result.items() if k not in timed
-    }
+    untimed = full.result.keys() - {"eval_seconds", "stages"}
+    assert done.result.keys() == full.result.keys() and all(done.result[k] == full.result[k] for k in untimed)
     assert [done.bpb(stage) for stage in STAGES] == [full.bpb(stage) for stage in STAGES]
 
 
 def test_evaluation_needs_the_artifact_alone(full: Done, tiny_data: Path, tmp_path: Path) -> None:
     model, folder = tmp_path / "elsewhere.bin", tmp_path / "run"
     shutil.copy(full.folder / "model.bin", model)
-    done = call(environment(tiny_data, folder, SEED=7, STAGES="eval", MODEL_PATH=model), folder)
-    assert done.code == 0 and done.bpb("final") == full.bpb("final"), done.err
+    done = finished(tiny_data, folder, SEED=7, STAGES="eval", MODEL_PATH=model)
+    assert done.bpb("final") == full.bpb("final")
     assert {p.name for p in folder.iterdir()} == {"log.txt", "record.env", "result.json"}
 
 
 # Repeatability
 
 
-@pytest.mark.parametrize("knobs", [{"WARMUP_STEPS": 0}, {"WARMUP_STEPS": 2, "VAL_LOSS_EVERY": 2}])
+@pytest.mark.parametrize("changed", [{"WARMUP_STEPS": 0}, {"WARMUP_STEPS": 2, "VAL_LOSS_EVERY": 2}])
 def test_same_seed_is_bit_equal_whatever_the_warm_up_and_validation(
-    knobs: dict[str, object], quick: Done, again: Callable[..., Done]
+    changed: dict[str, object], quick: Done, again: Callable[..., Done]
 ) -> None:
-    other = again(**knobs)
-    assert [m["train_loss"] for m in other.metrics("train_loss")] == [
-        m["train_loss"] for m in quick.metrics("train_loss")
-    ]
+    other = again(**changed)
+    losses, wanted = ([m["train_loss"] for m in run.metrics("train_loss")] for run in (other, quick))
+    assert losses == wanted
     weights = quick.weights()
     assert all(torch.equal(weights[name], tensor) for name, tensor in other.weights().items())
     assert (other.folder / "model.bin").read_bytes() == (quick.folder / "model.bin").read_bytes()
@@ -220,16 +209,14 @@ def test_training_moves_every_tensor(quick: Done, tiny_data: Path) -> None:
 
 # Ranks
 
-PAIRS = {"packed_docs": {"LOADER": "packed_docs"}, "stream": {"LOADER": "stream", "EVAL": "sliding"}}
 
-
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("text", ["LOADER=packed_docs", "LOADER=stream EVAL=sliding"])
 def test_two_processes_are_one(
-    name: str, tiny_data: Path, call_ranks: Callable[..., Done], again: Callable[..., Done], tmp_path: Path
+    text: str, tiny_data: Path, call_ranks: Callable[..., Done], again: Callable[..., Done], tmp_path: Path
 ) -> None:
-    knobs = {**QUICK, "ITERATIONS": 4, **PAIRS[name]}
-    one = again(**knobs)
-    two = call_ranks(environment(tiny_data, tmp_path / "two", **knobs), tmp_path / "two")
+    changed = {**QUICK, "ITERATIONS": 4, **knobs(text)}
+    one = again(**changed)
+    two = call_ranks(environment(tiny_data, tmp_path / "two", **changed), tmp_path / "two")
     assert (one.code, two.code) == (0, 0), one.err + two.err
     for key, tensor in one.weights().items():
         torch.testing.assert_close(two.weights()[key], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
@@ -242,17 +229,10 @@ def test_two_processes_are_one(
 def test_two_processes_quantise_and_adapt_as_one(full: Done, tiny_data: Path, tmp_path: Path) -> None:
     """By torchrun itself, as on a machine with GPUs."""
     folder = Path(shutil.copytree(full.folder, tmp_path / "run"))
-    phased = {
-        "EVAL": "phased_lora",
-        "PHASED_TTT_PREFIX_DOCS": 5,
-        "PHASED_TTT_NUM_PHASES": 2,
-        "GLOBAL_TTT_LR": 0.05,
-        "GLOBAL_TTT_CHUNK_TOKENS": 128,
-        "SEED": 7,
-        "VAL_LOSS_EVERY": 4,
-    }
-    one = call(environment(tiny_data, folder, STAGES="eval", **phased), folder)
-    assert one.code == 0 and one.out.count("global steps") == 2, one.err
+    phased = "EVAL=phased_lora PHASED_TTT_PREFIX_DOCS=5 PHASED_TTT_NUM_PHASES=2 GLOBAL_TTT_LR=0.05"
+    phased = FULL | knobs(f"{phased} GLOBAL_TTT_CHUNK_TOKENS=128")
+    one = finished(tiny_data, folder, STAGES="eval", **phased)
+    assert one.out.count("global steps") == 2
     assert abs(one.bpb("final") - full.bpb("final")) > 1e-5, "the global updates change nothing"
     (folder / "model.bin").unlink()
     two = launch(environment(tiny_data, folder, STAGES="quantize,eval", **phased), folder, ranks=2)
@@ -260,11 +240,6 @@ def test_two_processes_quantise_and_adapt_as_one(full: Done, tiny_data: Path, tm
     assert (folder / "model.bin").read_bytes() == (full.folder / "model.bin").read_bytes()
     assert two.bpb("quantized") == pytest.approx(full.bpb("quantized"), rel=1e-6)
     assert two.bpb("final") == pytest.approx(one.bpb("final"), rel=1e-5)
-
-
-def test_slices_must_divide_among_the_ranks(again: Callable[..., Done]) -> None:
-    done = again(WORLD_SIZE=3, RANK=0)
-    assert (done.code, done.err) == (2, "error: BATCH_SLICES=4 is not a multiple of the 3 ranks\n")
 
 
 # The clock
@@ -302,11 +277,11 @@ def test_wall_clock_stops_training_and_moves_the_schedules(
 def test_two_processes_stop_at_the_same_step(tiny_data: Path, call_ranks: Callable[..., Done], tmp_path: Path) -> None:
     """A rank that went on alone would wait for ever in its next reduction, and the run would not end."""
     folder = tmp_path / "run"
-    done = call_ranks(environment(tiny_data, folder, **CLOCK), folder)
+    done = call_ranks(environment(tiny_data, folder, **{**CLOCK, "MAX_WALLCLOCK_SECONDS": 2}), folder)
     assert done.code == 0, done.err
     (steps,) = re.findall(r"training stopped at step (\d+)", done.out)
     assert int(steps) == done.result["train_steps"] == done.metrics("train_loss")[-1]["step"]
-    assert done.result["train_seconds"] >= 2
+    assert done.result["train_seconds"] >= 1
 
 
 # Bad inputs
@@ -323,22 +298,18 @@ def edit(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
-TRAIN, VAL = "fineweb_train_000000.bin", "fineweb_val_000000.bin"
+TRAIN, SECOND, THIRD = (f"fineweb_train_00000{i}.bin" for i in range(3))
+VAL = "fineweb_val_000000.bin"
+PROMISES = "its header promises"
 BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing train shard": (lambda d: (d / TRAIN).unlink(), "has no fineweb_train_*.bin"),
     "missing val shard": (lambda d: (d / VAL).unlink(), "has no fineweb_val_*.bin"),
-    "gap": (
-        lambda d: shutil.copy(d / TRAIN, d / TRAIN.replace("0.bin", "2.bin")),
-        "fineweb_train_000001.bin is missing",
-    ),
+    "gap": (lambda d: shutil.copy(d / TRAIN, d / THIRD), "fineweb_train_000001.bin is missing"),
     "train magic": (lambda d: edit(d / TRAIN, lambda raw: b"GGUF" + raw[4:]), "not a shard"),
     "val magic": (lambda d: edit(d / VAL, lambda raw: b"GGUF" + raw[4:]), "not a shard"),
-    "short train shard": (lambda d: edit(d / TRAIN, lambda raw: raw[:-100]), "its header promises"),
-    "short val shard": (lambda d: edit(d / VAL, lambda raw: raw[:-1]), "its header promises"),
-    "short later shard": (
-        lambda d: (d / TRAIN.replace("0.bin", "1.bin")).write_bytes((d / TRAIN).read_bytes()[:-2]),
-        "its header promises",
-    ),
+    "short train shard": (lambda d: edit(d / TRAIN, lambda raw: raw[:-100]), PROMISES),
+    "short val shard": (lambda d: edit(d / VAL, lambda raw: raw[:-1]), PROMISES),
+    "short later shard": (lambda d: (d / SECOND).write_bytes((d / TRAIN).read_bytes()[:-2]), PROMISES),
     "no text in training": (lambda d: edit(d / TRAIN, lambda raw: raw[:8] + bytes(1016)), "no training shard holds"),
     "damaged tokenizer": (lambda d: next(d.glob("*.model")).write_bytes(b"junk"), "not a SentencePiece model"),
     "two tokenizers": (lambda d: (d / "b.model").write_bytes(b""), "choose one with TOKENIZER_PATH"),
@@ -360,23 +331,24 @@ def test_bad_data_is_one_line_and_loses_nothing(
     assert "step 1 " not in done.out, "found before any training"
 
 
-BAD_KNOBS: dict[str, tuple[dict[str, object], str]] = {
-    "tokenizer of another vocabulary": ({"VOCAB_SIZE": 512}, "the tokenizer has 320 pieces, VOCAB_SIZE=512"),
-    "shards of another vocabulary": ({"VOCAB_SIZE": 300}, "is outside VOCAB_SIZE=300"),
-    "misspelt knob": ({"TTT_LORA_RNK": 4}, "did you mean TTT_LORA_RANK?"),
-    "bad value": ({"NUM_HEADS": "four"}, "NUM_HEADS='four'"),
-    "no such preset": ({"PRESET": "records/none"}, "no record.env there"),
-    "no such tokenizer": ({"TOKENIZER_PATH": "none.model"}, "none.model: no such file"),
-    "weights of another shape": ({"STAGES": "eval", "MODEL_DIM": 64}, "is of another model"),
-    "checkpoint of another shape": ({"STAGES": "quantize,eval", "MODEL_DIM": 64}, "is of another model"),
-    "no such artifact": ({"STAGES": "eval", "MODEL_PATH": "none.bin"}, "no such artifact"),
-}
+BAD_KNOBS = """
+    VOCAB_SIZE=512 -> the tokenizer has 320 pieces, VOCAB_SIZE=512
+    VOCAB_SIZE=300 -> is outside VOCAB_SIZE=300
+    TTT_LORA_RNK=4 -> did you mean TTT_LORA_RANK?
+    NUM_HEADS=four -> NUM_HEADS='four'
+    PRESET=records/none -> no record.env there
+    TOKENIZER_PATH=none.model -> none.model: no such file
+    STAGES=eval MODEL_DIM=64 -> is of another model
+    STAGES=quantize,eval MODEL_DIM=64 -> is of another model
+    STAGES=eval MODEL_PATH=none.bin -> no such artifact
+    WORLD_SIZE=3 RANK=0 -> error: BATCH_SLICES=4 is not a multiple of the 3 ranks
+"""
 
 
-@pytest.mark.parametrize("name", BAD_KNOBS)
-def test_bad_knob_is_one_line_and_loses_nothing(name: str, quick: Done, again: Callable[..., Done]) -> None:
-    knobs, words = BAD_KNOBS[name]
-    done = again(quick, **knobs)
+@pytest.mark.parametrize("row", BAD_KNOBS.strip().splitlines())
+def test_bad_knob_is_one_line_and_loses_nothing(row: str, quick: Done, again: Callable[..., Done]) -> None:
+    text, words = row.split(" -> ")
+    done = again(quick, **knobs(text))
     refused(done, 2, words)
     assert snapshot(done.folder) == snapshot(quick.folder)
 

@@ -11,12 +11,12 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+from conftest import RECORDS
 from scipy import stats
 
 import train_gpt
 from records import submit
 
-ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = {42: 1.05989, 0: 1.06124, 1234: 1.06210}  # per-seed scores of a published record
 NATS = 2.1883 / 1.06108  # nats per token of one bit per byte, on that data
 
@@ -32,30 +32,19 @@ RESULT {result}
 """
 
 
-def result_of(seed: int, bpb: float, **changes: Any) -> dict[str, Any]:
-    result = {
-        "preset": "records/x",
-        "seed": seed,
-        "val_loss": bpb * NATS,
-        "val_bpb": bpb,
-        "tokens_scored": 47_851_520,
-        "bytes_scored": 151_074_499,
-        "legal": True,
-        "source_sha256": "abc",
-        "train_seconds": 596.0 + seed % 3,
-        "train_steps": 4900 + seed % 7,
-        "eval_seconds": 455.5,
-        "bytes_code": 33_000,
-        "bytes_total": 15_950_000 + seed,
-        "stages": {"pre_quant": {"val_bpb": bpb + 0.004}, "quantized": {"val_bpb": bpb + 0.0125}, "final": {}},
-    }
-    return result | changes
+def result_of(seed: int, bpb: float) -> dict[str, Any]:
+    result = {"preset": "records/x", "seed": seed, "legal": True, "source_sha256": "abc"}
+    result |= {"val_loss": bpb * NATS, "val_bpb": bpb, "tokens_scored": 47_851_520, "bytes_scored": 151_074_499}
+    result |= {"train_seconds": 596.0 + seed % 3, "train_steps": 4900 + seed % 7, "eval_seconds": 455.5}
+    result |= {"bytes_code": 33_000, "bytes_total": 15_950_000 + seed}
+    scores = {"pre_quant": bpb + 0.004, "quantized": bpb + 0.0125}
+    return result | {"stages": {name: {"val_bpb": score} for name, score in scores.items()} | {"final": {}}}
 
 
 def write_run(folder: Path, seed: int, bpb: float, knobs: str = "EVAL=phased_lora\n", **changes: Any) -> Path:
     run = folder / f"x_seed{seed}"
     run.mkdir()
-    result = result_of(seed, bpb, **changes)
+    result = result_of(seed, bpb) | changes
     (run / "result.json").write_text(json.dumps(result))
     (run / "record.env").write_text(knobs + f"SEED={seed}\n")
     (run / "log.txt").write_text(LOG.format(seed=seed, result=json.dumps(result)))
@@ -80,14 +69,23 @@ def theirs(tmp_path: Path) -> Path:
     return path
 
 
+def submitted(record: Path, *runs: object, options: tuple[str, ...] = ()) -> dict[str, Any]:
+    """submission.json after these runs."""
+    assert submit.main([str(record), "--runs", *map(str, runs), *options]) == 0
+    return json.loads((record / "submission.json").read_text())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def runs_of(tmp_path: Path, shift: float) -> list[str]:
     return [str(write_run(tmp_path, seed, bpb + shift)) for seed, bpb in PUBLISHED.items()]
 
 
 def test_a_submission_from_three_seeds(record: Path, theirs: Path, tmp_path: Path) -> None:
-    runs = runs_of(tmp_path, -0.004)
-    assert submit.main([str(record), "--runs", *runs, "--against", str(theirs), "--blurb", "Said now."]) == 0
-    found = json.loads((record / "submission.json").read_text())
+    options = ("--against", str(theirs), "--blurb", "Said now.")
+    found = submitted(record, *runs_of(tmp_path, -0.004), options=options)
     ours, other = np.array(list(PUBLISHED.values())) - 0.004, np.array(list(PUBLISHED.values()))
     assert found["name"] == "Ours" and found["author"] == "A" and found["blurb"] == "Said now."
     assert found["val_bpb"] == pytest.approx(ours.mean()) and found["val_bpb_std"] == pytest.approx(ours.std(ddof=1))
@@ -110,12 +108,10 @@ def test_a_submission_from_three_seeds(record: Path, theirs: Path, tmp_path: Pat
 
 def test_writing_again_changes_nothing(record: Path, tmp_path: Path) -> None:
     runs = runs_of(tmp_path, 0.0)
-    assert submit.main([str(record), "--runs", *runs]) == 0
-    before = {path.name: path.read_bytes() for path in record.iterdir()}
-    assert submit.main([str(record), "--runs", *reversed(runs)]) == 0
-    after = {path.name: path.read_bytes() for path in record.iterdir()}
+    first, before = submitted(record, *runs), contents(record)
+    second, after = submitted(record, *reversed(runs)), contents(record)
     assert before.keys() == after.keys() and before["README.md"] == after["README.md"]
-    assert json.loads(before["submission.json"])["seed_results"] == json.loads(after["submission.json"])["seed_results"]
+    assert first["seed_results"] == second["seed_results"]
 
 
 def test_logs_alone_are_enough(record: Path, tmp_path: Path) -> None:
@@ -127,16 +123,13 @@ def test_logs_alone_are_enough(record: Path, tmp_path: Path) -> None:
         logs.append(tmp_path / f"{Path(run).name}.log")
         logs[-1].write_text(text.replace("  EVAL=", local + "  EVAL="))
         assert submit.read_run(logs[-1]).knobs == {"EVAL": "phased_lora"}
-    assert submit.main([str(record), "--runs", *runs]) == 0
-    rows = json.loads((record / "submission.json").read_text())["seed_results"]
-    assert submit.main([str(record), "--runs", *map(str, logs)]) == 0
-    assert json.loads((record / "submission.json").read_text())["seed_results"] == rows
+    assert submitted(record, *runs)["seed_results"] == submitted(record, *logs)["seed_results"]
 
 
 def test_seeds_of_different_things_and_broken_files_are_refused(
     record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path.name: path.read_bytes() for path in record.iterdir()}
+    before = contents(record)
 
     def refused(message: str, *runs: Path) -> None:
         assert submit.main([str(record), "--runs", *map(str, runs)]) == 2
@@ -163,7 +156,7 @@ def test_seeds_of_different_things_and_broken_files_are_refused(
     for text, message in (("{", "not valid JSON"), ("[1]", "not an object")):
         (two / "result.json").write_text(text)
         refused(message, two)
-    assert {path.name: path.read_bytes() for path in record.iterdir()} == before
+    assert contents(record) == before
     (record / "README.md").write_text(f"# x\n{submit.BEGIN}\n")
     refused("both or none", one)
 
@@ -202,9 +195,7 @@ def test_readme_rule_is_the_margin_and_not_the_difference() -> None:
 
 def test_numbers_over_the_limits_are_not_called_compliant(record: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path, 1, 1.0, bytes_total=16_000_001, train_seconds=601.2, eval_seconds=617.0, legal=False)
-    assert submit.main([str(record), "--runs", str(run)]) == 0
-    found = json.loads((record / "submission.json").read_text())["compliance"]
-    assert [k for k, v in found.items() if v] == ["no_slot"]
+    assert [name for name, kept in submitted(record, run)["compliance"].items() if kept] == ["no_slot"]
 
 
 def test_leaderboard_of_records(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +205,7 @@ def test_leaderboard_of_records(record: Path, tmp_path: Path, capsys: pytest.Cap
     assert submit.main(board) == 0 and submit.main([*board, "--check"]) == 0
     text = (records / "README.md").read_text()
     assert "[Ours](track_10min_16mb/2026-05-01_Ours) | - | not run at full size | - | - | - | not judged |" in text
-    assert submit.main([str(record), "--runs", *runs_of(tmp_path, 0.0)]) == 0
+    submitted(record, *runs_of(tmp_path, 0.0))
     verdict = {"legal": False, "scale": "toy", "checks": [{"name": "C1 token", "status": "FAIL"}]}
     (record / "verdict.json").write_text(json.dumps(verdict))
     assert "judged before its knobs changed" in submit.leaderboard(records)
@@ -230,12 +221,9 @@ def test_the_committed_leaderboard_is_up_to_date() -> None:
 
 
 def test_every_records_template_can_be_filled_in(tmp_path: Path) -> None:
-    for source in sorted((ROOT / "records" / "track_10min_16mb").glob("*/record.env")):
-        folder = tmp_path / source.parent.name
-        shutil.copytree(source.parent, folder)
-        (tmp_path / source.parent.name / "runs").mkdir()
-        run = write_run(folder / "runs", 7, 1.2)
-        assert submit.main([str(folder), "--runs", str(run)]) == 0
-        filled = json.loads((folder / "submission.json").read_text())
-        template = json.loads((source.parent / "submission.json").read_text())
+    for source in RECORDS:
+        folder = Path(shutil.copytree(source, tmp_path / source.name))
+        (folder / "runs").mkdir()
+        filled = submitted(folder, write_run(folder / "runs", 7, 1.2))
+        template = json.loads((source / "submission.json").read_text())
         assert template.keys() <= filled.keys() and filled["val_bpb"] == 1.2 and filled["name"] == template["name"]

@@ -20,14 +20,14 @@ import numpy as np
 import prepare
 import pytest
 import torch
+from conftest import RECORDS, ROOT, ToyRun
+from torch.nn.functional import cross_entropy
 
 import pack_artifact
 import train_gpt
 from records import verify
 from records.verify import FAIL, NOT_ASKED, PASS, UNKNOWN
 
-ROOT = Path(__file__).resolve().parent.parent
-RECORDS = sorted(path.parent for path in (ROOT / "records" / "track_10min_16mb").glob("*/record.env"))
 RECORD = next(path for path in RECORDS if path.name.endswith("PR1915"))
 
 
@@ -37,25 +37,11 @@ def failed(checks: Iterable[verify.Check]) -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def toy_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], verify.Candidate]]:
-    """toy_of(record): the record, trained once at toy size. Its program is not `train_gpt`, so tests may patch it."""
-    shrink = verify.shrink  # a test puts toy_of in its place
-
-    shrink = verify.shrink  # a test replaces it
-
-    @functools.cache
-    def trained(record: Path) -> verify.Candidate:
-        return shrink(record, ROOT / "train_gpt.py", tmp_path_factory.mktemp("toy"), None)
-
-    with pytest.MonkeyPatch.context() as patch:
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[verify.Candidate]:
+    """The record that adapts to each document, as the judge trains it; its program is not `train_gpt`, so patch it."""
+    with pytest.MonkeyPatch.context() as patch:  # import no file twice
         patch.setattr(pack_artifact, "load_program", functools.cache(pack_artifact.load_program))
-        yield trained
-
-
-@pytest.fixture(scope="session")
-def toy(toy_of: Callable[[Path], verify.Candidate]) -> verify.Candidate:
-    """The record that adapts to each document."""
-    return toy_of(RECORD)
+        yield verify.shrink(RECORD, ROOT / "train_gpt.py", tmp_path_factory.mktemp("toy"), None)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +50,7 @@ def scorer(toy: verify.Candidate) -> verify.Scorer:
     return verify.Scorer(toy, toy.program.ValData(val.tokens[:513], val.bytes[:513]))
 
 
-def examine(
-    scorer: verify.Scorer, evaluate: Callable[..., Any], apart: str = "", sums: bool = False
-) -> list[verify.Check]:
+def examine(scorer: verify.Scorer, evaluate: Callable[..., Any], apart: str = "", sums: bool = False) -> list[Any]:
     """Whole distributions only where they are the topic: they take as many forward passes as there are ids."""
     return verify.examine(scorer, evaluate, "planted", 1, apart, sums)
 
@@ -98,9 +82,7 @@ EVALUATORS = one_of_each_evaluator()
 def test_every_record_has_a_verdict_on_its_present_knobs() -> None:
     for record in RECORDS:
         verdict = json.loads((record / "verdict.json").read_text())
-        assert verdict["record_sha256"] == verify.preset_sha256(record), (
-            f"{record.name}: run `python records/verify.py --all`"
-        )
+        assert verdict["record_sha256"] == verify.preset_sha256(record), f"{record.name}: run verify.py --all"
         assert verdict["legal"] is not None and verdict["counts"][PASS] > 20, record.name
         if not verdict["legal"]:
             readme = (record / "README.md").read_text()
@@ -110,13 +92,22 @@ def test_every_record_has_a_verdict_on_its_present_knobs() -> None:
 @pytest.mark.parametrize("record", EVALUATORS.values(), ids=EVALUATORS)
 def test_a_record_of_each_evaluator_is_judged_legal_at_toy_size(
     record: Path,
-    toy_of: Callable[[Path], verify.Candidate],
+    toy: verify.Candidate,
+    toy_run: Callable[[Path], ToyRun],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(verify, "shrink", lambda path, *_: toy_of(path))
-    assert verify.main([str(record), "--documents", "4", "--probes", "1", "--out", str(tmp_path / "verdict.json")]) == 0
+    def trained(path: Path, *_: object) -> verify.Candidate:
+        if path == RECORD:
+            return toy
+        run, program = toy_run(path), toy.program
+        small, full = program.load_config(run.env), program.load_config({"PRESET": str(path)})
+        blob, data = run.folder / "model.bin", Path(small.data_path)
+        return verify.Candidate("preset", path.name, program, small, blob, folder=path, data=data, claimed=full)
+
+    monkeypatch.setattr(verify, "shrink", trained)
+    assert verify.main([str(record), "--documents", "2", "--probes", "1", "--out", str(tmp_path / "verdict.json")]) == 0
     verdict = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("VERDICT "))
     assert verdict["legal"] is True and verdict["scale"] == "toy" and verdict["counts"][UNKNOWN] == 0
     names = {check["name"].split(" (")[0] for check in verdict["checks"] if check["status"] == PASS}
@@ -125,6 +116,11 @@ def test_a_record_of_each_evaluator_is_judged_legal_at_toy_size(
     assert "documents apart" in names or any("LOADER=" in check["detail"] for check in verdict["checks"])
     written = json.loads((tmp_path / "verdict.json").read_text())
     assert "seconds" not in written and written["checks"] == verdict["checks"]
+
+
+def test_every_record_has_a_toy_size() -> None:
+    for record in RECORDS:
+        assert verify.toy_config(train_gpt, train_gpt.read_preset(str(record))).model_dim == 64, record.name
 
 
 # C1 to C4
@@ -145,25 +141,18 @@ def test_a_slot_that_fits_on_what_it_scores_is_caught(scorer: verify.Scorer) -> 
         def score(self, unit: Any) -> torch.Tensor:
             ids, targets, meta = self.inputs(unit)
             with torch.no_grad():
-                logits = self.model(ids, None, meta)
-            delta = torch.zeros(logits.size(-1), requires_grad=True)
+                logits = self.model(ids, None, meta).transpose(1, 2)
+            delta = torch.zeros(logits.size(1), 1, requires_grad=True)
             for _ in range(3):
-                loss = torch.nn.functional.cross_entropy((logits + delta).flatten(0, 1), targets.flatten())
-                (gradient,) = torch.autograd.grad(loss, delta)
+                (gradient,) = torch.autograd.grad(cross_entropy(logits + delta, targets), delta)
                 delta = (delta - 10 * gradient).detach().requires_grad_(True)
-            with torch.no_grad():
-                nll = torch.nn.functional.cross_entropy(
-                    (logits + delta).flatten(0, 1), targets.flatten(), reduction="none"
-                )
-            return nll.view_as(targets)
+            return cross_entropy(logits + delta, targets, reduction="none").detach()
 
     checks = examine(scorer, with_learner(program, Slot, "plain"), "adapts", sums=True)
     assert {"C1 token", "C1 future", "C2 sums to 1"} <= failed(checks)
 
 
 def test_the_programs_own_noncausal_slot_is_caught(scorer: verify.Scorer) -> None:
-    if "slot" not in scorer.program.EVALS:
-        pytest.skip("this program has no EVAL=slot")
     values = {"eval": "slot", "slot_causal": False, "allow_noncausal": True, "ttt_epochs": 0, "eval_stride": 32}
     cfg = dataclasses.replace(scorer.cfg, **values)
     fitted = dataclasses.replace(cfg, slot_causal=True)
@@ -233,23 +222,16 @@ def test_learning_from_targets_without_a_score_is_caught(
     assert {"C3 score before update", "C4 each target once"} <= failed(examine(scorer, evaluate))
 
 
-def test_a_tail_that_is_scored_twice_is_caught(scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tail_that_is_scored_twice_or_never_is_caught(scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     program = scorer.program
-
-    evaluate = with_steps(program, lambda steps: steps + steps[-1:])
-    stopped = examine(scorer, evaluate)
-    assert failed(stopped) == {"C4 each target once"} and "the program stops" in stopped[-1].detail
-    monkeypatch.setattr(program.Ledger, "claim", lambda self, positions: None)
-    monkeypatch.setattr(program.Ledger, "close", lambda self, runtime: None)
-    checks = examine(scorer, evaluate)
-    assert {"C4 each target once", "sums"} <= failed(checks)
-
-
-def test_targets_that_are_left_out_are_caught(scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = scorer.program
-    monkeypatch.setattr(program.Ledger, "close", lambda self, runtime: None)
-    evaluate = with_steps(program, lambda steps: steps[:-1])
-    assert {"C4 each target once", "sums"} <= failed(examine(scorer, evaluate))
+    for steps_of in (lambda steps: steps + steps[-1:], lambda steps: steps[:-1]):
+        evaluate = with_steps(program, steps_of)
+        stopped = examine(scorer, evaluate)
+        assert failed(stopped) == {"C4 each target once"} and "the program stops" in stopped[-1].detail
+        with monkeypatch.context() as patch:
+            patch.setattr(program.Ledger, "claim", lambda self, positions: None)
+            patch.setattr(program.Ledger, "close", lambda self, runtime: None)
+            assert {"C4 each target once", "sums"} <= failed(examine(scorer, evaluate))
 
 
 def test_a_context_that_holds_its_own_target_is_caught(scorer: verify.Scorer) -> None:
@@ -268,17 +250,19 @@ def test_a_context_that_holds_its_own_target_is_caught(scorer: verify.Scorer) ->
     assert "C2 own target" in failed(examine(scorer, evaluate))
 
 
-def test_scores_that_are_no_distribution_are_caught(scorer: verify.Scorer) -> None:
+def test_scores_that_are_no_distribution_are_caught(scorer: verify.Scorer, toy: verify.Candidate) -> None:
     program = scorer.program
+
+    class Blended(program.NoAdaptation):
+        """Scales the target's own loss, as a mixture that looks only at the target's mass does."""
+
+        def score(self, unit: Any) -> torch.Tensor:
+            return self.factor * super().score(unit)
+
+    short = verify.Scorer(toy, toy.program.ValData(scorer.val.tokens[:129], scorer.val.bytes[:129]))
     for factor in (0.95, 1.05):
-
-        class Blended(program.NoAdaptation):
-            """Scales the target's own loss, as a mixture that looks only at the target's mass does."""
-
-            def score(self, unit: Any, factor: float = factor) -> torch.Tensor:
-                return factor * super().score(unit)
-
-        assert failed(examine(scorer, with_learner(program, Blended, "plain"), sums=True)) == {"C2 sums to 1"}, factor
+        Blended.factor = factor
+        assert failed(examine(short, with_learner(program, Blended, "plain"), sums=True)) == {"C2 sums to 1"}, factor
 
 
 def test_a_queue_ordered_by_the_text_is_caught(scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,9 +270,8 @@ def test_a_queue_ordered_by_the_text_is_caught(scorer: verify.Scorer, monkeypatc
 
     def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
         def batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
-            return sorted(
-                ([i] for i in range(len(docs))), key=lambda g: val.tokens[docs[g[0]][0] + 2 : docs[g[0]][0] + 9].sum()
-            )
+            keys = [val.tokens[start + 2 : start + 9].sum() for start, _ in docs]
+            return [[doc] for doc in np.argsort(keys)]
 
         context = program.TTT_CONTEXTS["recompute"]
         monkeypatch.setitem(program.TTT_CONTEXTS, "recompute", context._replace(batches=batches))
@@ -302,7 +285,8 @@ def test_a_global_update_that_reads_the_future_is_caught(
     scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = scorer.program
-    cfg = dataclasses.replace(scorer.cfg, eval="phased_lora", global_ttt_chunk_tokens=64, ttt_batch_size=1)
+    changed = {"eval": "phased_lora", "global_ttt_chunk_tokens": 128, "ttt_batch_size": 1, "ttt_chunk_size": 64}
+    cfg = dataclasses.replace(scorer.cfg, **changed)
     evaluate = lambda _, *rest: program.EVALS["phased_lora"](cfg, *rest)  # noqa: E731
     assert not failed(examine(scorer, evaluate, "adapts"))
     segments = program.phase_segments
@@ -411,8 +395,9 @@ def run_folder(toy: verify.Candidate, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def open_run(folder: Path, toy: verify.Candidate, tmp_path: Path) -> verify.Candidate:
-    return verify.open_run(folder, ROOT / "train_gpt.py", tmp_path, toy.data)
+@pytest.fixture
+def reopen(toy: verify.Candidate, tmp_path: Path) -> Callable[[Path], verify.Candidate]:
+    return lambda folder: verify.open_run(folder, ROOT / "train_gpt.py", tmp_path, toy.data)
 
 
 def edit(folder: Path, copy: Path, **changes: Any) -> Path:
@@ -426,8 +411,8 @@ def edit(folder: Path, copy: Path, **changes: Any) -> Path:
 def test_a_run_folder_and_its_artifact_are_judged(
     run_folder: Path, toy: verify.Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # whole distributions are summed in the tests of the records
-    monkeypatch.setattr(verify, "examine", functools.partial(without_sums, verify.examine))
+    whole = verify.examine  # distributions are summed in the tests of the records
+    monkeypatch.setattr(verify, "examine", lambda *args, sums=True: whole(*args, sums=False))
     options = ["--data", str(toy.data), "--documents", "2", "--probes", "1"]
     assert verify.main([str(run_folder), *options, "--out", str(tmp_path / "v.json")]) == 0
     names = {c["name"]: c["status"] for c in json.loads((tmp_path / "v.json").read_text())["checks"]}
@@ -437,32 +422,30 @@ def test_a_run_folder_and_its_artifact_are_judged(
     assert verify.main([str(run_folder / "artifact.pyz"), *options]) == 0
 
 
-def without_sums(real: Callable[..., Any], *args: Any, sums: bool = True) -> list[verify.Check]:
-    return real(*args, sums=False)
-
-
 def test_files_that_are_not_what_was_counted_are_caught(
-    run_folder: Path, toy: verify.Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, reopen: Callable[[Path], verify.Candidate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = json.loads((run_folder / "result.json").read_text())["bytes_total"]
     wrapped = edit(run_folder, tmp_path / "wrapped", artifact="submission")
     (wrapped / "submission").mkdir()  # the raw program travels, the wrapper's size is what was counted
     shutil.copy(ROOT / "train_gpt.py", wrapped / "submission")
     shutil.copy(wrapped / "model.bin", wrapped / "submission")
-    checks = list(verify.disk_checks(open_run(wrapped, toy, tmp_path)))
+    checks = list(verify.disk_checks(reopen(wrapped)))
     assert failed(checks) == {"disk as counted"} and f"counts {counted:,}" in checks[1].detail
     gone = edit(run_folder, tmp_path / "gone")
     (gone / "artifact.pyz").unlink()
-    assert failed(verify.disk_checks(open_run(gone, toy, tmp_path))) == {"disk"}
+    assert failed(verify.disk_checks(reopen(gone))) == {"disk"}
     changed = edit(run_folder, tmp_path / "changed", artifact_sha256="0" * 64)
-    assert failed(verify.disk_checks(open_run(changed, toy, tmp_path))) == {"disk as packed"}
+    assert failed(verify.disk_checks(reopen(changed))) == {"disk as packed"}
     monkeypatch.setattr(verify, "CAP_BYTES", 1000)
-    assert "disk cap" in failed(verify.disk_checks(open_run(run_folder, toy, tmp_path)))
+    assert "disk cap" in failed(verify.disk_checks(reopen(run_folder)))
 
 
-def test_budgets_that_are_spent_are_caught(run_folder: Path, toy: verify.Candidate, tmp_path: Path) -> None:
+def test_budgets_that_are_spent_are_caught(
+    run_folder: Path, reopen: Callable[[Path], verify.Candidate], tmp_path: Path
+) -> None:
     folder = edit(run_folder, tmp_path / "run", train_seconds=601.2, eval_seconds=617.0)
-    spent = open_run(folder, toy, tmp_path)
+    spent = reopen(folder)
     spent.cfg = dataclasses.replace(spent.cfg, max_wallclock_seconds=600.0)
     assert failed(verify.budget_checks(spent)) == {"budget training", "budget evaluation"}
     (folder / "log.txt").write_text(
@@ -475,24 +458,22 @@ def test_budgets_that_are_spent_are_caught(run_folder: Path, toy: verify.Candida
     assert unknown == ["budget evaluation"]
 
 
-def test_claims_against_knobs_log_and_result(run_folder: Path, toy: verify.Candidate, tmp_path: Path) -> None:
+def test_claims_against_knobs_log_and_result(
+    run_folder: Path, reopen: Callable[[Path], verify.Candidate], tmp_path: Path
+) -> None:
     folder = edit(run_folder, tmp_path / "run", val_bpb=1.0)
-    assert failed(verify.claim_checks(open_run(folder, toy, tmp_path))) == {"log and result"}
+    assert failed(verify.claim_checks(reopen(folder))) == {"log and result"}
     shutil.copy(run_folder / "result.json", folder)
     record = (folder / "record.env").read_text()
     (folder / "record.env").write_text(record + "SMEAR_BOS_MASK=0\n")
     (folder / "README.md").write_text("The smear gate is BOS-fixed; LoRA adapters per document (rank 96).\n")
-    run = open_run(folder, toy, tmp_path)
+    run = reopen(folder)
     checks = verify.claim_checks(run)
     assert failed(checks) == {"claims in words", "log and record.env"}
     assert "SMEAR_BOS_MASK=0" in checks[0].detail and "TTT_LORA_RANK=4" in checks[0].detail
-    paper: dict[str, Any] = {
-        "val_bpb": 1.0435,
-        "seeds": [1, 2],
-        "bytes_total": 15_900_000,
-        "compliance": {"eval_under_600s": True},
-        "seed_results": {"1": {"val_bpb": 1.0577, "artifact_bytes": 15_950_000}, "2": {"val_bpb": 1.0578}},
-    }
+    seeds = {"1": {"val_bpb": 1.0577, "artifact_bytes": 15_950_000}, "2": {"val_bpb": 1.0578}}
+    paper = {"val_bpb": 1.0435, "seeds": [1, 2], "bytes_total": 15_900_000, "seed_results": seeds}
+    paper["compliance"] = {"eval_under_600s": True}
     (folder / "submission.json").write_text(json.dumps(paper))
     run.result["eval_seconds"] = 688.0
     assert {"claims of the score", "claims of the size", "claims of compliance"} <= failed(verify.claim_checks(run))
