@@ -2132,7 +2132,7 @@ def to_chunks(
     """(B, T, H, ...) -> (n, B, H, size, ...), padded with zeros, which write nothing and decay nothing."""
     missing = -x.size(1) % size
     x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
-    return x.unflatten(1, (-1, size)).movedim(1, 0).movedim(3, 2)
+    return x.unflatten(1, (-1, size)).movedim((1, 3), (0, 2))
 
 
 def chunked_delta_rule(
@@ -2174,7 +2174,7 @@ def chunked_delta_rule(
     states = chunk_states(before[..., -1:, :] * identity - into @ W, into @ U, state)
     S = states[:-1]
     o = (before * q) @ S + (q @ k.mT * within) @ (U - W @ S)
-    return o.movedim(2, 3).movedim(0, 1).flatten(1, 2)[:, :T], states[-1]
+    return o.movedim((0, 2), (1, 3)).flatten(1, 2)[:, :T], states[-1]  # without the padding
 
 
 def delta_rule(
@@ -2193,7 +2193,6 @@ def delta_rule(
 
 
 FORGET = -104.0  # a log decay whose exponential is 0 in float32
-SixTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @operator(fake=lambda go, gs, *inputs: tuple(map(torch.empty_like, inputs)))
@@ -2206,7 +2205,7 @@ def fla_rule_back(
     g: Tensor,
     beta: Tensor,
     state: Tensor,
-) -> SixTensors:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of fla_rule's inputs from those of its outputs."""
     # runs the forward again, on leaves: inside an operator autograd is off
     inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
@@ -3748,11 +3747,8 @@ def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> Weights:
     documents = LOADERS[cfg.loader].documents
     for done, index in enumerate(mine):
         rows = calibration_rows(cfg, index)
-        batch = Batch(
-            torch.from_numpy(rows),
-            torch.from_numpy(rows),
-            row_bounds(rows) if documents else None,
-        )
+        tokens = torch.from_numpy(rows)
+        batch = Batch(tokens, tokens, row_bounds(rows) if documents else None)
         ids, _, meta = on_device(model, batch, runtime, cfg.train_seq_len)
         model(ids, None, meta, tap)
         runtime.log.progress("calibration", done + 1, len(mine), started)
@@ -4277,8 +4273,7 @@ def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -
     for name, weight in state.items():
         if not torch.isfinite(weight).all():
             raise FloatingPointError(f"{name} holds values that are not finite; train again")
-    plan, device = refined_plan(cfg, state, hessians), runtime.device
-    roles = {name: p.role for name, p in weights_of(cfg).items()}
+    plan, device, tensors = refined_plan(cfg, state, hessians), runtime.device, weights_of(cfg)
 
     def encode(names: list[str]) -> dict[str, Stored]:
         """The tensors of one job, by name."""
@@ -4291,7 +4286,7 @@ def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -
         else:
             encoded = scheme.batch_encoder(weights, inputs, rules, cfg)
         return {
-            name: Stored(name, roles[name], rule.scheme, (), on_cpu(parts))
+            name: Stored(name, tensors[name].role, rule.scheme, (), on_cpu(parts))
             for name, rule, parts in zip(names, rules, encoded, strict=True)
         }
 
@@ -4330,7 +4325,7 @@ def sort_hidden(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights
     def order(name: str) -> Weights:
         """The order of the rows of one matrix, by their levels."""
         q = SCHEMES["rowwise"].encode(state[name].to(runtime.device), None, plan[name], cfg)["q"]
-        return {name: similarity_order(q).cpu()}
+        return {name: similarity_order(q)}
 
     ups, downs = weights_by_role(cfg, "up"), weights_by_role(cfg, "down")
     orders = deal_jobs(runtime, "sorting hidden units", list(ups.values()), order)
@@ -4380,28 +4375,19 @@ def reparametrize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weigh
     return state, hessians
 
 
-CACHED_ROWS = 512  # rows of a hidden layer's width that fit into a processor's cache
-
-
 def similarity_order(matrix: Tensor) -> Tensor:
     """A greedy walk over the rows of an integer matrix: (rows,) int64, from row 0 always to the nearest row left.
 
     Distances are L1; among equally near rows the first is taken.
     """
     # Sums of integers below 2^24 are exact in float32, so the order is the same on any machine
-    rows, ids = matrix.float(), torch.arange(len(matrix), device=matrix.device)
-    taken, ones = rows.new_zeros(len(rows)), rows.new_ones(rows.size(1))  # `taken`: infinity for a row in the walk
-    order, position, stale = [0][: len(matrix)], 0, 0
-    while len(order) < len(matrix):
-        here = rows[position].clone()
-        taken[position] = math.inf
-        stale += 1
-        if 8 * stale > len(ids):  # an eighth of the rows is taken: drop them
-            left = taken == 0
-            rows, ids, taken, stale = rows[left], ids[left], taken[left], 0
-        distances = [(block - here).abs_() @ ones for block in rows.split(CACHED_ROWS)]
-        position = int((torch.cat(distances) + taken).argmin())
-        order.append(int(ids[position]))
+    rows = matrix.float()
+    taken = rows.new_zeros(len(rows))  # infinity for a row in the walk
+    order = [0][: len(rows)]
+    while len(order) < len(rows):
+        taken[order[-1]] = math.inf
+        distances = torch.cdist(rows, rows[order[-1:]], p=1)[:, 0]
+        order.append(int((distances + taken).argmin()))
     return torch.tensor(order, dtype=torch.int64)
 
 
@@ -4415,15 +4401,15 @@ ARTIFACT_HEADER = struct.Struct("<4sBBII")  # magic, version, codec, payload byt
 
 def shuffle_bytes(array: np.ndarray, trellis: np.ndarray | None = None) -> bytes:
     """Bytes of an array for a general coder: matrices column by column, wider items in planes by significance."""
-    flat = np.ascontiguousarray(array.T if array.ndim == 2 else array)
-    return flat.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
+    flat = array.flatten("F" if array.ndim == 2 else "C")
+    return flat.view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
 
 
 def unshuffle_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of shuffle_bytes."""
-    kind = np.dtype(dtype)
-    flat = np.frombuffer(data, np.uint8).reshape(kind.itemsize, -1).T.copy().reshape(-1).view(kind)
-    return np.ascontiguousarray(flat.reshape(shape[::-1]).T) if len(shape) == 2 else flat.reshape(shape)
+    planes = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1)
+    flat = np.frombuffer(planes.T.tobytes(), dtype)
+    return flat.reshape(shape, order="F" if len(shape) == 2 else "C").copy()  # torch wants a writable array
 
 
 class Coder(NamedTuple):
@@ -4431,8 +4417,8 @@ class Coder(NamedTuple):
 
     encode: Callable[[bytes], bytes]
     decode: Callable[[bytes], bytes]
-    frame: Callable[[np.ndarray, np.ndarray | None], bytes] = shuffle_bytes  # (array, its trellis) -> bytes
-    unframe: Callable[[bytes, str, tuple[int, ...]], np.ndarray] = unshuffle_bytes  # (bytes, dtype, shape) -> array
+    frame: Callable[..., bytes] = shuffle_bytes  # (array, its trellis or None) -> bytes
+    unframe: Callable[..., np.ndarray] = unshuffle_bytes  # (bytes, dtype, shape) -> array
     head: int = 0  # bytes that a frame adds to those of the array
     require: Callable[[], Any] = lambda: None  # raises UserError if what it runs on is not installed
 
@@ -4440,7 +4426,7 @@ class Coder(NamedTuple):
 def require_brotli() -> Any:
     """The brotli module; UserError if it is not installed."""
     if brotli is None:
-        raise UserError("COMPRESSOR=brotli or pergroup needs the package brotli: pip install brotli")
+        raise UserError("COMPRESSOR=brotli, pergroup or rans needs the package brotli: pip install brotli")
     return brotli
 
 
@@ -4455,17 +4441,16 @@ def require_lrzip() -> str:
 
 
 def run_lrzip(data: bytes, *flags: str) -> bytes:
-    """Output of lrzip for data, through files in a temporary folder."""
+    """Run lrzip on data, through files in a temporary folder; UserError if it fails."""
     program = require_lrzip()
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.lrz", Path(folder) / "out"
         source.write_bytes(data)
         done = subprocess.run(
             # -N 0: by default it runs at the lowest priority, and starves on a busy machine
-            [program, "-Q", "-f", "-N", "0", *flags, "-o", str(target), str(source)],
+            [program, "-Q", "-f", "-N", "0", *flags, "-o", target, source],
             capture_output=True,
             env={"LRZIP": "NOCONFIG", "TMPDIR": folder},  # a user's lrzip.conf must not change the bytes
-            check=False,
         )
         if done.returncode != 0 or not target.is_file():
             raise UserError(f"lrzip {' '.join(flags)} failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
@@ -4496,47 +4481,36 @@ def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return flat.reshape(shape).copy()
 
 
-def rans_column_prior(
-    profile: np.ndarray,
-    past: np.ndarray,
-    rows: int,
-) -> tuple[int, int]:
-    """How closely the columns follow those of an earlier matrix, in sixteenths, and how many rows that guess is worth.
-
-    profile, past (cols,): each column's mean magnitude over the matrix's mean, here and in the earlier matrix.
-    """
-    spread, likeness = min((np.log(profile / (1 + w / 16 * (past - 1))).var(), w) for w in range(17))
-    # The mean of n rows has a relative variance of MAGNITUDE_VARIANCE / n. `profile` has that noise itself; what
-    # remains of the spread is the error of the guess, and n rows of data would have the same
-    error = spread - MAGNITUDE_VARIANCE / rows
-    return likeness, math.ceil(MAGNITUDE_VARIANCE / max(0.003, error))
-
-
-def rans_row_prior(matrix: np.ndarray) -> tuple[int, int]:
-    """The mean energy (sum of squares) of a row, and how loosely rows keep to it.
-
-    This slack is 0 if all rows have the same energy, and large if energies vary as those of independent columns do.
-    """
-    squares = np.square(matrix, dtype=np.float64)
-    independent = squares.var(axis=0).sum() + 1e-9
-    actual = squares.sum(axis=1).var()
-    removed = max(independent - actual, actual / 2**20 + 1e-9)
-    slack = min(2.0**30, 2 * matrix.shape[1] * actual / removed)
-    return int(squares.sum() / len(matrix)), int(slack)
-
-
 def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
-    """For each matrix: mean magnitude (in RANS_UNIT), rans_column_prior, rans_row_prior."""
+    """Side information about each matrix.
+
+    Mean magnitude (in RANS_UNIT); likeness of its columns to those of an earlier matrix (in sixteenths); how many rows
+    this guess is worth; mean energy of a row (its sum of squares); slack, which says how loosely rows keep to it.
+    """
     past, priors = {}, []
     for matrix in matrices:
+        rows, cols = matrix.shape
         sums = np.abs(matrix, dtype=np.int16).sum(axis=0)
-        cols, prior = len(sums), [0, 0, 1, 0, 0]
-        if sums.any():
-            profile = (sums + 1) / (sums + 1).mean()
-            columns = rans_column_prior(profile, past.get(cols, np.ones(cols)), len(matrix))
-            prior = [RANS_UNIT * int(sums.sum()) // matrix.size, *columns, *rans_row_prior(matrix)]
-            past[cols] = profile
-        priors.append(prior)
+        if not sums.any():
+            priors.append([0, 0, 1, 0, 0])
+            continue
+        # Each column's mean magnitude over the matrix's mean, here and in the last matrix of this width
+        profile = (sums + 1) / (sums + 1).mean()
+        earlier = past.get(cols, np.ones(cols))
+        past[cols] = profile
+        spread, likeness = min((np.log(profile / (1 + w / 16 * (earlier - 1))).var(), w) for w in range(17))
+        # The mean of n rows has a relative variance of MAGNITUDE_VARIANCE / n. `profile` has that noise itself; what
+        # remains of the spread is the error of the guess, and n rows of data would have the same
+        error = spread - MAGNITUDE_VARIANCE / rows
+        worth = math.ceil(MAGNITUDE_VARIANCE / max(0.003, error))
+        # The slack is 0 if all rows have the same energy, and large if energies vary as with independent columns
+        squares = np.square(matrix, dtype=np.float64)
+        independent = squares.var(axis=0).sum() + 1e-9
+        actual = squares.sum(axis=1).var()
+        removed = max(independent - actual, actual / 2**20 + 1e-9)
+        slack = min(2.0**30, 2 * cols * actual / removed)
+        magnitude = RANS_UNIT * int(sums.sum()) // matrix.size
+        priors.append([magnitude, likeness, worth, int(squares.sum() / rows), int(slack)])
     return priors
 
 
@@ -4653,10 +4627,11 @@ def rans_encode(raw: bytes) -> bytes:
     """
     heads, matrices, at, log, words = [], [], 0, [], []
     while at < len(raw):
-        heads.append(RANS_HEAD.unpack_from(raw, at))
-        size, at = math.prod(heads[-1][:2]), at + RANS_HEAD.size
-        matrices.append(np.frombuffer(raw, np.int8, size, at).reshape(heads[-1][:2]))
-        at += size
+        head = rows, cols, *_ = RANS_HEAD.unpack_from(raw, at)
+        at += RANS_HEAD.size
+        heads.append(head)
+        matrices.append(np.frombuffer(raw, np.int8, rows * cols, at).reshape(rows, cols))
+        at += rows * cols
     side_info = np.hstack([heads, rans_priors(matrices)]).astype("<i4")
     for flat, places, table, (freq, start, _) in rans_model(side_info, [m.reshape(-1) for m in matrices]):
         level = flat[places].astype(int) + 128
@@ -4876,25 +4851,19 @@ def decode_payload(payload: bytes, layout: Codec) -> Blob:
     if len(text) != length:
         raise ValueError("the index is cut off")
     index = json.loads(text)
-    parts, streams = {key: dict.fromkeys(types) for key, types in index}, []
+    parts = {key: dict.fromkeys(types) for key, types in index}  # in the order of the index, not of the streams
+    streams = []
     for coder, size, raw, (name, rows) in zip(coders, sizes, raws, storage_order(index).items(), strict=True):
-        arrays = unframe_arrays(coder, raw, rows)
+        lengths = [coder.head + np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows]
+        if sum(lengths) != len(raw) or min(lengths, default=0) < 0:
+            raise ValueError("the index does not account for all bytes")
+        arrays, end = {}, 0
+        for (key, part, dtype, shape), length in zip(rows, lengths, strict=True):
+            start, end = end, end + length
+            arrays[key, part] = coder.unframe(raw[start:end], dtype, shape)
+            parts[key][part] = torch.from_numpy(arrays[key, part])
         streams.append(Stream(name, layout.integer_coder if name else layout.coder, size, arrays))
-        for (key, part), array in arrays.items():
-            parts[key][part] = torch.from_numpy(array)
     return Blob([Stored.parse(key, unsort_rows(parts[key])) for key in parts], streams, text)
-
-
-def unframe_arrays(coder: Coder, raw: bytes, rows: list[Any]) -> dict[tuple[str, str], np.ndarray]:
-    """The arrays of a decoded stream; ValueError unless they take exactly its bytes."""
-    sizes = [coder.head + np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows]
-    if sum(sizes) != len(raw) or min(sizes, default=0) < 0:
-        raise ValueError("the index does not account for all bytes")
-    arrays, end = {}, 0
-    for (key, part, dtype, shape), size in zip(rows, sizes, strict=True):
-        start, end = end, end + size
-        arrays[key, part] = coder.unframe(raw[start:end], dtype, shape)
-    return arrays
 
 
 def save_artifact(path: Path, stored: list[Stored], codec: str) -> int:
