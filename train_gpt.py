@@ -1802,7 +1802,7 @@ def softcap_ce_kernel(
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Loss and log-sum-exp of one row of logits z (N, vocab)."""
+    """Store the loss and the log-sum-exp of one row of logits z (N, vocab)."""
     row = tl.program_id(0).to(tl.int64)  # rows * vocab may pass 2^31
     z += row * vocab
     lanes = tl.arange(0, BLOCK)
@@ -1834,7 +1834,7 @@ def softcap_ce_back_kernel(
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Gradient dz of one block of a row: g (p - [column is the target]) 4 s (1 - s).
+    """Store the gradient dz of one block of a row: g (p - [column is the target]) 4 s (1 - s).
 
     s = sigmoid(2z/c) and p = exp(2cs - lse).
     """
@@ -1850,7 +1850,7 @@ def softcap_ce_back_kernel(
 
 @kernel
 def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Left and right half of the columns of a tile."""
+    """Split a tile into its left and right half."""
     # storing a whole float32 tile at once would need too much shared memory
     R = tile_RC.shape[0]
     C = tile_RC.shape[1]
@@ -1867,7 +1867,7 @@ def leaky_square_kernel(
     SLOPE: tl.constexpr,
     BACK: tl.constexpr,
 ) -> None:
-    """Forward: pre = x w^T and out = f(pre), f = LeakyReLU(., SLOPE)^2, of the rounded pre. Back: out = (x w) f'(pre).
+    """Forward: pre = x w^T and out = f(pre), where f = LeakyReLU(., SLOPE)^2. Back: out = (x w) f'(pre).
 
     The descriptors' blocks set the tile: x (rows, depth), w (columns, depth), or back (depth, columns), pre and out
     (rows, columns / 2).
@@ -1891,7 +1891,7 @@ def leaky_square_kernel(
                 z = pre.load([row, column + half * HALF]).to(tl.float32)
                 y = y * tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
             else:
-                z = y.to(pre.dtype)
+                z = y.to(pre.dtype)  # f sees the rounded pre, as in the twin
                 pre.store([row, column + half * HALF], z)
                 a = z.to(tl.float32)
                 a = tl.where(a > 0, a, SLOPE * a)
@@ -1906,7 +1906,7 @@ def launch_softcap_ce(
 ) -> tuple[Tensor, Tensor]:
     """softcap_ce through Triton, one program a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
-    loss, lse = (torch.empty(rows, dtype=torch.float32, device=z.device) for _ in range(2))
+    loss, lse = (z.new_empty(rows, dtype=torch.float32) for _ in range(2))
     softcap_ce_kernel[(rows,)](z, targets, loss, lse, softcap, vocab, CE_BLOCK)
     return loss, lse
 
@@ -1966,14 +1966,14 @@ def operator(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> Callable[[Callable], Callable]:
-    """Decorator: make a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
+    """Decorator: turn a plain twin into the operator <this module>::<its name>, which a compiled graph keeps whole.
 
     launch: what runs on a GPU; fake: gives empty results while tracing; both default to the twin. setup_context and
     backward: as in torch.library.register_autograd. The twin stays reachable as `.twin`.
     """
 
     def register(twin: Callable) -> Callable:
-        """The operator of a twin."""
+        """Make the operator for one twin."""
         # A process may hold several copies of this program (the judge's, a packed one's), and torch keeps only the
         # younger of two operators of one name: hence the module's name in it.
         op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
@@ -1993,7 +1993,7 @@ def softcapped(z: Tensor, softcap: float) -> Tensor:
 
 
 def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """Cross-entropy (N,), nats, of softcapped logits z (N, V): the plain twin, in at least float32."""
+    """Cross-entropy (N,) in nats for logits z (N, V), softcapped: the plain twin, in at least float32."""
     return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
 
 
@@ -2032,7 +2032,7 @@ def softcap_ce(
     targets: Tensor,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """softcapped_cross_entropy (N,) of z (N, V), and the shifted log-sum-exp (N,) of its backward; both float32."""
+    """softcapped_cross_entropy (N,) of z (N, V), and a shifted log-sum-exp (N,) for the backward; both float32."""
     y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
     lse = y.logsumexp(1)
     return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
@@ -2186,7 +2186,7 @@ def delta_rule(
     starts: Tensor,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """chunked_delta_rule of normalised queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
+    """chunked_delta_rule with normalised queries and keys, output in v's dtype: the plain twin of fused_delta_rule."""
     wide = (at_least_fp32(x) for x in (v, g, beta))
     o, last = chunked_delta_rule(l2_normalize(q), l2_normalize(k), *wide, starts, at_least_fp32(state))
     return o.to(v.dtype), last
@@ -2261,7 +2261,7 @@ FUSED = Kernels(fused_cross_entropy, fused_mlp, fused_delta_rule)
 
 
 def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
-    """Choose and log the fused kernels of a run. UserError: one that a knob asks for cannot run here."""
+    """Choose and log the kernels of a run. UserError if a knob asks for one that cannot run here."""
     gpu = triton is not None and runtime.device.type == "cuda"
     half = gpu and runtime.dtype == torch.bfloat16
     # a bulk copy moves multiples of 16 bytes: 8 numbers of bf16
@@ -3630,7 +3630,7 @@ class QuantRule(NamedTuple):
     frequent_rows: tuple[int, ...] = ()  # rows that have EMBED_TOP_BITS
 
 
-STORES: dict[str, Callable[[Config], QuantRule]] = {  # Role.store -> its rule, before the clip
+STORES = {  # Role.store -> (Config) -> its rule, before the clip
     "matrix": lambda c: QuantRule(c.matrix_quant, c.matrix_bits),
     "embed": lambda c: QuantRule(
         c.embed_quant,
@@ -3652,7 +3652,7 @@ def quant_plan(cfg: Config) -> Plan:
         role = ROLES[p.role]
         rule = STORES[role.store](cfg)
         if role.store == "matrix":
-            # the first override that fits a name decides
+            # of several overrides that fit a name, the first decides
             bits = next((bits for word, bits in overrides if fits(name, word)), rule.bits)
             rule = rule._replace(bits=bits)
         plan[name] = rule._replace(clip=getattr(cfg, role.clip)) if role.clip else rule
@@ -3665,7 +3665,7 @@ def fits(name: str, word: str) -> bool:
 
 
 def bits_overrides(cfg: Config) -> list[tuple[str, int]]:
-    """(part or glob of a name, bits) of MATRIX_BITS_OVERRIDES."""
+    """MATRIX_BITS_OVERRIDES as pairs (part or glob of a name, bits)."""
     pairs = (item.rpartition(":") for item in cfg.matrix_bits_overrides)
     return [(part.strip(), int(bits)) for part, _, bits in pairs]
 
@@ -3674,7 +3674,7 @@ COUNTS = "token_counts"  # the name of token_counts among the Hessians
 
 
 def passes(cfg: Config, layer: int) -> int:
-    """How often calibration ran a layer per token; a Hessian sums over the passes."""
+    """How often calibration ran a layer for each token; a Hessian sums over these passes."""
     return max(1, plan_route(cfg, loops(cfg)).layers.count(layer))  # the head, layer -1, is in no route and runs once
 
 
@@ -3740,7 +3740,7 @@ class HessianTap:
 
 @torch.no_grad()
 def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> Weights:
-    """Input Hessians over GPTQ_CALIBRATION_BATCHES of random training windows, split over the ranks."""
+    """Collect input Hessians over GPTQ_CALIBRATION_BATCHES random batches of training windows, split over the ranks."""
     tap, started = HessianTap(), time.perf_counter()
     # the batches depend on their index alone, so the sum is the same for any number of ranks
     mine = range(runtime.rank, cfg.gptq_calibration_batches, runtime.world)
@@ -3756,7 +3756,7 @@ def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> Weights:
 
 
 def token_counts(cfg: Config, runtime: Runtime) -> Tensor:
-    """How often each id occurs in the first EMBED_FREQ_TOKENS training tokens, (V,) int64."""
+    """Count how often each id occurs in the first EMBED_FREQ_TOKENS training tokens: (V,) int64."""
     counts, left = np.zeros(cfg.vocab_size, np.int64), cfg.embed_freq_tokens or sys.maxsize
     for path in list_shards(cfg.data_path, "train"):
         tokens = read_shard(path)[:left]
@@ -3822,12 +3822,12 @@ def round_to_grid(weight: Tensor, scale: Tensor, bits: Bits) -> Tensor:
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The weight rounded to a grid whose rows have scales (rows,)."""
+    """Round a weight to a grid whose rows have scales (rows,)."""
     return round_to_grid(weight, scale[:, None], bits) * scale[:, None]
 
 
 def sigma_clip_scale(weight: Tensor, bits: Bits, clip: float) -> Tensor:
-    """Row scales (rows,) float32 of a grid that reaches `clip` standard deviations; bits: an int or (rows, 1)."""
+    """Row scales (rows,) float32 for a grid that reaches `clip` standard deviations; bits: an int or (rows, 1)."""
     deviation = weight.float().std(dim=1, keepdim=True)
     return (clip * deviation / (2 ** (bits - 1) - 1)).squeeze(1)
 
@@ -3838,7 +3838,7 @@ def row_scales(weight: Tensor, bits: Bits, clip: float, base_step: float = 0.0) 
 
 
 def quantile_scale(weight: Tensor, bits: int, quantile: float, floor: float) -> Tensor:
-    """Row scales (rows,) float32 of a grid that reaches a quantile of the row's magnitudes, and at least `floor`."""
+    """Row scales (rows,) float32 for a grid that reaches a quantile of the row's magnitudes, and at least `floor`."""
     top, magnitude = 2 ** (bits - 1) - 1, weight.float().abs()
     clip = magnitude.amax(dim=1) if quantile == 1 else magnitude.quantile(quantile, dim=1)
     return (clip.clamp_min(floor) / top).clamp_min(SMALLEST_SCALE)
@@ -3874,7 +3874,7 @@ def inverse_factor(hessian: Tensor | None, percdamp: float) -> tuple[Tensor, Ten
     dead = diagonal == 0
     diagonal[dead] = 1
     diagonal += percdamp * diagonal.mean()
-    order = torch.argsort(diagonal, descending=True)
+    order = diagonal.argsort(descending=True)
     H = H[order][:, order]
     Hinv = torch.cholesky_inverse(torch.linalg.cholesky(H))
     return order, torch.linalg.cholesky(Hinv, upper=True), dead
@@ -3925,7 +3925,7 @@ def gptq(
     widths = [bits] * len(order) if isinstance(bits, int) else bits.expand_as(W).T[order]
 
     def nearest_level(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        """The nearest levels of a column, and their values."""
+        """Return the nearest levels of a column, and their values."""
         levels = round_to_grid(column, scales[j], widths[j])
         return levels, levels * scales[j]
 
@@ -3954,14 +3954,14 @@ def trellis(states: int) -> Tensor:
 
 
 class Viterbi:
-    """Viterbi search: for each column, the valid trellis path with the smallest squared error (Marcellin and Fischer
-    1990). Columns are searched in parallel; each path starts in state 0 and may end in any.
+    """Viterbi search for the trellis path with the smallest squared error (Marcellin and Fischer 1990).
 
-    All buffers are allocated once: a search is two loops over rows, of a few small operations each.
+    Columns are searched in parallel. Each path starts in state 0 and may end in any state.
     """
 
     def __init__(self, states: int, real: Tensor, top: Tensor) -> None:
         """real (rows, columns): False in the padding below a short column; top (columns,): its largest integer."""
+        # All buffers are allocated once: a search is two loops over rows, with a few small operations each
         rows, columns = real.shape
         self.real = real[:, None]
         self.subset = trellis(states).flatten().to(top.device)  # by 2 * state + branch
@@ -3986,7 +3986,7 @@ class Viterbi:
         self.backward = list(zip(self.back, self.path[1:], self.path[:-1], strict=True))[::-1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The integers on the best paths for x (rows, columns), as float32 (rows, columns)."""
+        """Return the integers on the best paths for x (rows, columns), as float32 (rows, columns)."""
         # The nearest point of each subset, (rows, 4, columns), and what it costs
         points = (x[:, None] - self.residue).mul_(0.25).round_()
         points.clamp_(self.low, self.high).mul_(4).add_(self.residue)
@@ -4021,7 +4021,7 @@ def row_bits(weight: Tensor, rule: QuantRule, cfg: Config) -> Bits:
 
 
 def sigma_clip(weight: Tensor, rule: QuantRule, cfg: Config) -> Tensor:
-    """Scales of rows that are clipped at so many standard deviations."""
+    """Row scales for a grid that reaches rule.clip standard deviations, as they will be stored."""
     return row_scales(weight, row_bits(weight, rule, cfg), rule.clip, cfg.scale_step)
 
 
@@ -4038,7 +4038,7 @@ class Scheme(NamedTuple):
     repairable: bool = True  # REPAIR may correct the error
 
     def encode(self, weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-        """The parts of one tensor (rows, cols)."""
+        """Turn one tensor (rows, cols) into parts."""
         if self.scale is None:
             return {"w": weight.half()}
         if self.batch_encoder is not None:
@@ -4126,7 +4126,7 @@ SCHEMES = {
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """Integers in [0, 2^bits), bits <= 8, without gaps in uint8, lowest bit first; zeros fill the last byte."""
+    """Pack integers in [0, 2^bits), bits <= 8, into uint8 without gaps, lowest bit first; zeros fill the last byte."""
     column = values.cpu().numpy().astype(np.uint8).reshape(-1, 1)
     planes = np.unpackbits(column, axis=1, count=bits, bitorder="little")
     return torch.from_numpy(np.packbits(planes, bitorder="little"))
@@ -4139,13 +4139,13 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 class Grid(NamedTuple):
-    """How a factor of an LQER correction is stored: on all 2^bits levels, which are not symmetric about 0."""
+    """Grid for a factor of an LQER correction: all 2^bits levels, which are not symmetric about 0."""
 
     bits: int
     group: int  # entries, in row-major order, that share a scale
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed integers and float16 scales."""
+        """Return packed integers and float16 scales."""
         half = 2 ** (self.bits - 1)
         padding = -x.numel() % self.group
         rows = F.pad(x.flatten(), (0, padding)).view(-1, self.group)
@@ -4164,7 +4164,7 @@ class Grid(NamedTuple):
 
 
 def encode_lqer(error: Tensor, cfg: Config) -> Parts:
-    """LQER (Zhang et al. 2024): the factors A (rows, r), B (r, cols) of the best rank-r fit to an error matrix."""
+    """LQER (Zhang et al. 2024): factors A (rows, r) and B (r, cols), the best rank-r fit to an error matrix."""
     U, S, Vh = torch.linalg.svd(error.float(), full_matrices=False)
     rank = min(cfg.lqer_rank, len(S))
     A = U[:, :rank] * S[:rank]
@@ -4235,7 +4235,7 @@ def dequantize(stored: list[Stored]) -> Weights:
 
 
 def deal_jobs(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict]) -> dict[str, Any]:
-    """The union of work(job) over all jobs, which the ranks take in turn."""
+    """Share jobs among the ranks, in turn, and return the union of work(job) over all of them."""
     started, done = time.perf_counter(), {}
     mine = jobs[runtime.rank :: runtime.world]
     for count, job in enumerate(mine):
@@ -4250,7 +4250,7 @@ def on_cpu(parts: Parts) -> Parts:
 
 
 def quantisation_jobs(plan: Plan, state: Weights, world: int) -> list[list[str]]:
-    """Names of tensors that are encoded together, the costly ones first.
+    """Group the names of tensors that are encoded together, the costly ones first.
 
     A scheme that encodes a batch gets its matrices of equal width at once, split evenly over `world` ranks.
     """
@@ -4262,7 +4262,7 @@ def quantisation_jobs(plan: Plan, state: Weights, world: int) -> list[list[str]]
             group = scheme, state[name].size(-1)
         groups.setdefault(group, []).append(name)
     shares = [names[rank::world] for names in groups.values() for rank in range(world)]
-    return [names for names in shares if names]
+    return list(filter(None, shares))  # a lone tensor leaves the other ranks' shares empty
 
 
 def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> list[Stored]:
@@ -4276,7 +4276,7 @@ def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -
     plan, device, tensors = refined_plan(cfg, state, hessians), runtime.device, weights_of(cfg)
 
     def encode(names: list[str]) -> dict[str, Stored]:
-        """The tensors of one job, by name."""
+        """Encode the tensors of one job; by name."""
         rules = [plan[name] for name in names]
         weights = [state[name].to(device) for name in names]
         inputs = [hessians[name].to(device) if name in hessians else None for name in names]
@@ -4296,13 +4296,13 @@ def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -
 
 
 def repaired(cfg: Config, runtime: Runtime, state: Weights, stored: dict[str, Stored]) -> dict[str, Stored]:
-    """The tensors, with REPAIR for the LQER_TOP_K that have the largest error (Frobenius norm)."""
+    """Apply REPAIR to the LQER_TOP_K tensors with the largest error (Frobenius norm)."""
     repair = REPAIRS[cfg.repair]
     if repair is None:
         return stored
 
     def error(name: str) -> Tensor:
-        """What the stored tensor lacks."""
+        """What the stored tensor lacks, on the CPU."""
         return state[name].cpu().float() - stored[name].decode()
 
     def correct(name: str) -> dict[str, Stored]:
@@ -4318,12 +4318,12 @@ def repaired(cfg: Config, runtime: Runtime, state: Weights, stored: dict[str, St
 
 
 def sort_hidden(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
-    """The same function with each MLP's hidden units sorted so that similar rows of `up` are neighbours. New dicts."""
+    """Sort each MLP's hidden units, so that similar rows of `up` are neighbours; the model computes the same. New dicts."""
     # Sorted before quantisation, which so sees just another model: no scale or packed factor has to be permuted
     plan, state, hessians = quant_plan(cfg), dict(state), dict(hessians)
 
     def order(name: str) -> Weights:
-        """The order of the rows of one matrix, by their levels."""
+        """Order the rows of one matrix by their levels."""
         q = SCHEMES["rowwise"].encode(state[name].to(runtime.device), None, plan[name], cfg)["q"]
         return {name: similarity_order(q)}
 
@@ -4345,13 +4345,13 @@ def hadamard(size: int) -> Tensor:
 
 
 def rotate_values(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
-    """The same function with each head's values rotated by a Hadamard matrix, which spreads outliers. New dicts."""
+    """Rotate each head's values by a Hadamard matrix, which spreads outliers; the model computes the same. New dicts."""
     # An output is a sum of values, so it rotates too, and the columns of `o` rotate back. XSA and value_residual see
     # dot products and sums of values, gates and sink one number per head.
     state, hessians, R = dict(state), dict(hessians), hadamard(cfg.model_dim // cfg.num_heads)
 
     def rotated(x: Tensor) -> Tensor:
-        """x with each head's block of columns times R."""
+        """Multiply each head's block of columns by R."""
         return (x.double().unflatten(-1, (-1, len(R))) @ R).flatten(-2).to(x.dtype)
 
     outputs = weights_by_role(cfg, "o")
@@ -4368,7 +4368,7 @@ HIDDEN_ORDERS = {"pergroup": sort_hidden}  # COMPRESSOR -> what helps its coder;
 
 
 def reparametrize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
-    """The same function in weights that are easier to store, and their Hessians: before quantisation."""
+    """Return weights that compute the same and are easier to store, and their Hessians; before quantisation."""
     for step in (ROTATIONS[cfg.rotate], HIDDEN_ORDERS.get(cfg.compressor)):
         if step is not None:
             state, hessians = step(cfg, runtime, state, hessians)
@@ -4376,7 +4376,7 @@ def reparametrize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weigh
 
 
 def similarity_order(matrix: Tensor) -> Tensor:
-    """A greedy walk over the rows of an integer matrix: (rows,) int64, from row 0 always to the nearest row left.
+    """Walk greedily over the rows of an integer matrix, from row 0 always to the nearest row left: (rows,) int64.
 
     Distances are L1; among equally near rows the first is taken.
     """
@@ -4400,7 +4400,7 @@ ARTIFACT_HEADER = struct.Struct("<4sBBII")  # magic, version, codec, payload byt
 
 
 def shuffle_bytes(array: np.ndarray, trellis: np.ndarray | None = None) -> bytes:
-    """Bytes of an array for a general coder: matrices column by column, wider items in planes by significance."""
+    """Lay out an array for a general coder: matrices column by column, wider items in planes by significance."""
     flat = array.flatten("F" if array.ndim == 2 else "C")
     return flat.view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
 
@@ -4515,7 +4515,7 @@ def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
 
 
 def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frequency and start of each key, and the key of each slot, for histograms (tables, 256).
+    """Turn histograms (tables, 256) into the frequency and start of each key, and the key of each slot.
 
     A key is 256 * table + level + 128. Frequencies are proportional to the counts, and at least 1 where a count is not
     0; those of a table sum to 2^RANS_BITS, its number of slots.
@@ -4571,7 +4571,7 @@ def rans_wavefront(
     edges: np.ndarray,
     counts: np.ndarray,
 ) -> Iterator[tuple]:
-    """The steps of rans_model for one matrix; updates the histograms, and past: magnitudes of columns by width."""
+    """Yield the steps of rans_model for one matrix; update the histograms `counts` and the columns' magnitudes `past`."""
     rows, cols, states, chunk_rows, magnitude, likeness, prior_rows, energy, slack = info
     # Each column's sum of magnitudes starts as if prior_rows had been seen: a mixture, in sixteenths, of columns like
     # those of the last matrix of this width and of columns that are all alike
@@ -4621,7 +4621,7 @@ def rans_wavefront(
 
 
 def rans_encode(raw: bytes) -> bytes:
-    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame.
+    """Code matrices framed by rans_frame with interleaved rANS (Duda 2013; Giesen 2014).
 
     The blob: side information, compressed by zlib; then 16-bit words: the lanes' first states, and what they read.
     """
@@ -4654,7 +4654,7 @@ def rans_encode(raw: bytes) -> bytes:
 
 
 def rans_decode(blob: bytes) -> bytes:
-    """The inverse of rans_encode; some ordinary exception when the blob is damaged."""
+    """The inverse of rans_encode; raises some ordinary exception if the blob is damaged."""
     unzip = zlib.decompressobj()
     side_info = np.frombuffer(unzip.decompress(blob), "<i4").reshape(-1, 9)
     words = np.frombuffer(unzip.unused_data, "<u2").astype(int)
@@ -4699,7 +4699,7 @@ CODERS = {
 
 
 class Codec(NamedTuple):
-    """Which streams an artifact consists of, and the coder of each.
+    """The streams that an artifact consists of, and the coder of each.
 
     The integers of a matrix are in the stream that stream_of(role) names. All else is in the first stream, "", which
     begins with the index.
@@ -4731,7 +4731,7 @@ CODECS = {
 
 
 def sort_rows(parts: Parts) -> Parts:
-    """The parts with similar rows of "q" side by side, and where each came from as a further part, "order"."""
+    """Put similar rows of "q" side by side, and where each came from into a further part, "order"."""
     order = similarity_order(parts["q"])
     assert len(order) <= 2**16, "too many rows for an order in uint16"
     return parts | {"q": parts["q"][order], "order": order.to(torch.uint16)}
@@ -4762,7 +4762,7 @@ class Blob(NamedTuple):
 
 
 def storage_order(index: list[Any]) -> dict[str, list[Any]]:
-    """Stream -> (key, part, dtype, shape) of its arrays, in order.
+    """Map each stream to (key, part, dtype, shape) of its arrays, in the order in which they are stored.
 
     index: for each tensor its key and {part: [stream, dtype, shape]}.
     """
@@ -4776,7 +4776,7 @@ def storage_order(index: list[Any]) -> dict[str, list[Any]]:
 
 
 def pack_stored(stored: list[Stored], codec: str) -> bytes:
-    """Stored tensors -> one self-describing blob.
+    """Pack stored tensors into one self-describing blob.
 
     Payload: number of streams (u8), their lengths (u32 each), the streams. The first one begins with the length of the
     index (u32) and the index, which is JSON.
@@ -4802,13 +4802,13 @@ def pack_stored(stored: list[Stored], codec: str) -> bytes:
 
 
 def seal(number: int, payload: bytes) -> bytes:
-    """A payload after the header of its codec."""
+    """Put the header before a payload; number: of its codec."""
     header = ARTIFACT_HEADER.pack(MAGIC, ARTIFACT_VERSION, number, len(payload), 0)[:-4]
     return header + struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + payload
 
 
 def in_parallel(functions: list[Callable[[bytes], bytes]], datas: list[bytes]) -> list[bytes]:
-    """function(data) of each pair, on as many threads as there are processors; nothing stays nothing."""
+    """function(data) for each pair, on as many threads as there are processors; empty data stay empty."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda function, data: function(data) if data else b"", functions, datas))
 
@@ -4837,7 +4837,7 @@ def open_blob(blob: bytes, source: str = "artifact") -> Blob:
 
 
 def decode_payload(payload: bytes, layout: Codec) -> Blob:
-    """The contents of a payload; some ordinary exception if it is not one of this layout."""
+    """Decode a payload; raises some ordinary exception if it does not have this layout."""
     count = payload[0]
     sizes = struct.unpack_from(f"<{count}I", payload, 1)
     ends = list(itertools.accumulate(sizes, initial=1 + 4 * count))
@@ -4864,13 +4864,6 @@ def decode_payload(payload: bytes, layout: Codec) -> Blob:
             parts[key][part] = torch.from_numpy(arrays[key, part])
         streams.append(Stream(name, layout.integer_coder if name else layout.coder, size, arrays))
     return Blob([Stored.parse(key, unsort_rows(parts[key])) for key in parts], streams, text)
-
-
-def save_artifact(path: Path, stored: list[Stored], codec: str) -> int:
-    """Write the model blob atomically; returns its size in bytes."""
-    blob = pack_stored(stored, codec)
-    atomic_write(path, blob)
-    return len(blob)
 
 
 def read_artifact(path: str | Path) -> list[Stored]:
@@ -6092,7 +6085,7 @@ class Run:
             counts = collections.Counter(tensor.encoding() for tensor in stored)
             self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
             started = time.perf_counter()
-            save_artifact(self.folder / "model.bin", stored, cfg.compressor)
+            atomic_write(self.folder / "model.bin", pack_stored(stored, cfg.compressor))
         runtime.barrier()
         size, code = (self.folder / "model.bin").stat().st_size, Path(__file__).stat().st_size
         self.log(
