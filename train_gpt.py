@@ -3701,7 +3701,12 @@ def refined_plan(cfg: Config, state: Weights, hessians: Weights) -> Plan:
     return plan
 
 
-def salient_groups(cfg: Config, plan: Plan, state: Weights, hessians: Weights) -> list[tuple[str, int]]:
+def salient_groups(
+    cfg: Config,
+    plan: Plan,
+    state: Weights,
+    hessians: Weights,
+) -> list[tuple[str, int]]:
     """(name, first column) of the AWQ_LITE_GROUP_TOP_K most salient groups of columns in the model, sorted."""
     groups, size, tensors = [], cfg.awq_lite_group_size, weights_of(cfg)
     for name in state.keys() & hessians.keys():
@@ -3853,12 +3858,16 @@ def searched_scales(weight: Tensor, bits: int, floor: float = 0.0, by_row: bool 
     Rounding to nearest with this clip has the smallest squared error among CLIP_QUANTILES: for each row or, as
     published (by_row off), with one quantile for the whole matrix.
     """
-    scales = torch.stack([storable(quantile_scale(weight, bits, q, floor)) for q in CLIP_QUANTILES])
-    # (quantiles, rows), with the scale as it will be stored
-    errors = torch.stack([(weight - fake_quantize(weight, s.float(), bits)).square().sum(dim=1) for s in scales])
+    scales, errors = [], []
+    for quantile in CLIP_QUANTILES:
+        scale = storable(quantile_scale(weight, bits, quantile, floor))  # rounded before the search, as it is stored
+        error = weight - fake_quantize(weight, scale.float(), bits)
+        scales.append(scale)
+        errors.append(error.square().sum(dim=1))
+    errors = torch.stack(errors)  # (quantiles, rows)
     if not by_row:
         errors = errors.sum(dim=1, keepdim=True).expand_as(errors)
-    return scales.gather(0, errors.argmin(dim=0)[None])[0]
+    return torch.stack(scales).gather(0, errors.argmin(dim=0)[None])[0]
 
 
 def inverse_factor(hessian: Tensor | None, percdamp: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -4145,7 +4154,7 @@ class Grid(NamedTuple):
     group: int  # entries, in row-major order, that share a scale
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return packed integers and float16 scales."""
+        """Return packed integers and float16 scales, on the CPU."""
         half = 2 ** (self.bits - 1)
         padding = -x.numel() % self.group
         rows = F.pad(x.flatten(), (0, padding)).view(-1, self.group)
@@ -4154,7 +4163,7 @@ class Grid(NamedTuple):
         scale = storable(largest / (half - 0.5))
         q = torch.round(rows / scale.float()[:, None])
         q = q.clamp(-half, half - 1).flatten()
-        return pack_bits(q[: x.numel()] + half, self.bits), scale
+        return pack_bits(q[: x.numel()] + half, self.bits), scale.cpu()
 
     def decode(self, packed: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
         """The float32 factor."""
@@ -4189,7 +4198,7 @@ def decode_lqer(parts: Parts) -> Tensor:
 
 
 class Repair(NamedTuple):
-    """encode(error, cfg) -> further parts of a tensor; decode(parts) -> what they add to the decoded weight."""
+    """encode(error, cfg) -> further parts, on the CPU; decode(parts) -> what they add to the decoded weight."""
 
     encode: Callable[[Tensor, Config], Parts]
     decode: Callable[[Parts], Tensor]
@@ -4244,11 +4253,6 @@ def deal_jobs(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any]
     return runtime.gather(done)
 
 
-def on_cpu(parts: Parts) -> Parts:
-    """The parts on the CPU."""
-    return {key: part.cpu() for key, part in parts.items()}
-
-
 def quantisation_jobs(plan: Plan, state: Weights, world: int) -> list[list[str]]:
     """Group the names of tensors that are encoded together, the costly ones first.
 
@@ -4285,17 +4289,23 @@ def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -
             encoded = [scheme.encode(weights[0], inputs[0], rules[0], cfg)]
         else:
             encoded = scheme.batch_encoder(weights, inputs, rules, cfg)
-        return {
-            name: Stored(name, tensors[name].role, rule.scheme, (), on_cpu(parts))
-            for name, rule, parts in zip(names, rules, encoded, strict=True)
-        }
+        found = {}
+        for name, rule, parts in zip(names, rules, encoded, strict=True):
+            parts = {key: part.cpu() for key, part in parts.items()}
+            found[name] = Stored(name, tensors[name].role, rule.scheme, (), parts)
+        return found
 
     jobs = quantisation_jobs(plan, state, runtime.world)
     stored = repaired(cfg, runtime, state, deal_jobs(runtime, "quantising", jobs, encode))
     return [stored[name] for name in plan if name in stored]
 
 
-def repaired(cfg: Config, runtime: Runtime, state: Weights, stored: dict[str, Stored]) -> dict[str, Stored]:
+def repaired(
+    cfg: Config,
+    runtime: Runtime,
+    state: Weights,
+    stored: dict[str, Stored],
+) -> dict[str, Stored]:
     """Apply REPAIR to the LQER_TOP_K tensors with the largest error (Frobenius norm)."""
     repair = REPAIRS[cfg.repair]
     if repair is None:
@@ -4307,8 +4317,7 @@ def repaired(cfg: Config, runtime: Runtime, state: Weights, stored: dict[str, St
 
     def correct(name: str) -> dict[str, Stored]:
         """The tensor with its correction."""
-        extra = on_cpu(repair.encode(error(name).to(runtime.device), cfg))
-        parts = stored[name].parts | extra
+        parts = stored[name].parts | repair.encode(error(name).to(runtime.device), cfg)
         return {name: dataclasses.replace(stored[name], repairs=(cfg.repair,), parts=parts)}
 
     candidates = [name for name, tensor in stored.items() if SCHEMES[tensor.scheme].repairable]
@@ -4318,7 +4327,7 @@ def repaired(cfg: Config, runtime: Runtime, state: Weights, stored: dict[str, St
 
 
 def sort_hidden(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
-    """Sort each MLP's hidden units, so that similar rows of `up` are neighbours; the model computes the same. New dicts."""
+    """Sort each MLP's hidden units so that similar rows of `up` are neighbours. The function stays. New dicts."""
     # Sorted before quantisation, which so sees just another model: no scale or packed factor has to be permuted
     plan, state, hessians = quant_plan(cfg), dict(state), dict(hessians)
 
@@ -4345,7 +4354,7 @@ def hadamard(size: int) -> Tensor:
 
 
 def rotate_values(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
-    """Rotate each head's values by a Hadamard matrix, which spreads outliers; the model computes the same. New dicts."""
+    """Rotate each head's values by a Hadamard matrix, which spreads outliers. The function stays. New dicts."""
     # An output is a sum of values, so it rotates too, and the columns of `o` rotate back. XSA and value_residual see
     # dot products and sums of values, gates and sink one number per head.
     state, hessians, R = dict(state), dict(hessians), hadamard(cfg.model_dim // cfg.num_heads)
@@ -4442,13 +4451,12 @@ def require_lrzip() -> str:
 
 def run_lrzip(data: bytes, *flags: str) -> bytes:
     """Run lrzip on data, through files in a temporary folder; UserError if it fails."""
-    program = require_lrzip()
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.lrz", Path(folder) / "out"
         source.write_bytes(data)
         done = subprocess.run(
             # -N 0: by default it runs at the lowest priority, and starves on a busy machine
-            [program, "-Q", "-f", "-N", "0", *flags, "-o", target, source],
+            [require_lrzip(), "-Q", "-f", "-N", "0", *flags, "-o", target, source],
             capture_output=True,
             env={"LRZIP": "NOCONFIG", "TMPDIR": folder},  # a user's lrzip.conf must not change the bytes
         )
@@ -4571,7 +4579,10 @@ def rans_wavefront(
     edges: np.ndarray,
     counts: np.ndarray,
 ) -> Iterator[tuple]:
-    """Yield the steps of rans_model for one matrix; update the histograms `counts` and the columns' magnitudes `past`."""
+    """Yield the steps of rans_model for one matrix.
+
+    Updates the histograms `counts`, and `past`, which maps a width to the magnitudes of its columns.
+    """
     rows, cols, states, chunk_rows, magnitude, likeness, prior_rows, energy, slack = info
     # Each column's sum of magnitudes starts as if prior_rows had been seen: a mixture, in sixteenths, of columns like
     # those of the last matrix of this width and of columns that are all alike
