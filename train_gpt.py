@@ -3691,9 +3691,9 @@ def refined_plan(cfg: Config, state: Weights, hessians: Weights) -> Plan:
         if SCHEMES[rule.scheme].counts:
             if COUNTS not in hessians:
                 raise UserError(f"EMBED_QUANT={rule.scheme} has no token counts; run STAGES=train,... again with it")
-            # a stable sort: of equally frequent tokens the lowest ids are taken
-            order = hessians[COUNTS].sort(descending=True, stable=True).indices.tolist()
-            plan[name] = rule._replace(frequent_rows=tuple(order[: cfg.embed_topk]))
+            # a stable sort: among equally frequent tokens the lowest ids are taken
+            order = hessians[COUNTS].argsort(descending=True, stable=True)
+            plan[name] = rule._replace(frequent_rows=tuple(order[: cfg.embed_topk].tolist()))
     if cfg.awq_lite_enabled:
         for name, start in salient_groups(cfg, plan, state, hessians):
             rule = plan[name]
@@ -3766,8 +3766,7 @@ def token_counts(cfg: Config, runtime: Runtime) -> Tensor:
     for path in list_shards(cfg.data_path, "train"):
         tokens = read_shard(path)[:left]
         left -= len(tokens)
-        mine = tokens[runtime.rank :: runtime.world]
-        counts += np.bincount(mine, minlength=cfg.vocab_size)
+        counts += np.bincount(tokens[runtime.rank :: runtime.world], minlength=cfg.vocab_size)
     return runtime.sum_(torch.from_numpy(counts))
 
 
@@ -4320,8 +4319,9 @@ def repaired(
         parts = stored[name].parts | repair.encode(error(name).to(runtime.device), cfg)
         return {name: dataclasses.replace(stored[name], repairs=(cfg.repair,), parts=parts)}
 
-    candidates = [name for name, tensor in stored.items() if SCHEMES[tensor.scheme].repairable]
-    norms = {name: error(name).double().norm().item() for name in candidates}
+    norms = {
+        name: error(name).double().norm().item() for name, tensor in stored.items() if SCHEMES[tensor.scheme].repairable
+    }
     worst = sorted(norms, key=lambda name: (-norms[name], name))[: cfg.lqer_top_k]
     return stored | deal_jobs(runtime, "repairing", worst, correct)
 
@@ -4485,8 +4485,7 @@ def rans_frame(array: np.ndarray, trellis: np.ndarray | None) -> bytes:
 
 def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of rans_frame."""
-    flat = np.frombuffer(data, dtype, offset=RANS_HEAD.size)
-    return flat.reshape(shape).copy()
+    return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
 
 
 def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
