@@ -36,7 +36,6 @@ import itertools
 import json
 import lzma
 import math
-import operator
 import os
 import pickle
 import platform
@@ -51,6 +50,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import ge, gt, le
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -488,9 +488,9 @@ class Config:
 
 # Where and how a run happens, not what it is: these knobs are never written to record.env.
 LOCAL_KNOBS = (
-    *("run_id", "artifact_dir", "stages", "model_path", "device", "attention", "fused_ce_enabled"),
-    *("fused_mlp_enabled", "fused_gdn_enabled", "compute_dtype", "compile", "data_path", "tokenizer_path"),
-)
+    "run_id artifact_dir stages model_path device attention fused_ce_enabled "
+    "fused_mlp_enabled fused_gdn_enabled compute_dtype compile data_path tokenizer_path"
+).split()
 
 GROUPS = {  # first knob -> the title that --help prints above it
     "run_id": "run",
@@ -690,14 +690,14 @@ RENAMED = {  # names that became values of an axis, or that the published script
 
 def mixer_letters(cfg: Config) -> str:
     """The mixer of each layer as a letter: MIXERS written out, G*2 A as GGA; empty when it is not of that form."""
-    if not cfg.mixers:
+    if not cfg.mixers:  # attention everywhere
         return "A" * cfg.num_layers
     if not re.fullmatch(r"(\s*[AG](\*\d{1,3})?)+\s*", cfg.mixers):
         return ""
     return "".join(letter * int(count or 1) for letter, count in re.findall(r"([AG])(?:\*(\d+))?", cfg.mixers))
 
 
-COMPARE = {">": operator.gt, ">=": operator.ge, "<=": operator.le}
+COMPARE = {">": gt, ">=": ge, "<=": le}
 
 
 def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
@@ -793,6 +793,7 @@ def name_problems(names: Iterable[str], knobs: Mapping[str, dataclasses.Field], 
     for name in names:
         if name in knobs or (name == "PRESET" and not strict):  # PRESET inside a preset would be ignored
             continue
+        # an environment holds many other names, so only a near miss counts there
         close = difflib.get_close_matches(name, knobs, n=1, cutoff=0.6 if strict else 0.9)
         if name in RENAMED:
             found.append(f"{name} is not a knob here; say {RENAMED[name]}")
@@ -813,6 +814,7 @@ def resolve(environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
     problems = [problem for layer in layers.values() for problem in name_problems(layer, knobs, strict=True)]
     problems += name_problems(environ, knobs, strict=False)
     values, origin = {}, {}
+    # later layers win, and origin remembers which one it was
     for source, layer in (*layers.items(), ("environment", environ)):
         for name in sorted(knobs.keys() & layer.keys()):
             try:
@@ -1324,10 +1326,10 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
     stop = threading.Event()
 
     def put(item: Any) -> None:
+        """Wait for room, but no longer than the consumer lives."""
         while not stop.is_set():
             try:
-                # The timeout lets the thread notice `stop` while the queue is full.
-                return ready.put(item, timeout=0.1)
+                return ready.put(item, timeout=0.1)  # a timeout, to notice `stop` while the queue is full
             except queue.Full:
                 continue
 
@@ -1498,11 +1500,7 @@ def rms_norm(x: Tensor) -> Tensor:
     return y.to(x.dtype)
 
 
-def rotary_frequencies(
-    dims: int,
-    base: float,
-    device: torch.device,
-) -> Tensor:
+def rotary_frequencies(dims: int, base: float, device: torch.device) -> Tensor:
     """(dims/2) float32: radians per token of each rotated pair (RoPE, Su et al. 2021)."""
     return 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
 
@@ -1523,18 +1521,7 @@ def rotary_tables(
     return angle.cos().float(), angle.sin().float()
 
 
-ROTARIES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # values of ROPE_DTYPE
-    "fp32": lambda *shape: rotary_tables(*shape),
-    "bf16": lambda *shape: rotary_tables(*shape, torch.bfloat16),
-}
-
-
-def rotary_at(
-    at: Tensor,
-    dims: int,
-    base: float,
-    trained: int,
-) -> tuple[Tensor, Tensor]:
+def rotary_at(at: Tensor, dims: int, base: float, trained: int) -> tuple[Tensor, Tensor]:
     """cos and sin (B, T, dims/2), float32, of positions `at` (B, T). Positions below `trained` give the very rows of
     rotary_tables; beyond, angles are float64, because a large float32 angle loses its fraction."""
     frequency = rotary_frequencies(dims, base, at.device)
@@ -1544,22 +1531,13 @@ def rotary_at(
     return cos, torch.where(inside, near.sin(), far.sin().float())
 
 
-def stretched_base(
-    base: float,
-    dims: int,
-    span: int,
-    reference: int,
-) -> float:
+def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
     """The rotary base for contexts of `span` tokens. Past a reference length (0: never) it grows, so that the lowest
     frequency turns no further than at the reference (NTK-aware scaling, bloc97 2023)."""
     return base * (span / reference) ** (dims / (dims - 2)) if 0 < reference < span else base
 
 
-def rotate(
-    x_BTHd: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> Tensor:
+def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first 2 * cos.size(-1) dims of each head by tables of (T) or (B, T) rows; the rest passes through."""
     half = cos.size(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -1568,10 +1546,7 @@ def rotate(
     return torch.cat([turned.to(x_BTHd.dtype), rest], dim=-1)
 
 
-def remove_self_value(
-    y_BTHd: Tensor,
-    v_BTKd: Tensor,
-) -> Tensor:
+def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
     """XSA: remove from each head's output its component along the token's own value (that of its key/value head)."""
     own = F.normalize(at_least_fp32(v_BTKd), dim=-1, eps=1e-12).unsqueeze(3)
     y = at_least_fp32(y_BTHd).unflatten(2, (v_BTKd.size(2), -1))  # (B, T, K, H/K, d)
@@ -1604,11 +1579,7 @@ def segments(cu_seqlens: Tensor, total: int) -> Tensor:
     return torch.searchsorted(cu_seqlens, token, right=True)
 
 
-def segment_mask(
-    cu_seqlens: Tensor,
-    total: int,
-    band: int,
-) -> Tensor:
+def segment_mask(cu_seqlens: Tensor, total: int, band: int) -> Tensor:
     """(total/band, 1, band, width) bool: a query sees the keys of its own segment up to itself.
 
     No segment is longer than `band`, so a block of `band` queries needs its own keys and those of the block before:
@@ -1642,17 +1613,6 @@ def exact_attention(
     return y.transpose(1, 2)
 
 
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    meta: AttnMeta,
-    sink: Tensor | None = None,
-) -> Tensor:
-    """Causal attention inside each row. Shapes as masked_attention."""
-    return exact_attention(q, k, v, None, sink)
-
-
 def masked_attention(
     q: Tensor,
     k: Tensor,
@@ -1665,7 +1625,7 @@ def masked_attention(
     A sink (K, d) is one more key, with value 0, that every query sees: y sigmoid(logsumexp(logits) - its logit).
     """
     if meta.mask is None:
-        return causal_attention(q, k, v, meta, sink)
+        return exact_attention(q, k, v, None, sink)
     blocks, _, band, width = meta.mask.shape
     block_q, block_k, block_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
     if width > band:  # each block also sees the block before it; the first sees padding, which the mask hides
@@ -1693,18 +1653,25 @@ class KVCache(NamedTuple):
     new: dict[int, Tensor]
     execution: int = 0
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        meta: AttnMeta,
+        sink: Tensor | None = None,
+    ) -> Tensor:
         """Attention over the cached and the row's own keys. Shapes as masked_attention; there are no sinks here."""
-        self.new[self.execution] = torch.stack((k.detach(), v.detach()))
+        own = torch.stack((k, v))
+        self.new[self.execution] = own.detach()
         # cat copies the cache, so that it may be written before the backward
-        k, v = (
-            torch.cat((old, x), dim=1).transpose(1, 2)
-            for old, x in zip(self.cached[self.execution], (k, v), strict=True)
-        )
+        whole = torch.cat((self.cached[self.execution], own), dim=2)
+        k, v = whole.transpose(2, 3)  # (B, K, C + T, d)
         # the queries of a key/value group lie side by side: a GPU's tiles are fuller, and no key is repeated for them
         rows = q.unflatten(2, (k.size(1), -1)).permute(0, 2, 3, 1, 4)  # (B, K, H/K, T, d)
         y = F.scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=self.mask)
-        return y.view(rows.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)
+        y = y.view(rows.shape).permute(0, 3, 1, 2, 4)
+        return y.reshape(q.shape)
 
 
 # torch 2.11 has varlen_attn, but only 2.13 lets it share a key/value head among query heads
@@ -1734,7 +1701,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tenso
     keys than queries, causality is aligned to its end."""
     cu_seqlens, longest = meta.cu_seqlens, meta.max_len
     if cu_seqlens is None and sink is None:
-        return causal_attention(q, k, v, meta)
+        return exact_attention(q, k, v, None, None)
     if cu_seqlens is None:
         longest = q.size(1)
         cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * longest
@@ -1852,8 +1819,8 @@ def softcap_ce_back_kernel(
 def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Split a tile into its left and right half."""
     # storing a whole float32 tile at once would need too much shared memory
-    R = tile_RC.shape[0]
-    C = tile_RC.shape[1]
+    R: tl.constexpr = tile_RC.shape[0]
+    C: tl.constexpr = tile_RC.shape[1]
     split = tl.reshape(tile_RC, (R, 2, C // 2))
     return tl.split(tl.permute(split, (0, 2, 1)))
 
@@ -1872,9 +1839,9 @@ def leaky_square_kernel(
     The descriptors' blocks set the tile: x (rows, depth), w (columns, depth), or back (depth, columns), pre and out
     (rows, columns / 2).
     """
-    R = x.block_shape[0]
-    K = x.block_shape[1]
-    HALF = pre.block_shape[1]
+    R: tl.constexpr = x.block_shape[0]
+    K: tl.constexpr = x.block_shape[1]
+    HALF: tl.constexpr = pre.block_shape[1]
     across = tl.cdiv(pre.shape[1], 2 * HALF)
     # persistent programs: each takes every num_programs-th tile, row by row
     for tile in tl.range(tl.program_id(0), tl.cdiv(x.shape[0], R) * across, tl.num_programs(0)):
@@ -1899,11 +1866,7 @@ def leaky_square_kernel(
             out.store([row, column + half * HALF], y.to(out.dtype))
 
 
-def launch_softcap_ce(
-    z: Tensor,
-    targets: Tensor,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def launch_softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """softcap_ce through Triton, one program a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
     loss, lse = (z.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -1998,13 +1961,7 @@ def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tens
 
 
 @operator(launch_softcap_ce_back)
-def softcap_ce_back(
-    g: Tensor,
-    z: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    softcap: float,
-) -> Tensor:
+def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
     """Gradient (N, V) for the logits, in their dtype, from the gradient g (N,) for the losses."""
     s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
     p = torch.exp(2 * softcap * s - lse[:, None])
@@ -2027,11 +1984,7 @@ def softcap_ce_grad(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None, None]
 
 
 @operator(launch_softcap_ce, setup_context=softcap_ce_setup, backward=softcap_ce_grad)
-def softcap_ce(
-    z: Tensor,
-    targets: Tensor,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """softcapped_cross_entropy (N,) of z (N, V), and a shifted log-sum-exp (N,) for the backward; both float32."""
     y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
     lse = y.logsumexp(1)
@@ -2044,12 +1997,7 @@ def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
 
 
 @operator(launch_leaky_square_back)
-def leaky_square_back(
-    g: Tensor,
-    down: Tensor,
-    pre: Tensor,
-    slope: float,
-) -> Tensor:
+def leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
     """Gradient (N, F) for pre from the gradient g (N, D) for LeakyReLU(pre, slope)^2 down^T; down (D, F)."""
     return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
 
@@ -2085,12 +2033,7 @@ def leaky_square(m: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Ten
     return F.linear(post, down), pre, post
 
 
-def fused_mlp(
-    m: Tensor,
-    up: Tensor,
-    down: Tensor,
-    slope: float,
-) -> Tensor:
+def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     """LeakyReLU(m up^T, slope)^2 down^T of m (..., D), up (F, D), down (D, F); its twin is MLP's own forward."""
     return leaky_square(m.flatten(0, -2), up, down, slope)[0].view_as(m)
 
@@ -2101,10 +2044,7 @@ def l2_normalize(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def chunk_states_grad(
-    ctx: Any,
-    g: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def chunk_states_grad(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of chunk_states' inputs: the same recurrence, backwards in time with transposed maps."""
     a, states = ctx.saved_tensors
     total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1]).flip(0)  # of each state, through all later ones
@@ -2125,10 +2065,7 @@ def chunk_states(a: Tensor, b: Tensor, first: Tensor) -> Tensor:
     return torch.stack(states)
 
 
-def to_chunks(
-    x: Tensor,
-    size: int,
-) -> Tensor:
+def to_chunks(x: Tensor, size: int) -> Tensor:
     """(B, T, H, ...) -> (n, B, H, size, ...), padded with zeros, which write nothing and decay nothing."""
     missing = -x.size(1) % size
     x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
@@ -2300,12 +2237,7 @@ class Taps(Protocol):
 
     sites: frozenset[str]  # names of the sites that it hears
 
-    def __call__(
-        self,
-        site: Site,
-        x: Tensor,
-        y: Tensor,
-    ) -> Tensor:
+    def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """x and y: input and output of a matmul, or the normed input and the output of a sublayer."""
 
 
@@ -2316,12 +2248,7 @@ class LayerTap:
         self.taps, self.execution, self.layer = taps, execution, layer
         self.sites = frozenset() if taps is None else taps.sites
 
-    def __call__(
-        self,
-        name: str,
-        x: Tensor,
-        y: Tensor,
-    ) -> Tensor:
+    def __call__(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         return self.taps(Site(name, self.execution, self.layer), x, y) if name in self.sites else y
 
 
@@ -2384,7 +2311,7 @@ EMBED = ("adamw", "tied_embed_lr", "embed_wd")
 MUON = ("muon", "matrix_lr", "muon_wd")
 ATTN = (*MUON, "matrix", "attn_clip_sigmas")
 MLP_MATRIX = (*MUON, "matrix", "mlp_clip_sigmas")
-ROLES = {
+ROLES = {  # the tap at a matrix of a block has the name of its role
     "embed": Role(normal, "tied_embed_init_std", *EMBED, "embed", "embed_clip_sigmas", "head", "embed"),  # tied head
     "hash_table": Role(constant, 0.0, *EMBED, "table", "embed_clip_sigmas"),
     "value_table": Role(normal, 0.01, *EMBED, "table", "embed_clip_sigmas"),
@@ -2392,7 +2319,7 @@ ROLES = {
     "k": Role(orthogonal, 0.0, *ATTN, "q", "k"),  # q, k and v read the same input
     "v": Role(orthogonal, 0.0, *ATTN, "q", "v"),
     "o": Role(constant, 0.0, *ATTN, "o", "o"),
-    "delta_qkv": Role(orthogonal, 0.0, *ATTN, "qkv"),
+    "qkv": Role(orthogonal, 0.0, *ATTN, "qkv"),
     "delta_z": Role(orthogonal, 0.0, *ATTN, "qkv"),
     "up": Role(orthogonal, 0.0, *MLP_MATRIX, "up", "up"),
     "down": Role(constant, 0.0, *MLP_MATRIX, "down", "down"),
@@ -2460,11 +2387,7 @@ class HeadGate(nn.Module):
         self.bias = make_weight("gate_bias", shape[0]) if biased else None
         self.scale, self.factor, self.reads_q = scale, factor, reads_q
 
-    def forward(
-        self,
-        n_BTD: Tensor,
-        q_BTD: Tensor,
-    ) -> Tensor:
+    def forward(self, n_BTD: Tensor, q_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, H, 1)."""
         source = (q_BTD if self.reads_q else n_BTD)[..., : self.weight.size(1)]
         bias = None if self.bias is None else self.bias.to(source.dtype)
@@ -2486,30 +2409,18 @@ GATES: dict[str, Callable[[Config], HeadGate | None]] = {
 }
 
 
-class Table(nn.Module):
-    """An embedding of `rows` ids, kept in EMBED_DTYPE."""
-
-    def __init__(self, role: str, rows: int, dim: int, cfg: Config) -> None:
-        super().__init__()
-        self.weight = make_weight(role, rows, dim, dtype=DTYPES[cfg.embed_dtype])
-
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(ids, self.weight).to(dtype)
-
-
 class Projected(nn.Module):
-    """scale * P table[id]: an embedding, projected to a width by P where it is narrower."""
+    """scale * P table[id]: an embedding in EMBED_DTYPE, projected to a width by P where it is narrower."""
 
-    def __init__(self, table: Table, width: int, scale_role: str) -> None:
+    def __init__(self, role: str, rows: int, dim: int, width: int, cfg: Config) -> None:
         super().__init__()
-        dim = table.weight.size(1)
-        self.table = table
+        self.table = Linear(f"{role}_table", dim, rows, DTYPES[cfg.embed_dtype])
         self.proj = Linear("projection", dim, width) if dim != width else None
-        self.scale = make_weight(scale_role, 1)
+        self.scale = make_weight(f"{role}_scale", 1)
 
     def look_up(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T) rows of the table -> (B, T, width)."""
-        e = self.table(ids, dtype)
+        e = F.embedding(ids, self.table.weight).to(dtype)
         return (e if self.proj is None else self.proj(e)) * self.scale.to(dtype)
 
 
@@ -2521,22 +2432,16 @@ class HashEmbedding(Projected):
     HASH_BOS_MASK a document's first token has no predecessor.
     """
 
-    MULTIPLIERS = (
-        36313,
-        27191,
-        51497,
-    )  # of the token itself, the one before it, and the one before that
+    # of the token itself, the one before it, and the one before that
+    MULTIPLIERS = (36313, 27191, 51497)
 
     def __init__(self, cfg: Config, order: int, rows: int, dim: int, trained: bool = True) -> None:
-        super().__init__(Table("hash_table", rows, dim, cfg), cfg.model_dim, "hash_scale")
+        super().__init__("hash", rows, dim, cfg.model_dim, cfg)
         self.multipliers, self.rows, self.reach = self.MULTIPLIERS[:order], rows, order - 1
         self.first_id = BOS_ID if cfg.hash_bos_mask else -1
         self.requires_grad_(trained)
 
-    def buckets(
-        self,
-        ids: Tensor,
-    ) -> Tensor:
+    def buckets(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T) rows of the table."""
         follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has a predecessor
         key, seen = self.multipliers[0] * ids, torch.ones_like(follows)  # seen: the token `back` before exists
@@ -2562,11 +2467,7 @@ class Smear(nn.Module):
         self.scale = make_weight("shut", 1)
         self.bos_mask = cfg.smear_bos_mask
 
-    def forward(
-        self,
-        ids: Tensor,
-        e_BTD: Tensor,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
         gate = torch.sigmoid(F.linear(e_BTD[..., : self.weight.size(1)], self.weight.to(e_BTD.dtype)))
         gate = gate * self.scale.to(e_BTD.dtype)
         if self.bos_mask:
@@ -2587,11 +2488,7 @@ class ChannelSmear(nn.Module):
         self.gate = make_weight("shut", cfg.model_dim)
         self.first_id = BOS_ID if cfg.smear_bos_mask else -1
 
-    def forward(
-        self,
-        ids: Tensor,
-        x_BTD: Tensor,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, x_BTD: Tensor) -> Tensor:
         gate = torch.sigmoid(self.gate.to(x_BTD.dtype)) * (ids != self.first_id).unsqueeze(-1).to(x_BTD.dtype)
         return (1 - gate) * x_BTD + gate * F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
 
@@ -2618,15 +2515,11 @@ class ValueEmbedding(Projected):
     """Attention values looked up by token (Zhou et al. 2024, as in PR 1182): one projected table, a scale per layer."""
 
     def __init__(self, cfg: Config) -> None:
-        table = Table("value_table", cfg.vocab_size, cfg.ve_dim, cfg)
-        super().__init__(table, cfg.num_kv_heads * cfg.model_dim // cfg.num_heads, "value_scale")
+        width = cfg.num_kv_heads * cfg.model_dim // cfg.num_heads
+        super().__init__("value", cfg.vocab_size, cfg.ve_dim, width, cfg)
         self.layer_scales = make_weight("scale", len(cfg.ve_layers))
 
-    def forward(
-        self,
-        ids: Tensor,
-        dtype: torch.dtype,
-    ) -> ValueContext:
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> ValueContext:
         return ValueContext(self.look_up(ids, dtype), self.layer_scales.to(dtype))
 
 
@@ -2649,14 +2542,12 @@ class ValueResidual(nn.Module):
         if values.first is None:
             values.first = v
             return v
-        first, own = self.lambdas.to(v.dtype)
+        first, own = self.lambdas.to(v.dtype)  # two learnt numbers
         return first * values.first + own * v
 
 
 class Attention(nn.Module):
     """Grouped-query attention with QK norm, partial RoPE and a query gain; then XSA and a gate on the outputs."""
-
-    INPUTS = ("q", "k", "v")  # the matrices that read the normed input, and their sites
 
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
@@ -2692,13 +2583,11 @@ class DeltaNet(nn.Module):
     """Gated delta net (Yang et al. 2024) as in PR 1895: a convolution over two tokens, ELU + 1 on queries and keys,
     SiLU on values, a decay and a write strength per head; outputs are gated by SiLU and not normed."""
 
-    INPUTS = ("qkv",)
-
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
         D, d, value_heads = cfg.model_dim, cfg.gdn_head_dim, cfg.gdn_v_heads
         self.widths, self.head_dim = [cfg.gdn_qk_heads * d] * 2 + [value_heads * d], d
-        self.qkv = Linear("delta_qkv", D, sum(self.widths))
+        self.qkv = Linear("qkv", D, sum(self.widths))
         self.ba = Linear("delta_ba", D, 2 * value_heads)
         self.z = Linear("delta_z", D, value_heads * d)
         self.o = Linear("o", value_heads * d, D)
@@ -2707,13 +2596,7 @@ class DeltaNet(nn.Module):
         self.dt_bias = make_weight("delta_step", value_heads)
         self.groups, self.rule = value_heads // cfg.gdn_qk_heads, kernels.delta_rule
 
-    def forward(
-        self,
-        n: Tensor,
-        meta: AttnMeta,
-        tap: LayerTap,
-        values: ValueContext,
-    ) -> Tensor:
+    def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
         # causal convolution over two tokens, which does not reach into the segment before
         qkv, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
@@ -2744,11 +2627,7 @@ class MLP(nn.Module):
         self.down = Linear("down", hidden, cfg.model_dim)
         self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
-    def forward(
-        self,
-        m: Tensor,
-        tap: LayerTap,
-    ) -> Tensor:
+    def forward(self, m: Tensor, tap: LayerTap) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
         if self.fused is not None and tap.sites.isdisjoint(("up", "down")):
             y = self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
@@ -2759,56 +2638,32 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer: a mixer (attention or a delta net), then an MLP, on a residual that also mixes in the embedding x0. Both
-    may instead run in parallel, on one residual or on two lanes."""
+    """A layer: a mixer (attention or a delta net) and an MLP, each with a norm before it and a scale after it. The
+    model puts them on its residual, one after the other, in parallel, or on two lanes."""
 
     def __init__(self, cfg: Config, layer: int, attend: Attend, kernels: Kernels) -> None:
         super().__init__()
-        self.attn, self.mlp = (
-            MIXERS[mixer_letters(cfg)[layer]](cfg, layer, attend, kernels),
-            MLP(cfg, kernels),
-        )
+        self.attn = MIXERS[mixer_letters(cfg)[layer]](cfg, layer, attend, kernels)
+        self.mlp = MLP(cfg, kernels)
         self.attn_scale, self.mlp_scale = (make_weight("scale", cfg.model_dim) for _ in range(2))
         self.resid_mix = make_weight("residual_mix", 2, cfg.model_dim)
+        # deeper layers read a residual that has grown
         self.input_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
         for p in self.parameters():
             p.layer = layer
-
-    def norm(self, x: Tensor) -> Tensor:
-        """RMS norm times the layer's input scale."""
-        return rms_norm(x) * self.input_scale
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
         """Mix the embedding into the residual."""
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
-    def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        meta: AttnMeta,
-        tap: LayerTap,
-        values: ValueContext,
-        parallel_block: bool,
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D). parallel_block: the MLP reads the mixer's input, not its output."""
-        u = self.mix(x, x0)
-        y = u + self.attn_scale.to(u.dtype) * self.attn(self.norm(u), meta, tap, values)
-        return y + self.mlp_scale.to(y.dtype) * self.mlp(self.norm(u if parallel_block else y), tap)
+    def attend(self, x: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
+        """What the mixer adds to a residual that reads x, (B, T, D)."""
+        return self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.input_scale, meta, tap, values)
 
-    def branches(
-        self,
-        lane0: Tensor,
-        lane1: Tensor,
-        x0: Tensor,
-        meta: AttnMeta,
-        tap: LayerTap,
-        values: ValueContext,
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs (B, T, D) of the mixer, which reads lane 0 with x0, and of the MLP, which reads lane 1."""
-        a = self.attn_scale.to(lane0.dtype) * self.attn(self.norm(self.mix(lane0, x0)), meta, tap, values)
-        return a, self.mlp_scale.to(lane1.dtype) * self.mlp(self.norm(lane1), tap)
+    def transform(self, x: Tensor, tap: LayerTap) -> Tensor:
+        """What the MLP adds, (B, T, D)."""
+        return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.input_scale, tap)
 
 
 class Skips(nn.Module):
@@ -2889,6 +2744,7 @@ def plan_route(cfg: Config, looping: bool) -> Route:
     encoder = len(layers) // 2
     skip_row = [-1] * encoder + [j if j < encoder else -1 for j in range(len(layers) - encoder)]
     skip_source = [encoder - 1 - j if j >= 0 else -1 for j in skip_row]
+    # a looped layer keeps its number: what depends on depth follows the layer, not the execution
     late = [0 < cfg.parallel_start_layer <= layer for layer in layers]
     lanes = cfg.parallel_lanes == 2
     # once the residual has split into two lanes, in the decoder, they last to the end
@@ -2910,11 +2766,6 @@ def loops(cfg: Config) -> bool:
     return cfg.num_loops > 0 and cfg.enable_looping_at < 1
 
 
-def num_skip_rows(cfg: Config) -> int:
-    """Skip rows that a model needs: those of its looped route."""
-    return plan_route(cfg, True).num_encoder
-
-
 class GPT(nn.Module):
     """The language model: float32 parameters (the embedding: EMBED_DTYPE), activations in `dtype`; set_looping chooses
     the route."""
@@ -2932,18 +2783,16 @@ class GPT(nn.Module):
         self.reach = sum(extra.reach for extra in self.embed_extras.values())
         self.value_embed = ValueEmbedding(cfg) if "value_embed" in cfg.attn_extras else None
         self.blocks = nn.ModuleList(Block(cfg, i, attend, kernels) for i in range(cfg.num_layers))
-        self.skips = Skips(num_skip_rows(cfg), cfg.model_dim, cfg.skip_gates_enabled)
-        self.lanes = Lanes(cfg) if any(plan_route(cfg, True).parallel) else None
         self.routes = {on: plan_route(cfg, on and cfg.num_loops > 0) for on in (False, True)}
         self.route = self.routes[False]
+        # the looped route has the most skips, and is the one that may split into lanes
+        self.skips = Skips(self.routes[True].num_encoder, cfg.model_dim, cfg.skip_gates_enabled)
+        self.lanes = Lanes(cfg) if any(self.routes[True].parallel) else None
         self.cfg = cfg  # for init_weights alone: the forward pass looks at modules
         self.softcap = cfg.logit_softcap
         self.rope = cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len
-        self.dtype, self.masked, self.rotary = (
-            dtype,
-            attend is masked_attention,
-            ROTARIES[cfg.rope_dtype],
-        )
+        self.dtype, self.rope_dtype = dtype, DTYPES[cfg.rope_dtype]
+        self.masked = attend is masked_attention
         self.anchored = "sink" in cfg.attn_extras or cfg.rope_dtype != "fp32"  # else only distances matter
         self.first_id = (BOS_ID if cfg.gdn_bos_reset else -1) if "G" in mixer_letters(cfg) else None
         self.cross_entropy = kernels.cross_entropy
@@ -2966,8 +2815,11 @@ class GPT(nn.Module):
         rows: int = 1,
         kv_cache: KVCache | None = None,
     ) -> AttnMeta:
-        """The AttnMeta of rows of `length` tokens; cu_seqlens: boundaries over the rows * length flattened tokens, row
-        starts in it; max_len: no segment is longer (0: not known). With a cache, rows continue their documents."""
+        """The AttnMeta of rows of `length` tokens. With a cache, rows continue their documents.
+
+        cu_seqlens: boundaries over the rows * length flattened tokens, row starts among them; max_len: no segment is
+        longer (0: not known).
+        """
         total, mask = rows * length, None
         if cu_seqlens is not None and self.masked:
             mask = segment_mask(cu_seqlens, total, max_len if max_len > 0 and total % max_len == 0 else total)
@@ -2976,14 +2828,11 @@ class GPT(nn.Module):
         if kv_cache is not None:
             cos, sin = rotary_at(kv_cache.positions, dims, stretched, max_len)
             return AttnMeta(None, max_len, cos, sin, None, kv_cache=kv_cache)
-        rotary = self.rotary if stretched == base else rotary_tables  # published: a stretched table is float32
-        cos, sin = rotary(
-            length if cu_seqlens is None or not self.anchored else total,
-            dims,
-            stretched,
-            device,
-        )
-        if cu_seqlens is not None and self.anchored:
+        # positions count from a document's start only where more than distances matter
+        anchored = cu_seqlens is not None and self.anchored
+        dtype = self.rope_dtype if stretched == base else torch.float32  # published: a stretched table is float32
+        cos, sin = rotary_tables(total if anchored else length, dims, stretched, device, dtype)
+        if anchored:
             token = torch.arange(total, device=device)
             position = (token - cu_seqlens[segments(cu_seqlens, total) - 1]).view(rows, length)
             cos, sin = cos[position], sin[position]
@@ -2991,6 +2840,7 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, D): the embedding and its extras, normed, then the extras that act after the norm."""
+        # tok_emb is the head's matrix: its rows are looked up here, and multiplied there
         x = F.embedding(ids, self.tok_emb.weight).to(self.dtype)
         for name, extra in self.embed_extras.items():
             x = x if name in NORMED_EXTRAS else extra(ids, x)
@@ -3017,12 +2867,16 @@ class GPT(nn.Module):
             row, source = route.skip_row[execution], route.skip_source[execution]
             if row >= 0:
                 lane0 = self.skips(lane0, outputs[source], row)
+            u = block.mix(lane0, x0)
+            attended = block.attend(u, here, tap, values)
             if route.parallel[execution]:
-                pair = (lane0, lanes[-1])
-                lanes = self.lanes(pair, block.branches(*pair, x0, here, tap, values), layer)
+                added = (attended, block.transform(lanes[-1], tap))
+                lanes = self.lanes((lane0, lanes[-1]), added, layer)
             else:
-                lanes = (block(lane0, x0, here, tap, values, route.parallel_block[execution]),)
+                y = u + attended
+                lanes = (y + block.transform(u if route.parallel_block[execution] else y, tap),)
             outputs.append(lanes[0])
+        # shapes: x, lanes and every output are (B, T, D)
         x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
         return rms_norm(x)
 
@@ -3051,7 +2905,7 @@ class GPT(nn.Module):
 
 def weights_of(cfg: Config) -> dict[str, nn.Parameter]:
     """Name -> parameter of a configuration's model, without memory: shapes, roles and layers of a state dict."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes alone
         return dict(GPT(cfg).named_parameters())
 
 
@@ -3148,15 +3002,6 @@ def gram_iterations(x: Tensor, plan: list[tuple[float, float, float]]) -> Tensor
     return x
 
 
-def muon_direction(grad: Tensor, buffer: Tensor, momentum: float, row_normalize: bool) -> Tensor:
-    """Nesterov direction (k, rows, cols), rows of unit norm when asked; updates the momentum buffer in place."""
-    buffer.mul_(momentum).add_(grad)
-    direction = grad + momentum * buffer
-    if row_normalize:
-        direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return direction
-
-
 class Muon:
     """Orthogonalised momentum on 2-D weights (Jordan et al. 2024), stacked by shape and sharded over the ranks.
 
@@ -3196,7 +3041,10 @@ class Muon:
         """One update from the averaged gradient shares."""
         cfg, world, updates, waits = self.cfg, self.runtime.world, [], []
         for share, buffer in zip(shares, self.buffers, strict=True):
-            direction = muon_direction(share, buffer, momentum, cfg.muon_row_normalize)
+            buffer.mul_(momentum).add_(share)
+            direction = share + momentum * buffer  # Nesterov
+            if cfg.muon_row_normalize:
+                direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-7)
             # the iterations tolerate bf16; tests in float64 keep it
             low = self.runtime.dtype if direction.dtype == torch.float32 else direction.dtype
             update = orthogonalize(direction.to(low), cfg.muon_coefficients, cfg.muon_backend_steps)
@@ -3242,6 +3090,7 @@ class Optimisers:
     def reduce_small(self) -> None:
         """Average the AdamW gradients over the ranks, as one flat tensor."""
         for p in self.small:
+            # not every weight is reached on every route, but every rank has to send the same number of bytes
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if self.runtime.world == 1:
             return
@@ -3254,7 +3103,8 @@ class Optimisers:
         """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM."""
         grads = [p.grad for p in self.small]
         # each rank has its own shares, but all of the small gradients
-        squares = self.runtime.sum_(torch.stack([s.square().sum() for s in shares]).sum())
+        own = torch.stack([share.square().sum() for share in shares])
+        squares = self.runtime.sum_(own.sum())
         small_norms = torch._foreach_norm([at_least_fp32(g) for g in grads])
         norm = (squares + torch.stack(small_norms).square().sum()).sqrt()
         # the factor stays on the device, so the host waits for nothing
@@ -3468,6 +3318,7 @@ class Trainer:
         self.averages = averages_of(cfg, list(model.parameters()))
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
         self.stages, self.begun = stages_of(cfg), set()
+        # calibration runs inside the budget too, so training ends that much earlier
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
         self.loss = torch.zeros((), device=runtime.device)
@@ -3487,7 +3338,7 @@ class Trainer:
                 inputs = on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)
                 loss = self.forward(*inputs) / len(batches)
                 loss.backward()
-                self.loss += loss.detach()
+                self.loss += loss.detach()  # stays on the device: nobody waits for it
         self.optimisers.step(multiplier, step)
 
     def stages_at(self, now: Progress) -> set[str]:
@@ -4959,7 +4810,8 @@ class Lesson(NamedTuple):
 
     def targets(self, cells: Cells) -> np.ndarray:
         """Stream positions of the targets that are learnt."""
-        return (cells.origin[self.rows, None] + np.arange(self.cols.start, self.cols.stop)).reshape(-1)
+        cols = np.arange(self.cols.start, self.cols.stop)
+        return (cells.origin[self.rows, None] + cols).reshape(-1)
 
 
 class SharedLesson(NamedTuple):
@@ -4970,11 +4822,12 @@ class SharedLesson(NamedTuple):
 
     def targets(self, cells: None = None) -> np.ndarray:
         """Stream positions of the targets that are learnt."""
-        return np.concatenate([np.arange(span.start, span.stop) for span in self.spans])
+        return np.concatenate(self.spans)
 
     def tokens(self) -> np.ndarray:
         """Stream positions of what is read: each span's targets, and the token before them."""
-        return np.concatenate([np.arange(span.start - 1, span.stop) for span in self.spans])
+        whole = [range(span.start - 1, span.stop) for span in self.spans]
+        return np.concatenate(whole)
 
 
 class Step(NamedTuple):
@@ -5039,9 +4892,11 @@ class ByteMeter:
     """Sums of loss (float64, on the device), tokens and bytes over the scored targets, with their ledger."""
 
     def __init__(self, val: ValData, runtime: Runtime, noncausal: bool = False) -> None:
-        self.val, self.runtime, self.ledger = val, runtime, Ledger(len(val.tokens), noncausal)
+        self.val, self.runtime = val, runtime
+        self.ledger = Ledger(len(val.tokens), noncausal)
         self.loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
-        self.tokens, self.bytes, self.started = 0, 0, time.perf_counter()
+        self.tokens, self.bytes = 0, 0
+        self.started = time.perf_counter()
 
     def add(self, cells: Cells, nll: Tensor) -> None:
         """Count the scored cells of nll (B, T)."""
@@ -5078,11 +4933,13 @@ class Learner(Protocol):
 def score_first(steps: Iterable[Step], learner: Learner, meter: ByteMeter) -> None:
     """The only loop that may adapt a model: cells are scored and in the ledger before anything learns from them."""
     for cells, lesson in steps:
+        # score, then enter the score in the ledger ...
         nll = None
         if cells is not None:
             meter.ledger.admit(cells)
             nll = learner.score(cells)
             meter.add(cells, nll)
+        # ... and only then let the learner see what the ledger has checked
         if lesson is None:
             continue
         if lesson.shared:
@@ -5108,7 +4965,8 @@ class Evaluator(NamedTuple):
     learner: Callable[[Config, Runtime, GPT, ValData], Learner]
 
     def __call__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-        learner = self.learner(cfg, runtime, model, val)
+        learner = self.learner(cfg, runtime, model, val)  # compiles
+        # the clock starts here
         meter = ByteMeter(val, runtime, cfg.allow_noncausal)
         score_first(with_progress(self.steps(cfg, runtime, val), meter), learner, meter)
         return meter.close()
@@ -5130,7 +4988,8 @@ class NoAdaptation:
 
     def inputs(self, cells: Cells) -> tuple[Tensor, Tensor, AttnMeta]:
         """ids, targets and AttnMeta on the device."""
-        batch = Batch(torch.from_numpy(cells.ids), torch.from_numpy(cells.targets), cells.cu_seqlens)
+        ids, targets = torch.from_numpy(cells.ids), torch.from_numpy(cells.targets)
+        batch = Batch(ids, targets, cells.cu_seqlens)
         return on_device(self.model, batch, self.runtime, self.max_len)
 
     @torch.no_grad()
@@ -5169,29 +5028,35 @@ def plain_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
 
 
 def window_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
-    """(windows, 4) int64: start, length, first, last of sliding windows; their cells first..last are scored.
-
-    The first window scores all its cells, each later one what no window before it reached, so that every target is
-    scored once. The published n-gram scripts go on to the last start below num_targets and score the last `stride`
-    targets again with less and less context: length / stride - 1 windows more, whose scores here do not count twice.
-    """
+    """(windows, 4) int64: start, length, first, last of sliding windows; their cells first..last are scored."""
+    # The published n-gram scripts go on to the last start below num_targets and score the last `stride` targets again
+    # with less and less context: length / stride - 1 windows more, whose scores here do not count twice.
     count = 1 + max(0, -(-(num_targets - length) // stride))
     start = np.arange(count) * stride
     stop = np.minimum(start + length, num_targets)
+    # the first window scores all its cells, each later one what no window before it reached
     reached = np.concatenate([[0], stop[:-1]])
     return np.stack([start, stop - start, reached - start, stop - start], axis=1)
 
 
 def window_cells(cfg: Config, val: ValData, windows: np.ndarray) -> Cells:
     """A batch of some of window_rows, zero-padded to full size. Context as the model was trained."""
-    ids, targets = (np.zeros((windows_per_batch(cfg), cfg.eval_seq_len), np.int64) for _ in range(2))
-    for row, (start, length, _, _) in enumerate(windows.tolist()):
+    shape = (windows_per_batch(cfg), cfg.eval_seq_len)
+    ids, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    rows, cols = [], []
+    for row, (start, length, first, last) in enumerate(windows.tolist()):
         ids[row, :length] = val.tokens[start : start + length]
         targets[row, :length] = val.tokens[start + 1 : start + length + 1]
-    rows = np.repeat(np.arange(len(windows)), windows[:, 3] - windows[:, 2])
-    cols = np.concatenate([np.arange(first, last) for first, last in windows[:, 2:].tolist()])
-    cu_seqlens = row_bounds(ids) if LOADERS[cfg.loader].documents else None
-    return Cells(ids, targets, windows[:, 0] + 1, rows, cols, cu_seqlens)
+        rows.append(np.full(last - first, row))
+        cols.append(np.arange(first, last))
+    return Cells(
+        ids,
+        targets,
+        windows[:, 0] + 1,
+        np.concatenate(rows),
+        np.concatenate(cols),
+        row_bounds(ids) if LOADERS[cfg.loader].documents else None,
+    )
 
 
 def windows_per_batch(cfg: Config) -> int:
@@ -5201,8 +5066,10 @@ def windows_per_batch(cfg: Config) -> int:
 
 def sliding_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """Windows of EVAL_SEQ_LEN every EVAL_STRIDE tokens, some per batch."""
-    windows, size = window_rows(len(val.tokens) - 1, cfg.eval_seq_len, cfg.eval_stride), windows_per_batch(cfg)
-    for first in range(0, len(windows), size)[runtime.rank :: runtime.world]:
+    windows = window_rows(len(val.tokens) - 1, cfg.eval_seq_len, cfg.eval_stride)
+    size = windows_per_batch(cfg)
+    batches = range(0, len(windows), size)
+    for first in batches[runtime.rank :: runtime.world]:
         yield Step(window_cells(cfg, val, windows[first : first + size]))
 
 
@@ -5218,8 +5085,7 @@ def lora_sites(cfg: Config, model: GPT) -> list[tuple[str, int, tuple[int, int]]
         chosen.add("qkv")  # the joint projection of a delta layer
     sites = []
     for execution, layer in enumerate(model.route.layers):
-        attn = model.blocks[layer].attn
-        shapes = {name: tuple(getattr(attn, name).weight.shape) for name in attn.INPUTS}
+        shapes = {p.role: tuple(p.shape) for p in model.blocks[layer].attn.parameters()}
         shapes |= {"attn": (D, D), "mlp": (D, D)}
         sites += [(name, execution, shape) for name, shape in shapes.items() if name in chosen]
     return sites + [("head", 0, (V, D))] * ("head" in chosen)
@@ -5243,7 +5109,8 @@ class AdapterState(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AdapterState:
         """A function applied to every buffer."""
-        return AdapterState(*(None if t is None else function(t) for t in self))
+        results = (None if t is None else function(t) for t in self)
+        return AdapterState(*results)
 
 
 @torch.no_grad()
@@ -5251,10 +5118,12 @@ def adapter_adamw_(cfg: Config, state: AdapterState, grad: Tensor) -> None:
     """A step of AdamW (Loshchilov & Hutter 2019) on every entry, each row by its own step count."""
     weights, live, first, second, steps = state
     steps += 1
+    # decoupled decay first, as in torch
     weights.mul_(1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay)
     second.mul_(cfg.ttt_beta2).addcmul_(grad, grad, value=1 - cfg.ttt_beta2)
     if first is not None:
         grad = first.lerp_(grad, 1 - cfg.ttt_beta1)
+    # per row; beta1 = 0 leaves 1 - 0^steps = 1. float64: at step 1 float32 would lose four digits of 1 - 0.999
     rate = (cfg.ttt_lora_lr / (1 - cfg.ttt_beta1**steps)).to(grad.dtype)
     unbias = (1 - cfg.ttt_beta2**steps).sqrt().to(grad.dtype)
     weights.sub_(rate * grad / (second.sqrt() / unbias + ADAPTER_EPS))
@@ -5274,42 +5143,37 @@ class Adapters:
     def __init__(self, cfg: Config, runtime: Runtime, model: GPT, rows: int) -> None:
         self.cfg, self.runtime, rank = cfg, runtime, cfg.ttt_lora_rank
         self.scale = cfg.ttt_lora_alpha / rank
-        # by name, as draws always were
-        found = sorted(lora_sites(cfg, model), key=lambda site: f"{site[0]}_{site[1]}")
-        device = model.tok_emb.weight.device
-        self.sites = frozenset(name for name, _, _ in found)
-        self.shapes_A = {f"{name}_{execution}": (rank, d_in) for name, execution, (_, d_in) in found}
-        self.shapes_B = {f"{name}_{execution}": (d_out, rank) for name, execution, (d_out, _) in found}
-        sizes_A, sizes_B = ([math.prod(s) for s in shapes.values()] for shapes in (self.shapes_A, self.shapes_B))
-        self.sizes = sizes_A + sizes_B
-        weights = torch.zeros(
-            rows, sum(self.sizes), device=device, dtype=at_least_fp32(torch.empty(0, dtype=model.dtype)).dtype
-        )
+        found = {f"{name}_{execution}": shape for name, execution, shape in lora_sites(cfg, model)}
+        found = dict(sorted(found.items()))  # by name: the order in which a document's A is drawn
+        self.sites = frozenset(key.partition("_")[0] for key in found)
+        shapes_A = {key: (rank, d_in) for key, (_, d_in) in found.items()}
+        shapes_B = {key: (d_out, rank) for key, (d_out, _) in found.items()}
+        self.shapes = (shapes_A, shapes_B)
+        self.sizes = [math.prod(shape) for half in self.shapes for shape in half.values()]
+        weights = at_least_fp32(model.tok_emb.weight.new_zeros(rows, sum(self.sizes), dtype=model.dtype))
         self.all = AdapterState(
             weights,
-            None if model.dtype == weights.dtype else weights.to(model.dtype),
-            torch.zeros_like(weights) if cfg.ttt_beta1 > 0 else None,
-            torch.zeros_like(weights),
-            torch.zeros(rows, 1, dtype=torch.float64, device=device),
+            live=None if model.dtype == weights.dtype else weights.to(model.dtype),
+            first=torch.zeros_like(weights) if cfg.ttt_beta1 > 0 else None,
+            second=torch.zeros_like(weights),
+            steps=weights.new_zeros(rows, 1, dtype=torch.float64),
         )
-        bounds = [
-            torch.full((size,), d_in**-0.5) for size, (_, d_in) in zip(sizes_A, self.shapes_A.values(), strict=True)
-        ]
-        self.bound = torch.cat(bounds).to(weights)
+        self.bound = torch.cat([weights.new_full((rank * d_in,), d_in**-0.5) for _, d_in in shapes_A.values()])
         self.adamw_ = compiled(runtime, adapter_adamw_)
         self.use_rows(rows)
 
     def use_rows(self, rows: int) -> None:
-        """Let the first `rows` rows compute; A and B become leaves of their own, so that no gradient is the size of a
-        whole buffer."""
+        """Let the first `rows` rows compute."""
         self.state = self.all.map(lambda t: t[:rows])
         live = self.state.weights if self.state.live is None else self.state.live
         views = iter(live.split(self.sizes, dim=1))
+        # leaves of their own: the gradient of a view of a leaf would be as large as the whole buffer
         self.A, self.B = (
-            {key: next(views).unflatten(1, shape).detach().requires_grad_() for key, shape in shapes.items()}
-            for shapes in (self.shapes_A, self.shapes_B)
+            {key: next(views).unflatten(1, shape).detach().requires_grad_() for key, shape in half.items()}
+            for half in self.shapes
         )
-        mark_dynamic(self.runtime, (0,), *self.leaves(), *(t for t in self.state if t is not None))
+        self.state.map(lambda t: mark_dynamic(self.runtime, (0,), t))
+        mark_dynamic(self.runtime, (0,), *self.leaves())
 
     def leaves(self) -> list[Tensor]:
         """A of all sites, then B of all sites: the order of a buffer's entries."""
@@ -5326,6 +5190,7 @@ class Adapters:
     def renew(self, row: int, document: int, keep_A: bool = False) -> None:
         """Fresh adapters for a row's new document; keep_A: but for A, which goes on from the row's document before."""
         state, size = self.all.map(lambda t: t[row]), len(self.bound)
+        # what is left of the row, B, moments and steps, begins at zero
         A = state.weights[:size].clone() if keep_A else self.draw(document).mul_(self.bound)
         state.map(Tensor.zero_)
         state.weights[:size] = A
@@ -5334,11 +5199,9 @@ class Adapters:
 
     def draw(self, document: int) -> Tensor:
         """All entries of a document's A before their bound, uniform in +-1, by the seed and the document alone."""
-        mixed = int(
-            np.random.SeedSequence((self.cfg.seed, document)).generate_state(1)[0]
-        )  # torch's CPU seeds: 32 bits
+        mixed = np.random.SeedSequence((self.cfg.seed, document)).generate_state(1)  # 32 bits: torch's seeds on a CPU
         device = self.bound.device
-        generator = torch.Generator(device).manual_seed(mixed)
+        generator = torch.Generator(device).manual_seed(int(mixed[0]))
         return torch.rand(len(self.bound), generator=generator, device=device).mul_(2).sub_(1)
 
     def step(self, nll: Tensor, learns: Tensor) -> None:
@@ -5346,11 +5209,13 @@ class Adapters:
 
         AdamW moves the other rows too; their documents have ended.
         """
+        # rows share no entry, so one backward of the sum gives each row its own gradient
         loss = (nll.mean(dim=1) * learns).sum()
         grads = torch.autograd.grad(loss, self.leaves())
-        flat = torch.cat([g.flatten(1) for g in grads], dim=1).to(self.state.weights.dtype)
-        mark_dynamic(self.runtime, (0,), flat)
-        self.adamw_(self.cfg, self.state, flat)
+        grad = torch.cat([g.flatten(1) for g in grads], dim=1)
+        grad = grad.to(self.state.weights.dtype)
+        mark_dynamic(self.runtime, (0,), grad)
+        self.adamw_(self.cfg, self.state, grad)
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         key = f"{site.name}_{max(site.execution, 0)}"
@@ -5362,22 +5227,26 @@ class Adapters:
 def document_batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
     """Documents grouped by length, `size` at a time: indices ascending by length in a group, longest group first."""
     order = sorted(range(len(docs)), key=lambda i: docs[i][1])
-    groups = [order[i : i + size] for i in range(0, len(order), size)]
-    return sorted(groups, key=lambda g: -docs[g[-1]][1])
+    starts = range(0, len(order), size)
+    groups = [order[start : start + size] for start in starts]
+    groups.sort(key=lambda group: -docs[group[-1]][1])
+    return groups
 
 
 def longest_first(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
     """Documents one by one, so that the last rows to work have short ones and none waits long for another."""
-    return [[i] for i in sorted(range(len(docs)), key=lambda i: -docs[i][1])]
+    order = sorted(range(len(docs)), key=lambda i: -docs[i][1])
+    return [[i] for i in order]
 
 
 def chunk_window(chunk: int, predictions: Any, size: int, window: int) -> tuple[Any, Any, Any, Any]:
     """For chunk number `chunk` of documents with so many predictions (an int, or an array): window start, window
     length, and the scored chunk's offset and length inside the window. The window ends with the chunk and is at most
     `window` long."""
-    stop = np.minimum((chunk + 1) * size, predictions)
+    first = chunk * size
+    stop = np.minimum(first + size, predictions)
     start = np.maximum(0, stop - window)
-    return start, stop - start, chunk * size - start, stop - chunk * size
+    return start, stop - start, first - start, stop - first
 
 
 def document_step(
@@ -5391,6 +5260,7 @@ def document_step(
 ) -> Step:
     """Rows of documents: (rows, lesson.cols.stop) cells with `length` tokens from stream position `first` on, then
     zeros; they are scored from column `offset` on. See Cells for documents and begin."""
+    # where a row has no token, 0 is read from the stream and then replaced
     cols = np.arange(lesson.cols.stop)
     inside = cols < length[:, None]
     where = np.where(inside, first[:, None] + cols, 0)
@@ -5415,20 +5285,29 @@ def batch_steps(cfg: Config, val: ValData, docs: list[tuple[int, int]], batches:
 
     Rows of finished documents are dropped, unless A lives on in them.
     """
-    size, window, most = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len, min(cfg.ttt_batch_size, len(docs))
+    size, window = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
+    rows = min(cfg.ttt_batch_size, len(docs))
     starts, lengths = np.array(docs).T
+    predictions = lengths - 1  # the first token of a document is none
     for batch in batches:
-        documents = np.pad(batch, (0, most - len(batch)), constant_values=-1)
-        for c in range(-(-(lengths[batch].max() - 1) // size)):
-            left = np.where(documents < 0, 0, lengths[documents] - 1 - c * size)  # predictions from this chunk on
+        # only the first batch, of the longest documents, may be smaller
+        documents = np.pad(batch, (0, rows - len(batch)), constant_values=-1)
+        for c in range(-(-predictions[batch].max() // size)):
+            left = np.where(documents < 0, 0, predictions[documents] - c * size)  # from this chunk on
             if not cfg.ttt_warm_start_a:
                 kept = rows_to_keep(left > 0)
                 documents, left = documents[kept], left[kept]
-            start, length, offset, _ = chunk_window(c, lengths[documents] - 1, size, window)
+            start, length, offset, _ = chunk_window(c, predictions[documents], size, window)
             width = min((c + 1) * size, window)
-            lesson = Lesson(np.flatnonzero(left > size), slice(width - size, width))
-            begin, length = np.full(len(documents), c * size), np.where(left > 0, length, 0)
-            yield document_step(val, documents, begin, starts[documents] + start, length, offset, lesson)
+            yield document_step(
+                val,
+                documents,
+                begin=np.full(len(documents), c * size),
+                first=starts[documents] + start,
+                length=np.where(left > 0, length, 0),
+                offset=offset,
+                lesson=Lesson(np.flatnonzero(left > size), slice(width - size, width)),
+            )
 
 
 def carried_steps(
@@ -5436,7 +5315,8 @@ def carried_steps(
 ) -> Iterator[Step]:
     """The next chunk of each row's document, over and over. A row whose document has ended takes the next of the queue;
     once the queue is empty, it is idle."""
-    size, rows, queued = cfg.ttt_chunk_size, min(cfg.ttt_batch_size, len(docs)), (i for b in batches for i in b)
+    size, rows = cfg.ttt_chunk_size, min(cfg.ttt_batch_size, len(docs))
+    queued = (document for batch in batches for document in batch)
     starts, lengths = np.array(docs).T
     documents, begin, offset = np.full(rows, -1), np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     while True:
@@ -5444,10 +5324,12 @@ def carried_steps(
             documents[row], begin[row] = next(queued, -1), 0
         if (documents < 0).all():
             return
+        # predictions left; idle rows have none
         left = np.where(documents < 0, 0, lengths[documents] - 1 - begin)
         first = np.where(documents < 0, 0, starts[documents] + begin)
         lesson = Lesson(np.flatnonzero(left > size), slice(0, size))
         yield document_step(val, documents.copy(), begin.copy(), first, left, offset, lesson)
+        # on to the next chunk; rows that have just scored their last one are free
         begin += size
         documents[left <= size] = -1
 
@@ -5461,11 +5343,15 @@ class DocLora:
     """
 
     def __init__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> None:
-        self.cfg, self.runtime, self.model, self.tokens = cfg, runtime, model.requires_grad_(False), val.tokens
-        self.num_rows = min(cfg.ttt_batch_size, len(val_documents(val.tokens)))
+        self.cfg, self.runtime, self.tokens = cfg, runtime, val.tokens
+        self.model = model.requires_grad_(False)
         self.forward = compiled(runtime, model)
-        self.adapters = Adapters(cfg, runtime, model, self.num_rows) if cfg.ttt_lora_lr > 0 else None
-        self.documents, self.warm = np.full(self.num_rows, -1), False
+        self.num_rows = min(cfg.ttt_batch_size, len(val_documents(val.tokens)))
+        self.adapters = None
+        if cfg.ttt_lora_lr > 0:
+            self.adapters = Adapters(cfg, runtime, model, self.num_rows)
+        self.documents = np.full(self.num_rows, -1)
+        self.warm = False  # whether the rows hold an A that TTT_WARM_START_A keeps
         self.prepare()
 
     def prepare(self) -> None:
@@ -5504,7 +5390,8 @@ class DocLora:
 
     def losses(self, cells: Cells) -> Tensor:
         """(rows, T) nats with the adapters as they are."""
-        batch = Batch(torch.from_numpy(cells.ids), torch.from_numpy(cells.targets), None)
+        ids, targets = torch.from_numpy(cells.ids), torch.from_numpy(cells.targets)
+        batch = Batch(ids, targets, None)
         ids, targets, meta = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
         mark_dynamic(self.runtime, (0, 1), ids, targets)
         mark_dynamic(self.runtime, (0,), meta.cos, meta.sin)
@@ -5522,18 +5409,21 @@ class DocLora:
         if lesson.shared:
             steps = global_update(self.cfg, self.runtime, self.model, self.tokens[lesson.tokens()])
             self.runtime.log(f"{steps} global steps on {len(lesson.spans)} scored documents")
-            self.warm = False  # A was learnt on other weights
+            self.warm = False  # the A that rows hold were learnt on other weights
         elif self.adapters is not None:
             for number in range(self.cfg.ttt_grad_steps):
                 self.step(lesson, nll if number == 0 else self.losses(cells))
 
     def step(self, lesson: Lesson, nll: Tensor) -> None:
         """One update of the adapters."""
-        self.adapters.step(nll[:, lesson.cols], self.learning(lesson).to(nll))
+        learns = self.learning(lesson).to(nll)
+        self.adapters.step(nll[:, lesson.cols], learns)
 
     def learning(self, lesson: Lesson) -> Tensor:
         """(rows,) bool on the host: the rows that learn."""
-        return torch.from_numpy(np.isin(np.arange(len(self.documents)), lesson.rows))
+        learns = torch.zeros(len(self.documents), dtype=torch.bool)
+        learns[lesson.rows] = True
+        return learns
 
 
 CACHE_WIDTHS = (256, 512, 1024, 2048, 4096)  # columns that attention may read, each a pair of CUDA graphs
@@ -5572,25 +5462,41 @@ class CarryLora(DocLora):
         how = "CUDA graphs" if self.programs else "eager"
         self.runtime.log(f"carry: {self.num_rows} documents at once, {self.ring} chunks of {self.size} kept, {how}")
 
+    def visible(self, begin: Tensor, width: int) -> Tensor:
+        """(rows, 1, H/K * chunk, width + chunk) bool: what a chunk from `begin` (rows, 1) on sees, first of the cache's
+        columns, then of itself."""
+        # column j holds the last position before `begin` that is j modulo the ring; negative: nothing yet
+        column = torch.arange(width, device=begin.device)
+        held = begin - 1 - (begin - 1 - column) % self.columns
+        seen = held >= (begin - self.ring * self.size).clamp_min(0)
+        chunk = torch.arange(self.size, device=begin.device)
+        # each key/value head serves H/K query heads, whose queries KVCache.attend puts side by side
+        groups = self.cfg.num_heads // self.cfg.num_kv_heads
+        own = (chunk <= chunk[:, None]).repeat(groups, 1)
+        shape = (self.num_rows, len(own), -1)
+        both = (seen[:, None].expand(shape), own.expand(shape))
+        return torch.cat(both, dim=2)[:, None]
+
     def forward_chunk(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """For what `inputs` holds, over the first `width` columns of the cache: (rows, chunk) nats, the keys and values
         (executions, 2, rows, chunk, K, d) that the chunk leaves, and the columns (rows, chunk) where they go."""
-        size, reach, device = self.size, self.model.reach, self.runtime.device
-        begin, ids, targets = self.inputs.split([1, reach + size, size], dim=1)
-        positions = begin + torch.arange(size, device=device)
-        # column j holds the last position before `begin` that is j modulo the ring; negative: nothing yet
-        held = begin - 1 - (begin - 1 - torch.arange(width, device=device)) % self.columns
-        seen = held >= (begin - self.ring * size).clamp_min(0)
-        own = torch.ones(size, size, dtype=torch.bool, device=device).tril()
-        own = own.repeat(self.cfg.num_heads // self.cfg.num_kv_heads, 1)
-        rows = (self.num_rows, len(own), -1)
-        visible = torch.cat((seen[:, None].expand(rows), own.expand(rows)), dim=2)[:, None]
-        mask = torch.zeros((), dtype=self.model.dtype, device=device).where(visible, -math.inf)
-        kv_cache = KVCache((begin == 0)[:, None], positions, self.cache[:, :, :, :width], mask, {})
-        mark_dynamic(self.runtime, (3,), kv_cache.cached, mask)
-        meta = self.model.plan(size, device, max_len=self.cfg.ttt_eval_seq_len, kv_cache=kv_cache)
+        size, model = self.size, self.model
+        begin, ids, targets = self.inputs.split([1, model.reach + size, size], dim=1)
+        positions = begin + torch.arange(size, device=begin.device)
+        zero = torch.zeros((), dtype=model.dtype, device=begin.device)
+        kv_cache = KVCache(
+            first=(begin == 0)[:, None],
+            positions=positions,
+            cached=self.cache[:, :, :, :width],
+            mask=zero.where(self.visible(begin, width), -math.inf),
+            new={},
+        )
+        mark_dynamic(self.runtime, (3,), kv_cache.cached, kv_cache.mask)
+        max_len = self.cfg.ttt_eval_seq_len
+        meta = model.plan(size, begin.device, max_len=max_len, kv_cache=kv_cache)
         nll = self.forward(ids, targets, meta, self.adapters, "none")
-        return nll, torch.stack([kv_cache.new[i] for i in range(len(self.cache))]), positions % self.columns
+        new = [kv_cache.new[execution] for execution in range(len(self.cache))]
+        return nll, torch.stack(new), positions % self.columns
 
     def learn_chunk(self, nll: Tensor) -> None:
         """One update of the adapters from what forward_chunk returned, in the rows that `learns` says."""
@@ -5603,7 +5509,7 @@ class CarryLora(DocLora):
             pool = torch.cuda.graph_pool_handle()  # one for all: graphs run in turn
             return {width: self.capture(width, pool) for width in self.widths}
         except RuntimeError as error:
-            self.runtime.log(f"carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
+            self.runtime.log(f"WARNING: carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
             return {}
 
     def capture(self, width: int, pool: tuple[int, int]) -> tuple[Callable, Callable]:
@@ -5639,16 +5545,20 @@ class CarryLora(DocLora):
 
     def score(self, cells: Cells) -> Tensor:
         """(rows, chunk) nats; what the chunk leaves goes into the cache."""
-        before = np.maximum(0, cells.origin[:, None] - 1 + np.arange(-self.model.reach, 0))
-        table = np.column_stack((cells.begin, self.tokens[before], cells.ids, cells.targets))
-        self.send(torch.from_numpy(table), self.inputs)
+        back = np.arange(-self.model.reach, 0)
+        before = np.maximum(0, cells.origin[:, None] - 1 + back)
+        table = (cells.begin, self.tokens[before], cells.ids, cells.targets)
+        self.send(torch.from_numpy(np.column_stack(table)), self.inputs)
         if self.adapters is not None:
             self.renew(cells)
-        width = next(w for w in self.widths if w >= min(cells.begin.max(), self.columns))
-        self.program = self.programs.get(width, (lambda: self.forward_chunk(width), self.learn_chunk))
+        used = min(cells.begin.max(), self.columns)
+        width = next(width for width in self.widths if width >= used)
+        eager = (lambda: self.forward_chunk(width)), self.learn_chunk
+        self.program = self.programs.get(width, eager)
         with torch.set_grad_enabled(cells.learns and self.adapters is not None):
             nll, new, columns = self.program[0]()
-        self.cache[:, :, torch.arange(self.num_rows, device=new.device)[:, None], columns] = new
+        rows = torch.arange(self.num_rows, device=new.device)
+        self.cache[:, :, rows[:, None], columns] = new
         return nll
 
     def losses(self, cells: Cells) -> Tensor:
@@ -5668,26 +5578,20 @@ def phase_boundaries(prefix_docs: int, phases: int, documents: int) -> list[int]
 
 
 def phase_segments(batches: list[list[int]], boundaries: list[int]) -> list[tuple[list[list[int]], list[int]]]:
-    """Batches in order, cut after each that reaches the next boundary, with the documents that are learnt there.
-
-    Those are the first `boundary` of the documents scored so far, the shortest first (as published: the queue runs from
-    long to short, the selection from short to long). The last segment ends with nothing to learn.
+    """Batches in order, cut after each that reaches the next boundary, with the documents that are learnt there: the
+    first `boundary` of those scored so far. The last segment ends with nothing to learn.
     """
     segments, segment, done, left = [], [], [], list(boundaries)
     for batch in batches:
         segment.append(batch)
         done.append(batch)
+        # a boundary inside a batch waits for the batch to end
         if left and sum(map(len, done)) >= left[0]:
+            # published: the queue runs from long to short documents, the selection from short to long
             scored = [doc for group in reversed(done) for doc in group]
             segments.append((segment, scored[: left.pop(0)]))
             segment = []
     return [*segments, (segment, [])]
-
-
-def claim_batches(runtime: Runtime, queue_id: str, batches: list[list[int]]) -> Iterator[list[int]]:
-    """This rank's batches of a queue that the ranks share, each when it is asked for."""
-    for ticket in runtime.claim_tickets(queue_id, len(batches)):
-        yield batches[ticket]
 
 
 class Context(NamedTuple):
@@ -5704,11 +5608,6 @@ TTT_CONTEXTS = {
 }
 
 
-def document_learner(cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> DocLora:
-    """The learner of TTT_CONTEXT."""
-    return TTT_CONTEXTS[cfg.ttt_context].learner(cfg, runtime, model, val)
-
-
 def document_steps(cfg: Config, runtime: Runtime, val: ValData, boundaries: Sequence[int] = ()) -> Iterator[Step]:
     """Documents by a queue that the ranks share, with a shared lesson at each boundary.
 
@@ -5718,8 +5617,8 @@ def document_steps(cfg: Config, runtime: Runtime, val: ValData, boundaries: Sequ
     queue_id = f"ttt {runtime.broadcast_from_rank0(time.time())}"  # a queue is used once
     segments = phase_segments(context.batches(docs, cfg.ttt_batch_size), boundaries)
     for number, (batches, learnt) in enumerate(segments):
-        claimed = claim_batches(runtime, f"{queue_id}/{number}", batches)
-        yield from context.steps(cfg, val, docs, claimed)
+        tickets = runtime.claim_tickets(f"{queue_id}/{number}", len(batches))
+        yield from context.steps(cfg, val, docs, (batches[ticket] for ticket in tickets))
         if learnt:
             spans = (range(docs[i][0] + 1, docs[i][0] + docs[i][1]) for i in learnt)
             yield Step(None, SharedLesson(tuple(spans)))
@@ -5767,6 +5666,7 @@ class SpanSgd:
 
     def gradient(self, batches: list[tuple[float, Batch]], max_len: int) -> Tensor:
         """The sum of share * mean loss over (share, batch), differentiated into the buffers; its norm."""
+        # zeroed, not dropped: the views must stay the parameters' .grad
         for grad in self.grads:
             grad.zero_()
         for share, batch in batches[self.runtime.rank :: self.runtime.world]:
@@ -5778,6 +5678,7 @@ class SpanSgd:
     def step(self, rate: float, batches: list[tuple[float, Batch]], max_len: int) -> None:
         """One step at a learning rate, on a gradient of limited norm."""
         norm = self.gradient(batches, max_len)
+        # as torch.nn.utils.clip_grad_norm_, over the buffers
         if self.clip > 0:
             for grad in self.grads:
                 grad.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
@@ -5875,7 +5776,7 @@ class ChunkSgd:
     def learn(self, lesson: SharedLesson, cells: None, nll: None) -> None:
         """TTT_EPOCHS passes over the span; momentum stays from chunk to chunk, the rate falls as a cosine."""
         cfg, (span,) = self.cfg, lesson.spans
-        chunk = (span.start - 1) // cfg.ttt_chunk_tokens
+        chunk = (span.start - 1) // cfg.ttt_chunk_tokens  # targets begin at position 1
         rate = cfg.ttt_lr * cosine_to_zero(chunk / (self.num_chunks - 1))
         width = cfg.ttt_batch_seqs * cfg.eval_seq_len or len(span)
         for start in [*range(span.start, span.stop, width)] * cfg.ttt_epochs:
@@ -5884,37 +5785,38 @@ class ChunkSgd:
 
     def batches(self, tokens: np.ndarray) -> list[tuple[float, Batch]]:
         """Sequences of EVAL_SEQ_LEN, cut into BATCH_SLICES batches, each with its share of them; none is empty."""
-        ids, targets = (tokens[i : len(tokens) - 1 + i].reshape(-1, self.cfg.eval_seq_len) for i in (0, 1))
-        cuts = [len(ids) * j // self.cfg.batch_slices for j in range(self.cfg.batch_slices + 1)]
+        length, slices = self.cfg.eval_seq_len, self.cfg.batch_slices
+        ids, targets = tokens[:-1].reshape(-1, length), tokens[1:].reshape(-1, length)
         made = []
-        for a, b in zip(cuts[:-1], cuts[1:], strict=True):
-            if a < b:
-                bounds = row_bounds(ids[a:b]) if LOADERS[self.cfg.loader].documents else None
-                batch = Batch(torch.from_numpy(ids[a:b]), torch.from_numpy(targets[a:b]), bounds)
-                made.append(((b - a) / len(ids), batch))
+        for j in range(slices):
+            rows = slice(len(ids) * j // slices, len(ids) * (j + 1) // slices)
+            if rows.start < rows.stop:
+                bounds = row_bounds(ids[rows]) if LOADERS[self.cfg.loader].documents else None
+                batch = Batch(torch.from_numpy(ids[rows]), torch.from_numpy(targets[rows]), bounds)
+                made.append((len(batch.ids) / len(ids), batch))
         return made
 
 
 class Slot(NoAdaptation):
     """Scores with a shift of the last hidden state that is fitted for each batch (SLOT, sample-specific test-time
-    parameters, Hu et al. 2025), by AdamW on the loss of the cells' `fit`, from zero.
-
-    The head is linear, so a shift d that all cells share is a bias E d of the logits: they are computed once, and a
-    step costs no matrix product over the cells. Published: on H + d in bf16, which rounds small shifts away.
-    """
+    parameters, Hu et al. 2025), by AdamW on the loss of the cells' `fit`, from zero."""
 
     def __init__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> None:
         super().__init__(cfg, runtime, model, val)
-        self.lr, self.steps, self.trunk = cfg.slot_lr, cfg.slot_steps, compiled(runtime, model.trunk)
+        self.lr, self.steps = cfg.slot_lr, cfg.slot_steps
+        self.trunk = compiled(runtime, model.trunk)
 
     @torch.no_grad()
     def score(self, cells: Cells) -> Tensor:
         """(B, T) nats of the scored cells."""
         ids, targets, meta = self.inputs(cells)
-        h, y, head = self.trunk(ids, meta).flatten(0, 1), targets.flatten(), self.model.tok_emb
+        h = self.trunk(ids, meta).flatten(0, 1)
+        y, head = targets.flatten(), self.model.tok_emb
         scored = torch.from_numpy(cells.rows * ids.size(1) + cells.cols).to(ids.device)
         z = at_least_fp32(head(h[scored]))
         if cells.fit is not None and len(cells.fit):
+            # The head is linear: a shift d that all cells share is a bias E d of the logits. They are computed once,
+            # and a step costs no matrix product over the cells. Published: H + d in bf16 rounds small shifts away.
             fit = torch.from_numpy(cells.fit).to(ids.device)
             z += head.weight @ self.fitted_shift(head(h[fit]), y[fit])
         return scatter_losses(cells, self.model.cross_entropy(z, y[scored], self.model.softcap))
@@ -5937,8 +5839,10 @@ def fit_cells(cells: Cells, causal: bool) -> np.ndarray:
     """Flattened cells that SLOT is fitted on: those of targets before the batch's first scored one; or, as published,
     all cells of its windows but the last of each, scored or not, padded or not."""
     cols = np.arange(cells.ids.shape[1])
-    before = cells.origin[:, None] + cols < cells.scored().min()
-    return np.flatnonzero(before if causal else np.broadcast_to(cols < len(cols) - 1, before.shape))
+    chosen = cells.origin[:, None] + cols < cells.scored().min()
+    if not causal:
+        chosen[:] = cols < len(cols) - 1
+    return np.flatnonzero(chosen)
 
 
 def learn_span(cfg: Config, chunk: int) -> range:
@@ -5951,35 +5855,41 @@ def windows_by_chunk(cfg: Config, num_targets: int) -> tuple[np.ndarray, np.ndar
     """window_rows, and where each chunk's windows begin and end among them: a chunk has those whose first scored
     target is its own, so that its targets are scored when its last window is."""
     windows = window_rows(num_targets, cfg.eval_seq_len, cfg.eval_stride)
-    edges = np.arange(-(-num_targets // cfg.ttt_chunk_tokens) + 1) * cfg.ttt_chunk_tokens
-    return windows, np.searchsorted(windows[:, 0] + windows[:, 2], edges)
+    first_scored = windows[:, 0] + windows[:, 2]
+    chunks = -(-num_targets // cfg.ttt_chunk_tokens)
+    edges = np.arange(chunks + 1) * cfg.ttt_chunk_tokens
+    return windows, np.searchsorted(first_scored, edges)
 
 
 def chunk_sgd_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """For each chunk this rank's batches of windows, then, except after the last, the chunk as a lesson for all ranks.
     Batches do not depend on the ranks."""
     windows, edges = windows_by_chunk(cfg, len(val.tokens) - 1)
-    size = windows_per_batch(cfg)
-    for chunk, (first, last) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-        for i in range(first, last, size)[runtime.rank :: runtime.world]:
-            yield Step(window_cells(cfg, val, windows[i : min(i + size, last)]))
-        if chunk < len(edges) - 2 and cfg.ttt_epochs > 0:
+    size, chunks = windows_per_batch(cfg), len(edges) - 1
+    for chunk in range(chunks):
+        own = windows[edges[chunk] : edges[chunk + 1]]
+        batches = range(0, len(own), size)
+        for first in batches[runtime.rank :: runtime.world]:
+            yield Step(window_cells(cfg, val, own[first : first + size]))
+        if chunk < chunks - 1 and cfg.ttt_epochs > 0:
             yield Step(None, SharedLesson((learn_span(cfg, chunk),)))
 
 
 def slot_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """chunk_sgd_steps that say which cells the score is fitted on (see Slot)."""
     for cells, lesson in chunk_sgd_steps(cfg, runtime, val):
-        yield Step(cells and cells._replace(fit=fit_cells(cells, cfg.slot_causal)), lesson)
+        if cells is not None:
+            cells = cells._replace(fit=fit_cells(cells, cfg.slot_causal))
+        yield Step(cells, lesson)
 
 
 EVALS = {
     "plain": Evaluator(plain_steps, NoAdaptation),
     "sliding": Evaluator(sliding_steps, NoAdaptation),
     "chunk_sgd": Evaluator(chunk_sgd_steps, ChunkSgd),
-    "slot": Evaluator(slot_steps, functools.partial(ChunkSgd, scorer=Slot)),
-    "doc_lora": Evaluator(document_steps, document_learner),
-    "phased_lora": Evaluator(phased_steps, document_learner),
+    "slot": Evaluator(slot_steps, lambda *args: ChunkSgd(*args, scorer=Slot)),
+    "doc_lora": Evaluator(document_steps, lambda cfg, *rest: TTT_CONTEXTS[cfg.ttt_context].learner(cfg, *rest)),
+    "phased_lora": Evaluator(phased_steps, lambda cfg, *rest: TTT_CONTEXTS[cfg.ttt_context].learner(cfg, *rest)),
 }
 
 
@@ -5993,10 +5903,11 @@ class Run:
 
     def __init__(self, cfg: Config, runtime: Runtime, preset: str, folder: Path) -> None:
         self.cfg, self.runtime, self.log, self.folder = cfg, runtime, runtime.log, folder
+        # whatever can be missing is found here, before the training and not after it
         self.attend, self.kernels = choose_attention(cfg, runtime), choose_kernels(cfg, runtime)
         self.val = load_val(cfg)
         if "quantize" in cfg.stages:
-            CODECS[cfg.compressor].require()  # before the training, not after it
+            CODECS[cfg.compressor].require()
         self.result = {"preset": preset, "seed": cfg.seed, "stages": {}}
         if "train" not in cfg.stages:
             self.result |= read_json(folder / "result.json")
@@ -6008,32 +5919,23 @@ class Run:
         model.set_looping(loops(self.cfg))
         return model
 
+    def evaluate(self, name: str, model: GPT) -> Score:
+        """Score the validation stream by a row of EVALS."""
+        return EVALS[name](self.cfg, self.runtime, model, self.val)
+
     def record(self, stage: str, score: Score) -> None:
-        """Log a stage's score and write result.json."""
+        """Log a stage's score and write result.json, with the configuration that it belongs to."""
         self.log(
             f"{stage}: val_loss {score.val_loss:.8f} val_bpb {score.val_bpb:.8f} ({score.tokens:,} tokens, "
             f"{score.bytes:,} bytes, {score.seconds:.1f} s)"
         )
         if not score.legal:
-            self.log(
-                f"WARNING: the {stage} score is not legal: it was fitted on targets that it scores (SLOT_CAUSAL=0)"
-            )
-        self.result["stages"][stage] = {
-            "val_loss": score.val_loss,
-            "val_bpb": score.val_bpb,
-            "seconds": score.seconds,
-        }
-        self.result |= {
-            "val_loss": score.val_loss,
-            "val_bpb": score.val_bpb,
-            "tokens_scored": score.tokens,
-            "bytes_scored": score.bytes,
-            "legal": score.legal,
-        }
-        self.write_result()
-
-    def write_result(self) -> None:
-        """result.json, and the configuration that it is of, by the first rank."""
+            self.log(f"WARNING: the {stage} score is not legal: it was fitted on the targets it scores (SLOT_CAUSAL=0)")
+        losses = {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
+        self.result["stages"][stage] = losses | {"seconds": score.seconds}
+        # the last stage's score is the run's
+        counts = {"tokens_scored": score.tokens, "bytes_scored": score.bytes, "legal": score.legal}
+        self.result |= losses | counts
         if self.runtime.rank == 0:
             atomic_write(self.folder / "record.env", record_env(self.cfg).encode())
             atomic_write(self.folder / "result.json", json.dumps(self.result, indent=1).encode() + b"\n")
@@ -6045,69 +5947,67 @@ class Run:
         self.runtime.barrier()
 
     def train(self) -> None:
-        """Train, average, collect Hessians within the budget; model.pt, hessians.pt and the pre-quantisation score."""
+        """Train, average and calibrate within the budget: model.pt, hessians.pt, the score before quantisation."""
         cfg, runtime = self.cfg, self.runtime
         model = self.model()
+        # drawn on the CPU: the same initial weights on every rank and device
         model.load_state_dict(GPT(cfg).init_weights(cfg.seed).state_dict())
         model.set_looping(False)
         metrics = self.folder / "metrics.jsonl" if runtime.rank == 0 else None
         trainer = Trainer(cfg, runtime, model, metrics)
-        report = trainer.run(lambda: EVALS["plain"](cfg, runtime, model, self.val))
+        report = trainer.run(lambda: self.evaluate("plain", model))
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise FloatingPointError(
                 "the trained weights are not all finite; earlier files are untouched. Lower MATRIX_LR, "
                 "TIED_EMBED_LR or SCALAR_LR"
             )
-        self.save(
-            "model.pt",
-            {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps},
-        )
-        schemes = [SCHEMES[name] for name in (cfg.matrix_quant, cfg.embed_quant)]
-        hessians = collect_hessians(cfg, runtime, model) if any(scheme.hessian for scheme in schemes) else {}
-        hessians |= {COUNTS: token_counts(cfg, runtime)} if any(scheme.counts for scheme in schemes) else {}
+        self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
+        self.calibrate(model)
         seconds = trainer.clock.read()
-        self.save("hessians.pt", hessians)
-        collected = len(hessians.keys() - {COUNTS})
-        self.log(f"calibration: {collected} Hessians, {seconds - report.seconds:.2f} s, inside the training budget")
+        self.log(f"calibration: {seconds - report.seconds:.2f} s, inside the training budget")
         if 0 < cfg.max_wallclock_seconds < seconds:
             self.log(
                 f"WARNING: training with calibration took {seconds:.2f} s, over MAX_WALLCLOCK_SECONDS="
                 f"{cfg.max_wallclock_seconds:g}; raise GPTQ_RESERVE_SECONDS"
             )
-        self.result |= {
-            "train_seconds": seconds,
-            "train_steps": report.steps,
-            "train_loss": report.loss,
-        }
+        self.result |= {"train_seconds": seconds, "train_steps": report.steps, "train_loss": report.loss}
         if runtime.device.type == "cuda":
             self.result["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
-        self.record("pre_quant", EVALS["plain"](cfg, runtime, model, self.val))
+        self.record("pre_quant", self.evaluate("plain", model))
+
+    def calibrate(self, model: GPT) -> None:
+        """What the quantisers need to know of the data: hessians.pt."""
+        schemes = [SCHEMES[name] for name in (self.cfg.matrix_quant, self.cfg.embed_quant)]
+        known = {}
+        if any(scheme.hessian for scheme in schemes):
+            known |= collect_hessians(self.cfg, self.runtime, model)
+        if any(scheme.counts for scheme in schemes):
+            known[COUNTS] = token_counts(self.cfg, self.runtime)
+        self.save("hessians.pt", known)
 
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
         cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
-        state = load_saved(self.folder / "model.pt")["model"]
-        fill_model(self.model(), state, str(self.folder / "model.pt"))
+        trained, path = self.folder / "model.pt", self.folder / "model.bin"
+        state = load_saved(trained)["model"]
+        fill_model(self.model(), state, str(trained))
         hessians = load_saved(self.folder / "hessians.pt")
         stored = quantize(cfg, runtime, *reparametrize(cfg, runtime, state, hessians))
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
             counts = collections.Counter(tensor.encoding() for tensor in stored)
             self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-            started = time.perf_counter()
-            atomic_write(self.folder / "model.bin", pack_stored(stored, cfg.compressor))
+            atomic_write(path, pack_stored(stored, cfg.compressor))
         runtime.barrier()
-        size, code = (self.folder / "model.bin").stat().st_size, Path(__file__).stat().st_size
+        size, code = path.stat().st_size, Path(__file__).stat().st_size
         self.log(
             f"artifact: {size:,} bytes ({cfg.compressor}), quantised in {seconds:.1f} s, compressed in "
-            f"{time.perf_counter() - started:.1f} s"
+            f"{time.perf_counter() - started - seconds:.1f} s"
         )
-        self.result = {k: v for k, v in self.result.items() if not k.startswith("artifact")}  # an older pack's
+        # what the packer noted is about an older model.bin
+        self.result = {k: v for k, v in self.result.items() if not k.startswith("artifact")}
         self.result |= {"bytes_code": code, "bytes_model": size, "bytes_total": code + size}
-        self.record(
-            "quantized",
-            EVALS["plain"](cfg, runtime, self.from_artifact(self.folder / "model.bin"), self.val),
-        )
+        self.record("quantized", self.evaluate("plain", self.from_artifact(path)))
 
     def from_artifact(self, path: Path) -> GPT:
         """A model with an artifact's weights."""
@@ -6116,10 +6016,10 @@ class Run:
         return model
 
     def eval(self) -> None:
-        """The final score of the artifact, by EVAL; eval_seconds counts reading the artifact too."""
+        """The final score of the artifact, by EVAL; eval_seconds counts reading the artifact and compiling too."""
         started = time.perf_counter()
-        path = Path(self.cfg.model_path) if self.cfg.model_path else self.folder / "model.bin"
-        score = EVALS[self.cfg.eval](self.cfg, self.runtime, self.from_artifact(path), self.val)
+        path = Path(self.cfg.model_path or self.folder / "model.bin")
+        score = self.evaluate(self.cfg.eval, self.from_artifact(path))
         self.result["eval_seconds"] = self.runtime.broadcast_from_rank0(time.perf_counter() - started)
         self.record("final", score)
 
@@ -6127,57 +6027,57 @@ class Run:
 def explain(cfg: Config, origin: dict[str, str]) -> str:
     """The resolved run: non-default knobs with their origin, parameters, routes, optimiser table, quantisation plan."""
     lines = ["knobs that are not default:"]
-    values = {f.name.upper(): getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
-    lines += [f"  {name}={format_knob(values[name])}  ({source})" for name, source in sorted(origin.items())]
+    for name, source in sorted(origin.items()):
+        lines.append(f"  {name}={format_knob(getattr(cfg, name.lower()))}  ({source})")
     with torch.device("meta"):
         model = GPT(cfg)
-    lines += [
-        f"parameters {count_parameters(cfg)}",
-        f"route, looping off: {model.routes[False]}",
-    ]
-    lines += [f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}"] * loops(cfg)
+    lines += [f"parameters {count_parameters(cfg)}", f"route, looping off: {model.routes[False]}"]
+    if loops(cfg):
+        lines.append(f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}")
     lines.append("optimisers:")
-    for (optimiser, lr, wd), params in optimiser_groups(model).items():
-        roles = " ".join(dict.fromkeys(p.role for p in params.values()))
-        lines.append(
-            f"  {optimiser:6} {lr.upper()}={getattr(cfg, lr):g} {wd.upper()}={getattr(cfg, wd):g}  "
-            f"{len(params)} tensors, {sum(p.numel() for p in params.values()):,} weights: {roles}"
-        )
-    lines += {"chunk_sgd": explain_chunk_sgd, "slot": explain_chunk_sgd}.get(cfg.eval, lambda *_: [])(cfg, model)
-    frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
-    lines += [f"  of them not trained: {len(frozen)} tensors, {sum(frozen):,} weights"] * bool(frozen)
-    lines.append("quantisation plan:")
-    lines += explain_plan(cfg, quant_plan(cfg))
-    return "\n".join(lines)
+    for (optimiser, lr, wd), named in optimiser_groups(model).items():
+        rates = f"{optimiser:6} {lr.upper()}={getattr(cfg, lr):g} {wd.upper()}={getattr(cfg, wd):g}"
+        lines.append(f"  {rates}  {summary(named.values())}: {roles_of(named.values())}")
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    lines += [f"  of them not trained: {summary(frozen)}"] * bool(frozen)
+    if EVALS[cfg.eval].learner in (EVALS["chunk_sgd"].learner, EVALS["slot"].learner):
+        # a word of TTT_TRAINABLE that selects nothing is found here, before the training
+        chosen = trainable(cfg, model).values()
+        lines.append(f"test-time training: {summary(chosen)} (TTT_TRAINABLE={format_knob(cfg.ttt_trainable)})")
+    return "\n".join([*lines, "quantisation plan:", *explain_plan(cfg)])
 
 
-def explain_plan(cfg: Config, plan: Plan) -> list[str]:
+def summary(params: Iterable[Tensor]) -> str:
+    """Tensors and weights, counted."""
+    sizes = [p.numel() for p in params]
+    return f"{len(sizes)} tensors, {sum(sizes):,} weights"
+
+
+def roles_of(params: Iterable[nn.Parameter]) -> str:
+    """The roles of parameters, each once."""
+    return " ".join(dict.fromkeys(p.role for p in params))
+
+
+def explain_plan(cfg: Config) -> list[str]:
     """A line for each rule: the roles that are stored so, tensors, bytes. UserError for an override without effect."""
     tensors, rules = weights_of(cfg), {}
-    matrices = [name for name, p in tensors.items() if ROLES[p.role].store == "matrix"]
+    matrices = {name for name, p in tensors.items() if ROLES[p.role].store == "matrix"}
     for word, _ in bits_overrides(cfg):
-        matrices, before = [name for name in matrices if not fits(name, word)], matrices
-        if len(matrices) == len(before):
+        hits = {name for name in matrices if fits(name, word)}
+        if not hits:
             raise UserError(f"MATRIX_BITS_OVERRIDES={word} is in no name of a matrix (or of none that is left for it)")
-    for name, rule in plan.items():
+        matrices -= hits
+    for name, rule in quant_plan(cfg).items():
         rules.setdefault(rule, []).append(tensors[name])
     lines = []
     for rule, params in rules.items():
+        # a clipped row has a scale of two bytes beside its integers
         size = sum(p.numel() * rule.bits / 8 + (2 * p.size(0) if rule.clip else 0) for p in params)
         lines.append(
             f"  {rule.scheme:14} {rule.bits:2} bits  clip {rule.clip:5.2f}  {len(params):3} tensors "
-            f"{size:>12,.0f} bytes before entropy coding: {' '.join(dict.fromkeys(p.role for p in params))}"
+            f"{size:>12,.0f} bytes before entropy coding: {roles_of(params)}"
         )
     return lines
-
-
-def explain_chunk_sgd(cfg: Config, model: GPT) -> list[str]:
-    """What test-time training changes; a wrong TTT_TRAINABLE is found here, before the training."""
-    chosen = trainable(cfg, model)
-    size = sum(p.numel() for p in chosen.values())
-    return [
-        f"test-time training: {len(chosen)} tensors, {size:,} weights (TTT_TRAINABLE={','.join(cfg.ttt_trainable)})"
-    ]
 
 
 def versions(runtime: Runtime) -> str:
@@ -6199,15 +6099,21 @@ def execute(cfg: Config, origin: dict[str, str], environ: Mapping[str, str]) -> 
     runtime = Runtime.start(cfg, environ, folder / "log.txt")
     try:
         runtime.log(f"run {run_id}, preset {preset or 'none'}, stages {','.join(cfg.stages)}, files in {folder}")
+        # a log begins with what runs: knobs, source, versions
         runtime.log(explain(cfg, origin))
         run = Run(cfg, runtime, preset, folder)
         runtime.log(f"source sha256 {run.result['source_sha256']}")
         runtime.log(versions(runtime))
         for stage in cfg.stages:
-            {"train": run.train, "quantize": run.quantize, "eval": run.eval}[stage]()
+            getattr(run, stage)()
         runtime.log("RESULT " + json.dumps(run.result))
     finally:
         runtime.close()
+
+
+# Exit status of what main reports in a line or a few instead of a traceback.
+STATUS = {UserError: 2, FloatingPointError: 1, KeyboardInterrupt: 130}
+INTERRUPTED = "interrupted; finished stages are on disk, resume with STAGES=quantize,eval or STAGES=eval"
 
 
 def main(argv: list[str]) -> int:
@@ -6222,20 +6128,12 @@ def main(argv: list[str]) -> int:
         cfg, origin = resolve(os.environ)
         if "--explain" in argv:
             print(explain(cfg, origin))
-            return 0
-        execute(cfg, origin, os.environ)
-    except UserError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "error: interrupted; finished stages are on disk, resume with STAGES=quantize,eval or STAGES=eval",
-            file=sys.stderr,
-        )
-        return 130
+        else:
+            execute(cfg, origin, os.environ)
+    except tuple(STATUS) as error:
+        message = INTERRUPTED if isinstance(error, KeyboardInterrupt) else str(error)
+        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+        return STATUS[type(error)]
     return 0
 
 

@@ -295,8 +295,7 @@ def compare(name: str, base: Trace, other: Trace, fixed: np.ndarray, change: str
         gap = float(np.abs(base.nll[wrong] - other.nll[wrong]).max())
         where = f"first at position {wrong[0]}, by up to {gap:.2e} nats"
         return Check(name, FAIL, f"{change}: {len(wrong):,} of {compared:,} scores before it changed, {where}")
-    reacts = len(differing(base, other, ~fixed & base.scored))
-    if not reacts:
+    if not (reacts := len(differing(base, other, ~fixed & base.scored))):
         return Check(name, UNKNOWN, f"{change}: no score reacts to the change, so nothing was tested")
     return Check(name, PASS, f"{change}: {compared:,} scores before it are bit-equal, {reacts:,} after it react")
 
@@ -418,8 +417,7 @@ def examine(
     scorer.run(evaluate, tokens, probed)
     if len(differing(base, probed, base.scored)):
         # Either asking for a score changed the state, or the scores are not repeatable at all.
-        repeated = differing(base, scorer.trace(evaluate, tokens), base.scored)
-        if len(repeated):
+        if len(repeated := differing(base, scorer.trace(evaluate, tokens), base.scored)):
             detail = f"{len(repeated):,} scores differ in a second run: bit equality says nothing; judge on a CPU"
             return [*checks, Check(f"C1 repeat ({label})", UNKNOWN, detail)]
         checks.append(Check(f"C3 scoring learns ({label})", FAIL, "asking for a score changes the scores after it"))
@@ -576,7 +574,7 @@ def budget_checks(candidate: Candidate) -> Iterator[Check]:
             yield decide(name, seconds <= BUDGET_SECONDS, f"{seconds:.1f} of {BUDGET_SECONDS:.0f} s")
     log, _, _ = read_log(candidate.folder / "log.txt")
     stop = re.search(r"training stopped at step \d+ after ([\d.]+) s", log)
-    hessians = re.search(r"calibration: \d+ Hessians, ([\d.]+) s", log)
+    hessians = re.search(r"calibration: ([\d.]+) s", log)
     if stop and hessians and isinstance(trained, int | float):
         detail = f"log {stop[1]} + {hessians[1]} s, result.json {trained:.1f} s"
         yield decide("budget as logged", float(stop[1]) + float(hessians[1]) <= float(trained) + 0.5, detail)
@@ -697,8 +695,7 @@ def toy_documents(folder: Path, vocab_size: int) -> Path:
     short = {part for part in parts if 250 < len(part) < 700}
     texts = sorted(short, key=lambda text: hashlib.md5(text.encode()).digest())
     docs, out = folder / "docs.jsonl", folder / "shards"
-    lines = [json.dumps({"text": text}) for text in texts]
-    docs.write_text("\n".join(lines), encoding="utf-8")
+    docs.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
     options = prepare.Options(docs=(docs,), out=out, vocab_size=vocab_size, val_docs=7)
     with contextlib.redirect_stderr(io.StringIO()):
         prepare.prepare(options, prepare.CaseOps())
@@ -826,16 +823,14 @@ def open_candidate(args: argparse.Namespace, room: Path) -> Candidate:
 # +---------------------------------------------------------------------------+
 
 
-CHUNKS_TO_ADAPT = {"chunk_sgd": 2, "slot": 2}  # evaluator -> chunks until it has adapted once more
-
-
 def shortened(candidate: Candidate, val: Any, documents: int) -> Any:
     """Return the first documents of the stream (0: all), at least as many as two steps of adaptation need."""
-    program, cfg = candidate.program, candidate.cfg
-    least = CHUNKS_TO_ADAPT.get(cfg.eval, 0) * cfg.ttt_chunk_tokens + 1
-    ends = [start + length for start, length in program.val_documents(val.tokens)]
-    stop = next((end for end in ends[documents - 1 :] if end > least), len(val.tokens))
-    return program.ValData(val.tokens[:stop], val.bytes[:stop])
+    cfg = candidate.cfg
+    chunks = {"chunk_sgd": 2, "slot": 2}.get(cfg.eval, 0)  # until it has adapted once more
+    least = chunks * cfg.ttt_chunk_tokens + 1
+    ends = [start + length for start, length in candidate.program.val_documents(val.tokens)]
+    stop = next((end for end in ends[documents - 1 :] if end > least), ends[-1])
+    return candidate.program.ValData(val.tokens[:stop], val.bytes[:stop])
 
 
 def judge(candidate: Candidate, documents: int, probes: int) -> list[Check]:
@@ -849,7 +844,7 @@ def judge(candidate: Candidate, documents: int, probes: int) -> list[Check]:
 
 
 def preset_sha256(folder: Path) -> str:
-    """SHA-256 of the knobs in a preset, over those of its BASE: comments and the order of lines do not count."""
+    """Hash the knobs in a preset, over those of its BASE; comments and the order of lines do not count."""
     return hashlib.sha256(json.dumps(read_preset(str(folder)), sort_keys=True).encode()).hexdigest()
 
 
@@ -857,14 +852,13 @@ def summary(candidate: Candidate, checks: list[Check]) -> dict[str, Any]:
     """Return the verdict as JSON; legal is true, false, or null if a question stayed open."""
     states = [check.status for check in checks]
     legal = False if FAIL in states else (None if UNKNOWN in states else True)
-    record = candidate.folder / "record.env" if candidate.folder else None
     return {
         "target": candidate.name,
         "kind": candidate.kind,
         "scale": "toy" if candidate.kind == "preset" else "full",
         "legal": legal,
         "counts": {state: states.count(state) for state in (PASS, FAIL, UNKNOWN, NOT_ASKED)},
-        "record_sha256": preset_sha256(record.parent) if record and record.is_file() else None,
+        "record_sha256": preset_sha256(candidate.folder) if candidate.folder else None,
         "notes": candidate.notes,
         "checks": [check._asdict() for check in checks],
     }

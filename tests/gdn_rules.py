@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import golden_rules as rules
-import numpy as np
 import torch
-from ngram_rules import exact_tables as exact_tables
+from golden_rules import exact_tables as exact_tables
 from torch import Tensor, nn
 
 import train_gpt
 
-GOLDEN = json.loads((Path(__file__).resolve().parent / "golden" / "gdn_model.json").read_text(encoding="utf-8"))
+GOLDEN = rules.read_golden("gdn_model")
 DELTA = {"qkv.weight": "qkv_proj.weight", "ba.weight": "ba_proj.weight", "z.weight": "z_proj.weight"}
 DELTA |= {"o.weight": "o_proj.weight", "taps": "conv1d.weight"}  # our name in a delta net -> the published one
-FILLS = (  # ends of published names -> class of amplitude, base (or what names it); the first that fits counts
-    ("tok_emb.weight", "tok_emb", 0.0),
-    ("attn_scale", "scale", 1.0),
-    ("mlp_scale", "scale", 1.0),
-    ("skip_weights", "scale", 1.0),
-    ("q_gain", "scale", "qk_gain_init"),
-    ("resid_mix", "scale", 0.0),
-    ("skip_gates", "gate", 0.0),
-    ("k_sink", "gate", 0.0),
-    ("conv1d.weight", "conv", 0.0),
-    ("A_log", "A_log", "A_log"),
-    ("dt_bias", "dt_bias", "dt_bias"),
-    ("weight", "matrix", 0.0),
+VALUES: rules.Values = (
+    (("k_sink",), "gate", 0.0),
+    (("conv1d.weight",), "conv", 0.0),
+    (("A_log",), "A_log", "A_log"),
+    (("dt_bias",), "dt_bias", "dt_bias"),
+    *rules.VALUES,
 )
 
 
@@ -43,32 +33,19 @@ def published_name(name: str, letters: str) -> str:
     return rules.canonical(name).replace("attn.sink", "attn.k_sink")
 
 
-def chirp(name: str, shape: tuple[int, ...], amp: float, base: float) -> Tensor:
-    count = np.arange(math.prod(shape), dtype=np.float64)
-    shift = sum((k + 1) * ord(c) for k, c in enumerate(name)) % 997
-    return torch.from_numpy(base + amp * np.sin(0.7390851 * count + 0.000061803 * count**2 + shift)).reshape(shape)
-
-
-def published_value(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
-    kind, base = next((kind, base) for ending, kind, base in FILLS if name.endswith(ending))
-    base = base if isinstance(base, float) else (config["bases"] if base in config.get("bases", {}) else config)[base]
-    amp = config["amps"][kind]
-    amp = (2 / shape[1]) ** 0.5 if amp == "sqrt(2/in)" else amp
-    if config["fill"] == "chirp":
-        value = chirp(name, shape, amp, base)
-    else:
-        value = rules.fill(config["fill"], name, shape, amp, base)
-    return value + torch.tensor([[1.0], [0.0]]) if name.endswith("resid_mix") else value
+def by_published_name(cfg: train_gpt.Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model by their published names."""
+    letters = train_gpt.mixer_letters(cfg)
+    return {published_name(name, letters): tensor for name, tensor in tensors.items()}
 
 
 def fill_module(config: dict[str, Any], module: nn.Module, prefix: str, letters: str) -> nn.Module:
     """The module with the golden values, float64; prefix: what comes before its parameters' names in a model."""
-    module = module.double()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            published = published_name(prefix + name, letters)
-            parameter.copy_(published_value(config, published, tuple(parameter.shape)))
-    return module
+
+    def value(name: str, shape: tuple[int, ...]) -> Tensor:
+        return rules.published_value(config, published_name(prefix + name, letters), shape, VALUES)
+
+    return rules.filled(module.double(), value)
 
 
 def model_config(config: dict[str, Any], **knobs: Any) -> train_gpt.Config:
@@ -100,9 +77,11 @@ def model_config(config: dict[str, Any], **knobs: Any) -> train_gpt.Config:
 
 
 def build(config: dict[str, Any], **knobs: Any) -> train_gpt.GPT:
-    """The filled float64 model of a golden entry."""
+    """The filled float64 model of a golden entry, on its route."""
     cfg = model_config(config, **knobs)
-    return fill_module(config, train_gpt.GPT(cfg, dtype=torch.float64), "", train_gpt.mixer_letters(cfg))
+    model = fill_module(config, train_gpt.GPT(cfg, dtype=torch.float64), "", train_gpt.mixer_letters(cfg))
+    model.set_looping(config["loop_on"])
+    return model
 
 
 def recurrence(

@@ -1,26 +1,36 @@
-"""The rules by which golden/caseops_stack.json was made: fills, tokens, tensor checks, and the canonical tensor names.
+"""The rules by which the files of golden/ were made: entries, fills, tokens, checks; and the CaseOps stack's models.
 
 A number there comes from the published record scripts, run in float64 on weights and tokens that these formulas give.
+ngram_rules and gdn_rules say the same of the models of the other two stacks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import inspect
 import json
 import math
 import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import train_gpt
 
 CPU = torch.device("cpu")
 REL = 1e-8  # of the float64 entries
+FILES = {  # stack -> its files, each with the kinds whose settings only list what differs from the file's base
+    "caseops": {"caseops_stack": ("forward", "lora_forward", "ttt", "hessians")},
+    "ngram": {"ngram": ("forward",), "ngram_training": ()},
+    "gdn": {"gdn_model": ("forward",), "gdn_training": ("ttt", "plain_eval")},
+}
 CANONICAL = (  # our name (regular expression) -> the published one
     (r"blocks\.(\d+)\.attn\.([qkv])\.weight", r"blocks.\1.attn.c_\2.weight"),
     (r"blocks\.(\d+)\.attn\.o\.weight", r"blocks.\1.attn.proj.weight"),
@@ -34,14 +44,20 @@ CANONICAL = (  # our name (regular expression) -> the published one
     (r"embed_extras\.smear\.weight", "smear_gate.weight"),
     (r"embed_extras\.smear\.scale", "smear_lambda"),
 )
-CLASSES = (  # last parts of canonical names -> class of amplitude, base
-    (("c_q.weight", "c_k.weight", "c_v.weight", "proj.weight", "fc.weight"), "matrix", 0.0),
+Values = tuple[tuple[tuple[str, ...], str | float, str | float], ...]
+VALUES: Values = (  # ends of published names -> amplitude (or its class), base (or its setting); the first that fits
     (("tok_emb.weight",), "tok_emb", 0.0),
+    (("smear_gate.weight", "attn_gate_w", "skip_gates", "smear_lambda"), "gate", 0.0),
+    (("weight",), "matrix", 0.0),
+    (("resid_mix",), "scale", 0.0),
+    (("q_gain",), "scale", "qk_gain_init"),
     (("attn_scale", "mlp_scale", "skip_weights"), "scale", 1.0),
-    (("attn_gate_w", "skip_gates", "smear_gate.weight", "smear_lambda"), "gate", 0.0),
     (("parallel_post_lambdas",), "gate", 1.0),
     (("parallel_resid_lambdas",), "gate", 1.1),
 )
+
+
+# Entries
 
 
 class Entry(NamedTuple):
@@ -50,50 +66,105 @@ class Entry(NamedTuple):
     name: str
     config: dict[str, Any]
     expected: Any
+    stack: str = "caseops"
 
 
 @functools.cache
-def read_golden() -> dict[str, Any]:
-    path = Path(__file__).resolve().parent / "golden" / "caseops_stack.json"
+def read_golden(name: str) -> dict[str, Any]:
+    path = Path(__file__).resolve().parent / "golden" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def entries(kind: str) -> list[Entry]:
-    """Entries of a kind; those about a model list only what differs from the common base."""
-    golden = read_golden()
-    base = golden["base"] if kind in ("forward", "lora_forward", "ttt", "hessians") else {}
-    return [Entry(e["name"], base | e["config"], e["expected"]) for e in golden["entries"] if e["kind"] == kind]
+def entries(kind: str, *stacks: str) -> list[Entry]:
+    """Entries of a kind in some stacks, by default in CaseOps; their settings are complete."""
+    found = []
+    for stack in stacks or ("caseops",):
+        for file, based in FILES[stack].items():
+            golden = read_golden(file)
+            listed = golden.get(kind, [e for e in golden.get("entries", []) if kind == kind_of(e)])
+            base = golden["base"] if kind in based else {}
+            found += [Entry(e["name"], base | e["config"], e["expected"], stack) for e in listed]
+    return found
+
+
+def kind_of(stored: dict[str, Any]) -> str:
+    return stored.get("kind", stored["name"].split("/")[0])
 
 
 def entry(name: str) -> Entry:
-    """The entry of a name."""
+    """The CaseOps entry of a name."""
     return next(e for e in entries(name.split("/")[0]) if e.name == name)
 
 
-def parametrize(kind: str) -> pytest.MarkDecorator:
+def parametrize(kind: str, *stacks: str) -> pytest.MarkDecorator:
     """One test per entry of a kind, as the argument `golden`."""
-    found = entries(kind)
-    return pytest.mark.parametrize("golden", found, ids=[e.name.partition("/")[2] for e in found])
+    found = entries(kind, *stacks)
+    ids = [e.name.removeprefix(f"{kind}/") for e in found]
+    return pytest.mark.parametrize("golden", found, ids=[f"{e.stack}-{i}" for e, i in zip(found, ids, strict=True)])
 
 
-def name_number(name: str) -> int:
-    return sum((k + 1) * ord(c) for k, c in enumerate(name)) % 9973
+@contextlib.contextmanager
+def named(golden: Entry) -> Iterator[None]:
+    """What fails within says which entry it was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"golden entry: {golden.stack} {golden.name}")
+        raise
+
+
+def each(kind: str, *stacks: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A test of one entry, its argument `golden`, as one test of all entries of a kind."""
+
+    def decorate(check: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(check)
+        def test(**fixtures: Any) -> None:
+            found = entries(kind, *stacks)
+            assert {golden.stack for golden in found} == {*stacks}
+            for golden in found:
+                with named(golden):
+                    check(golden, **fixtures)
+
+        first, *others = inspect.signature(check).parameters.values()
+        assert first.name == "golden"
+        test.__signature__ = inspect.Signature(others)
+        return test
+
+    return decorate
+
+
+# Fills and tokens
+
+
+def name_number(name: str, modulus: int = 9973) -> int:
+    return sum((k + 1) * ord(c) for k, c in enumerate(name)) % modulus
 
 
 def fill(kind: str, name: str, shape: tuple[int, ...], amp: float, base: float = 0.0) -> Tensor:
-    """The float64 tensor that a fill kind (sine, hash) gives a name."""
+    """The float64 tensor that a kind of fill gives a name."""
     count = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
-    return torch.from_numpy(base + amp * FILLS[kind](count, name_number(name))).reshape(shape)
+    return torch.from_numpy(base + amp * FILLS[kind](count, name)).reshape(shape)
 
 
-def sine(count: np.ndarray, number: int) -> np.ndarray:
-    return np.sin(0.7390851 * count.astype(np.float64) + 0.0061803 * number)
+def sine(count: np.ndarray, name: str) -> np.ndarray:
+    return np.sin(0.7390851 * count.astype(np.float64) + 0.0061803 * name_number(name))
 
 
-def scramble(count: np.ndarray, number: int) -> np.ndarray:
+def quadratic(count: np.ndarray, name: str) -> np.ndarray:
+    """Of full rank."""
+    n = count.astype(np.float64)
+    return np.sin(0.0137 * n * n + 0.0061803 * name_number(name))
+
+
+def chirp(count: np.ndarray, name: str) -> np.ndarray:
+    n = count.astype(np.float64) - 1
+    return np.sin(0.7390851 * n + 0.000061803 * n**2 + name_number(name, 997))
+
+
+def scramble(count: np.ndarray, name: str) -> np.ndarray:
     """Uniform in (-1, 1) by an integer hash of element and name."""
     low = np.uint64(2**32 - 1)
-    x = (count * np.uint64(2654435761) + np.uint64(number * 2246822507)) & low
+    x = (count * np.uint64(2654435761) + np.uint64(name_number(name) * 2246822507)) & low
     x ^= x >> np.uint64(16)
     x = (x * np.uint64(2146121005)) & low
     x ^= x >> np.uint64(15)
@@ -102,7 +173,7 @@ def scramble(count: np.ndarray, number: int) -> np.ndarray:
     return 2 * (x.astype(np.float64) + 0.5) / 2**32 - 1
 
 
-FILLS = {"sine": sine, "hash": scramble}
+FILLS = {"sine": sine, "quadratic": quadratic, "chirp": chirp, "hash": scramble}
 
 
 def tokens(vocab: int, count: int, bos: list[int]) -> np.ndarray:
@@ -111,6 +182,32 @@ def tokens(vocab: int, count: int, bos: list[int]) -> np.ndarray:
     ids = 8 + (7 * t * t + 13 * t + 5) % (vocab - 8)
     ids[bos] = train_gpt.BOS_ID
     return ids
+
+
+def hessian(key: str, samples: int, cols: int, rho: float, dead: tuple[int, ...] = ()) -> Tensor:
+    """X^T X / samples, float64, of correlated columns."""
+    X = fill("hash", f"gptq.X.{key}", (samples, cols), 1.0) * (1 + torch.arange(cols) / cols)
+    X = X + rho * fill("hash", f"gptq.c.{key}", (samples, 1), 1.0)
+    X[:, list(dead)] = 0
+    return X.T @ X / samples
+
+
+def write_shards(folder: Path, *shards: np.ndarray) -> Path:
+    """Training shards in a data directory."""
+    folder.mkdir(exist_ok=True)
+    for i, ids in enumerate(shards):
+        head = np.zeros(train_gpt.SHARD_HEADER_INTS, "<i4")
+        head[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, len(ids)
+        (folder / f"fineweb_train_{i:06d}.bin").write_bytes(head.tobytes() + np.asarray(ids, "<u2").tobytes())
+    return folder
+
+
+def numbered_shards(lengths: list[int]) -> list[np.ndarray]:
+    """Shards whose tokens tell where they stand: 1000 * shard + position."""
+    return [1000 * i + np.arange(n) for i, n in enumerate(lengths)]
+
+
+# Checks
 
 
 def checks(tensor: Tensor) -> dict[str, float]:
@@ -127,27 +224,55 @@ def assert_checks(tensor: Tensor, expected: dict[str, float], rel: float = REL) 
         assert found[key] == pytest.approx(value, rel=rel, abs=rel * found["l2"]), key
 
 
-def canonical(name: str) -> str:
+def compare(
+    found: Mapping[str, Any], expected: Mapping[str, Any], rel: float = REL, skip: tuple[str, ...] = ()
+) -> None:
+    """Each number of an entry, list of numbers or set of checks against what was measured under the same name.
+
+    A list may be the beginning of what was measured. A name that was not measured is an error.
+    """
+    for key, want in expected.items():
+        if key in skip:
+            continue
+        if isinstance(want, dict):
+            assert_checks(found[key], want, rel)
+            continue
+        got, wanted = (np.ravel(np.asarray(x.detach() if isinstance(x, Tensor) else x)) for x in (found[key], want))
+        got = got[: len(wanted)]
+        assert got.tolist() == pytest.approx(wanted.tolist(), rel=rel, abs=rel * float(np.abs(got).max())), key
+
+
+# Models
+
+
+def canonical(name: str, patterns: tuple[tuple[str, str], ...] = CANONICAL) -> str:
     """The published name of one of our tensors."""
-    for pattern, published in CANONICAL:
+    for pattern, published in patterns:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, published, name)
     return name
 
 
-def published_value(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+def by_published_name(cfg: train_gpt.Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model by their published names."""
+    return {canonical(name): tensor for name, tensor in tensors.items()}
+
+
+def published_value(config: dict[str, Any], name: str, shape: tuple[int, ...], values: Values = VALUES) -> Tensor:
     """What a canonical tensor is filled with."""
-    amps, kind = config["amps"], config["fill"]
-    if name.endswith("resid_mix"):
-        return fill(kind, name, shape, amps["scale"]) + torch.tensor([[1.0], [0.0]], dtype=torch.float64)
-    if name.endswith("q_gain"):
-        return fill(kind, name, shape, amps["scale"], config["qk_gain_init"])
-    amplitude, base = next((a, b) for endings, a, b in CLASSES if name.endswith(endings))
-    return fill(kind, name, shape, amps[amplitude], base)
+    amp, base = next((a, b) for endings, a, b in values if name.endswith(endings))
+    amp = config["amps"][amp] if isinstance(amp, str) else amp
+    amp = (2 / shape[1]) ** 0.5 if amp == "sqrt(2/in)" else amp
+    if isinstance(base, str):
+        base = config.get("bases", {}).get(base, config.get(base))
+    value = fill(config.get("fill", "sine"), name, shape, amp, base)
+    return value + torch.tensor([[1.0], [0.0]]) if name.endswith("resid_mix") else value
 
 
 def model_config(config: dict[str, Any], **knobs: Any) -> train_gpt.Config:
     """The Config of an entry's model settings."""
+    same = "mlp_mult rope_dims rope_base num_loops loop_start loop_end parallel_start_layer gate_window xsa_last_n"
+    same += " qk_gain_init ln_scale"
     return train_gpt.Config(
         **{
             "vocab_size": config["V"],
@@ -155,35 +280,31 @@ def model_config(config: dict[str, Any], **knobs: Any) -> train_gpt.Config:
             "num_heads": config["H"],
             "num_kv_heads": config["K"],
             "num_layers": config["L"],
-            "mlp_mult": config["mlp_mult"],
-            "rope_dims": config["rope_dims"],
-            "rope_base": config["rope_base"],
-            "num_loops": config["num_loops"],
-            "loop_start": config["loop_start"],
-            "loop_end": config["loop_end"],
-            "parallel_start_layer": config["parallel_start_layer"],
             "parallel_final_lane": config["final_lane"],
-            "gate_window": config["gate_window"],
-            "xsa_last_n": config["xsa_last_n"],
             "skip_gates_enabled": config["skip_gates"],
             "embed_extras": ("smear",) if config["smear"] else (),
             "smear_bos_mask": config["bos_mask"],
             "attn_gate": "sparse" if config["sparse_gate"] else "none",
             "sparse_attn_gate_scale": config["sparse_gate_scale"],
             "logit_softcap": config["softcap"],
-            "qk_gain_init": config["qk_gain_init"],
-            "ln_scale": config["ln_scale"],
         }
+        | {name: config[name] for name in same.split()}
         | knobs
     )
+
+
+@torch.no_grad()
+def filled(module: nn.Module, value: Any) -> nn.Module:
+    """The module with value(name, shape) in each parameter."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(value(name, tuple(parameter.shape)))
+    return module
 
 
 def build(config: dict[str, Any], dtype: torch.dtype = torch.float64, **knobs: Any) -> train_gpt.GPT:
     """The filled model of an entry, parameters and activations in dtype, on its route."""
     model = train_gpt.GPT(model_config(config, **knobs), dtype=dtype).to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(published_value(config, canonical(name), tuple(parameter.shape)))
+    filled(model, lambda name, shape: published_value(config, canonical(name), shape))
     model.set_looping(config["loop_on"])
     return model
 
@@ -193,6 +314,23 @@ def rows_of(config: dict[str, Any]) -> tuple[Tensor, Tensor]:
     width = config["T"] + 1
     stream = torch.from_numpy(tokens(config["V"], config["rows"] * width, config["bos"])).view(-1, width)
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
+
+
+def exact_tables(length: int, dims: int, base: float, *_: Any) -> tuple[Tensor, Tensor]:
+    """rotary_tables in float64, as the golden numbers of the n-gram and delta stacks were made."""
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def knobs(text: str) -> dict[str, str]:
+    """NAME=value pairs, separated by blanks, as the environment of a run."""
+    return dict(pair.split("=", 1) for pair in text.split())
+
+
+def toy_config(text: str, **changed: Any) -> train_gpt.Config:
+    """The Config of such pairs, with other values for some fields."""
+    return dataclasses.replace(train_gpt.load_config(knobs(text)), **changed)
 
 
 def runtime(dtype: torch.dtype = torch.float32, compile: bool = False) -> train_gpt.Runtime:

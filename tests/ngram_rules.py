@@ -5,20 +5,19 @@ Names and values follow the published parameters, whose list golden/ngram.json's
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import golden_rules as rules
 import numpy as np
 import torch
+from golden_rules import exact_tables as exact_tables
 from torch import Tensor
 
 import train_gpt
 
-GOLDEN = json.loads((Path(__file__).resolve().parent / "golden" / "ngram.json").read_text(encoding="utf-8"))
-PUBLISHED = (  # our name (regular expression) -> the published one, beside those of golden_rules.CANONICAL
+GOLDEN = rules.read_golden("ngram")
+PUBLISHED = (  # our name (regular expression) -> the published one, before those of golden_rules.CANONICAL
     (r"embed_extras\.(bigram|trigram)\.table\.weight", r"\1.embed.weight"),
     (r"embed_extras\.(bigram|trigram)\.(proj\.weight|scale)", r"\1.\2"),
     (r"embed_extras\.smear_channel\.gate", "smear.gate"),
@@ -27,44 +26,42 @@ PUBLISHED = (  # our name (regular expression) -> the published one, beside thos
     (r"value_embed\.layer_scales", "ve_layer_scales"),
     (r"blocks\.(\d+)\.attn\.gate\.(weight|bias)", r"blocks.\1.attn.attn_gate.\2"),
     (r"blocks\.(\d+)\.attn\.values\.lambdas", r"blocks.\1.attn.vr_lambda"),
+    *rules.CANONICAL,
 )
-FILLS = (  # ends of published names -> base, amplitude; the first that fits counts
-    ("gram.scale", 0.05, 0.1),
-    ("ve_shared.scale", 0.1, 0.1),
-    ("q_gain", 1.5, 0.1),
-    ("skip_weights", 1.0, 0.1),
-    ("attn_scale", 1.0, 0.1),
-    ("mlp_scale", 1.0, 0.1),
-    ("vr_lambda", 0.5, 0.3),
-    ("attn_gate.bias", 4.0, 0.3),
-    ("attn_gate.weight", 0.0, 0.3),
-    ("smear.gate", 0.0, 0.3),
-    ("resid_mix", 0.0, 0.3),
-    ("tok_emb.weight", 0.0, 0.1),
-    ("embed.weight", 0.0, 0.1),
-    ("weight", 0.0, 0.05),
+VALUES: rules.Values = (  # ends of published names -> amplitude, base; the first that fits counts
+    (("gram.scale",), 0.1, 0.05),
+    (("ve_shared.scale",), 0.1, 0.1),
+    (("q_gain",), 0.1, 1.5),
+    (("skip_weights", "attn_scale", "mlp_scale"), 0.1, 1.0),
+    (("vr_lambda",), 0.3, 0.5),
+    (("attn_gate.bias",), 0.3, 4.0),
+    (("attn_gate.weight", "smear.gate", "resid_mix"), 0.3, 0.0),
+    (("tok_emb.weight", "embed.weight"), 0.1, 0.0),
+    (("weight",), 0.05, 0.0),
 )
 
 
 def published_name(name: str) -> str:
-    for pattern, published in PUBLISHED:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, published, name)
-    return rules.canonical(name)
+    return rules.canonical(name, PUBLISHED)
+
+
+def by_published_name(cfg: train_gpt.Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model by their published names; there the layers' scales are a tensor each."""
+    found = {published_name(name): tensor for name, tensor in tensors.items()}
+    scales = found.pop("ve_layer_scales", None)
+    return found | {f"ve_layer_scales.{i}": scale for i, scale in enumerate([] if scales is None else scales)}
 
 
 def published_value(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
-    for ending, value in config["overrides"].items():
+    for ending, value in config.get("overrides", {}).items():
         if name.endswith(ending):
             return torch.tensor(value, dtype=torch.float64).view(-1, *(1,) * (len(shape) - 1)).expand(shape)
-    if name == "ve_layer_scales":  # published as one tensor of one number per layer
+    if name == "ve_layer_scales":
         return torch.cat([rules.fill("sine", f"{name}.{i}", (1,), 0.1, 1.0) for i in range(shape[0])])
-    base, amplitude = next((b, a) for ending, b, a in FILLS if name.endswith(ending))
-    value = rules.fill("sine", name, shape, amplitude, base)
-    return value + torch.tensor([[1.0], [0.0]]) if name.endswith("resid_mix") else value
+    return rules.published_value(config, name, shape, VALUES)
 
 
-def model_config(config: dict[str, Any]) -> train_gpt.Config:
+def model_config(config: dict[str, Any], **knobs: Any) -> train_gpt.Config:
     """The Config of a golden entry's model."""
     extras = {"bigram": config["bigram_vocab_size"], "trigram": config["trigram_vocab_size"], "smear_channel": True}
     values = {"xsa": True, "value_residual": config["value_residual"], "value_embed": config["ve_enabled"]}
@@ -85,23 +82,14 @@ def model_config(config: dict[str, Any]) -> train_gpt.Config:
         smear_bos_mask=False,
         hash_bos_mask=False,
         **{name: config[name] for name in same.split()},
+        **knobs,
     )
 
 
-def build(config: dict[str, Any]) -> train_gpt.GPT:
+def build(config: dict[str, Any], **knobs: Any) -> train_gpt.GPT:
     """The filled float64 model of a golden entry."""
-    model = train_gpt.GPT(model_config(config), dtype=torch.float64).double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(published_value(config, published_name(name), tuple(parameter.shape)))
-    return model
-
-
-def exact_tables(length: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """rotary_tables in float64, as the golden numbers were made."""
-    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
-    return angle.cos(), angle.sin()
+    model = train_gpt.GPT(model_config(config, **knobs), dtype=torch.float64).double()
+    return rules.filled(model, lambda name, shape: published_value(config, published_name(name), shape))
 
 
 SMALL = {  # the model of the chunk SGD and SLOT entries, beside what each entry says

@@ -226,10 +226,10 @@ def test_wrong_knobs_and_published_names_are_sentences() -> None:
     for knobs, message in (
         ({"TTT_CHUNK_TOKENS": 15}, "TTT_CHUNK_TOKENS=15 must be at least EVAL_SEQ_LEN=16"),
         ({"TTT_TRAINABLE": ""}, "TTT_TRAINABLE is empty"),
-        ({"EVAL_STRIDE": 17}, "EVAL_STRIDE=17 is over EVAL_SEQ_LEN=16"),
-        ({"PRESET": "", "TTT_LR": -1}, "TTT_LR=-1.0 must be at least 0"),
+        ({"EVAL_STRIDE": 17}, "EVAL_STRIDE=17 must be at most EVAL_SEQ_LEN=16"),
+        ({"PRESET": "", "TTT_LR": -1}, "TTT_LR=-1.0 must be >= 0"),
         ({"TTT_LORA_SITES": ""}, "TTT_LORA_SITES is empty"),
-        ({"TTT_LORA_SITES": "q,o"}, "TTT_LORA_SITES='o' is not one of q, k, v, attn, mlp, head"),
+        ({"TTT_LORA_SITES": "q,o"}, r"TTT_LORA_SITES=q,o must be q\|k\|v\|attn\|mlp\|head"),
     ):
         with pytest.raises(UserError, match=message):
             config(**knobs)

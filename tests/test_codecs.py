@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import lzma
 import shutil
 from pathlib import Path
 
@@ -101,6 +102,11 @@ def test_integers_have_the_stream_of_their_role_and_all_else_is_in_the_first() -
         ordered = {key.split(":")[1] for key, part in first.arrays if part == "order"}
         assert ordered == ({"embed", "q"} if codec == "pergroup" else set()), codec
     assert len({codec.number for codec in CODECS.values()}) == len(CODECS)
+
+
+def test_lzma_presets_differ() -> None:
+    for name, options in {"lzma6": {"preset": 6}, "lzma": {"preset": 9 | lzma.PRESET_EXTREME}}.items():
+        assert train_gpt.CODERS[name].encode(b"xy" * 100) == lzma.compress(b"xy" * 100, **options), name
 
 
 @needs_lrzip

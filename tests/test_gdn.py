@@ -26,12 +26,11 @@ from torch import Tensor
 import train_gpt
 
 
-def entries(*kinds: str, base: dict[str, Any] | None = None) -> list[rules.Entry]:
+def entries(*kinds: str) -> list[rules.Entry]:
     """Golden entries of some kinds."""
-    return [rules.Entry(e["name"], (base or {}) | e["config"], e["expected"]) for kind in kinds for e in GOLDEN[kind]]
+    return [golden for kind in kinds for golden in rules.entries(kind, "gdn")]
 
 
-FORWARD = entries("forward", base=GOLDEN["base"])
 PUBLISHED = {
     "mixers": "G*2 A*8 G",
     "mlp_mult": 4.125,
@@ -473,76 +472,16 @@ def test_a_sink_is_a_key_before_each_segment_of_flash_attention(monkeypatch: pyt
 # The model
 
 
-@functools.lru_cache(maxsize=2)
-def filled(name: str) -> train_gpt.GPT:
-    """The model of a golden entry, made once for both of its routes."""
-    return gdn_rules.build(next(e.config for e in FORWARD if e.name.startswith(name)))
-
-
-@pytest.mark.parametrize("golden", FORWARD, ids=lambda e: e.name)
-def test_forward_and_gradients_give_the_published_numbers(golden: rules.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    c, expected, exact = golden.config, golden.expected, golden.config["rows"] * golden.config["T"] < 200
-    model, rel = filled(golden.name.partition("_loop_")[0]), rules.REL if exact else 1e-6
-    model.zero_grad(set_to_none=True)
-    model.set_looping(c["loop_on"])
-    count, V = c["rows"] * (c["T"] + 1), c["V"]
-    if c["token_rule"] == "linear":
-        place = torch.arange(c["rows"] * c["T"]).view(c["rows"], -1)
-        ids, targets = 7919 * place % V, (7919 * place + 4001) % V
-    else:
-        stream = torch.from_numpy(rules.tokens(V, count, [])).view(c["rows"], -1)
-        ids, targets = stream[:, :-1], stream[:, 1:]
-    if V < 8192:
-        with torch.no_grad():
-            assert model(ids, targets, reduction="none").sum().item() == close(
-                expected["nll_sum_with_rope_float32"], 1e-7
-            )
-    monkeypatch.setattr(train_gpt, "rotary_tables", exact_tables)
-    with torch.set_grad_enabled("grad_l2" in expected):
-        h = model.trunk(ids)
-        z = train_gpt.softcapped(model.tok_emb(h), c["logit_softcap"])
-        nll = F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none")
-    rules.assert_checks(h, expected["hidden"], rel)
-    assert h[0, 5, :4].tolist() == close(expected["hidden_row0_pos5_first4"], rel)
-    assert nll.sum().item() == close(expected["nll_sum"], rel)
-    assert nll[:8].tolist() == close(expected["nll_first8"], rel)
-    if "logits_row1_pos200_first4" in expected:
-        assert z[1, 200, :4].tolist() == close(expected["logits_row1_pos200_first4"], rel)
-        return
-    assert nll[-4:].tolist() == close(expected["nll_last4"])
-    rules.assert_checks(z, expected["logits"])
-    assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
-    route, encoder = list(model.route.layers), model.route.num_encoder
-    assert {"encoder": route[:encoder], "decoder": route[encoder:]} == expected["execution_order"]
-    nll.mean().backward()
-    letters = train_gpt.mixer_letters(gdn_rules.model_config(c))
-    gradients = {gdn_rules.published_name(n, letters): p.grad for n, p in model.named_parameters()}
-    for name, norm in expected["grad_l2"].items():
-        rules.assert_checks(gradients[name], {"l2": norm, "wsum": expected["grad_wsum"][name]}, 1e-7)
-    total = torch.stack([g.norm() for g in gradients.values() if g is not None]).norm()
-    assert total.item() == close(expected["grad_l2_total"], 1e-7)
-
-
 def test_bf16_rotary_tables_of_the_published_program() -> None:
     golden = GOLDEN["rope_table"]
-    c, tables = golden["config"], {"published_bf16": train_gpt.ROTARIES["bf16"], "exact_float64": exact_tables}
+    published = functools.partial(train_gpt.rotary_tables, dtype=torch.bfloat16)
+    c, tables = golden["config"], {"published_bf16": published, "exact_float64": exact_tables}
     for name, make in tables.items():
         expected = golden["expected"][name]
         for part, table in zip(("cos", "sin"), make(c["T"], c["rope_dims"], c["rope_base"], rules.CPU), strict=True):
             assert table[c["positions"]].tolist() == [close(row, 1e-9) for row in expected[part]]
             rules.assert_checks(table, expected[f"{part}_checks"])
-    assert train_gpt.ROTARIES["bf16"](8, 4, 1e4, rules.CPU)[0].dtype == torch.float32
-
-
-@pytest.mark.parametrize("golden", [e for e in FORWARD if e.config["V"] < 8192][::3], ids=lambda e: e.name)
-def test_loss_with_the_published_rotary_tables(golden: rules.Entry) -> None:
-    c = golden.config
-    model = gdn_rules.build(c, rope_dtype="bf16")
-    model.set_looping(c["loop_on"])
-    stream = torch.from_numpy(rules.tokens(c["V"], c["rows"] * (c["T"] + 1), [])).view(c["rows"], -1)
-    with torch.no_grad():
-        nll = model(stream[:, :-1], stream[:, 1:], reduction="none").sum().item()
-    assert nll == close(golden.expected["nll_sum_with_rope_bf16_as_published"], 1e-7)
+    assert published(8, 4, 1e4, rules.CPU)[0].dtype == torch.float32
 
 
 def toy(seed: int = 5, looping: bool = True, **knobs: Any) -> train_gpt.GPT:

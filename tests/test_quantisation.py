@@ -27,68 +27,12 @@ OURS = {  # published name -> ours, for the dictionary of the mixed_quantize ent
 }  # the entry's small c_k is stored as fp16 there by its size; here every matrix follows the plan
 
 
-def golden_hessian(key: str, samples: int, cols: int, rho: float, dead: tuple[int, ...] = ()) -> Tensor:
-    """X^T X / samples, float64, of correlated columns."""
-    X = rules.fill("hash", f"gptq.X.{key}", (samples, cols), 1.0) * (1 + torch.arange(cols) / cols)
-    X = X + rho * rules.fill("hash", f"gptq.c.{key}", (samples, 1), 1.0)
-    X[:, list(dead)] = 0
-    return X.T @ X / samples
-
-
 def weighted_error(error: Tensor, H: Tensor) -> float:
     """trace(E H E^T): the squared error of the layer's outputs."""
     return (error.double() @ H.double() * error.double()).sum().item()
 
 
-def integers_match(found: list[int], expected: list[int], off_by_one: int) -> bool:
-    difference = np.abs(np.subtract(found, expected))
-    return bool(difference.max() <= 1 and difference.sum() <= off_by_one)
-
-
 # The published numbers
-
-
-@rules.parametrize("gptq")
-def test_gptq(golden: rules.Entry) -> None:
-    config, want = golden.config, golden.expected
-    rows, cols, key = config["rows"], config["cols"], config["tensor_key"]
-    W = rules.fill("hash", f"gptq.W.{key}", (rows, cols), 0.1) * (1 + 0.5 * torch.arange(rows) / rows)[:, None]
-    H = golden_hessian(key, config["samples"], cols, config["rho"], tuple(config["dead_columns"]))
-    W = W.float()
-    bits = (config["clip_range"] + 1).bit_length()
-    scale = train_gpt.row_scales(W, bits, config["clip_sigmas"])
-    assert scale.tolist() == torch.tensor(want["scales_fp16"], dtype=torch.float64).half().tolist()
-    q = train_gpt.gptq(W, H.float(), scale[:, None], bits, 0.01, config["block_size"])
-    assert q.dtype == torch.int8 and integers_match(q[0].tolist(), want["q_first_row"], 2)
-    assert integers_match(q.sum(1).tolist(), want["q_row_sums"], 2)
-    assert integers_match(q.abs().sum(1).tolist(), want["q_row_abs_sums"], 2)
-    assert abs(int((q.abs() == config["clip_range"]).sum()) - want["q_at_limit_count"]) <= 2
-    assert rules.checks(q)["wsum"] == pytest.approx(want["q_wsum"], abs=2)
-    assert H.diagonal().abs().mean().item() == pytest.approx(want["mean_abs_diag_H"], rel=1e-6)
-    step = scale.double()[:, None]
-    errors = W.double() - q * step, W.double() - train_gpt.round_to_grid(W.double(), step, bits) * step
-    assert errors[0].norm().item() == pytest.approx(want["err_frobenius"], rel=1e-4)
-    assert weighted_error(errors[0], H) == pytest.approx(want["err_hessian_weighted"], rel=1e-4)
-    assert weighted_error(errors[1], H) == pytest.approx(want["round_to_nearest_err_hessian_weighted"], rel=1e-4)
-    rules.assert_checks(train_gpt.decode_rows({"q": q, "s": scale}), want["dequant"], rel=1e-6)
-
-
-def test_hessians_of_a_model() -> None:
-    golden = rules.entries("hessians")[0]
-    config, want = golden.config, golden.expected
-    model, tap = rules.build(config, torch.float32), train_gpt.HessianTap()
-    stream = torch.from_numpy(rules.tokens(config["V"], config["stream_len"], config["bos"]))
-    with torch.no_grad():
-        for ids in stream.view(config["batches"], config["rows_per_batch"], config["T"]):
-            model(ids, None, None, tap)
-    ours = tap.hessians(model, config["batches"], rules.runtime())
-    assert sorted(ours) == sorted(name for name, p in model.named_parameters() if is_matrix(name))
-    hessians = {rules.canonical(name): H for name, H in ours.items()}
-    assert len(hessians) == want["count"]
-    for name, expected in want["checks"].items():
-        assert hessians[name].trace().item() == pytest.approx(want["trace"][name], rel=1e-4)
-        assert hessians[name].norm().item() == pytest.approx(want["frobenius"][name], rel=1e-4)
-        rules.assert_checks(hessians[name], expected, rel=1e-4)
 
 
 def is_matrix(name: str) -> bool:
@@ -105,7 +49,7 @@ def test_quantize_of_a_dictionary() -> None:
         state[ours] = rules.fill("hash", name, shape, config["amps"][name], base).float()
         if is_matrix(ours):
             key = config["hessian_key_prefix"] + name
-            hessians[ours] = golden_hessian(key, config["hessian_samples"], shape[1], config["rho"]).float()
+            hessians[ours] = rules.hessian(key, config["hessian_samples"], shape[1], config["rho"]).float()
     knobs = ("embed_clip_sigmas", "mlp_clip_sigmas", "attn_clip_sigmas", "embed_bits", "matrix_bits")
     cfg = train_gpt.Config(attn_gate="sparse", **{knob: config[knob] for knob in knobs})
     stored = {tensor.name: tensor for tensor in train_gpt.quantize(cfg, rules.runtime(), state, hessians)}

@@ -16,7 +16,7 @@ import torch
 from conftest import listener
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_quantisation import OURS, golden_hessian, is_matrix, small_state, weighted_error
+from test_quantisation import OURS, is_matrix, small_state, weighted_error
 from torch import Tensor
 
 import train_gpt
@@ -97,7 +97,7 @@ def test_quantise_and_repair_of_a_dictionary() -> None:
             shape, ours = tuple(config["shapes"][name]), OURS[name]
             state[ours] = rules.fill("hash", name, shape, config["amps"][name]).float()
             key = config["hessian_key_prefix"] + name
-            hessians[ours] = golden_hessian(key, config["hessian_samples"], shape[1], config["rho"]).float()
+            hessians[ours] = rules.hessian(key, config["hessian_samples"], shape[1], config["rho"]).float()
         cfg = Config(repair="lqer", **{knob: value for knob, value in config.items() if knob in KNOBS})
         for ours, tensor in quantized(cfg, state, hessians).items():
             published = next(want[name] for name in want if OURS.get(name) == ours)

@@ -40,7 +40,7 @@ AXES = frozenset(
 # Calls that a module-level table may make: they build a value and touch nothing outside it.
 PURE_CALLS = frozenset("dict float frozenset int len max min namedtuple range set sorted tuple TypeVar".split())
 PURE_METHODS = frozenset(
-    "compile device dtype encode finfo fromkeys log MappingProxyType signature split sqrt Struct".split()
+    "compile device dtype encode finfo fromkeys log MappingProxyType partial signature split sqrt Struct".split()
 )
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
