@@ -642,10 +642,7 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "COMPRESSOR={c.compressor} spends one more bit per weight on gptq_tcq, as it does not know the trellis; say "
         "COMPRESSOR=rans",
     ),
-    (
-        lambda c: not c.ttt_lora_sites,
-        "TTT_LORA_SITES is empty; to adapt nothing say TTT_LORA_LR=0",
-    ),
+    (lambda c: not c.ttt_lora_sites, "TTT_LORA_SITES is empty; to adapt nothing say TTT_LORA_LR=0"),
     (
         lambda c: not c.ttt_trainable,
         "TTT_TRAINABLE is empty; to train nothing at test time, say TTT_EPOCHS=0",
@@ -1525,10 +1522,12 @@ def rotary_at(at: Tensor, dims: int, base: float, trained: int) -> tuple[Tensor,
     """cos and sin (B, T, dims/2), float32, of positions `at` (B, T). Positions below `trained` give the very rows of
     rotary_tables; beyond, angles are float64, because a large float32 angle loses its fraction."""
     frequency = rotary_frequencies(dims, base, at.device)
-    near, far = (at.to(f.dtype).unsqueeze(-1) * f for f in (frequency, frequency.double()))
-    inside = (at < trained).unsqueeze(-1)
+    at = at.unsqueeze(-1)
+    near, far = at.float() * frequency, at.double() * frequency.double()
+    inside = at < trained
     cos = torch.where(inside, near.cos(), far.cos().float())
-    return cos, torch.where(inside, near.sin(), far.sin().float())
+    sin = torch.where(inside, near.sin(), far.sin().float())
+    return cos, sin
 
 
 def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
@@ -1540,10 +1539,13 @@ def stretched_base(base: float, dims: int, span: int, reference: int) -> float:
 def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first 2 * cos.size(-1) dims of each head by tables of (T) or (B, T) rows; the rest passes through."""
     half = cos.size(-1)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    a, b, rest = x_BTHd.split([half, half, x_BTHd.size(-1) - 2 * half], dim=-1)
-    turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
-    return torch.cat([turned.to(x_BTHd.dtype), rest], dim=-1)
+    cos = cos.unsqueeze(-2)  # every head turns alike
+    sin = sin.unsqueeze(-2)
+    a, b, rest = x_BTHd.tensor_split([half, 2 * half], dim=-1)
+    first = a * cos + b * sin
+    second = b * cos - a * sin
+    turned = torch.cat([first, second], dim=-1).to(x_BTHd.dtype)
+    return torch.cat([turned, rest], dim=-1)
 
 
 def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
@@ -1587,10 +1589,12 @@ def segment_mask(cu_seqlens: Tensor, total: int, band: int) -> Tensor:
     """
     width, before = (2 * band, band) if total > band else (band, 0)
     query = torch.arange(total, device=cu_seqlens.device).view(-1, band, 1)
-    key = query[:, :1] - before + torch.arange(width, device=cu_seqlens.device)
+    first = query[:, :1] - before
+    key = first + torch.arange(width, device=cu_seqlens.device)
     segment = segments(cu_seqlens, total)
     same = segment[query] == segment[key.clamp_min(0)]
-    return (same & (key <= query) & (key >= 0)).unsqueeze(1)
+    seen = same & (key <= query) & (key >= 0)
+    return seen.unsqueeze(1)
 
 
 def exact_attention(
@@ -1891,17 +1895,21 @@ def launch_softcap_ce_back(
 def launch_tiles(x: Tensor, w: Tensor, pre: Tensor, out: Tensor, slope: float, back: bool) -> None:
     """Run leaky_square_kernel: one persistent program a multiprocessor, or a few under Triton's interpreter."""
     R, C, K = MLP_TILE
-    blocks = (
+    half = [R, C // 2]
+    blocks = [
         (x, [R, K]),
         (w, [K, C] if back else [C, K]),
-        (pre, [R, C // 2]),
-        (out, [R, C // 2]),
-    )
+        (pre, half),
+        (out, half),
+    ]
     # bulk copies: reads past the end of a matrix give zeros, and writes there do nothing
     tiles = [TensorDescriptor.from_tensor(matrix.contiguous(), block) for matrix, block in blocks]
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    programs = 3
+    if x.is_cuda:
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     # the backward also loads tiles of pre, which leaves shared memory for one stage less
-    leaky_square_kernel[(programs,)](*tiles, slope, back, num_warps=8, num_stages=3 if back else 4)
+    stages = 3 if back else 4
+    leaky_square_kernel[(programs,)](*tiles, slope, back, num_warps=8, num_stages=stages)
 
 
 def launch_leaky_square(
@@ -2395,7 +2403,7 @@ class HeadGate(nn.Module):
         return (self.factor * torch.sigmoid(self.scale * logits)).unsqueeze(-1)
 
 
-GATES: dict[str, Callable[[Config], HeadGate | None]] = {
+GATES = {
     "none": lambda c: None,
     "sparse": lambda c: HeadGate("half_open_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
     "dense": lambda c: HeadGate("dense_gate", (c.num_heads, c.model_dim)),
@@ -2444,16 +2452,25 @@ class HashEmbedding(Projected):
     def buckets(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T) rows of the table."""
         follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has a predecessor
-        key, seen = self.multipliers[0] * ids, torch.ones_like(follows)  # seen: the token `back` before exists
-        for back, multiplier in enumerate(self.multipliers[1:], 1):
+        seen = torch.ones_like(follows)  # whether the token `back` before exists
+        key = self.multipliers[0] * ids
+        earlier = ids
+        for multiplier in self.multipliers[1:]:
             seen = follows & F.pad(seen[:, :-1], (1, 0))
-            key = key ^ torch.where(seen, multiplier * F.pad(ids, (back, 0))[:, : ids.size(1)], 0)
+            earlier = F.pad(earlier[:, :-1], (1, 0))
+            key = key ^ torch.where(seen, multiplier * earlier, 0)
         # wrap in 64 bits: compiled code may not rely on int32 overflow
         signed = (key + 2**31) % 2**32 - 2**31
-        return torch.where(follows, signed % (self.rows - 1), self.rows - 1)
+        bucket = signed % (self.rows - 1)
+        return torch.where(follows, bucket, self.rows - 1)
 
     def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
         return e_BTD + self.look_up(self.buckets(ids), e_BTD.dtype)
+
+
+def previous(x_BTD: Tensor) -> Tensor:
+    """Each token gets its predecessor's row; the first gets zeros."""
+    return F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
 
 
 class Smear(nn.Module):
@@ -2468,11 +2485,12 @@ class Smear(nn.Module):
         self.bos_mask = cfg.smear_bos_mask
 
     def forward(self, ids: Tensor, e_BTD: Tensor) -> Tensor:
-        gate = torch.sigmoid(F.linear(e_BTD[..., : self.weight.size(1)], self.weight.to(e_BTD.dtype)))
+        window = e_BTD[..., : self.weight.size(1)]
+        gate = torch.sigmoid(F.linear(window, self.weight.to(e_BTD.dtype)))
         gate = gate * self.scale.to(e_BTD.dtype)
         if self.bos_mask:
-            gate = gate * (ids != BOS_ID).unsqueeze(-1).to(gate.dtype)
-        return e_BTD + gate * F.pad(e_BTD[:, :-1], (0, 0, 1, 0))
+            gate = gate.masked_fill((ids == BOS_ID).unsqueeze(-1), 0)
+        return e_BTD + gate * previous(e_BTD)
 
 
 class ChannelSmear(nn.Module):
@@ -2489,11 +2507,12 @@ class ChannelSmear(nn.Module):
         self.first_id = BOS_ID if cfg.smear_bos_mask else -1
 
     def forward(self, ids: Tensor, x_BTD: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.gate.to(x_BTD.dtype)) * (ids != self.first_id).unsqueeze(-1).to(x_BTD.dtype)
-        return (1 - gate) * x_BTD + gate * F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
+        gate = torch.sigmoid(self.gate.to(x_BTD.dtype))
+        gate = gate * (ids != self.first_id).unsqueeze(-1)
+        return (1 - gate) * x_BTD + gate * previous(x_BTD)
 
 
-EMBED_EXTRAS: dict[str, Callable[[Config], nn.Module]] = {  # what acts on the embedding, in this order
+EMBED_EXTRAS = {  # what acts on the embedding, in this order
     "bigram": lambda c: HashEmbedding(c, 2, c.bigram_vocab_size, c.bigram_dim),
     "trigram": lambda c: HashEmbedding(c, 3, c.trigram_vocab_size, c.trigram_dim, c.trigram_trained),
     "smear": Smear,
@@ -2506,7 +2525,7 @@ class ValueContext:
     """What the layer executions of one forward pass share about attention's values: the tokens' value embedding
     (B, T, K * d), a scale for each layer that adds it, and the first execution's values once it has run."""
 
-    def __init__(self, embedded: Tensor | None, scales: Tensor | None) -> None:
+    def __init__(self, embedded: Tensor | None = None, scales: Tensor | None = None) -> None:
         self.embedded, self.scales = embedded, scales
         self.first = None
 
@@ -2599,22 +2618,28 @@ class DeltaNet(nn.Module):
     def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
         # causal convolution over two tokens, which does not reach into the segment before
-        qkv, taps = tap("qkv", n, self.qkv(n)), self.taps.to(n.dtype)
-        before = F.pad(qkv[:, :-1], (0, 0, 1, 0)).masked_fill(meta.starts[..., None], 0)
-        qkv = taps[:, 1] * qkv + taps[:, 0] * before
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(self.widths, dim=-1))
-        q, k = ((F.elu(x) + 1).repeat_interleave(self.groups, dim=2) for x in (q, k))
+        qkv = tap("qkv", n, self.qkv(n))
+        older, newer = self.taps.to(n.dtype).unbind(1)
+        before = previous(qkv).masked_fill(meta.starts[..., None], 0)
+        qkv = newer * qkv + older * before
+        parts = qkv.split(self.widths, dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
+        q, k = (F.elu(x) + 1 for x in (q, k))
+        q, k = (x.repeat_interleave(self.groups, dim=2) for x in (q, k))
         # write strength sigmoid(b), and Mamba-2's log decay -A softplus(a + dt_bias)
         b, a = at_least_fp32(self.ba(n)).chunk(2, dim=-1)
-        g = -self.A_log.exp() * F.softplus(a + self.dt_bias)
+        rate = F.softplus(a + self.dt_bias)
+        g = -self.A_log.exp() * rate
+        beta = torch.sigmoid(b)
         state = g.new_zeros(n.size(0), g.size(-1), self.head_dim, self.head_dim)
-        v, beta = F.silu(v), torch.sigmoid(b)
-        y, _ = self.rule(q, k, v, g, beta, meta.starts, state)
-        y = y.flatten(2) * F.silu(self.z(n))
-        return tap("attn", n, tap("o", y, self.o(y)))
+        y, _ = self.rule(q, k, F.silu(v), g, beta, meta.starts, state)
+        gate = F.silu(self.z(n))
+        y = y.flatten(2) * gate
+        out = tap("o", y, self.o(y))
+        return tap("attn", n, out)
 
 
-MIXERS: dict[str, type[nn.Module]] = {"A": Attention, "G": DeltaNet}
+MIXERS = {"A": Attention, "G": DeltaNet}
 
 
 class MLP(nn.Module):
@@ -2630,9 +2655,11 @@ class MLP(nn.Module):
     def forward(self, m: Tensor, tap: LayerTap) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
         if self.fused is not None and tap.sites.isdisjoint(("up", "down")):
-            y = self.fused(m, self.up.weight.to(m.dtype), self.down.weight.to(m.dtype), self.slope)
+            up, down = (layer.weight.to(m.dtype) for layer in (self.up, self.down))
+            y = self.fused(m, up, down, self.slope)
         else:
-            a = F.leaky_relu(tap("up", m, self.up(m)), self.slope).square()
+            pre = tap("up", m, self.up(m))
+            a = F.leaky_relu(pre, self.slope).square()
             y = tap("down", a, self.down(a))
         return tap("mlp", m, y)
 
@@ -2859,7 +2886,7 @@ class GPT(nn.Module):
             ids = ids[:, self.reach :]
             x = torch.where(meta.kv_cache.first, self.embed(ids), x[:, self.reach :])
         x0 = x
-        values = ValueContext(None, None) if self.value_embed is None else self.value_embed(ids, self.dtype)
+        values = ValueContext() if self.value_embed is None else self.value_embed(ids, self.dtype)
         lanes, outputs, route = (x,), [], self.route
         for execution, layer in enumerate(route.layers):
             lane0, block, tap = lanes[0], self.blocks[layer], LayerTap(taps, execution, layer)
@@ -2907,11 +2934,6 @@ def weights_of(cfg: Config) -> dict[str, nn.Parameter]:
     """Name -> parameter of a configuration's model, without memory: shapes, roles and layers of a state dict."""
     with torch.device("meta"):  # shapes alone
         return dict(GPT(cfg).named_parameters())
-
-
-def count_parameters(cfg: Config) -> int:
-    """Parameters of a configuration's model."""
-    return sum(p.numel() for p in weights_of(cfg).values())
 
 
 def weights_by_role(cfg: Config, role: str) -> dict[int, str]:
@@ -3219,10 +3241,11 @@ AVERAGES = {"ema": Ema, "swa": Swa}  # in this order: each averages what the one
 
 def averages_of(cfg: Config, params: list[Tensor]) -> dict[str, Ema | Swa]:
     """The chain of averages of AVERAGE; the `shadow` of the last is what training ends with."""
-    chain = {}
-    for name in (name for name in AVERAGES if name in cfg.average):
-        source = list(chain.values())[-1].shadow if chain else params
-        chain[name] = AVERAGES[name](cfg, source)
+    chain, source = {}, params
+    for name, average in AVERAGES.items():
+        if name in cfg.average:
+            chain[name] = average(cfg, source)
+            source = chain[name].shadow
     return chain
 
 
@@ -6026,7 +6049,7 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
         lines.append(f"  {name}={format_knob(getattr(cfg, name.lower()))}  ({source})")
     with torch.device("meta"):
         model = GPT(cfg)
-    lines += [f"parameters {count_parameters(cfg)}", f"route, looping off: {model.routes[False]}"]
+    lines += [f"parameters {sum(p.numel() for p in model.parameters())}", f"route, looping off: {model.routes[False]}"]
     if loops(cfg):
         lines.append(f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}")
     lines.append("optimisers:")
