@@ -30,6 +30,7 @@ FILES = {  # stack -> its files, each with the kinds whose settings only list wh
     "caseops": {"caseops_stack": ("forward", "lora_forward", "ttt", "hessians")},
     "ngram": {"ngram": ("forward",), "ngram_training": ()},
     "gdn": {"gdn_model": ("forward",), "gdn_training": ("ttt", "plain_eval")},
+    "quant": {"quant": ()},
 }
 CANONICAL = (  # our name (regular expression) -> the published one
     (r"blocks\.(\d+)\.attn\.([qkv])\.weight", r"blocks.\1.attn.c_\2.weight"),

@@ -295,13 +295,10 @@ def test_three_whole_steps() -> None:
     knobs |= {"tied_embed_lr": c["lrs"]["tok"], "matrix_lr": c["lrs"]["mat"], "scalar_lr": c["lrs"]["sca"]}
     knobs |= {"muon_coefficients": "quintic", "muon_row_normalize": False, "muon_momentum": 0.99}
     cfg = Config(grad_clip_norm=0.0, ema_decay=0.997, **knobs)
-    trigram = [p for name, p in model.named_parameters() if "trigram" in name]
-    for p in trigram:
-        p.requires_grad_(False)
+    trigram = nn.ParameterList(p for name, p in model.named_parameters() if "trigram" in name).requires_grad_(False)
     optimisers = train_gpt.Optimisers(cfg, model, rules.runtime(torch.float64))
     ema = train_gpt.Ema(cfg, list(model.parameters()))
-    for p in trigram:
-        p.requires_grad_(True)
+    trigram.requires_grad_(True)
     size = c["batch"] * c["seq_len"] + 1
     streams = torch.from_numpy(rules.tokens(c["vocab_size"], 3 * size, [])).view(3, size)
     for step, (want, part) in enumerate(zip(expected["steps"], streams, strict=True)):
