@@ -876,10 +876,10 @@ class Log:
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(message + "\n")
 
-    def progress(self, what: str, done: int, total: int, started: float, every: float = 10.0) -> None:
-        """Write how much is done and the estimated seconds left, at most one line every `every` seconds."""
+    def progress(self, what: str, done: int, total: int, started: float) -> None:
+        """Write how much is done and the estimated seconds left, at most one line every ten seconds."""
         now = time.perf_counter()
-        if now - max(self.last, started) < every or done == 0:
+        if now - max(self.last, started) < 10 or done == 0:
             return
         self.last = now
         left = (now - started) / done * (total - done)
@@ -3205,12 +3205,6 @@ STAGES: dict[str, Callable[[Config, Progress], bool]] = {
 }
 
 
-def stages_of(cfg: Config) -> list[str]:
-    """The stages that a run has."""
-    chosen = {"looping"} if loops(cfg) else set()
-    return [name for name in STAGES if name in {*chosen, cfg.qat, *cfg.average}]
-
-
 class Ema:
     """Exponential moving average of tensors, float32, without bias correction: it starts at their initial values."""
 
@@ -3336,7 +3330,8 @@ class Trainer:
         self.optimisers = Optimisers(cfg, model, runtime)
         self.averages = averages_of(cfg, list(model.parameters()))
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
-        self.stages, self.begun = stages_of(cfg), set()
+        chosen = {cfg.qat, *cfg.average, *["looping"] * loops(cfg)}
+        self.stages, self.begun = chosen & STAGES.keys(), set()
         # calibration runs inside the budget too, so training ends that much earlier
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
