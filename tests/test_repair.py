@@ -111,12 +111,9 @@ def test_bits_pack_and_unpack(data: st.DataObject, bits: int, count: int) -> Non
     assert train_gpt.unpack_bits(packed, bits, count).tolist() == values.tolist()
 
 
-def test_two_bits_go_four_and_four_bits_go_two_to_a_byte() -> None:
+def test_bits_share_bytes_and_a_grid_reaches_its_levels_and_stays_within_a_step() -> None:
     assert train_gpt.pack_bits(torch.tensor([1, 2, 3, 0, 2]), 2).tolist() == [0b00111001, 2]
     assert train_gpt.pack_bits(torch.tensor([5, 10, 15]), 4).tolist() == [0xA5, 0x0F]
-
-
-def test_a_grid_reaches_its_levels_and_stays_within_a_step() -> None:
     for bits, group in itertools.product((2, 4), (5, 16, 1000)):
         x = torch.randn(9, 13, generator=torch.Generator().manual_seed(bits))
         packed, scale = Grid(bits, group).encode(x)

@@ -163,9 +163,7 @@ def test_clock_follows_time_and_stops_at_the_budget_or_the_step_limit(fake_time:
     assert fractions == [step / 8 for step in range(9)], "without a budget"
     fractions = run_clock(train_gpt.Clock(fake_rank(), 1e6, 5), fake_time, [1.0])
     assert len(fractions) == 6 and fractions[-1] == 1, "the limit comes before the budget"
-
-
-def test_clock_catches_a_slower_step_within_its_stride(fake_time: SimpleNamespace) -> None:
+    # and a slower step is caught within the stride
     fractions = run_clock(train_gpt.Clock(fake_rank(), 60.0, 10_000), fake_time, [0.5] * 50 + [2.0])
     spent = [min(step, 50) * 0.5 + max(step - 50, 0) * 2.0 for step in range(len(fractions))]
     worst = max(abs(f - s / 60) for f, s in zip(fractions, spent, strict=True))
@@ -250,8 +248,8 @@ def rounded_names(at: train_gpt.Trainer) -> set[str]:
 
 def test_ste_is_for_what_is_stored_in_under_eight_bits() -> None:
     at = trainer(qat="ste", embed_quant="row_quantile", embed_bits=8)
-    parts = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
-    assert rounded_names(at) == {f"blocks.{i}.{part}.weight" for i in range(2) for part in parts}
+    parts = itertools.product(range(2), "attn.q attn.k attn.v attn.o mlp.up mlp.down".split())
+    assert rounded_names(at) == {f"blocks.{layer}.{part}.weight" for layer, part in parts}
     tables = {"tok_emb.weight", "embed_extras.bigram.table.weight"}
     assert rounded_names(trainer(qat="ste")) - rounded_names(at) == tables, "seven bits by default"
     due = train_gpt.STAGES["ste"]
