@@ -58,7 +58,7 @@ def differentiated(rule: Rule, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def assert_same_rule(rule: Rule, inputs: tuple[Tensor, ...], wanted: list[Tensor]) -> None:
-    """A rule's values to 1e-11 and its gradients to 1e-9 of the largest; what decay leaves of 1 is below its rounding."""
+    """A rule's values to 1e-11 and its gradients to 1e-9 of the largest, which is no less than 1e-6."""
     for i, (x, y) in enumerate(zip(differentiated(rule, inputs), wanted, strict=True)):
         largest = max(y.abs().max().item(), 1e-6)
         torch.testing.assert_close(x, y, rtol=0, atol=(1e-11 if i < 2 else 1e-9) * largest)
