@@ -71,7 +71,7 @@ def test_graphs_of_an_evaluator(case: str, counter: CompileCounterWithBackend, m
 
 def test_graphs_of_training(counter: CompileCounterWithBackend) -> None:
     """One for each route, whatever the number of documents in a batch."""
-    cfg, runtime = small("NUM_LAYERS=2 NUM_LOOPS=1 LOOP_END=1"), rules.runtime(compile=True)
+    cfg, runtime = small("NUM_LOOPS=1"), rules.runtime(compile=True)
     model = ttt_rules.strong_model(cfg)
     forward = train_gpt.compiled(runtime, model)
     for looping in (False, True, False):
