@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, call
+from golden_rules import knobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,11 @@ def write_preset(folder: Path, text: str) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "record.env").write_text(text, encoding="utf-8")
     return str(folder)
+
+
+def rows(table: str) -> list[list[str]]:
+    """Rows of a table, which end with a semicolon, as cells, which are separated by ->."""
+    return [[cell.strip() for cell in row.split("->")] for row in table.split(";")]
 
 
 def problems(environ: dict[str, str]) -> list[str]:
@@ -50,11 +56,8 @@ def test_default_then_base_then_preset_then_environment(tmp_path: Path, monkeypa
     assert resolve({"PRESET": preset, "SEED": "9"})[1]["SEED"] == "environment"
     back = {"PRESET": preset, "SEED": str(Config().seed), "MATRIX_LR": str(Config().matrix_lr)}
     assert resolve(back) == (Config(), {}), "and so may the environment"
-    assert train_gpt.read_preset(preset) == {
-        **train_gpt.read_preset(str(tmp_path / "base")),
-        "SEED": "8",
-        "EMA_DECAY": "0.9965",
-    }
+    own = {"SEED": "8", "EMA_DECAY": "0.9965"}
+    assert train_gpt.read_preset(preset) == train_gpt.read_preset(str(tmp_path / "base")) | own
     monkeypatch.chdir(tmp_path)
     assert resolve({"PRESET": "p"})[0].matrix_lr == 0.5
     assert record_env(cfg) == "SEED=8\nMATRIX_LR=0.5\nBETA1=0.5\n"
@@ -138,42 +141,28 @@ def test_variables_of_shells_launchers_and_libraries_pass() -> None:
 # Values
 
 
+TYPED = """
+    SEED -> 12 -> 12; ITERATIONS -> 20_000 -> 20000; MATRIX_LR -> 1e-3 -> 0.001; MATRIX_LR -> 1 -> 1.0;
+    SMEAR_BOS_MASK -> 0 -> False; SMEAR_BOS_MASK -> 1 -> True; AVERAGE -> none -> (); AVERAGE -> -> ();
+    STAGES -> quantize, eval -> ('quantize', 'eval'); VE_LAYERS -> 5, 9,10 -> (5, 9, 10); VE_LAYERS -> none -> ();
+    EVAL -> plain -> 'plain'
+"""
+MISTYPED = """
+    SEED=1.5 SEED= ITERATIONS=many MATRIX_LR=fast SMEAR_BOS_MASK=true SMEAR_BOS_MASK=yes LOADER=shuffle
+    STAGES=train,test ATTN_EXTRAS=xsa,sinks VE_LAYERS=9,last VE_LAYERS=9,9 AVERAGE=ema,ema
+"""
+
+
 def test_text_becomes_the_annotated_type() -> None:
-    for name, text, value in (
-        ("SEED", "12", 12),
-        ("ITERATIONS", "20_000", 20_000),
-        ("MATRIX_LR", "1e-3", 1e-3),
-        ("MATRIX_LR", "1", 1.0),
-        ("SMEAR_BOS_MASK", "0", False),
-        ("SMEAR_BOS_MASK", "1", True),
-        ("AVERAGE", "none", ()),
-        ("AVERAGE", "", ()),
-        ("STAGES", "quantize, eval", ("quantize", "eval")),
-        ("VE_LAYERS", "5, 9,10", (5, 9, 10)),
-        ("VE_LAYERS", "none", ()),
-        ("EVAL", "plain", "plain"),
-    ):
-        got = getattr(load_config({name: text}), name.lower())
-        assert got == value and type(got) is type(value), (name, text)
+    for name, text, value in rows(TYPED):
+        assert repr(getattr(load_config({name: text}), name.lower())) == value, (name, text)
 
 
 def test_wrong_value_is_one_line_with_name_and_value() -> None:
-    for name, text in (
-        ("SEED", "1.5"),
-        ("SEED", ""),
-        ("ITERATIONS", "many"),
-        ("MATRIX_LR", "fast"),
-        ("SMEAR_BOS_MASK", "true"),
-        ("SMEAR_BOS_MASK", "yes"),
-        ("LOADER", "shuffle"),
-        ("STAGES", "train,test"),
-        ("ATTN_EXTRAS", "xsa,sinks"),
-        ("VE_LAYERS", "9,last"),
-        ("VE_LAYERS", "9,9"),
-        ("AVERAGE", "ema,ema"),
-    ):
+    for pair in MISTYPED.split():
+        name, text = pair.split("=")
         (line,) = problems({name: text})
-        assert line.startswith(f"{name}=") and all(part in line for part in text.split(",")), (name, text)
+        assert line.startswith(f"{name}=") and all(part in line for part in text.split(",")), pair
     floats = [field for field in FIELDS.values() if field.type == "float"]
     for text in ("nan", "inf", "-inf"):
         assert floats and not [f.name for f in floats if not train_gpt.bound_problems(f, float(text))]
@@ -204,51 +193,41 @@ def test_values_past_a_bound_are_refused_and_choices_accepted() -> None:
 
 # Pairs of values
 
-ILLEGAL_EXAMPLES = (  # one environment for each row of ILLEGAL, in its order, and a word of its message
-    ({"MODEL_DIM": "516"}, "MODEL_DIM=516"),
-    ({"NUM_HEADS": "8", "NUM_KV_HEADS": "3"}, "NUM_KV_HEADS=3"),
-    ({"ROPE_DIMS": "15"}, "ROPE_DIMS=15"),
-    ({"LOOP_START": "5", "LOOP_END": "4"}, "LOOP_START=5..LOOP_END=4"),
-    ({"MIXERS": "G*2 A*8"}, "MIXERS='G*2 A*8' must name a mixer"),
-    ({"GDN_QK_HEADS": "3"}, "GDN_QK_HEADS=3"),
-    ({"GATE_WINDOW": "513"}, "GATE_WINDOW=513"),
-    ({"ATTN_EXTRAS": "value_embed", "VE_LAYERS": "3,11"}, "VE_LAYERS=(3, 11)"),
-    ({"ROPE_REFERENCE_LEN": "1024", "ROPE_DIMS": "2"}, "ROPE_REFERENCE_LEN=1024"),
-    ({"TRAIN_BATCH_TOKENS": "2049", "BATCH_SLICES": "2", "TRAIN_SEQ_LEN": "2"}, "TRAIN_BATCH_TOKENS=2049"),
-    ({"TRAIN_BATCH_TOKENS": "8192"}, "TRAIN_SEQ_LEN=2048"),
-    ({"VAL_BATCH_TOKENS": "8192"}, "EVAL_SEQ_LEN=2048"),
-    ({"EVAL_STRIDE": "2049"}, "EVAL_STRIDE=2049"),
-    ({"TTT_CHUNK_SIZE": "2049"}, "TTT_CHUNK_SIZE=2049"),
-    ({"GPTQ_RESERVE_SECONDS": "600"}, "GPTQ_RESERVE_SECONDS=600"),
-    ({"AWQ_LITE_ENABLED": "1", "MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise"}, "AWQ_LITE_ENABLED=1"),
-    ({"AWQ_LITE_ENABLED": "1", "AWQ_LITE_BITS": "6"}, "AWQ_LITE_BITS=6"),
-    ({"SCALE_STEP": "1e-9"}, "SCALE_STEP=1e-09"),
-    ({"STAGES": "train,eval"}, "STAGES must be train"),
-    ({"EVAL": "slot", "SLOT_CAUSAL": "0"}, "ALLOW_NONCAUSAL=1"),
-    ({"EVAL": "chunk_sgd", "TTT_CHUNK_TOKENS": "2047"}, "TTT_CHUNK_TOKENS=2047"),
-    ({"MATRIX_BITS_OVERRIDES": "attn.o.weight"}, "attn.o.weight:7"),
-    ({"ROTATE": "hadamard_vo", "MODEL_DIM": "384"}, "power of two"),
-    ({"ROTATE": "hadamard_vo", "ATTN_EXTRAS": "value_embed"}, "ATTN_EXTRAS=value_embed"),
-    ({"TTT_CONTEXT": "carry", "TTT_CHUNK_SIZE": "1025"}, "half of TTT_EVAL_SEQ_LEN=2048"),
-    ({"TTT_CONTEXT": "carry", "TTT_WARM_START_A": "1"}, "TTT_WARM_START_A=0"),
-    ({"TTT_CONTEXT": "carry", "MIXERS": "G*2 A*9"}, "MIXERS without G"),
-    ({"TTT_CONTEXT": "carry", "ATTN_EXTRAS": "sink"}, "ATTN_EXTRAS=sink"),
-    ({"TCQ_STATES": "5"}, "TCQ_STATES=5"),
-    ({"MATRIX_QUANT": "gptq_tcq", "MATRIX_BITS": "8", "COMPRESSOR": "rans"}, "are at most 7"),
-    ({"MATRIX_QUANT": "gptq_tcq"}, "COMPRESSOR=brotli"),
-    ({"TTT_LORA_SITES": ""}, "TTT_LORA_SITES is empty"),
-    ({"TTT_TRAINABLE": ""}, "TTT_TRAINABLE is empty"),
-)
+# one environment for each row of ILLEGAL, in its order, and a word of its message (default: the first pair)
+ILLEGAL_EXAMPLES = """
+    MODEL_DIM=516; NUM_KV_HEADS=3 NUM_HEADS=8; ROPE_DIMS=15; LOOP_START=5 LOOP_END=4 -> LOOP_START=5..LOOP_END=4;
+    MIXERS=G*2_A*8 -> MIXERS='G*2 A*8' must name a mixer; GDN_QK_HEADS=3; GATE_WINDOW=513;
+    ATTN_EXTRAS=value_embed VE_LAYERS=3,11 -> VE_LAYERS=(3, 11); ROPE_REFERENCE_LEN=1024 ROPE_DIMS=2;
+    TRAIN_BATCH_TOKENS=2049 BATCH_SLICES=2 TRAIN_SEQ_LEN=2; TRAIN_BATCH_TOKENS=8192 -> TRAIN_SEQ_LEN=2048;
+    VAL_BATCH_TOKENS=8192 -> EVAL_SEQ_LEN=2048; EVAL_STRIDE=2049; TTT_CHUNK_SIZE=2049; GPTQ_RESERVE_SECONDS=600;
+    AWQ_LITE_ENABLED=1 MATRIX_QUANT=rowwise EMBED_QUANT=rowwise; AWQ_LITE_BITS=6 AWQ_LITE_ENABLED=1;
+    SCALE_STEP=1e-9 -> SCALE_STEP=1e-09; STAGES=train,eval -> STAGES must be train;
+    EVAL=slot SLOT_CAUSAL=0 -> ALLOW_NONCAUSAL=1; TTT_CHUNK_TOKENS=2047 EVAL=chunk_sgd;
+    MATRIX_BITS_OVERRIDES=attn.o.weight -> attn.o.weight:7; ROTATE=hadamard_vo MODEL_DIM=384 -> power of two;
+    ATTN_EXTRAS=value_embed ROTATE=hadamard_vo; TTT_CONTEXT=carry TTT_CHUNK_SIZE=1025 -> half of TTT_EVAL_SEQ_LEN=2048;
+    TTT_CONTEXT=carry TTT_WARM_START_A=1 -> TTT_WARM_START_A=0; TTT_CONTEXT=carry MIXERS=G*2_A*9 -> MIXERS without G;
+    ATTN_EXTRAS=sink TTT_CONTEXT=carry; TCQ_STATES=5;
+    MATRIX_QUANT=gptq_tcq MATRIX_BITS=8 COMPRESSOR=rans -> are at most 7;
+    MATRIX_QUANT=gptq_tcq -> COMPRESSOR=brotli; TTT_LORA_SITES= -> TTT_LORA_SITES is empty;
+    TTT_TRAINABLE= -> TTT_TRAINABLE is empty
+"""
+LEGAL_EXAMPLES = """
+    LOOP_START=5 LOOP_END=4 NUM_LOOPS=0; LOOP_START=10 LOOP_END=10; ROPE_DIMS=64; ROPE_DIMS=0; EVAL_STRIDE=2048;
+    MAX_WALLCLOCK_SECONDS=0 GPTQ_RESERVE_SECONDS=600; VAL_BATCH_TOKENS=16384;
+    STAGES=train,quantize,eval; STAGES=quantize,eval; STAGES=eval
+"""
 
 
 def test_illegal_pair_is_refused_by_its_own_row() -> None:
-    assert len(ILLEGAL_EXAMPLES) == len(train_gpt.ILLEGAL)
-    for index, (environ, word) in enumerate(ILLEGAL_EXAMPLES):
+    examples = rows(ILLEGAL_EXAMPLES)
+    assert len(examples) == len(train_gpt.ILLEGAL)
+    for index, (text, *word) in enumerate(examples):
+        environ = {name: value.replace("_A", " A") for name, value in knobs(text).items()}
         (line,) = problems(environ)
-        assert word in line
+        assert (*word, text.split()[0])[0] in line, text
         values = {name.lower(): train_gpt.parse_knob(FIELDS[name], text) for name, text in environ.items()}
         hits = [i for i, (predicate, _) in enumerate(train_gpt.ILLEGAL) if predicate(Config(**values))]
-        assert hits == [index], environ
+        assert hits == [index], text
     for environ in ({"ROPE_DIMS": "66"}, {"LOOP_END": "11"}):  # the second half of a predicate
         assert problems(environ)
     for stages in ("train", "train,quantize", "eval,quantize", "none", ""):
@@ -256,17 +235,8 @@ def test_illegal_pair_is_refused_by_its_own_row() -> None:
 
 
 def test_values_on_the_legal_side_pass() -> None:
-    for environ in (
-        {"LOOP_START": "5", "LOOP_END": "4", "NUM_LOOPS": "0"},
-        {"LOOP_START": "10", "LOOP_END": "10"},
-        {"ROPE_DIMS": "64"},
-        {"ROPE_DIMS": "0"},
-        {"MAX_WALLCLOCK_SECONDS": "0", "GPTQ_RESERVE_SECONDS": "600"},
-        {"VAL_BATCH_TOKENS": "16384"},
-        {"EVAL_STRIDE": "2048"},
-        *({"STAGES": stages} for stages in ("train,quantize,eval", "quantize,eval", "eval")),
-    ):
-        load_config(environ)
+    for (text,) in rows(LEGAL_EXAMPLES):
+        load_config(knobs(text))
 
 
 # record.env of a run

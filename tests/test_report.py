@@ -17,22 +17,10 @@ STAGE_SCORES = {
     "quantized": {"val_loss": 3.33, "val_bpb": 1.9834, "seconds": 6.4},
     "final": {"val_loss": 3.20, "val_bpb": 1.9053, "seconds": 41.8},
 }
-RESULT: dict[str, Any] = {
-    "preset": "demo",
-    "seed": 1337,
-    "stages": STAGE_SCORES,
-    "val_bpb": 1.9053,
-    "val_loss": 3.20,
-    "tokens_scored": 123_456,
-    "bytes_scored": 301_234,
-    "bytes_code": 38_556,
-    "bytes_model": 612_345,
-    "bytes_total": 650_901,
-    "train_seconds": 140.2,
-    "eval_seconds": 41.8,
-    "legal": True,
-    "artifact": "artifact.pyz",
-}
+RESULT: dict[str, Any] = {"preset": "demo", "seed": 1337, "stages": STAGE_SCORES, "val_bpb": 1.9053, "val_loss": 3.20}
+RESULT |= {"tokens_scored": 123_456, "bytes_scored": 301_234, "train_seconds": 140.2, "eval_seconds": 41.8}
+RESULT |= {"bytes_code": 38_556, "bytes_model": 612_345, "bytes_total": 650_901, "legal": True}
+RESULT |= {"artifact": "artifact.pyz"}
 
 
 def metrics_lines() -> list[str]:
@@ -107,13 +95,8 @@ def test_what_a_run_did_not_reach_is_named(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_marks_and_notes(tmp_path: Path) -> None:
-    write_run(
-        tmp_path,
-        [*metrics_lines(), '{"step": 42, "train_'],
-        bytes_model=16_000_000,
-        bytes_total=16_038_556,
-        legal=False,
-    )
+    lines = [*metrics_lines(), '{"step": 42, "train_']
+    write_run(tmp_path, lines, bytes_model=16_000_000, bytes_total=16_038_556, legal=False)
     table = report.format_table(report.read_run(tmp_path))
     for words in ("OVER THE CAP", "final (not legal)", "the last line is incomplete"):
         assert words in table, words
