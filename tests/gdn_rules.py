@@ -35,8 +35,7 @@ def published_name(name: str, letters: str) -> str:
 
 def by_published_name(cfg: train_gpt.Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a model by their published names."""
-    letters = train_gpt.mixer_letters(cfg)
-    return {published_name(name, letters): tensor for name, tensor in tensors.items()}
+    return {published_name(name, train_gpt.mixer_letters(cfg)): tensor for name, tensor in tensors.items()}
 
 
 def fill_module(config: dict[str, Any], module: nn.Module, prefix: str, letters: str) -> nn.Module:
@@ -51,29 +50,12 @@ def fill_module(config: dict[str, Any], module: nn.Module, prefix: str, letters:
 def model_config(config: dict[str, Any], **knobs: Any) -> train_gpt.Config:
     """The Config of a golden entry's model."""
     first, last, layers = config["full_attention_start"], config["full_attention_end"], config["L"]
-    head, qk, v = config["gdn"]
-    same = "mlp_mult num_loops loop_start loop_end rope_dims rope_base xsa_last_n skip_gates_enabled logit_softcap"
-    return train_gpt.Config(
-        **{
-            "vocab_size": config["V"],
-            "model_dim": config["D"],
-            "num_heads": config["H"],
-            "num_kv_heads": config["K"],
-            "num_layers": layers,
-            "mixers": f"G*{first} A*{last - first + 1} G*{layers - 1 - last}",
-            "parallel_start_layer": max(config["parallel_residual_start"], 0),
-            "parallel_lanes": 1,
-            "rope_reference_len": config["train_seq_len"],
-            "attn_extras": ("xsa", "sink"),
-            "gdn_head_dim": head,
-            "gdn_qk_heads": qk,
-            "gdn_v_heads": v,
-            "gdn_bos_reset": False,
-            "ln_scale": config["ln_scale"],
-        }
-        | {name: config[name] for name in same.split()}
-        | knobs
-    )
+    names = "mlp_mult num_loops loop_start loop_end rope_dims rope_base xsa_last_n skip_gates_enabled logit_softcap"
+    names += f" {rules.SIZES} rope_reference_len=train_seq_len ln_scale"
+    delta = dict(zip(("gdn_head_dim", "gdn_qk_heads", "gdn_v_heads"), config["gdn"], strict=True))
+    delta |= {"mixers": f"G*{first} A*{last - first + 1} G*{layers - 1 - last}", "gdn_bos_reset": False}
+    lanes = {"parallel_start_layer": max(config["parallel_residual_start"], 0), "parallel_lanes": 1}
+    return train_gpt.Config(**{"attn_extras": ("xsa", "sink")} | rules.renamed(config, names) | delta | lanes | knobs)
 
 
 def build(config: dict[str, Any], **knobs: Any) -> train_gpt.GPT:

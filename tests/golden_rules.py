@@ -30,6 +30,7 @@ FILES = {  # stack -> its files, each with the kinds whose settings only list wh
     "caseops": {"caseops_stack": ("forward", "lora_forward", "ttt", "hessians")},
     "ngram": {"ngram": ("forward",), "ngram_training": ()},
     "gdn": {"gdn_model": ("forward",), "gdn_training": ("ttt", "plain_eval")},
+    "quant": {"quant": ()},
 }
 CANONICAL = (  # our name (regular expression) -> the published one
     (r"blocks\.(\d+)\.attn\.([qkv])\.weight", r"blocks.\1.attn.c_\2.weight"),
@@ -81,14 +82,11 @@ def entries(kind: str, *stacks: str) -> list[Entry]:
     for stack in stacks or ("caseops",):
         for file, based in FILES[stack].items():
             golden = read_golden(file)
-            listed = golden.get(kind, [e for e in golden.get("entries", []) if kind == kind_of(e)])
+            all_kinds = golden.get("entries", [])
+            listed = golden.get(kind, [e for e in all_kinds if kind == e.get("kind", e["name"].split("/")[0])])
             base = golden["base"] if kind in based else {}
             found += [Entry(e["name"], base | e["config"], e["expected"], stack) for e in listed]
     return found
-
-
-def kind_of(stored: dict[str, Any]) -> str:
-    return stored.get("kind", stored["name"].split("/")[0])
 
 
 def entry(name: str) -> Entry:
@@ -142,38 +140,27 @@ def name_number(name: str, modulus: int = 9973) -> int:
 
 def fill(kind: str, name: str, shape: tuple[int, ...], amp: float, base: float = 0.0) -> Tensor:
     """The float64 tensor that a kind of fill gives a name."""
-    count = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
-    return torch.from_numpy(base + amp * FILLS[kind](count, name)).reshape(shape)
+    n = np.arange(1, math.prod(shape) + 1, dtype=np.float64)
+    match kind:
+        case "hash":
+            values = scramble(n.astype(np.uint64), name)
+        case "sine":
+            values = np.sin(0.7390851 * n + 0.0061803 * name_number(name))
+        case "quadratic":  # of full rank
+            values = np.sin(0.0137 * n * n + 0.0061803 * name_number(name))
+        case "chirp":
+            values = np.sin(0.7390851 * (n - 1) + 0.000061803 * (n - 1) ** 2 + name_number(name, 997))
+    return torch.from_numpy(base + amp * values).reshape(shape)
 
 
-def sine(count: np.ndarray, name: str) -> np.ndarray:
-    return np.sin(0.7390851 * count.astype(np.float64) + 0.0061803 * name_number(name))
-
-
-def quadratic(count: np.ndarray, name: str) -> np.ndarray:
-    """Of full rank."""
-    n = count.astype(np.float64)
-    return np.sin(0.0137 * n * n + 0.0061803 * name_number(name))
-
-
-def chirp(count: np.ndarray, name: str) -> np.ndarray:
-    n = count.astype(np.float64) - 1
-    return np.sin(0.7390851 * n + 0.000061803 * n**2 + name_number(name, 997))
-
-
-def scramble(count: np.ndarray, name: str) -> np.ndarray:
-    """Uniform in (-1, 1) by an integer hash of element and name."""
-    low = np.uint64(2**32 - 1)
-    x = (count * np.uint64(2654435761) + np.uint64(name_number(name) * 2246822507)) & low
-    x ^= x >> np.uint64(16)
-    x = (x * np.uint64(2146121005)) & low
-    x ^= x >> np.uint64(15)
-    x = (x * np.uint64(2221713035)) & low
-    x ^= x >> np.uint64(16)
+def scramble(x: np.ndarray, name: str) -> np.ndarray:
+    """Uniform in (-1, 1) by an integer hash of the elements' numbers x and a name."""
+    x, low = x * np.uint64(2654435761) + np.uint64(name_number(name) * 2246822507), np.uint64(2**32 - 1)
+    for shift, multiplier in ((16, 2146121005), (15, 2221713035), (16, 1)):
+        x &= low
+        x ^= x >> np.uint64(shift)
+        x *= np.uint64(multiplier)
     return 2 * (x.astype(np.float64) + 0.5) / 2**32 - 1
-
-
-FILLS = {"sine": sine, "quadratic": quadratic, "chirp": chirp, "hash": scramble}
 
 
 def tokens(vocab: int, count: int, bos: list[int]) -> np.ndarray:
@@ -269,28 +256,23 @@ def published_value(config: dict[str, Any], name: str, shape: tuple[int, ...], v
     return value + torch.tensor([[1.0], [0.0]]) if name.endswith("resid_mix") else value
 
 
+SIZES = "vocab_size=V model_dim=D num_heads=H num_kv_heads=K num_layers=L"
+
+
+def renamed(config: dict[str, Any], names: str) -> dict[str, Any]:
+    """Our name -> the entry's setting, by pairs ours=published, or names that are the same."""
+    pairs = (name.partition("=") for name in names.split())
+    return {ours: config[published or ours] for ours, _, published in pairs}
+
+
 def model_config(config: dict[str, Any], **knobs: Any) -> train_gpt.Config:
     """The Config of an entry's model settings."""
-    same = "mlp_mult rope_dims rope_base num_loops loop_start loop_end parallel_start_layer gate_window xsa_last_n"
-    same += " qk_gain_init ln_scale"
-    return train_gpt.Config(
-        **{
-            "vocab_size": config["V"],
-            "model_dim": config["D"],
-            "num_heads": config["H"],
-            "num_kv_heads": config["K"],
-            "num_layers": config["L"],
-            "parallel_final_lane": config["final_lane"],
-            "skip_gates_enabled": config["skip_gates"],
-            "embed_extras": ("smear",) if config["smear"] else (),
-            "smear_bos_mask": config["bos_mask"],
-            "attn_gate": "sparse" if config["sparse_gate"] else "none",
-            "sparse_attn_gate_scale": config["sparse_gate_scale"],
-            "logit_softcap": config["softcap"],
-        }
-        | {name: config[name] for name in same.split()}
-        | knobs
-    )
+    names = """mlp_mult rope_dims rope_base num_loops loop_start loop_end parallel_start_layer gate_window xsa_last_n
+    qk_gain_init ln_scale parallel_final_lane=final_lane skip_gates_enabled=skip_gates smear_bos_mask=bos_mask
+    sparse_attn_gate_scale=sparse_gate_scale logit_softcap=softcap"""
+    knobs = {"attn_gate": "sparse" if config["sparse_gate"] else "none"} | knobs
+    knobs = {"embed_extras": ("smear",) if config["smear"] else ()} | knobs
+    return train_gpt.Config(**renamed(config, f"{SIZES} {names}") | knobs)
 
 
 @torch.no_grad()

@@ -63,26 +63,20 @@ def published_value(config: dict[str, Any], name: str, shape: tuple[int, ...]) -
 
 def model_config(config: dict[str, Any], **knobs: Any) -> train_gpt.Config:
     """The Config of a golden entry's model."""
-    extras = {"bigram": config["bigram_vocab_size"], "trigram": config["trigram_vocab_size"], "smear_channel": True}
-    values = {"xsa": True, "value_residual": config["value_residual"], "value_embed": config["ve_enabled"]}
+    c, fixed = config, dict.fromkeys(("skip_gates_enabled", "smear_bos_mask", "hash_bos_mask"), False)
+    fixed |= {"num_loops": 0, "parallel_start_layer": 0, "rope_reference_len": 1024}
+    fixed |= {name: c[name] or 2 for name in ("bigram_vocab_size", "trigram_vocab_size")}
     same = "vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult logit_softcap rope_base qk_gain_init"
     same += " bigram_dim trigram_dim ve_dim xsa_last_n ln_scale"
+    extras = {"bigram": c["bigram_vocab_size"], "trigram": c["trigram_vocab_size"], "smear_channel": True}
+    values = {"xsa": True, "value_residual": c["value_residual"], "value_embed": c["ve_enabled"]}
     return train_gpt.Config(
         embed_extras=tuple(name for name, on in extras.items() if on),
         attn_extras=tuple(name for name, on in values.items() if on),
-        attn_gate="dense_bias" if config["gated_attention"] else "none",
-        bigram_vocab_size=config["bigram_vocab_size"] or 2,
-        trigram_vocab_size=config["trigram_vocab_size"] or 2,
-        ve_layers=tuple(int(layer) for layer in config["ve_layers"].split(",") if layer),
-        rope_dims=config["rope_dims"] or config["model_dim"] // config["num_heads"],
-        rope_reference_len=1024,
-        num_loops=0,
-        parallel_start_layer=0,
-        skip_gates_enabled=False,
-        smear_bos_mask=False,
-        hash_bos_mask=False,
-        **{name: config[name] for name in same.split()},
-        **knobs,
+        attn_gate="dense_bias" if c["gated_attention"] else "none",
+        ve_layers=tuple(int(layer) for layer in c["ve_layers"].split(",") if layer),
+        rope_dims=c["rope_dims"] or c["model_dim"] // c["num_heads"],
+        **fixed | rules.renamed(c, same) | knobs,
     )
 
 
@@ -92,24 +86,11 @@ def build(config: dict[str, Any], **knobs: Any) -> train_gpt.GPT:
     return rules.filled(model, lambda name, shape: published_value(config, published_name(name), shape))
 
 
-SMALL = {  # the model of the chunk SGD and SLOT entries, beside what each entry says
-    "num_layers": 3,
-    "bigram_vocab_size": 61,
-    "bigram_dim": 16,
-    "trigram_dim": 24,
-    "xsa_last_n": 2,
-    "rope_dims": 8,
-    "ln_scale": True,
-    "ve_enabled": True,
-    "ve_dim": 16,
-    "ve_layers": "1,2",
-    "overrides": {},
-}
-
-
 def adapted_model(config: dict[str, Any]) -> train_gpt.GPT:
     """The model of a chunk SGD or SLOT entry."""
-    return build(GOLDEN["base"] | SMALL | {key: config[key] for key in ("trigram_vocab_size", "value_residual")})
+    small = {"num_layers": 3, "bigram_vocab_size": 61, "bigram_dim": 16, "trigram_dim": 24, "xsa_last_n": 2}
+    small |= {"rope_dims": 8, "ln_scale": True, "ve_enabled": True, "ve_dim": 16, "ve_layers": "1,2", "overrides": {}}
+    return build(GOLDEN["base"] | small | rules.renamed(config, "trigram_vocab_size value_residual"))
 
 
 def stream(num_targets: int) -> train_gpt.ValData:
@@ -122,9 +103,5 @@ def stream(num_targets: int) -> train_gpt.ValData:
 def published_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
     """Windows as published: at every start that leaves `stride` targets, each but the first scores its last `stride`,
     though the window before may have reached the end already."""
-    rows = []
-    for start in range(0, num_targets, stride):
-        size = min(length, num_targets - start)
-        if start == 0 or size >= stride:
-            rows.append((start, size, 0 if start == 0 else max(size - stride, 0), size))
-    return np.array(rows)
+    sizes = ((start, min(length, num_targets - start)) for start in range(0, num_targets, stride))
+    return np.array([(s, n, n - stride if s else 0, n) for s, n in sizes if s == 0 or n >= stride])

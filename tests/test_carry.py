@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from pathlib import Path
 
 import golden_rules as rules
 import numpy as np
 import pytest
-import test_runs
 import torch
 import torch.nn.functional as F
 import ttt_rules
+from conftest import Done, call, environment
 from torch import Tensor
 from ttt_rules import CHUNK, LENGTHS, STRUCTURES
 
 import train_gpt
 from train_gpt import CarryLora, Cells
 
-one_thread = test_runs.one_thread
 EXACT = 1e-11  # of float64 losses of some nats
 PLAIN = next(iter(STRUCTURES))
 IDS = ttt_rules.golden_stream(list(LENGTHS)).tokens
@@ -240,21 +241,14 @@ def test_phases_change_the_base_between_documents(monkeypatch: pytest.MonkeyPatc
         assert (gap > 1e-3) == (number >= 3) or length < 3, "the first update comes after three documents"
 
 
-def test_two_processes_adapt_as_one(tiny_data: object, tmp_path: object) -> None:
-    """By torchrun itself; twice as many rows as a rank's, so that both take documents."""
+def test_two_processes_adapt_as_one(tiny_data: Path, tmp_path: Path, call_ranks: Callable[..., Done]) -> None:
+    """Twice as many rows as a rank's, so that both take documents."""
     folder = tmp_path / "run"
-    knobs = {
-        "TTT_CONTEXT": "carry",
-        "EVAL": "phased_lora",
-        "TTT_BATCH_SIZE": 2,
-        "PHASED_TTT_PREFIX_DOCS": 4,
-        "PHASED_TTT_NUM_PHASES": 2,
-        "GLOBAL_TTT_LR": 0.05,
-        "GLOBAL_TTT_CHUNK_TOKENS": 128,
-    }
-    one = test_runs.call(test_runs.environment(tiny_data, folder, **knobs), folder)
+    phases = "PHASED_TTT_PREFIX_DOCS=4 PHASED_TTT_NUM_PHASES=2 GLOBAL_TTT_LR=0.05 GLOBAL_TTT_CHUNK_TOKENS=128"
+    knobs = rules.knobs(f"TTT_CONTEXT=carry EVAL=phased_lora TTT_BATCH_SIZE=2 {phases}")
+    one = call(environment(tiny_data, folder, **knobs), folder)
     assert one.code == 0 and one.out.count("global steps") == 2, one.err
-    two = test_runs.launch(test_runs.environment(tiny_data, folder, STAGES="eval", **knobs), folder, ranks=2)
+    two = call_ranks(environment(tiny_data, folder, STAGES="eval", **knobs), folder)
     assert two.code == 0, two.err
     assert two.bpb("final") == pytest.approx(one.bpb("final"), rel=1e-5)
     assert two.result["tokens_scored"] == one.result["tokens_scored"]
@@ -295,9 +289,8 @@ def test_where_nothing_can_be_captured_the_log_says_so(capsys: pytest.CaptureFix
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 def test_captured_graphs_are_the_eager_loop(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = train_gpt.Runtime(
-        0, 1, torch.device("cuda"), train_gpt.Log(None, True), torch.float32, compile and train_gpt.triton is not None
-    )
+    fast = compile and train_gpt.triton is not None
+    runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None, True), torch.float32, fast)
     cfg, found = config(ttt_eval_seq_len=48), {}
     model = ttt_rules.strong_model(cfg, scale=0.3).cuda()
     for name, captured in (("graphs", CarryLora.captured), ("eager", lambda learner: {})):

@@ -23,7 +23,7 @@ import train_gpt
 from train_gpt import GPT, ByteMeter, ChunkSgd, Config, SharedLesson, SpanSgd, Step, UserError, ValData, load_config
 
 GOLDEN = json.loads((Path(__file__).resolve().parent / "golden" / "chunk_sgd.json").read_text(encoding="utf-8"))
-PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
+PROPERTY = settings(max_examples=40)
 
 
 def config(**knobs: object) -> Config:
@@ -54,18 +54,15 @@ def trained(cfg: Config, val: ValData) -> ChunkSgd:
 def test_windows_and_chunks_of_the_delta_hybrid(case: dict) -> None:
     """At full size too (633,345 windows, 619 chunks), lazily: arrays, not a loop over windows."""
     c, want = case["config"], case["expected"]
-    cfg = Config(
-        eval="chunk_sgd", eval_seq_len=c["seq_len"], eval_stride=c["stride"], ttt_chunk_tokens=c["chunk_tokens"]
-    )
+    sizes = {"eval_seq_len": c["seq_len"], "eval_stride": c["stride"], "ttt_chunk_tokens": c["chunk_tokens"]}
+    cfg = Config(eval="chunk_sgd", **sizes)
     windows, edges = train_gpt.windows_by_chunk(cfg, c["targets"])
     absolute = windows + windows[:, :1] * [0, 0, 1, 1]
     assert (len(windows), len(edges) - 1) == (want["num_windows"], want["num_chunks"])
     first, last = want["first_windows"], want["last_windows"]
     assert absolute[: len(first)].tolist() == first and absolute[-len(last) :].tolist() == last
-    counts = np.diff(edges)
-    assert {str(k): int(n) for k, n in zip(*np.unique(counts, return_counts=True), strict=True)} == want[
-        "distinct_window_counts"
-    ]
+    counts = zip(*np.unique(np.diff(edges), return_counts=True), strict=True)
+    assert {str(k): int(n) for k, n in counts} == want["distinct_window_counts"]
     for number, chunk in want["chunks"].items():
         rows = absolute[edges[int(number)] : edges[int(number) + 1]]
         assert (len(rows), int((rows[:, 3] - rows[:, 2]).sum())) == (chunk["windows"], chunk["scored_targets"])
@@ -97,9 +94,8 @@ def test_each_target_is_scored_once_and_each_chunk_learnt_by_all_ranks_after(
     cfg = config(EVAL_SEQ_LEN=length, EVAL_STRIDE=stride, TTT_CHUNK_TOKENS=chunk, TRAIN_SEQ_LEN=64)
     val = stream(targets)
     ranks = [steps_of(cfg, val, rank, world) for rank in range(world)]
-    assert sorted(p for steps in ranks for cells, _ in steps if cells for p in cells.scored()) == [
-        *range(1, targets + 1)
-    ]
+    scored = sorted(p for steps in ranks for cells, _ in steps if cells for p in cells.scored())
+    assert scored == [*range(1, targets + 1)]
     spans = [[lesson.spans for _, lesson in steps if lesson] for steps in ranks]
     assert all(own == spans[0] for own in spans) and len(spans[0]) == -(-targets // chunk) - 1
     done, waiting = np.zeros(targets + 1, bool), [iter(steps) for steps in ranks]
@@ -127,19 +123,10 @@ def test_what_a_chunk_learns_is_what_was_scored_since_the_chunk_before() -> None
 
 
 def golden_config(c: dict) -> Config:
-    return Config(
-        eval="chunk_sgd",
-        loader="stream",
-        batch_slices=1,
-        eval_seq_len=c["train_seq_len"],
-        eval_stride=c["stride"],
-        ttt_lr=c["ttt_lr"],
-        ttt_epochs=c["ttt_epochs"],
-        ttt_momentum=c["ttt_momentum"],
-        ttt_grad_clip=c["ttt_grad_clip"],
-        ttt_chunk_tokens=c["chunk_tokens"],
-        val_batch_tokens=c.get("score_batch_windows", 32) * c["train_seq_len"],
-    )
+    same = ("ttt_lr", "ttt_epochs", "ttt_momentum", "ttt_grad_clip")
+    sizes = {"eval_seq_len": c["train_seq_len"], "eval_stride": c["stride"], "ttt_chunk_tokens": c["chunk_tokens"]}
+    sizes["val_batch_tokens"] = c.get("score_batch_windows", 32) * c["train_seq_len"]
+    return Config(eval="chunk_sgd", loader="stream", batch_slices=1, **sizes, **{name: c[name] for name in same})
 
 
 def record_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
@@ -195,29 +182,23 @@ def test_sgd_follows_the_published_trajectory(case: dict, monkeypatch: pytest.Mo
 # What is trained
 
 
-def test_mlp_is_the_matrices_and_scales_of_every_mlp() -> None:
-    cfg = config(TTT_TRAINABLE="mlp", NUM_LAYERS=11, LOOP_START=3, LOOP_END=5)
-    chosen = train_gpt.trainable(cfg, GPT(cfg))
+def test_trainable_words(run_gpt: Callable) -> None:
+    """One that matches nothing is found before the training."""
+    deep = config(TTT_TRAINABLE="mlp", NUM_LAYERS=11, LOOP_START=3, LOOP_END=5)
+    chosen = train_gpt.trainable(deep, GPT(deep))
     assert len(chosen) == 33 and sum(p.ndim == 2 for p in chosen.values()) == 22
     assert all(".mlp." in name or name.endswith("mlp_scale") for name in chosen)
-
-
-def test_trainable_words() -> None:
     for words, wanted in (
         ("blocks.0.*,skips", lambda name: name.startswith(("blocks.0.", "skips"))),
         ("all", lambda name: True),
         ("scalar", lambda name: "tok_emb" not in name and not re.search(r"attn\.[qkvo]\.|mlp\.(up|down)\.", name)),
     ):
-        cfg = config(TTT_TRAINABLE=words)
-        model = GPT(cfg)
+        model = GPT(config(TTT_TRAINABLE=words))
         expected = {name for name, _ in model.named_parameters() if wanted(name)}
-        assert set(train_gpt.trainable(cfg, model)) == expected, words
-
-
-def test_a_word_that_matches_nothing_is_found_before_the_training(run_gpt: Callable) -> None:
-    cfg = config(TTT_TRAINABLE="mlp,moe")
+        assert set(train_gpt.trainable(model.cfg, model)) == expected, words
+    model = GPT(config(TTT_TRAINABLE="mlp,moe"))
     with pytest.raises(UserError, match=r"TTT_TRAINABLE=moe matches no weight; say all.*blocks\.\*\.mlp\.up"):
-        train_gpt.trainable(cfg, GPT(cfg))
+        train_gpt.trainable(model.cfg, model)
     done = run_gpt("--explain", EVAL="chunk_sgd", TTT_TRAINABLE="moe")
     assert done.returncode == 2 and "TTT_TRAINABLE=moe matches no weight" in done.stderr
 

@@ -21,6 +21,7 @@ NUM_LOOPS=1 LOOP_START=0 LOOP_END=1 PARALLEL_START_LAYER=3 ATTN_GATE=dense_bias 
 ATTN_EXTRAS=xsa,value_residual,value_embed VE_LAYERS=0,1,4 VE_DIM=12 EMBED_EXTRAS=bigram,trigram,smear,smear_channel
 BIGRAM_VOCAB_SIZE=61 BIGRAM_DIM=12 TRIGRAM_VOCAB_SIZE=47 TRIGRAM_DIM=20
 """  # every part of the stack beside loops and two lanes
+TABLES = {"tok_emb", "embed_extras.bigram.table", "embed_extras.trigram.table", "value_embed.table"}
 
 
 def everything(seed: int = 5, looping: bool = True, **changed: Any) -> train_gpt.GPT:
@@ -42,9 +43,8 @@ def sample(rows: int, length: int, bos: list[int]) -> Tensor:
 
 
 def test_the_longest_segment_and_not_the_pack_stretches_the_rotary_base() -> None:
-    cfg = train_gpt.Config(rope_reference_len=1024, num_layers=1, num_loops=0)
     with torch.device("meta"):
-        model = train_gpt.GPT(cfg)
+        model = train_gpt.GPT(train_gpt.Config(rope_reference_len=1024, num_layers=1, num_loops=0))
     wanted = train_gpt.rotary_tables(4096, 16, 22_081.79027, rules.CPU)
     cu_seqlens = torch.from_numpy(train_gpt.pad_bounds(train_gpt.segment_bounds(torch.arange(0).numpy(), 4096, 2048)))
     packed = model.plan(4096, rules.CPU, cu_seqlens, 2048)
@@ -75,32 +75,25 @@ def slow_bucket(ids: list[int], t: int, rows: int, order: int, masked: bool) -> 
     return key % (rows - 1)
 
 
-def hashed(ids: Tensor, rows: int, order: int, masked: bool) -> Tensor:
-    cfg = train_gpt.Config(hash_bos_mask=masked)
-    return train_gpt.HashEmbedding(cfg, order, rows, 4).buckets(ids)
+IDS = st.lists(st.one_of(st.integers(0, 65535), st.sampled_from([1, 1, 65535])), min_size=1, max_size=24)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    ids=st.lists(st.one_of(st.integers(0, 65535), st.sampled_from([1, 1, 65535])), min_size=1, max_size=24),
-    rows=st.sampled_from([2, 3, 47, 1024, 65536]),
-    masked=st.booleans(),
-)
+@settings(max_examples=40)
+@given(ids=IDS, rows=st.sampled_from([2, 3, 47, 1024, 65536]), masked=st.booleans())
 @example(ids=[50000, 65535, 60000, 65535, 1, 42000, 41701, 41702, 0, 65000], rows=2048, masked=True)
 def test_buckets_are_those_of_the_definition(ids: list[int], rows: int, masked: bool) -> None:
     for order in (2, 3):
         expected = [slow_bucket(ids, t, rows, order, masked) for t in range(len(ids))]
-        assert hashed(torch.tensor([ids]), rows, order, masked)[0].tolist() == expected
+        table = train_gpt.HashEmbedding(train_gpt.Config(hash_bos_mask=masked), order, rows, 4)
+        assert table.buckets(torch.tensor([ids])).tolist() == [expected]
 
 
 def test_a_masked_document_hashes_and_smears_as_if_alone() -> None:
     model, ids = everything(num_loops=0), sample(1, 40, [0, 11, 12, 29])
     together = model.embed(ids)
     for start, stop in ((0, 11), (11, 12), (12, 29), (29, 40)):
-        alone = model.embed(ids[:, start:stop])
-        if start:  # smear_channel blends a row's first token with zeros unless it is masked, and here it is
-            assert ids[0, start] == train_gpt.BOS_ID
-        torch.testing.assert_close(together[:, start:stop], alone)
+        assert ids[0, start] == train_gpt.BOS_ID, "or smear_channel would blend a row's first token with zeros"
+        torch.testing.assert_close(together[:, start:stop], model.embed(ids[:, start:stop]))
     crossing = everything(num_loops=0, hash_bos_mask=False, smear_bos_mask=False)
     assert not torch.allclose(crossing.embed(ids)[:, 11], crossing.embed(ids[:, 11:12])[:, 0])
 
@@ -109,18 +102,9 @@ def test_a_masked_document_hashes_and_smears_as_if_alone() -> None:
 
 
 def test_initial_values() -> None:
-    cfg = train_gpt.Config(
-        vocab_size=1024,
-        embed_extras=("bigram", "trigram", "smear_channel"),
-        bigram_dim=96,
-        trigram_dim=96,
-        ve_dim=48,
-        attn_extras=("value_residual", "value_embed"),
-        model_dim=128,
-        num_layers=11,
-        attn_gate="dense_bias",
-    )
-    model = train_gpt.GPT(cfg).init_weights(3)
+    knobs = "VOCAB_SIZE=1024 MODEL_DIM=128 EMBED_EXTRAS=bigram,trigram,smear_channel BIGRAM_DIM=96 TRIGRAM_DIM=96"
+    knobs += " VE_DIM=48 ATTN_EXTRAS=value_residual,value_embed ATTN_GATE=dense_bias"
+    model = train_gpt.GPT(rules.toy_config(knobs)).init_weights(3)
     state = model.state_dict()
     for gram in ("bigram", "trigram"):
         proj = state[f"embed_extras.{gram}.proj.weight"]
@@ -162,24 +146,11 @@ def test_value_residual_takes_the_first_values_and_the_first_execution_mixes_not
         assert not torch.allclose(model(ids), before)
 
 
-def test_a_later_token_leaves_earlier_logits_bit_equal() -> None:
-    ids = sample(1, 40, [0, 11, 29])
-    for looping, masked in ((False, False), (False, True), (True, False), (True, True)):
-        model = everything(looping=looping, hash_bos_mask=masked, smear_bos_mask=masked)
-        before = model(ids)
-        for changed in (1, 2, 17, 39):
-            other = ids.clone()
-            other[0, changed] = 8 + (ids[0, changed] + 1) % 80
-            after = model(other)
-            assert torch.equal(before[:, :changed], after[:, :changed]), (looping, masked, changed)
-            assert not torch.equal(before[:, changed], after[:, changed]), (looping, masked, changed)
-
-
 def test_fresh_adapters_change_no_bit_and_reach_the_first_values() -> None:
     model, ids = everything(ttt_lora_rank=2), sample(2, 12, [0])
     lora = train_gpt.Adapters(model.cfg, rules.runtime(), model, 2)
-    for row in (0, 1):
-        lora.renew(row, row)
+    lora.renew(0, 0)
+    lora.renew(1, 1)
     before = model(ids)
     assert torch.equal(model(ids, None, None, lora), before)
     with torch.no_grad():
@@ -205,16 +176,14 @@ def test_the_whole_model_compiles_into_one_graph() -> None:
 
 def test_every_parameter_has_a_role_that_says_how_it_is_trained_and_stored() -> None:
     model = everything()
-    plan = train_gpt.quant_plan(model.cfg)
     roles = {name: train_gpt.ROLES[p.role] for name, p in model.named_parameters()}
-    assert sorted(roles) == sorted(model.state_dict()) == sorted(plan)
-    tables = {"tok_emb", "embed_extras.bigram.table", "embed_extras.trigram.table", "value_embed.table"}
-    assert {n.removesuffix(".weight") for n, role in roles.items() if role.lr == "tied_embed_lr"} == tables
+    assert sorted(roles) == sorted(model.state_dict()) == sorted(train_gpt.quant_plan(model.cfg))
+    assert {n.removesuffix(".weight") for n, role in roles.items() if role.lr == "tied_embed_lr"} == TABLES
     assert {role.optimiser for n, role in roles.items() if "attn.v.weight" in n} == {"muon"}
-    for name in "embed_extras.bigram.proj.weight value_embed.proj.weight value_embed.layer_scales".split():
-        assert (roles[name].optimiser, roles[name].lr, roles[name].wd) == ("adamw", "scalar_lr", "adam_wd")
-    for name in "embed_extras.smear_channel.gate blocks.1.attn.values.lambdas blocks.1.attn.gate.bias".split():
-        assert (roles[name].optimiser, roles[name].lr, roles[name].wd) == ("adamw", "scalar_lr", "adam_wd")
+    names = """embed_extras.bigram.proj.weight value_embed.proj.weight value_embed.layer_scales
+    embed_extras.smear_channel.gate blocks.1.attn.values.lambdas blocks.1.attn.gate.bias"""
+    for name in names.split():
+        assert (roles[name].optimiser, roles[name].lr, roles[name].wd) == ("adamw", "scalar_lr", "adam_wd"), name
 
 
 def test_the_published_trigram_is_not_trained() -> None:
@@ -233,9 +202,7 @@ def test_the_published_trigram_is_not_trained() -> None:
 
 def test_tables_are_stored_in_bf16_when_asked() -> None:
     model = train_gpt.GPT(rules.toy_config(EVERYTHING, embed_dtype="bf16")).init_weights(1)
-    halves = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
-    tables = ("tok_emb", "embed_extras.bigram.table", "embed_extras.trigram.table", "value_embed.table")
-    assert halves == {f"{name}.weight" for name in tables}
+    assert {name.removesuffix(".weight") for name, p in model.named_parameters() if p.dtype == torch.bfloat16} == TABLES
     assert torch.isfinite(model(sample(1, 9, [0]))).all()
     wide = train_gpt.GPT(rules.toy_config(EVERYTHING)).init_weights(1).state_dict()
     assert all(torch.equal(p, wide[name].to(p.dtype)) for name, p in model.named_parameters())

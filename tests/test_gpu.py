@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import golden_rules as rules
 import numpy as np
 import pytest
 import torch
@@ -69,24 +70,10 @@ def test_fused_delta_rule_is_the_twin(compiled: bool) -> None:
 
 
 def test_compiled_training_step_needs_one_graph_per_route(tiny_data: Path) -> None:
-    cfg = train_gpt.Config(
-        data_path=str(tiny_data),
-        vocab_size=320,
-        num_layers=5,
-        model_dim=128,
-        num_heads=2,
-        num_kv_heads=1,
-        loop_start=1,
-        loop_end=2,
-        parallel_start_layer=3,
-        train_batch_tokens=1024,
-        batch_slices=2,
-        train_seq_len=256,
-        warmup_steps=2,
-        eval_seq_len=256,
-        val_batch_tokens=1024,
-        attention="fa2",
-    )
+    shape = "VOCAB_SIZE=320 NUM_LAYERS=5 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=1"
+    route = "LOOP_START=1 LOOP_END=2 PARALLEL_START_LAYER=3 ATTENTION=fa2 WARMUP_STEPS=2"
+    sizes = "TRAIN_BATCH_TOKENS=1024 BATCH_SLICES=2 TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 VAL_BATCH_TOKENS=1024"
+    cfg = rules.toy_config(f"{shape} {route} {sizes}", data_path=str(tiny_data))
     runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None, True), torch.bfloat16, True)
     model = train_gpt.GPT(cfg, train_gpt.flash_attention, torch.bfloat16).cuda()
     model.load_state_dict(train_gpt.GPT(cfg).init_weights(0).state_dict())

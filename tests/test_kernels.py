@@ -7,6 +7,7 @@ variable that asks for it counts only before the import), ahead of time for sm_9
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -28,18 +29,10 @@ from train_gpt import Config, Kernels, Log, Runtime, UserError
 
 needs_triton = pytest.mark.skipif(train_gpt.triton is None, reason="triton is not installed")
 FUSED = Kernels(train_gpt.fused_cross_entropy, train_gpt.fused_mlp)
-SMALL = Config(
-    vocab_size=320,
-    num_layers=4,
-    model_dim=32,
-    num_heads=4,
-    num_kv_heads=2,
-    rope_dims=4,
-    loop_start=1,
-    loop_end=1,
-    parallel_start_layer=3,
-    logit_softcap=5.0,
-)
+SMALL = rules.toy_config("""
+VOCAB_SIZE=320 NUM_LAYERS=4 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 ROPE_DIMS=4
+LOOP_START=1 LOOP_END=1 PARALLEL_START_LAYER=3 LOGIT_SOFTCAP=5
+""")
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 CE_CASES = {  # rows, vocabulary (a block has 1024 columns), dtype, softcap, size of the logits
     "one-token": (1, 1, SINGLE, 30.0, 1.0),
@@ -225,14 +218,13 @@ def test_backward_formula_of_the_loss_is_the_twins_in_float64() -> None:
         torch.testing.assert_close(got, exact_ce(z, targets, g, softcap)[1], rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_fused_mlp_is_the_twin_in_float64(frozen: bool) -> None:
-    mlp = train_gpt.GPT(SMALL).init_weights(1).double().blocks[0].mlp.requires_grad_(not frozen)
+def test_fused_mlp_is_the_twin_in_float64() -> None:
+    mlp = train_gpt.GPT(SMALL).init_weights(1).double().blocks[0].mlp
     torch.nn.init.normal_(mlp.down.weight, generator=torch.Generator().manual_seed(5))
     m, g = noise(6, 2, 9, 32, dtype=DOUBLE).requires_grad_(), noise(7, 2, 9, 32, dtype=DOUBLE)
-    inputs = [m] if frozen else [m, mlp.up.weight, mlp.down.weight]
-    for mlp.slope in (0.0, 0.3, 0.5):
-        results = []
+    for frozen, mlp.slope in itertools.product((False, True), (0.0, 0.3, 0.5)):
+        mlp.requires_grad_(not frozen)
+        inputs, results = [m] if frozen else [m, mlp.up.weight, mlp.down.weight], []
         for mlp.fused in (None, train_gpt.fused_mlp):
             y = mlp(m, train_gpt.LayerTap(None))
             results.append([y, *torch.autograd.grad(y, inputs, g)])
@@ -308,11 +300,9 @@ def loss_and_grads(model: train_gpt.GPT, forward: object, reduction: str) -> lis
 
 
 def assert_all_close(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    assert [x is None for x in got] == [x is None for x in wanted]
     for a, b in zip(got, wanted, strict=True):
-        if b is None:
-            assert a is None
-        else:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(*(torch.zeros(0) if x is None else x for x in (a, b)), rtol=1e-4, atol=1e-6)
 
 
 def test_model_with_fused_kernels_is_the_plain_model() -> None:
@@ -372,15 +362,16 @@ def test_plain_twins_are_chosen_without_a_gpu_or_triton(monkeypatch: pytest.Monk
 
 @needs_triton
 def test_fused_kernels_are_chosen_where_they_can_run() -> None:
-    ce, mlp = FUSED[:2]
-    assert train_gpt.choose_kernels(SMALL, runtime("cuda")) == FUSED
-    assert train_gpt.choose_kernels(SMALL, runtime("cuda", SINGLE)) == Kernels(ce, None)
-    odd = Config(model_dim=36, num_heads=9, num_kv_heads=3, rope_dims=4)
-    assert train_gpt.choose_kernels(odd, runtime("cuda")) == Kernels(ce, None)
-    off = Config(fused_ce_enabled="0", fused_mlp_enabled="0")
-    assert train_gpt.choose_kernels(off, runtime("cuda")) == train_gpt.PLAIN
-    asked = Config(fused_ce_enabled="1", fused_mlp_enabled="1")
-    assert train_gpt.choose_kernels(asked, runtime("cuda")) == FUSED
+    off, asked = (Config(fused_ce_enabled=word, fused_mlp_enabled=word) for word in "01")
+    odd, loss_alone = Config(model_dim=36, num_heads=9, num_kv_heads=3, rope_dims=4), FUSED._replace(mlp=None)
+    for cfg, dtype, wanted in (
+        (SMALL, HALF, FUSED),
+        (SMALL, SINGLE, loss_alone),
+        (odd, HALF, loss_alone),
+        (off, HALF, train_gpt.PLAIN),
+        (asked, HALF, FUSED),
+    ):
+        assert train_gpt.choose_kernels(cfg, runtime("cuda", dtype)) == wanted, (cfg, dtype)
 
 
 def test_a_kernel_that_is_asked_for_and_cannot_run_is_an_error() -> None:
@@ -406,6 +397,7 @@ def short_run(embed_dtype: str, steps: int = 3) -> tuple[train_gpt.GPT, train_gp
 
 
 def test_bf16_embedding_takes_its_moments_along_and_nothing_else() -> None:
+    """And its average keeps what bf16 would lose."""
     model, optimisers, ema = short_run("bf16")
     embedding = model.tok_emb.weight
     assert {n for n, p in model.named_parameters() if p.dtype == HALF} == {"tok_emb.weight"}
@@ -414,6 +406,9 @@ def test_bf16_embedding_takes_its_moments_along_and_nothing_else() -> None:
         assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == wanted
     assert all(shadow.dtype == SINGLE for shadow in ema.shadow)
     assert model.state_dict()["tok_emb.weight"].dtype == HALF
+    assert not torch.equal(ema.shadow[0], ema.shadow[0].to(HALF).float())
+    torch._foreach_copy_([p.detach() for p in model.parameters()], ema.shadow)
+    assert torch.equal(embedding, ema.shadow[0].to(HALF))
 
 
 def test_bf16_embedding_starts_as_the_float32_one_rounded_and_stays_near() -> None:
@@ -426,37 +421,29 @@ def test_bf16_embedding_starts_as_the_float32_one_rounded_and_stays_near() -> No
     assert (low_ema.shadow[0] - high_ema.shadow[0]).norm() < 0.01 * high_ema.shadow[0].norm()
 
 
-def test_average_of_a_bf16_embedding_keeps_what_bf16_would_lose() -> None:
-    model, _, ema = short_run("bf16")
-    assert not torch.equal(ema.shadow[0], ema.shadow[0].to(HALF).float())
-    torch._foreach_copy_([p.detach() for p in model.parameters()], ema.shadow)
-    assert torch.equal(model.tok_emb.weight, ema.shadow[0].to(HALF))
-
-
 def test_bf16_embedding_is_clipped_by_the_norm_in_float32() -> None:
     cfg = dataclasses.replace(SMALL, embed_dtype="bf16", grad_clip_norm=0.25)
     model = train_gpt.GPT(cfg).init_weights(1)
     optimisers = train_gpt.Optimisers(cfg, model, runtime("cpu", SINGLE))
     for i, p in enumerate(model.parameters()):
         p.grad = noise(i, *p.shape, dtype=p.dtype)
-    shares = optimisers.muon.reduce()
-    before = model.tok_emb.weight.grad.float().clone()
-    everything = [*shares, *(p.grad.clone() for p in optimisers.small)]
-    norm = torch.stack([g.double().square().sum() for g in everything]).sum().sqrt()
+    shares, grad = optimisers.muon.reduce(), model.tok_emb.weight.grad
+    before = grad.float().clone()
+    norm = torch.stack([g.double().square().sum() for g in (*shares, *(p.grad for p in optimisers.small))]).sum().sqrt()
     optimisers.clip(shares)
     assert model.tok_emb.weight.grad.dtype == HALF
     assert relative(model.tok_emb.weight.grad, before * (0.25 / norm)) < 2.0**-8
 
 
-@pytest.mark.parametrize("scheme", ["rowwise", "gptq"])
-def test_bf16_embedding_is_quantised_as_floats(scheme: str) -> None:
-    cfg = dataclasses.replace(SMALL, embed_dtype="bf16", embed_quant=scheme)
-    weight, inputs = train_gpt.GPT(cfg).init_weights(2).state_dict()["tok_emb.weight"], noise(3, 400, 32)
-    rule = train_gpt.quant_plan(cfg)["tok_emb.weight"]
-    coded = [train_gpt.SCHEMES[scheme].encode(w, inputs.T @ inputs / 400, rule, cfg) for w in (weight, weight.float())]
-    assert all(torch.equal(coded[0][key], coded[1][key]) for key in coded[1])
-    restored = train_gpt.SCHEMES[scheme].decode(coded[0])
-    assert restored.dtype == SINGLE and relative(restored, weight) < 0.1
+def test_bf16_embedding_is_quantised_as_floats() -> None:
+    for name in ("rowwise", "gptq"):
+        cfg, scheme = dataclasses.replace(SMALL, embed_dtype="bf16", embed_quant=name), train_gpt.SCHEMES[name]
+        weight, inputs = train_gpt.GPT(cfg).init_weights(2).state_dict()["tok_emb.weight"], noise(3, 400, 32)
+        rule = train_gpt.quant_plan(cfg)["tok_emb.weight"]
+        coded, wide = (scheme.encode(w, inputs.T @ inputs / 400, rule, cfg) for w in (weight, weight.float()))
+        assert all(torch.equal(coded[key], wide[key]) for key in wide), name
+        restored = scheme.decode(coded)
+        assert restored.dtype == SINGLE and relative(restored, weight) < 0.1, name
 
 
 # On a GPU, at the contest's shapes: 98,304 tokens of a rank, width 512, hidden 2048, vocabulary 8192

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -39,7 +40,7 @@ def spectrum(rows: int, cols: int, decades: float, seed: int) -> Tensor:
 
 
 @given(st.integers(1, 24), st.floats(1, 6), st.floats(0, 6), st.sampled_from(sorted(train_gpt.COEFFICIENTS)))
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(max_examples=30)
 def test_gram_form_is_the_same_iteration(rows: int, ratio: float, decades: float, name: str) -> None:
     x = spectrum(rows, math.ceil(rows * ratio), decades, rows)
     for steps, turn in itertools.product((1, 2, 5, 10), (lambda t: t, lambda t: t.mT)):
@@ -72,12 +73,10 @@ def test_weights_without_gradient_only_decay() -> None:
 def test_every_parameter_has_one_optimiser() -> None:
     model = rules.build(SMALL)
     groups = train_gpt.optimiser_groups(model)
-    names = [name for params in groups.values() for name in params]
-    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
-    layers = range(SMALL["L"])
-    parts = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
-    muon = groups["muon", "matrix_lr", "muon_wd"]
-    assert muon.keys() == {f"blocks.{layer}.{part}.weight" for layer in layers for part in parts}
+    assert sorted(itertools.chain(*groups.values())) == sorted(name for name, _ in model.named_parameters())
+    parts = itertools.product(range(SMALL["L"]), "attn.q attn.k attn.v attn.o mlp.up mlp.down".split())
+    matrices = {f"blocks.{layer}.{part}.weight" for layer, part in parts}
+    assert groups["muon", "matrix_lr", "muon_wd"].keys() == matrices
     assert list(groups["adamw", "tied_embed_lr", "embed_wd"]) == ["tok_emb.weight"]
 
 
@@ -104,27 +103,20 @@ def set_gradients(model: nn.Module, seed: int, size: float = 1.0) -> None:
         parameter.grad = size * torch.randn(parameter.shape, generator=generator)
 
 
-def weights_of(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def test_clip_limits_the_global_norm_and_leaves_small_gradients_alone() -> None:
+def test_clip_limits_the_global_norm_leaves_small_gradients_alone_and_reaches_the_update() -> None:
     model, optimisers = small_run(grad_clip_norm=0.3)
-    for size, limit in ((1.0, 0.3), (1e-5, math.inf)):
+    for size in (1.0, 1e-5):
         set_gradients(model, 1, size)
         shares = optimisers.muon.reduce()
-        before = torch.cat([t.flatten() for t in (*shares, *(p.grad for p in optimisers.small))]).clone()
+        before = torch.cat([t.flatten() for t in (*shares, *(p.grad for p in optimisers.small))])
         optimisers.clip(shares)
         after = torch.cat([t.flatten() for t in (*shares, *(p.grad for p in optimisers.small))])
         assert len(after) == sum(p.numel() for p in model.parameters())
-        if limit == math.inf:
+        if size < 1:
             assert torch.equal(after, before)
         else:
-            assert after.norm().item() == pytest.approx(limit, rel=1e-4)
-            torch.testing.assert_close(after, before * (limit / before.norm()), rtol=1e-4, atol=1e-9)
-
-
-def test_clip_reaches_the_update() -> None:
+            torch.testing.assert_close(after, before * (0.3 / before.norm()), rtol=1e-4, atol=1e-9)
+            assert after.norm().item() == pytest.approx(0.3, rel=1e-4)
     steps = []
     for limit in (0.0, 0.3):
         model, optimisers = small_run(grad_clip_norm=limit, muon_row_normalize=False, adam_eps=1.0)
@@ -138,7 +130,7 @@ def test_clip_reaches_the_update() -> None:
 def test_a_step_moves_everything_or_with_a_zero_multiplier_nothing_and_clears_the_gradients() -> None:
     for multiplier in (1.0, 0.0):
         model, optimisers = small_run()
-        before = weights_of(model)
+        before = copy.deepcopy(list(model.parameters()))
         set_gradients(model, 2)
         optimisers.step(multiplier, 0)
         moved = [not torch.equal(b, p) for b, p in zip(before, model.parameters(), strict=True)]
@@ -148,12 +140,12 @@ def test_a_step_moves_everything_or_with_a_zero_multiplier_nothing_and_clears_th
 
 def test_clear_returns_to_the_first_step() -> None:
     model, optimisers = small_run()
-    start = weights_of(model)
+    start = copy.deepcopy(list(model.parameters()))
 
     def first_step() -> list[Tensor]:
         set_gradients(model, 3)
         optimisers.step(1.0, 0)
-        return weights_of(model)
+        return copy.deepcopy(list(model.parameters()))
 
     first, second = first_step(), first_step()
     for clear in (True, False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 
 import golden_rules as rules
@@ -69,37 +68,33 @@ def test_forward_through_adapters(golden: rules.Entry) -> None:
     ids, targets = ids.masked_fill(beyond, 0), targets.masked_fill(beyond, 0)
     with torch.set_grad_enabled("grad_l2" in want):
         nll = model(ids, targets, None, adapters, "none")
-    close = functools.partial(pytest.approx, rel=rules.REL)
-    assert nll.masked_fill(beyond, 0).sum(1).tolist() == close(want["nll_sum_per_row"])
-    assert nll[0, :8].tolist() == close(want["nll_first8_row0"])
-    assert nll[-1, :4].tolist() == close(want["nll_first4_last_row"])
-    last = [nll[row, length - 1].item() for row, length in enumerate(config["row_lens"])]
-    assert last == close(want["nll_per_row_pos_last_valid"])
-    assert adapters.state.weights.numel() == want["lora_param_count"]
-    assert len(model.route.layers) == want["num_slots"]
+    found = {"nll_sum_per_row": nll.masked_fill(beyond, 0).sum(1), "nll_first8_row0": nll[0]}
+    found |= {"nll_first4_last_row": nll[-1], "num_slots": len(model.route.layers)}
+    found["nll_per_row_pos_last_valid"] = nll[range(config["rows"]), [length - 1 for length in config["row_lens"]]]
+    found["lora_param_count"] = adapters.state.weights.numel()
+    loss = nll[:, : min(config["row_lens"])].mean(1).sum()
+    found["loss_sum_of_row_means_over_first_min_len"] = loss
+    rules.compare(found, want, skip=("grad_l2",))
     if "grad_l2" in want:
-        loss = nll[:, : min(config["row_lens"])].mean(1).sum()
-        assert loss.item() == close(want["loss_sum_of_row_means_over_first_min_len"])
         loss.backward()
-        found = {
-            f"{published_adapter(key)}.{half}": value.grad.norm().item()
-            for half in ("A", "B")
-            for key, value in getattr(adapters, half).items()
-        }
-        assert {name: found[name] for name in want["grad_l2"]} == close(want["grad_l2"])
+        halves = {"A": adapters.A, "B": adapters.B}
+        for name, norm in want["grad_l2"].items():
+            adapter, half = name.rsplit(".", 1)
+            key = next(key for key in adapters.A if published_adapter(key) == adapter)
+            assert halves[half][key].grad.norm().item() == pytest.approx(norm, rel=rules.REL), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fresh_adapters_change_no_bit(dtype: torch.dtype) -> None:
-    adapters, model = make_adapters(2, dtype)
-    for row, document in enumerate((4, 9)):
-        adapters.renew(row, document)
+def test_fresh_adapters_change_no_bit() -> None:
     ids = torch.from_numpy(rules.tokens(97, 48, [0, 24])).view(2, 24)
-    assert all(a.abs().max() > 0 and a.dtype == dtype for a in adapters.A.values())
-    assert torch.equal(model(ids, None, None, adapters), model(ids))
-    with torch.no_grad():
-        adapters.B["mlp_2"].fill_(0.1)
-    assert not torch.equal(model(ids, None, None, adapters), model(ids))
+    for dtype in (torch.float32, torch.bfloat16):
+        adapters, model = make_adapters(2, dtype)
+        for row, document in enumerate((4, 9)):
+            adapters.renew(row, document)
+        assert all(a.abs().max() > 0 and a.dtype == dtype for a in adapters.A.values()), dtype
+        assert torch.equal(model(ids, None, None, adapters), model(ids)), dtype
+        with torch.no_grad():
+            adapters.B["mlp_2"].fill_(0.1)
+        assert not torch.equal(model(ids, None, None, adapters), model(ids)), dtype
 
 
 def test_an_adapter_depends_on_seed_and_document_alone() -> None:
@@ -164,26 +159,18 @@ def test_a_step_is_adamw_of_each_row_by_its_own_count(beta1: float, dtype: torch
 # The published runs
 
 
+SETTINGS = """
+ttt_lora_rank=lora_rank ttt_lora_alpha=lora_alpha ttt_lora_lr=lr ttt_weight_decay=weight_decay ttt_beta1=beta1
+ttt_beta2=beta2 ttt_chunk_size=chunk ttt_eval_seq_len=window ttt_batch_size=batch_docs ttt_grad_steps=grad_steps
+phased_ttt_prefix_docs=prefix_docs phased_ttt_num_phases=num_phases
+"""  # our field=the golden entries' name
+
+
 def ttt_config(config: dict, **knobs: object) -> train_gpt.Config:
-    settings = {
-        "ttt_lora_rank": config["lora_rank"],
-        "ttt_lora_alpha": config["lora_alpha"],
-        "ttt_lora_lr": config["lr"],
-        "ttt_weight_decay": config["weight_decay"],
-        "ttt_beta1": config["beta1"],
-        "ttt_beta2": config["beta2"],
-        "ttt_chunk_size": config["chunk"],
-        "ttt_eval_seq_len": config["window"],
-        "ttt_batch_size": config["batch_docs"],
-        "ttt_grad_steps": config["grad_steps"],
-        "ttt_warm_start_a": bool(config["warm_start_a"]),
-        "phased_ttt_prefix_docs": config["prefix_docs"],
-        "phased_ttt_num_phases": config["num_phases"],
-        "global_ttt_lr": config.get("global_lr", 0.0),
-        "global_ttt_chunk_tokens": config.get("global_chunk_tokens", 32),
-        "batch_slices": 1,
-        "eval_seq_len": config.get("global_seq_len", 16),
-    }
+    settings = {field: config[name] for field, name in rules.knobs(SETTINGS).items()}
+    settings |= {"ttt_warm_start_a": bool(config["warm_start_a"]), "global_ttt_lr": config.get("global_lr", 0.0)}
+    settings |= {"global_ttt_chunk_tokens": config.get("global_chunk_tokens", 32), "batch_slices": 1}
+    settings["eval_seq_len"] = config.get("global_seq_len", 16)
     return rules.model_config(config | {"bos_mask": config.get("code") == "1915"}, **settings | knobs)
 
 
@@ -210,13 +197,9 @@ def record_steps(monkeypatch: pytest.MonkeyPatch, executions: int) -> list[tuple
             return losses(learner, cells)
         busy = torch.from_numpy(cells.documents >= 0)
         A, B = ({key: t[busy] for key, t in half.items()} for half in (learner.adapters.A, learner.adapters.B))
-        norms = {
-            "lm_head.A_l2": A["head_0"].norm().item(),
-            "lm_head.B_l2": B["head_0"].norm().item(),
-            "q.0.A_l2": A["q_0"].norm().item(),
-            "q.0.B_l2": B["q_0"].norm().item(),
-            "mlp.last.B_wsum": rules.checks(B[f"mlp_{executions - 1}"])["wsum"],
-        }
+        norms = {"lm_head.A_l2": A["head_0"], "lm_head.B_l2": B["head_0"], "q.0.A_l2": A["q_0"], "q.0.B_l2": B["q_0"]}
+        norms = {name: adapter.norm().item() for name, adapter in norms.items()}
+        norms["mlp.last.B_wsum"] = rules.checks(B[f"mlp_{executions - 1}"])["wsum"]
         steps.append((cells, norms))
         return losses(learner, cells)
 
@@ -230,11 +213,8 @@ def record_phases(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, dic
 
     def listen(cfg: train_gpt.Config, runtime: train_gpt.Runtime, model: train_gpt.GPT, tokens: np.ndarray) -> int:
         steps = update(cfg, runtime, model, tokens)
-        watched = {
-            "tok_emb": model.tok_emb.weight,
-            "blocks.0.attn.c_q.weight": model.blocks[0].attn.q.weight,
-            "skip_gates": model.skips.gates,
-        }
+        watched = {"tok_emb": model.tok_emb, "blocks.0.attn.c_q.weight": model.blocks[0].attn.q}
+        watched = {name: matrix.weight for name, matrix in watched.items()} | {"skip_gates": model.skips.gates}
         phases.append((tokens, {name: rules.checks(weight) for name, weight in watched.items()}))
         assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
         return steps
@@ -283,9 +263,9 @@ def compare_steps(batches: list[list[int]], steps: list[tuple[Cells, dict]], exp
             if (cells.rows == row).any()
         ]
         assert found == want["rows_doc_offset_len"]
-        if norms is None:
-            continue
-        if [doc for doc in cells.documents if doc >= 0] == batches[want["batch"]]:  # published: finished rows count
+        if (
+            norms and [doc for doc in cells.documents if doc >= 0] == batches[want["batch"]]
+        ):  # published: finished rows count
             assert norms == pytest.approx(want["state_before"], rel=1e-7, abs=1e-7)
             compared += 1
     assert compared > len(steps) / 3 or steps[0][1] is None
@@ -332,7 +312,7 @@ def test_schedule_of_documents_and_chunks() -> None:
     assert [s.cells.learns for s in steps] == [True] * (len(steps) - 1) + [False]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=9),
     size=st.integers(1, 6),
@@ -404,11 +384,3 @@ def test_adaptation_moves_the_scores_but_not_the_first_chunk_and_not_by_the_batc
         assert length - 1 <= CHUNK or not np.allclose(adapted[rest], frozen[rest], atol=1e-4)
     for batch in (1, 5):
         np.testing.assert_allclose(nll_of("doc_lora", ids, ttt_batch_size=batch)[1:], adapted[1:], rtol=0, atol=2e-3)
-
-
-def test_a_document_is_scored_as_if_it_were_alone() -> None:
-    ids, one_span = ttt_rules.golden_stream(LENGTHS).tokens, {"val_batch_tokens": 480}
-    whole = nll_of("plain", ids, **one_span)
-    for start, length in train_gpt.val_documents(ids):
-        alone = nll_of("plain", ids[start : start + length], **one_span)
-        np.testing.assert_allclose(alone[1:], whole[start + 1 : start + length], rtol=0, atol=1e-3)

@@ -88,64 +88,22 @@ def scores_of(cfg: Config, model: GPT, val: ValData, dtype: torch.dtype = torch.
 
 CHUNK = 8
 LENGTHS = (30, 75, 45, 13, 52, 2, CHUNK + 1, 2 * CHUNK + 1, CHUNK, 80)  # 3 of 10 are longer than a window of 48
-LOOPED = {
-    "vocab_size": 97,
-    "num_layers": 3,
-    "model_dim": 16,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "mlp_mult": 2.0,
-    "rope_dims": 4,
-    "xsa_last_n": 2,
-    "gate_window": 4,
-    "num_loops": 1,
-    "loop_start": 1,
-    "loop_end": 1,
-    "enable_looping_at": 0.5,
-    "parallel_start_layer": 2,
-    "attn_gate": "sparse",
-    "embed_extras": ("smear",),
-    "bigram_vocab_size": 64,
-    "bigram_dim": 8,
-    "trigram_vocab_size": 48,
-    "trigram_dim": 8,
-    "ve_layers": (0, 2),
-    "ve_dim": 6,
-    "ttt_lora_rank": 3,
-    "ttt_lora_alpha": 4.5,
-    "ttt_lora_lr": 0.01,
-    "ttt_chunk_size": CHUNK,
-    "ttt_eval_seq_len": 96,
-    "ttt_batch_size": 4,
-    "eval": "doc_lora",
-    "batch_slices": 1,
-    "eval_seq_len": 24,
-    "eval_stride": 8,
-    "val_batch_tokens": 96,
-    "ttt_chunk_tokens": 48,
-    "ttt_lr": 0.05,
-    "ttt_epochs": 2,
-    "global_ttt_chunk_tokens": 32,
-    "global_ttt_lr": 0.05,
-    "train_seq_len": 1024,
-}
+LOOPED = {"vocab_size": 97, "num_layers": 3, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0}
+LOOPED |= {"rope_dims": 4, "xsa_last_n": 2, "attn_gate": "sparse", "gate_window": 4, "embed_extras": ("smear",)}
+LOOPED |= {"num_loops": 1, "loop_start": 1, "loop_end": 1, "enable_looping_at": 0.5, "parallel_start_layer": 2}
+LOOPED |= {"bigram_vocab_size": 64, "bigram_dim": 8, "trigram_vocab_size": 48, "trigram_dim": 8}
+LOOPED |= {"ve_layers": (0, 2), "ve_dim": 6, "ttt_lora_rank": 3, "ttt_lora_alpha": 4.5, "ttt_lora_lr": 0.01}
+LOOPED |= {"ttt_chunk_size": CHUNK, "ttt_eval_seq_len": 96, "ttt_batch_size": 4, "eval": "doc_lora", "batch_slices": 1}
+LOOPED |= {"eval_seq_len": 24, "eval_stride": 8, "val_batch_tokens": 96, "ttt_chunk_tokens": 48, "ttt_lr": 0.05}
+LOOPED |= {"ttt_epochs": 2, "global_ttt_chunk_tokens": 32, "global_ttt_lr": 0.05, "train_seq_len": 1024}
+BARE = {"num_loops": 0, "parallel_start_layer": 0, "attn_gate": "none", "embed_extras": (), "attn_extras": ()}
+HASHES = {"embed_extras": ("bigram", "trigram", "smear", "smear_channel")}
 STRUCTURES = {
     "loops, lanes, XSA, sparse gate, smear": {},
-    "one lane, no loops, no extras": {
-        "num_loops": 0,
-        "parallel_start_layer": 0,
-        "attn_gate": "none",
-        "embed_extras": (),
-        "attn_extras": (),
-    },
+    "one lane, no loops, no extras": BARE,
     "smear over document starts": {"smear_bos_mask": False, "attn_gate": "dense"},
-    "hashes and both smears": {"embed_extras": ("bigram", "trigram", "smear", "smear_channel")},
-    "the same over document starts": {
-        "embed_extras": ("bigram", "trigram", "smear", "smear_channel"),
-        "hash_bos_mask": False,
-        "smear_bos_mask": False,
-        "attn_gate": "out",
-    },
+    "hashes and both smears": HASHES,
+    "the same over document starts": HASHES | {"hash_bos_mask": False, "smear_bos_mask": False, "attn_gate": "out"},
     "value embeddings and residuals": {"attn_extras": ("xsa", "value_residual", "value_embed")},
     "partial rotation of a stretched base": {"rope_reference_len": 8, "attn_gate": "dense_bias"},
 }
