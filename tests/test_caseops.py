@@ -280,9 +280,3 @@ def test_tokenizer_and_transform_must_match(prepared: Path, tmp_path: Path) -> N
     for model, transform, message in ((plain, CaseOps(), "needs its 4 symbols"), (fit, None, "add --caseops")):
         with pytest.raises(UserError, match=message):
             prepare.prepare(Options((docs,), tmp_path / "a", model, val_docs=3), transform)
-
-
-def test_both_forms_of_the_command_line_take_caseops() -> None:
-    assert prepare.parse_arguments(["sample", "--out", "x", "--caseops"]).caseops
-    args = prepare.parse_arguments(["--docs", "x", "--out", "y", "--vocab-size", "300", "--caseops"])
-    assert args.caseops and args.val_docs == 50_000

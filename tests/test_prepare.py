@@ -450,9 +450,12 @@ def test_command_line_survives_a_kill(tmp_path: Path, model: Path, capsys: pytes
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_validation_default_is_the_published_split() -> None:
-    args = prepare.parse_arguments(["--docs", "x", "--out", "y", "--vocab-size", "300"])
-    assert Options((Path("x"),), Path("y"), vocab_size=300).val_docs == args.val_docs == 50_000
+def test_validation_default_is_the_published_split_and_both_forms_take_caseops() -> None:
+    assert Options((Path("x"),), Path("y"), vocab_size=300).val_docs == 50_000
+    for form, val_docs in (("--docs x --vocab-size 300", 50_000), ("sample", 16)):
+        for more in ([], ["--caseops"]):
+            args = prepare.parse_arguments([*form.split(), "--out", "y", *more])
+            assert args.val_docs == val_docs and args.caseops == bool(more), form
 
 
 def test_sample_is_prose_of_useful_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
