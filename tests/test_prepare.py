@@ -279,11 +279,10 @@ def test_unfit_vocabularies_and_tokenizers_are_refused(tmp_path: Path, docs: Pat
     path.write_bytes(b"nonsense")
     refused("not a SentencePiece model", (docs,), tmp_path / "out", path, val_docs=1)
     common = {"model_type": "bpe", "vocab_size": 60, "minloglevel": 2, "hard_vocab_limit": False}
+    common["model_prefix"] = str(path.with_suffix(""))
     for extra, message in (({}, "no byte pieces"), ({"bos_id": 0, "unk_id": 1}, "BOS has id 0")):
-        prefix = str(tmp_path / f"m{len(extra)}")
-        texts = iter(make_texts(9))
-        spm.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=prefix, **common, **extra)
-        refused(message, (docs,), tmp_path / "out", Path(prefix + ".model"), val_docs=1)
+        spm.SentencePieceTrainer.train(sentence_iterator=iter(make_texts(9)), **common, **extra)
+        refused(message, (docs,), tmp_path / "out", path, val_docs=1)
 
 
 @settings(max_examples=40)
