@@ -876,10 +876,10 @@ class Log:
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(message + "\n")
 
-    def progress(self, what: str, done: int, total: int, started: float, every: float = 10.0) -> None:
-        """Write how much is done and the estimated seconds left, at most one line every `every` seconds."""
+    def progress(self, what: str, done: int, total: int, started: float) -> None:
+        """Write how much is done and the estimated seconds left, at most one line every ten seconds."""
         now = time.perf_counter()
-        if now - max(self.last, started) < every or done == 0:
+        if now - max(self.last, started) < 10 or done == 0:
             return
         self.last = now
         left = (now - started) / done * (total - done)
@@ -1756,7 +1756,7 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
 kernel = triton.jit if triton is not None else lambda function: function  # without Triton nothing calls them
 
 CE_BLOCK = 1024  # columns of a row of logits at a time
-MLP_TILE = (128, 256, 64)  # rows, columns and depth of a matmul tile
+MLP_TILE = 128, 256, 64  # rows, columns and depth of a matmul tile
 
 
 @kernel
@@ -1769,8 +1769,8 @@ def softcap_ce_kernel(
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Loss and log-sum-exp of one row of logits z (N, vocab)."""
-    row = tl.program_id(0).to(tl.int64)
+    """Store the loss and the log-sum-exp of one row of logits z (N, vocab)."""
+    row = tl.program_id(0).to(tl.int64)  # rows * vocab may pass 2^31
     z += row * vocab
     lanes = tl.arange(0, BLOCK)
     # Online softmax: each lane keeps its own running maximum and sum, and they meet at the end.
@@ -1801,20 +1801,24 @@ def softcap_ce_back_kernel(
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """dz = g (p - [column is the target]) 4 s (1 - s) of one block of a row; s = sigmoid(2z/c), p = exp(2cs - lse)."""
+    """Store the gradient dz of one block of a row: g (p - [column is the target]) 4 s (1 - s).
+
+    s = sigmoid(2z/c) and p = exp(2cs - lse).
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, place = column < vocab, row * vocab + column
     s = tl.sigmoid(2 * tl.load(z + place, mask=inside, other=0.0).to(tl.float32) / softcap)
     p = tl.exp(2 * softcap * s - tl.load(lse + row))
-    slope = tl.load(g + row) * 4 * s * (1 - s)
+    slope = tl.load(g + row) * 4 * s * (1 - s)  # dy/dz = 4 s (1 - s)
     grad = slope * tl.where(column == tl.load(targets + row), p - 1, p)
     tl.store(dz + place, grad.to(dz.dtype.element_ty), mask=inside)
 
 
 @kernel
 def halves(tile_RC: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Left and right half of the columns: storing a whole float32 tile at once would need too much shared memory."""
+    """Split a tile into its left and right half."""
+    # storing a whole float32 tile at once would need too much shared memory
     R: tl.constexpr = tile_RC.shape[0]
     C: tl.constexpr = tile_RC.shape[1]
     split = tl.reshape(tile_RC, (R, 2, C // 2))
@@ -1830,7 +1834,7 @@ def leaky_square_kernel(
     SLOPE: tl.constexpr,
     BACK: tl.constexpr,
 ) -> None:
-    """Forward: pre = x w^T and out = f(pre), f = LeakyReLU(., SLOPE)^2, of the rounded pre. Back: out = (x w) f'(pre).
+    """Forward: pre = x w^T and out = f(pre), where f = LeakyReLU(., SLOPE)^2. Back: out = (x w) f'(pre).
 
     The descriptors' blocks set the tile: x (rows, depth), w (columns, depth), or back (depth, columns), pre and out
     (rows, columns / 2).
@@ -1854,7 +1858,7 @@ def leaky_square_kernel(
                 z = pre.load([row, column + half * HALF]).to(tl.float32)
                 y = y * tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
             else:
-                z = y.to(pre.dtype)
+                z = y.to(pre.dtype)  # f sees the rounded pre, as in the twin
                 pre.store([row, column + half * HALF], z)
                 a = z.to(tl.float32)
                 a = tl.where(a > 0, a, SLOPE * a)
@@ -1865,7 +1869,7 @@ def leaky_square_kernel(
 def launch_softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     """softcap_ce through Triton, one program a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
-    loss, lse = (torch.empty(rows, dtype=torch.float32, device=z.device) for _ in range(2))
+    loss, lse = (z.new_empty(rows, dtype=torch.float32) for _ in range(2))
     softcap_ce_kernel[(rows,)](z, targets, loss, lse, softcap, vocab, CE_BLOCK)
     return loss, lse
 
@@ -1884,17 +1888,19 @@ def launch_softcap_ce_back(
     return dz
 
 
-def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of a matrix for bulk copies of (rows, columns) blocks; reads out of bounds give zeros."""
-    return TensorDescriptor.from_tensor(x.contiguous(), [rows, columns])
-
-
 def launch_tiles(x: Tensor, w: Tensor, pre: Tensor, out: Tensor, slope: float, back: bool) -> None:
-    """leaky_square_kernel with one persistent program a multiprocessor, or a few under Triton's interpreter."""
+    """Run leaky_square_kernel: one persistent program a multiprocessor, or a few under Triton's interpreter."""
     R, C, K = MLP_TILE
-    tiles = describe(x, R, K), describe(w, *((K, C) if back else (C, K)))
-    tiles += describe(pre, R, C // 2), describe(out, R, C // 2)
+    blocks = (
+        (x, [R, K]),
+        (w, [K, C] if back else [C, K]),
+        (pre, [R, C // 2]),
+        (out, [R, C // 2]),
+    )
+    # bulk copies: reads past the end of a matrix give zeros, and writes there do nothing
+    tiles = [TensorDescriptor.from_tensor(matrix.contiguous(), block) for matrix, block in blocks]
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    # the backward also loads tiles of pre, which leaves shared memory for one stage less
     leaky_square_kernel[(programs,)](*tiles, slope, back, num_warps=8, num_stages=3 if back else 4)
 
 
@@ -1904,10 +1910,10 @@ def launch_leaky_square(
     down: Tensor,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """leaky_square through Triton; the second matmul has nothing to fuse and is cuBLAS's."""
+    """leaky_square through Triton."""
     pre, post = (m.new_empty(m.size(0), up.size(0)) for _ in range(2))
     launch_tiles(m, up, pre, post, slope, back=False)
-    return F.linear(post, down), pre, post
+    return F.linear(post, down), pre, post  # the second matmul has nothing to fuse: cuBLAS
 
 
 def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
@@ -1923,14 +1929,14 @@ def operator(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> Callable[[Callable], Callable]:
-    """Decorator: make a plain twin the operator <this module>::<its name>, which a compiled graph keeps whole.
+    """Decorator: turn a plain twin into the operator <this module>::<its name>, which a compiled graph keeps whole.
 
     launch: what runs on a GPU; fake: gives empty results while tracing; both default to the twin. setup_context and
     backward: as in torch.library.register_autograd. The twin stays reachable as `.twin`.
     """
 
     def register(twin: Callable) -> Callable:
-        """The operator of a twin."""
+        """Make the operator for one twin."""
         # A process may hold several copies of this program (the judge's, a packed one's), and torch keeps only the
         # younger of two operators of one name: hence the module's name in it.
         op = torch.library.custom_op(f"{__name__}::{twin.__name__}", twin, mutates_args=(), device_types="cpu")
@@ -1950,13 +1956,13 @@ def softcapped(z: Tensor, softcap: float) -> Tensor:
 
 
 def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """Cross-entropy (N,), nats, of softcapped logits z (N, V): the plain twin, in at least float32."""
+    """Cross-entropy (N,) in nats for logits z (N, V), softcapped: the plain twin, in at least float32."""
     return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
 
 
 @operator(launch_softcap_ce_back)
 def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
-    """Gradient (N, V) of the logits, in their dtype, from the gradient g (N,) of the loss."""
+    """Gradient (N, V) for the logits, in their dtype, from the gradient g (N,) for the losses."""
     s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
     p = torch.exp(2 * softcap * s - lse[:, None])
     # size(0), not len: as a fake kernel this sees symbolic sizes, which len would make constants
@@ -1965,21 +1971,21 @@ def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap:
 
 
 def softcap_ce_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    """Keep the logits as they are, in bf16, and one float a row: no float32 copy of them exists."""
+    """Keep what the backward of softcap_ce reads."""
     (z, targets, ctx.softcap), (_, lse) = inputs, output
+    # the logits as they are, in bf16, and one float a row: no float32 copy of the logits exists
     ctx.save_for_backward(z, targets, lse)
     ctx.mark_non_differentiable(lse)
 
 
 def softcap_ce_grad(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
     """Gradients of softcap_ce's inputs."""
-    z, targets, lse = ctx.saved_tensors
-    return softcap_ce_back(g, z, targets, lse, ctx.softcap), None, None
+    return softcap_ce_back(g, *ctx.saved_tensors, ctx.softcap), None, None
 
 
 @operator(launch_softcap_ce, setup_context=softcap_ce_setup, backward=softcap_ce_grad)
 def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """softcapped_cross_entropy (N,) of z (N, V), and the shifted log-sum-exp (N,) of its backward; both float32."""
+    """softcapped_cross_entropy (N,) of z (N, V), and a shifted log-sum-exp (N,) for the backward; both float32."""
     y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
     lse = y.logsumexp(1)
     return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
@@ -1992,21 +1998,23 @@ def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
 
 @operator(launch_leaky_square_back)
 def leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
-    """Gradient (N, F) of pre from the gradient g (N, D) of LeakyReLU(pre, slope)^2 down^T, down (D, F)."""
+    """Gradient (N, F) for pre from the gradient g (N, D) for LeakyReLU(pre, slope)^2 down^T; down (D, F)."""
     return (g @ down) * torch.where(pre > 0, 2 * pre, 2 * slope**2 * pre)
 
 
 def leaky_square_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Keep both activations: to recompute post, the backward would have to write it a second time."""
+    """Keep what the backward of leaky_square reads."""
     (m, up, down, ctx.slope), (_, pre, post) = inputs, output
+    # both activations: to recompute post, the backward would have to write it a second time
     ctx.save_for_backward(m, up, down, pre, post)
     ctx.mark_non_differentiable(pre, post)
     ctx.set_materialize_grads(False)  # no zeros of the size of pre and post
 
 
 def leaky_square_grad(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    """Gradients of leaky_square's inputs; frozen weights, as in test-time training, get none."""
+    """Gradients of leaky_square's inputs."""
     m, up, down, pre, post = ctx.saved_tensors
+    # frozen weights, as in test-time training, get no gradient
     _, trains_up, trains_down, _ = ctx.needs_input_grad
     dpre = leaky_square_back(g, down, pre, ctx.slope)
     dup = dpre.T @ m if trains_up else None
@@ -2040,8 +2048,8 @@ def chunk_states_grad(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of chunk_states' inputs: the same recurrence, backwards in time with transposed maps."""
     a, states = ctx.saved_tensors
     total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1]).flip(0)  # of each state, through all later ones
-    first, later = total[0], total[1:]
-    return later @ states[:-1].mT, later, first
+    later = total[1:]
+    return later @ states[:-1].mT, later, total[0]
 
 
 @operator(
@@ -2061,36 +2069,7 @@ def to_chunks(x: Tensor, size: int) -> Tensor:
     """(B, T, H, ...) -> (n, B, H, size, ...), padded with zeros, which write nothing and decay nothing."""
     missing = -x.size(1) % size
     x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
-    return x.unflatten(1, (-1, size)).movedim(1, 0).movedim(3, 2)
-
-
-def chunk_decays(g: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """From log decays g and starts, both (n, B, H or 1, chunk): what a read at token i keeps of a write at token j of
-    its chunk, (n, B, H, chunk, chunk), and of the state before the chunk, (n, B, H, chunk, 1). Starts clear it."""
-    restarts, total = starts.cumsum(-1), g.cumsum(-1)  # both count from the chunk's first token
-    within = total[..., :, None] - total[..., None, :]
-    same = (restarts[..., :, None] == restarts[..., None, :]).tril()
-    # masked before exp, which may overflow where j > i: inf times a zero gradient is NaN
-    within = within.masked_fill(~same, -math.inf).exp()
-    return within, total.masked_fill(restarts > 0, -math.inf).exp().unsqueeze(-1)
-
-
-def chunk_writes(
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    within: Tensor,
-    before: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """U (..., chunk, V) and W (..., chunk, K): in a chunk that begins with state S, token i writes k_i (U_i - W_i S)^T.
-
-    Each write corrects what the earlier ones left, so all of them solve one unit lower triangular system (WY form).
-    """
-    system = (beta * (k @ k.mT) * within).tril(-1)
-    right = torch.cat([beta * v, beta * before * k], dim=-1)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    U, W = solved.split([v.size(-1), k.size(-1)], dim=-1)
-    return U, W
+    return x.unflatten(1, (-1, size)).movedim((1, 3), (0, 2))
 
 
 def chunked_delta_rule(
@@ -2103,23 +2082,36 @@ def chunked_delta_rule(
     state: Tensor,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule (Yang et al. 2024) of q and k (B, T, H, K), v (B, T, H, V), log decay g and beta (B, T, H).
+    """The gated delta rule (Yang et al. 2024); the work inside chunks is parallel.
 
     S <- e^g S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q / sqrt(K), from `state` (B, H, K, V) and, at tokens that
-    start (B, T), from 0. Returns all o (B, T, H, V) and the last S. The work inside chunks is parallel.
+    start (B, T), from 0. q and k (B, T, H, K), v (B, T, H, V), log decay g and beta (B, T, H). Returns all o
+    (B, T, H, V) and the last S.
     """
     T, K = q.size(1), q.size(-1)
     columns = q * K**-0.5, k, v, g, beta.unsqueeze(-1), starts[..., None].int()
     q, k, v, g, beta, starts = (to_chunks(x, chunk) for x in columns)
-    within, before = chunk_decays(g, starts)
-    U, W = chunk_writes(k, v, beta, within, before)
+    # What a read at token i keeps of a write at token j of its chunk, (n, B, H, chunk, chunk); a start clears it
+    restarts, total = starts.cumsum(-1), g.cumsum(-1)  # both count from the chunk's first token
+    same = (restarts[..., :, None] == restarts[..., None, :]).tril()
+    within = total[..., :, None] - total[..., None, :]
+    # masked before exp, which may overflow where j > i: inf times a zero gradient is NaN
+    within = within.masked_fill(~same, -math.inf).exp()
+    # What it keeps of the state before the chunk, (n, B, H, chunk, 1)
+    before = total.masked_fill(restarts > 0, -math.inf).exp().unsqueeze(-1)
+    # In a chunk that begins with state S, token i writes k_i (U_i - W_i S)^T. Each write corrects what the earlier
+    # ones left, so all of them solve one unit lower triangular system (WY form).
+    system = (beta * (k @ k.mT) * within).tril(-1)
+    right = torch.cat([beta * v, beta * before * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    U, W = solved.split([v.size(-1), K], dim=-1)
     # A chunk maps the state before it to the state after it, S -> A S + b. Only this runs chunk after chunk.
     into = (k * within[..., -1, :, None]).mT  # keys, with what the chunk's end keeps of their writes
     identity = torch.eye(K, dtype=k.dtype, device=k.device)
     states = chunk_states(before[..., -1:, :] * identity - into @ W, into @ U, state)
     S = states[:-1]
     o = (before * q) @ S + (q @ k.mT * within) @ (U - W @ S)
-    return o.movedim(2, 3).movedim(0, 1).flatten(1, 2)[:, :T], states[-1]
+    return o.movedim((0, 2), (1, 3)).flatten(1, 2)[:, :T], states[-1]  # without the padding
 
 
 def delta_rule(
@@ -2131,14 +2123,13 @@ def delta_rule(
     starts: Tensor,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """chunked_delta_rule of normalised queries and keys, outputs in v's dtype: the plain twin of fused_delta_rule."""
+    """chunked_delta_rule with normalised queries and keys, output in v's dtype: the plain twin of fused_delta_rule."""
     wide = (at_least_fp32(x) for x in (v, g, beta))
     o, last = chunked_delta_rule(l2_normalize(q), l2_normalize(k), *wide, starts, at_least_fp32(state))
     return o.to(v.dtype), last
 
 
 FORGET = -104.0  # a log decay whose exponential is 0 in float32
-SixTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @operator(fake=lambda go, gs, *inputs: tuple(map(torch.empty_like, inputs)))
@@ -2151,23 +2142,19 @@ def fla_rule_back(
     g: Tensor,
     beta: Tensor,
     state: Tensor,
-) -> SixTensors:
-    """Gradients of fla_rule's inputs from those of its outputs; runs the forward again."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of fla_rule's inputs from those of its outputs."""
+    # runs the forward again, on leaves: inside an operator autograd is off
     inputs = [x.detach().requires_grad_() for x in (q, k, v, g, beta, state)]
     with torch.enable_grad():
         return torch.autograd.grad(fla_rule.twin(*inputs), inputs, (go, gs))
-
-
-def fla_rule_grad(ctx: Any, go: Tensor, gs: Tensor) -> SixTensors:
-    """Gradients of fla_rule's inputs."""
-    return fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors)
 
 
 # The library's own autograd.Function would break a compiled graph, so each direction is an operator.
 @operator(
     fake=lambda q, k, v, g, beta, state: (torch.empty_like(v), torch.empty_like(state)),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    backward=fla_rule_grad,
+    backward=lambda ctx, go, gs: fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors),
 )
 def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """delta_rule without starts, by flash-linear-attention."""
@@ -2192,7 +2179,8 @@ def fused_delta_rule(
     starts: Tensor,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """delta_rule by flash-linear-attention's kernels, which know no starts: a start is a decay to nothing."""
+    """delta_rule by flash-linear-attention's kernels."""
+    # the kernels know no starts: a start is a decay to nothing
     g = at_least_fp32(g).masked_fill(starts[..., None], FORGET)
     return fla_rule(*(x.contiguous() for x in (q, k, v, g, beta, state)))
 
@@ -2200,39 +2188,32 @@ def fused_delta_rule(
 class Kernels(NamedTuple):
     """The functions that a model computes its heavy parts with."""
 
-    cross_entropy: Callable[[Tensor, Tensor, float], Tensor]
-    mlp: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None  # None: the modules' own plain forward
+    cross_entropy: Callable[..., Tensor]
+    mlp: Callable[..., Tensor] | None  # None: the modules' own plain forward
     delta_rule: Callable[..., tuple[Tensor, Tensor]] = delta_rule
 
 
 PLAIN = Kernels(softcapped_cross_entropy, None)
+FUSED = Kernels(fused_cross_entropy, fused_mlp, fused_delta_rule)
 
 
 def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
-    """Choose and log the fused kernels of a run. UserError: one that a knob asks for cannot run here."""
+    """Choose and log the kernels of a run. UserError if a knob asks for one that cannot run here."""
     gpu = triton is not None and runtime.device.type == "cuda"
     half = gpu and runtime.dtype == torch.bfloat16
-    aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0  # of bulk copies: 16 bytes
-    table = {  # knob: whether it can run here, what it needs beside a GPU and Triton, the kernel, its plain twin
-        "fused_ce_enabled": (gpu, "", fused_cross_entropy, softcapped_cross_entropy),
-        "fused_mlp_enabled": (
-            half and aligned,
-            ", COMPUTE_DTYPE=bf16 and widths that are multiples of 8",
-            fused_mlp,
-            None,
-        ),
-        "fused_gdn_enabled": (
-            half and chunk_gated_delta_rule is not None,
-            ", COMPUTE_DTYPE=bf16 and flash-linear-attention",
-            fused_delta_rule,
-            delta_rule,
-        ),
-    }
+    # a bulk copy moves multiples of 16 bytes: 8 numbers of bf16
+    aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0
+    fla = chunk_gated_delta_rule is not None
+    needs = (  # in the order of Kernels: knob, whether its kernel can run here, what it needs beside a GPU and Triton
+        ("fused_ce_enabled", gpu, ""),
+        ("fused_mlp_enabled", half and aligned, ", COMPUTE_DTYPE=bf16 and widths that are multiples of 8"),
+        ("fused_gdn_enabled", half and fla, ", COMPUTE_DTYPE=bf16 and flash-linear-attention"),
+    )
     chosen = []
-    for name, (usable, needs, fused, plain) in table.items():
+    for (name, usable, needed), fused, plain in zip(needs, FUSED, PLAIN, strict=True):
         wanted = getattr(cfg, name)
         if wanted == "1" and not usable:
-            raise UserError(f"{name.upper()}=1 needs a GPU, triton{needs}; set {name.upper()}=auto")
+            raise UserError(f"{name.upper()}=1 needs a GPU, triton{needed}; set {name.upper()}=auto")
         chosen.append(fused if usable and wanted != "0" else plain)
         runtime.log(f"{name}: {'fused' if chosen[-1] is fused else 'plain'}")
     return Kernels(*chosen)
@@ -3205,12 +3186,6 @@ STAGES: dict[str, Callable[[Config, Progress], bool]] = {
 }
 
 
-def stages_of(cfg: Config) -> list[str]:
-    """The stages that a run has."""
-    chosen = {"looping"} if loops(cfg) else set()
-    return [name for name in STAGES if name in {*chosen, cfg.qat, *cfg.average}]
-
-
 class Ema:
     """Exponential moving average of tensors, float32, without bias correction: it starts at their initial values."""
 
@@ -3336,7 +3311,8 @@ class Trainer:
         self.optimisers = Optimisers(cfg, model, runtime)
         self.averages = averages_of(cfg, list(model.parameters()))
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
-        self.stages, self.begun = stages_of(cfg), set()
+        chosen = {cfg.qat, *cfg.average, *["looping"] * loops(cfg)}
+        self.stages, self.begun = chosen & STAGES.keys(), set()
         # calibration runs inside the budget too, so training ends that much earlier
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
@@ -3500,27 +3476,29 @@ class QuantRule(NamedTuple):
     frequent_rows: tuple[int, ...] = ()  # rows that have EMBED_TOP_BITS
 
 
-# Tables of ids have no input to calibrate on
-TABLE_SCHEMES = {"gptq": "rowwise", "gptq_tcq": "rowwise", "gptq_freqsplit": "rowwise"}
-TAIL_BITS = {"gptq_freqsplit": "embed_tail_bits"}  # scheme -> knob of the embedding's bits, where it is another one
-GATE_RULES = {False: QuantRule("fp16", 16), True: QuantRule("int8_row", 8)}  # values of GATED_ATTN_QUANT_GATE
-STORES: dict[str, Callable[[Config], QuantRule]] = {  # Role.store -> its rule, before the clip
+STORES = {  # Role.store -> (Config) -> its rule, before the clip
     "matrix": lambda c: QuantRule(c.matrix_quant, c.matrix_bits),
-    "embed": lambda c: QuantRule(c.embed_quant, getattr(c, TAIL_BITS.get(c.embed_quant, "embed_bits"))),
-    "table": lambda c: QuantRule(TABLE_SCHEMES.get(c.embed_quant, c.embed_quant), c.embed_bits),
-    "gate": lambda c: GATE_RULES[c.gated_attn_quant_gate],
+    "embed": lambda c: QuantRule(
+        c.embed_quant,
+        # a scheme that counts tokens gives the frequent rows EMBED_TOP_BITS, and the others these
+        c.embed_tail_bits if SCHEMES[c.embed_quant].counts else c.embed_bits,
+    ),
+    # tables of ids have no input to calibrate on
+    "table": lambda c: QuantRule("rowwise" if SCHEMES[c.embed_quant].hessian else c.embed_quant, c.embed_bits),
+    "gate": lambda c: QuantRule("int8_row", 8) if c.gated_attn_quant_gate else QuantRule("fp16", 16),
     "fp16": lambda c: QuantRule("fp16", 16),
 }
-Plan = dict[str, QuantRule]  # of every tensor of the model, by name
+Plan = dict[str, QuantRule]  # every tensor of the model, by name
 
 
 def quant_plan(cfg: Config) -> Plan:
-    """The rule of every tensor, from its role; MATRIX_BITS_OVERRIDES changes bits by name, the first that fits."""
+    """The rule of every tensor, from its role and, for its bits, MATRIX_BITS_OVERRIDES."""
     plan, overrides = {}, bits_overrides(cfg)
     for name, p in weights_of(cfg).items():
         role = ROLES[p.role]
         rule = STORES[role.store](cfg)
         if role.store == "matrix":
+            # of several overrides that fit a name, the first decides
             bits = next((bits for word, bits in overrides if fits(name, word)), rule.bits)
             rule = rule._replace(bits=bits)
         plan[name] = rule._replace(clip=getattr(cfg, role.clip)) if role.clip else rule
@@ -3528,68 +3506,67 @@ def quant_plan(cfg: Config) -> Plan:
 
 
 def fits(name: str, word: str) -> bool:
-    """Whether a knob's word means a tensor: it is part of its name, or a glob of the whole."""
+    """Whether a knob's word is part of a tensor's name, or a glob that matches all of it."""
     return word in name or fnmatch.fnmatchcase(name, word)
 
 
 def bits_overrides(cfg: Config) -> list[tuple[str, int]]:
-    """(part or glob of a name, bits) of MATRIX_BITS_OVERRIDES."""
+    """MATRIX_BITS_OVERRIDES as pairs (part or glob of a name, bits)."""
     pairs = (item.rpartition(":") for item in cfg.matrix_bits_overrides)
     return [(part.strip(), int(bits)) for part, _, bits in pairs]
 
 
 COUNTS = "token_counts"  # the name of token_counts among the Hessians
-FINER = {"gptq": "awq_lite"}  # scheme -> the same with more bits for some columns
 
 
 def passes(cfg: Config, layer: int) -> int:
-    """How often calibration ran a layer per token (the head, layer -1: once); a Hessian sums over the passes."""
-    return max(1, plan_route(cfg, loops(cfg)).layers.count(layer))
+    """How often calibration ran a layer for each token; a Hessian sums over these passes."""
+    return max(1, plan_route(cfg, loops(cfg)).layers.count(layer))  # the head, layer -1, is in no route and runs once
 
 
 def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
-    """AWQ's measure of each column, (cols,) float64: RMS of its input, over `count` passes, times its mean |weight|.
-
-    The number of calibration tokens, a factor that all tensors share, stays in the RMS.
-    """
+    """AWQ's measure of each column, (cols,) float64: RMS of its input, over `count` passes, times its mean |weight|."""
+    # the number of calibration tokens stays in the RMS: all tensors share this factor
     return (hessian.diagonal().double() / count).sqrt() * weight.double().abs().mean(dim=0)
 
 
 def refined_plan(cfg: Config, state: Weights, hessians: Weights) -> Plan:
-    """quant_plan with what depends on the data: the EMBED_TOPK most frequent rows and AWQ-lite's column groups."""
+    """quant_plan, with the EMBED_TOPK most frequent rows and AWQ-lite's column groups, which depend on the data."""
     plan = quant_plan(cfg)
     for name, rule in plan.items():
         if SCHEMES[rule.scheme].counts:
             if COUNTS not in hessians:
                 raise UserError(f"EMBED_QUANT={rule.scheme} has no token counts; run STAGES=train,... again with it")
-            # a stable sort: of equally frequent tokens the lowest ids are taken
-            order = hessians[COUNTS].sort(descending=True, stable=True).indices.tolist()
-            plan[name] = rule._replace(frequent_rows=tuple(order[: cfg.embed_topk]))
+            # a stable sort: among equally frequent tokens the lowest ids are taken
+            order = hessians[COUNTS].argsort(descending=True, stable=True)
+            plan[name] = rule._replace(frequent_rows=tuple(order[: cfg.embed_topk].tolist()))
     if cfg.awq_lite_enabled:
-        for name, starts in salient_groups(cfg, plan, state, hessians).items():
-            plan[name] = plan[name]._replace(scheme=FINER[plan[name].scheme], awq_groups=tuple(sorted(starts)))
+        for name, start in salient_groups(cfg, plan, state, hessians):
+            rule = plan[name]
+            plan[name] = rule._replace(scheme="awq_lite", awq_groups=(*rule.awq_groups, start))
     return plan
 
 
-def salient_groups(cfg: Config, plan: Plan, state: Weights, hessians: Weights) -> dict[str, list[int]]:
-    """Name -> first columns of its groups among the AWQ_LITE_GROUP_TOP_K most salient ones of all tensors."""
-    groups, chosen, size = [], {}, cfg.awq_lite_group_size
-    layers = {name: p.layer for name, p in weights_of(cfg).items()}
-    for name in layers.keys() & state.keys() & hessians.keys():
-        if plan[name].scheme not in FINER or plan[name].bits >= cfg.awq_lite_bits:
-            continue
-        salience = column_salience(state[name], hessians[name], passes(cfg, layers[name]))
-        for i, part in enumerate(salience.split(size)):
-            groups.append((-part.sum().item(), name, i * size))
-    for _, name, start in sorted(groups)[: cfg.awq_lite_group_top_k]:
-        chosen.setdefault(name, []).append(start)
-    return chosen
+def salient_groups(
+    cfg: Config,
+    plan: Plan,
+    state: Weights,
+    hessians: Weights,
+) -> list[tuple[str, int]]:
+    """(name, first column) of the AWQ_LITE_GROUP_TOP_K most salient groups of columns in the model, sorted."""
+    groups, size, tensors = [], cfg.awq_lite_group_size, weights_of(cfg)
+    for name in state.keys() & hessians.keys():
+        if plan[name].scheme == "gptq" and plan[name].bits < cfg.awq_lite_bits:
+            salience = column_salience(state[name], hessians[name], passes(cfg, tensors[name].layer))
+            for i, part in enumerate(salience.split(size)):
+                groups.append((-part.sum().item(), name, i * size))
+    return sorted((name, start) for _, name, start in sorted(groups)[: cfg.awq_lite_group_top_k])
 
 
 class HessianTap:
-    """Accumulates X^T X (float32) of the inputs of every matrix with a Hessian: a taps listener.
+    """A taps listener that accumulates X^T X (float32) over the inputs X of every matrix with a Hessian.
 
-    Matrices that read the same input share one Hessian; layers that run several times sum over their passes.
+    Matrices that read the same input share one Hessian. A layer that runs several times sums over its passes.
     """
 
     sites = frozenset(role.hessian for role in ROLES.values()) - {""}
@@ -3614,17 +3591,15 @@ class HessianTap:
 
 @torch.no_grad()
 def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> Weights:
-    """Input Hessians over GPTQ_CALIBRATION_BATCHES of random training windows, split over the ranks."""
+    """Collect input Hessians over GPTQ_CALIBRATION_BATCHES random batches of training windows, split over the ranks."""
     tap, started = HessianTap(), time.perf_counter()
+    # the batches depend on their index alone, so the sum is the same for any number of ranks
     mine = range(runtime.rank, cfg.gptq_calibration_batches, runtime.world)
     documents = LOADERS[cfg.loader].documents
     for done, index in enumerate(mine):
         rows = calibration_rows(cfg, index)
-        batch = Batch(
-            torch.from_numpy(rows),
-            torch.from_numpy(rows),
-            row_bounds(rows) if documents else None,
-        )
+        tokens = torch.from_numpy(rows)
+        batch = Batch(tokens, tokens, row_bounds(rows) if documents else None)
         ids, _, meta = on_device(model, batch, runtime, cfg.train_seq_len)
         model(ids, None, meta, tap)
         runtime.log.progress("calibration", done + 1, len(mine), started)
@@ -3632,13 +3607,12 @@ def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> Weights:
 
 
 def token_counts(cfg: Config, runtime: Runtime) -> Tensor:
-    """How often each id occurs in the first EMBED_FREQ_TOKENS training tokens, (V,) int64, counted by all ranks."""
+    """Count how often each id occurs in the first EMBED_FREQ_TOKENS training tokens: (V,) int64."""
     counts, left = np.zeros(cfg.vocab_size, np.int64), cfg.embed_freq_tokens or sys.maxsize
     for path in list_shards(cfg.data_path, "train"):
         tokens = read_shard(path)[:left]
         left -= len(tokens)
-        cuts = [len(tokens) * rank // runtime.world for rank in (runtime.rank, runtime.rank + 1)]
-        counts += np.bincount(tokens[slice(*cuts)], minlength=cfg.vocab_size)
+        counts += np.bincount(tokens[runtime.rank :: runtime.world], minlength=cfg.vocab_size)
     return runtime.sum_(torch.from_numpy(counts))
 
 
@@ -3653,35 +3627,32 @@ def storable(scale: Tensor) -> Tensor:
     return scale.half().clamp_min(SMALLEST_SCALE)
 
 
-def log_scales(scale: Tensor, base_step: float) -> Tensor:
-    """Row scales as int16: their log2 in multiples of base_step."""
-    return (scale.double().clamp_min(SMALLEST_SCALE).log2() / base_step).round().to(torch.int16)
-
-
 def stored_scales(scale: Tensor, base_step: float, key: str = "s") -> Parts:
-    """The parts that hold row scales: float16 or, with a base_step over 0, log_scales and that step ("ss")."""
+    """The parts that hold row scales: float16 or, with a base_step over 0, int16 and that step ("ss")."""
     if base_step == 0:
         return {key: storable(scale)}
+    # log2 in multiples of base_step: the relative error is the same for all rows
+    logarithm = scale.double().clamp_min(SMALLEST_SCALE).log2()
     return {
-        key: log_scales(scale, base_step),
+        key: (logarithm / base_step).round().to(torch.int16),
         "ss": torch.tensor([base_step], device=scale.device),
     }
 
 
 def scale_values(parts: Parts, key: str = "s") -> Tensor:
-    """Row scales (rows,) float32 of stored_scales: what a decoder multiplies by, so what a quantiser divides by."""
+    """Row scales (rows,) float32 from stored_scales: what a decoder multiplies by, so what a quantiser divides by."""
     stored = parts[key]
     return stored.float() if stored.is_floating_point() else (stored.double() * parts["ss"].double()).exp2().float()
 
 
 def awq_columns(groups: Tensor, cols: int) -> Tensor:
-    """Column indices of AWQ-lite's groups, given as [columns of a group, first column, first column ...]."""
+    """Indices of the columns in AWQ-lite's groups, which are given as [group size, first column, first column ...]."""
     size, *starts = groups.tolist()
     return torch.cat([torch.arange(start, min(start + size, cols)) for start in starts])
 
 
 def weight_scales(parts: Parts, cols: int) -> Tensor:
-    """What each integer is multiplied by: (rows, 1), or (rows, cols) where AWQ-lite's columns have scales "hs"."""
+    """What each integer is multiplied by: (rows, 1), or (rows, cols) if AWQ-lite's columns "hc" have scales "hs"."""
     scale = scale_values(parts)[:, None]
     if "hc" in parts:
         scale = scale.repeat(1, cols)
@@ -3701,12 +3672,12 @@ def round_to_grid(weight: Tensor, scale: Tensor, bits: Bits) -> Tensor:
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The weight rounded to a grid whose rows have scales (rows,)."""
+    """Round a weight to a grid whose rows have scales (rows,)."""
     return round_to_grid(weight, scale[:, None], bits) * scale[:, None]
 
 
 def sigma_clip_scale(weight: Tensor, bits: Bits, clip: float) -> Tensor:
-    """Row scales (rows,) float32 of a grid that reaches `clip` standard deviations; bits: an int or (rows, 1)."""
+    """Row scales (rows,) float32 for a grid that reaches `clip` standard deviations; bits: an int or (rows, 1)."""
     deviation = weight.float().std(dim=1, keepdim=True)
     return (clip * deviation / (2 ** (bits - 1) - 1)).squeeze(1)
 
@@ -3717,7 +3688,7 @@ def row_scales(weight: Tensor, bits: Bits, clip: float, base_step: float = 0.0) 
 
 
 def quantile_scale(weight: Tensor, bits: int, quantile: float, floor: float) -> Tensor:
-    """Row scales (rows,) float32 of a grid that reaches a quantile of the row's magnitudes, and at least `floor`."""
+    """Row scales (rows,) float32 for a grid that reaches a quantile of the row's magnitudes, and at least `floor`."""
     top, magnitude = 2 ** (bits - 1) - 1, weight.float().abs()
     clip = magnitude.amax(dim=1) if quantile == 1 else magnitude.quantile(quantile, dim=1)
     return (clip.clamp_min(floor) / top).clamp_min(SMALLEST_SCALE)
@@ -3727,35 +3698,43 @@ CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 
 def searched_scales(weight: Tensor, bits: int, floor: float = 0.0, by_row: bool = True) -> Tensor:
-    """Row scales (rows,) float16 of the older clip search ("GPTQ-lite").
+    """Row scales (rows,) float16 from the older clip search ("GPTQ-lite").
 
-    The clip is the one of CLIP_QUANTILES with the smallest squared error when rounding to nearest: for each row or, as
-    published (by_row off), one quantile for the whole matrix.
+    Rounding to nearest with this clip has the smallest squared error among CLIP_QUANTILES: for each row or, as
+    published (by_row off), with one quantile for the whole matrix.
     """
-    scales = torch.stack([storable(quantile_scale(weight, bits, q, floor)) for q in CLIP_QUANTILES])
-    errors = torch.stack([(weight - fake_quantize(weight, s.float(), bits)).square().sum(dim=1) for s in scales])
-    best = (errors if by_row else errors.sum(dim=1, keepdim=True).expand_as(errors)).argmin(dim=0)
-    return scales.gather(0, best[None])[0]
+    scales, errors = [], []
+    for quantile in CLIP_QUANTILES:
+        scale = storable(quantile_scale(weight, bits, quantile, floor))  # rounded before the search, as it is stored
+        error = weight - fake_quantize(weight, scale.float(), bits)
+        scales.append(scale)
+        errors.append(error.square().sum(dim=1))
+    errors = torch.stack(errors)  # (quantiles, rows)
+    if not by_row:
+        errors = errors.sum(dim=1, keepdim=True).expand_as(errors)
+    return torch.stack(scales).gather(0, errors.argmin(dim=0)[None])[0]
 
 
-def inverse_factor(hessian: Tensor, percdamp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """GPTQ's preparation of a Hessian (cols, cols).
+def inverse_factor(hessian: Tensor | None, percdamp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Prepare a Hessian (cols, cols) for GPTQ. UserError if calibration did not collect it.
 
-    Returns the order of the columns by falling diagonal, the upper Cholesky factor of the inverse of the damped Hessian
-    in that order, and a mask of the columns that never had an input.
+    Returns the order of the columns by falling diagonal, an upper Cholesky factor, and a mask of the columns that never
+    had an input. The factor is that of the inverse of the damped Hessian, with its columns in that order.
     """
+    if hessian is None:
+        raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
     H = hessian.float().clone()
     diagonal = H.diagonal()  # a view: what is written to it changes H
     dead = diagonal == 0
     diagonal[dead] = 1
     diagonal += percdamp * diagonal.mean()
-    order = torch.argsort(diagonal, descending=True)
+    order = diagonal.argsort(descending=True)
     H = H[order][:, order]
     Hinv = torch.cholesky_inverse(torch.linalg.cholesky(H))
     return order, torch.linalg.cholesky(Hinv, upper=True), dead
 
 
-GPTQ_BLOCKSIZE = 128  # columns per lazy update: speed alone depends on it
+GPTQ_BLOCKSIZE = 128  # columns per lazy update: only the speed depends on it
 
 
 def gptq_columns(
@@ -3782,24 +3761,30 @@ def gptq_columns(
     return Q
 
 
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: Bits, percdamp: float, blocksize: int) -> Tensor:
-    """Integers (rows, cols) int8 of GPTQ with activation order (Frantar et al. 2023).
+def gptq(
+    weight: Tensor,
+    hessian: Tensor | None,
+    scale: Tensor,
+    bits: Bits,
+    percdamp: float,
+    blocksize: int = GPTQ_BLOCKSIZE,
+) -> Tensor:
+    """Round (rows, cols) to int8 by GPTQ with activation order (Frantar et al. 2023).
 
     weight (rows, cols), hessian (cols, cols); scale and bits broadcast to (rows, cols).
     """
     order, Hinv, dead = inverse_factor(hessian, percdamp)
-    W = torch.where(dead, 0.0, weight.float())
-    W = W[:, order].contiguous()
+    W = torch.where(dead, 0.0, weight.float())[:, order]
     scales = scale.expand_as(W).T[order]  # (cols, rows), in GPTQ's order
     widths = [bits] * len(order) if isinstance(bits, int) else bits.expand_as(W).T[order]
 
     def nearest_level(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        """The nearest levels of a column, and their values."""
+        """Return the nearest levels of a column, and their values."""
         levels = round_to_grid(column, scales[j], widths[j])
         return levels, levels * scales[j]
 
     q = gptq_columns(W, Hinv, blocksize, nearest_level)
-    return q[:, torch.argsort(order)].to(torch.int8)
+    return q[:, order.argsort()].to(torch.int8)  # back in the order of the weight
 
 
 # A trellis is a shift register (Ungerboeck 1982, codes for amplitude modulation). State s goes by branch b to state
@@ -3816,25 +3801,26 @@ TCQ_CODES = {1: (64, 64), 4: (5, 2), 8: (13, 2), 16: (25, 4), 32: (41, 4), 64: (
 
 
 def trellis(states: int) -> Tensor:
-    """The subset d of each state and branch, (states, 2)."""
+    """The subset d, an integer mod 4, that each state and branch requires: (states, 2)."""
     register = torch.arange(2 * states)
     high, low = (sum(register >> i & 1 for i in range(7) if taps >> i & 1) % 2 for taps in TCQ_CODES[states])
     return (2 * high + low).view(states, 2)
 
 
 class Viterbi:
-    """Viterbi search: for each column, the valid trellis path with the smallest squared error (Marcellin and Fischer
-    1990). Columns are searched in parallel; each path starts in state 0 and may end in any.
+    """Viterbi search for the trellis path with the smallest squared error (Marcellin and Fischer 1990).
 
-    All buffers are allocated once: a search is two loops over rows, of a few small operations each.
+    Columns are searched in parallel. Each path starts in state 0 and may end in any state.
     """
 
     def __init__(self, states: int, real: Tensor, top: Tensor) -> None:
         """real (rows, columns): False in the padding below a short column; top (columns,): its largest integer."""
+        # All buffers are allocated once: a search is two loops over rows, with a few small operations each
         rows, columns = real.shape
         self.real = real[:, None]
         self.subset = trellis(states).flatten().to(top.device)  # by 2 * state + branch
         self.residue = torch.arange(4.0, device=top.device)[:, None]
+        # levels d + 4 n: the range of n, (4, columns)
         self.low = ((-top - self.residue) / 4).ceil()
         self.high = ((top - self.residue) / 4).floor()
         # The least cost of a path to each state; the cost of each branch in each row, later of the path up to it
@@ -3842,19 +3828,19 @@ class Viterbi:
         self.costs = top.new_empty(rows, 2 * states, columns)
         # The branches of a row as [half, state in it, branch], then those from each half as [next state]
         by_half = self.costs.view(rows, 2, states, columns)
-        self.forward = [(halves.view(2, states // 2, 2, columns), *halves) for halves in by_half.unbind()]
+        self.forward = [(halves.view(2, states // 2, 2, columns), *halves) for halves in by_half]
         # A node is state * columns + column. back[row] holds the node before each node, and path the nodes of the best
         # paths; upper is the node before, if it is in the upper half, and half the distance to the one in the lower
         node = torch.arange(states * columns, dtype=torch.int32, device=top.device)
         self.column = node[:columns]
-        self.upper, self.half = node // (2 * columns) * columns + node % columns, states // 2 * columns
+        self.upper = node // (2 * columns) * columns + node % columns
+        self.half = states // 2 * columns
         self.back = node.new_empty(rows, states * columns)
         self.path = node.new_empty(rows + 1, columns)
-        links = zip(self.back.unbind(), self.path[1:].unbind(), self.path[:-1].unbind(), strict=True)
-        self.backward = list(links)[::-1]
+        self.backward = list(zip(self.back, self.path[1:], self.path[:-1], strict=True))[::-1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The integers on the best paths for x (rows, columns), as float32 (rows, columns)."""
+        """Return the integers on the best paths for x (rows, columns), as float32 (rows, columns)."""
         # The nearest point of each subset, (rows, 4, columns), and what it costs
         points = (x[:, None] - self.residue).mul_(0.25).round_()
         points.clamp_(self.low, self.high).mul_(4).add_(self.residue)
@@ -3879,23 +3865,6 @@ class Viterbi:
         return points.gather(1, subset[:, None])[:, 0]
 
 
-def nearest(weight: Tensor, hessian: Tensor | None, scale: Tensor, bits: Bits, cfg: Config) -> Tensor:
-    """Round each weight to the nearest level, int8."""
-    return round_to_grid(weight.float(), scale, bits).to(torch.int8)
-
-
-def require_hessian(hessian: Tensor | None) -> Tensor:
-    """The Hessian; UserError if calibration did not collect it."""
-    if hessian is None:
-        raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
-    return hessian
-
-
-def with_feedback(weight: Tensor, hessian: Tensor | None, scale: Tensor, bits: Bits, cfg: Config) -> Tensor:
-    """Round column by column with GPTQ, int8."""
-    return gptq(weight, require_hessian(hessian), scale, bits, cfg.gptq_damp, GPTQ_BLOCKSIZE)
-
-
 def row_bits(weight: Tensor, rule: QuantRule, cfg: Config) -> Bits:
     """Bits of all rows, or (rows, 1) if frequent rows have more."""
     if not rule.frequent_rows:
@@ -3906,7 +3875,7 @@ def row_bits(weight: Tensor, rule: QuantRule, cfg: Config) -> Bits:
 
 
 def sigma_clip(weight: Tensor, rule: QuantRule, cfg: Config) -> Tensor:
-    """Scales of rows that are clipped at so many standard deviations."""
+    """Row scales for a grid that reaches rule.clip standard deviations, as they will be stored."""
     return row_scales(weight, row_bits(weight, rule, cfg), rule.clip, cfg.scale_step)
 
 
@@ -3914,64 +3883,68 @@ class Scheme(NamedTuple):
     """How a tensor becomes parts and back: a scale for each row, then integers. Without a scale: float16."""
 
     scale: Callable | None  # (weight, rule, cfg) -> (rows,) float32
-    rounder: Callable = nearest  # (weight, hessian, scale, bits, cfg) -> int8 (rows, cols)
+    hessian: bool = False  # GPTQ rounds, with the Hessians of a calibration; else to nearest
+    counts: bool = False  # the calibration counts tokens
     decode: Callable[[Parts], Tensor] = decode_rows
     qat_scale: Callable | None = None  # the scale that training sees, if it is another one
     # (weights, hessians, rules, cfg) -> parts of each: encodes matrices of equal width at once
     batch_encoder: Callable | None = None
     repairable: bool = True  # REPAIR may correct the error
-    hessian: bool = False  # calibration collects Hessians for it
-    counts: bool = False  # and counts tokens
 
     def encode(self, weight: Tensor, hessian: Tensor | None, rule: QuantRule, cfg: Config) -> Parts:
-        """The parts of one tensor (rows, cols)."""
+        """Turn one tensor (rows, cols) into parts."""
         if self.scale is None:
             return {"w": weight.half()}
         if self.batch_encoder is not None:
             return self.batch_encoder([weight], [hessian], [rule], cfg)[0]
-        parts, cols = stored_scales(self.scale(weight, rule, cfg), cfg.scale_step), weight.size(1)
-        bits = row_bits(weight, rule, cfg)
+        cols, bits = weight.size(1), row_bits(weight, rule, cfg)
+        parts = stored_scales(self.scale(weight, rule, cfg), cfg.scale_step)
         if rule.awq_groups:
             parts["hc"] = torch.tensor([cfg.awq_lite_group_size, *rule.awq_groups], dtype=torch.int32)
             finer = sigma_clip_scale(weight, cfg.awq_lite_bits, rule.clip)
             parts |= stored_scales(finer, cfg.scale_step, "hs")
             bits = torch.full((1, cols), rule.bits, device=weight.device)
             bits[:, awq_columns(parts["hc"], cols)] = cfg.awq_lite_bits
-        return {"q": self.rounder(weight, hessian, weight_scales(parts, cols), bits, cfg)} | parts
+        scale = weight_scales(parts, cols)
+        if self.hessian:
+            q = gptq(weight, hessian, scale, bits, cfg.gptq_damp)
+        else:
+            q = round_to_grid(weight.float(), scale, bits).to(torch.int8)
+        return {"q": q} | parts
 
 
 TCQ_ERROR = 0.26  # mean squared error of 8 states in squared steps; a scalar quantiser's 1/12 (2 steps)^2, less 1.1 dB
 
 
-def gptq_trellis(
+def encode_tcq(
     weights: list[Tensor],
-    hessians: list[Tensor],
-    scales: list[Tensor],
-    tops: list[int],
-    states: int,
-    chunk_rows: int,
-    damp: float,
-    blocksize: int,
-) -> list[Tensor]:
-    """GPTQ with trellis-coded quantisation, of matrices of equal width side by side: their int8 integers (rows, cols).
+    hessians: list[Tensor | None],
+    rules: list[QuantRule],
+    cfg: Config,
+) -> list[Parts]:
+    """GPTQ with trellis-coded quantisation, for matrices of equal width side by side.
 
-    scales: the scale of each row (rows,); tops: the largest integer of each matrix. The rows of a GPTQ column do not
-    depend on one another, so each column is rounded to its best path, in chunks of rows that each start in state 0.
+    Returns the parts of each: scales, int8 "q" (rows, cols) and "t", the states of the trellis and the rows of a chunk.
     """
-    orders, factors, chunks, steps, owners = [], [], [], [], []
-    for i, (weight, hessian, scale) in enumerate(zip(weights, hessians, scales, strict=True)):
-        order, Hinv, dead = inverse_factor(hessian, damp)
+    orders, found, chunks, steps, tops, factors = [], [], [], [], [], []
+    for weight, hessian, rule in zip(weights, hessians, rules, strict=True):
+        order, Hinv, dead = inverse_factor(hessian, cfg.gptq_damp)
         orders.append(order)
-        factors.append(Hinv)
-        chunks += torch.where(dead, 0.0, weight.float())[:, order].split(chunk_rows)
-        steps += scale.split(chunk_rows)
-        owners += [i] * (len(chunks) - len(owners))
+        # The grid is twice as fine as a scalar quantiser's of this rate; a state allows every other point
+        found.append(stored_scales(sigma_clip_scale(weight, rule.bits, rule.clip) / 2, cfg.scale_step))
+        steps += scale_values(found[-1]).split(cfg.tcq_chunk_rows)
+        # The rows of a GPTQ column do not depend on one another, so each column is rounded to its best path, in chunks
+        # of rows that each start in state 0
+        pieces = torch.where(dead, 0.0, weight.float())[:, order].split(cfg.tcq_chunk_rows)
+        chunks += pieces
+        factors += [Hinv] * len(pieces)
+        tops += [2**rule.bits - 2] * len(pieces)
     W = pad_sequence(chunks, batch_first=True)  # (chunks, rows, cols)
     scale = pad_sequence(steps, batch_first=True)
     real = scale > 0  # a stored scale is never 0
     scale = torch.where(real, scale, 1.0)
     rows = real.sum(dim=1)
-    search = Viterbi(states, real.T.contiguous(), W.new_tensor(tops)[owners])
+    search = Viterbi(cfg.tcq_states, real.T.contiguous(), W.new_tensor(tops))
 
     def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
         x = (column / scale).T.contiguous()
@@ -3981,37 +3954,19 @@ def gptq_trellis(
         return levels, levels * scale
 
     W = W.mT.contiguous().mT  # the rows of a column lie side by side
-    levels = gptq_columns(W, torch.stack(factors)[owners], blocksize, on_trellis)
-    found = levels[real].to(torch.int8).split(list(map(len, weights)))
-    return [q[:, torch.argsort(order)] for q, order in zip(found, orders, strict=True)]
-
-
-def encode_tcq(
-    weights: list[Tensor],
-    hessians: list[Tensor | None],
-    rules: list[QuantRule],
-    cfg: Config,
-) -> list[Parts]:
-    """gptq_trellis of matrices of equal width, as parts: q, s, and t (states of the trellis, chunk rows).
-
-    q are points of a grid twice as fine as a scalar quantiser's of this rate; a state allows every other one.
-    """
-    for hessian in hessians:
-        require_hessian(hessian)
-    pairs = zip(weights, rules, strict=True)
-    found = [stored_scales(sigma_clip_scale(w, rule.bits, rule.clip) / 2, cfg.scale_step) for w, rule in pairs]
-    scales, tops = list(map(scale_values, found)), [2**rule.bits - 2 for rule in rules]
-    walk = cfg.tcq_states, cfg.tcq_chunk_rows
-    levels = gptq_trellis(weights, hessians, scales, tops, *walk, cfg.gptq_damp, GPTQ_BLOCKSIZE)
-    t = torch.tensor(walk, dtype=torch.int32)
-    return [{"q": q, "t": t} | parts for q, parts in zip(levels, found, strict=True)]
+    levels = gptq_columns(W, torch.stack(factors), GPTQ_BLOCKSIZE, on_trellis)
+    integers = levels[real].to(torch.int8).split(list(map(len, weights)))
+    t = torch.tensor([cfg.tcq_states, cfg.tcq_chunk_rows], dtype=torch.int32)
+    return [
+        {"q": q[:, order.argsort()], "t": t} | parts for q, order, parts in zip(integers, orders, found, strict=True)
+    ]
 
 
 SCHEMES = {
-    "gptq": Scheme(sigma_clip, with_feedback, hessian=True),
-    "gptq_freqsplit": Scheme(sigma_clip, with_feedback, hessian=True, counts=True),
-    "gptq_tcq": Scheme(sigma_clip, batch_encoder=encode_tcq, hessian=True),
-    "awq_lite": Scheme(sigma_clip, with_feedback, hessian=True),
+    "gptq": Scheme(sigma_clip, hessian=True),
+    "gptq_freqsplit": Scheme(sigma_clip, hessian=True, counts=True),
+    "gptq_tcq": Scheme(sigma_clip, hessian=True, batch_encoder=encode_tcq),
+    "awq_lite": Scheme(sigma_clip, hessian=True),
     "rowwise": Scheme(sigma_clip),
     "gptq_lite": Scheme(
         lambda w, rule, cfg: searched_scales(w.float(), rule.bits, cfg.clip_floor, cfg.clip_search_rows),
@@ -4025,7 +3980,7 @@ SCHEMES = {
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """Integers in [0, 2^bits), bits <= 8, without gaps in uint8, lowest bit first; zeros fill the last byte."""
+    """Pack integers in [0, 2^bits), bits <= 8, into uint8 without gaps, lowest bit first; zeros fill the last byte."""
     column = values.cpu().numpy().astype(np.uint8).reshape(-1, 1)
     planes = np.unpackbits(column, axis=1, count=bits, bitorder="little")
     return torch.from_numpy(np.packbits(planes, bitorder="little"))
@@ -4038,13 +3993,13 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 class Grid(NamedTuple):
-    """How a factor of an LQER correction is stored: on all 2^bits levels, which are not symmetric about 0."""
+    """Grid for a factor of an LQER correction: all 2^bits levels, which are not symmetric about 0."""
 
     bits: int
     group: int  # entries, in row-major order, that share a scale
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed integers and float16 scales."""
+        """Return packed integers and float16 scales, on the CPU."""
         half = 2 ** (self.bits - 1)
         padding = -x.numel() % self.group
         rows = F.pad(x.flatten(), (0, padding)).view(-1, self.group)
@@ -4053,7 +4008,7 @@ class Grid(NamedTuple):
         scale = storable(largest / (half - 0.5))
         q = torch.round(rows / scale.float()[:, None])
         q = q.clamp(-half, half - 1).flatten()
-        return pack_bits(q[: x.numel()] + half, self.bits), scale
+        return pack_bits(q[: x.numel()] + half, self.bits), scale.cpu()
 
     def decode(self, packed: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
         """The float32 factor."""
@@ -4063,7 +4018,7 @@ class Grid(NamedTuple):
 
 
 def encode_lqer(error: Tensor, cfg: Config) -> Parts:
-    """LQER (Zhang et al. 2024): the factors A (rows, r), B (r, cols) of the best rank-r fit to an error matrix."""
+    """LQER (Zhang et al. 2024): factors A (rows, r) and B (r, cols), the best rank-r fit to an error matrix."""
     U, S, Vh = torch.linalg.svd(error.float(), full_matrices=False)
     rank = min(cfg.lqer_rank, len(S))
     A = U[:, :rank] * S[:rank]
@@ -4088,7 +4043,7 @@ def decode_lqer(parts: Parts) -> Tensor:
 
 
 class Repair(NamedTuple):
-    """encode(error, cfg) -> further parts of a tensor; decode(parts) -> what they add to the decoded weight."""
+    """encode(error, cfg) -> further parts, on the CPU; decode(parts) -> what they add to the decoded weight."""
 
     encode: Callable[[Tensor, Config], Parts]
     decode: Callable[[Parts], Tensor]
@@ -4134,7 +4089,7 @@ def dequantize(stored: list[Stored]) -> Weights:
 
 
 def deal_jobs(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict]) -> dict[str, Any]:
-    """The union of work(job) over all jobs, which the ranks take in turn."""
+    """Share jobs among the ranks, in turn, and return the union of work(job) over all of them."""
     started, done = time.perf_counter(), {}
     mine = jobs[runtime.rank :: runtime.world]
     for count, job in enumerate(mine):
@@ -4143,40 +4098,34 @@ def deal_jobs(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any]
     return runtime.gather(done)
 
 
-def on_cpu(parts: Parts) -> Parts:
-    """The parts on the CPU."""
-    return {key: part.cpu() for key, part in parts.items()}
-
-
 def quantisation_jobs(plan: Plan, state: Weights, world: int) -> list[list[str]]:
-    """Names of tensors that are encoded together, the costly ones first.
+    """Group the names of tensors that are encoded together, the costly ones first.
 
     A scheme that encodes a batch gets its matrices of equal width at once, split evenly over `world` ranks.
     """
     groups = {}
-    costs = {name: w.numel() * w.size(-1) for name, w in state.items()}
-    for name in sorted(state, key=lambda name: (-costs[name], name)):
+    # GPTQ takes time in proportion to rows * cols^2; ties by name, so that all ranks agree
+    for name in sorted(state, key=lambda name: (-state[name].numel() * state[name].size(-1), name)):
         group, scheme = name, plan[name].scheme
         if SCHEMES[scheme].batch_encoder is not None:
             group = scheme, state[name].size(-1)
         groups.setdefault(group, []).append(name)
     shares = [names[rank::world] for names in groups.values() for rank in range(world)]
-    return [names for names in shares if names]
+    return list(filter(None, shares))  # a lone tensor leaves the other ranks' shares empty
 
 
 def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> list[Stored]:
-    """The tensors of a state dict as they are stored, in the order of the model, on the CPU; all ranks share the work.
+    """Quantise a state dict: its tensors as they are stored, on the CPU, in the order of the model.
 
-    Raises FloatingPointError for weights that are not finite, UserError for a missing Hessian.
+    All ranks share the work. FloatingPointError for weights that are not finite, UserError for a missing Hessian.
     """
     for name, weight in state.items():
         if not torch.isfinite(weight).all():
             raise FloatingPointError(f"{name} holds values that are not finite; train again")
-    plan, device = refined_plan(cfg, state, hessians), runtime.device
-    roles = {name: p.role for name, p in weights_of(cfg).items()}
+    plan, device, tensors = refined_plan(cfg, state, hessians), runtime.device, weights_of(cfg)
 
     def encode(names: list[str]) -> dict[str, Stored]:
-        """The tensors of one job, by name."""
+        """Encode the tensors of one job; by name."""
         rules = [plan[name] for name in names]
         weights = [state[name].to(device) for name in names]
         inputs = [hessians[name].to(device) if name in hessians else None for name in names]
@@ -4185,55 +4134,59 @@ def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -
             encoded = [scheme.encode(weights[0], inputs[0], rules[0], cfg)]
         else:
             encoded = scheme.batch_encoder(weights, inputs, rules, cfg)
-        return {
-            name: Stored(name, roles[name], rule.scheme, (), on_cpu(parts))
-            for name, rule, parts in zip(names, rules, encoded, strict=True)
-        }
+        found = {}
+        for name, rule, parts in zip(names, rules, encoded, strict=True):
+            parts = {key: part.cpu() for key, part in parts.items()}
+            found[name] = Stored(name, tensors[name].role, rule.scheme, (), parts)
+        return found
 
     jobs = quantisation_jobs(plan, state, runtime.world)
     stored = repaired(cfg, runtime, state, deal_jobs(runtime, "quantising", jobs, encode))
     return [stored[name] for name in plan if name in stored]
 
 
-def repaired(cfg: Config, runtime: Runtime, state: Weights, stored: dict[str, Stored]) -> dict[str, Stored]:
-    """The tensors after REPAIR has corrected the LQER_TOP_K ones of largest error, by Frobenius norm."""
+def repaired(
+    cfg: Config,
+    runtime: Runtime,
+    state: Weights,
+    stored: dict[str, Stored],
+) -> dict[str, Stored]:
+    """Apply REPAIR to the LQER_TOP_K tensors with the largest error (Frobenius norm)."""
     repair = REPAIRS[cfg.repair]
     if repair is None:
         return stored
 
     def error(name: str) -> Tensor:
-        """What the stored tensor lacks."""
+        """What the stored tensor lacks, on the CPU."""
         return state[name].cpu().float() - stored[name].decode()
 
     def correct(name: str) -> dict[str, Stored]:
         """The tensor with its correction."""
-        extra = on_cpu(repair.encode(error(name).to(runtime.device), cfg))
-        parts = stored[name].parts | extra
+        parts = stored[name].parts | repair.encode(error(name).to(runtime.device), cfg)
         return {name: dataclasses.replace(stored[name], repairs=(cfg.repair,), parts=parts)}
 
-    candidates = [name for name, tensor in stored.items() if SCHEMES[tensor.scheme].repairable]
-    norms = {name: error(name).double().norm().item() for name in candidates}
+    norms = {
+        name: error(name).double().norm().item() for name, tensor in stored.items() if SCHEMES[tensor.scheme].repairable
+    }
     worst = sorted(norms, key=lambda name: (-norms[name], name))[: cfg.lqer_top_k]
     return stored | deal_jobs(runtime, "repairing", worst, correct)
 
 
 def sort_hidden(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
-    """The same function with each MLP's hidden units sorted so that similar rows of `up` are neighbours.
-
-    An elementwise nonlinearity commutes with a permutation, so the columns of `down` move with the rows of `up`. GPTQ,
-    AWQ-lite and LQER see nothing but another model, and no scale or packed factor has to be permuted. New dicts.
-    """
+    """Sort each MLP's hidden units so that similar rows of `up` are neighbours. The function stays. New dicts."""
+    # Sorted before quantisation, which so sees just another model: no scale or packed factor has to be permuted
     plan, state, hessians = quant_plan(cfg), dict(state), dict(hessians)
 
     def order(name: str) -> Weights:
-        """The order of the rows of one matrix, by their levels."""
+        """Order the rows of one matrix by their levels."""
         q = SCHEMES["rowwise"].encode(state[name].to(runtime.device), None, plan[name], cfg)["q"]
-        return {name: similarity_order(q).cpu()}
+        return {name: similarity_order(q)}
 
     ups, downs = weights_by_role(cfg, "up"), weights_by_role(cfg, "down")
     orders = deal_jobs(runtime, "sorting hidden units", list(ups.values()), order)
     for layer, up in ups.items():
         down, rows = downs[layer], orders[up]
+        # An elementwise nonlinearity commutes with a permutation
         state[up], state[down] = state[up][rows], state[down][:, rows]
         if down in hessians:
             hessians[down] = hessians[down][rows][:, rows]
@@ -4247,23 +4200,20 @@ def hadamard(size: int) -> Tensor:
 
 
 def rotate_values(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
-    """The same function with each head's values rotated by a Hadamard matrix, which spreads outliers.
-
-    An output is a sum of values, so it rotates too, and the columns of `o` rotate back. XSA and value_residual see dot
-    products and sums of values, gates and sink one number per head. The Hessians of `o` rotate as its inputs do. New
-    dicts.
-    """
+    """Rotate each head's values by a Hadamard matrix, which spreads outliers. The function stays. New dicts."""
+    # An output is a sum of values, so it rotates too, and the columns of `o` rotate back. XSA and value_residual see
+    # dot products and sums of values, gates and sink one number per head.
     state, hessians, R = dict(state), dict(hessians), hadamard(cfg.model_dim // cfg.num_heads)
 
     def rotated(x: Tensor) -> Tensor:
-        """x with each head's block of columns times R."""
+        """Multiply each head's block of columns by R."""
         return (x.double().unflatten(-1, (-1, len(R))) @ R).flatten(-2).to(x.dtype)
 
     outputs = weights_by_role(cfg, "o")
     for layer, v in weights_by_role(cfg, "v").items():
         o = outputs[layer]
         state[v], state[o] = rotated(state[v].T).T.contiguous(), rotated(state[o])
-        if o in hessians:
+        if o in hessians:  # R^T H R for the rotated inputs; R is symmetric
             hessians[o] = rotated(rotated(hessians[o]).T)
     return state, hessians
 
@@ -4273,37 +4223,26 @@ HIDDEN_ORDERS = {"pergroup": sort_hidden}  # COMPRESSOR -> what helps its coder;
 
 
 def reparametrize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
-    """The same function in weights that are easier to store, and their Hessians: before quantisation."""
+    """Return weights that compute the same and are easier to store, and their Hessians; before quantisation."""
     for step in (ROTATIONS[cfg.rotate], HIDDEN_ORDERS.get(cfg.compressor)):
         if step is not None:
             state, hessians = step(cfg, runtime, state, hessians)
     return state, hessians
 
 
-CACHED_ROWS = 512  # rows of a hidden layer's width that fit into a processor's cache
-
-
 def similarity_order(matrix: Tensor) -> Tensor:
-    """A greedy walk over the rows of an integer matrix: (rows,) int64, from row 0 always to the nearest row left.
+    """Walk greedily over the rows of an integer matrix, from row 0 always to the nearest row left: (rows,) int64.
 
-    Distances are L1; of equally near rows the first is taken. Sums of integers below 2^24 are exact in float32, so the
-    order is the same on any machine.
+    Distances are L1; among equally near rows the first is taken.
     """
-    if not len(matrix):
-        return torch.empty(0, dtype=torch.int64)
-    rows, ids = matrix.float(), torch.arange(len(matrix), device=matrix.device)
-    taken, ones = rows.new_zeros(len(rows)), rows.new_ones(rows.size(1))  # `taken`: infinity for a row in the walk
-    order, position, stale = [0], 0, 0
-    while len(order) < len(matrix):
-        here = rows[position].clone()
-        taken[position] = math.inf
-        stale += 1
-        if 8 * stale > len(ids):  # an eighth of the rows is taken: drop them
-            left = taken == 0
-            rows, ids, taken, stale = rows[left], ids[left], taken[left], 0
-        distances = [(block - here).abs_() @ ones for block in rows.split(CACHED_ROWS)]
-        position = int((torch.cat(distances) + taken).argmin())
-        order.append(int(ids[position]))
+    # Sums of integers below 2^24 are exact in float32, so the order is the same on any machine
+    rows = matrix.float()
+    taken = rows.new_zeros(len(rows))  # infinity for a row in the walk
+    order = [0][: len(rows)]
+    while len(order) < len(rows):
+        taken[order[-1]] = math.inf
+        distances = torch.cdist(rows, rows[order[-1:]], p=1)[:, 0]
+        order.append(int((distances + taken).argmin()))
     return torch.tensor(order, dtype=torch.int64)
 
 
@@ -4316,16 +4255,16 @@ ARTIFACT_HEADER = struct.Struct("<4sBBII")  # magic, version, codec, payload byt
 
 
 def shuffle_bytes(array: np.ndarray, trellis: np.ndarray | None = None) -> bytes:
-    """Bytes of an array for a general coder: matrices column by column, wider items in planes by significance."""
-    flat = np.ascontiguousarray(array.T if array.ndim == 2 else array)
-    return flat.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
+    """Lay out an array for a general coder: matrices column by column, wider items in planes by significance."""
+    flat = array.flatten("F" if array.ndim == 2 else "C")
+    return flat.view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
 
 
 def unshuffle_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of shuffle_bytes."""
-    kind = np.dtype(dtype)
-    flat = np.frombuffer(data, np.uint8).reshape(kind.itemsize, -1).T.copy().reshape(-1).view(kind)
-    return np.ascontiguousarray(flat.reshape(shape[::-1]).T) if len(shape) == 2 else flat.reshape(shape)
+    planes = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1)
+    flat = np.frombuffer(planes.T.tobytes(), dtype)
+    return flat.reshape(shape, order="F" if len(shape) == 2 else "C").copy()  # torch wants a writable array
 
 
 class Coder(NamedTuple):
@@ -4333,8 +4272,8 @@ class Coder(NamedTuple):
 
     encode: Callable[[bytes], bytes]
     decode: Callable[[bytes], bytes]
-    frame: Callable[[np.ndarray, np.ndarray | None], bytes] = shuffle_bytes  # (array, its trellis) -> bytes
-    unframe: Callable[[bytes, str, tuple[int, ...]], np.ndarray] = unshuffle_bytes  # (bytes, dtype, shape) -> array
+    frame: Callable[..., bytes] = shuffle_bytes  # (array, its trellis or None) -> bytes
+    unframe: Callable[..., np.ndarray] = unshuffle_bytes  # (bytes, dtype, shape) -> array
     head: int = 0  # bytes that a frame adds to those of the array
     require: Callable[[], Any] = lambda: None  # raises UserError if what it runs on is not installed
 
@@ -4342,7 +4281,7 @@ class Coder(NamedTuple):
 def require_brotli() -> Any:
     """The brotli module; UserError if it is not installed."""
     if brotli is None:
-        raise UserError("COMPRESSOR=brotli or pergroup needs the package brotli: pip install brotli")
+        raise UserError("COMPRESSOR=brotli, pergroup or rans needs the package brotli: pip install brotli")
     return brotli
 
 
@@ -4357,17 +4296,15 @@ def require_lrzip() -> str:
 
 
 def run_lrzip(data: bytes, *flags: str) -> bytes:
-    """Output of lrzip for data, through files in a temporary folder."""
-    program = require_lrzip()
+    """Run lrzip on data, through files in a temporary folder; UserError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.lrz", Path(folder) / "out"
         source.write_bytes(data)
         done = subprocess.run(
             # -N 0: by default it runs at the lowest priority, and starves on a busy machine
-            [program, "-Q", "-f", "-N", "0", *flags, "-o", str(target), str(source)],
+            [require_lrzip(), "-Q", "-f", "-N", "0", *flags, "-o", target, source],
             capture_output=True,
             env={"LRZIP": "NOCONFIG", "TMPDIR": folder},  # a user's lrzip.conf must not change the bytes
-            check=False,
         )
         if done.returncode != 0 or not target.is_file():
             raise UserError(f"lrzip {' '.join(flags)} failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
@@ -4394,52 +4331,44 @@ def rans_frame(array: np.ndarray, trellis: np.ndarray | None) -> bytes:
 
 def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of rans_frame."""
-    flat = np.frombuffer(data, dtype, offset=RANS_HEAD.size)
-    return flat.reshape(shape).copy()
-
-
-def rans_column_prior(profile: np.ndarray, past: np.ndarray, rows: int) -> tuple[int, int]:
-    """How closely the columns follow those of an earlier matrix, in sixteenths, and how many rows that guess is worth.
-
-    profile, past (cols,): each column's mean magnitude over the matrix's mean, here and in the earlier matrix.
-    """
-    spread, likeness = min((np.log(profile / (1 + w / 16 * (past - 1))).var(), w) for w in range(17))
-    # The mean of n rows has a relative variance of MAGNITUDE_VARIANCE / n. `profile` has that noise itself; what
-    # remains of the spread is the error of the guess, and n rows of data would have the same
-    error = spread - MAGNITUDE_VARIANCE / rows
-    return likeness, math.ceil(MAGNITUDE_VARIANCE / max(0.003, error))
-
-
-def rans_row_prior(matrix: np.ndarray) -> tuple[int, int]:
-    """The mean energy (sum of squares) of a row, and how loosely rows keep to it.
-
-    This slack is 0 if all rows have the same energy, and large if energies vary as those of independent columns do.
-    """
-    squares = np.square(matrix, dtype=np.float64)
-    independent = squares.var(axis=0).sum() + 1e-9
-    actual = squares.sum(axis=1).var()
-    removed = max(independent - actual, actual / 2**20 + 1e-9)
-    slack = min(2.0**30, 2 * matrix.shape[1] * actual / removed)
-    return int(squares.sum() / len(matrix)), int(slack)
+    return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
 
 
 def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
-    """For each matrix: mean magnitude (in RANS_UNIT), rans_column_prior, rans_row_prior."""
+    """Side information about each matrix.
+
+    Mean magnitude (in RANS_UNIT); likeness of its columns to those of an earlier matrix (in sixteenths); how many rows
+    this guess is worth; mean energy of a row (its sum of squares); slack, which says how loosely rows keep to it.
+    """
     past, priors = {}, []
     for matrix in matrices:
+        rows, cols = matrix.shape
         sums = np.abs(matrix, dtype=np.int16).sum(axis=0)
-        cols, prior = len(sums), [0, 0, 1, 0, 0]
-        if sums.any():
-            profile = (sums + 1) / (sums + 1).mean()
-            columns = rans_column_prior(profile, past.get(cols, np.ones(cols)), len(matrix))
-            prior = [RANS_UNIT * int(sums.sum()) // matrix.size, *columns, *rans_row_prior(matrix)]
-            past[cols] = profile
-        priors.append(prior)
+        if not sums.any():
+            priors.append([0, 0, 1, 0, 0])
+            continue
+        # Each column's mean magnitude over the matrix's mean, here and in the last matrix of this width
+        profile = (sums + 1) / (sums + 1).mean()
+        earlier = past.get(cols, np.ones(cols))
+        past[cols] = profile
+        spread, likeness = min((np.log(profile / (1 + w / 16 * (earlier - 1))).var(), w) for w in range(17))
+        # The mean of n rows has a relative variance of MAGNITUDE_VARIANCE / n. `profile` has that noise itself; what
+        # remains of the spread is the error of the guess, and n rows of data would have the same
+        error = spread - MAGNITUDE_VARIANCE / rows
+        worth = math.ceil(MAGNITUDE_VARIANCE / max(0.003, error))
+        # The slack is 0 if all rows have the same energy, and large if energies vary as with independent columns
+        squares = np.square(matrix, dtype=np.float64)
+        independent = squares.var(axis=0).sum() + 1e-9
+        actual = squares.sum(axis=1).var()
+        removed = max(independent - actual, actual / 2**20 + 1e-9)
+        slack = min(2.0**30, 2 * cols * actual / removed)
+        magnitude = RANS_UNIT * int(sums.sum()) // matrix.size
+        priors.append([magnitude, likeness, worth, int(squares.sum() / rows), int(slack)])
     return priors
 
 
 def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frequency and start of each key, and the key of each slot, for histograms (tables, 256).
+    """Turn histograms (tables, 256) into the frequency and start of each key, and the key of each slot.
 
     A key is 256 * table + level + 128. Frequencies are proportional to the counts, and at least 1 where a count is not
     0; those of a table sum to 2^RANS_BITS, its number of slots.
@@ -4495,7 +4424,10 @@ def rans_wavefront(
     edges: np.ndarray,
     counts: np.ndarray,
 ) -> Iterator[tuple]:
-    """The steps of rans_model for one matrix; updates the histograms, and past: magnitudes of columns by width."""
+    """Yield the steps of rans_model for one matrix.
+
+    Updates the histograms `counts`, and `past`, which maps a width to the magnitudes of its columns.
+    """
     rows, cols, states, chunk_rows, magnitude, likeness, prior_rows, energy, slack = info
     # Each column's sum of magnitudes starts as if prior_rows had been seen: a mixture, in sixteenths, of columns like
     # those of the last matrix of this width and of columns that are all alike
@@ -4545,16 +4477,17 @@ def rans_wavefront(
 
 
 def rans_encode(raw: bytes) -> bytes:
-    """Interleaved rANS (Duda 2013; Giesen 2014) of matrices framed by rans_frame.
+    """Code matrices framed by rans_frame with interleaved rANS (Duda 2013; Giesen 2014).
 
     The blob: side information, compressed by zlib; then 16-bit words: the lanes' first states, and what they read.
     """
     heads, matrices, at, log, words = [], [], 0, [], []
     while at < len(raw):
-        heads.append(RANS_HEAD.unpack_from(raw, at))
-        size, at = math.prod(heads[-1][:2]), at + RANS_HEAD.size
-        matrices.append(np.frombuffer(raw, np.int8, size, at).reshape(heads[-1][:2]))
-        at += size
+        head = rows, cols, *_ = RANS_HEAD.unpack_from(raw, at)
+        at += RANS_HEAD.size
+        heads.append(head)
+        matrices.append(np.frombuffer(raw, np.int8, rows * cols, at).reshape(rows, cols))
+        at += rows * cols
     side_info = np.hstack([heads, rans_priors(matrices)]).astype("<i4")
     for flat, places, table, (freq, start, _) in rans_model(side_info, [m.reshape(-1) for m in matrices]):
         level = flat[places].astype(int) + 128
@@ -4577,7 +4510,7 @@ def rans_encode(raw: bytes) -> bytes:
 
 
 def rans_decode(blob: bytes) -> bytes:
-    """The inverse of rans_encode; some ordinary exception when the blob is damaged."""
+    """The inverse of rans_encode; raises some ordinary exception if the blob is damaged."""
     unzip = zlib.decompressobj()
     side_info = np.frombuffer(unzip.decompress(blob), "<i4").reshape(-1, 9)
     words = np.frombuffer(unzip.unused_data, "<u2").astype(int)
@@ -4622,7 +4555,7 @@ CODERS = {
 
 
 class Codec(NamedTuple):
-    """Which streams an artifact consists of, and the coder of each.
+    """The streams that an artifact consists of, and the coder of each.
 
     The integers of a matrix are in the stream that stream_of(role) names. All else is in the first stream, "", which
     begins with the index.
@@ -4654,7 +4587,7 @@ CODECS = {
 
 
 def sort_rows(parts: Parts) -> Parts:
-    """The parts with similar rows of "q" side by side, and where each came from as a further part, "order"."""
+    """Put similar rows of "q" side by side, and where each came from into a further part, "order"."""
     order = similarity_order(parts["q"])
     assert len(order) <= 2**16, "too many rows for an order in uint16"
     return parts | {"q": parts["q"][order], "order": order.to(torch.uint16)}
@@ -4685,7 +4618,7 @@ class Blob(NamedTuple):
 
 
 def storage_order(index: list[Any]) -> dict[str, list[Any]]:
-    """Stream -> (key, part, dtype, shape) of its arrays, in order.
+    """Map each stream to (key, part, dtype, shape) of its arrays, in the order in which they are stored.
 
     index: for each tensor its key and {part: [stream, dtype, shape]}.
     """
@@ -4699,7 +4632,7 @@ def storage_order(index: list[Any]) -> dict[str, list[Any]]:
 
 
 def pack_stored(stored: list[Stored], codec: str) -> bytes:
-    """Stored tensors -> one self-describing blob.
+    """Pack stored tensors into one self-describing blob.
 
     Payload: number of streams (u8), their lengths (u32 each), the streams. The first one begins with the length of the
     index (u32) and the index, which is JSON.
@@ -4725,13 +4658,13 @@ def pack_stored(stored: list[Stored], codec: str) -> bytes:
 
 
 def seal(number: int, payload: bytes) -> bytes:
-    """A payload after the header of its codec."""
+    """Put the header before a payload; number: of its codec."""
     header = ARTIFACT_HEADER.pack(MAGIC, ARTIFACT_VERSION, number, len(payload), 0)[:-4]
     return header + struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + payload
 
 
 def in_parallel(functions: list[Callable[[bytes], bytes]], datas: list[bytes]) -> list[bytes]:
-    """function(data) of each pair, on as many threads as there are processors; nothing stays nothing."""
+    """function(data) for each pair, on as many threads as there are processors; empty data stay empty."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda function, data: function(data) if data else b"", functions, datas))
 
@@ -4760,7 +4693,7 @@ def open_blob(blob: bytes, source: str = "artifact") -> Blob:
 
 
 def decode_payload(payload: bytes, layout: Codec) -> Blob:
-    """The contents of a payload; some ordinary exception if it is not one of this layout."""
+    """Decode a payload; raises some ordinary exception if it does not have this layout."""
     count = payload[0]
     sizes = struct.unpack_from(f"<{count}I", payload, 1)
     ends = list(itertools.accumulate(sizes, initial=1 + 4 * count))
@@ -4774,32 +4707,19 @@ def decode_payload(payload: bytes, layout: Codec) -> Blob:
     if len(text) != length:
         raise ValueError("the index is cut off")
     index = json.loads(text)
-    parts, streams = {key: dict.fromkeys(types) for key, types in index}, []
+    parts = {key: dict.fromkeys(types) for key, types in index}  # in the order of the index, not of the streams
+    streams = []
     for coder, size, raw, (name, rows) in zip(coders, sizes, raws, storage_order(index).items(), strict=True):
-        arrays = unframe_arrays(coder, raw, rows)
+        lengths = [coder.head + np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows]
+        if sum(lengths) != len(raw) or min(lengths, default=0) < 0:
+            raise ValueError("the index does not account for all bytes")
+        arrays, end = {}, 0
+        for (key, part, dtype, shape), length in zip(rows, lengths, strict=True):
+            start, end = end, end + length
+            arrays[key, part] = coder.unframe(raw[start:end], dtype, shape)
+            parts[key][part] = torch.from_numpy(arrays[key, part])
         streams.append(Stream(name, layout.integer_coder if name else layout.coder, size, arrays))
-        for (key, part), array in arrays.items():
-            parts[key][part] = torch.from_numpy(array)
     return Blob([Stored.parse(key, unsort_rows(parts[key])) for key in parts], streams, text)
-
-
-def unframe_arrays(coder: Coder, raw: bytes, rows: list[Any]) -> dict[tuple[str, str], np.ndarray]:
-    """The arrays of a decoded stream; ValueError unless they take exactly its bytes."""
-    sizes = [coder.head + np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows]
-    if sum(sizes) != len(raw) or min(sizes, default=0) < 0:
-        raise ValueError("the index does not account for all bytes")
-    arrays, end = {}, 0
-    for (key, part, dtype, shape), size in zip(rows, sizes, strict=True):
-        start, end = end, end + size
-        arrays[key, part] = coder.unframe(raw[start:end], dtype, shape)
-    return arrays
-
-
-def save_artifact(path: Path, stored: list[Stored], codec: str) -> int:
-    """Write the model blob atomically; returns its size in bytes."""
-    blob = pack_stored(stored, codec)
-    atomic_write(path, blob)
-    return len(blob)
 
 
 def read_artifact(path: str | Path) -> list[Stored]:
@@ -6072,7 +5992,7 @@ class Run:
         if runtime.rank == 0:
             counts = collections.Counter(tensor.encoding() for tensor in stored)
             self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-            save_artifact(path, stored, cfg.compressor)
+            atomic_write(path, pack_stored(stored, cfg.compressor))
         runtime.barrier()
         size, code = path.stat().st_size, Path(__file__).stat().st_size
         self.log(

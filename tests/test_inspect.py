@@ -70,7 +70,7 @@ def parts_of(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
 
 def write_run(folder: Path, codec: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    train_gpt.save_artifact(folder / "model.bin", stored(parts_of()), codec)
+    (folder / "model.bin").write_bytes(train_gpt.pack_stored(stored(parts_of()), codec))
     (folder / "record.env").write_text("SEED=7\n")
     (folder / "result.json").write_text(json.dumps({"preset": "records/small"}))
     (folder / "program.py").write_text(SOURCE)

@@ -27,7 +27,7 @@ import pack_artifact
 import train_gpt
 
 Matrices = list[tuple[str, np.ndarray]]
-ENCODER = {"rans_frame", "rans_priors", "rans_column_prior", "rans_row_prior", "MAGNITUDE_VARIANCE", "rans_encode"}
+ENCODER = {"rans_frame", "rans_priors", "MAGNITUDE_VARIANCE", "rans_encode"}
 DECODER = {"rans_model", "rans_wavefront", "rans_tables", "rans_decode", "rans_unframe", "RANS_BITS", "RANS_HEAD"}
 DECODER |= {"RANS_ONE"}
 

@@ -65,12 +65,13 @@ def pack(cfg: train_gpt.Config, state: Weights, hessians: Weights) -> Packed:
     stored, seconds["quantise and repair"] = timed(train_gpt.quantize, cfg, RUNTIME, *pair)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.bin"
-        size, seconds["pack"] = timed(train_gpt.save_artifact, path, stored, cfg.compressor)
+        blob, seconds["pack"] = timed(train_gpt.pack_stored, stored, cfg.compressor)
+        train_gpt.atomic_write(path, blob)
         restored, seconds["unpack"] = timed(train_gpt.load_artifact, path)
     wanted = train_gpt.dequantize(stored)
     if restored.keys() != state.keys() or not all(torch.equal(restored[name], wanted[name]) for name in wanted):
         raise SystemExit("the artifact does not give back what was quantised")
-    return Packed(size, seconds, restored)
+    return Packed(len(blob), seconds, restored)
 
 
 # Full size, random weights
