@@ -29,9 +29,8 @@ def encode(text: str) -> str:
         if stop > start:
             out.append(encode_word(text[start:stop]))
         else:
-            stop = start + 1
             out.append(ESC + text[start] if TITLE <= text[start] <= ESC else text[start])
-        start = stop
+        start = max(stop, start + 1)
     return "".join(out)
 
 

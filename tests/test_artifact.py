@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -26,15 +28,7 @@ KEYS = tuple(f"blocks.{i}.{role}:{role}:{how}" for i in (0, 2, 10) for role in (
 @functools.cache
 def usable() -> tuple[str, ...]:
     """The codecs whose coders are installed."""
-
-    def works(codec: str) -> bool:
-        try:
-            CODECS[codec].require()
-        except UserError:
-            return False
-        return True
-
-    return tuple(filter(works, CODECS))
+    return tuple(codec for codec in CODECS if codec != "pergroup" or shutil.which("lrzip"))
 
 
 @st.composite
@@ -77,13 +71,10 @@ def test_round_trip_is_bitwise(original: list[Stored], codec: str) -> None:
 def test_round_trip_of_every_shape_and_type() -> None:
     shapes = (), (0,), (7,), (0, 3), (3, 0), (1, 5), (5, 1), (2, 3, 4), (2, 0, 4)
     kinds = list(itertools.product(shapes, (torch.int8, torch.int16, torch.float16, torch.float32)))
-    for part in ("w", "q"):  # of the first stream and of another one
-        every = {
-            f"{i}:k:gptq": {part: torch.arange(np.prod(shape, dtype=int)).view(shape).to(dtype)}
-            for i, (shape, dtype) in enumerate(kinds)
-        }
-        for codec in usable():
-            assert same_stored(open_blob(pack_stored(stored(every), codec)).tensors, stored(every)), (codec, part)
+    arrays = [torch.arange(math.prod(shape)).view(shape).to(dtype) for shape, dtype in kinds]
+    for part, codec in itertools.product("wq", usable()):  # a part of the first stream, and of another one
+        every = stored({f"{i}:k:gptq": {part: array} for i, array in enumerate(arrays)})
+        assert same_stored(open_blob(pack_stored(every, codec)).tensors, every), (codec, part)
 
 
 def test_views_are_packed_like_copies_and_bytes_lie_by_column_and_significance() -> None:
@@ -128,16 +119,13 @@ def test_keys_name_role_scheme_and_repairs() -> None:
 def test_every_truncation_and_every_changed_bit_is_a_user_error() -> None:
     for codec in usable():
         blob = example_blob(codec)
-        for size in range(len(blob)):
+        flips = itertools.product(range(len(blob)), (1, 2, 4, 8, 16, 32, 64, 128, 255))
+        changed = (blob[:at] + bytes([blob[at] ^ mask]) + blob[at + 1 :] for at, mask in flips)
+        for damaged in itertools.chain((blob[:size] for size in range(len(blob))), changed):
             with pytest.raises(UserError, match="^place: "):
-                open_blob(blob[:size], "place")
+                open_blob(damaged, "place")
         with pytest.raises(UserError, match="truncated or padded"):
             open_blob(blob + b"\0", "place")
-        for position, mask in itertools.product(range(len(blob)), (1, 2, 4, 8, 16, 32, 64, 128, 255)):
-            damaged = bytearray(blob)
-            damaged[position] ^= mask
-            with pytest.raises(UserError, match="^place: "):
-                open_blob(bytes(damaged), "place")
 
 
 def test_each_fault_has_its_words(tmp_path: Path) -> None:
@@ -217,14 +205,13 @@ def test_a_saved_model_loads_bit_for_bit_as_what_was_quantised(tmp_path: Path) -
     cfg = load_config({**TINY, "MATRIX_QUANT": "rowwise", "EMBED_QUANT": "rowwise"})
     generator, state = torch.Generator().manual_seed(4), GPT(cfg).init_weights(3).state_dict()
     state = {name: w + 0.05 * torch.randn(w.shape, generator=generator) for name, w in state.items()}
-    tensors_, path = train_gpt.quantize(cfg, rules.runtime(), state, {}), tmp_path / "model.bin"
-    wanted = train_gpt.dequantize(tensors_)
+    kept, path = train_gpt.quantize(cfg, rules.runtime(), state, {}), tmp_path / "model.bin"
+    wanted = train_gpt.dequantize(kept)
     for codec in ("brotli", "lzma"):  # pergroup and rans: test_codecs.py
-        train_gpt.atomic_write(path, pack_stored(tensors_, codec))
+        train_gpt.atomic_write(path, pack_stored(kept, codec))
         assert list(tmp_path.iterdir()) == [path], codec
-        assert same_stored(train_gpt.read_artifact(path), tensors_), codec
         loaded = train_gpt.load_artifact(path)
-        assert list(loaded) == list(wanted) == list(state), codec
+        assert same_stored(train_gpt.read_artifact(path), kept) and [*loaded] == [*wanted] == [*state], codec
         for name, weight in wanted.items():
             assert torch.equal(loaded[name], weight) and loaded[name].dtype == torch.float32, (codec, name)
             assert weight.shape == state[name].shape, name

@@ -17,6 +17,7 @@ import pytest
 import sentencepiece as spm
 import word_bpe
 from caseops import ALLCAPS, CAPNEXT, ESC, TITLE, CaseOps, CaseOpsError, decode, encode
+from conftest import prepare_docs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prepare import Options
@@ -62,9 +63,9 @@ def by_words(processor: spm.SentencePieceProcessor) -> WordBPE:
 
 def test_golden_rows() -> None:
     for row in GOLDEN["encode"]:
-        assert encode(row["text"]) == row["encoded"], ascii(row["text"])
-        assert decode(row["encoded"]) == row["text"], ascii(row["text"])
-        assert caseops.original_bytes(row["encoded"]).tolist() == row["bytes"], ascii(row["text"])
+        text, encoded = row["text"], row["encoded"]
+        assert encode(text) == encoded and decode(encoded) == text, ascii(text)
+        assert caseops.original_bytes(encoded).tolist() == row["bytes"], ascii(text)
     for row in GOLDEN["decode"]:
         if row["text"] is not None:
             assert decode(row["encoded"]) == row["text"], ascii(row["encoded"])
@@ -78,13 +79,11 @@ def test_golden_rows() -> None:
 @example("iPhone ABc aBC HELLOworld helloWORLD A AB I'm FBI's USA2020 CAFÉ")
 @example("A" * 70_000 + "b")
 def test_transform_is_lossless_and_equals_the_character_loop(text: str) -> None:
-    encoded = encode(text)
-    assert decode(encoded) == text
+    encoded, counts = encode(text), caseops.original_bytes(encode(text))
+    assert decode(encoded) == text and counts.sum() == len(text.encode("utf-8", "surrogatepass"))
     assert not set(encoded) & set(reference.UPPER)
     if len(text) < 1000:  # the loop is quadratic in nothing, but slow
-        assert encoded == reference.encode(text)
-        assert caseops.original_bytes(encoded).tolist() == reference.original_bytes(encoded)
-    assert caseops.original_bytes(encoded).sum() == len(text.encode("utf-8", "surrogatepass"))
+        assert encoded == reference.encode(text) and counts.tolist() == reference.original_bytes(encoded)
 
 
 @settings(max_examples=600)
@@ -96,9 +95,9 @@ def test_decoder_is_the_state_machine_on_any_string(text: str) -> None:
         return
     with pytest.raises(CaseOpsError) as caught:
         decode(text)
-    assert 0 <= caught.value.position <= len(text)
-    # what stands before the position is not what is wrong
     position = caught.value.position
+    assert 0 <= position <= len(text)
+    # what stands before the position is not what is wrong
     assert any(reference.decode(text[:position] + rest) is not None for rest in ("", "b", " b"))
 
 
@@ -133,21 +132,18 @@ def test_words_give_the_ids_and_surfaces_of_sentencepiece(
         assert not expected["offsets"] or pieces.start == expected["offsets"][0][0]
 
 
-def test_real_sentences_are_tokenised_by_words(processor: spm.SentencePieceProcessor) -> None:
+def test_real_sentences_are_tokenised_by_words_and_a_full_memory_is_emptied(
+    processor: spm.SentencePieceProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = WordBPE(processor)
-    for text in documents(20):
-        seen = encode(text)
+    for seen in map(encode, documents(20)):
         assert words.ids_by_word(processor.normalize(seen)).tolist() == processor.encode(seen)
     assert 20 < len(words.known) < 200
-
-
-def test_full_memory_is_emptied(processor: spm.SentencePieceProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_bpe, "MAX_WORDS", 5)
     monkeypatch.setattr(word_bpe, "BATCH", 3)
     words = WordBPE(processor)
     for text in documents(20):
-        assert words.ids(text).tolist() == processor.encode(text)
-        assert len(words.known) < 60
+        assert words.ids(text).tolist() == processor.encode(text) and len(words.known) < 60
 
 
 def test_other_tokenizers_are_left_to_sentencepiece() -> None:
@@ -176,18 +172,15 @@ def test_other_tokenizers_are_left_to_sentencepiece() -> None:
 @example("hello\n")
 @example(f"{TITLE}x{ESC}{ESC}Y")
 def test_every_original_byte_is_on_a_piece_or_at_an_end(processor: spm.SentencePieceProcessor, text: str) -> None:
-    encoded = encode(text)
-    counts = CaseOps().piece_bytes(text, processor)
+    encoded, counts = encode(text), CaseOps().piece_bytes(text, processor)
     spans = processor.encode(encoded, out_type="offset_mapping")["offsets"]
     assert counts.tolist() == reference.piece_bytes(encoded, spans)
-    missing = len(text.encode()) - int(counts.sum())
-    assert missing == prepare.edge_bytes(encoded, processor)
+    assert len(text.encode()) - counts.sum() == prepare.edge_bytes(encoded, processor)
 
 
 def test_worked_examples_of_byte_counts(processor: spm.SentencePieceProcessor) -> None:
     sums = {"USA2020": 7, "Ü": 2, "日": 3, "\ue001x": 4, "two  spaces\n\nnew": 16, "  two": 3, "hello\n": 5, "Ａ": 3}
-    found = {text: int(CaseOps().piece_bytes(text, processor).sum()) for text in sums}
-    assert found == sums
+    assert {text: CaseOps().piece_bytes(text, processor).sum() for text in sums} == sums
     counts = CaseOps().piece_bytes("\ue001x", processor).tolist()
     assert counts[:2] == [0, 3]  # an escaped operator has the operator's id, but bytes
     assert processor.encode(encode("\ue001x"))[:2] == [7, 4]
@@ -218,25 +211,22 @@ def test_golden_ids_and_bytes_of_the_published_tokenizer(published: spm.Sentence
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`prepare --caseops` over 40 documents, 12 of them validation, several shards."""
-    folder = tmp_path_factory.mktemp("caseops")
-    source = folder / "docs.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(40)), encoding="utf-8")
-    argv = ["--docs", str(source), "--out", str(folder / "out"), "--vocab-size", "400", "--caseops"]
-    assert prepare.main([*argv, "--val-docs", "12", "--shard-tokens", "1000", "--jobs", "1"]) == 0
-    return folder / "out"
+    folder, options = tmp_path_factory.mktemp("caseops"), "--vocab-size 400 --caseops --val-docs 12 --shard-tokens 1000"
+    prepare_docs(folder, documents(40), *options.split())
+    return folder / "shards"
 
 
 def test_prepared_directory_accounts_for_every_byte(prepared: Path, capsys: pytest.CaptureFixture) -> None:
     manifest = json.loads((prepared / "manifest.json").read_text())
     texts = documents(40)[:12]
     assert manifest["settings"]["transform"] == "lossless_caps_caseops_v1"
-    stripped = [len(text.encode()) - len(text.strip().encode()) for text in texts]
+    size, sidecar = (sum(len(text.encode()) for text in cut) for cut in (texts, [text.strip() for text in texts]))
     assert manifest["byte_audit"] == {
         "docs": 12,
-        "utf8_bytes": sum(len(text.encode()) for text in texts),
-        "sidecar_bytes": sum(len(text.strip().encode()) for text in texts),
-        "edge_bytes": sum(stripped),
-        "docs_with_edges": sum(size > 0 for size in stripped),
+        "utf8_bytes": size,
+        "sidecar_bytes": sidecar,
+        "edge_bytes": size - sidecar,
+        "docs_with_edges": sum(text != text.strip() for text in texts),
         "unexplained_bytes": 0,
     }
     processor = spm.SentencePieceProcessor(model_file=str(prepared / "bpe_400.model"))
@@ -246,7 +236,7 @@ def test_prepared_directory_accounts_for_every_byte(prepared: Path, capsys: pyte
     assert len(manifest["sidecars"]) > 1 and counts[ids == 1].sum() == 0
     assert prepare.main(["audit", str(prepared)]) == 0
     out = capsys.readouterr().out
-    assert "12 documents" in out and f"{manifest['byte_audit']['sidecar_bytes']:,} bytes" in out
+    assert "12 documents" in out and f"{sidecar:,} bytes" in out
 
 
 def test_audit_counts_what_the_normaliser_broke(prepared: Path) -> None:
@@ -265,17 +255,15 @@ def test_audit_refuses_what_does_not_belong_together(
     sidecar = "fineweb_val_bytes_000000.bin"
     raw = (prepared / sidecar).read_bytes()
     more = [raw[:at] + bytes([raw[at] + 1]) + raw[at + 1 :] for at in (1024, 1030)]  # a byte more for token 0 or 3
-    for index, (changes, message) in enumerate(
-        (
-            ({"fineweb_val_bytes_000001.bin": None}, "is missing between its neighbours"),
-            ({path.name: None for path in prepared.glob("fineweb_val_0*")}, "has no fineweb_val_"),
-            ({"bpe_400.model": None}, "has no *.model"),
-            ({"other.model": b""}, "holds 2 tokenizers"),
-            ({sidecar: more[0]}, "gives bytes to BOS"),
-            ({sidecar: more[1]}, "its manifest says"),
-        )
-    ):
-        folder = Path(shutil.copytree(prepared, tmp_path / str(index)))
+    for message, changes in {
+        "is missing between its neighbours": {"fineweb_val_bytes_000001.bin": None},
+        "has no fineweb_val_": {path.name: None for path in prepared.glob("fineweb_val_0*")},
+        "has no *.model": {"bpe_400.model": None},
+        "holds 2 tokenizers": {"other.model": b""},
+        "gives bytes to BOS": {sidecar: more[0]},
+        "its manifest says": {sidecar: more[1]},
+    }.items():
+        folder = Path(shutil.copytree(prepared, tmp_path / message[:9]))
         for name, content in changes.items():
             (folder / name).unlink(missing_ok=True)
             if content is not None:
@@ -286,19 +274,9 @@ def test_audit_refuses_what_does_not_belong_together(
 
 
 def test_tokenizer_and_transform_must_match(prepared: Path, tmp_path: Path) -> None:
-    docs = tmp_path / "docs.jsonl"
+    docs, plain, fit = tmp_path / "docs.jsonl", tmp_path / "plain.model", prepared / "bpe_400.model"
     docs.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(9)), encoding="utf-8")
-    plain = tmp_path / "plain.model"
     plain.write_bytes(prepare.train_tokenizer(documents(60), 400))
-    for model, transform, message in (
-        (plain, CaseOps(), "needs its 4 symbols"),
-        (prepared / "bpe_400.model", None, "add --caseops"),
-    ):
+    for model, transform, message in ((plain, CaseOps(), "needs its 4 symbols"), (fit, None, "add --caseops")):
         with pytest.raises(UserError, match=message):
             prepare.prepare(Options((docs,), tmp_path / "a", model, val_docs=3), transform)
-
-
-def test_both_forms_of_the_command_line_take_caseops() -> None:
-    assert prepare.parse_arguments(["sample", "--out", "x", "--caseops"]).caseops
-    args = prepare.parse_arguments(["--docs", "x", "--out", "y", "--vocab-size", "300", "--caseops"])
-    assert args.caseops and args.val_docs == 50_000

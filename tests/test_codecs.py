@@ -27,8 +27,8 @@ def model_tensors(encoding: str = "gptq", layers: int = 3) -> list[train_gpt.Sto
     """The tensors of a small quantised model."""
     rng = np.random.default_rng(0)
 
-    def matrix(rows: int, cols: int) -> torch.Tensor:
-        return torch.from_numpy(np.round(3 * rng.standard_normal((rows, cols))).astype(np.int8))
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(np.round(3 * rng.standard_normal(shape)).astype(np.int8))
 
     shapes = {"q": (16, 16), "k": (8, 16), "v": (8, 16), "o": (16, 16), "up": (48, 16), "down": (16, 48)}
     found = {f"tok_emb.weight:embed:{encoding}": {"q": matrix(40, 16)}}
@@ -64,7 +64,7 @@ def plain_order(M: np.ndarray) -> list[int]:
     return order
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 9999), rows=st.integers(1, 90), cols=st.integers(1, 20), top=st.sampled_from([1, 3, 127]))
 @example(seed=1, rows=600, cols=3, top=2)  # more rows than a block
 def test_row_order_is_the_greedy_walk_with_ties_to_the_first(seed: int, rows: int, cols: int, top: int) -> None:

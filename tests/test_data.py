@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -16,22 +17,15 @@ import pytest
 import sentencepiece as spm
 import torch
 from conftest import TINY
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from prepare import write_shard
 
 import train_gpt
 from train_gpt import BOS_ID, Config, Log, Runtime, ShardWalker, UserError, load_config
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "data.json").read_text(encoding="utf-8"))
 PROPERTY = settings(max_examples=60)
-
-
-def write_shard(path: Path, tokens: list[int] | np.ndarray) -> Path:
-    """A shard in the published format."""
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(tokens)
-    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
-    return path
 
 
 def write_shards(folder: Path, *shards: list[int], kind: str = "train") -> list[Path]:
@@ -45,6 +39,18 @@ def tiny(data: Path, **knobs: object) -> Config:
     return load_config({**TINY, "DATA_PATH": str(data), **{k: str(v) for k, v in knobs.items()}})
 
 
+def only_shard(data: Path, kind: str) -> np.ndarray:
+    """The tokens of a kind in a directory with one shard of it."""
+    (path,) = train_gpt.list_shards(str(data), kind)
+    return np.array(train_gpt.read_shard(path))
+
+
+@pytest.fixture
+def data_copy(tiny_data: Path, tmp_path: Path) -> Path:
+    """A data directory that a test may change."""
+    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
+
+
 def ranks(world: int) -> list[Runtime]:
     """Runtimes of a world that nobody launched."""
     return [Runtime(rank, world, torch.device("cpu"), Log(None, True)) for rank in range(world)]
@@ -53,75 +59,51 @@ def ranks(world: int) -> list[Runtime]:
 # Shards
 
 
-def test_shard_reads_back_uint16(tmp_path: Path) -> None:
-    tokens = train_gpt.read_shard(write_shard(tmp_path / "s.bin", [1, 2, 65535]))
-    assert tokens.dtype == np.uint16 and tokens.tolist() == [1, 2, 65535]
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda raw: b"", "not a shard"),
-        (lambda raw: raw[:7], "not a shard"),
-        (lambda raw: b"\x00" + raw[1:], "not a shard"),
-        (lambda raw: raw[:4] + b"\x02" + raw[5:], "not a shard"),
-        (lambda raw: raw[:500], "header promises 3 tokens"),
-        (lambda raw: raw[:-2], "header promises 3 tokens"),
-        (lambda raw: raw[:-1], "header promises 3 tokens"),
-        (lambda raw: raw + b"\x00", "header promises 3 tokens"),
-        (lambda raw: raw[:8] + b"\xff\xff\xff\xff" + raw[12:], "header promises -1 tokens"),
-    ],
-)
-def test_damaged_shard_is_a_user_error_with_its_name(tmp_path: Path, damage: object, words: str) -> None:
-    path = write_shard(tmp_path / "s.bin", [1, 2, 3])
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=words) as refused:
-        train_gpt.read_shard(path)
-    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_missing_shard_is_a_user_error(tmp_path: Path) -> None:
+def test_shard_reads_back_and_damage_is_a_user_error_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "s.bin"
     with pytest.raises(UserError, match="no such shard"):
-        train_gpt.read_shard(tmp_path / "s.bin")
-
-
-def test_header_alone_is_an_empty_shard(tmp_path: Path) -> None:
-    assert len(train_gpt.read_shard(write_shard(tmp_path / "s.bin", []))) == 0
+        train_gpt.read_shard(path)
+    assert len(train_gpt.read_shard(write_shard(path, []))) == 0, "a header alone is an empty shard"
+    tokens, raw = train_gpt.read_shard(write_shard(path, [1, 2, 65535])), path.read_bytes()
+    assert tokens.dtype == np.uint16 and tokens.tolist() == [1, 2, 65535]
+    for words, blobs in {
+        "not a shard": [b"", raw[:7], b"\0" + raw[1:], raw[:4] + b"\2" + raw[5:]],
+        "header promises 3 tokens": [raw[:500], raw[:-2], raw[:-1], raw + b"\0"],
+        "header promises -1 tokens": [raw[:8] + b"\xff" * 4 + raw[12:]],
+    }.items():
+        for blob in blobs:
+            path.write_bytes(blob)
+            with pytest.raises(UserError, match=f"{path}.*{words}") as refused:
+                train_gpt.read_shard(path)
+            assert "\n" not in str(refused.value), words
 
 
 def test_shards_are_listed_by_number_and_kind(tmp_path: Path) -> None:
-    train = write_shards(tmp_path, *[[1]] * 11)
-    val = write_shards(tmp_path, [1], kind="val")
-    sidecar = write_shards(tmp_path, [1], kind="val_bytes")
+    for kind in ("train", "val"):
+        with pytest.raises(UserError, match=f"has no fineweb_{kind}.*data/prepare.py"):
+            train_gpt.list_shards(str(tmp_path / "nowhere"), kind)
+    assert train_gpt.list_shards(str(tmp_path), "val_bytes") == []
+    counts = {"train": 11, "val": 1, "val_bytes": 1}
+    listed = {kind: write_shards(tmp_path, *[[1]] * count, kind=kind) for kind, count in counts.items()}
     (tmp_path / "fineweb_train_000003.bin.tmp").write_bytes(b"")
-    for kind, paths in (("train", train), ("val", val), ("val_bytes", sidecar)):
+    for kind, paths in listed.items():
         assert train_gpt.list_shards(str(tmp_path), kind) == paths
-
-
-def test_gap_in_the_numbers_names_the_missing_file(tmp_path: Path) -> None:
-    write_shards(tmp_path, [1], [1], [1])[1].unlink()
+    listed["train"][1].unlink()
     with pytest.raises(UserError, match="fineweb_train_000001.bin is missing"):
         train_gpt.list_shards(str(tmp_path), "train")
-
-
-@pytest.mark.parametrize("kind", ["train", "val"])
-def test_no_shards_say_how_to_get_them(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(UserError, match=f"has no fineweb_{kind}.*data/prepare.py"):
-        train_gpt.list_shards(str(tmp_path / "nowhere"), kind)
-    assert train_gpt.list_shards(str(tmp_path), "val_bytes") == []
 
 
 # Segments
 
 
-@pytest.mark.parametrize("case", GOLDEN["cu_seqlens"], ids=lambda case: f"total{case['total']}")
-def test_segment_bounds_golden(case: dict) -> None:
-    bounds = train_gpt.segment_bounds(np.array(case["bos"], np.int64), case["total"], case["cap"])
-    padded = train_gpt.pad_bounds(bounds, GOLDEN["bucket"])
-    assert bounds.tolist() == case["cu"] and bounds.dtype == padded.dtype == np.int32
-    assert np.diff(bounds).max() == case["max_segment"]
-    assert len(padded) == case["padded_entries"] and set(padded[len(bounds) :]) <= {case["total"]}
-    assert padded[: len(bounds)].tolist() == case["cu"]
+def test_segment_bounds_golden() -> None:
+    for case in GOLDEN["cu_seqlens"]:
+        total, cu = case["total"], case["cu"]
+        bounds = train_gpt.segment_bounds(np.array(case["bos"], np.int64), total, case["cap"])
+        padded = train_gpt.pad_bounds(bounds, GOLDEN["bucket"])
+        assert bounds.tolist() == cu and bounds.dtype == padded.dtype == np.int32, total
+        assert np.diff(bounds).max() == case["max_segment"] and len(padded) == case["padded_entries"], total
+        assert padded[: len(cu)].tolist() == cu and set(padded[len(cu) :]) <= {total}, total
 
 
 @given(data=st.data(), total=st.integers(1, 60), cap=st.integers(0, 20))
@@ -166,6 +148,8 @@ class Impatient(ShardWalker):
     count=st.integers(1, 12),
     whole_docs=st.booleans(),
 )
+@example(shards=[[], []], count=1, whole_docs=False)
+@example(shards=[[], []], count=1, whole_docs=True)
 @PROPERTY
 def test_walker_equals_the_slow_reference(
     tmp_path_factory: pytest.TempPathFactory, shards: list[list[int]], count: int, whole_docs: bool
@@ -181,12 +165,6 @@ def test_walker_equals_the_slow_reference(
         assert walker.next_tokens(count).tolist() == wanted
 
 
-@pytest.mark.parametrize("whole_docs", [False, True])
-def test_walker_over_empty_shards_is_a_user_error(tmp_path: Path, whole_docs: bool) -> None:
-    with pytest.raises(UserError):
-        Impatient(write_shards(tmp_path, [], []), 10, whole_docs).next_tokens(1)
-
-
 def test_walker_refuses_ids_outside_the_vocabulary(tmp_path: Path) -> None:
     walker = ShardWalker(write_shards(tmp_path, [1, 2, 3], [1, 10, 3]), 10, True)
     assert walker.next_tokens(3).tolist() == [1, 2, 3]
@@ -194,63 +172,50 @@ def test_walker_refuses_ids_outside_the_vocabulary(tmp_path: Path) -> None:
         walker.next_tokens(3)
 
 
-@pytest.mark.parametrize("loader", ["packed_docs", "stream"])
-def test_batches_shift_targets_and_never_share_a_span(tiny_data: Path, loader: str) -> None:
-    cfg = tiny(tiny_data, LOADER=loader)
-    (path,) = train_gpt.list_shards(cfg.data_path, "train")
-    stream, span = train_gpt.read_shard(path), cfg.train_batch_tokens // cfg.batch_slices + 1
-    position = int(np.flatnonzero(stream == BOS_ID)[0]) if loader == "packed_docs" else 0
-    batches = train_gpt.train_batches(cfg, ranks(1)[0])
-    for batch in itertools.chain.from_iterable(itertools.islice(batches, 5)):
-        wanted = stream[position : position + span].astype(np.int64)
-        assert batch.ids.flatten().tolist() == wanted[:-1].tolist()
-        assert batch.targets.flatten().tolist() == wanted[1:].tolist()
-        position += span
-        assert batch.ids.dtype == batch.targets.dtype == torch.int64
-    batches.close()
+def test_batches_shift_targets_and_never_share_a_span(tiny_data: Path) -> None:
+    for loader in ("packed_docs", "stream"):
+        cfg = tiny(tiny_data, LOADER=loader)
+        stream, span = only_shard(tiny_data, "train"), cfg.train_batch_tokens // cfg.batch_slices + 1
+        position = int(np.flatnonzero(stream == BOS_ID)[0]) if loader == "packed_docs" else 0
+        with contextlib.closing(train_gpt.train_batches(cfg, ranks(1)[0])) as batches:
+            for batch in itertools.chain.from_iterable(itertools.islice(batches, 5)):
+                wanted = stream[position : position + span].tolist()
+                assert batch.ids.flatten().tolist() == wanted[:-1], loader
+                assert batch.targets.flatten().tolist() == wanted[1:], loader
+                position += span
+                assert batch.ids.dtype == batch.targets.dtype == torch.int64
 
 
-def test_packed_batch_bounds_are_documents_cut_at_the_span() -> None:
-    span = np.array([5, 6, 1, 7, 8, 9, 10, 11, 1, 12, 1], np.uint16)
-    batch = train_gpt.packed_docs_batch(span, 4)
-    assert batch.ids.shape == (1, 10) and batch.cu_seqlens[:5].tolist() == [0, 2, 6, 8, 10]
-    assert (
-        len(batch.cu_seqlens) == 64
-        and set(batch.cu_seqlens[5:].tolist()) == {10}
-        and batch.cu_seqlens.dtype == torch.int32
-    )
-
-
-def test_stream_batch_is_rows_without_bounds() -> None:
+def test_a_batch_is_documents_cut_at_the_span_or_rows_without_bounds() -> None:
+    batch = train_gpt.packed_docs_batch(np.array([5, 6, 1, 7, 8, 9, 10, 11, 1, 12, 1], np.uint16), 4)
+    assert batch.ids.shape == (1, 10) and batch.cu_seqlens.dtype == torch.int32
+    assert batch.cu_seqlens.tolist() == [0, 2, 6, 8] + [10] * 60
     batch = train_gpt.stream_batch(np.arange(9, dtype=np.uint16), 4)
     assert batch.ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and batch.targets.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert batch.cu_seqlens is None
 
 
-@pytest.mark.parametrize("loader", ["packed_docs", "stream", "shuffled"])
-@pytest.mark.parametrize("world", [2, 4])
-def test_every_world_sees_the_same_tokens_per_step(tiny_data: Path, loader: str, world: int) -> None:
-    cfg = tiny(tiny_data, LOADER=loader)
-    alone = train_gpt.train_batches(cfg, ranks(1)[0])
-    together = [train_gpt.train_batches(cfg, runtime) for runtime in ranks(world)]
-    for _ in range(4):
-        whole, parts = next(alone), [next(batches) for batches in together]
-        assert [len(part) for part in parts] == [cfg.batch_slices // world] * world
-        shared = [parts[j % world][j // world] for j in range(cfg.batch_slices)]
-        for a, b in zip(whole, shared, strict=True):
-            assert torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets)
-            assert (a.cu_seqlens is None and b.cu_seqlens is None) or torch.equal(a.cu_seqlens, b.cu_seqlens)
-    for batches in (alone, *together):
-        batches.close()
+def test_every_world_sees_the_same_tokens_per_step(tiny_data: Path) -> None:
+    for loader, world in itertools.product(("packed_docs", "stream", "shuffled"), (2, 4)):
+        cfg = tiny(tiny_data, LOADER=loader)
+        alone, *together = (train_gpt.train_batches(cfg, runtime) for runtime in ranks(1) + ranks(world))
+        for _ in range(4):
+            whole, parts = next(alone), [next(batches) for batches in together]
+            assert [len(part) for part in parts] == [cfg.batch_slices // world] * world, (loader, world)
+            for j, a in enumerate(whole):
+                b = parts[j % world][j // world]
+                assert torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets), (loader, world, j)
+                bounds = [None if x.cu_seqlens is None else x.cu_seqlens.tolist() for x in (a, b)]
+                assert bounds[0] == bounds[1], (loader, world, j)
+        for batches in (alone, *together):
+            batches.close()
 
 
-def test_bad_later_shard_is_found_before_the_first_step(tiny_data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    shutil.copytree(tiny_data, folder)
-    raw = (folder / "fineweb_train_000000.bin").read_bytes()
-    (folder / "fineweb_train_000001.bin").write_bytes(raw[:-2])
+def test_bad_later_shard_is_found_before_the_first_step(data_copy: Path) -> None:
+    raw = (data_copy / "fineweb_train_000000.bin").read_bytes()
+    (data_copy / "fineweb_train_000001.bin").write_bytes(raw[:-2])
     with pytest.raises(UserError, match="fineweb_train_000001.bin"):
-        next(train_gpt.train_batches(tiny(folder), ranks(1)[0]))
+        next(train_gpt.train_batches(tiny(data_copy), ranks(1)[0]))
 
 
 # Prefetching
@@ -268,45 +233,36 @@ def wait_until_gone(started: set[threading.Thread]) -> bool:
     return not any(t.is_alive() for t in started)
 
 
-def test_prefetch_keeps_order_and_is_bounded() -> None:
-    made = []
-    source = (made.append(i) or i for i in itertools.count())
-    items = train_gpt.prefetch(source, 2)
+def test_prefetch_keeps_order_is_bounded_and_its_thread_ends_with_its_consumer() -> None:
+    before, made = threads(), []
+    items = train_gpt.prefetch((made.append(i) or i for i in itertools.count()), 2)
     assert made == [] and [next(items) for _ in range(5)] == list(range(5))
+    started = threads() - before
     time.sleep(0.05)
     assert len(made) <= 5 + 2 + 1, "two waiting, one in hand"
-    items.close()
-
-
-def test_prefetch_thread_ends_with_its_consumer() -> None:
-    before = threads()
-    items = train_gpt.prefetch(itertools.count(), 2)
-    next(items)
-    started = threads() - before
     assert len(started) == 1 and all(t.daemon for t in started)
     items.close()
     assert wait_until_gone(started)
 
 
-@pytest.mark.parametrize("error", [UserError, OSError, RuntimeError, IndexError])
-def test_prefetch_raises_the_producers_error_after_the_items_before_it(error: type[Exception]) -> None:
-    def source() -> Iterator[int]:
-        yield 1
-        raise error("broken")
+def test_prefetch_raises_the_producers_error_after_the_items_before_it() -> None:
+    def consume(error: type[Exception], got: list[object]) -> None:
+        def source() -> Iterator[int]:
+            yield 1
+            raise error("broken")
 
-    before, got = threads(), []
-
-    def consume() -> None:
         try:
             got.extend(train_gpt.prefetch(source(), 2))
         except error as raised:
             got.append(str(raised))
 
-    consumer = threading.Thread(target=consume, daemon=True)
-    consumer.start()
-    consumer.join(60)
-    assert got == [1, "broken"], "a consumer that waits for ever is worse than any error"
-    assert wait_until_gone(threads() - before)
+    for error in (UserError, OSError, RuntimeError, IndexError):
+        before, got = threads(), []
+        consumer = threading.Thread(target=consume, args=(error, got), daemon=True)
+        consumer.start()
+        consumer.join(60)
+        assert got == [1, "broken"], f"{error}: a consumer that waits for ever is worse than any error"
+        assert wait_until_gone(threads() - before), error
 
 
 # Calibration
@@ -314,8 +270,7 @@ def test_prefetch_raises_the_producers_error_after_the_items_before_it(error: ty
 
 def test_calibration_rows_are_windows_of_the_shards_and_depend_on_the_index_alone(tiny_data: Path) -> None:
     cfg = tiny(tiny_data)
-    (path,) = train_gpt.list_shards(cfg.data_path, "train")
-    stream = np.asarray(train_gpt.read_shard(path)).tobytes()
+    stream = only_shard(tiny_data, "train").tobytes()
     rows = [train_gpt.calibration_rows(cfg, index) for index in range(4)]
     assert all(r.shape == (2, 64) and r.dtype == np.int64 for r in rows)
     assert all(row.astype("<u2").tobytes() in stream for r in rows for row in r)
@@ -394,36 +349,20 @@ def test_byte_pieces_count_one_and_control_ids_nothing(
     assert len(ids) == 4 and table.count(np.array([BOS_ID, *ids])).tolist() == [0, 1, 1, 1, 1]
 
 
-def test_tokenizer_of_another_vocabulary_is_refused(tokenizer: Path) -> None:
-    with pytest.raises(UserError, match="the tokenizer has 320 pieces, VOCAB_SIZE=512"):
-        train_gpt.byte_table(tokenizer, 512)
-
-
-def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="x.model: not a SentencePiece model"):
-        train_gpt.byte_table(tmp_path / "x.model", 320)
-
-
-def test_tokenizer_without_a_bare_space_piece_is_refused(tmp_path: Path) -> None:
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(["abab", "baba"] * 9),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=8,
-        minloglevel=2,
-        add_dummy_prefix=False,
-        bos_id=1,
-        eos_id=2,
-        pad_id=0,
-        unk_id=3,
-        hard_vocab_limit=False,
-    )
-    (tmp_path / "x.model").write_bytes(model.getvalue())
+def test_tokenizers_that_do_not_fit_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    model, lines = io.BytesIO(), iter(["abab", "baba"] * 9)
+    ids = {"bos_id": 1, "eos_id": 2, "pad_id": 0, "unk_id": 3, "vocab_size": 8, "hard_vocab_limit": False}
+    plain = {"model_type": "bpe", "minloglevel": 2, "add_dummy_prefix": False}
+    spm.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **plain, **ids)
     size = spm.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
-    with pytest.raises(UserError, match="no bare U\\+2581 piece"):
-        train_gpt.byte_table(tmp_path / "x.model", size)
+    for raw, vocab, words in (
+        (tokenizer.read_bytes(), 512, "the tokenizer has 320 pieces, VOCAB_SIZE=512"),
+        (b"not a model", 320, "x.model: not a SentencePiece model"),
+        (model.getvalue(), size, r"no bare U\+2581 piece"),
+    ):
+        (tmp_path / "x.model").write_bytes(raw)
+        with pytest.raises(UserError, match=words):
+            train_gpt.byte_table(tmp_path / "x.model", vocab)
 
 
 def test_which_tokenizer_a_run_uses(tiny_data: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -441,14 +380,8 @@ def test_which_tokenizer_a_run_uses(tiny_data: Path, tokenizer: Path, tmp_path: 
 # The validation stream
 
 
-@pytest.fixture
-def val_copy(tiny_data: Path, tmp_path: Path) -> Path:
-    """A data directory that a test may change."""
-    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
-
-
 def test_validation_is_cut_to_whole_windows_unless_the_tail_is_asked_for(tiny_data: Path) -> None:
-    whole = np.asarray(train_gpt.read_shard(tiny_data / "fineweb_val_000000.bin")).astype(np.int64)
+    whole = only_shard(tiny_data, "val").astype(np.int64)
     cut, tail = (train_gpt.load_val(tiny(tiny_data, EVAL_INCLUDE_TAIL=flag)) for flag in (0, 1))
     assert (len(whole) - 1) % 64 != 0, "the fixture must have a tail, or this test says nothing"
     assert len(cut.tokens) == (len(whole) - 1) // 64 * 64 + 1 and np.array_equal(tail.tokens, whole)
@@ -456,11 +389,10 @@ def test_validation_is_cut_to_whole_windows_unless_the_tail_is_asked_for(tiny_da
     assert len(cut.bytes) == len(cut.tokens) and np.array_equal(cut.bytes, tail.bytes[: len(cut.bytes)])
 
 
-def test_whole_multiple_loses_nothing(val_copy: Path) -> None:
-    write_shards(val_copy, [1, *[5] * 128], kind="val")
-    assert len(train_gpt.load_val(tiny(val_copy)).tokens) == 129
-    write_shards(val_copy, [1, *[5] * 127], kind="val")
-    assert len(train_gpt.load_val(tiny(val_copy)).tokens) == 65
+def test_whole_multiple_loses_nothing(data_copy: Path) -> None:
+    for targets, kept in ((128, 129), (127, 65)):
+        write_shards(data_copy, [1, *[5] * targets], kind="val")
+        assert len(train_gpt.load_val(tiny(data_copy)).tokens) == kept
 
 
 def test_validation_bytes_are_those_of_the_documents(tiny_data: Path, processor: spm.SentencePieceProcessor) -> None:
@@ -472,62 +404,43 @@ def test_validation_bytes_are_those_of_the_documents(tiny_data: Path, processor:
     assert len(texts) == len(train_gpt.val_documents(val.tokens)) == known["docs"]
 
 
-def test_shards_run_on_into_one_another(val_copy: Path) -> None:
-    whole = np.array(train_gpt.read_shard(val_copy / "fineweb_val_000000.bin"))
-    one = train_gpt.load_val(tiny(val_copy))
-    write_shards(val_copy, whole[:700], whole[700:], kind="val")
-    two = train_gpt.load_val(tiny(val_copy))
+def test_shards_run_on_into_one_another(data_copy: Path) -> None:
+    whole, one = only_shard(data_copy, "val"), train_gpt.load_val(tiny(data_copy))
+    write_shards(data_copy, whole[:700], whole[700:], kind="val")
+    two = train_gpt.load_val(tiny(data_copy))
     assert np.array_equal(one.tokens, two.tokens) and np.array_equal(one.bytes, two.bytes)
 
 
-def test_sidecar_goes_before_the_tokenizer(val_copy: Path) -> None:
-    counts = np.arange(len(train_gpt.read_shard(val_copy / "fineweb_val_000000.bin"))) % 7
-    write_shards(val_copy, counts, kind="val_bytes")
-    val = train_gpt.load_val(tiny(val_copy))
+def test_sidecar_goes_before_the_tokenizer(data_copy: Path) -> None:
+    counts = np.arange(len(only_shard(data_copy, "val"))) % 7
+    write_shards(data_copy, counts, kind="val_bytes")
+    val = train_gpt.load_val(tiny(data_copy))
     assert np.array_equal(val.bytes, counts[: len(val.tokens)]) and val.bytes.dtype == np.int32
-    next(val_copy.glob("*.model")).unlink()
-    assert np.array_equal(train_gpt.load_val(tiny(val_copy)).bytes, val.bytes)
+    next(data_copy.glob("*.model")).unlink()
+    assert np.array_equal(train_gpt.load_val(tiny(data_copy)).bytes, val.bytes)
 
 
-@pytest.mark.parametrize("change", [-1, 1])
-def test_sidecar_of_another_length_is_refused(val_copy: Path, change: int) -> None:
-    size = len(train_gpt.read_shard(val_copy / "fineweb_val_000000.bin"))
-    write_shards(val_copy, [1] * (size + change), kind="val_bytes")
-    with pytest.raises(UserError, match="sidecars do not match"):
-        train_gpt.load_val(tiny(val_copy))
+def test_validation_that_does_not_fit_is_refused(data_copy: Path) -> None:
+    size = len(only_shard(data_copy, "val"))
 
+    def refused(message: str, **knobs: object) -> None:
+        with pytest.raises(UserError, match=message):
+            train_gpt.load_val(tiny(data_copy, **knobs))
 
-def test_sidecar_too_many_is_refused(val_copy: Path) -> None:
-    size = len(train_gpt.read_shard(val_copy / "fineweb_val_000000.bin"))
-    write_shards(val_copy, [1] * size, [1], kind="val_bytes")
-    with pytest.raises(UserError, match="sidecars do not match"):
-        train_gpt.load_val(tiny(val_copy))
-
-
-def test_tokenizer_is_checked_even_beside_a_sidecar(val_copy: Path) -> None:
-    size = len(train_gpt.read_shard(val_copy / "fineweb_val_000000.bin"))
-    write_shards(val_copy, [1] * size, kind="val_bytes")
-    with pytest.raises(UserError, match="the tokenizer has 320 pieces, VOCAB_SIZE=321"):
-        train_gpt.load_val(tiny(val_copy, VOCAB_SIZE=321))
-
-
-def test_no_byte_source_at_all_is_refused(val_copy: Path) -> None:
-    next(val_copy.glob("*.model")).unlink()
-    with pytest.raises(UserError, match="neither a \\*.model nor a byte sidecar"):
-        train_gpt.load_val(tiny(val_copy))
-
-
-def test_validation_of_another_vocabulary_is_refused(val_copy: Path) -> None:
-    write_shards(val_copy, [1, *[5] * 99, 320], kind="val")
-    with pytest.raises(UserError, match="token id 320 is outside VOCAB_SIZE=320"):
-        train_gpt.load_val(tiny(val_copy))
-
-
-@pytest.mark.parametrize("tokens", [[], [1], [1] * 64])
-def test_too_little_validation_is_refused(val_copy: Path, tokens: list[int]) -> None:
-    write_shards(val_copy, tokens, kind="val")
-    with pytest.raises(UserError, match=f"{len(tokens)} validation tokens are fewer"):
-        train_gpt.load_val(tiny(val_copy))
+    for sidecars in ([[1] * (size - 1)], [[1] * (size + 1)], [[1] * size, [1]]):
+        written = write_shards(data_copy, *sidecars, kind="val_bytes")
+        refused("sidecars do not match")
+    written.pop().unlink()
+    refused("the tokenizer has 320 pieces, VOCAB_SIZE=321", VOCAB_SIZE=321)  # it is checked even beside a sidecar
+    written.pop().unlink()
+    for tokens in ([], [1], [1] * 64):
+        write_shards(data_copy, tokens, kind="val")
+        refused(f"{len(tokens)} validation tokens are fewer")
+    write_shards(data_copy, [1, *[5] * 99, 320], kind="val")
+    refused("token id 320 is outside VOCAB_SIZE=320")
+    write_shards(data_copy, [1, *[5] * 99], kind="val")
+    next(data_copy.glob("*.model")).unlink()
+    refused(r"neither a \*.model nor a byte sidecar")
 
 
 @given(tokens=st.lists(st.integers(0, 3), min_size=2, max_size=40))

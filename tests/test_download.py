@@ -34,18 +34,18 @@ def hub_files() -> dict[str, bytes]:
     rng = np.random.default_rng(5)
     val = rng.integers(4, 8192, 30)
     val[0] = 1
+    tokenizer = "datasets/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved"
     files = {
         ROOT + "fineweb_val_000000.bin": shard(val),
         ROOT + "fineweb_val_bytes_000000.bin": shard(np.arange(30)),
-        "datasets/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model": b"a model",
-        "datasets/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.vocab": b"not wanted",
+        f"{tokenizer}.model": b"a model",
+        f"{tokenizer}.vocab": b"not wanted",
         "datasets/datasets/fineweb10B_sp8192/fineweb_val_000000.bin": b"of another set",
         "datasets/manifest.json": b"{}",
         "README.md": b"hello",
     }
-    for index in range(3):
-        files[f"{ROOT}fineweb_train_{index:06d}.bin"] = shard(rng.integers(1, 8192, 100_000 + index))
-    return files
+    trained = (shard(rng.integers(1, 8192, 100_000 + index)) for index in range(3))
+    return files | {f"{ROOT}fineweb_train_{index:06d}.bin": raw for index, raw in enumerate(trained)}
 
 
 class Hub(ThreadingHTTPServer):
@@ -84,52 +84,42 @@ class Answer(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def tree(self) -> bytes:
-        rows = [
-            {
-                "type": "file",
-                "path": path,
-                "size": len(raw),
-                "oid": "0" * 40,
-                "lfs": {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 100},
-            }
-            for path, raw in self.server.files.items()
-        ]
-        return json.dumps([{"type": "directory", "path": "datasets", "size": 0, "oid": "0" * 40}, *rows]).encode()
+        rows = [{"type": "directory", "path": "datasets", "size": 0, "oid": "0" * 40}]
+        for path, raw in self.server.files.items():
+            lfs = {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 100}
+            rows.append({"type": "file", "path": path, "size": len(raw), "oid": "0" * 40, "lfs": lfs})
+        return json.dumps(rows).encode()
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        repo = TINY.repo
+        path, repo, is_json = self.path.partition("?")[0], TINY.repo, {"Content-Type": "application/json"}
         if path == f"/api/datasets/{repo}/revision/main":
-            self.send(200, json.dumps({"id": repo, "sha": COMMIT}).encode(), {"Content-Type": "application/json"})
+            self.send(200, json.dumps({"id": repo, "sha": COMMIT}).encode(), is_json)
         elif path == f"/api/datasets/{repo}/tree/{COMMIT}":
-            self.send(200, self.tree(), {"Content-Type": "application/json"})
+            self.send(200, self.tree(), is_json)
         elif path.startswith(f"/datasets/{repo}/resolve/{COMMIT}/"):
             self.send_file(path.split(COMMIT + "/", 1)[1])
         else:
             self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
 
     def send_file(self, name: str) -> None:
-        raw = self.server.files.get(name)
-        short = name.rpartition("/")[2]
-        if raw is None or (short in self.server.gone and self.command == "GET"):
+        raw, short, gets = self.server.files.get(name), name.rpartition("/")[2], self.command == "GET"
+        if raw is None or (gets and short in self.server.gone):
             self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
         headers = {"ETag": f'"{hashlib.sha256(raw).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        start = int(wanted[1]) if wanted else 0
-        if self.command == "GET":
-            self.server.gets.append((short, self.headers.get("Range")))
+        start, code, stop = int(wanted[1]) if wanted else 0, 206 if wanted else 200, len(raw)
         if wanted:
             headers["Content-Range"] = f"bytes {start}-{len(raw) - 1}/{len(raw)}"
-        if self.command == "GET" and short in self.server.cut:
+        if gets:
+            self.server.gets.append((short, self.headers.get("Range")))
+        if gets and short in self.server.cut:
             self.server.cut.remove(short)
-            self.send(206 if wanted else 200, raw[start : len(raw) // 2], headers, length=len(raw) - start)
-            self.close_connection = True
-            return
-        self.send(206 if wanted else 200, raw[start:], headers)
+            stop, self.close_connection = len(raw) // 2, True
+        self.send(code, raw[start:stop], headers, length=len(raw) - start)
 
 
 @pytest.fixture
@@ -150,13 +140,9 @@ def tiny() -> ShardSet:
 
 def test_download_and_resume(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
     manifest = download.download(tiny, tmp_path, 2, hub.url)
-    names = {
-        "fineweb_val_000000.bin",
-        "fineweb_val_bytes_000000.bin",
-        "fineweb_train_000000.bin",
-        "fineweb_train_000001.bin",
-        "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model",
-    }
+    kinds = "val_000000 val_bytes_000000 train_000000 train_000001".split()
+    names = {f"fineweb_{kind}.bin" for kind in kinds}
+    names.add("fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model")
     assert {path.name for path in tmp_path.iterdir()} == names | {"manifest.json"}
     for path, raw in hub.files.items():
         name = path.rpartition("/")[2]
@@ -181,8 +167,7 @@ def test_broken_connection_continues_where_it_stopped(
     hub.cut = {"fineweb_train_000000.bin"}
     manifest = download.download(tiny, tmp_path, 1, hub.url)
     ranges = [wanted for name, wanted in hub.gets if name == "fineweb_train_000000.bin"]
-    assert ranges == [None, "bytes=100000-"]
-    assert manifest["train_tokens"] == 100_000
+    assert ranges == [None, "bytes=100000-"] and manifest["train_tokens"] == 100_000
 
 
 def test_failure_keeps_what_is_complete(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
@@ -198,12 +183,13 @@ def test_failure_keeps_what_is_complete(tmp_path: Path, hub: Hub, tiny: ShardSet
 
 
 def test_wrong_counts_stop_before_the_training_shards(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
-    with pytest.raises(UserError, match="24 validation targets; the canonical set has 32"):
-        download.download(replace(tiny, targets=32), tmp_path, 3, hub.url)
-    assert not any("train" in name for name in hub.fetched())
-    with pytest.raises(UserError, match="counts 300 bytes for the targets; the canonical set has 276"):
-        download.download(replace(tiny, target_bytes=276), tmp_path, 3, hub.url)
-    assert not any("train" in name for name in hub.fetched())
+    for wrong, message in (
+        ({"targets": 32}, "24 validation targets; the canonical set has 32"),
+        ({"target_bytes": 276}, "counts 300 bytes for the targets; the canonical set has 276"),
+    ):
+        with pytest.raises(UserError, match=message):
+            download.download(replace(tiny, **wrong), tmp_path, 3, hub.url)
+        assert not any("train" in name for name in hub.fetched()), message
 
 
 def test_hub_without_the_files(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
@@ -223,21 +209,18 @@ def test_local_files_are_compared_with_the_hub(tmp_path: Path, hub: Hub, tiny: S
     download.download(tiny, tmp_path, 1, hub.url)
     path = tmp_path / "fineweb_train_000000.bin"
     raw = path.read_bytes()
-    path.write_bytes(raw[:-2])
-    with pytest.raises(UserError, match="remove it and run again"):
-        download.download(tiny, tmp_path, 1, hub.url)
-    path.write_bytes(raw[:-2] + b"\1\1")
-    with pytest.raises(UserError, match="SHA-256 .* remove it and run again"):
-        download.download(tiny, tmp_path, 1, hub.url)
+    for more, message in ((b"", "remove it and run again"), (b"\1\1", "SHA-256 .* remove it and run again")):
+        path.write_bytes(raw[:-2] + more)
+        with pytest.raises(UserError, match=message):
+            download.download(tiny, tmp_path, 1, hub.url)
 
 
 def test_verify_only_names_what_is_wrong(tmp_path: Path, tiny: ShardSet) -> None:
     files = {name: raw for path, raw in hub_files().items() if (name := tiny.local_name(path))}
     train, val, sidecar = (f"fineweb_{kind}_000000.bin" for kind in ("train", "val", "val_bytes"))
-    model = next(name for name in files if name.endswith(".model"))
+    (model,) = (name for name in files if name.endswith(".model"))
     for name, raw in files.items():
         (tmp_path / name).write_bytes(raw)
-    assert download.verify(tmp_path, tiny)["train_tokens"] == 300_003
     for name, raw, message in (
         (train, b"short", rf"{train}: not a shard"),
         (train, shard_header(9) + bytes(4), rf"{train}: .*promises 9 tokens"),
@@ -253,16 +236,15 @@ def test_verify_only_names_what_is_wrong(tmp_path: Path, tiny: ShardSet) -> None
         (model, None, "exactly one tokenizer, the set's; found none"),
         ("other.model", b"", "exactly one tokenizer, the set's; found .*, other.model"),
     ):
-        if raw is None:
-            (tmp_path / name).unlink()
-        else:
+        (tmp_path / name).unlink(missing_ok=True)
+        if raw is not None:
             (tmp_path / name).write_bytes(raw)
         with pytest.raises(UserError, match=message):
             download.verify(tmp_path, tiny)
         (tmp_path / name).unlink(missing_ok=True)
         if name in files:
             (tmp_path / name).write_bytes(files[name])
-    assert download.verify(tmp_path, tiny)["train_tokens"] == 300_003, "every change was taken back"
+        assert download.verify(tmp_path, tiny)["train_tokens"] == 300_003, f"after {message}"
 
 
 def test_names_of_the_published_layouts() -> None:
@@ -277,11 +259,8 @@ def test_names_of_the_published_layouts() -> None:
     assert SHARD_SETS["sp8192"].local_name("datasets/tokenizers/fineweb_8192_bpe.model") == "fineweb_8192_bpe.model"
     assert SHARD_SETS["caseops"].local_name("datasets/tokenizers/fineweb_8192_bpe.model") is None
     assert SHARD_SETS["sp8192"].local_name(ROOT + "fineweb_val_bytes_000000.bin") is None
-    assert [(chosen.targets % chosen.seq_len, chosen.target_bytes) for chosen in SHARD_SETS.values()] == [
-        (0, None),
-        (0, None),
-        (0, 151_074_499),
-    ]
+    assert not any(chosen.targets % chosen.seq_len for chosen in SHARD_SETS.values())
+    assert [chosen.target_bytes for chosen in SHARD_SETS.values()] == [None, None, 151_074_499]
 
 
 def test_command_line(

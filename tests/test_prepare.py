@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gzip
-import hashlib
 import json
 import lzma
 import subprocess
 import sys
+import sysconfig
+import zipfile
+from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import prepare
@@ -16,6 +22,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import sentencepiece as spm
+import stdlib_prose
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,13 +88,11 @@ def test_a_growing_shard_ends_as_the_same_file(
 ) -> None:
     path = tmp_path_factory.mktemp("shard") / "fineweb_val_000000.bin"
     file = prepare.ShardFile(path)
-    array = np.array(values, dtype=np.uint16)
-    file.append(array[:cut])
-    file.append(array[cut:])
+    for part in (values[:cut], values[cut:]):
+        file.append(np.array(part, dtype=np.uint16))
     assert not path.exists()
-    row = file.finish()
-    raw = path.read_bytes()
-    assert row == {"name": path.name, "tokens": len(values), "sha256": hashlib.sha256(raw).hexdigest()}
+    row, raw = file.finish(), path.read_bytes()
+    assert row == {"name": path.name, "tokens": len(values), "sha256": sha256(raw).hexdigest()}
     assert raw == prepare.write_shard(path.with_name("x"), values).read_bytes() and read_shard(path).tolist() == values
     header = np.frombuffer(raw[:1024], dtype="<i4")
     assert header[:3].tolist() == [20240520, 1, len(values)] and not header[3:].any()
@@ -105,74 +110,57 @@ def test_stream_equals_the_published_layout(
     tmp_path_factory: pytest.TempPathFactory, model: Path, texts: list[str], data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("stream")
-    val_docs = data.draw(st.integers(1, len(texts) - 1))
-    shard_tokens = data.draw(st.integers(5, 200))
+    val_docs, shard_tokens = data.draw(st.integers(1, len(texts) - 1)), data.draw(st.integers(5, 200))
     docs = write_jsonl(folder / "docs.jsonl", texts)
     options = Options((docs,), folder / "out", model, val_docs=val_docs, shard_tokens=shard_tokens)
     manifest = prepare.prepare(options)
+    names = [shard["name"] for shard in manifest["shards"]]
+    assert names == sorted(names, key=lambda name: ("train" in name, name))
     for split, part in (("val", texts[:val_docs]), ("train", texts[val_docs:])):
         assert read_split(options.out, split).tolist() == expected_stream(model, part)
         counts = manifest["splits"][split]
-        assert counts["docs"] == len(part)
-        assert counts["raw_bytes"] == sum(len(text.encode()) for text in part)
-    names = [shard["name"] for shard in manifest["shards"]]
-    assert names == sorted(names, key=lambda name: ("train" in name, name))
-    for split in ("val", "train"):
+        assert counts["docs"] == len(part) and counts["raw_bytes"] == sum(len(text.encode()) for text in part)
         sizes = [shard["tokens"] for shard in manifest["shards"] if split in shard["name"]]
-        assert sizes[:-1] == [shard_tokens] * (len(sizes) - 1) and sum(sizes) == manifest["splits"][split]["tokens"]
+        assert sizes[:-1] == [shard_tokens] * (len(sizes) - 1) and sum(sizes) == counts["tokens"]
 
 
 def test_jobs_and_chunks_do_not_change_a_byte(tmp_path: Path, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outs = [tmp_path / name for name in ("one", "two", "small")]
     common = {"docs": (docs,), "vocab_size": 340, "val_docs": 7, "shard_tokens": 500}
-    prepare.prepare(Options(out=outs[0], **common), prepare.CaseOps())
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", 900)
-    prepare.prepare(Options(out=outs[1], jobs=2, **common), prepare.CaseOps())
-    prepare.prepare(Options(out=outs[2], **common), prepare.CaseOps())
-    assert contents(outs[0]) == contents(outs[1]) == contents(outs[2])
+    for out, jobs, chunk in (("one", 1, prepare.CHUNK_BYTES), ("two", 2, 900), ("small", 1, 900)):
+        monkeypatch.setattr(prepare, "CHUNK_BYTES", chunk)
+        prepare.prepare(Options(out=tmp_path / out, jobs=jobs, **common), prepare.CaseOps())
+        assert contents(tmp_path / out) == contents(tmp_path / "one"), out
 
 
 def test_manifest_tells_the_whole_story(tmp_path: Path, docs: Path) -> None:
-    out = tmp_path / "out"
+    out, raw = tmp_path / "out", docs.read_bytes()
     manifest = prepare.prepare(Options((docs,), out, vocab_size=320, val_docs=10))
     assert json.loads((out / "manifest.json").read_text()) == manifest
-    hashes = [hashlib.sha256(text.encode()).digest() for text in make_texts(30)]
+    hashes = [sha256(text.encode()).digest() for text in make_texts(30)]
     assert manifest["val_document_sha256"] == [digest.hex() for digest in hashes[:10]]
-    chained = hashlib.sha256().digest()
-    for digest in hashes[10:]:
-        chained = hashlib.sha256(chained + digest).digest()
-    assert manifest["train_documents_digest"] == chained.hex()
-    raw = docs.read_bytes()
-    source = {"name": "docs.jsonl", "sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw), "docs": 30}
-    assert manifest["sources"] == [source]
-    assert manifest["tokenizer"]["vocab_size"] == 320
-    for shard in manifest["shards"]:
-        assert hashlib.sha256((out / shard["name"]).read_bytes()).hexdigest() == shard["sha256"]
-    assert str(tmp_path) not in (out / "manifest.json").read_text()
-    assert {path.name for path in out.iterdir()} == {
-        "bpe_320.model",
-        "fineweb_train_000000.bin",
-        "fineweb_val_000000.bin",
-        "manifest.json",
-    }
+    chained = functools.reduce(lambda chain, digest: sha256(chain + digest).digest(), hashes[10:], sha256().digest())
+    assert manifest["train_documents_digest"] == chained.hex() and manifest["tokenizer"]["vocab_size"] == 320
+    source = {"name": "docs.jsonl", "sha256": sha256(raw).hexdigest(), "bytes": len(raw), "docs": 30}
+    assert manifest["sources"] == [source] and str(tmp_path) not in (out / "manifest.json").read_text()
+    files = contents(out)
+    assert [*files] == "bpe_320.model fineweb_train_000000.bin fineweb_val_000000.bin manifest.json".split()
+    assert all(sha256(files[shard["name"]]).hexdigest() == shard["sha256"] for shard in manifest["shards"])
 
 
 # Inputs
 
 
+FORMATS = "jsonl jsonl.gz jsonl.xz jsonl.zst parquet tree".split()
+
+
 def test_all_formats_give_the_same_stream(tmp_path: Path, model: Path) -> None:
-    texts = make_texts(12)
-    plain = write_jsonl(tmp_path / "a.jsonl", texts)
-    raw = plain.read_bytes()
-    inputs = {"jsonl": plain}
+    texts, inputs = make_texts(12), {suffix: tmp_path / f"a.{suffix}" for suffix in FORMATS}
+    raw = write_jsonl(inputs["jsonl"], texts).read_bytes()
     half = raw.index(b"\n", len(raw) // 2) + 1
-    frames = zstandard.compress(raw[:half]) + zstandard.compress(raw[half:])
-    for suffix, packed in (("gz", gzip.compress(raw)), ("xz", lzma.compress(raw)), ("zst", frames)):
-        inputs[suffix] = tmp_path / f"a.jsonl.{suffix}"
-        inputs[suffix].write_bytes(packed)
-    inputs["parquet"] = tmp_path / "a.parquet"
+    inputs["jsonl.gz"].write_bytes(gzip.compress(raw))
+    inputs["jsonl.xz"].write_bytes(lzma.compress(raw))
+    inputs["jsonl.zst"].write_bytes(zstandard.compress(raw[:half]) + zstandard.compress(raw[half:]))
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), inputs["parquet"], row_group_size=5)
-    inputs["tree"] = tmp_path / "tree"
     for index, text in enumerate(texts):
         path = inputs["tree"] / f"{index // 5}" / f"{index:02d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +171,7 @@ def test_all_formats_give_the_same_stream(tmp_path: Path, model: Path) -> None:
         prepare.prepare(Options((path,), tmp_path / f"out_{name}", model, val_docs=4))
         streams[name] = contents(tmp_path / f"out_{name}")
         del streams[name]["manifest.json"]
-    assert all(stream == streams["jsonl"] for stream in streams.values())
+        assert streams[name] == streams["jsonl"], name
 
 
 def test_sources_follow_the_order_of_the_arguments(tmp_path: Path, model: Path) -> None:
@@ -196,8 +184,6 @@ def test_sources_follow_the_order_of_the_arguments(tmp_path: Path, model: Path) 
 
 GOOD = b'{"text": "fine"}\n'
 MANY = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(2000, words=20)).encode()
-
-
 BAD_INPUTS = [
     ("x.jsonl", GOOD + b"\n{nonsense\n", r"x\.jsonl:3: not a line of JSON"),
     ("x.jsonl", GOOD + b'{"body": "a"}\n', r"x\.jsonl:2: no key 'text'"),
@@ -258,8 +244,7 @@ def test_overlap_is_refused_or_dropped(tmp_path: Path, model: Path, train: bool)
     refused(message, (path,), tmp_path / "out", val_docs=4, **kind)
     manifest = prepare.prepare(Options((path,), tmp_path / "out2", val_docs=4, drop_overlap=True, **kind))
     assert manifest["overlap_dropped"] == 1
-    assert manifest["splits"]["train"]["docs"] == 11
-    assert manifest["sources"][0]["docs"] == 16
+    assert manifest["splits"]["train"]["docs"] == 11 and manifest["sources"][0]["docs"] == 16
     stream = expected_stream(tmp_path / "out2" / manifest["tokenizer"]["name"], [*texts[4:], texts[9], "", ""])
     assert read_split(tmp_path / "out2", "train").tolist() == stream
 
@@ -279,13 +264,11 @@ def test_tokenizer_has_the_contest_layout(model: Path) -> None:
 
 
 def test_tokenizer_learns_from_training_documents_only(tmp_path: Path) -> None:
-    words = [["quixotic"] * 400, ["zebra"] * 400]
-    texts = [" ".join(words[0])] + [f"{' '.join(words[1])} {text}" for text in make_texts(20)]
+    texts = ["quixotic " * 400] + [f"{'zebra ' * 400}{text}" for text in make_texts(20)]
     path = write_jsonl(tmp_path / "x.jsonl", texts)
     prepare.prepare(Options((path,), tmp_path / "out", vocab_size=320, val_docs=1))
     processor = spm.SentencePieceProcessor(model_file=str(tmp_path / "out" / "bpe_320.model"))
-    assert len(processor.encode(" zebra")) == 1
-    assert len(processor.encode(" quixotic")) > 4
+    assert len(processor.encode(" zebra")) == 1 and len(processor.encode(" quixotic")) > 4
 
 
 def test_unfit_vocabularies_and_tokenizers_are_refused(tmp_path: Path, docs: Path) -> None:
@@ -296,11 +279,10 @@ def test_unfit_vocabularies_and_tokenizers_are_refused(tmp_path: Path, docs: Pat
     path.write_bytes(b"nonsense")
     refused("not a SentencePiece model", (docs,), tmp_path / "out", path, val_docs=1)
     common = {"model_type": "bpe", "vocab_size": 60, "minloglevel": 2, "hard_vocab_limit": False}
+    common["model_prefix"] = str(path.with_suffix(""))
     for extra, message in (({}, "no byte pieces"), ({"bos_id": 0, "unk_id": 1}, "BOS has id 0")):
-        prefix = str(tmp_path / f"m{len(extra)}")
-        texts = iter(make_texts(9))
-        spm.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=prefix, **common, **extra)
-        refused(message, (docs,), tmp_path / "out", Path(prefix + ".model"), val_docs=1)
+        spm.SentencePieceTrainer.train(sentence_iterator=iter(make_texts(9)), **common, **extra)
+        refused(message, (docs,), tmp_path / "out", path, val_docs=1)
 
 
 @settings(max_examples=40)
@@ -315,13 +297,13 @@ def test_sentences_lose_nothing_and_stay_short(text: str, limit: int) -> None:
 @settings(max_examples=30)
 @given(st.lists(st.binary(min_size=1, max_size=20).map(bytes.hex), min_size=1, max_size=40), st.integers(1, 300))
 def test_sample_is_the_shortest_prefix_by_hash(texts: list[str], budget: int) -> None:
-    by_hash = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
+    by_hash = sorted(set(texts), key=lambda text: sha256(text.encode()).digest())
     wanted: list[str] = []
     while by_hash and sum(map(len, wanted)) < budget:
         wanted.append(by_hash.pop(0))
     sample = prepare.TextSample(budget)
     for text in texts:
-        sample.add(hashlib.sha256(text.encode()).digest(), text.encode())
+        sample.add(sha256(text.encode()).digest(), text.encode())
     assert list(sample.texts()) == wanted
 
 
@@ -352,13 +334,28 @@ def test_transform_gives_a_byte_sidecar(tmp_path: Path, docs: Path) -> None:
     assert len(tokens) == len(counts) == manifest["splits"]["val"]["tokens"]
     assert counts.sum() == manifest["splits"]["val"]["raw_bytes"]
     assert not counts[tokens == 1].any() and not counts[tokens == 4].any()
-    assert [row["tokens"] for row in manifest["sidecars"]] == [
-        row["tokens"] for row in manifest["shards"] if "val" in row["name"]
-    ]
+    sizes = [row["tokens"] for row in manifest["shards"] if "val" in row["name"]]
+    assert [row["tokens"] for row in manifest["sidecars"]] == sizes
     assert not list(options.out.glob("fineweb_train_bytes*"))
 
 
 # Interruption
+
+
+@contextlib.contextmanager
+def broken_after(method: str, calls: int) -> Iterator[None]:
+    """A method of ShardFile works `calls` times and raises KeyboardInterrupt from then on."""
+    original, left = getattr(prepare.ShardFile, method), [calls]
+
+    def broken(self: prepare.ShardFile, *arguments: object) -> object:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare.ShardFile, method, broken)
+        yield
 
 
 @settings(max_examples=12)
@@ -368,19 +365,14 @@ def test_resume_after_any_interruption(
 ) -> None:
     folder = tmp_path_factory.mktemp("resume")
     docs = write_jsonl(folder / "docs.jsonl", [*make_texts(14, words=25), make_texts(14, words=25)[2]])
-    given_model = data.draw(st.booleans())
-    kind = {"tokenizer": model} if given_model else {"vocab_size": 300}
-    shard_tokens = data.draw(st.integers(30, 400))
-    common = {"docs": (docs,), "val_docs": 4, "drop_overlap": True, "shard_tokens": shard_tokens, **kind}
-    transform = None if given_model else Shout()
-    prepare.prepare(Options(out=folder / "whole", **common), transform)
-    options = Options(out=folder / "broken", **common)
+    kind, transform = ({"tokenizer": model}, None) if data.draw(st.booleans()) else ({"vocab_size": 300}, Shout())
+    kind |= {"val_docs": 4, "drop_overlap": True, "shard_tokens": data.draw(st.integers(30, 400))}
+    prepare.prepare(Options((docs,), folder / "whole", **kind), transform)
+    options = Options((docs,), folder / "broken", **kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "CHUNK_DOCS", data.draw(st.integers(1, 6)))
         for stop in data.draw(st.lists(st.integers(0, 25), min_size=1, max_size=3)):
-            method = data.draw(st.sampled_from(["append", "finish"]))
-            with pytest.MonkeyPatch.context() as inner:
-                break_after(inner, method, stop)
+            with broken_after(data.draw(st.sampled_from(["append", "finish"])), stop):
                 try:
                     prepare.prepare(options, transform)
                 except KeyboardInterrupt:
@@ -389,49 +381,28 @@ def test_resume_after_any_interruption(
     assert contents(folder / "whole") == contents(folder / "broken")
 
 
-def break_after(patch: pytest.MonkeyPatch, method: str, calls: int) -> None:
-    """Let a method of ShardFile work `calls` times and raise KeyboardInterrupt from then on."""
-    original = getattr(prepare.ShardFile, method)
-    left = [calls]
-
-    def broken(self: prepare.ShardFile, *arguments: object) -> object:
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        return original(self, *arguments)
-
-    patch.setattr(prepare.ShardFile, method, broken)
-
-
 def test_resume_does_not_repeat_finished_shards(
     tmp_path: Path, model: Path, docs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = Options((docs,), tmp_path / "out", model, val_docs=5, shard_tokens=300)
     monkeypatch.setattr(prepare, "CHUNK_DOCS", 1)
-    with pytest.MonkeyPatch.context() as patch:
-        break_after(patch, "finish", 4)
-        with pytest.raises(KeyboardInterrupt):
-            prepare.prepare(options)
-    done = len(list(options.out.glob("fineweb_*.bin")))
+    with broken_after("finish", 4), pytest.raises(KeyboardInterrupt):
+        prepare.prepare(options)
     state = json.loads((options.out / prepare.STATE_NAME).read_text())
-    assert done == 4 == len(state["shards"])
-    encoded = []
-    original = prepare.encode_task
+    assert len(list(options.out.glob("fineweb_*.bin"))) == 4 == len(state["shards"])
+    encoded, original = [], prepare.encode_task
     monkeypatch.setattr(prepare, "encode_task", lambda task: encoded.append(task) or original(task))
-    prepare.prepare(options)
-    assert len(encoded) == 30 - state["docs_done"] < 30
-    encoded.clear()
-    prepare.prepare(options)
-    assert not encoded
+    for left in (30 - state["docs_done"], 0):
+        prepare.prepare(options)
+        assert len(encoded) == left < 30
+        encoded.clear()
 
 
 def test_changed_arguments_or_inputs_are_refused(tmp_path: Path, model: Path, docs: Path) -> None:
     out, kept = tmp_path / "out", docs.read_bytes()
     common = {"docs": (docs,), "out": out, "tokenizer": model, "shard_tokens": 300}
-    with pytest.MonkeyPatch.context() as patch:
-        break_after(patch, "finish", 2)
-        with pytest.raises(KeyboardInterrupt):
-            prepare.prepare(Options(val_docs=5, **common))
+    with broken_after("finish", 2), pytest.raises(KeyboardInterrupt):
+        prepare.prepare(Options(val_docs=5, **common))
     for finished in (False, True):
         if finished:
             prepare.prepare(Options(val_docs=5, **common))
@@ -478,22 +449,37 @@ def test_command_line_survives_a_kill(tmp_path: Path, model: Path, capsys: pytes
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_validation_default_is_the_published_split() -> None:
-    args = prepare.parse_arguments(["--docs", "x", "--out", "y", "--vocab-size", "300"])
-    assert Options((Path("x"),), Path("y"), vocab_size=300).val_docs == args.val_docs == 50_000
+def test_validation_default_is_the_published_split_and_both_forms_take_caseops() -> None:
+    assert Options((Path("x"),), Path("y"), vocab_size=300).val_docs == 50_000
+    for form, val_docs in (("--docs x --vocab-size 300", 50_000), ("sample", 16)):
+        for more in ([], ["--caseops"]):
+            args = prepare.parse_arguments([*form.split(), "--out", "y", *more])
+            assert args.val_docs == val_docs and args.caseops == bool(more), form
 
 
-def test_sample_is_prose_of_useful_length(tmp_path: Path) -> None:
-    assert prepare.main(["sample", "--out", str(tmp_path), "--vocab-size", "512", "--val-docs", "20"]) == 0
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    texts = [json.loads(line)["text"] for line in (tmp_path / "sample.jsonl").read_text(encoding="utf-8").splitlines()]
+def test_sample_is_prose_of_useful_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the modules at the top of the library, with one of each other kind of file."""
+    library, out, names = tmp_path / "library", tmp_path / "out", "note.txt pack.whl!m.py sub/m.py test/m.py".split()
+    planted = {name: (12 * f"The file {name} holds this planted prose. ").strip() for name in names}
+    for folder in (library / "sub", library / "test"):
+        folder.mkdir(parents=True)
+        (folder / "m.py").write_text(f'"""{planted[f"{folder.name}/m.py"]}"""')
+    (library / "note.txt").write_text(planted["note.txt"])
+    with zipfile.ZipFile(library / "pack.whl", "w") as wheel:
+        wheel.writestr("m.py", f'"""{planted["pack.whl!m.py"]}"""')
+    for path in Path(sysconfig.get_path("stdlib")).glob("*.py"):
+        (library / path.name).symlink_to(path)
+    monkeypatch.setattr(stdlib_prose, "sysconfig", SimpleNamespace(get_path=lambda name: str(library)))
+    assert prepare.main(["sample", "--out", str(out), "--vocab-size", "512", "--val-docs", "20", "--jobs", "1"]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    texts = [json.loads(line)["text"] for line in (out / "sample.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(texts) == len(set(texts)) > 300
     assert sum(map(len, texts)) > 1_500_000
+    assert [name for name in names if any(planted[name] in text for text in texts)] == names[:3], "tests are left out"
     lengths = sorted(map(len, texts))
     assert lengths[0] >= 400 and 1_000 < lengths[len(texts) // 2] < 10_000
-    letters = sum(char.isalpha() or char == " " for text in texts for char in text)
-    assert letters > 0.85 * sum(lengths)
-    hashes = {hashlib.sha256(text.encode()).hexdigest() for text in texts[20:]}
+    assert sum(char.isalpha() or char == " " for text in texts for char in text) > 0.85 * sum(lengths)
+    hashes = {sha256(text.encode()).hexdigest() for text in texts[20:]}
     assert manifest["splits"]["val"]["docs"] == 20 and not hashes & set(manifest["val_document_sha256"])
     # a long paragraph is in one document only, so validation repeats none of the training text
     val = {part for text in texts[:20] for part in text.split("\n\n") if len(part) > 200}

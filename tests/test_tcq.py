@@ -20,6 +20,7 @@ import train_gpt
 
 STATES = tuple(train_gpt.TCQ_CODES)[1:]  # one state is no trellis
 CFG = train_gpt.Config()
+TCQ = train_gpt.SCHEMES["gptq_tcq"]
 RULE = train_gpt.QuantRule("gptq_tcq", 6, 12.0)
 
 
@@ -72,19 +73,18 @@ def test_codes_use_the_subsets_evenly_and_let_zero_stay_zero() -> None:
         subsets = train_gpt.trellis(states)
         assert subsets.shape == (states, 2) and torch.bincount(subsets.flatten()).tolist() == [states // 2] * 4, states
         assert ((subsets[:, 0] - subsets[:, 1]).abs() == 2).all(), f"{states}: a state allows one parity"
-        into = torch.stack([subsets[: states // 2], subsets[states // 2 :]])  # the two ways into each state
-        assert ((into[0] - into[1]).abs() == 2).all(), states
+        one, two = subsets.split(states // 2)  # the two ways into each state
+        assert ((one - two).abs() == 2).all(), states
         assert walk([0] * 50, states, 50), states
 
 
-GAINS = {4: 0.99, 8: 1.09, 16: 1.16, 32: 1.22, 64: 1.27}  # dB over a scalar quantiser (Marcellin and Fischer 1990)
-
-
 def test_gain_over_a_scalar_quantiser_of_equal_rate() -> None:
-    for states in STATES:
+    gains = {4: 0.99, 8: 1.09, 16: 1.16, 32: 1.22, 64: 1.27}  # dB (Marcellin and Fischer 1990)
+    assert [*gains] == [*STATES]
+    for states, wanted in gains.items():
         x = 20 * torch.rand(1024, 100, generator=torch.Generator().manual_seed(states)) - 10
         gain = 10 * math.log10((4 / 12) / (search(x, states) - x).square().mean())
-        assert gain == pytest.approx(GAINS[states], abs=0.03), states
+        assert gain == pytest.approx(wanted, abs=0.03), states
 
 
 # The search
@@ -97,7 +97,7 @@ def test_gain_over_a_scalar_quantiser_of_equal_rate() -> None:
     scale=st.sampled_from([0.0, 0.3, 3.0, 60.0, 1e6]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_result_is_a_path_within_the_grid(states: int, rows: int, top: float, scale: float, seed: int) -> None:
     x = scale * torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed))
     found = search(x, states, top)
@@ -135,15 +135,15 @@ def test_columns_do_not_see_their_padding_one_another_or_the_search_before() -> 
 
 
 @given(states=st.sampled_from(STATES), rows=st.integers(2, 70), chunk=st.integers(16, 40))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_columns_are_paths_that_start_again_every_chunk(states: int, rows: int, chunk: int) -> None:
     W, H = draw(rows, 6, rows)
     cfg = dataclasses.replace(CFG, tcq_states=states, tcq_chunk_rows=chunk, scale_step=0.02)
-    parts = train_gpt.SCHEMES["gptq_tcq"].encode(W, H, RULE, cfg)
+    parts = TCQ.encode(W, H, RULE, cfg)
     assert parts["q"].dtype == torch.int8 and parts["q"].shape == W.shape
     assert parts["t"].tolist() == [states, chunk] and parts["s"].dtype == torch.int16
     assert all(walk(column, states, chunk) for column in parts["q"].T.tolist())
-    weight = train_gpt.SCHEMES["gptq_tcq"].decode(parts)
+    weight = TCQ.decode(parts)
     assert weight.shape == W.shape and weight.dtype == torch.float32
     assert weighted(weight - W, H) < 0.02 * weighted(W, H)  # feedback trades plain error for this one
 
@@ -151,20 +151,20 @@ def test_columns_are_paths_that_start_again_every_chunk(states: int, rows: int, 
 def test_error_at_equal_entropy_is_below_a_scalar_quantiser_and_feedback_lowers_it() -> None:
     W, H = draw(256, 64, 5)
     scalar = train_gpt.SCHEMES["gptq"].encode(W, H, RULE._replace(scheme="gptq"), CFG)
-    ours = train_gpt.SCHEMES["gptq_tcq"].encode(W, H, RULE, CFG)
+    ours = TCQ.encode(W, H, RULE, CFG)
     assert conditional_entropy(ours["q"]) < entropy(scalar["q"]) + 0.01
-    blind = train_gpt.SCHEMES["gptq_tcq"].encode(W, torch.eye(64), RULE, CFG)
+    blind = TCQ.encode(W, torch.eye(64), RULE, CFG)
     scalar, ours, blind = (weighted(W - train_gpt.decode_rows(parts), H) for parts in (scalar, ours, blind))
     assert ours < 0.83 * scalar and ours < 0.6 * blind
 
 
 def test_without_feedback_a_column_is_the_result_of_the_search() -> None:
     W, cfg = draw(50, 8, 7)[0], dataclasses.replace(CFG, tcq_states=16)
-    parts = train_gpt.SCHEMES["gptq_tcq"].encode(W, torch.eye(8), RULE, cfg)
+    parts = TCQ.encode(W, torch.eye(8), RULE, cfg)
     x = W / train_gpt.scale_values(parts)[:, None]
     power = x.square().mean(dim=0)
     assert torch.equal(parts["q"].float(), search(x * (power / (power + train_gpt.TCQ_ERROR)), 16))
-    assert torch.equal(train_gpt.SCHEMES["gptq_tcq"].scale(W, RULE, cfg), 2 * train_gpt.scale_values(parts)), "for QAT"
+    assert torch.equal(TCQ.scale(W, RULE, cfg), 2 * train_gpt.scale_values(parts)), "for QAT"
 
 
 def test_matrices_together_are_as_alone() -> None:
@@ -174,7 +174,7 @@ def test_matrices_together_are_as_alone() -> None:
     plan = [RULE, RULE._replace(bits=7), RULE, RULE._replace(bits=3, clip=4.0)]
     together = train_gpt.encode_tcq(weights, hessians, plan, cfg)
     for parts, W, H, rule in zip(together, weights, hessians, plan, strict=True):
-        alone = train_gpt.SCHEMES["gptq_tcq"].encode(W, H, rule, cfg)
+        alone = TCQ.encode(W, H, rule, cfg)
         assert parts.keys() == alone.keys() and all(torch.equal(parts[key], alone[key]) for key in parts)
         assert parts["q"].abs().max() <= 2**rule.bits - 2
 
@@ -183,7 +183,7 @@ def test_dead_columns_and_empty_rows_become_zero_and_inputs_stay() -> None:
     W, H = draw(20, 16, 9)
     W[3], H[:, 5], H[5] = 0, 0, 0
     copies = W.clone(), H.clone()
-    parts = train_gpt.SCHEMES["gptq_tcq"].encode(W, H, RULE, CFG)
+    parts = TCQ.encode(W, H, RULE, CFG)
     restored = train_gpt.decode_rows(parts)
     assert torch.isfinite(restored).all() and not parts["q"][:, 5].any() and restored[3].abs().max() < 1e-4
     assert torch.equal(W, copies[0]) and torch.equal(H, copies[1])
@@ -191,7 +191,7 @@ def test_dead_columns_and_empty_rows_become_zero_and_inputs_stay() -> None:
 
 def test_a_missing_hessian_and_knobs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(train_gpt.UserError, match="no Hessian"):
-        train_gpt.SCHEMES["gptq_tcq"].encode(torch.ones(4, 4), None, RULE, CFG)
+        TCQ.encode(torch.ones(4, 4), None, RULE, CFG)
     ours = {"MATRIX_QUANT": "gptq_tcq", "COMPRESSOR": "rans"}
     for knobs, message in (
         ({"TCQ_STATES": "12"}, "TCQ_STATES=12 must be 4, 8, 16, 32 or 64"),
@@ -241,14 +241,12 @@ def test_two_ranks_share_the_matrices_and_agree_with_one(monkeypatch: pytest.Mon
     ranks = [dataclasses.replace(rules.runtime(), rank=rank, world=2) for rank in (0, 1)]
     halves = [train_gpt.quantize(cfg, rank, state, hessians) for rank in ranks]
     assert all(sum(tensor.scheme == "gptq_tcq" for tensor in half) > 5 for half in halves)
-    place = {tensor.name: i for i, tensor in enumerate(whole)}
-    together = sorted(halves[0] + halves[1], key=lambda tensor: place[tensor.name])
-    assert same_stored(together, whole)
+    names = [tensor.name for tensor in whole]
+    assert same_stored(sorted(halves[0] + halves[1], key=lambda tensor: names.index(tensor.name)), whole)
 
 
 def test_report_counts_the_parity_that_the_coder_knows() -> None:
     W, H = draw(128, 32, 10)
-    parts = train_gpt.SCHEMES["gptq_tcq"].encode(W, H, RULE, CFG)
-    side = sum(part.nbytes for key, part in parts.items() if key != "q")
-    want = side + conditional_entropy(parts["q"]) * parts["q"].numel() / 8
+    parts = TCQ.encode(W, H, RULE, CFG)
+    want = conditional_entropy(parts["q"]) * W.numel() / 8 + sum(parts[key].nbytes for key in parts if key != "q")
     assert pack_artifact.entropy_bytes(parts) == pytest.approx(want, abs=2)

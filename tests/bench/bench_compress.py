@@ -12,24 +12,19 @@ grow with the model, which are the states of rans's lanes, is counted once. Seco
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import bench
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import pack_artifact  # noqa: E402
-import train_gpt  # noqa: E402
+import pack_artifact
+import train_gpt
 
 Matrices = list[tuple[str, np.ndarray]]
 ENCODER = {"rans_frame", "rans_priors", "MAGNITUDE_VARIANCE", "rans_encode"}
@@ -65,11 +60,6 @@ def rans_streams(matrices: Matrices) -> list[bytes]:
     return [b"".join(train_gpt.rans_frame(matrix, None) for _, matrix in matrices)]
 
 
-def spent() -> float:
-    """Processor seconds of this process and of the programs that it ran."""
-    return sum(os.times()[:4])
-
-
 def coder(name: str) -> tuple[Callable, Callable, Callable, bool]:
     """Streams of matrices, encode, decode, and whether the coder is there."""
     if name == "zstd":
@@ -98,20 +88,14 @@ def measure(matrices: Matrices, coders: list[str], scale: float) -> list[dict[st
         if not there:
             rows.append({"coder": name, "bytes": "not installed, not measured"})
             continue
-        streams, begun = cut(matrices), spent()
+        streams, begun = cut(matrices), bench.processor_seconds()
         packed = [encode(stream) for stream in streams]
-        middle = spent()
+        middle = bench.processor_seconds()
         if [decode(blob) for blob in packed] != streams:
             raise SystemExit(f"{name} does not give back what it was given")
-        seconds = (middle - begun, spent() - middle)
-        rows.append(
-            {
-                "coder": name,
-                "bytes": sum(map(len, packed)),
-                "encode s": round(seconds[0] * scale / symbols, 2),
-                "decode s": round(seconds[1] * scale / symbols, 2),
-            }
-        )
+        spent = {"encode s": middle - begun, "decode s": bench.processor_seconds() - middle}
+        rows.append({"coder": name, "bytes": sum(map(len, packed))})
+        rows[-1] |= {stage: round(seconds * scale / symbols, 2) for stage, seconds in spent.items()}
     yardstick = next((row["bytes"] for row in rows if row["coder"] == "lrzip" and "encode s" in row), None)
     for row in rows:
         if yardstick and isinstance(row["bytes"], int):
@@ -133,7 +117,7 @@ def program_bytes(without: set[str]) -> int:
 
     Without the decoder, the table of coders loses its entry too.
     """
-    tree = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    tree = ast.parse((bench.ROOT / "train_gpt.py").read_text(encoding="utf-8"))
     tree.body = [node for node in tree.body if not defined(node) & without]
     if without & DECODER:
         for table in (node for node in ast.walk(tree) if isinstance(node, ast.Dict)):
@@ -144,7 +128,7 @@ def program_bytes(without: set[str]) -> int:
 
 def main() -> None:
     """Measure each input, then the code; a table of each, and all as one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.arguments(__doc__)
     parser.add_argument("inputs", nargs="+")
     parser.add_argument("--scale", type=float, default=36e6)
     parser.add_argument("--coders", nargs="+", default=["lrzip", "brotli", "lzma", "zstd", "rans"])
@@ -154,10 +138,9 @@ def main() -> None:
     for source in args.inputs:
         matrices = read(source)
         found[Path(source).name] = rows = measure(matrices, args.coders, args.scale)
-        print(f"\n{Path(source).name}: {sum(matrix.size for _, matrix in matrices):,} symbols\n")
-        print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+        bench.head(*columns, title=f"{Path(source).name}: {sum(matrix.size for _, matrix in matrices):,} symbols")
         for row in rows:
-            print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |", flush=True)
+            bench.row(*(str(row.get(column, "")) for column in columns))
     whole, decoding, none = (program_bytes(without) for without in (set(), ENCODER, ENCODER | DECODER))
     found["code"] = {"decoder": decoding - none, "encoder and decoder": whole - none}
     print(f"\ncode: decoder {decoding - none:,} bytes of the packed program, with the encoder {whole - none:,}")

@@ -21,19 +21,16 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
+import bench
+import gdn_rules
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
-import gdn_rules  # noqa: E402
-
-import train_gpt  # noqa: E402
+import train_gpt
 
 MEAN_DOCUMENT = 957  # tokens, of the published CaseOps training documents
 DELTA_HEADS, DELTA_WIDTH = 4, 64
@@ -87,9 +84,7 @@ def bench_step(args: argparse.Namespace) -> None:
     for attention, looping in ((a, looping) for a in args.attention.split(",") for looping in (False, True)):
         cfg = dataclasses.replace(environment, attention=attention)
         runtime = train_gpt.Runtime.start(cfg, {})
-        parts = train_gpt.choose_attention(cfg, runtime), runtime.dtype, train_gpt.choose_kernels(cfg, runtime)
-        model = train_gpt.GPT(cfg, *parts).to(runtime.device)
-        model.load_state_dict(train_gpt.GPT(cfg).init_weights(cfg.seed).state_dict())
+        model = bench.model_of(cfg, runtime)
         model.set_looping(looping)
         trainer, rng = train_gpt.Trainer(cfg, runtime, model, None), np.random.default_rng(0)
         batches = itertools.cycle(enumerate([random_batch(cfg, rng) for _ in range(4)]))
@@ -99,17 +94,10 @@ def bench_step(args: argparse.Namespace) -> None:
             trainer.step([batch], 1.0, number)
 
         (found,) = measure({"step": step}, args.steps).values()
-        tokens = cfg.train_batch_tokens // cfg.batch_slices
-        rate = tokens / found["ms"] * 1e3
+        found["tokens"] = cfg.train_batch_tokens // cfg.batch_slices
+        rate = found["tokens"] / found["ms"] * 1e3
         mfu = flops_per_token(cfg, model.route) * rate / args.peak_tflops / 1e12
-        say(
-            attention=attention,
-            looping=looping,
-            tokens=tokens,
-            **found,
-            tokens_per_second=round(rate),
-            mfu=round(mfu, 4),
-        )
+        say(attention=attention, looping=looping, **found, tokens_per_second=round(rate), mfu=round(mfu, 4))
 
 
 def plain_mlp(m: torch.Tensor, up: torch.Tensor, down: torch.Tensor, slope: float) -> torch.Tensor:
@@ -187,7 +175,7 @@ def bench_delta(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """The benchmark that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.arguments(__doc__)
     benches = {"step": bench_step, "kernels": bench_kernels, "delta": bench_delta}
     parser.add_argument("bench", choices=tuple(benches))
     parser.add_argument("--steps", type=int, default=20, help="timed repetitions")

@@ -10,20 +10,17 @@ hashing and writing included.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "data"), str(Path(__file__).resolve().parents[1])]
-
-import caseops_reference  # noqa: E402  (tests/ is no package)
-from caseops import CaseOps, decode, encode  # noqa: E402  (data/ is no package)
-from prepare import Options, find_source, load_tokenizer, parse_item, prepare, read_items  # noqa: E402
-from word_bpe import WordBPE  # noqa: E402
+import bench
+import caseops_reference
+from caseops import CaseOps, decode, encode
+from prepare import Options, find_source, load_tokenizer, parse_item, prepare, read_items
+from word_bpe import WordBPE
 
 
 def read_texts(path: Path, limit: float) -> list[str]:
@@ -44,20 +41,20 @@ def megabytes(texts: Iterable[str]) -> float:
 
 def seconds(work: Callable[[str], object], inputs: Iterable[str], repeat: int) -> float:
     """Processor time of the work on all inputs, the best of the repetitions."""
-    best = float("inf")
+    found = []
     for _ in range(repeat):
         start = time.process_time()
         for text in inputs:
             work(text)
-        best = min(best, time.process_time() - start)
-    return best
+        found.append(time.process_time() - start)
+    return min(found)
 
 
 def bench_one_core(texts: list[str], model: Path, repeat: int) -> None:
     """Every step of CaseOps by itself, each on all texts; the slow comparisons on the first part."""
     part = texts[: max(1, len(texts) // 10)]
     encoded, processor = [encode(text) for text in texts], load_tokenizer(str(model))
-    words, fresh, transform = WordBPE(processor), WordBPE(processor), CaseOps()
+    words, transform = WordBPE(processor), CaseOps()
     rows: list[tuple[str, Callable[[str], object], list[str], list[str], int]] = [
         # name, work, its inputs, the original text they come from, repetitions: once where words must be new
         ("transform, plain", caseops_reference.encode, part, part, repeat),
@@ -66,8 +63,6 @@ def bench_one_core(texts: list[str], model: Path, repeat: int) -> None:
         ("tokenisation, plain", processor.encode, encoded[: len(part)], part, repeat),
         ("tokenisation, words new", words.ids, encoded, texts, 1),
         ("tokenisation, words known", words.ids, encoded, texts, repeat),
-        ("both, plain", lambda text: processor.encode(caseops_reference.encode(text)), part, part, repeat),
-        ("both", lambda text: fresh.ids(encode(text)), texts, texts, 1),
         ("byte sidecar", lambda text: transform.piece_bytes(text, processor), texts, texts, 1),
     ]
     for name, work, inputs, source, times in rows:
@@ -82,14 +77,12 @@ def prepare_once(texts: list[str], model: Path, jobs: int, caseops: bool) -> flo
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         val_docs = max(1, len(texts) // 100)
         options = Options((source,), Path(folder, "out"), model, val_docs=val_docs, drop_overlap=True, jobs=jobs)
-        start = time.perf_counter()
-        prepare(options, *([CaseOps()] if caseops else []))
-        return time.perf_counter() - start
+        return bench.timed(prepare, options, CaseOps() if caseops else None)[1]
 
 
 def main() -> None:
     """Measure and print one line per step, then one per number of jobs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.arguments(__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--caseops", action="store_true")

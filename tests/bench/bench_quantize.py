@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tests/bench/bench_quantize.py size [--compressor brotli pergroup] [--set KNOB=VALUE ...]
                                                                 [--clips 12,12,12 11.5,13,14] [--weights gauss student]
     OMP_NUM_THREADS=1 python tests/bench/bench_quantize.py trade RUN --data SHARDS [--clips 12 18 27 40]
-                                                                [--curves NAME ...] [--picture trade.png]
+                                                                [--curves NAME ...]
 
 size: the CaseOps model (35.9 M weights), with clips of MLP, attention and embedding in row standard deviations. The
 weights are random: Gaussian, the worst case for the coder at a given step, or Student's t with 5.4 degrees of freedom,
@@ -24,20 +24,14 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import bench
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from bench import RUNTIME, Weights, timed
 
 import train_gpt
 
@@ -54,8 +48,6 @@ CURVES = {  # the first is what the others are compared with
     "TCQ 64, rANS": OURS | {"tcq_states": 64},
     "TCQ 8, embedding GPTQ, rANS": OURS | {"embed_quant": "gptq"},
 }
-Weights = dict[str, Tensor]
-RUNTIME = train_gpt.Runtime(0, 1, torch.device("cpu"), train_gpt.Log(None, True))
 
 
 class Packed(NamedTuple):
@@ -64,12 +56,6 @@ class Packed(NamedTuple):
     bytes: int
     seconds: dict[str, float]
     weights: Weights
-
-
-def timed(function: Callable, *args: object) -> tuple[Any, float]:
-    """What the function returns, and the seconds that it took."""
-    started = time.perf_counter()
-    return function(*args), time.perf_counter() - started
 
 
 def pack(cfg: train_gpt.Config, state: Weights, hessians: Weights) -> Packed:
@@ -82,6 +68,9 @@ def pack(cfg: train_gpt.Config, state: Weights, hessians: Weights) -> Packed:
         blob, seconds["pack"] = timed(train_gpt.pack_stored, stored, cfg.compressor)
         train_gpt.atomic_write(path, blob)
         restored, seconds["unpack"] = timed(train_gpt.load_artifact, path)
+    wanted = train_gpt.dequantize(stored)
+    if restored.keys() != state.keys() or not all(torch.equal(restored[name], wanted[name]) for name in wanted):
+        raise SystemExit("the artifact does not give back what was quantised")
     return Packed(len(blob), seconds, restored)
 
 
@@ -122,13 +111,13 @@ def size(args: argparse.Namespace) -> None:
         environ = KNOBS | dict(zip(CLIPS, clips.split(","), strict=True)) | {"COMPRESSOR": compressor} | changes
         cfg = train_gpt.load_config(environ)
         state = random_weights(cfg, kind)
-        found = pack(cfg, state, synthetic_hessians(state))
-        if found.weights.keys() != state.keys():
-            raise SystemExit(f"the artifact lost {sorted(state.keys() - found.weights.keys())}")
+        hessians, begun = synthetic_hessians(state), bench.processor_seconds()
+        found = pack(cfg, state, hessians)
+        spent = bench.processor_seconds() - begun
         stages = ", ".join(f"{stage} {value:.1f}" for stage, value in found.seconds.items())
         total = sum(value for stage, value in found.seconds.items() if stage != "unpack")
         print(f"{compressor}, clips {clips}, {kind} weights: {found.bytes:,} bytes", end=" ")
-        print(f"({CAP - found.bytes:+,} to the cap); {total:.1f} s: {stages}", flush=True)
+        print(f"({CAP - found.bytes:+,} to the cap); {total:.1f} s: {stages}; processors {spent:.1f}", flush=True)
 
 
 # A trained model
@@ -151,18 +140,13 @@ class Trained:
     def __init__(self, run: Path, data: str, tokens: int) -> None:
         environ = {"PRESET": str(run), "DATA_PATH": data, "EVAL": "plain", "COMPILE": "off", "DEVICE": "cpu"}
         self.cfg = train_gpt.load_config(environ)
-        val = train_gpt.load_val(self.cfg)
-        self.val = train_gpt.ValData(val.tokens[: tokens + 1], val.bytes[: tokens + 1])
-        self.state = torch.load(run / "model.pt", weights_only=True)["model"]
+        self.val, self.state = bench.validation(self.cfg, tokens), bench.read_weights(run / "model.pt")
         self.hessians = torch.load(run / "hessians.pt", weights_only=True)
         self.scores: dict[tuple, float] = {}  # by clip and quantiser: the coder changes nothing
         self.float_bpb = self.val_bpb(self.state)
 
     def val_bpb(self, state: Weights) -> float:
-        attend = train_gpt.choose_attention(self.cfg, RUNTIME)
-        model = train_gpt.GPT(self.cfg, attend, torch.float32, train_gpt.choose_kernels(self.cfg, RUNTIME))
-        model.set_looping(train_gpt.loops(self.cfg))
-        train_gpt.fill_model(model, state, "the artifact")
+        model = bench.model_of(self.cfg, RUNTIME, state)
         return train_gpt.EVALS["plain"](self.cfg, RUNTIME, model, self.val).val_bpb
 
     def point(self, curve: str, clip: float) -> Point:
@@ -190,45 +174,30 @@ def compare(points: list[Point], curve: str) -> list[dict[str, float]]:
     return found
 
 
-def draw(points: list[Point], path: Path) -> None:
-    """The curves as a picture."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for curve in dict.fromkeys(p.curve for p in points):
-        mine = [p for p in points if p.curve == curve]
-        axes.plot([p.bytes / 1e6 for p in mine], [p.excess for p in mine], "o-", label=curve)
-    axes.set(xlabel="model.bin, MB", ylabel="val_bpb over float32", yscale="log")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 def trade(args: argparse.Namespace) -> None:
     """All curves."""
     trained, points = Trained(args.run, args.data, args.tokens), []
-    print(f"float32: val_bpb {trained.float_bpb:.5f} on {args.tokens:,} tokens\n", flush=True)
-    print("| quantiser, coder | clip | bytes | val_bpb | over float32 | seconds |\n|---|---|---|---|---|---|")
+    title = f"float32: val_bpb {trained.float_bpb:.5f} on {args.tokens:,} tokens"
+    bench.head("quantiser, coder", "clip", "bytes", "val_bpb", "over float32", "seconds", title=title)
     for curve in args.curves:
         coarser = [] if curve == args.curves[0] else [1.25 * args.clips[-1]]  # so that it reaches the first one's last
         for clip in args.clips + coarser:
             p = trained.point(curve, clip)
             points.append(p)
-            cells = curve, f"{clip:g}", f"{p.bytes:,}", f"{p.val_bpb:.5f}", f"{p.excess:+.5f}", f"{p.seconds:.0f}"
-            print(f"| {' | '.join(cells)} |", flush=True)
-    print("\n| against the first | at the bytes and val_bpb of clip | bytes saved | of its bytes | val_bpb saved |")
-    print("|---|---|---|---|---|")
+            bpb = f"{p.val_bpb:.5f}", f"{p.excess:+.5f}"
+            bench.row(curve, f"{clip:g}", f"{p.bytes:,}", *bpb, f"{p.seconds:.0f}")
+    where = "at the bytes and val_bpb of clip"
+    bench.head("against the first", where, "bytes saved", "of its bytes", "val_bpb saved")
     saved = {curve: compare(points, curve) for curve in args.curves[1:]}
     for curve, rows in saved.items():
         for r in rows:
-            print(f"| {curve} | {r['clip']:g} | {r['bytes']:,.0f} | {r['share']:.2%} | {r['val_bpb']:.5f} |")
-    if args.picture:
-        draw(points, args.picture)
+            bench.row(curve, f"{r['clip']:g}", f"{r['bytes']:,.0f}", f"{r['share']:.2%}", f"{r['val_bpb']:.5f}")
     print(json.dumps({"float": trained.float_bpb, "points": [p._asdict() for p in points], "saved": saved}))
 
 
 def main() -> None:
     """The benchmark that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.arguments(__doc__)
     benches = parser.add_subparsers(required=True)
     full = benches.add_parser("size")
     full.set_defaults(bench=size)
@@ -243,7 +212,6 @@ def main() -> None:
     curves.add_argument("--clips", nargs="+", type=float, default=[12.0, 18.0, 27.0, 40.0])
     curves.add_argument("--curves", nargs="+", default=list(CURVES), choices=tuple(CURVES))
     curves.add_argument("--tokens", type=int, default=65_536)
-    curves.add_argument("--picture", type=Path)
     args = parser.parse_args()
     args.bench(args)
 

@@ -1,13 +1,12 @@
-"""Trellis-coded quantisation against its bars: gap to the rate-distortion bound, bytes saved at equal error, seconds.
+"""Trellis-coded quantisation against its bars: gap to the rate-distortion bound, bytes saved at equal error.
 
-    OMP_NUM_THREADS=1 python tests/bench/bench_tcq.py [--bars Q R T] [--inputs weights_hessians.npz] [--threads 2]
+    OMP_NUM_THREADS=1 python tests/bench/bench_tcq.py [--bars Q R] [--inputs weights_hessians.npz]
 
 Q: standard normal weights at 3.4 bits: bits above the rate-distortion bound by the bytes of the coder, for each number
 of states, and for a scalar quantiser. R: weights and input Hessians of a small trained transformer (--inputs: an
 archive with L.role.W, .H): bytes of the whole file at equal Hessian-weighted error of each tensor, over GPTQ with a
-clip of 12 row standard deviations and lrzip. T: seconds to quantise, encode and decode the contest model (36 million
-random heavy-tailed weights), by the clock and of processor time, which other programs on the machine do not lengthen.
-Prints tables in Markdown, then one line of JSON.
+clip of 12 row standard deviations and lrzip. Prints tables in Markdown, then one line of JSON. The seconds for the
+contest model: bench_quantize.py size --set MATRIX_QUANT=gptq_tcq ...
 """
 
 from __future__ import annotations
@@ -15,21 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
+import bench
 import numpy as np
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
-
-import bench_quantize  # noqa: E402
-
-import pack_artifact  # noqa: E402
-import train_gpt  # noqa: E402
+import pack_artifact
+import train_gpt
 
 Row = dict[str, object]
 
@@ -54,10 +48,9 @@ class Setup(NamedTuple):
 
 
 def table(title: str, rows: list[Row]) -> None:
-    names = list(rows[0])
-    print(f"\n{title}\n\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    bench.head(*rows[0], title=title)
     for row in rows:
-        print(f"| {' | '.join(f'{v:.4f}' if isinstance(v, float) else str(v) for v in row.values())} |")
+        bench.row(*row.values())
 
 
 def packed(parts: dict[str, train_gpt.Parts], codec: str) -> int:
@@ -130,62 +123,27 @@ def bar_q(args: argparse.Namespace) -> list[Row]:
         scheme = "gptq_tcq" if states > 1 else "rowwise"
         rule = train_gpt.QuantRule(scheme, 6, 12.2)
         cfg = train_gpt.Config(tcq_states=states, tcq_chunk_rows=args.chunk_rows)
-        parts, seconds = bench_quantize.timed(train_gpt.SCHEMES[scheme].encode, W, torch.eye(W.size(1)), rule, cfg)
+        parts, seconds = bench.timed(train_gpt.SCHEMES[scheme].encode, W, torch.eye(W.size(1)), rule, cfg)
         error = (train_gpt.SCHEMES[scheme].decode(parts) - W).square().mean() / W.square().mean()
         coded = {key: part for key, part in parts.items() if key in "qt"}
         bits = 8 * packed({f"0.up:up:{scheme}": coded}, "rans") / W.numel()
-        entropy, gap = 8 * pack_artifact.entropy_bytes(coded) / W.numel(), bits + error.log2().item() / 2
-        rows.append(
-            {
-                "states": states if states > 1 else "scalar",
-                "bits": bits,
-                "at entropy": entropy,
-                "gap": gap,
-                "seconds": seconds,
-            }
-        )
+        rows.append({"states": states if states > 1 else "scalar", "bits": bits})
+        rows[-1] |= {"at entropy": 8 * pack_artifact.entropy_bytes(coded) / W.numel()}
+        rows[-1] |= {"gap": bits + error.log2().item() / 2, "seconds": seconds}
     table(f"Q: standard normal weights, chunks of {args.chunk_rows} rows; gap to the bound in bits", rows)
-    return rows
-
-
-def bar_t(args: argparse.Namespace) -> list[Row]:
-    """Seconds for the contest model."""
-    ours = {"MATRIX_QUANT": "gptq_tcq", "EMBED_QUANT": "gptq_tcq", "COMPRESSOR": "rans", "SCALE_STEP": "0.02"}
-    runtime, rows = train_gpt.Runtime(0, 1, torch.device("cpu"), train_gpt.Log(None, True)), []
-    for states in args.states:
-        knobs = {"TCQ_STATES": str(states), "TCQ_CHUNK_ROWS": str(args.chunk_rows)}
-        cfg = train_gpt.load_config(bench_quantize.KNOBS | ours | knobs | {"REPAIR": "none"})
-        state = bench_quantize.random_weights(cfg, "student")
-        hessians = bench_quantize.synthetic_hessians(state)
-        start = time.process_time()
-        stored, quantise = bench_quantize.timed(train_gpt.quantize, cfg, runtime, state, hessians)
-        blob, pack = bench_quantize.timed(train_gpt.pack_stored, stored, "rans")
-        cpu = time.process_time() - start
-        restored, unpack = bench_quantize.timed(train_gpt.open_blob, blob)
-        for a, b in zip(stored, restored.tensors, strict=True):
-            if a.key() != b.key() or not all(torch.equal(a.parts[part], b.parts[part]) for part in a.parts):
-                raise SystemExit(f"unpacking does not give back {a.key()}")
-        rows.append(
-            {"states": states, "quantise": quantise, "encode": pack, "sum": quantise + pack, "of processors": cpu}
-        )
-        rows[-1] |= {"decode": unpack, "bytes": len(blob)}
-    table(f"T: seconds for the contest model, {torch.get_num_threads()} threads", rows)
     return rows
 
 
 def main() -> None:
     """The bars that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bars", nargs="+", default=["Q", "T"], choices=("Q", "R", "T"))
-    parser.add_argument("--inputs", type=Path, help="archive of weights, Hessians and gradients, for R")
-    parser.add_argument("--states", nargs="+", type=int, default=[8], help="of bar T")
+    parser = bench.arguments(__doc__)
+    parser.add_argument("--bars", nargs="+", default=["Q"], choices=("Q", "R"))
+    parser.add_argument("--inputs", type=Path, help="archive of weights and Hessians, for R")
     parser.add_argument("--chunk-rows", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if "R" in args.bars and args.inputs is None:
         parser.error("bar R needs --inputs")
-    torch.set_num_threads(args.threads)
-    print(json.dumps({bar: {"Q": bar_q, "R": bar_r, "T": bar_t}[bar](args) for bar in args.bars}))
+    print(json.dumps({bar: {"Q": bar_q, "R": bar_r}[bar](args) for bar in args.bars}))
 
 
 if __name__ == "__main__":

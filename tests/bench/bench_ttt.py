@@ -11,25 +11,24 @@ they are also projected to 50,000 documents on 8 of them. One JSON line for each
 TTT_CONTEXT=recompute and one for carry.
 
 With --model: a really trained model (tests/bench/small_model.py makes FOLDER) on real documents, every k-th of the
-validation stream, cut to --longest predictions. Each variant is a list of knobs over TTT_CONTEXT=carry; its row goes to
---out when it is done, so that several processes can fill one file. --compare makes the table: bits per byte and the
-difference to the recomputing variant of the same learning rate (else to the best one), with a 95 % interval by
-bootstrap over the documents, 4,000 draws.
+validation stream, cut to --longest predictions. Each variant is a list of knobs over EVAL=doc_lora TTT_CONTEXT=carry;
+its row goes to --out when it is done, so that several processes can fill one file. --compare makes the table: bits per
+byte and the difference to the recomputing variant of the same learning rate (else to the best one; without any, to the
+first row), with a 95 % interval by bootstrap over the documents, 4,000 draws. Other evaluations can be variants too:
+"EVAL=sliding" "EVAL=chunk_sgd" "EVAL=slot TTT_EPOCHS=0" "EVAL=slot TTT_EPOCHS=0 SLOT_CAUSAL=0 ALLOW_NONCAUSAL=1". The
+last one, published SLOT, fits on the targets that it scores: what it gains over the causal one is no gain.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
-import time
 from pathlib import Path
 
+import bench
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt
 
 DOCUMENTS, GPUS = 50_000, 8  # of the contest's evaluation
@@ -53,13 +52,6 @@ def real_documents(val: train_gpt.ValData, count: int, shortest: int, longest: i
     return train_gpt.ValData(val.tokens[where], val.bytes[where])
 
 
-def read_weights(path: str) -> dict[str, torch.Tensor]:
-    """Weights of an artifact, or of a run before quantisation."""
-    if path.endswith(".pt"):
-        return torch.load(path, map_location="cpu", weights_only=True)["model"]
-    return train_gpt.load_artifact(path)
-
-
 def token_counts(cfg: train_gpt.Config, val: train_gpt.ValData) -> dict[str, float]:
     """Tokens per prediction: forward and backward of rows that learn, without padding; all that is computed with
     gradient, padding included; and computed without gradient. Kept: as published, finished rows stay in their batch."""
@@ -78,41 +70,39 @@ def token_counts(cfg: train_gpt.Config, val: train_gpt.ValData) -> dict[str, flo
 
 
 class Recorder(train_gpt.ByteMeter):
-    """A meter that also adds the nats of each document."""
+    """A meter that also adds the nats of each document, whose first tokens are at `starts`."""
 
+    starts: np.ndarray
     nats: np.ndarray
 
     def add(self, cells: train_gpt.Cells, nll: torch.Tensor) -> None:
         """Count the scored cells."""
         super().add(cells, nll)
         found = nll.detach()[cells.rows, cells.cols].double().cpu().numpy()
-        np.add.at(Recorder.nats, cells.documents[cells.rows], found)
+        # the first token of a document is the last target of the one before
+        np.add.at(Recorder.nats, np.searchsorted(Recorder.starts, cells.scored()) - 1, found)
 
 
 def measure(cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torch.Tensor] | None) -> dict[str, object]:
     """One evaluation of a stream: the row that is printed, without its name. No state: random weights."""
     runtime = train_gpt.Runtime.start(cfg, {})
-    parts = train_gpt.choose_attention(cfg, runtime), runtime.dtype, train_gpt.choose_kernels(cfg, runtime)
-    model = train_gpt.GPT(cfg, *parts)
-    model.load_state_dict(state or train_gpt.GPT(cfg).init_weights(cfg.seed).state_dict())
-    model.to(runtime.device).set_looping(train_gpt.loops(cfg))
+    model, docs = bench.model_of(cfg, runtime, state), train_gpt.val_documents(val.tokens)
     if state is not None:
-        train_gpt.ByteMeter = Recorder
-        Recorder.nats = np.zeros(len(train_gpt.val_documents(val.tokens)))
-    started = time.perf_counter()
-    score = train_gpt.EVALS[cfg.eval](cfg, runtime, model, val)
-    docs = train_gpt.val_documents(val.tokens)
+        train_gpt.ByteMeter, Recorder.nats = Recorder, np.zeros(len(docs))
+        Recorder.starts = np.array([start for start, _ in docs])
+    score, seconds = bench.timed(train_gpt.EVALS[cfg.eval], cfg, runtime, model, val)
     row = {
         "eval": cfg.eval,
+        "legal": score.legal,
         "context": cfg.ttt_context,
         "chunk": cfg.ttt_chunk_size,
         "lr": cfg.ttt_lora_lr,
         "docs": len(docs),
         "predictions": score.tokens,
         "seconds": round(score.seconds, 2),
-        "seconds_with_compilation": round(time.perf_counter() - started, 2),
+        "seconds_with_compilation": round(seconds, 2),
         "predictions_per_second": round(score.tokens / score.seconds, 1),
-        **token_counts(cfg, val),
+        **(token_counts(cfg, val) if "lora" in cfg.eval else {}),
         "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
@@ -127,24 +117,26 @@ def measure(cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torc
 
 def compare(rows: list[dict[str, object]], draws: int = 4000) -> None:
     """The table of some rows."""
-    bases = [row for row in rows if row["context"] == "recompute"]
+    bases = [row for row in rows if row["context"] == "recompute" and "lora" in row["eval"]] or rows[:1]
     picks = np.random.default_rng(0).integers(0, rows[0]["docs"], (draws, rows[0]["docs"]))
     size = np.array(rows[0]["doc_bytes"])[picks].sum(1) * np.log(2)
-    print("| variant | bpb | difference to recompute [95 %] | of lr | grad-tokens / prediction (padded) | seconds |")
-    print("|---|---|---|---|---|---|")
+    columns = "legal", "bpb", "difference [95 %]", "to", "grad-tokens / prediction (padded)", "seconds"
+    bench.head("variant", *columns)
     for row in rows:
         assert row["doc_bytes"] == rows[0]["doc_bytes"], "rows of different documents"
         base = next((b for b in bases if b["lr"] == row["lr"]), min(bases, key=lambda b: b["bpb"]))
         gaps = (np.array(row["doc_nats"]) - np.array(base["doc_nats"]))[picks].sum(1) / size
         low, high = np.quantile(gaps, [0.025, 0.975])
-        work = f"{row['grad_tokens_per_prediction']:.2f} ({row['grad_tokens_padded_per_prediction']:.2f})"
-        gap = f"{row['bpb'] - base['bpb']:+.5f} [{low:+.5f}, {high:+.5f}] | {base['lr']:g}"
-        print(f"| {row['variant']} | {row['bpb']:.5f} | {gap} | {work} | {row['seconds']:.0f} |")
+        legal, work = "yes" if row["legal"] else "NO", "-"
+        if "lora" in row["eval"]:
+            work = f"{row['grad_tokens_per_prediction']:.2f} ({row['grad_tokens_padded_per_prediction']:.2f})"
+        gap = f"{row['bpb'] - base['bpb']:+.5f} [{low:+.5f}, {high:+.5f}]"
+        bench.row(row["variant"], legal, f"{row['bpb']:.5f}", gap, base["variant"], work, f"{row['seconds']:.0f}")
 
 
 def main() -> None:
     """Measure the variants, or compare what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.arguments(__doc__)
     parser.add_argument("--docs", type=int, default=64, help="documents")
     parser.add_argument("--mean", type=float, default=957.0, help="mean length of random documents, tokens")
     parser.add_argument("--model", default="", help="trained weights: model.bin, or model.pt")
@@ -160,10 +152,12 @@ def main() -> None:
     knobs = {name: value for name, value in os.environ.items() if not args.model or name not in ("EVAL", "TTT_CONTEXT")}
     for variant in args.variants:
         changes = dict(change.split("=", 1) for change in variant.split())
-        usual = {"EVAL": "doc_lora", "TTT_CONTEXT": "carry"} if args.model else {}
+        usual = {"EVAL": "doc_lora"} if args.model else {}
+        if args.model and "lora" in changes.get("EVAL", "doc_lora"):
+            usual["TTT_CONTEXT"] = "carry"
         cfg = train_gpt.load_config(knobs | usual | changes)
         if args.model:
-            state, val = read_weights(args.model), train_gpt.load_val(cfg)
+            state, val = bench.read_weights(Path(args.model)), train_gpt.load_val(cfg)
             val = real_documents(val, args.docs, args.shortest, args.longest)
         else:
             state, val = None, random_documents(cfg.vocab_size, args.docs, args.mean)
