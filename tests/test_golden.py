@@ -83,10 +83,7 @@ def test_forward_and_gradients_of_small_models(stack: str) -> None:
                 check_forward(golden, patch)
 
 
-# not a longer row of P82_T128, nor another route of a model whose routes record_loop_on and _off tell apart
-LARGE = [
-    e for e in rules.entries("forward", *STACKS) if is_large(e) and not e.name.endswith(("_T2048", "fill_loop_off"))
-]
+LARGE = [e for e in rules.entries("forward", *STACKS) if is_large(e)]
 
 
 @pytest.mark.parametrize("golden", LARGE, ids=lambda e: e.name.replace("/", "_"))
@@ -144,7 +141,7 @@ def compare_gradients(golden: rules.Entry, model: train_gpt.GPT) -> None:
             continue
         assert found[name].norm().item() == close(norm, rel=rel), name
         if "grad_wsum" in expected:
-            rules.assert_checks(found[name], {"wsum": expected["grad_wsum"][name]}, rel)
+            rules.assert_checks(found[name], {"l2": norm, "wsum": expected["grad_wsum"][name]}, rel)
     if "grad_l2_total" in expected:
         total = torch.stack([g.norm() for g in found.values() if g is not None]).norm()
         assert total.item() == pytest.approx(expected["grad_l2_total"], rel=rel)
