@@ -260,6 +260,7 @@ def test_scores_that_are_no_distribution_are_caught(scorer: verify.Scorer, toy: 
             return self.factor * super().score(unit)
 
     short = verify.Scorer(toy, toy.program.ValData(scorer.val.tokens[:129], scorer.val.bytes[:129]))
+    short.cfg = dataclasses.replace(short.cfg, val_batch_tokens=512)  # a batch is one row of 128
     for factor in (0.95, 1.05):
         Blended.factor = factor
         assert failed(examine(short, with_learner(program, Blended, "plain"), sums=True)) == {"C2 sums to 1"}, factor
