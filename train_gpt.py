@@ -702,12 +702,14 @@ def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
     allowed, text = field.metadata["allowed"], f"{field.name.upper()}={format_knob(value)}"
     if isinstance(value, float) and not math.isfinite(value):
         return [f"{text} must be a finite number"]
+    # a knob of several values is checked value by value
     items = value if isinstance(value, tuple) else (value,)
     if len(set(items)) < len(items):
         return [f"{text} lists a value twice"]
     if "|" in allowed:
         good = set(items) <= set(allowed.split("|"))
     else:
+        # bounds such as ">= 0, <= 1"
         limits = [(COMPARE[sign], float(limit)) for sign, limit in re.findall(r"([<>]=?) ([\d.]+)", allowed)]
         good = all(compare(value, limit) for compare, limit in limits)
     return [] if good else [f"{text} must be {allowed}"]
@@ -765,6 +767,7 @@ def preset_layers(folder: str) -> dict[str, dict[str, str]]:
         raise UserError(
             f"PRESET={folder}: no record.env there; known presets: {', '.join(known) or 'none in records/'}"
         )
+    # one level of BASE: a chain would hide where a value comes from
     own = parse_preset(path)
     base = own.pop("BASE", None)
     if base is None:
@@ -788,7 +791,8 @@ def name_problems(names: Iterable[str], knobs: Mapping[str, dataclasses.Field], 
     """Unknown, misspelt or renamed knob names; strict: every unknown name is wrong, not only a near miss."""
     found = []
     for name in names:
-        if name in knobs or (name == "PRESET" and not strict):  # PRESET inside a preset would be ignored
+        # PRESET inside a preset would be ignored
+        if name in knobs or (name == "PRESET" and not strict):
             continue
         # an environment holds many other names, so only a near miss counts there
         close = difflib.get_close_matches(name, knobs, n=1, cutoff=0.6 if strict else 0.9)
@@ -969,11 +973,11 @@ class Runtime:
 class Clock:
     """Training time in seconds, the same number on every rank, without a GPU sync at every step.
 
-    Rank 0's clock is read at most EVERY steps apart, and every step near the end; between readings the time of the last
-    step is extrapolated. So schedules, the looping switch and the end fall on the same step everywhere. With
-    budget = 0 the fraction done counts steps.
+    With budget = 0 the fraction done counts steps.
     """
 
+    # Rank 0's clock is read at most EVERY steps apart, and every step near the end; between readings the time of the
+    # last step is extrapolated. So schedules, the looping switch and the end fall on the same step everywhere.
     EVERY = 10
 
     def __init__(self, runtime: Runtime, budget: float, iterations: int) -> None:
@@ -1172,6 +1176,7 @@ class ShardWalker:
         self.tokens = np.array(read_shard(path))
         check_ids(self.tokens, self.vocab_size, path)
         starts = np.flatnonzero(self.tokens == BOS_ID)
+        # a shard may begin inside a document
         self.position = int(starts[0]) if self.whole_docs and len(starts) else 0
 
     def next_tokens(self, count: int) -> np.ndarray:
@@ -1189,6 +1194,7 @@ class ShardWalker:
                         "TRAIN_BATCH_TOKENS or prepare more text"
                     )
                 continue
+            # a view: the copy is made once, at the end
             parts.append(self.tokens[self.position : self.position + min(left, missing)])
             self.position += len(parts[-1])
             missing -= len(parts[-1])
@@ -1196,17 +1202,17 @@ class ShardWalker:
 
 
 class ShuffledSequences:
-    """Deals sequences of `length` + 1 tokens from pieces of text: each once in random order, then shuffles again.
+    """Deals sequences of `length` + 1 tokens from pieces of text: each once in random order, then shuffles again."""
 
-    Published order (PR 1895): every piece gets a random phase and a random permutation of its sequences, which is dealt
-    from its end. The next sequence comes from a random piece, weighted by how many sequences each has left.
-    """
+    # Published order (PR 1895): every piece gets a random phase and a random permutation of its sequences, which is
+    # dealt from its end. The next sequence comes from a random piece, weighted by how many sequences each has left.
 
     def __init__(self, pieces: list[np.ndarray], length: int, seed: int) -> None:
         self.length = length
         self.pieces = [piece for piece in pieces if len(piece) > length]
         self.rng = np.random.Generator(np.random.PCG64(seed))
-        self.starts = [np.empty(0, np.int64)]  # of the sequences that each piece has left
+        # of the sequences that each piece has left
+        self.starts = [np.empty(0, np.int64)]
 
     def shuffle(self) -> None:
         """Draw every piece's sequence starts; the last one is dealt first."""
@@ -1326,7 +1332,8 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
         """Wait for room, but no longer than the consumer lives."""
         while not stop.is_set():
             try:
-                return ready.put(item, timeout=0.1)  # a timeout, to notice `stop` while the queue is full
+                # a timeout, to notice `stop` while the queue is full
+                return ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
 
@@ -1337,6 +1344,7 @@ def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
         except Exception as error:  # any kind: the consumer must not wait for ever
             put(error)
 
+    # a daemon: it never keeps a failed run alive
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     try:
@@ -1466,7 +1474,8 @@ def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
     starts = np.flatnonzero(tokens == BOS_ID)
     if not len(starts):
         raise UserError("the validation stream has no document start (BOS); EVAL=doc_lora needs documents")
-    starts[0] = 0  # tokens before the first BOS join the first document, so every target is scored
+    # tokens before the first BOS join the first document, so every target is scored
+    starts[0] = 0
     # + 1: the last token of a document predicts the BOS of the next one.
     ends = np.append(starts[1:] + 1, len(tokens))
     return [(int(s), int(e - s)) for s, e in zip(starts, ends, strict=True)]
@@ -1525,6 +1534,7 @@ def rotary_at(at: Tensor, dims: int, base: float, trained: int) -> tuple[Tensor,
     at = at.unsqueeze(-1)
     near, far = at.float() * frequency, at.double() * frequency.double()
     inside = at < trained
+    # both are computed for all positions, which costs less than telling them apart
     cos = torch.where(inside, near.cos(), far.cos().float())
     sin = torch.where(inside, near.sin(), far.sin().float())
     return cos, sin
@@ -1550,8 +1560,10 @@ def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
     """XSA: remove from each head's output its component along the token's own value (that of its key/value head)."""
+    # a key/value head serves H/K query heads: (B, T, K, 1, d)
     own = F.normalize(at_least_fp32(v_BTKd), dim=-1, eps=1e-12).unsqueeze(3)
-    y = at_least_fp32(y_BTHd).unflatten(2, (v_BTKd.size(2), -1))  # (B, T, K, H/K, d)
+    # (B, T, K, H/K, d)
+    y = at_least_fp32(y_BTHd).unflatten(2, (v_BTKd.size(2), -1))
     y = y - (y * own).sum(-1, keepdim=True) * own
     return y.flatten(2, 3).to(y_BTHd.dtype)
 
@@ -1589,6 +1601,7 @@ def segment_mask(cu_seqlens: Tensor, total: int, band: int) -> Tensor:
     """
     width, before = (2 * band, band) if total > band else (band, 0)
     query = torch.arange(total, device=cu_seqlens.device).view(-1, band, 1)
+    # the first key of each block
     first = query[:, :1] - before
     key = first + torch.arange(width, device=cu_seqlens.device)
     segment = segments(cu_seqlens, total)
@@ -1632,7 +1645,8 @@ def masked_attention(
         return exact_attention(q, k, v, None, sink)
     blocks, _, band, width = meta.mask.shape
     block_q, block_k, block_v = (t.reshape(blocks, band, *t.shape[2:]) for t in (q, k, v))
-    if width > band:  # each block also sees the block before it; the first sees padding, which the mask hides
+    # each block also sees the block before it; the first sees padding, which the mask hides
+    if width > band:
         before_k, before_v = (F.pad(t[:-1], (0, 0, 0, 0, 0, 0, 1, 0)) for t in (block_k, block_v))
         block_k = torch.cat([before_k, block_k], dim=1)
         block_v = torch.cat([before_v, block_v], dim=1)
@@ -1642,19 +1656,20 @@ def masked_attention(
 class KVCache(NamedTuple):
     """Keys and values of earlier tokens, for rows that continue their documents.
 
-    first: (B, 1, 1) bool, rows that begin a document: nothing before them counts, neither tokens nor cache.
-    positions: (B, T), of the rows' tokens in their documents.
-    cached: (executions, 2, B, C, K, d), keys and values of earlier tokens.
-    mask: (B, 1, H/K * T, C + T), added to the scores; the rows' own tokens are the last T columns.
-    new: what each execution leaves, (2, B, T, K, d); attend fills it in.
     The ids of such a forward begin with the GPT.reach tokens before the row, for embeddings that look back.
     """
 
+    # (B, 1, 1) bool, rows that begin a document: nothing before them counts, neither tokens nor cache
     first: Tensor
+    # (B, T), of the rows' tokens in their documents
     positions: Tensor
+    # (executions, 2, B, C, K, d), keys and values of earlier tokens
     cached: Tensor
+    # (B, 1, H/K * T, C + T), added to the scores; the rows' own tokens are the last T columns
     mask: Tensor
+    # what each execution leaves, (2, B, T, K, d); attend fills it in
     new: dict[int, Tensor]
+    # whose turn it is
     execution: int = 0
 
     def attend(
@@ -1672,7 +1687,8 @@ class KVCache(NamedTuple):
         whole = torch.cat((self.cached[self.execution], own), dim=2)
         k, v = whole.transpose(2, 3)  # (B, K, C + T, d)
         # the queries of a key/value group lie side by side: a GPU's tiles are fuller, and no key is repeated for them
-        rows = q.unflatten(2, (k.size(1), -1)).permute(0, 2, 3, 1, 4)  # (B, K, H/K, T, d)
+        # (B, K, H/K, T, d)
+        rows = q.unflatten(2, (k.size(1), -1)).permute(0, 2, 3, 1, 4)
         y = F.scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=self.mask)
         y = y.view(rows.shape).permute(0, 3, 1, 2, 4)
         return y.reshape(q.shape)
@@ -1706,6 +1722,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tenso
     cu_seqlens, longest = meta.cu_seqlens, meta.max_len
     if cu_seqlens is None and sink is None:
         return exact_attention(q, k, v, None, None)
+    # a sink needs segments: each row is one
     if cu_seqlens is None:
         longest = q.size(1)
         cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * longest
@@ -1719,6 +1736,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tenso
         options["enable_gqa"] = True
     else:
         flat_k, flat_v = (t.repeat_interleave(q.size(2) // k.size(2), dim=1) for t in (flat_k, flat_v))
+    # lengths are upper bounds: the kernel sizes its grid by them
     y = varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, longest, longest_k, **options)
     return y.view_as(q)
 
@@ -1862,7 +1880,8 @@ def leaky_square_kernel(
                 z = pre.load([row, column + half * HALF]).to(tl.float32)
                 y = y * tl.where(z > 0, 2 * z, 2 * SLOPE * SLOPE * z)
             else:
-                z = y.to(pre.dtype)  # f sees the rounded pre, as in the twin
+                # f sees the rounded pre, as in the twin
+                z = y.to(pre.dtype)
                 pre.store([row, column + half * HALF], z)
                 a = z.to(tl.float32)
                 a = tl.where(a > 0, a, SLOPE * a)
@@ -1921,7 +1940,8 @@ def launch_leaky_square(
     """leaky_square through Triton."""
     pre, post = (m.new_empty(m.size(0), up.size(0)) for _ in range(2))
     launch_tiles(m, up, pre, post, slope, back=False)
-    return F.linear(post, down), pre, post  # the second matmul has nothing to fuse: cuBLAS
+    # the second matmul has nothing to fuse: cuBLAS
+    return F.linear(post, down), pre, post
 
 
 def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
@@ -2016,7 +2036,8 @@ def leaky_square_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Te
     # both activations: to recompute post, the backward would have to write it a second time
     ctx.save_for_backward(m, up, down, pre, post)
     ctx.mark_non_differentiable(pre, post)
-    ctx.set_materialize_grads(False)  # no zeros of the size of pre and post
+    # no zeros of the size of pre and post
+    ctx.set_materialize_grads(False)
 
 
 def leaky_square_grad(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:
@@ -2055,7 +2076,8 @@ def l2_normalize(x: Tensor) -> Tensor:
 def chunk_states_grad(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of chunk_states' inputs: the same recurrence, backwards in time with transposed maps."""
     a, states = ctx.saved_tensors
-    total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1]).flip(0)  # of each state, through all later ones
+    # of each state, through all later ones
+    total = chunk_states(a.mT.flip(0), g[:-1].flip(0), g[-1]).flip(0)
     later = total[1:]
     return later @ states[:-1].mT, later, total[0]
 
@@ -2100,7 +2122,8 @@ def chunked_delta_rule(
     columns = q * K**-0.5, k, v, g, beta.unsqueeze(-1), starts[..., None].int()
     q, k, v, g, beta, starts = (to_chunks(x, chunk) for x in columns)
     # What a read at token i keeps of a write at token j of its chunk, (n, B, H, chunk, chunk); a start clears it
-    restarts, total = starts.cumsum(-1), g.cumsum(-1)  # both count from the chunk's first token
+    # both count from the chunk's first token
+    restarts, total = starts.cumsum(-1), g.cumsum(-1)
     same = (restarts[..., :, None] == restarts[..., None, :]).tril()
     within = total[..., :, None] - total[..., None, :]
     # masked before exp, which may overflow where j > i: inf times a zero gradient is NaN
@@ -2114,12 +2137,14 @@ def chunked_delta_rule(
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     U, W = solved.split([v.size(-1), K], dim=-1)
     # A chunk maps the state before it to the state after it, S -> A S + b. Only this runs chunk after chunk.
-    into = (k * within[..., -1, :, None]).mT  # keys, with what the chunk's end keeps of their writes
+    # keys, with what the chunk's end keeps of their writes
+    into = (k * within[..., -1, :, None]).mT
     identity = torch.eye(K, dtype=k.dtype, device=k.device)
     states = chunk_states(before[..., -1:, :] * identity - into @ W, into @ U, state)
     S = states[:-1]
     o = (before * q) @ S + (q @ k.mT * within) @ (U - W @ S)
-    return o.movedim((0, 2), (1, 3)).flatten(1, 2)[:, :T], states[-1]  # without the padding
+    # without the padding
+    return o.movedim((0, 2), (1, 3)).flatten(1, 2)[:, :T], states[-1]
 
 
 def delta_rule(
@@ -2212,7 +2237,8 @@ def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
     # a bulk copy moves multiples of 16 bytes: 8 numbers of bf16
     aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0
     fla = chunk_gated_delta_rule is not None
-    needs = (  # in the order of Kernels: knob, whether its kernel can run here, what it needs beside a GPU and Triton
+    # in the order of Kernels: knob, whether its kernel can run here, what it needs beside a GPU and Triton
+    needs = (
         ("fused_ce_enabled", gpu, ""),
         ("fused_mlp_enabled", half and aligned, ", COMPUTE_DTYPE=bf16 and widths that are multiples of 8"),
         ("fused_gdn_enabled", half and fla, ", COMPUTE_DTYPE=bf16 and flash-linear-attention"),
@@ -2435,10 +2461,12 @@ class Projected(nn.Module):
 class HashEmbedding(Projected):
     """Adds an embedding of the last `order` tokens, hashed into one table (BigramHash and TrigramHash of PR 1182).
 
-    The hash is an XOR of the tokens times constants, taken as a signed 32-bit number, modulo all rows but the last,
-    which is for a token without a predecessor. Fewer than order - 1 predecessors: the hash of those that exist. With
-    HASH_BOS_MASK a document's first token has no predecessor.
+    With HASH_BOS_MASK a document's first token has no predecessor.
     """
+
+    # The hash is an XOR of the tokens times constants, taken as a signed 32-bit number, modulo all rows but the last,
+    # which is for a token without a predecessor. With fewer than order - 1 predecessors it is the hash of those that
+    # exist.
 
     # of the token itself, the one before it, and the one before that
     MULTIPLIERS = (36313, 27191, 51497)
@@ -2451,8 +2479,10 @@ class HashEmbedding(Projected):
 
     def buckets(self, ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, T) rows of the table."""
-        follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))  # whether a token has a predecessor
-        seen = torch.ones_like(follows)  # whether the token `back` before exists
+        # whether a token has a predecessor
+        follows = F.pad(ids[:, 1:] != self.first_id, (1, 0))
+        # whether the token `back` before exists
+        seen = torch.ones_like(follows)
         key = self.multipliers[0] * ids
         earlier = ids
         for multiplier in self.multipliers[1:]:
@@ -2556,9 +2586,11 @@ class ValueResidual(nn.Module):
         """(B, T, K * d) values of this execution -> the same, mixed. The first execution only leaves its own."""
         if self.scale_index is not None:
             v = v + values.scales[self.scale_index] * values.embedded
+        # no value residual: only the value embedding was asked for
         if self.lambdas is None:
             return v
         if values.first is None:
+            # later executions mix these in
             values.first = v
             return v
         first, own = self.lambdas.to(v.dtype)  # two learnt numbers
@@ -2582,10 +2614,12 @@ class Attention(nn.Module):
 
     def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
+        # the gate may read the raw queries
         raw_q = tap("q", n, self.q(n))
         raw_k = tap("k", n, self.k(n))
         raw_v = self.values(tap("v", n, self.v(n)), values)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, raw_v))
+        # QK norm bounds the logits; the gain that follows is learnt for each head
         q, k = (rotate(rms_norm(x), meta.cos, meta.sin) for x in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
         attend = self.attend if meta.kv_cache is None else meta.kv_cache.attend
@@ -2702,6 +2736,7 @@ class Skips(nn.Module):
         self.gates = make_weight("shut", rows, dim) if gated else None
 
     def forward(self, x: Tensor, source: Tensor, row: int) -> Tensor:
+        # x and source are (B, T, D), a row of weights is (D,)
         skip = self.weights[row].to(x.dtype) * source
         if self.gates is None:
             return x + skip
@@ -2715,7 +2750,8 @@ class Lanes(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.post = make_weight("scale", cfg.num_layers, 2, 2)  # layer, source (attention, MLP), lane
+        # layer, source (attention, MLP), lane
+        self.post = make_weight("scale", cfg.num_layers, 2, 2)
         self.resid = make_weight("lane_residual", cfg.num_layers, 2)
         self.final = self.FINAL[cfg.parallel_final_lane]
 
@@ -2725,6 +2761,7 @@ class Lanes(nn.Module):
         added: tuple[Tensor, Tensor],
         layer: int,
     ) -> tuple[Tensor, Tensor]:
+        # r (lane), p (source, lane): learnt numbers of this layer
         r, p = (w[layer].to(lanes[0].dtype) for w in (self.resid, self.post))
         attn, mlp = added
         first, second = (r[i] * lanes[i] + p[0, i] * attn + p[1, i] * mlp for i in range(2))
@@ -2783,7 +2820,8 @@ def plan_route(cfg: Config, looping: bool) -> Route:
 def state_starts(ids: Tensor, cu_seqlens: Tensor | None, first_id: int) -> Tensor:
     """(B, T) bool: tokens before which a recurrent state is cleared: first_id, and the first of each segment."""
     starts = (ids == first_id).flatten()
-    if cu_seqlens is not None:  # boundaries include the end: one more place, cut off again
+    # boundaries include the end: one more place, cut off again
+    if cu_seqlens is not None:
         starts = F.pad(starts, (0, 1)).index_fill(0, cu_seqlens.long(), True)[:-1]
     return starts.view(ids.shape)
 
@@ -2815,12 +2853,16 @@ class GPT(nn.Module):
         # the looped route has the most skips, and is the one that may split into lanes
         self.skips = Skips(self.routes[True].num_encoder, cfg.model_dim, cfg.skip_gates_enabled)
         self.lanes = Lanes(cfg) if any(self.routes[True].parallel) else None
-        self.cfg = cfg  # for init_weights alone: the forward pass looks at modules
+        # for init_weights alone: the forward pass looks at modules
+        self.cfg = cfg
         self.softcap = cfg.logit_softcap
         self.rope = cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len
         self.dtype, self.rope_dtype = dtype, DTYPES[cfg.rope_dtype]
         self.masked = attend is masked_attention
-        self.anchored = "sink" in cfg.attn_extras or cfg.rope_dtype != "fp32"  # else only distances matter
+        # else only distances matter
+        # a sink's logit and rounded positions depend on where a token stands, not on distances alone
+        self.anchored = "sink" in cfg.attn_extras or cfg.rope_dtype != "fp32"
+        # -1 is no id: nothing clears a state within a segment
         self.first_id = (BOS_ID if cfg.gdn_bos_reset else -1) if "G" in mixer_letters(cfg) else None
         self.cross_entropy = kernels.cross_entropy
 
@@ -2857,7 +2899,8 @@ class GPT(nn.Module):
             return AttnMeta(None, max_len, cos, sin, None, kv_cache=kv_cache)
         # positions count from a document's start only where more than distances matter
         anchored = cu_seqlens is not None and self.anchored
-        dtype = self.rope_dtype if stretched == base else torch.float32  # published: a stretched table is float32
+        # published: a stretched table is float32
+        dtype = self.rope_dtype if stretched == base else torch.float32
         cos, sin = rotary_tables(total if anchored else length, dims, stretched, device, dtype)
         if anchored:
             token = torch.arange(total, device=device)
@@ -2882,11 +2925,13 @@ class GPT(nn.Module):
         if self.first_id is not None:
             meta = meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
         x = self.embed(ids)
-        if meta.kv_cache is not None:  # cut off what embeddings looked back at; a document's start looks at nothing
+        # cut off what embeddings looked back at; a document's start looks at nothing
+        if meta.kv_cache is not None:
             ids = ids[:, self.reach :]
             x = torch.where(meta.kv_cache.first, self.embed(ids), x[:, self.reach :])
         x0 = x
         values = ValueContext() if self.value_embed is None else self.value_embed(ids, self.dtype)
+        # outputs: what later skips read, one for each execution
         lanes, outputs, route = (x,), [], self.route
         for execution, layer in enumerate(route.layers):
             lane0, block, tap = lanes[0], self.blocks[layer], LayerTap(taps, execution, layer)
@@ -2895,6 +2940,7 @@ class GPT(nn.Module):
             if row >= 0:
                 lane0 = self.skips(lane0, outputs[source], row)
             u = block.mix(lane0, x0)
+            # the mixer reads the same in all three arrangements; what the MLP reads differs
             attended = block.attend(u, here, tap, values)
             if route.parallel[execution]:
                 added = (attended, block.transform(lanes[-1], tap))
@@ -2921,6 +2967,7 @@ class GPT(nn.Module):
         that the head is computed for; (n) then takes the place of (B, T)."""
         h = self.trunk(ids, meta, taps)
         if cells is not None:
+            # the head is the largest matrix: rows that nobody scores skip it
             h = h.flatten(0, 1)[cells]
             targets = targets if targets is None else targets.flatten()[cells]
         z = LayerTap(taps)("head", h, self.tok_emb(h))
@@ -2994,7 +3041,9 @@ def orthogonalize(x: Tensor, coefficients: str, steps: int) -> Tensor:
     triples = COEFFICIENTS[coefficients]
     plan = [triples[min(i, len(triples) - 1)] for i in range(steps)]
     tall = x.size(-2) > x.size(-1)
+    # work on the side with fewer rows: products are then smaller
     x = x.mT if tall else x
+    # a spectral norm of at most 1, where the polynomials converge
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     # With r rows and c columns, five steps cost 4 r^2 c + 14 r^3 on the Gram matrix and 10 r^2 c + 5 r^3 on x itself
     if 3 * x.size(-2) < 2 * x.size(-1):
@@ -3055,7 +3104,8 @@ class Muon:
             padded = F.pad(grads, (0, 0, 0, 0, 0, missing)).to(self.runtime.dtype)
             shares.append(torch.empty_like(padded[: len(buffer)]))
             waits.append(reduce_scatter(shares[-1], padded, async_op=True))
-        for work in waits:  # every reduce is launched before the first is awaited
+        # every reduce is launched before the first is awaited
+        for work in waits:
             work.wait()
         return [share.to(buffer.dtype) / world for share, buffer in zip(shares, self.buffers, strict=True)]
 
@@ -3063,6 +3113,7 @@ class Muon:
         """One update from the averaged gradient shares."""
         cfg, world, updates, waits = self.cfg, self.runtime.world, [], []
         for share, buffer in zip(shares, self.buffers, strict=True):
+            # heavy-ball momentum, as in SGD
             buffer.mul_(momentum).add_(share)
             direction = share + momentum * buffer  # Nesterov
             if cfg.muon_row_normalize:
@@ -3071,6 +3122,7 @@ class Muon:
             low = self.runtime.dtype if direction.dtype == torch.float32 else direction.dtype
             update = orthogonalize(direction.to(low), cfg.muon_coefficients, cfg.muon_backend_steps)
             if world > 1:
+                # each rank has orthogonalised its share; all need all of them
                 gathered = update.new_empty(len(buffer) * world, *update.shape[1:])
                 waits.append(all_gather(gathered, update.contiguous(), async_op=True))
                 update = gathered
@@ -3079,6 +3131,7 @@ class Muon:
             work.wait()
         for group, update in zip(self.groups, updates, strict=True):
             rows, cols = group[0].shape
+            # decoupled weight decay, then a step whose size does not depend on the shape
             torch._foreach_mul_(group, 1 - lr * cfg.muon_wd)
             changes = list(update[: len(group)].to(group[0].dtype).unbind())
             torch._foreach_add_(group, changes, alpha=-lr * math.sqrt(max(1.0, rows / cols)))
@@ -3132,7 +3185,8 @@ class Optimisers:
         # the factor stays on the device, so the host waits for nothing
         factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(shares, factor)
-        for dtype in dict.fromkeys(g.dtype for g in grads):  # _foreach is fast on one dtype at a time
+        # _foreach is fast on one dtype at a time
+        for dtype in dict.fromkeys(g.dtype for g in grads):
             torch._foreach_mul_([g for g in grads if g.dtype == dtype], factor)
 
     @torch.no_grad()
@@ -3143,9 +3197,11 @@ class Optimisers:
         self.reduce_small()
         if cfg.grad_clip_norm > 0:
             self.clip(shares)
+        # AdamW knows no schedule: the rate is set for every step
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * multiplier
         self.adamw.step()
+        # low at first: early gradients soon point elsewhere
         momentum = muon_momentum(
             step,
             cfg.muon_momentum_warmup_start,
@@ -3231,6 +3287,7 @@ class Swa:
     def update(self) -> None:
         """Take a snapshot."""
         if not self.count:
+            # until the first snapshot the shadow is the weights
             self.shadow = [torch.zeros_like(at_least_fp32(p.detach())) for p in self.source]
         self.count += 1
         torch._foreach_lerp_(self.shadow, [at_least_fp32(p) for p in self.source], 1 / self.count)
@@ -3307,6 +3364,7 @@ QATS = {"none": None, "ste": FakeQuantSTE, "noise": QuantNoise}
 @contextlib.contextmanager
 def temporarily_set(params: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
     """Inside the block the parameters hold other values, in place, where a compiled graph reads them."""
+    # copies: the values are written into the parameters themselves
     kept = [p.detach().clone() for p in params]
     with torch.no_grad():
         torch._foreach_copy_(params, values)
@@ -3334,6 +3392,7 @@ class Trainer:
         self.optimisers = Optimisers(cfg, model, runtime)
         self.averages = averages_of(cfg, list(model.parameters()))
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
+        # a stage is on if a knob names it; looping has knobs of its own
         chosen = {cfg.qat, *cfg.average, *["looping"] * loops(cfg)}
         self.stages, self.begun = chosen & STAGES.keys(), set()
         # calibration runs inside the budget too, so training ends that much earlier
@@ -3347,6 +3406,7 @@ class Trainer:
 
         rounded: the forward pass sees the weights as QAT has them.
         """
+        # of this step; other ranks' parts are added when somebody reads it
         self.loss = torch.zeros((), device=self.runtime.device)
         weights = contextlib.nullcontext()
         if rounded:
@@ -3356,7 +3416,8 @@ class Trainer:
                 inputs = on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)
                 loss = self.forward(*inputs) / len(batches)
                 loss.backward()
-                self.loss += loss.detach()  # stays on the device: nobody waits for it
+                # stays on the device: nobody waits for it
+                self.loss += loss.detach()
         self.optimisers.step(multiplier, step)
 
     def stages_at(self, now: Progress) -> set[str]:
@@ -3366,7 +3427,8 @@ class Trainer:
             self.runtime.log(f"{name} on from step {now.step}, fraction {now.fraction:.3f}")
             if name == "looping":
                 self.model.set_looping(True)
-                self.clock.expect_change()  # steps take longer from here on
+                # steps take longer from here on
+                self.clock.expect_change()
         self.begun |= on
         return on
 
@@ -3381,6 +3443,7 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile every graph and let allocators settle, then roll back weights, moments and the order of the data."""
+        # warm-up trains for real, on the data that the run begins with
         before = [p.detach().clone() for p in self.model.parameters()]
         started = time.perf_counter()
         with contextlib.closing(train_batches(self.cfg, self.runtime)) as batches:
@@ -3415,6 +3478,7 @@ class Trainer:
             return
         self.reported_step = step
         tokens = step * self.cfg.train_batch_tokens
+        # by the mean pace so far
         left = seconds / fraction * (1 - fraction) if fraction > 0 else math.nan
         self.runtime.log(
             f"step {step} train_loss {loss:.4f} {seconds:.1f} s {1e3 * seconds / step:.1f} ms/step "
@@ -3463,7 +3527,8 @@ class Trainer:
         """Train; afterwards the model holds the weight average."""
         cfg, clock = self.cfg, self.clock
         self.warm_up()
-        if self.metrics is not None:  # not before: a run that cannot start keeps the curve of the run before it
+        # not before: a run that cannot start keeps the curve of the run before it
+        if self.metrics is not None:
             self.metrics.write_text("", encoding="utf-8")
         step = 0
         clock.start()
@@ -3544,7 +3609,8 @@ COUNTS = "token_counts"  # the name of token_counts among the Hessians
 
 def passes(cfg: Config, layer: int) -> int:
     """How often calibration ran a layer for each token; a Hessian sums over these passes."""
-    return max(1, plan_route(cfg, loops(cfg)).layers.count(layer))  # the head, layer -1, is in no route and runs once
+    # the head, layer -1, is in no route and runs once
+    return max(1, plan_route(cfg, loops(cfg)).layers.count(layer))
 
 
 def column_salience(weight: Tensor, hessian: Tensor, count: int) -> Tensor:
@@ -3728,7 +3794,8 @@ def searched_scales(weight: Tensor, bits: int, floor: float = 0.0, by_row: bool 
     """
     scales, errors = [], []
     for quantile in CLIP_QUANTILES:
-        scale = storable(quantile_scale(weight, bits, quantile, floor))  # rounded before the search, as it is stored
+        # rounded before the search, as it is stored
+        scale = storable(quantile_scale(weight, bits, quantile, floor))
         error = weight - fake_quantize(weight, scale.float(), bits)
         scales.append(scale)
         errors.append(error.square().sum(dim=1))
@@ -3807,7 +3874,8 @@ def gptq(
         return levels, levels * scales[j]
 
     q = gptq_columns(W, Hinv, blocksize, nearest_level)
-    return q[:, order.argsort()].to(torch.int8)  # back in the order of the weight
+    # back in the order of the weight
+    return q[:, order.argsort()].to(torch.int8)
 
 
 # A trellis is a shift register (Ungerboeck 1982, codes for amplitude modulation). State s goes by branch b to state
@@ -3841,7 +3909,8 @@ class Viterbi:
         # All buffers are allocated once: a search is two loops over rows, with a few small operations each
         rows, columns = real.shape
         self.real = real[:, None]
-        self.subset = trellis(states).flatten().to(top.device)  # by 2 * state + branch
+        # by 2 * state + branch
+        self.subset = trellis(states).flatten().to(top.device)
         self.residue = torch.arange(4.0, device=top.device)[:, None]
         # levels d + 4 n: the range of n, (4, columns)
         self.low = ((-top - self.residue) / 4).ceil()
@@ -4011,6 +4080,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of pack_bits, (count,) uint8."""
+    # a row of bits for each integer
     planes = np.unpackbits(packed.numpy(), count=bits * count, bitorder="little").reshape(count, bits)
     return torch.from_numpy(np.packbits(planes, axis=1, bitorder="little")[:, 0])
 
@@ -4114,8 +4184,10 @@ def dequantize(stored: list[Stored]) -> Weights:
 def deal_jobs(runtime: Runtime, what: str, jobs: list[Any], work: Callable[[Any], dict]) -> dict[str, Any]:
     """Share jobs among the ranks, in turn, and return the union of work(job) over all of them."""
     started, done = time.perf_counter(), {}
+    # dealt like cards: costly jobs come first, so all ranks get some
     mine = jobs[runtime.rank :: runtime.world]
     for count, job in enumerate(mine):
+        # jobs name what they make, so results never clash
         done |= work(job)
         runtime.log.progress(what, count + 1, len(mine), started)
     return runtime.gather(done)
@@ -4133,8 +4205,10 @@ def quantisation_jobs(plan: Plan, state: Weights, world: int) -> list[list[str]]
         if SCHEMES[scheme].batch_encoder is not None:
             group = scheme, state[name].size(-1)
         groups.setdefault(group, []).append(name)
+    # each rank gets every world-th matrix of a batch, so all have about as much to do
     shares = [names[rank::world] for names in groups.values() for rank in range(world)]
-    return list(filter(None, shares))  # a lone tensor leaves the other ranks' shares empty
+    # a lone tensor leaves the other ranks' shares empty
+    return list(filter(None, shares))
 
 
 def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> list[Stored]:
@@ -4191,6 +4265,7 @@ def repaired(
     norms = {
         name: error(name).double().norm().item() for name, tensor in stored.items() if SCHEMES[tensor.scheme].repairable
     }
+    # the largest error first; ties by name, so that all ranks agree
     worst = sorted(norms, key=lambda name: (-norms[name], name))[: cfg.lqer_top_k]
     return stored | deal_jobs(runtime, "repairing", worst, correct)
 
@@ -4235,6 +4310,7 @@ def rotate_values(cfg: Config, runtime: Runtime, state: Weights, hessians: Weigh
     outputs = weights_by_role(cfg, "o")
     for layer, v in weights_by_role(cfg, "v").items():
         o = outputs[layer]
+        # rows of v are outputs, columns of o are inputs
         state[v], state[o] = rotated(state[v].T).T.contiguous(), rotated(state[o])
         if o in hessians:  # R^T H R for the rotated inputs; R is symmetric
             hessians[o] = rotated(rotated(hessians[o]).T)
@@ -4287,7 +4363,8 @@ def unshuffle_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarr
     """The inverse of shuffle_bytes."""
     planes = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1)
     flat = np.frombuffer(planes.T.tobytes(), dtype)
-    return flat.reshape(shape, order="F" if len(shape) == 2 else "C").copy()  # torch wants a writable array
+    # torch wants a writable array
+    return flat.reshape(shape, order="F" if len(shape) == 2 else "C").copy()
 
 
 class Coder(NamedTuple):
@@ -4400,7 +4477,8 @@ def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     seen = counts > 0
     share = counts * (total - seen.sum(1)[:, None]) // counts.sum(1)[:, None]
     freq = np.maximum(seen, share)
-    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)  # rounding error goes to the largest
+    # rounding error goes to the largest
+    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
     start = freq.cumsum(1) - freq
     keys = np.repeat(np.arange(freq.size, dtype=np.uint16), freq.ravel())
     return freq.ravel(), start.ravel(), keys
@@ -4452,8 +4530,7 @@ def rans_wavefront(
     Updates the histograms `counts`, and `past`, which maps a width to the magnitudes of its columns.
     """
     rows, cols, states, chunk_rows, magnitude, likeness, prior_rows, energy, slack = info
-    # Each column's sum of magnitudes starts as if prior_rows had been seen: a mixture, in sixteenths, of columns like
-    # those of the last matrix of this width and of columns that are all alike
+    # Sums start as if prior_rows had been seen: a mixture, in sixteenths, of the last such columns and of equal ones
     sums = past.get(cols, np.ones(cols, int))
     share = RANS_UNIT * cols * sums // max(1, sums.sum())
     share = share * likeness + RANS_UNIT * (16 - likeness)
@@ -4471,9 +4548,11 @@ def rans_wavefront(
     squares = sums**2 * pi_half // (7 * prior_rows)
     spent, due = np.zeros(groups + 1, int), 0
     for t in range((rows + groups - 1) * (flat.size > 0)):
-        if t == due:  # slow, so only now and then: the columns' classes, and tables for the contexts around them
+        # slow, so only now and then: the columns' classes, and tables for the contexts around them
+        if t == due:
             due += max(2, min(64, t // 8))
             seen = prior_rows + np.maximum(0, t - delay)
+            # what a column has shown so far, over the rows that it has seen
             fine, power = np.searchsorted(edges, sums * RANS_ONE // seen), squares * RANS_UNIT // seen
             expected = np.maximum(1, power[::-1].cumsum()[::-1][starts])
             low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
@@ -4483,7 +4562,8 @@ def rans_wavefront(
         # How far the energy left exceeds the expected one; trusted less with few columns left or much slack
         trust = 2 * left * RANS_ONE // (2 * left + slack)
         excess = trust * (RANS_UNIT * (energy - spent[:-1]) - expected) // expected
-        shift = np.searchsorted(edges, RANS_ONE + excess) - 4 * 48 >> 1  # in classes; edge 4 * 48 is 1.0, >> 1 the root
+        # in classes; edge 4 * 48 is 1.0, >> 1 the root
+        shift = np.searchsorted(edges, RANS_ONE + excess) - 4 * 48 >> 1
         context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
         row = t - delay[part]
         here = state[part] * (row % chunk_rows > 0)
@@ -4492,7 +4572,8 @@ def rans_wavefront(
         levels = flat[places].astype(int)
         state[part] = follow[here, levels & 3]
         histogram = 3 * context + kinds[levels % len(kinds)]
-        np.add.at(counts.reshape(-1), histogram * 256 + levels + 128, 1024)  # a symbol weighs 4, in 256ths
+        # a symbol weighs 4, in 256ths
+        np.add.at(counts.reshape(-1), histogram * 256 + levels + 128, 1024)
         sums[part] += np.abs(levels)
         levels *= levels
         squares[part] += levels
@@ -4521,11 +4602,13 @@ def rans_encode(raw: bytes) -> bytes:
             part = slice(a, a + RANS_LANES)
             log.append((freq[key[part]], start[key[part]], level[part][escaped[part]]))
     lanes = np.full(min(RANS_LANES, side_info[:, 1].max()), 1 << 16)
-    for freq, start, escapes in reversed(log):  # a state is a stack: the decoder pops last what was pushed first
+    # a state is a stack: the decoder pops last what was pushed first
+    for freq, start, escapes in reversed(log):
         lane = lanes[: len(freq)]
         full = lane >> (32 - RANS_BITS) >= freq
         words += [escapes, lane[full] & 0xFFFF]
         lane[full] >>= 16
+        # rANS: push a symbol onto each lane
         quotient, slot = np.divmod(lane, freq)
         lane[:] = (quotient << RANS_BITS) + slot + start
     words = np.concatenate([lanes >> 16, lanes & 0xFFFF, *words[::-1]])
@@ -4546,6 +4629,7 @@ def rans_decode(blob: bytes) -> bytes:
             lane = lanes[: len(part)]
             slot = lane & (1 << RANS_BITS) - 1
             part[:] = keys[(part << RANS_BITS) + slot]
+            # pop it again: the slot says which symbol it was
             lane[:] = freq[part] * (lane >> RANS_BITS) + slot - start[part]
             part &= 255
             # Lanes below 2^16 read a word each, then escapes, whose word is the level itself
@@ -4666,6 +4750,7 @@ def pack_stored(stored: list[Stored], codec: str) -> bytes:
         parts = sort_rows(tensor.parts) if stream in layout.sorted_rows else tensor.parts
         for part, values in parts.items():
             array = arrays[key, part] = values.numpy()
+            # only the integers have streams of their own
             types[part] = [stream if part == "q" else "", array.dtype.str, array.shape]
         index.append([key, types])
     text, streams = json.dumps(index, separators=(",", ":")).encode(), storage_order(index)
@@ -4682,6 +4767,7 @@ def pack_stored(stored: list[Stored], codec: str) -> bytes:
 
 def seal(number: int, payload: bytes) -> bytes:
     """Put the header before a payload; number: of its codec."""
+    # the checksum covers the header but for itself
     header = ARTIFACT_HEADER.pack(MAGIC, ARTIFACT_VERSION, number, len(payload), 0)[:-4]
     return header + struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + payload
 
@@ -4702,6 +4788,7 @@ def open_blob(blob: bytes, source: str = "artifact") -> Blob:
     payload = blob[ARTIFACT_HEADER.size :]
     if len(payload) != size:
         raise UserError(f"{source}: truncated or padded: {len(payload)} payload bytes, the header promises {size}")
+    # the blob says how to open itself
     layouts = {codec.number: codec for codec in CODECS.values()}
     if number not in layouts:
         raise UserError(f"{source}: unknown codec number {number}")
@@ -4730,7 +4817,8 @@ def decode_payload(payload: bytes, layout: Codec) -> Blob:
     if len(text) != length:
         raise ValueError("the index is cut off")
     index = json.loads(text)
-    parts = {key: dict.fromkeys(types) for key, types in index}  # in the order of the index, not of the streams
+    # in the order of the index, not of the streams
+    parts = {key: dict.fromkeys(types) for key, types in index}
     streams = []
     for coder, size, raw, (name, rows) in zip(coders, sizes, raws, storage_order(index).items(), strict=True):
         lengths = [coder.head + np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows]
@@ -4763,6 +4851,7 @@ def load_artifact(path: str | Path) -> Weights:
 def fill_model(model: GPT, state: Weights, source: str) -> None:
     """Load weights; UserError naming the first difference if they are of another model."""
     own = model.state_dict()
+    # shapes are None where a weight is missing
     for name in sorted(own.keys() | state.keys()):
         a, b = (tuple(d[name].shape) if name in d else None for d in (own, state))
         if a != b:
@@ -4787,26 +4876,25 @@ class Score(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """What is scored in one forward.
+    """What is scored in one forward."""
 
-    ids, targets: (B, T) int64; the target in cell (row, col) is token origin[row] + col of the validation stream.
-    rows, cols: the cells that are scored.
-    cu_seqlens: attention segments over the B*T cells; None: rows are the segments.
-    documents, begin: where rows adapt to documents, which one each row holds (-1: the row is idle), and how many of its
-    targets come before the scored ones.
-    learns: whether a lesson on these cells follows, so that the forward must keep what a backward needs.
-    fit: flattened cells whose targets the score itself is fitted on.
-    """
-
+    # (B, T) int64
     ids: np.ndarray
     targets: np.ndarray
+    # the target in cell (row, col) is token origin[row] + col of the validation stream
     origin: np.ndarray
+    # the cells that are scored
     rows: np.ndarray
     cols: np.ndarray
+    # attention segments over the B*T cells; None: rows are the segments
     cu_seqlens: Tensor | None = None
+    # where rows adapt to documents: which one each row holds; -1: the row is idle
     documents: np.ndarray | None = None
+    # how many targets of its document come before a row's scored ones
     begin: np.ndarray | None = None
+    # whether a lesson on these cells follows, so that the forward must keep what a backward needs
     learns: bool = False
+    # flattened cells whose targets the score itself is fitted on
     fit: np.ndarray | None = None
 
     def scored(self) -> np.ndarray:
@@ -4867,7 +4955,8 @@ class Ledger:
 
     def __init__(self, length: int, noncausal: bool = False) -> None:
         self.count = np.zeros(length, np.uint8)
-        self.count[0] = 1  # the first token of the stream is never a target
+        # the first token of the stream is never a target
+        self.count[0] = 1
         self.noncausal, self.legal = noncausal, True
 
     def admit(self, cells: Cells) -> None:
@@ -4899,6 +4988,7 @@ class Ledger:
     def close(self, runtime: Runtime) -> None:
         """Check over all ranks that every target has been scored exactly once."""
         total = torch.from_numpy(self.count.astype(np.int32))
+        # the first token is nobody's target, so one rank counts it once
         total[0] = runtime.rank == 0
         total = runtime.sum_(total)
         wrong = int((total != 1).sum())
@@ -5035,7 +5125,8 @@ def plain_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     make_batch = packed_docs_batch if LOADERS[cfg.loader].documents else stream_batch
     size = cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len * cfg.eval_seq_len
     for start in range(0, len(val.tokens) - 1, size)[runtime.rank :: runtime.world]:
-        span = np.zeros(size + 1, np.int64)  # the last span is padded with zeros: one shape, one graph
+        # the last span is padded with zeros: one shape, one graph
+        span = np.zeros(size + 1, np.int64)
         real = val.tokens[start : start + size + 1]
         span[: len(real)] = real
         batch = make_batch(span, cfg.eval_seq_len)
@@ -5049,6 +5140,7 @@ def window_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
     """(windows, 4) int64: start, length, first, last of sliding windows; their cells first..last are scored."""
     # The published n-gram scripts go on to the last start below num_targets and score the last `stride` targets again
     # with less and less context: length / stride - 1 windows more, whose scores here do not count twice.
+    # one window, and another for every stride that begins beyond it
     count = 1 + max(0, -(-(num_targets - length) // stride))
     start = np.arange(count) * stride
     stop = np.minimum(start + length, num_targets)
@@ -5113,16 +5205,16 @@ ADAPTER_EPS = 1e-10  # of AdamW, as published
 
 
 class AdapterState(NamedTuple):
-    """Buffers of adapters, (rows, entries); a row holds one document's A of all sites, then its B of all sites.
+    """Buffers of adapters, (rows, entries); a row holds one document's A of all sites, then its B of all sites."""
 
-    weights: at least float32. live: the copy that computes, in the activations' dtype; None where weights has it.
-    first, second: AdamW's moments; first is None where beta1 is 0. steps: (rows, 1) float64.
-    """
-
+    # at least float32
     weights: Tensor
+    # the copy that computes, in the activations' dtype; None where weights has that dtype
     live: Tensor | None
+    # AdamW's moments; without beta1 there is no first one to keep
     first: Tensor | None
     second: Tensor
+    # (rows, 1) float64
     steps: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AdapterState:
@@ -5143,6 +5235,7 @@ def adapter_adamw_(cfg: Config, state: AdapterState, grad: Tensor) -> None:
         grad = first.lerp_(grad, 1 - cfg.ttt_beta1)
     # per row; beta1 = 0 leaves 1 - 0^steps = 1. float64: at step 1 float32 would lose four digits of 1 - 0.999
     rate = (cfg.ttt_lora_lr / (1 - cfg.ttt_beta1**steps)).to(grad.dtype)
+    # rows began at different steps, so each has its own bias correction
     unbias = (1 - cfg.ttt_beta2**steps).sqrt().to(grad.dtype)
     weights.sub_(rate * grad / (second.sqrt() / unbias + ADAPTER_EPS))
     if live is not None:
@@ -5162,7 +5255,8 @@ class Adapters:
         self.cfg, self.runtime, rank = cfg, runtime, cfg.ttt_lora_rank
         self.scale = cfg.ttt_lora_alpha / rank
         found = {f"{name}_{execution}": shape for name, execution, shape in lora_sites(cfg, model)}
-        found = dict(sorted(found.items()))  # by name: the order in which a document's A is drawn
+        # by name: the order in which a document's A is drawn
+        found = dict(sorted(found.items()))
         self.sites = frozenset(key.partition("_")[0] for key in found)
         shapes_A = {key: (rank, d_in) for key, (_, d_in) in found.items()}
         shapes_B = {key: (d_out, rank) for key, (d_out, _) in found.items()}
@@ -5217,7 +5311,8 @@ class Adapters:
 
     def draw(self, document: int) -> Tensor:
         """All entries of a document's A before their bound, uniform in +-1, by the seed and the document alone."""
-        mixed = np.random.SeedSequence((self.cfg.seed, document)).generate_state(1)  # 32 bits: torch's seeds on a CPU
+        # 32 bits: torch's seeds on a CPU
+        mixed = np.random.SeedSequence((self.cfg.seed, document)).generate_state(1)
         device = self.bound.device
         generator = torch.Generator(device).manual_seed(int(mixed[0]))
         return torch.rand(len(self.bound), generator=generator, device=device).mul_(2).sub_(1)
@@ -5236,6 +5331,7 @@ class Adapters:
         self.adamw_(self.cfg, self.state, grad)
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        # the head has execution -1, and one adapter
         key = f"{site.name}_{max(site.execution, 0)}"
         if key not in self.A:
             return y
@@ -5281,8 +5377,10 @@ def document_step(
     # where a row has no token, 0 is read from the stream and then replaced
     cols = np.arange(lesson.cols.stop)
     inside = cols < length[:, None]
+    # cells outside a row read token 0, and are zeroed below
     where = np.where(inside, first[:, None] + cols, 0)
     ids, targets = (np.where(inside, val.tokens[where + inside * i], 0) for i in (0, 1))
+    # row by row, so the losses come in the order of the stream within a row
     rows, scored = np.nonzero(inside & (cols >= offset[:, None]))
     learns = len(lesson.rows) > 0
     cells = Cells(ids, targets, first + 1, rows, scored, None, documents, begin, learns)
@@ -5309,9 +5407,11 @@ def batch_steps(cfg: Config, val: ValData, docs: list[tuple[int, int]], batches:
     predictions = lengths - 1  # the first token of a document is none
     for batch in batches:
         # only the first batch, of the longest documents, may be smaller
+        # the last batch is filled up with idle rows: one shape, one graph
         documents = np.pad(batch, (0, rows - len(batch)), constant_values=-1)
         for c in range(-(-predictions[batch].max() // size)):
-            left = np.where(documents < 0, 0, predictions[documents] - c * size)  # from this chunk on
+            # from this chunk on
+            left = np.where(documents < 0, 0, predictions[documents] - c * size)
             if not cfg.ttt_warm_start_a:
                 kept = rows_to_keep(left > 0)
                 documents, left = documents[kept], left[kept]
@@ -5338,6 +5438,7 @@ def carried_steps(
     starts, lengths = np.array(docs).T
     documents, begin, offset = np.full(rows, -1), np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     while True:
+        # rows without a document take the next one that this rank has claimed
         for row in np.flatnonzero(documents < 0):
             documents[row], begin[row] = next(queued, -1), 0
         if (documents < 0).all():
@@ -5369,7 +5470,8 @@ class DocLora:
         if cfg.ttt_lora_lr > 0:
             self.adapters = Adapters(cfg, runtime, model, self.num_rows)
         self.documents = np.full(self.num_rows, -1)
-        self.warm = False  # whether the rows hold an A that TTT_WARM_START_A keeps
+        # whether the rows hold an A that TTT_WARM_START_A keeps
+        self.warm = False
         self.prepare()
 
     def prepare(self) -> None:
@@ -5377,11 +5479,13 @@ class DocLora:
         if not self.runtime.compile:
             return
         size, rows = self.cfg.ttt_chunk_size, self.num_rows
-        width = self.cfg.ttt_eval_seq_len - (self.cfg.ttt_eval_seq_len == rows)  # equal sizes would become one symbol
+        # equal sizes would become one symbol
+        width = self.cfg.ttt_eval_seq_len - (self.cfg.ttt_eval_seq_len == rows)
         ids = np.random.default_rng(0).integers(0, self.cfg.vocab_size, (rows, width))
         zeros, none = np.zeros(rows, np.int64), np.empty(0, np.int64)
         for learns in (True, False):
             cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros, learns)
+            # what is learnt here is renewed when the first document begins
             nll = self.score(cells)
             if learns:
                 self.learn(Lesson(np.arange(rows), slice(width - size, width)), cells, nll)
@@ -5427,8 +5531,10 @@ class DocLora:
         if lesson.shared:
             steps = global_update(self.cfg, self.runtime, self.model, self.tokens[lesson.tokens()])
             self.runtime.log(f"{steps} global steps on {len(lesson.spans)} scored documents")
-            self.warm = False  # the A that rows hold were learnt on other weights
+            # the A that rows hold were learnt on other weights
+            self.warm = False
         elif self.adapters is not None:
+            # later updates need the losses of the adapters that the first has changed
             for number in range(self.cfg.ttt_grad_steps):
                 self.step(lesson, nll if number == 0 else self.losses(cells))
 
@@ -5465,7 +5571,8 @@ class CarryLora(DocLora):
         """The cache, and what scores and learns for each number of its columns."""
         cfg, model, device = self.cfg, self.model, self.runtime.device
         self.size, self.on_gpu = cfg.ttt_chunk_size, device.type == "cuda"
-        self.ring = cfg.ttt_eval_seq_len // self.size - 1  # chunks in reach
+        # chunks in reach
+        self.ring = cfg.ttt_eval_seq_len // self.size - 1
         self.columns = (self.ring + 1) * self.size
         head = (cfg.num_kv_heads, cfg.model_dim // cfg.num_heads)
         # a column more than is used: then every slice has the strides of a part, and one compiled graph serves all
@@ -5524,7 +5631,8 @@ class CarryLora(DocLora):
         """forward_chunk and learn_chunk for every width as CUDA graphs; none where they cannot be captured, which the
         log says."""
         try:
-            pool = torch.cuda.graph_pool_handle()  # one for all: graphs run in turn
+            # one for all: graphs run in turn
+            pool = torch.cuda.graph_pool_handle()
             return {width: self.capture(width, pool) for width in self.widths}
         except RuntimeError as error:
             self.runtime.log(f"WARNING: carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
@@ -5533,6 +5641,7 @@ class CarryLora(DocLora):
     def capture(self, width: int, pool: tuple[int, int]) -> tuple[Callable, Callable]:
         """Two graphs: the first keeps what the second's backward needs. What is trained here is renewed before it
         counts."""
+        # a capture wants its allocations and its autograd warmed up on another stream
         side, learns = torch.cuda.Stream(), self.adapters is not None
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), torch.set_grad_enabled(learns):
@@ -5540,7 +5649,8 @@ class CarryLora(DocLora):
                 nll, *_ = self.forward_chunk(width)
                 if learns:
                     self.learn_chunk(nll)
-        del nll  # its graph would keep the side stream in the captured backward
+        # its graph would keep the side stream in the captured backward
+        del nll
         torch.cuda.current_stream().wait_stream(side)
         forward, learn = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.set_grad_enabled(learns):
@@ -5564,6 +5674,7 @@ class CarryLora(DocLora):
     def score(self, cells: Cells) -> Tensor:
         """(rows, chunk) nats; what the chunk leaves goes into the cache."""
         back = np.arange(-self.model.reach, 0)
+        # at the start of the stream there is nothing before; first hides what is read instead
         before = np.maximum(0, cells.origin[:, None] - 1 + back)
         table = (cells.begin, self.tokens[before], cells.ids, cells.targets)
         self.send(torch.from_numpy(np.column_stack(table)), self.inputs)
@@ -5591,6 +5702,7 @@ class CarryLora(DocLora):
 
 def phase_boundaries(prefix_docs: int, phases: int, documents: int) -> list[int]:
     """Counts of scored documents at which a global update is made."""
+    # a stream shorter than the prefix is all prefix
     prefix = min(prefix_docs, documents)
     return [prefix * (i + 1) // phases for i in range(phases)] if prefix else []
 
@@ -5606,6 +5718,7 @@ def phase_segments(batches: list[list[int]], boundaries: list[int]) -> list[tupl
         # a boundary inside a batch waits for the batch to end
         if left and sum(map(len, done)) >= left[0]:
             # published: the queue runs from long to short documents, the selection from short to long
+            # batches ran from long to short
             scored = [doc for group in reversed(done) for doc in group]
             segments.append((segment, scored[: left.pop(0)]))
             segment = []
@@ -5632,7 +5745,9 @@ def document_steps(cfg: Config, runtime: Runtime, val: ValData, boundaries: Sequ
     With cold A the score does not depend on which rank takes which.
     """
     context, docs = TTT_CONTEXTS[cfg.ttt_context], val_documents(val.tokens)
-    queue_id = f"ttt {runtime.broadcast_from_rank0(time.time())}"  # a queue is used once
+    # a queue is used once
+    # the store keeps its counters
+    queue_id = f"ttt {runtime.broadcast_from_rank0(time.time())}"
     segments = phase_segments(context.batches(docs, cfg.ttt_batch_size), boundaries)
     for number, (batches, learnt) in enumerate(segments):
         tickets = runtime.claim_tickets(f"{queue_id}/{number}", len(batches))
@@ -5675,6 +5790,7 @@ class SpanSgd:
         self.grads = []
         for dtype in dict.fromkeys(p.dtype for p in self.params):
             own = [p for p in self.params if p.dtype == dtype]
+            # one flat buffer for each dtype, in the order of its parameters
             sizes = [p.numel() for p in own]
             self.grads.append(torch.zeros(sum(sizes), dtype=dtype, device=runtime.device))
             for p, grad in zip(own, self.grads[-1].split(sizes), strict=True):
@@ -5695,6 +5811,7 @@ class SpanSgd:
 
     def step(self, rate: float, batches: list[tuple[float, Batch]], max_len: int) -> None:
         """One step at a learning rate, on a gradient of limited norm."""
+        # of all buffers together
         norm = self.gradient(batches, max_len)
         # as torch.nn.utils.clip_grad_norm_, over the buffers
         if self.clip > 0:
@@ -5715,6 +5832,7 @@ def global_update(cfg: Config, runtime: Runtime, model: GPT, tokens: np.ndarray)
     row, chunks = size // slices, -(-(len(tokens) - 1) // size)
     params = list(model.parameters())
     sgd = SpanSgd(runtime, model, model, [(params, 1.0)], cfg.global_ttt_momentum, cfg.global_ttt_grad_clip)
+    # the cosine starts again with every epoch
     for c in [*range(chunks - 1)] * cfg.global_ttt_epochs:
         starts = (c * size + j * row for j in range(slices))
         batches = [(1 / slices, packed_docs_batch(tokens[start : start + row + 1], length)) for start in starts]
@@ -5726,9 +5844,11 @@ def global_update(cfg: Config, runtime: Runtime, model: GPT, tokens: np.ndarray)
 
 def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that TTT_TRAINABLE selects; UserError for a word that selects none."""
+    # the one place of test-time training where a user's word meets a name
     names, chosen = dict(model.named_parameters()), set()
     scalars = {name for name, p in names.items() if ROLES[p.role].lr == "scalar_lr"}
     for word in cfg.ttt_trainable:
+        # all and scalar are words of their own; anything else is part of a name, or a glob
         hits = {"all": set(names), "scalar": scalars}.get(word) or {n for n in names if fits(n, word)}
         if not hits:
             some = ", ".join(sorted({re.sub(r"\d+", "*", name) for name in names}))
@@ -5739,10 +5859,12 @@ def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
 
 def fp32_copy(model: GPT) -> GPT:
     """A copy with parameters in at least float32, which computes alike and loses no small step."""
+    # the model itself stays as the artifact has it
     copied = copy.deepcopy(model)
     for p, original in zip(copied.parameters(), model.parameters(), strict=True):
         p.data = at_least_fp32(p.data)
-        p.role, p.layer = original.role, original.layer  # deepcopy drops attributes of a parameter
+        # deepcopy drops attributes of a parameter
+        p.role, p.layer = original.role, original.layer
     return copied
 
 
@@ -5794,8 +5916,10 @@ class ChunkSgd:
     def learn(self, lesson: SharedLesson, cells: None, nll: None) -> None:
         """TTT_EPOCHS passes over the span; momentum stays from chunk to chunk, the rate falls as a cosine."""
         cfg, (span,) = self.cfg, lesson.spans
-        chunk = (span.start - 1) // cfg.ttt_chunk_tokens  # targets begin at position 1
+        # targets begin at position 1
+        chunk = (span.start - 1) // cfg.ttt_chunk_tokens
         rate = cfg.ttt_lr * cosine_to_zero(chunk / (self.num_chunks - 1))
+        # 0 sequences: the whole chunk at once
         width = cfg.ttt_batch_seqs * cfg.eval_seq_len or len(span)
         for start in [*range(span.start, span.stop, width)] * cfg.ttt_epochs:
             tokens = self.tokens[start - 1 : min(start + width, span.stop)]
@@ -5843,6 +5967,7 @@ class Slot(NoAdaptation):
     def fitted_shift(self, z: Tensor, targets: Tensor) -> Tensor:
         """The shift (D,) after SLOT_STEPS on logits z (n, V) before the softcap."""
         head = self.model.tok_emb.weight.detach()
+        # a shift of zero leaves the score as it is
         shift = torch.zeros(head.size(1), dtype=head.dtype, device=head.device, requires_grad=True)
         optimiser = torch.optim.AdamW([shift], lr=self.lr, eps=1e-5, weight_decay=1e-8)
         for _ in range(self.steps):
@@ -5926,6 +6051,7 @@ class Run:
         self.val = load_val(cfg)
         if "quantize" in cfg.stages:
             CODECS[cfg.compressor].require()
+        # what earlier stages found stays
         self.result = {"preset": preset, "seed": cfg.seed, "stages": {}}
         if "train" not in cfg.stages:
             self.result |= read_json(folder / "result.json")
@@ -5949,6 +6075,7 @@ class Run:
         )
         if not score.legal:
             self.log(f"WARNING: the {stage} score is not legal: it was fitted on the targets it scores (SLOT_CAUSAL=0)")
+        # what every stage reports
         losses = {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
         self.result["stages"][stage] = losses | {"seconds": score.seconds}
         # the last stage's score is the run's
@@ -5979,6 +6106,7 @@ class Run:
                 "the trained weights are not all finite; earlier files are untouched. Lower MATRIX_LR, "
                 "TIED_EMBED_LR or SCALAR_LR"
             )
+        # before the calibration, which may fail: the training is not lost
         self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
         self.calibrate(model)
         seconds = trainer.clock.read()
@@ -6036,6 +6164,7 @@ class Run:
     def eval(self) -> None:
         """The final score of the artifact, by EVAL; eval_seconds counts reading the artifact and compiling too."""
         started = time.perf_counter()
+        # MODEL_PATH evaluates an artifact from anywhere
         path = Path(self.cfg.model_path or self.folder / "model.bin")
         score = self.evaluate(self.cfg.eval, self.from_artifact(path))
         self.result["eval_seconds"] = self.runtime.broadcast_from_rank0(time.perf_counter() - started)
@@ -6054,8 +6183,10 @@ def explain(cfg: Config, origin: dict[str, str]) -> str:
         lines.append(f"route, looping on from {cfg.enable_looping_at:g}: {model.routes[True]}")
     lines.append("optimisers:")
     for (optimiser, lr, wd), named in optimiser_groups(model).items():
+        # knobs by name, so that a reader can set them
         rates = f"{optimiser:6} {lr.upper()}={getattr(cfg, lr):g} {wd.upper()}={getattr(cfg, wd):g}"
         lines.append(f"  {rates}  {summary(named.values())}: {roles_of(named.values())}")
+    # published systems leave some weights as they were drawn
     frozen = [p for p in model.parameters() if not p.requires_grad]
     lines += [f"  of them not trained: {summary(frozen)}"] * bool(frozen)
     if EVALS[cfg.eval].learner in (EVALS["chunk_sgd"].learner, EVALS["slot"].learner):
@@ -6084,6 +6215,7 @@ def explain_plan(cfg: Config) -> list[str]:
         hits = {name for name in matrices if fits(name, word)}
         if not hits:
             raise UserError(f"MATRIX_BITS_OVERRIDES={word} is in no name of a matrix (or of none that is left for it)")
+        # of several overrides the first that fits counts
         matrices -= hits
     for name, rule in quant_plan(cfg).items():
         rules.setdefault(rule, []).append(tensors[name])
@@ -6123,6 +6255,7 @@ def execute(cfg: Config, origin: dict[str, str], environ: Mapping[str, str]) -> 
         runtime.log(f"source sha256 {run.result['source_sha256']}")
         runtime.log(versions(runtime))
         for stage in cfg.stages:
+            # the names of the stages are those of the methods
             getattr(run, stage)()
         runtime.log("RESULT " + json.dumps(run.result))
     finally:
