@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "data")]
@@ -20,6 +25,7 @@ import train_gpt  # noqa: E402  (the line above finds it)
 
 Weights = dict[str, Tensor]
 RUNTIME = train_gpt.Runtime(0, 1, torch.device("cpu"), train_gpt.Log(None, True))
+CUDA = torch.cuda.is_available()
 
 
 def arguments(text: str | None) -> argparse.ArgumentParser:
@@ -70,3 +76,43 @@ def validation(cfg: train_gpt.Config, targets: int) -> train_gpt.ValData:
     """The first targets of the validation stream."""
     val = train_gpt.load_val(cfg)
     return train_gpt.ValData(val.tokens[: targets + 1], val.bytes[: targets + 1])
+
+
+def say(**found: object) -> None:
+    """One JSON line with the machine."""
+    device = torch.cuda.get_device_name() if CUDA else f"cpu, {torch.get_num_threads()} threads"
+    print(json.dumps(found | {"device": device, "torch": torch.__version__}), flush=True)
+
+
+def graphs() -> int:
+    """Graphs that this process has compiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """The device to ourselves: other benchmarks on this machine that ask for it wait. They may compile meanwhile."""
+    with (Path(tempfile.gettempdir()) / "bench_gpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def profiled(call: Callable[[], object], path: Path, rows: int = 50) -> dict[str, float]:
+    """Write a table of what a call runs on the GPU; how many kernels and copies, their ms, and the ms of the call."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        started = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    kernels = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    names: dict[str, list[float]] = {}
+    for event in kernels:
+        names.setdefault(event.name, []).append(event.device_time_total)
+    busiest = sorted(names.items(), key=lambda item: -sum(item[1]))[:rows]
+    lines = [
+        f"{sum(us) / 1e3:10.3f} ms {len(us):6} x {sum(us) / len(us):10.1f} us  {name[:150]}" for name, us in busiest
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    busy = sum(event.device_time_total for event in kernels) / 1e3
+    return {"launches": len(kernels), "device_ms": round(busy, 2), "wall_ms": round(1e3 * seconds, 2)}

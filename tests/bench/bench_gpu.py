@@ -1,15 +1,17 @@
 """Time and memory of training steps, of the fused kernels, and of the gated delta rule.
 
-    PRESET=records/<...> python tests/bench/bench_gpu.py step [--steps 20] [--attention fa2,fa3] [--peak-tflops 989]
+    PRESET=records/<...> python tests/bench/bench_gpu.py step [--steps 20] [--attention fa2,fa3] [--profile DIR]
     python tests/bench/bench_gpu.py kernels [--tokens 98304] [--steps 20]
+    python tests/bench/bench_gpu.py sdpa [--steps 20]
     python tests/bench/bench_gpu.py delta [--rows 1] [--tokens 1024] [--chunks 16,32,64,128] [--steps 5]
 
 step: a full-size training step of one micro-batch, looping off and on: ms, tokens per second, MFU, peak memory. Random
 tokens, documents of the published mean length; knobs from the environment as for train_gpt.py.
 kernels: forward with backward of each fused kernel beside its plain twin under torch.compile, at the contest's shapes.
+sdpa: which backend torch chooses for the attention of test-time training, and what each costs and gets wrong.
 delta: forward with backward of the gated delta rule, token by token, in chunks, and by flash-linear-attention; the
 contest's heads, bf16 on a GPU, float32 on a CPU.
-`kernels` needs a GPU; on a CPU only the ratios of the others mean something. One JSON line per measurement, medians.
+`kernels` and `sdpa` need a GPU; on a CPU only the ratios of the others mean something. Medians, one JSON line each.
 """
 
 from __future__ import annotations
@@ -18,34 +20,34 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import bench
 import gdn_rules
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_gpt
 
 MEAN_DOCUMENT = 957  # tokens, of the published CaseOps training documents
 DELTA_HEADS, DELTA_WIDTH = 4, 64
-CUDA = torch.cuda.is_available()
 
 
 def measure(calls: dict[str, Callable[[], object]], repeats: int, warm_up: int = 5) -> dict[str, dict[str, float]]:
     """Median ms of each call, taken in turn so that a busy machine is busy for all, and its peak memory in MiB."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     memory = dict.fromkeys(calls, 0)
-    wait = torch.cuda.synchronize if CUDA else lambda: None
+    wait = torch.cuda.synchronize if bench.CUDA else lambda: None
     for turn in range(warm_up + repeats):
         for name, call in calls.items():
-            before = torch.cuda.memory_allocated() if CUDA else 0
-            if CUDA:
+            before = torch.cuda.memory_allocated() if bench.CUDA else 0
+            if bench.CUDA:
                 torch.cuda.reset_peak_memory_stats()
             wait()
             started = time.perf_counter()
@@ -53,14 +55,8 @@ def measure(calls: dict[str, Callable[[], object]], repeats: int, warm_up: int =
             wait()
             if turn >= warm_up:
                 times[name].append(1e3 * (time.perf_counter() - started))
-                memory[name] = (torch.cuda.max_memory_allocated() - before) // 2**20 if CUDA else 0
+                memory[name] = (torch.cuda.max_memory_allocated() - before) // 2**20 if bench.CUDA else 0
     return {name: {"ms": round(statistics.median(times[name]), 3), "mib": memory[name]} for name in calls}
-
-
-def say(**found: object) -> None:
-    """One JSON line with the machine."""
-    device = torch.cuda.get_device_name() if CUDA else f"cpu, {torch.get_num_threads()} threads"
-    print(json.dumps(found | {"device": device, "torch": torch.__version__}), flush=True)
 
 
 def random_batch(cfg: train_gpt.Config, rng: np.random.Generator) -> train_gpt.Batch:
@@ -79,7 +75,7 @@ def flops_per_token(cfg: train_gpt.Config, route: train_gpt.Route) -> float:
 
 
 def bench_step(args: argparse.Namespace) -> None:
-    """Every attention backend asked for, looping off and on."""
+    """Every attention backend asked for, looping off and on; then, with --then-run, the program itself."""
     environment = train_gpt.load_config(os.environ)
     for attention, looping in ((a, looping) for a in args.attention.split(",") for looping in (False, True)):
         cfg = dataclasses.replace(environment, attention=attention)
@@ -93,11 +89,21 @@ def bench_step(args: argparse.Namespace) -> None:
             number, batch = next(batches)
             trainer.step([batch], 1.0, number)
 
-        (found,) = measure({"step": step}, args.steps).values()
-        found["tokens"] = cfg.train_batch_tokens // cfg.batch_slices
-        rate = found["tokens"] / found["ms"] * 1e3
+        _, seconds = bench.timed(step)
+        with bench.alone():
+            (found,) = measure({"step": step}, args.steps).values()
+            kernels = bench.profiled(step, args.profile / f"step_{attention}_{looping}.txt") if args.profile else {}
+        tokens = cfg.train_batch_tokens // cfg.batch_slices
+        rate = tokens / found["ms"] * 1e3
         mfu = flops_per_token(cfg, model.route) * rate / args.peak_tflops / 1e12
-        say(attention=attention, looping=looping, **found, tokens_per_second=round(rate), mfu=round(mfu, 4))
+        speed = {"tokens_per_second": round(rate), "mfu": round(mfu, 4), "compile_seconds": round(seconds, 1)}
+        bench.say(bench="step", attention=attention, looping=looping, tokens=tokens, **found, **speed, **kernels)
+        del model, trainer, step, batches
+        torch.cuda.empty_cache()
+    if args.then_run:
+        with bench.alone():
+            status, seconds = bench.timed(train_gpt.main, [])
+        bench.say(bench="run", status=status, seconds=round(seconds, 1), graphs=bench.graphs())
 
 
 def plain_mlp(m: torch.Tensor, up: torch.Tensor, down: torch.Tensor, slope: float) -> torch.Tensor:
@@ -118,7 +124,7 @@ def gradients(function: Callable, leaves: tuple[torch.Tensor, ...], others: tupl
 
 def bench_kernels(args: argparse.Namespace) -> None:
     """Both kernels, fused and plain."""
-    if train_gpt.triton is None or not CUDA:
+    if train_gpt.triton is None or not bench.CUDA:
         raise SystemExit("error: needs a GPU and triton")
     torch.manual_seed(0)
     N, D, H, V = args.tokens or 98_304, 512, 2048, 8192
@@ -132,13 +138,13 @@ def bench_kernels(args: argparse.Namespace) -> None:
     }
     for name, calls in pairs.items():
         found = measure(dict(zip(("fused", "plain"), calls, strict=True)), args.steps)
-        say(kernel=name, tokens=N, **found, triton=train_gpt.triton.__version__)
+        bench.say(kernel=name, tokens=N, **found, triton=train_gpt.triton.__version__)
 
 
 def delta_inputs(rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
     """Inputs of the rule as a fresh model gives them, leaves where they are differentiated."""
     torch.manual_seed(0)
-    device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+    device, dtype = ("cuda", torch.bfloat16) if bench.CUDA else ("cpu", torch.float32)
     shape = rows, tokens, DELTA_HEADS
     q, k, v = (torch.randn(*shape, DELTA_WIDTH, device=device, dtype=dtype) for _ in range(3))
     g, beta = (torch.rand(*shape, device=device) for _ in range(2))
@@ -160,7 +166,7 @@ def bench_delta(args: argparse.Namespace) -> None:
     for chunk in map(int, args.chunks.split(",")):
         chunked = functools.partial(train_gpt.chunked_delta_rule, chunk=chunk)
         rules[f"chunks of {chunk}"] = functools.partial(normalised, chunked)
-    if CUDA and train_gpt.chunk_gated_delta_rule is not None:
+    if bench.CUDA and train_gpt.chunk_gated_delta_rule is not None:
         rules["flash-linear-attention"] = train_gpt.fused_delta_rule
     inputs = delta_inputs(args.rows, args.tokens or 1024)
 
@@ -170,16 +176,78 @@ def bench_delta(args: argparse.Namespace) -> None:
     found = measure({name: functools.partial(call, rule) for name, rule in rules.items()}, args.steps, warm_up=1)
     slow = found["token by token"]["ms"]
     table = {name: row | {"times faster": round(slow / row["ms"], 2)} for name, row in found.items()}
-    say(rows=args.rows, tokens=args.tokens or 1024, heads=DELTA_HEADS, width=DELTA_WIDTH, rules=table)
+    bench.say(rows=args.rows, tokens=args.tokens or 1024, heads=DELTA_HEADS, width=DELTA_WIDTH, rules=table)
+
+
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def attention_cases() -> dict[str, tuple[tuple[torch.Tensor, ...], torch.Tensor | None, bool]]:
+    """Calls of F.scaled_dot_product_attention as test-time training makes them: (q, k, v), mask, causal."""
+
+    def heads(rows: int, tokens: int, count: int) -> torch.Tensor:
+        return torch.randn(rows, tokens, count, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+
+    cases = {}
+    for rows, tokens in ((64, 96), (64, 480), (64, 2016)):
+        qkv = heads(rows, tokens, 8), heads(rows, tokens, 4), heads(rows, tokens, 4)
+        cases[f"recompute, {rows} rows of {tokens}"] = (qkv, None, True)
+    for width, chunk in ((256, 24), (2040, 24), (2040, 48)):
+        mask = torch.zeros(64, 1, 2 * chunk, width + chunk, device="cuda", dtype=torch.bfloat16)
+        # documents that begin: nothing is kept yet
+        mask[:32, :, :, :width] = -torch.inf
+        own = torch.ones(chunk, chunk, dtype=torch.bool, device="cuda").tril().repeat(2, 1)
+        mask[..., width:].masked_fill_(~own, -torch.inf)
+        qkv = heads(64, 2 * chunk, 4), heads(64, width + chunk, 4), heads(64, width + chunk, 4)
+        cases[f"carry, chunks of {chunk} over {width}"] = (qkv, mask, False)
+    return cases
+
+
+def attend_by(backend: SDPBackend, case: tuple) -> list[torch.Tensor]:
+    """Output and gradients."""
+    qkv, mask, causal = case
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    with sdpa_kernel(backend):
+        y = F.scaled_dot_product_attention(*leaves, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
+
+
+def bench_sdpa(args: argparse.Namespace) -> None:
+    """Each backend: relative errors of y, dq, dk and dv to float32, ms of a shape's first call and of later ones."""
+    for name, case in attention_cases().items():
+        (q, k, v), mask, causal = case
+        chosen = torch._fused_sdp_choice(q, k, v, mask, 0.0, causal, enable_gqa=True)
+        # the exact one is slow and large: rows are independent, so a few of both kinds will do
+        some = slice(28, 36)
+        wide = [x[some].float() for x in (q, k, v)]
+        exact = attend_by(SDPBackend.MATH, (wide, None if mask is None else mask[some].float(), causal))
+        found = {}
+        for backend, kind in BACKENDS.items():
+            try:
+                got, first = bench.timed(attend_by, kind, case)
+                torch.cuda.synchronize()
+                errors = [((a[some].float() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
+                call = functools.partial(attend_by, kind, case)
+                times = measure({backend: call}, args.steps)[backend]
+                found[backend] = times | {"first_ms": round(1e3 * first, 1), "errors": [round(e, 4) for e in errors]}
+            except RuntimeError as error:
+                found[backend] = str(error).splitlines()[0][:80]
+        bench.say(bench="sdpa", case=name, chosen=SDPBackend(chosen).name, **found)
 
 
 def main() -> None:
     """The benchmark that was asked for."""
     parser = bench.arguments(__doc__)
-    benches = {"step": bench_step, "kernels": bench_kernels, "delta": bench_delta}
+    benches = {"step": bench_step, "kernels": bench_kernels, "delta": bench_delta, "sdpa": bench_sdpa}
     parser.add_argument("bench", choices=tuple(benches))
     parser.add_argument("--steps", type=int, default=20, help="timed repetitions")
     parser.add_argument("--attention", default="auto", help="step: comma-separated values of ATTENTION")
+    parser.add_argument("--profile", type=Path, help="step: folder for a table of the kernels of a step")
+    parser.add_argument("--then-run", action="store_true", help="step: then run the program, in the same process")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="step: dense bf16 peak (H100, H200: 989)")
     parser.add_argument("--tokens", type=int, default=0, help="kernels, delta: tokens of a row (98,304 and 1,024)")
     parser.add_argument("--rows", type=int, default=1, help="delta")

@@ -21,6 +21,7 @@ last one, published SLOT, fits on the targets that it scores: what it gains over
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -83,14 +84,39 @@ class Recorder(train_gpt.ByteMeter):
         np.add.at(Recorder.nats, np.searchsorted(Recorder.starts, cells.scored()) - 1, found)
 
 
-def measure(cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torch.Tensor] | None) -> dict[str, object]:
+def evaluate(cfg: train_gpt.Config, runtime: train_gpt.Runtime, model: train_gpt.GPT, val: train_gpt.ValData) -> tuple:
+    """As train_gpt.Evaluator: the score, and the seconds until the learner was made. It compiles while others have the
+    device, and evaluates alone."""
+    evaluator = train_gpt.EVALS[cfg.eval]
+    learner, seconds = bench.timed(evaluator.learner, cfg, runtime, model, val)
+    with bench.alone():
+        meter = train_gpt.ByteMeter(val, runtime, cfg.allow_noncausal)
+        train_gpt.score_first(evaluator.steps(cfg, runtime, val), learner, meter)
+        return meter.close(), seconds
+
+
+def profile_steps(
+    cfg: train_gpt.Config, runtime: train_gpt.Runtime, model: train_gpt.GPT, val: train_gpt.ValData, path: Path
+) -> dict[str, float]:
+    """Kernels of the 41st to 43rd step of a stream, by bench.profiled."""
+    evaluator, meter = train_gpt.EVALS[cfg.eval], train_gpt.ByteMeter(val, runtime, cfg.allow_noncausal)
+    learner, steps = evaluator.learner(cfg, runtime, model, val), iter(evaluator.steps(cfg, runtime, val))
+    with bench.alone():
+        train_gpt.score_first(itertools.islice(steps, 40), learner, meter)
+        few = itertools.islice(steps, 3)
+        return bench.profiled(lambda: train_gpt.score_first(few, learner, meter), path)
+
+
+def measure(
+    cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torch.Tensor] | None, table: Path | None
+) -> dict[str, object]:
     """One evaluation of a stream: the row that is printed, without its name. No state: random weights."""
     runtime = train_gpt.Runtime.start(cfg, {})
     model, docs = bench.model_of(cfg, runtime, state), train_gpt.val_documents(val.tokens)
     if state is not None:
         train_gpt.ByteMeter, Recorder.nats = Recorder, np.zeros(len(docs))
         Recorder.starts = np.array([start for start, _ in docs])
-    score, seconds = bench.timed(train_gpt.EVALS[cfg.eval], cfg, runtime, model, val)
+    score, seconds = evaluate(cfg, runtime, model, val)
     row = {
         "eval": cfg.eval,
         "legal": score.legal,
@@ -100,15 +126,20 @@ def measure(cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torc
         "docs": len(docs),
         "predictions": score.tokens,
         "seconds": round(score.seconds, 2),
-        "seconds_with_compilation": round(seconds, 2),
+        "compile_seconds": round(seconds, 2),
+        "graphs": bench.graphs(),
         "predictions_per_second": round(score.tokens / score.seconds, 1),
         **(token_counts(cfg, val) if "lora" in cfg.eval else {}),
         "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
     if runtime.device.type == "cuda":
+        row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+        row["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 1)
         row["seconds_per_1000_docs"] = round(1000 * score.seconds / len(docs), 2)
         row[f"seconds_{DOCUMENTS}_docs_{GPUS}_gpus"] = round(DOCUMENTS / GPUS * score.seconds / len(docs), 1)
+    if table:
+        row["three_steps"] = profile_steps(cfg, runtime, model, val, table)
     if state is not None:
         size = [int(val.bytes[start + 1 : start + length].sum()) for start, length in docs]
         row |= {"bpb": score.val_bpb, "doc_nats": Recorder.nats.round(4).tolist(), "doc_bytes": size}
@@ -144,6 +175,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=1200, help="predictions at which real documents are cut")
     parser.add_argument("--variants", nargs="*", default=["TTT_CONTEXT=recompute", "TTT_CONTEXT=carry"])
     parser.add_argument("--out", type=Path, help="file that rows are added to")
+    parser.add_argument("--profile", type=Path, help="folder for a table of the kernels of three steps")
     parser.add_argument("--compare", type=Path, help="print the table of such a file, and no more")
     args = parser.parse_args()
     if args.compare:
@@ -161,7 +193,8 @@ def main() -> None:
             val = real_documents(val, args.docs, args.shortest, args.longest)
         else:
             state, val = None, random_documents(cfg.vocab_size, args.docs, args.mean)
-        row = {"variant": variant} | measure(cfg, val, state)
+        table = args.profile / f"ttt_{cfg.ttt_context}.txt" if args.profile else None
+        row = {"variant": variant} | measure(cfg, val, state, table)
         if args.out:
             with args.out.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")

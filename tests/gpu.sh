@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in one command of at most BUDGET seconds. A part that fails stops nothing; results so far are
+# in $OUT/summary.txt, which is also printed at the end, and $OUT/logs.tgz.
+#   bash tests/gpu.sh
+#   OUT=DIR         where results go (default /tmp/gpu_out)
+#   BUDGET=480      seconds for everything
+#   DATA_PATH=DIR   shards of the contest's layout, for the run from training to the verified artifact (else left out)
+#   TRAIN_S=45      seconds of that training
+#   BEFORE=DIR      another checkout: its training step and evaluations are measured in the same run
+#   PARTS="..."     which parts, by default all: tests eager step recompute carry sdpa kernels pack before_step
+#                   before_recompute before_carry step_1895 step_1182
+#   PY=python3      a Python with the packages of requirements.txt and a CUDA build of torch; nothing is installed
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ROOT=$PWD
+START=$(date +%s)
+OUT=${OUT:-/tmp/gpu_out} BUDGET=${BUDGET:-480} TRAIN_S=${TRAIN_S:-45} PY=${PY:-python3} BEFORE=${BEFORE:-}
+PARTS=${PARTS:-tests eager step recompute carry sdpa kernels pack before_step before_recompute before_carry step_1895 step_1182}
+LOGS=$OUT/logs
+mkdir -p "$LOGS"
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+export PYTHONPATH="$ROOT:$ROOT/data:$ROOT/tests${PYTHONPATH:+:$PYTHONPATH}"
+export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-6}"
+
+records=records/track_10min_16mb
+caseops=$records/2026-04-29_CaseOps_PhasedTTT_PR1934
+carry=$records/2026-11-25_CarryTTT
+# one micro-batch a step, as a rank of eight has it
+rank_of_eight="TRAIN_BATCH_TOKENS=98304 BATCH_SLICES=1 VAL_BATCH_TOKENS=65536 COMPRESSOR=brotli"
+bench=tests/bench
+
+left() { echo $((BUDGET - ($(date +%s) - START))); }
+wanted() { [[ " $PARTS " == *" $1 "* ]]; }
+say() { printf '%4d s  %s\n' $(($(date +%s) - START)) "$*" | tee -a "$LOGS/summary"; }
+# what comes back even if this script is killed
+keep() {
+  {
+    cat "$LOGS/summary"
+    grep -hE '^(attention|fused|carry|warm-up|training stopped|calibration|artifact|pre_quant|quantized|final|verif|WARNING|step [0-9]*0 )' "$LOGS"/*.log | cut -c1-200
+    for log in "$LOGS"/*.log; do
+      if grep -q '^{' "$log"; then echo "== $(basename "$log" .log)" && grep -h '^{' "$log" | cut -c1-1000; fi
+    done
+  } >"$OUT/summary.txt" 2>/dev/null
+  tar czf "$OUT/logs.tgz" --exclude='*.pt' --exclude='*.bin' --exclude='*.pyz' -C "$OUT" logs 2>/dev/null
+}
+# part NAME FOLDER COMMAND...: in the background, with a log of its own
+part() {
+  local name=$1 folder=$2
+  shift 2
+  wanted "$name" || return 0
+  (
+    cd "$folder" || exit
+    begun=$(date +%s)
+    timeout -k 5 "$(left)" env "$@" >"$LOGS/$name.log" 2>&1
+    code=$?
+    say "$name: exit $code after $(($(date +%s) - begun)) s"
+    if ((code != 0)); then
+      grep -hE '^[A-Za-z_.]*(Error|Exception)\b|^E   |^error:|^(FAILED|ERROR) ' "$LOGS/$name.log" | sort -u | tail -12 | cut -c1-260 | tee -a "$LOGS/summary"
+    fi
+    touch "$LOGS/$name.done"
+  ) &
+}
+# wait for some parts, or until the budget is nearly spent
+await() {
+  for name in "$@"; do
+    while wanted "$name" && [[ ! -e $LOGS/$name.done ]] && (($(left) > 8)); do sleep 0.5; done
+  done
+  keep
+}
+step() { echo PRESET="$1" $rank_of_eight "$PY" "$bench/bench_gpu.py" step --steps 10 --attention fa2 --profile "$LOGS"; }
+ttt() { echo COMPRESSOR=brotli PRESET="$1" EVAL=doc_lora "$PY" "$bench/bench_ttt.py" --docs "$2" --variants EVAL=doc_lora --profile "$LOGS"; }
+
+"$PY" -c 'import torch, triton, numpy; print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__, torch.cuda.get_device_properties(0))' 2>&1 | tee -a "$LOGS/summary"
+
+# everything that compiles does so side by side; what is timed takes the device alone (bench.alone)
+then_run=()
+if [[ -n "${DATA_PATH:-}" ]]; then
+  run="DATA_PATH=$DATA_PATH MAX_WALLCLOCK_SECONDS=$TRAIN_S GPTQ_RESERVE_SECONDS=6 WARMUP_STEPS=3 TRAIN_LOG_EVERY=50
+    GPTQ_CALIBRATION_BATCHES=8 STAGES=train,quantize,eval EVAL=plain"
+  then_run=(--then-run)
+else
+  run="" PARTS=${PARTS/eager/} PARTS=${PARTS/pack/}
+fi
+# shellcheck disable=SC2046  (the commands are lists of words)
+{
+  # without compilation, while the others compile: are all stages right?
+  part eager "$ROOT" PRESET="$caseops" $rank_of_eight $run ARTIFACT_DIR="$LOGS/eager" TRAIN_BATCH_TOKENS=32768 \
+    COMPILE=off MAX_WALLCLOCK_SECONDS=25 "$PY" train_gpt.py
+  part step "$ROOT" $run ARTIFACT_DIR="$LOGS/run" $(step "$caseops") ${then_run[@]+"${then_run[@]}"}
+  part recompute "$ROOT" $(ttt "$caseops" 256)
+  part carry "$ROOT" $(ttt "$carry" 512)
+  part sdpa "$ROOT" "$PY" "$bench/bench_gpu.py" sdpa --steps 5
+  part tests "$ROOT" "$PY" -m pytest -q -m gpu -n 4 --dist worksteal -p no:cacheprovider --durations=8 tests
+  if [[ -n "$BEFORE" ]]; then
+    part before_step "$BEFORE" $(step "$caseops")
+    part before_recompute "$BEFORE" $(ttt "$caseops" 256)
+    part before_carry "$BEFORE" $(ttt "$carry" 512)
+  fi
+  await tests sdpa eager
+  part pack "$ROOT" bash -c "'$PY' pack_artifact.py pack '$LOGS/eager' &&
+    '$PY' pack_artifact.py verify '$LOGS/eager/artifact.pyz' --run '$LOGS/eager' --data '$DATA_PATH'"
+  await step
+  part kernels "$ROOT" "$PY" "$bench/bench_gpu.py" kernels --steps 10
+  await recompute carry
+  part step_1895 "$ROOT" $(step "$records/2026-04-28_GDN_Hybrid_PR1895")
+  part step_1182 "$ROOT" $(step "$records/2026-03-31_XSA7_Ngram_TTT_PR1182")
+  await before_step before_recompute before_carry kernels pack step_1895 step_1182
+}
+say "done, $(left) s left"
+# what this script started and nothing else
+kill $(jobs -p) 2>/dev/null
+keep
+cat "$OUT/summary.txt"
