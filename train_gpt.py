@@ -60,20 +60,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import activate_flash_attention_impl
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 
 try:  # only the codec of that name needs it, and says so
     import brotli
 except ImportError:
     brotli = None
-try:  # torch >= 2.11; a build without it still runs on the masked twin
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-try:  # without it flash attention is the one built into torch
-    from torch.nn.attention import activate_flash_attention_impl
-except ImportError:
-    activate_flash_attention_impl = None
 try:  # CUDA builds of torch on Linux bring it; without it the plain twins run
     import triton
     import triton.language as tl
@@ -185,7 +179,7 @@ class Config:
     mlp_mult: float = knob(4.0, "hidden width of the MLP / MODEL_DIM", "> 0")
     mlp_slope: float = knob(0.5, "negative slope of LeakyReLU(slope)^2", ">= 0")
     tied_embed_init_std: float = knob(0.005, "std of the embedding at init", "> 0")
-    logit_softcap: float = knob(30.0, "c in c*tanh(logits/c)", "> 0")
+    logit_softcap: float = knob(30.0, "c in c*tanh(logits/c)", "> 0, <= 75")
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", "> 1")
     rope_dims: int = knob(16, "leading dims of a head that rotate", ">= 0")
     rope_dtype: str = knob(
@@ -205,15 +199,9 @@ class Config:
     xsa_last_n: int = knob(11, "how many of the last layers use XSA", ">= 0", "ATTN_EXTRAS=xsa")
     attn_gate: str = knob(
         "none",
-        "gate on each head's output; sparse, out: from GATE_WINDOW dims; dense: from the whole normed input, "
-        "half open at init; dense_bias: the same with a bias of 4, nearly open at init",
-        "none|sparse|dense|dense_bias|out",
-    )
-    attn_out_gate_src: str = knob(
-        "proj",
-        "what ATTN_GATE=out reads; proj: the raw queries; input: the layer's input",
-        "proj|input",
-        "ATTN_GATE=out",
+        "gate on each head's output; sparse: from GATE_WINDOW dims, half open at init; dense_bias: from the whole "
+        "normed input with a bias of 4, nearly open at init",
+        "none|sparse|dense_bias",
     )
     embed_extras: Words = knob(
         (),
@@ -652,8 +640,8 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
 RENAMED = {  # names that became values of an axis, or that the published scripts read without effect
     "BASE": "PRESET (BASE is the first line of a preset)",
     "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE=sparse",
-    "GATED_ATTN_ENABLED": "ATTN_GATE=dense",
-    "ATTN_OUT_GATE_ENABLED": "ATTN_GATE=out",
+    "GATED_ATTN_ENABLED": "ATTN_GATE=sparse or dense_bias (no published system switches this gate on)",
+    "ATTN_OUT_GATE_ENABLED": "ATTN_GATE=sparse or dense_bias (no published system switches this gate on)",
     "SMEAR_GATE_ENABLED": "EMBED_EXTRAS=smear",
     "TTT_ENABLED": "EVAL=doc_lora or EVAL=chunk_sgd (or EVAL=plain for none)",
     "SLIDING_WINDOW_ENABLED": "EVAL=sliding",
@@ -865,9 +853,12 @@ class Log:
     def __init__(self, path: Path | None, quiet: bool) -> None:
         self.path, self.quiet = path, quiet
         self.last = 0.0  # when progress last wrote a line
+        self.warnings = []  # for result.json
 
     def __call__(self, message: str, to_file_only: bool = False) -> None:
-        """Write one message, which may have several lines."""
+        """Write one message, which may have several lines. One that begins with WARNING also goes to result.json."""
+        if message.startswith("WARNING"):
+            self.warnings.append(message)
         if self.quiet:
             return
         if not to_file_only:
@@ -929,6 +920,12 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Fill the tensor with rank 0's and return it."""
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
     def barrier(self) -> None:
         """Wait for every rank."""
         # An all-reduce ends only when every rank has joined it.
@@ -936,10 +933,7 @@ class Runtime:
 
     def broadcast_from_rank0(self, value: float) -> float:
         """Broadcast a float from rank 0 over gloo, without synchronising the GPU."""
-        tensor = torch.tensor([value], dtype=torch.float64)
-        if self.world > 1:
-            dist.broadcast(tensor, 0)
-        return tensor.item()
+        return self.broadcast_(torch.tensor([value], dtype=torch.float64)).item()
 
     def gather(self, items: dict[str, Any]) -> dict[str, Any]:
         """Merge the dicts of all ranks; every rank gets the union."""
@@ -1128,21 +1122,24 @@ def pad_bounds(bounds: np.ndarray, multiple: int = 64) -> np.ndarray:
     return np.pad(bounds, (0, missing), mode="edge")
 
 
+def to_device(array: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device; the host does not wait for it, as it would for memory that is not pinned."""
+    t = torch.as_tensor(array)
+    return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
+
+
 class Batch(NamedTuple):
     """A micro-batch: ids and targets (B, T) int64; padded segment boundaries over B*T tokens, or None."""
 
-    ids: Tensor
-    targets: Tensor
+    # on the host they may be numpy arrays
+    ids: Any
+    targets: Any
     cu_seqlens: Tensor | None
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Return a batch with the function applied to every tensor."""
         parts = (None if t is None else function(t) for t in self)
         return Batch(*parts)
-
-    def to(self, device: torch.device) -> Batch:
-        """Copy the batch to a device; copies from pinned memory do not block."""
-        return self.apply(lambda t: t.to(device, non_blocking=True))
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
@@ -1481,8 +1478,11 @@ def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
     return [(int(s), int(e - s)) for s, e in zip(starts, ends, strict=True)]
 
 
-def row_bounds(ids: np.ndarray) -> Tensor:
-    """Return padded segment boundaries for rows (B, T) as B*T flat tokens: every row start and document start."""
+def row_bounds(cfg: Config, ids: np.ndarray) -> Tensor | None:
+    """Return padded segment boundaries for rows (B, T) as B*T flat tokens: every row start and document start. None
+    where the model was trained across document borders."""
+    if not LOADERS[cfg.loader].documents:
+        return None
     documents = np.flatnonzero(ids.reshape(-1) == BOS_ID)
     rows = np.arange(0, ids.size, ids.shape[1])
     # The union counts a document start at a row start once; twice would make an empty segment.
@@ -1694,8 +1694,8 @@ class KVCache(NamedTuple):
         return y.reshape(q.shape)
 
 
-# torch 2.11 has varlen_attn, but only 2.13 lets it share a key/value head among query heads
-VARLEN_HAS_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+# query heads may share a key/value head: torch 2.13 wants to be told, 2.11 does not ask
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def with_sink(
@@ -1731,13 +1731,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tenso
     if sink is not None:
         flat_k, flat_v, cu_k = with_sink(flat_k, flat_v, cu_seqlens, sink)
         longest_k += 1
-    options = {"window_size": (-1, 0)}  # any earlier key, no later one
-    if VARLEN_HAS_GQA:
-        options["enable_gqa"] = True
-    else:
-        flat_k, flat_v = (t.repeat_interleave(q.size(2) // k.size(2), dim=1) for t in (flat_k, flat_v))
-    # lengths are upper bounds: the kernel sizes its grid by them
-    y = varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, longest, longest_k, **options)
+    # the window: any earlier key, no later one; lengths are upper bounds, by which the kernel sizes its grid
+    lengths = longest, longest_k
+    y = varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, *lengths, window_size=(-1, 0), **GROUPED)
     return y.view_as(q)
 
 
@@ -1748,15 +1744,11 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
     if wanted == "masked" or (wanted == "auto" and not half):
         runtime.log("attention: masked twin (exact)")
         return masked_attention
-    if varlen_attn is None or not half:
-        raise UserError(
-            f"ATTENTION={wanted} needs a GPU, COMPUTE_DTYPE=bf16 and torch >= 2.11; set ATTENTION=auto or masked"
-        )
+    if not half:
+        raise UserError(f"ATTENTION={wanted} needs a GPU and COMPUTE_DTYPE=bf16; set ATTENTION=auto or masked")
     # FA3 is made for the contest's GPU, so it comes first
     for name in {"auto": ("fa3", "fa4"), "fa2": ()}.get(wanted, (wanted,)):
         try:
-            if activate_flash_attention_impl is None:
-                raise ImportError("this torch cannot activate another flash attention")
             activate_flash_attention_impl(name.upper())
         except (ImportError, RuntimeError, ValueError) as error:
             if wanted != "auto":
@@ -1778,6 +1770,7 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
 kernel = triton.jit if triton is not None else lambda function: function  # without Triton nothing calls them
 
 CE_BLOCK = 1024  # columns of a row of logits at a time
+CE_BACK_BLOCK = 2048
 MLP_TILE = 128, 256, 64  # rows, columns and depth of a matmul tile
 
 
@@ -1795,20 +1788,18 @@ def softcap_ce_kernel(
     row = tl.program_id(0).to(tl.int64)  # rows * vocab may pass 2^31
     z += row * vocab
     lanes = tl.arange(0, BLOCK)
-    # Online softmax: each lane keeps its own running maximum and sum, and they meet at the end.
-    # y = 2c sigmoid(2z/c) is c tanh(z/c) + c; the shift cancels, and as y > 0, 0 is a safe first maximum.
-    peak, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    # A softcapped logit c tanh(z/c) = 2c sigmoid(2z/c) - c lies within +-c, and c is at most 75: the sum of the
+    # exponentials fits float32 without the usual running maximum
+    total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         inside = start + lanes < vocab
         x = tl.load(z + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        y = tl.where(inside, 2 * softcap * tl.sigmoid(2 * x / softcap), -float("inf"))
-        higher = tl.maximum(peak, y)
-        total = total * tl.exp(peak - higher) + tl.exp(y - higher)
-        peak = higher
-    top = tl.max(peak, 0)
-    result = top + tl.log(tl.sum(total * tl.exp(peak - top), 0))
+        # the approximate division is much faster, and exact to about two units in the last place
+        y = tl.fdiv(2 * softcap, 1 + tl.exp(-2 * x / softcap)) - softcap
+        total += tl.where(inside, tl.exp(y), 0.0)
+    result = tl.log(tl.sum(total, 0))
     chosen = tl.load(z + tl.load(targets + row)).to(tl.float32)
-    tl.store(loss + row, result - 2 * softcap * tl.sigmoid(2 * chosen / softcap))
+    tl.store(loss + row, result + softcap - 2 * softcap * tl.sigmoid(2 * chosen / softcap))
     tl.store(lse + row, result)
 
 
@@ -1825,13 +1816,13 @@ def softcap_ce_back_kernel(
 ) -> None:
     """Store the gradient dz of one block of a row: g (p - [column is the target]) 4 s (1 - s).
 
-    s = sigmoid(2z/c) and p = exp(2cs - lse).
+    s = sigmoid(2z/c) and p = exp(2cs - c - lse).
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, place = column < vocab, row * vocab + column
     s = tl.sigmoid(2 * tl.load(z + place, mask=inside, other=0.0).to(tl.float32) / softcap)
-    p = tl.exp(2 * softcap * s - tl.load(lse + row))
+    p = tl.exp(2 * softcap * s - softcap - tl.load(lse + row))
     slope = tl.load(g + row) * 4 * s * (1 - s)  # dy/dz = 4 s (1 - s)
     grad = slope * tl.where(column == tl.load(targets + row), p - 1, p)
     tl.store(dz + place, grad.to(dz.dtype.element_ty), mask=inside)
@@ -1865,8 +1856,10 @@ def leaky_square_kernel(
     K: tl.constexpr = x.block_shape[1]
     HALF: tl.constexpr = pre.block_shape[1]
     across = tl.cdiv(pre.shape[1], 2 * HALF)
-    # persistent programs: each takes every num_programs-th tile, row by row
-    for tile in tl.range(tl.program_id(0), tl.cdiv(x.shape[0], R) * across, tl.num_programs(0)):
+    # persistent programs: each takes every num_programs-th tile, row by row; flatten lets a tile's first loads begin
+    # while the tile before is stored
+    tiles = tl.cdiv(x.shape[0], R) * across
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row, column = tile // across * R, tile % across * (2 * HALF)
         total = tl.zeros((R, 2 * HALF), tl.float32)
         for k in tl.range(0, x.shape[1], K):
@@ -1906,8 +1899,8 @@ def launch_softcap_ce_back(
 ) -> Tensor:
     """softcap_ce_back through Triton, one program a block of a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
-    dz, grid = torch.empty_like(z), (rows, triton.cdiv(vocab, CE_BLOCK))
-    softcap_ce_back_kernel[grid](g.contiguous(), z, targets, lse, dz, softcap, vocab, CE_BLOCK)
+    dz, grid = torch.empty_like(z), (rows, triton.cdiv(vocab, CE_BACK_BLOCK))
+    softcap_ce_back_kernel[grid](g.contiguous(), z, targets, lse, dz, softcap, vocab, CE_BACK_BLOCK)
     return dz
 
 
@@ -1992,7 +1985,7 @@ def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tens
 def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
     """Gradient (N, V) for the logits, in their dtype, from the gradient g (N,) for the losses."""
     s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
-    p = torch.exp(2 * softcap * s - lse[:, None])
+    p = torch.exp(2 * softcap * s - softcap - lse[:, None])
     # size(0), not len: as a fake kernel this sees symbolic sizes, which len would make constants
     p.scatter_add_(1, targets[:, None], p.new_full((p.size(0), 1), -1.0))
     return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
@@ -2013,8 +2006,8 @@ def softcap_ce_grad(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None, None]
 
 @operator(launch_softcap_ce, setup_context=softcap_ce_setup, backward=softcap_ce_grad)
 def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """softcapped_cross_entropy (N,) of z (N, V), and a shifted log-sum-exp (N,) for the backward; both float32."""
-    y = 2 * softcap * torch.sigmoid(2 * at_least_fp32(z) / softcap)
+    """softcapped_cross_entropy (N,) of z (N, V), and the log-sum-exp (N,) for the backward; both float32."""
+    y = softcapped(z, softcap)
     lse = y.logsumexp(1)
     return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
 
@@ -2364,7 +2357,6 @@ ROLES = {  # the tap at a matrix of a block has the name of its role
     "projection": Role(orthogonal),
     "hash_scale": Role(constant, 0.05),
     "value_scale": Role(constant, 0.1),
-    "dense_gate": Role(normal, 0.01, store="gate"),
     "half_open_gate": Role(constant, 0.0, store="gate"),
     "gate_bias": Role(constant, 4.0),  # nearly open
     "q_gain": Role(constant, "qk_gain_init"),
@@ -2404,42 +2396,26 @@ class Linear(nn.Module):
 
 
 class HeadGate(nn.Module):
-    """factor * sigmoid(scale * (W source[:window] + b)) per head. source: the normed sublayer input, or the raw queries
-    (reads_q). b only when biased."""
+    """sigmoid(scale * (W n[:window] + b)) per head, of the normed sublayer input n. b only when biased."""
 
-    def __init__(
-        self,
-        role: str,
-        shape: tuple[int, int],
-        scale: float = 1.0,
-        factor: float = 1.0,
-        reads_q: bool = False,
-        biased: bool = False,
-    ) -> None:
+    def __init__(self, role: str, shape: tuple[int, int], scale: float = 1.0, biased: bool = False) -> None:
         super().__init__()
         self.weight = make_weight(role, *shape)
         self.bias = make_weight("gate_bias", shape[0]) if biased else None
-        self.scale, self.factor, self.reads_q = scale, factor, reads_q
+        self.scale = scale
 
-    def forward(self, n_BTD: Tensor, q_BTD: Tensor) -> Tensor:
+    def forward(self, n_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, H, 1)."""
-        source = (q_BTD if self.reads_q else n_BTD)[..., : self.weight.size(1)]
+        source = n_BTD[..., : self.weight.size(1)]
         bias = None if self.bias is None else self.bias.to(source.dtype)
         logits = F.linear(source, self.weight.to(source.dtype), bias)
-        return (self.factor * torch.sigmoid(self.scale * logits)).unsqueeze(-1)
+        return torch.sigmoid(self.scale * logits).unsqueeze(-1)
 
 
 GATES = {
     "none": lambda c: None,
     "sparse": lambda c: HeadGate("half_open_gate", (c.num_heads, c.gate_window), c.sparse_attn_gate_scale),
-    "dense": lambda c: HeadGate("dense_gate", (c.num_heads, c.model_dim)),
     "dense_bias": lambda c: HeadGate("half_open_gate", (c.num_heads, c.model_dim), biased=True),
-    "out": lambda c: HeadGate(
-        "half_open_gate",
-        (c.num_heads, c.gate_window),
-        factor=2.0,
-        reads_q=c.attn_out_gate_src == "proj",
-    ),
 }
 
 
@@ -2614,11 +2590,11 @@ class Attention(nn.Module):
 
     def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
-        # the gate may read the raw queries
-        raw_q = tap("q", n, self.q(n))
-        raw_k = tap("k", n, self.k(n))
-        raw_v = self.values(tap("v", n, self.v(n)), values)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (raw_q, raw_k, raw_v))
+        q = tap("q", n, self.q(n))
+        k = tap("k", n, self.k(n))
+        v = tap("v", n, self.v(n))
+        v = self.values(v, values)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         # QK norm bounds the logits; the gain that follows is learnt for each head
         q, k = (rotate(rms_norm(x), meta.cos, meta.sin) for x in (q, k))
         q = q * self.q_gain.to(q.dtype)[:, None]
@@ -2627,7 +2603,7 @@ class Attention(nn.Module):
         if self.xsa:
             y = remove_self_value(y, v)
         if self.gate is not None:
-            y = y * self.gate(n, raw_q)
+            y = y * self.gate(n)
         y = y.flatten(2)
         return tap("attn", n, tap("o", y, self.o(y)))
 
@@ -2961,11 +2937,19 @@ class GPT(nn.Module):
         taps: Taps | None = None,
         reduction: str = "mean",
         cells: Tensor | None = None,
+        last: int = 0,
     ) -> Tensor:
         """Softcapped logits (B, T, V) in at least float32; with targets (B, T), their cross-entropy in nats: a scalar
-        for reduction="mean", (B, T) for "none". cells (n,): indices into the B*T flattened positions, the only ones
-        that the head is computed for; (n) then takes the place of (B, T)."""
+        for reduction="mean", (B, T) for "none".
+
+        The head may be computed for some positions only: the `last` columns, and (B, last) takes the place of (B, T);
+        or cells (n,), indices into the B*T flattened positions, and (n) takes their place.
+        """
         h = self.trunk(ids, meta, taps)
+        if last:
+            # by an index: the graph of a slice would not serve rows of just so many tokens
+            columns = torch.arange(ids.size(1) - last, ids.size(1), device=ids.device)
+            h, targets = h[:, columns], targets[:, columns]
         if cells is not None:
             # the head is the largest matrix: rows that nobody scores skip it
             h = h.flatten(0, 1)[cells]
@@ -2990,7 +2974,7 @@ def weights_by_role(cfg: Config, role: str) -> dict[int, str]:
 
 def on_device(model: GPT, batch: Batch, runtime: Runtime, max_len: int) -> tuple[Tensor, Tensor, AttnMeta]:
     """ids, targets and AttnMeta of a batch on the device. The number of boundaries is a dynamic size of the graph."""
-    ids, targets, cu_seqlens = batch.to(runtime.device)
+    ids, targets, cu_seqlens = batch.apply(lambda t: to_device(t, runtime.device))
     if cu_seqlens is not None and runtime.compile:
         torch._dynamo.mark_dynamic(cu_seqlens, 0)
     return (
@@ -3684,13 +3668,13 @@ def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> Weights:
     tap, started = HessianTap(), time.perf_counter()
     # the batches depend on their index alone, so the sum is the same for any number of ranks
     mine = range(runtime.rank, cfg.gptq_calibration_batches, runtime.world)
-    documents = LOADERS[cfg.loader].documents
     for done, index in enumerate(mine):
         rows = calibration_rows(cfg, index)
-        tokens = torch.from_numpy(rows)
-        batch = Batch(tokens, tokens, row_bounds(rows) if documents else None)
+        batch = Batch(rows, rows, row_bounds(cfg, rows))
         ids, _, meta = on_device(model, batch, runtime, cfg.train_seq_len)
-        model(ids, None, meta, tap)
+        h = model.trunk(ids, meta, tap)
+        # the head's input is all that its Hessian needs: no logits
+        LayerTap(tap)("head", h, h)
         runtime.log.progress("calibration", done + 1, len(mine), started)
     return tap.hessians(model, cfg.gptq_calibration_batches, runtime)
 
@@ -3809,7 +3793,8 @@ def inverse_factor(hessian: Tensor | None, percdamp: float) -> tuple[Tensor, Ten
     """Prepare a Hessian (cols, cols) for GPTQ. UserError if calibration did not collect it.
 
     Returns the order of the columns by falling diagonal, an upper Cholesky factor, and a mask of the columns that never
-    had an input. The factor is that of the inverse of the damped Hessian, with its columns in that order.
+    had an input. The factor is that of the inverse of the damped Hessian, with its columns in that order. The damping
+    grows tenfold until there is such a factor; FloatingPointError if there is none.
     """
     if hessian is None:
         raise UserError("GPTQ has no Hessian for a tensor; run STAGES=train,... again or set MATRIX_QUANT=rowwise")
@@ -3817,11 +3802,16 @@ def inverse_factor(hessian: Tensor | None, percdamp: float) -> tuple[Tensor, Ten
     diagonal = H.diagonal()  # a view: what is written to it changes H
     dead = diagonal == 0
     diagonal[dead] = 1
-    diagonal += percdamp * diagonal.mean()
     order = diagonal.argsort(descending=True)
-    H = H[order][:, order]
-    Hinv = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    return order, torch.linalg.cholesky(Hinv, upper=True), dead
+    damping = percdamp * diagonal.mean()
+    for _ in range(6):
+        diagonal += damping
+        L, failed = torch.linalg.cholesky_ex(H[order][:, order])
+        U, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+        if not failed and not failed_too:
+            return order, U, dead
+        damping *= 10
+    raise FloatingPointError("GPTQ: a Hessian has no Cholesky factor; raise GPTQ_DAMP or GPTQ_CALIBRATION_BATCHES")
 
 
 GPTQ_BLOCKSIZE = 128  # columns per lazy update: only the speed depends on it
@@ -4037,6 +4027,9 @@ def encode_tcq(
     scale = torch.where(real, scale, 1.0)
     rows = real.sum(dim=1)
     search = Viterbi(cfg.tcq_states, real.T.contiguous(), W.new_tensor(tops))
+    if W.is_cuda:
+        # a search is thousands of small kernels, whose launches would take four times as long as they do
+        search = torch.cuda.make_graphed_callables(search, (scale.T.contiguous(),))
 
     def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
         x = (column / scale).T.contiguous()
@@ -4892,8 +4885,6 @@ class Cells(NamedTuple):
     documents: np.ndarray | None = None
     # how many targets of its document come before a row's scored ones
     begin: np.ndarray | None = None
-    # whether a lesson on these cells follows, so that the forward must keep what a backward needs
-    learns: bool = False
     # flattened cells whose targets the score itself is fitted on
     fit: np.ndarray | None = None
 
@@ -5010,7 +5001,7 @@ class ByteMeter:
         """Count the scored cells of nll (B, T)."""
         positions = cells.scored()
         self.ledger.claim(positions)
-        rows, cols = (torch.from_numpy(a).to(nll.device, non_blocking=True) for a in (cells.rows, cells.cols))
+        rows, cols = (to_device(a, nll.device) for a in (cells.rows, cells.cols))
         self.loss += nll.detach()[rows, cols].double().sum()
         self.tokens += len(positions)
         self.bytes += int(self.val.bytes[positions].sum())
@@ -5073,7 +5064,11 @@ class Evaluator(NamedTuple):
     learner: Callable[[Config, Runtime, GPT, ValData], Learner]
 
     def __call__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-        learner = self.learner(cfg, runtime, model, val)  # compiles
+        """Score a stream; whatever compiles does so before the clock runs."""
+        learner = self.learner(cfg, runtime, model, val)
+        # who does not learn compiles by scoring the first cells, which changes nothing
+        if runtime.compile and type(learner) is NoAdaptation:
+            learner.score(next(iter(self.steps(cfg, runtime, val))).cells)
         # the clock starts here
         meter = ByteMeter(val, runtime, cfg.allow_noncausal)
         score_first(with_progress(self.steps(cfg, runtime, val), meter), learner, meter)
@@ -5096,15 +5091,14 @@ class NoAdaptation:
 
     def inputs(self, cells: Cells) -> tuple[Tensor, Tensor, AttnMeta]:
         """ids, targets and AttnMeta on the device."""
-        ids, targets = torch.from_numpy(cells.ids), torch.from_numpy(cells.targets)
-        batch = Batch(ids, targets, cells.cu_seqlens)
+        batch = Batch(cells.ids, cells.targets, cells.cu_seqlens)
         return on_device(self.model, batch, self.runtime, self.max_len)
 
     @torch.no_grad()
     def score(self, cells: Cells) -> Tensor:
         """(B, T) nats of the scored cells, which alone get the head."""
         ids, targets, meta = self.inputs(cells)
-        scored = torch.from_numpy(cells.rows * ids.size(1) + cells.cols).to(ids.device)
+        scored = to_device(cells.rows * ids.size(1) + cells.cols, ids.device)
         mark_dynamic(self.runtime, (0,), scored)
         return scatter_losses(cells, self.forward(ids, targets, meta, None, "none", scored))
 
@@ -5115,7 +5109,7 @@ class NoAdaptation:
 def scatter_losses(cells: Cells, losses: Tensor) -> Tensor:
     """(B, T) with the scored cells' losses in place. Other cells are NaN, so an accidental use poisons the sum."""
     nll = losses.new_full(cells.ids.shape, math.nan)
-    rows, cols = (torch.from_numpy(a).to(losses.device) for a in (cells.rows, cells.cols))
+    rows, cols = (to_device(a, losses.device) for a in (cells.rows, cells.cols))
     nll[rows, cols] = losses
     return nll
 
@@ -5165,7 +5159,7 @@ def window_cells(cfg: Config, val: ValData, windows: np.ndarray) -> Cells:
         windows[:, 0] + 1,
         np.concatenate(rows),
         np.concatenate(cols),
-        row_bounds(ids) if LOADERS[cfg.loader].documents else None,
+        row_bounds(cfg, ids),
     )
 
 
@@ -5223,21 +5217,25 @@ class AdapterState(NamedTuple):
         return AdapterState(*results)
 
 
+def bias_correction(cfg: Config, steps: Tensor) -> Tensor:
+    """(rows, 2): what AdamW divides the rate and the second moment's root by, by the steps (rows, 1) of each row."""
+    # float64: at step 1 float32 would lose four digits of 1 - 0.999; beta1 = 0 leaves 1 - 0^steps = 1
+    return torch.cat([1 - cfg.ttt_beta1**steps, (1 - cfg.ttt_beta2**steps).sqrt()], dim=1)
+
+
 @torch.no_grad()
-def adapter_adamw_(cfg: Config, state: AdapterState, grad: Tensor) -> None:
-    """A step of AdamW (Loshchilov & Hutter 2019) on every entry, each row by its own step count."""
-    weights, live, first, second, steps = state
-    steps += 1
+def adapter_adamw_(cfg: Config, state: AdapterState, grad: Tensor, correction: Tensor) -> None:
+    """A step of AdamW (Loshchilov & Hutter 2019) on every entry, with the bias_correction of its row."""
+    weights, live, first, second, _ = state
+    # compiled, this is one pass over the buffers: the gradient is read as the backward left it
+    grad = grad.to(weights.dtype)
+    first_bias, second_bias = correction.to(weights.dtype).split(1, dim=1)
     # decoupled decay first, as in torch
     weights.mul_(1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay)
     second.mul_(cfg.ttt_beta2).addcmul_(grad, grad, value=1 - cfg.ttt_beta2)
     if first is not None:
         grad = first.lerp_(grad, 1 - cfg.ttt_beta1)
-    # per row; beta1 = 0 leaves 1 - 0^steps = 1. float64: at step 1 float32 would lose four digits of 1 - 0.999
-    rate = (cfg.ttt_lora_lr / (1 - cfg.ttt_beta1**steps)).to(grad.dtype)
-    # rows began at different steps, so each has its own bias correction
-    unbias = (1 - cfg.ttt_beta2**steps).sqrt().to(grad.dtype)
-    weights.sub_(rate * grad / (second.sqrt() / unbias + ADAPTER_EPS))
+    weights.sub_(cfg.ttt_lora_lr / first_bias * grad / (second.sqrt() / second_bias + ADAPTER_EPS))
     if live is not None:
         live.copy_(weights)
 
@@ -5246,9 +5244,10 @@ class Adapters:
     """Low-rank adapters, one set per document, site and execution (Hu et al. 2021), with their AdamW: a taps listener
     that adds scale * x A^T B^T.
 
-    A (rows, rank, in) is uniform in +-1/sqrt(in), drawn per document; B (rows, out, rank) starts at zero, so that fresh
-    adapters leave the model bitwise unchanged. "attn" and "mlp" adapters read the sublayer's normed input. A and B are
-    plain tensors, views of the rows in use: Dynamo would keep every dimension of an nn.Parameter static.
+    A^T (rows, in, rank) is uniform in +-1/sqrt(in), drawn per document; B^T (rows, rank, out) starts at zero, so that
+    fresh adapters leave the model bitwise unchanged. "attn" and "mlp" adapters read the sublayer's normed input. Both
+    are stored transposed, as they multiply: then their gradients are contiguous. They are plain tensors, views of the
+    rows in use: Dynamo would keep every dimension of an nn.Parameter static.
     """
 
     def __init__(self, cfg: Config, runtime: Runtime, model: GPT, rows: int) -> None:
@@ -5258,8 +5257,8 @@ class Adapters:
         # by name: the order in which a document's A is drawn
         found = dict(sorted(found.items()))
         self.sites = frozenset(key.partition("_")[0] for key in found)
-        shapes_A = {key: (rank, d_in) for key, (_, d_in) in found.items()}
-        shapes_B = {key: (d_out, rank) for key, (d_out, _) in found.items()}
+        shapes_A = {key: (d_in, rank) for key, (_, d_in) in found.items()}
+        shapes_B = {key: (rank, d_out) for key, (d_out, _) in found.items()}
         self.shapes = (shapes_A, shapes_B)
         self.sizes = [math.prod(shape) for half in self.shapes for shape in half.values()]
         weights = at_least_fp32(model.tok_emb.weight.new_zeros(rows, sum(self.sizes), dtype=model.dtype))
@@ -5270,7 +5269,7 @@ class Adapters:
             second=torch.zeros_like(weights),
             steps=weights.new_zeros(rows, 1, dtype=torch.float64),
         )
-        self.bound = torch.cat([weights.new_full((rank * d_in,), d_in**-0.5) for _, d_in in shapes_A.values()])
+        self.bound = torch.cat([weights.new_full((rank * d_in,), d_in**-0.5) for d_in, _ in shapes_A.values()])
         self.adamw_ = compiled(runtime, adapter_adamw_)
         self.use_rows(rows)
 
@@ -5326,16 +5325,19 @@ class Adapters:
         loss = (nll.mean(dim=1) * learns).sum()
         grads = torch.autograd.grad(loss, self.leaves())
         grad = torch.cat([g.flatten(1) for g in grads], dim=1)
-        grad = grad.to(self.state.weights.dtype)
-        mark_dynamic(self.runtime, (0,), grad)
-        self.adamw_(self.cfg, self.state, grad)
+        self.state.steps.add_(1)
+        # outside the compiled pass, which would compute float64 powers for every entry
+        correction = bias_correction(self.cfg, self.state.steps)
+        mark_dynamic(self.runtime, (0,), grad, correction)
+        self.adamw_(self.cfg, self.state, grad, correction)
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         # the head has execution -1, and one adapter
         key = f"{site.name}_{max(site.execution, 0)}"
         if key not in self.A:
             return y
-        return torch.baddbmm(y, x @ self.A[key].mT, self.B[key].mT, alpha=self.scale)
+        # the sum fuses into what reads it; baddbmm would copy y first
+        return y + (self.scale * (x @ self.A[key])) @ self.B[key]
 
 
 def document_batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
@@ -5382,9 +5384,8 @@ def document_step(
     ids, targets = (np.where(inside, val.tokens[where + inside * i], 0) for i in (0, 1))
     # row by row, so the losses come in the order of the stream within a row
     rows, scored = np.nonzero(inside & (cols >= offset[:, None]))
-    learns = len(lesson.rows) > 0
-    cells = Cells(ids, targets, first + 1, rows, scored, None, documents, begin, learns)
-    return Step(cells, lesson if learns else None)
+    cells = Cells(ids, targets, first + 1, rows, scored, None, documents, begin)
+    return Step(cells, lesson if len(lesson.rows) else None)
 
 
 def rows_to_keep(unfinished: np.ndarray) -> np.ndarray:
@@ -5475,7 +5476,7 @@ class DocLora:
         self.prepare()
 
     def prepare(self) -> None:
-        """Compile with and without gradient, on random tokens: one graph each serves all windows and rows."""
+        """Compile, on random tokens: one graph serves all windows and rows."""
         if not self.runtime.compile:
             return
         size, rows = self.cfg.ttt_chunk_size, self.num_rows
@@ -5483,12 +5484,9 @@ class DocLora:
         width = self.cfg.ttt_eval_seq_len - (self.cfg.ttt_eval_seq_len == rows)
         ids = np.random.default_rng(0).integers(0, self.cfg.vocab_size, (rows, width))
         zeros, none = np.zeros(rows, np.int64), np.empty(0, np.int64)
-        for learns in (True, False):
-            cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros, learns)
-            # what is learnt here is renewed when the first document begins
-            nll = self.score(cells)
-            if learns:
-                self.learn(Lesson(np.arange(rows), slice(width - size, width)), cells, nll)
+        cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros)
+        # what is learnt here is renewed when the first document begins
+        self.learn(Lesson(np.arange(rows), slice(width - size, width)), cells, self.score(cells))
         self.warm = False
 
     def place(self, cells: Cells) -> None:
@@ -5511,19 +5509,22 @@ class DocLora:
         self.warm = self.warm or full
 
     def losses(self, cells: Cells) -> Tensor:
-        """(rows, T) nats with the adapters as they are."""
-        ids, targets = torch.from_numpy(cells.ids), torch.from_numpy(cells.targets)
-        batch = Batch(ids, targets, None)
+        """(rows, T) nats with the adapters as they are, NaN before the last TTT_CHUNK_SIZE columns."""
+        batch = Batch(cells.ids, cells.targets, None)
         ids, targets, meta = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
         mark_dynamic(self.runtime, (0, 1), ids, targets)
         mark_dynamic(self.runtime, (0,), meta.cos, meta.sin)
-        return self.forward(ids, targets, meta, self.adapters, "none")
+        # a window ends with its chunk: the head is computed for no other column
+        chunk = self.cfg.ttt_chunk_size
+        nll = self.forward(ids, targets, meta, self.adapters, "none", last=chunk)
+        return F.pad(nll, (ids.size(1) - chunk, 0), value=math.nan)
 
     def score(self, cells: Cells) -> Tensor:
-        """(rows, T) nats; the graph is kept only when something will be learnt."""
+        """(rows, T) nats of the scored cells; the graph is kept even if nothing will be learnt, which saves another
+        compilation."""
         if self.adapters is not None:
             self.place(cells)
-        with torch.set_grad_enabled(cells.learns and self.adapters is not None):
+        with torch.set_grad_enabled(self.adapters is not None):
             return self.losses(cells)
 
     def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
@@ -5540,7 +5541,7 @@ class DocLora:
 
     def step(self, lesson: Lesson, nll: Tensor) -> None:
         """One update of the adapters."""
-        learns = self.learning(lesson).to(nll)
+        learns = to_device(self.learning(lesson).to(nll.dtype), nll.device)
         self.adapters.step(nll[:, lesson.cols], learns)
 
     def learning(self, lesson: Lesson) -> Tensor:
@@ -5628,13 +5629,15 @@ class CarryLora(DocLora):
         self.adapters.step(nll, self.learns.to(nll.dtype))
 
     def captured(self) -> dict[int, tuple[Callable, Callable]]:
-        """forward_chunk and learn_chunk for every width as CUDA graphs; none where they cannot be captured, which the
-        log says."""
+        """forward_chunk and learn_chunk for every width as CUDA graphs; none where they cannot be captured, which is a
+        warning in result.json, and with several ranks, of which one would keep the others waiting, an error."""
         try:
             # one for all: graphs run in turn
             pool = torch.cuda.graph_pool_handle()
             return {width: self.capture(width, pool) for width in self.widths}
         except RuntimeError as error:
+            if self.runtime.world > 1:
+                raise
             self.runtime.log(f"WARNING: carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
             return {}
 
@@ -5653,11 +5656,13 @@ class CarryLora(DocLora):
         del nll
         torch.cuda.current_stream().wait_stream(side)
         forward, learn = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # thread_local: what NCCL's own thread does meanwhile spoils nothing
+        options = {"pool": pool, "capture_error_mode": "thread_local"}
         with torch.set_grad_enabled(learns):
-            with torch.cuda.graph(forward, pool=pool):
+            with torch.cuda.graph(forward, **options):
                 nll, new, columns = self.forward_chunk(width)
             if learns:
-                with torch.cuda.graph(learn, pool=pool):
+                with torch.cuda.graph(learn, **options):
                     self.learn_chunk(nll)
         result = nll.detach(), new, columns
 
@@ -5667,24 +5672,20 @@ class CarryLora(DocLora):
 
         return replay, lambda nll: learn.replay()
 
-    def send(self, source: Tensor, target: Tensor) -> None:
-        """Copy from the host into a static tensor, without waiting for the device."""
-        target.copy_(source.pin_memory() if self.on_gpu else source, non_blocking=True)
-
     def score(self, cells: Cells) -> Tensor:
         """(rows, chunk) nats; what the chunk leaves goes into the cache."""
         back = np.arange(-self.model.reach, 0)
         # at the start of the stream there is nothing before; first hides what is read instead
         before = np.maximum(0, cells.origin[:, None] - 1 + back)
         table = (cells.begin, self.tokens[before], cells.ids, cells.targets)
-        self.send(torch.from_numpy(np.column_stack(table)), self.inputs)
+        self.inputs.copy_(to_device(np.column_stack(table), self.inputs.device))
         if self.adapters is not None:
             self.renew(cells)
         used = min(cells.begin.max(), self.columns)
         width = next(width for width in self.widths if width >= used)
         eager = (lambda: self.forward_chunk(width)), self.learn_chunk
         self.program = self.programs.get(width, eager)
-        with torch.set_grad_enabled(cells.learns and self.adapters is not None):
+        with torch.set_grad_enabled(self.adapters is not None):
             nll, new, columns = self.program[0]()
         rows = torch.arange(self.num_rows, device=new.device)
         self.cache[:, :, rows[:, None], columns] = new
@@ -5696,7 +5697,7 @@ class CarryLora(DocLora):
 
     def step(self, lesson: Lesson, nll: Tensor) -> None:
         """One update of the adapters."""
-        self.send(self.learning(lesson).to(self.learns.dtype), self.learns)
+        self.learns.copy_(to_device(self.learning(lesson), self.learns.device))
         self.program[1](nll)
 
 
@@ -5933,8 +5934,8 @@ class ChunkSgd:
         for j in range(slices):
             rows = slice(len(ids) * j // slices, len(ids) * (j + 1) // slices)
             if rows.start < rows.stop:
-                bounds = row_bounds(ids[rows]) if LOADERS[self.cfg.loader].documents else None
-                batch = Batch(torch.from_numpy(ids[rows]), torch.from_numpy(targets[rows]), bounds)
+                bounds = row_bounds(self.cfg, ids[rows])
+                batch = Batch(ids[rows], targets[rows], bounds)
                 made.append((len(batch.ids) / len(ids), batch))
         return made
 
@@ -5954,12 +5955,12 @@ class Slot(NoAdaptation):
         ids, targets, meta = self.inputs(cells)
         h = self.trunk(ids, meta).flatten(0, 1)
         y, head = targets.flatten(), self.model.tok_emb
-        scored = torch.from_numpy(cells.rows * ids.size(1) + cells.cols).to(ids.device)
+        scored = to_device(cells.rows * ids.size(1) + cells.cols, ids.device)
         z = at_least_fp32(head(h[scored]))
         if cells.fit is not None and len(cells.fit):
             # The head is linear: a shift d that all cells share is a bias E d of the logits. They are computed once,
             # and a step costs no matrix product over the cells. Published: H + d in bf16 rounds small shifts away.
-            fit = torch.from_numpy(cells.fit).to(ids.device)
+            fit = to_device(cells.fit, ids.device)
             z += head.weight @ self.fitted_shift(head(h[fit]), y[fit])
         return scatter_losses(cells, self.model.cross_entropy(z, y[scored], self.model.softcap))
 
@@ -6081,6 +6082,7 @@ class Run:
         # the last stage's score is the run's
         counts = {"tokens_scored": score.tokens, "bytes_scored": score.bytes, "legal": score.legal}
         self.result |= losses | counts
+        self.result["warnings"] = [*dict.fromkeys([*self.result.get("warnings", []), *self.log.warnings])]
         if self.runtime.rank == 0:
             atomic_write(self.folder / "record.env", record_env(self.cfg).encode())
             atomic_write(self.folder / "result.json", json.dumps(self.result, indent=1).encode() + b"\n")
@@ -6106,8 +6108,9 @@ class Run:
                 "the trained weights are not all finite; earlier files are untouched. Lower MATRIX_LR, "
                 "TIED_EMBED_LR or SCALAR_LR"
             )
-        # before the calibration, which may fail: the training is not lost
+        # before the calibration, which may fail: the training is not lost. The clock stands still meanwhile
         self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
+        trainer.clock.start(report.seconds)
         self.calibrate(model)
         seconds = trainer.clock.read()
         self.log(f"calibration: {seconds - report.seconds:.2f} s, inside the training budget")
@@ -6156,9 +6159,12 @@ class Run:
         self.record("quantized", self.evaluate("plain", self.from_artifact(path)))
 
     def from_artifact(self, path: Path) -> GPT:
-        """A model with an artifact's weights."""
+        """A model with an artifact's weights, which the first rank decodes for all."""
         model = self.model()
-        fill_model(model, load_artifact(path), str(path))
+        if self.runtime.rank == 0:
+            fill_model(model, load_artifact(path), str(path))
+        for p in model.parameters():
+            self.runtime.broadcast_(p.data)
         return model
 
     def eval(self) -> None:

@@ -36,7 +36,7 @@ def model_tensors(encoding: str = "gptq", layers: int = 3) -> list[train_gpt.Sto
     for layer in range(layers):
         for role, shape in shapes.items():
             found[f"{layer}.{role}:{role}:{encoding}"] = {"q": matrix(*shape), "s": torch.rand(shape[0]).half()}
-        found[f"{layer}.gate:dense_gate:int8_row"] = {"q": matrix(8, 12)}
+        found[f"{layer}.gate:half_open_gate:int8_row"] = {"q": matrix(8, 12)}
     return stored(found)
 
 

@@ -116,7 +116,7 @@ def test_initial_values() -> None:
     assert torch.equal(state["value_embed.layer_scales"], torch.ones(2))
     assert torch.equal(state["blocks.7.attn.values.lambdas"], torch.full((2,), 0.5))
     n = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(model.blocks[0].attn.gate(n, n), torch.full((2, 3, 8, 1), 4.0).sigmoid())
+    assert torch.equal(model.blocks[0].attn.gate(n), torch.full((2, 3, 8, 1), 4.0).sigmoid())
     x = torch.randn(1, 4, 128, generator=torch.Generator().manual_seed(2))
     blended = model.embed_extras["smear_channel"](torch.tensor([[5, 6, 1, 7]]), x)
     expected = 0.5 * x + 0.5 * torch.cat([torch.zeros(1, 1, 128), x[:, :-1]], dim=1)

@@ -407,7 +407,7 @@ def imitated_varlen(
 def test_a_sink_is_a_key_before_each_segment_of_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_gpt, "varlen_attn", imitated_varlen)
     for gqa, bounds in itertools.product((False, True), (None, [0, 3, 4, 9, 16, 24, 24, 24])):
-        monkeypatch.setattr(train_gpt, "VARLEN_HAS_GQA", gqa)
+        monkeypatch.setattr(train_gpt, "GROUPED", {"enable_gqa": True} if gqa else {})
         meta = segmented(bounds, 8, masked=False)
         assert_sunk(train_gpt.flash_attention, meta, bounds or [0, 12, 24], 2 if bounds is None else 1)
 

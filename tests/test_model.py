@@ -198,36 +198,25 @@ def test_sparse_gate_reads_its_window_and_begins_half_open() -> None:
     gate = train_gpt.GATES["sparse"](cfg)
     train_gpt.init_weights(gate, cfg, torch.Generator().manual_seed(0))
     n = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(gate(n, n), torch.full((1, 3, 4, 1), 0.5))
+    assert torch.equal(gate(n), torch.full((1, 3, 4, 1), 0.5))
     with torch.no_grad():
         gate.weight.fill_(1.0)
     beyond = n.clone()
     beyond[..., SMALL["gate_window"] :] += 1
-    assert torch.equal(gate(n, n), gate(beyond, -n))
+    assert torch.equal(gate(n), gate(beyond))
     expected = torch.sigmoid(0.5 * n[..., : SMALL["gate_window"]].sum(-1))
-    torch.testing.assert_close(gate(n, n)[..., 0], expected[..., None].expand(1, 3, 4))
+    torch.testing.assert_close(gate(n)[..., 0], expected[..., None].expand(1, 3, 4))
 
 
-def test_dense_and_out_gates() -> None:
-    generator = torch.Generator().manual_seed(0)
-    n, q = (torch.randn(2, 3, 32, generator=generator) for _ in range(2))
-    cfg = rules.model_config(SMALL)
-    dense = train_gpt.GATES["dense"](cfg)
+def test_dense_gate_reads_the_whole_input() -> None:
+    generator, cfg = torch.Generator().manual_seed(0), rules.model_config(SMALL, attn_gate="dense_bias")
+    n, dense = torch.randn(2, 3, 32, generator=generator), train_gpt.GATES["dense_bias"](cfg)
     train_gpt.init_weights(dense, cfg, generator)
-    torch.testing.assert_close(dense(n, q)[..., 0], torch.sigmoid(n @ dense.weight.T))
-    for source, tensor in (("proj", q), ("input", n)):
-        out = train_gpt.GATES["out"](rules.model_config(SMALL, attn_out_gate_src=source))
-        train_gpt.init_weights(out, cfg, generator)
-        assert torch.equal(out(n, q), torch.ones(2, 3, 4, 1)), "open at the start"
-        torch.nn.init.normal_(out.weight, generator=generator)
-        wanted = 2 * torch.sigmoid(tensor[..., : SMALL["gate_window"]] @ out.weight.T)
-        torch.testing.assert_close(out(n, q)[..., 0], wanted)
-    for name in ("dense", "out"):
-        model = train_gpt.GPT(rules.model_config(SMALL, attn_gate=name)).init_weights(0)
-        assert {p.numel() for k, p in model.named_parameters() if k.endswith("gate.weight")} == {
-            4 * (32 if name == "dense" else SMALL["gate_window"])
-        }
-        assert torch.isfinite(model(torch.arange(9)[None]).sum())
+    torch.nn.init.normal_(dense.weight, generator=generator)
+    torch.testing.assert_close(dense(n)[..., 0], torch.sigmoid(n @ dense.weight.T + 4))
+    model = train_gpt.GPT(cfg).init_weights(0)
+    assert {p.numel() for k, p in model.named_parameters() if k.endswith("gate.weight")} == {4 * 32}
+    assert torch.isfinite(model(torch.arange(9)[None]).sum())
 
 
 def test_smear_stops_at_a_document_when_masked() -> None:

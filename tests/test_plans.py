@@ -57,7 +57,7 @@ def test_clip_search_by_row_is_never_worse_than_one_for_all(seed: int, bits: int
 
 STRUCTURES: dict[str, dict[str, Any]] = {
     "record": {},
-    "value_residual": {"attn_extras": ("xsa", "sink", "value_residual"), "attn_gate": "out"},
+    "value_residual": {"attn_extras": ("xsa", "sink", "value_residual"), "attn_gate": "sparse"},
     "no_xsa": {"attn_extras": ("sink",), "attn_gate": "dense_bias"},
     "attention_alone": {"attn_extras": ("xsa",), "mixers": "", "num_kv_heads": 4, "attn_gate": "sparse"},
     "one_kv_head": {"num_kv_heads": 1, "xsa_last_n": 2, "num_heads": 2},

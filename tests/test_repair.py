@@ -67,9 +67,9 @@ def test_lqer_factors(golden: rules.Entry) -> None:
 def test_int8_gate(golden: rules.Entry) -> None:
     c, want = golden.config, golden.expected
     gate = rules.fill(c["fill"], c["tensor_name"], tuple(c["shape"]), 0.3).float()
-    cfg = Config(gated_attn_quant_gate=True, attn_gate="dense")
+    cfg = Config(gated_attn_quant_gate=True, attn_gate="dense_bias")
     (stored,) = train_gpt.quantize(cfg, rules.runtime(), {"blocks.3.attn.gate.weight": gate}, {})
-    assert stored.key() == "blocks.3.attn.gate.weight:dense_gate:int8_row"
+    assert stored.key() == "blocks.3.attn.gate.weight:half_open_gate:int8_row"
     assert stored.parts["q"].tolist() == want["q"] and stored.parts["q"].dtype == torch.int8
     assert stored.parts["s"].double().tolist() == pytest.approx(want["scales_fp16"], rel=1e-9)
     rules.assert_checks(stored.decode(), want["dequant"], rel=1e-6)

@@ -185,11 +185,10 @@ def test_a_score_after_adaptation_is_caught(scorer: verify.Scorer) -> None:
 
         def score(self, unit: Any) -> torch.Tensor:
             first = super().score(unit)
-            if unit.learns:
-                width = unit.ids.shape[1]
-                rows = np.flatnonzero(unit.documents >= 0)
-                lesson = program.Lesson(rows, slice(width - self.cfg.ttt_chunk_size, width))
-                super().learn(lesson, unit, first)
+            width = unit.ids.shape[1]
+            rows = np.flatnonzero(unit.documents >= 0)
+            lesson = program.Lesson(rows, slice(width - self.cfg.ttt_chunk_size, width))
+            super().learn(lesson, unit, first)
             with torch.no_grad():
                 return self.losses(unit)
 

@@ -101,9 +101,9 @@ HASHES = {"embed_extras": ("bigram", "trigram", "smear", "smear_channel")}
 STRUCTURES = {
     "loops, lanes, XSA, sparse gate, smear": {},
     "one lane, no loops, no extras": BARE,
-    "smear over document starts": {"smear_bos_mask": False, "attn_gate": "dense"},
+    "smear over document starts": {"smear_bos_mask": False, "attn_gate": "dense_bias"},
     "hashes and both smears": HASHES,
-    "the same over document starts": HASHES | {"hash_bos_mask": False, "smear_bos_mask": False, "attn_gate": "out"},
+    "the same over document starts": HASHES | {"hash_bos_mask": False, "smear_bos_mask": False, "attn_gate": "sparse"},
     "value embeddings and residuals": {"attn_extras": ("xsa", "value_residual", "value_embed")},
     "partial rotation of a stretched base": {"rope_reference_len": 8, "attn_gate": "dense_bias"},
 }

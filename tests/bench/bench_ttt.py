@@ -7,8 +7,8 @@
 
 Without --model: random weights and random documents of log-normal length; knobs from the environment as for
 train_gpt.py. The counts of tokens are exact for the given lengths; the seconds mean something on a GPU only, where
-they are also projected to 50,000 documents on 8 of them. One JSON line for each variant; with no --variants, one for
-TTT_CONTEXT=recompute and one for carry.
+they are also projected to 50,000 documents on 8 of them, by the tokens that those cost. One JSON line for each variant;
+with no --variants, one for TTT_CONTEXT=recompute and one for carry.
 
 With --model: a really trained model (tests/bench/small_model.py makes FOLDER) on real documents, every k-th of the
 validation stream, cut to --longest predictions. Each variant is a list of knobs over EVAL=doc_lora TTT_CONTEXT=carry;
@@ -24,6 +24,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import unittest.mock
 from pathlib import Path
 
 import bench
@@ -35,11 +36,15 @@ import train_gpt
 DOCUMENTS, GPUS = 50_000, 8  # of the contest's evaluation
 
 
+def random_lengths(count: int, mean: float) -> np.ndarray:
+    """Log-normal lengths of documents (sigma 1, as of web text) with the given mean."""
+    return np.maximum(2, np.random.default_rng(0).lognormal(np.log(mean) - 0.5, 1.0, count).astype(int))
+
+
 def random_documents(vocab: int, count: int, mean: float) -> train_gpt.ValData:
-    """Documents of log-normal length (sigma 1, as of web text) with the given mean, each with its BOS."""
-    rng = np.random.default_rng(0)
-    lengths = np.maximum(2, rng.lognormal(np.log(mean) - 0.5, 1.0, count).astype(int))
-    tokens = rng.integers(4, vocab, int(lengths.sum()))
+    """Documents of random_lengths, each with its BOS."""
+    lengths = random_lengths(count, mean)
+    tokens = np.random.default_rng(1).integers(4, vocab, int(lengths.sum()))
     tokens[np.concatenate(([0], np.cumsum(lengths)[:-1]))] = train_gpt.BOS_ID
     return train_gpt.ValData(tokens, np.full(len(tokens), 3, np.int32))
 
@@ -53,21 +58,39 @@ def real_documents(val: train_gpt.ValData, count: int, shortest: int, longest: i
     return train_gpt.ValData(val.tokens[where], val.bytes[where])
 
 
-def token_counts(cfg: train_gpt.Config, val: train_gpt.ValData) -> dict[str, float]:
+def token_counts(cfg: train_gpt.Config, docs: list[tuple[int, int]]) -> dict[str, float]:
     """Tokens per prediction: forward and backward of rows that learn, without padding; all that is computed with
     gradient, padding included; and computed without gradient. Kept: as published, finished rows stay in their batch."""
-    docs, context = train_gpt.val_documents(val.tokens), train_gpt.TTT_CONTEXTS[cfg.ttt_context]
+
+    def shapes(_: object, documents: np.ndarray, *others: object, lesson: train_gpt.Lesson, **named: object) -> tuple:
+        return len(documents), lesson.cols.stop, len(lesson.rows)
+
+    context = train_gpt.TTT_CONTEXTS[cfg.ttt_context]
     batches, real, padded, without, kept = context.batches(docs, cfg.ttt_batch_size), 0, 0, 0, 0
-    for cells, lesson in context.steps(cfg, val, docs, iter(batches)):
-        rows, width = cells.ids.shape
-        learning = 0 if lesson is None or cfg.ttt_lora_lr == 0 else len(lesson.rows)
-        real += width * learning
-        padded += width * rows if learning else 0
-        without += 0 if learning else width * rows
-        kept += width * min(cfg.ttt_batch_size, len(docs))
-    total = len(val.tokens) - 1
+    # only the shapes of the steps matter: their tokens are not read
+    with unittest.mock.patch.object(train_gpt, "document_step", shapes):
+        for rows, width, learners in context.steps(cfg, None, docs, iter(batches)):
+            learning = 0 if cfg.ttt_lora_lr == 0 else learners
+            real += width * learning
+            padded += width * rows if learning else 0
+            without += 0 if learning else width * rows
+            kept += width * min(cfg.ttt_batch_size, len(docs))
+    total = sum(length - 1 for _, length in docs)
     counts = {"grad_tokens": real, "grad_tokens_padded": padded, "other_tokens": without, "rows_kept": kept}
     return {f"{name}_per_prediction": round(count / total, 3) for name, count in counts.items()}
+
+
+def projection(cfg: train_gpt.Config, row: dict, mean: float) -> dict[str, float]:
+    """Seconds for the contest's documents, by their padded tokens and the padded tokens per second of a row."""
+    lengths = random_lengths(DOCUMENTS, mean)
+    counts = token_counts(cfg, [(0, int(length)) for length in lengths])
+    names = "grad_tokens_padded_per_prediction", "other_tokens_per_prediction"
+    speed = sum(row[name] for name in names) * row["predictions_per_second"]
+    tokens = sum(counts[name] for name in names)
+    seconds = tokens * int((lengths - 1).sum()) / GPUS / speed
+    return {"tokens_per_second": round(speed), f"tokens_per_prediction_{DOCUMENTS}_docs": round(tokens, 3)} | {
+        f"seconds_{DOCUMENTS}_docs_{GPUS}_gpus": round(seconds, 1)
+    }
 
 
 class Recorder(train_gpt.ByteMeter):
@@ -129,15 +152,14 @@ def measure(
         "compile_seconds": round(seconds, 2),
         "graphs": bench.graphs(),
         "predictions_per_second": round(score.tokens / score.seconds, 1),
-        **(token_counts(cfg, val) if "lora" in cfg.eval else {}),
+        **(token_counts(cfg, docs) if "lora" in cfg.eval else {}),
         "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
     if runtime.device.type == "cuda":
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
         row["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 1)
-        row["seconds_per_1000_docs"] = round(1000 * score.seconds / len(docs), 2)
-        row[f"seconds_{DOCUMENTS}_docs_{GPUS}_gpus"] = round(DOCUMENTS / GPUS * score.seconds / len(docs), 1)
+        row |= projection(cfg, row, len(val.tokens) / len(docs)) if "lora" in cfg.eval else {}
     if table:
         row["three_steps"] = profile_steps(cfg, runtime, model, val, table)
     if state is not None:
