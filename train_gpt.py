@@ -1749,6 +1749,8 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
     # FA3 is made for the contest's GPU, so it comes first
     for name in {"auto": ("fa3", "fa4"), "fa2": ()}.get(wanted, (wanted,)):
         try:
+            if name == "fa4" and not GROUPED:
+                raise ImportError("torch before 2.13 cannot differentiate FA4")
             activate_flash_attention_impl(name.upper())
         except (ImportError, RuntimeError, ValueError) as error:
             if wanted != "auto":

@@ -2,22 +2,23 @@
 # What only a GPU can show, in one command of at most BUDGET seconds. A part that fails stops nothing; results so far are
 # in $OUT/summary.txt, which is also printed at the end, and $OUT/logs.tgz.
 #   bash tests/gpu.sh
-#   OUT=DIR         where results go (default /tmp/gpu_out)
-#   BUDGET=480      seconds for everything
+#   OUT=DIR         where results go (default /tmp/gpu_out); LOGS=DIR: where logs and runs go (default $OUT/logs)
+#   BUDGET=480      seconds for everything; about 105 GiB of memory are used at once, so give a card of 80 GB fewer parts
 #   DATA_PATH=DIR   shards of the contest's layout, for the run from training to the verified artifact (else left out)
 #   TRAIN_S=45      seconds of that training
 #   BEFORE=DIR      another checkout: its training step and evaluations are measured in the same run
-#   PARTS="..."     which parts, by default all: tests eager step recompute carry sdpa kernels pack before_step
-#                   before_recompute before_carry step_1895 step_1182
+#   PARTS="..."     which parts, by default all: tests eager pack step run recompute carry sdpa kernels before_step
+#                   before_recompute before_carry step_1895 step_1182; run goes with step, pack with eager
 #   PY=python3      a Python with the packages of requirements.txt and a CUDA build of torch; nothing is installed
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
 START=$(date +%s)
 OUT=${OUT:-/tmp/gpu_out} BUDGET=${BUDGET:-480} TRAIN_S=${TRAIN_S:-45} PY=${PY:-python3} BEFORE=${BEFORE:-}
-PARTS=${PARTS:-tests eager step recompute carry sdpa kernels pack before_step before_recompute before_carry step_1895 step_1182}
-LOGS=$OUT/logs
-mkdir -p "$LOGS"
+PARTS=${PARTS:-tests eager pack step run recompute carry sdpa kernels before_step before_recompute before_carry step_1895 step_1182}
+LOGS=${LOGS:-$OUT/logs} DATA_PATH=${DATA_PATH:-}
+if [[ -z "$BEFORE" ]]; then PARTS=$(tr ' ' '\n' <<<"$PARTS" | grep -v '^before_' | tr '\n' ' '); fi
+mkdir -p "$OUT" "$LOGS"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 export PYTHONPATH="$ROOT:$ROOT/data:$ROOT/tests${PYTHONPATH:+:$PYTHONPATH}"
 export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-6}"
@@ -25,8 +26,9 @@ export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-6}"
 records=records/track_10min_16mb
 caseops=$records/2026-04-29_CaseOps_PhasedTTT_PR1934
 carry=$records/2026-11-25_CarryTTT
+trellis=$records/2026-11-25_TCQ_rANS
 # one micro-batch a step, as a rank of eight has it
-rank_of_eight="TRAIN_BATCH_TOKENS=98304 BATCH_SLICES=1 VAL_BATCH_TOKENS=65536 COMPRESSOR=brotli"
+rank_of_eight="TRAIN_BATCH_TOKENS=98304 BATCH_SLICES=1 VAL_BATCH_TOKENS=65536"
 bench=tests/bench
 
 left() { echo $((BUDGET - ($(date +%s) - START))); }
@@ -41,13 +43,13 @@ keep() {
       if grep -q '^{' "$log"; then echo "== $(basename "$log" .log)" && grep -h '^{' "$log" | cut -c1-1000; fi
     done
   } >"$OUT/summary.txt" 2>/dev/null
-  tar czf "$OUT/logs.tgz" --exclude='*.pt' --exclude='*.bin' --exclude='*.pyz' -C "$OUT" logs 2>/dev/null
+  tar czf "$OUT/logs.tgz" --exclude='*.pt' --exclude='*.bin' --exclude='*.pyz' -C "$(dirname "$LOGS")" "$(basename "$LOGS")" 2>/dev/null
 }
 # part NAME FOLDER COMMAND...: in the background, with a log of its own
 part() {
   local name=$1 folder=$2
   shift 2
-  wanted "$name" || return 0
+  if ! wanted "$name"; then return 0; fi
   (
     cd "$folder" || exit
     begun=$(date +%s)
@@ -67,44 +69,43 @@ await() {
   done
   keep
 }
-step() { echo PRESET="$1" $rank_of_eight "$PY" "$bench/bench_gpu.py" step --steps 10 --attention fa2 --profile "$LOGS"; }
+step() { echo PRESET="$1" $rank_of_eight COMPRESSOR=brotli "$PY" "$bench/bench_gpu.py" step --steps 10 --attention fa2 --profile "$LOGS"; }
 ttt() { echo COMPRESSOR=brotli PRESET="$1" EVAL=doc_lora "$PY" "$bench/bench_ttt.py" --docs "$2" --variants EVAL=doc_lora --profile "$LOGS"; }
 
 "$PY" -c 'import torch, triton, numpy; print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__, torch.cuda.get_device_properties(0))' 2>&1 | tee -a "$LOGS/summary"
 
 # everything that compiles does so side by side; what is timed takes the device alone (bench.alone)
-then_run=()
-if [[ -n "${DATA_PATH:-}" ]]; then
+then_run=() run=""
+if [[ -n "$DATA_PATH" ]]; then
   run="DATA_PATH=$DATA_PATH MAX_WALLCLOCK_SECONDS=$TRAIN_S GPTQ_RESERVE_SECONDS=6 WARMUP_STEPS=3 TRAIN_LOG_EVERY=50
     GPTQ_CALIBRATION_BATCHES=8 STAGES=train,quantize,eval EVAL=plain"
-  then_run=(--then-run)
+  if wanted run; then then_run=(--then-run); fi
 else
-  run="" PARTS=${PARTS/eager/} PARTS=${PARTS/pack/}
+  PARTS=${PARTS/eager/} PARTS=${PARTS/pack/}
 fi
-# shellcheck disable=SC2046  (the commands are lists of words)
+# shellcheck disable=SC2046,SC2086  (the commands are lists of words)
 {
-  # without compilation, while the others compile: are all stages right?
-  part eager "$ROOT" PRESET="$caseops" $rank_of_eight $run ARTIFACT_DIR="$LOGS/eager" TRAIN_BATCH_TOKENS=32768 \
-    COMPILE=off MAX_WALLCLOCK_SECONDS=25 "$PY" train_gpt.py
+  # all stages of another record without compilation, while the others compile; 5 bits: short runs compress badly
+  part eager "$ROOT" PRESET="$trellis" $rank_of_eight $run ARTIFACT_DIR="$LOGS/eager" TRAIN_BATCH_TOKENS=32768 \
+    MATRIX_BITS=5 COMPILE=off MAX_WALLCLOCK_SECONDS=25 "$PY" train_gpt.py
   part step "$ROOT" $run ARTIFACT_DIR="$LOGS/run" $(step "$caseops") ${then_run[@]+"${then_run[@]}"}
   part recompute "$ROOT" $(ttt "$caseops" 256)
   part carry "$ROOT" $(ttt "$carry" 512)
   part sdpa "$ROOT" "$PY" "$bench/bench_gpu.py" sdpa --steps 5
+  await eager sdpa
   part tests "$ROOT" "$PY" -m pytest -q -m gpu -n 4 --dist worksteal -p no:cacheprovider --durations=8 tests
-  if [[ -n "$BEFORE" ]]; then
-    part before_step "$BEFORE" $(step "$caseops")
-    part before_recompute "$BEFORE" $(ttt "$caseops" 256)
-    part before_carry "$BEFORE" $(ttt "$carry" 512)
-  fi
-  await tests sdpa eager
   part pack "$ROOT" bash -c "'$PY' pack_artifact.py pack '$LOGS/eager' &&
     '$PY' pack_artifact.py verify '$LOGS/eager/artifact.pyz' --run '$LOGS/eager' --data '$DATA_PATH'"
   await step
-  part kernels "$ROOT" "$PY" "$bench/bench_gpu.py" kernels --steps 10
+  if [[ -n "$BEFORE" ]]; then part before_step "$BEFORE" $(step "$caseops"); fi
   await recompute carry
+  part kernels "$ROOT" "$PY" "$bench/bench_gpu.py" kernels --steps 10
+  if [[ -n "$BEFORE" ]]; then part before_carry "$BEFORE" $(ttt "$carry" 512); fi
+  await before_step
+  if [[ -n "$BEFORE" ]]; then part before_recompute "$BEFORE" $(ttt "$caseops" 256); fi
   part step_1895 "$ROOT" $(step "$records/2026-04-28_GDN_Hybrid_PR1895")
   part step_1182 "$ROOT" $(step "$records/2026-03-31_XSA7_Ngram_TTT_PR1182")
-  await before_step before_recompute before_carry kernels pack step_1895 step_1182
+  await tests kernels pack step_1895 step_1182 before_carry before_recompute
 }
 say "done, $(left) s left"
 # what this script started and nothing else

@@ -62,7 +62,15 @@ def token_counts(cfg: train_gpt.Config, docs: list[tuple[int, int]]) -> dict[str
     """Tokens per prediction: forward and backward of rows that learn, without padding; all that is computed with
     gradient, padding included; and computed without gradient. Kept: as published, finished rows stay in their batch."""
 
-    def shapes(_: object, documents: np.ndarray, *others: object, lesson: train_gpt.Lesson, **named: object) -> tuple:
+    def shapes(
+        val: None,
+        documents: np.ndarray,
+        begin: object,
+        first: object,
+        length: object,
+        offset: object,
+        lesson: train_gpt.Lesson,
+    ) -> tuple[int, int, int]:
         return len(documents), lesson.cols.stop, len(lesson.rows)
 
     context = train_gpt.TTT_CONTEXTS[cfg.ttt_context]
