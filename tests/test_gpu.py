@@ -69,6 +69,23 @@ def test_fused_delta_rule_is_the_twin(compiled: bool) -> None:
         assert (got - wanted).norm() <= 0.03 * wanted.norm()
 
 
+def test_trellis_search_finds_as_good_paths_as_on_a_cpu() -> None:
+    """Whole matrices, one and several side by side, of full and of short columns; a GPU replays a captured graph."""
+    generator, errors = torch.Generator().manual_seed(0), {}
+    cfg = train_gpt.Config(tcq_states=64, tcq_chunk_rows=64)
+    weights = [torch.randn(rows, 96, generator=generator) for rows in (64, 1200, 300)]
+    inputs = torch.randn(500, 96, generator=generator)
+    rules_of = [train_gpt.QuantRule("gptq_tcq", 5, 12.0)] * 3
+    for device in ("cpu", "cuda"):
+        moved, H = [w.to(device) for w in weights], (inputs.T @ inputs).to(device)
+        for some in (slice(0, 1), slice(0, 3)):
+            encoded = train_gpt.encode_tcq(moved[some], [H] * len(moved[some]), rules_of[some], cfg)
+            decoded = [train_gpt.decode_rows(parts).cpu() for parts in encoded]
+            lost = sum(((w - d) @ inputs.T).square().sum() for w, d in zip(weights[some], decoded, strict=True))
+            errors.setdefault(device, []).append(lost.item())
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=1e-3)
+
+
 def test_compiled_training_step_needs_one_graph_per_route(tiny_data: Path) -> None:
     shape = "VOCAB_SIZE=320 NUM_LAYERS=5 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=1"
     route = "LOOP_START=1 LOOP_END=2 PARALLEL_START_LAYER=3 ATTENTION=fa2 WARMUP_STEPS=2"
