@@ -126,6 +126,11 @@ class Config:
         "train|quantize|eval",
     )
     model_path: str = knob("", "artifact that STAGES=eval reads; empty: <run directory>/model.bin")
+    scores: str = knob(
+        "",
+        "each evaluation writes SCORES.<rank>.npy, which the judge reads: float64 rows of a target's position in the "
+        "validation stream, its nats, and the number of the step that scored it; empty: nothing is written",
+    )
     device: str = knob("auto", "auto: a GPU if torch sees one", "auto|cpu|cuda")
     attention: str = knob(
         "auto",
@@ -476,7 +481,7 @@ class Config:
 
 # Where and how a run happens, not what it is: these knobs are never written to record.env.
 LOCAL_KNOBS = (
-    "run_id artifact_dir stages model_path device attention fused_ce_enabled "
+    "run_id artifact_dir stages model_path scores device attention fused_ce_enabled "
     "fused_mlp_enabled fused_gdn_enabled compute_dtype compile data_path tokenizer_path"
 ).split()
 
@@ -4995,8 +5000,9 @@ class Ledger:
 class ByteMeter:
     """Sums of loss (float64, on the device), tokens and bytes over the scored targets, with their ledger."""
 
-    def __init__(self, val: ValData, runtime: Runtime, noncausal: bool = False) -> None:
-        self.val, self.runtime = val, runtime
+    def __init__(self, val: ValData, runtime: Runtime, noncausal: bool = False, scores: str = "") -> None:
+        self.val, self.runtime, self.scores = val, runtime, scores
+        self.rows = [np.empty((0, 3))]  # of SCORES
         self.ledger = Ledger(len(val.tokens), noncausal)
         self.loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
         self.tokens, self.bytes = 0, 0
@@ -5007,13 +5013,18 @@ class ByteMeter:
         positions = cells.scored()
         self.ledger.claim(positions)
         rows, cols = (to_device(a, nll.device) for a in (cells.rows, cells.cols))
-        self.loss += nll.detach()[rows, cols].double().sum()
+        nats = nll.detach()[rows, cols].double()
+        self.loss += nats.sum()
+        if self.scores:
+            self.rows.append(np.column_stack([positions, nats.cpu(), np.full(len(positions), len(self.rows))]))
         self.tokens += len(positions)
         self.bytes += int(self.val.bytes[positions].sum())
 
     def close(self) -> Score:
         """The score over all ranks."""
         self.ledger.close(self.runtime)
+        if self.scores:
+            np.save(f"{self.scores}.{self.runtime.rank}.npy", np.concatenate(self.rows))
         loss = self.runtime.sum_(self.loss.clone()).item()
         tokens, size, illegal = self.runtime.sum_(
             torch.tensor([self.tokens, self.bytes, not self.ledger.legal])
@@ -5075,7 +5086,7 @@ class Evaluator(NamedTuple):
         if runtime.compile and type(learner) is NoAdaptation:
             learner.score(next(self.steps(cfg, runtime, val)).cells)
         # the clock starts here
-        meter = ByteMeter(val, runtime, cfg.allow_noncausal)
+        meter = ByteMeter(val, runtime, cfg.allow_noncausal, cfg.scores)
         score_first(with_progress(self.steps(cfg, runtime, val), meter), learner, meter)
         return meter.close()
 

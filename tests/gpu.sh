@@ -45,13 +45,12 @@ keep() {
   } >"$OUT/summary.txt" 2>/dev/null
   tar czf "$OUT/logs.tgz" --exclude='*.pt' --exclude='*.bin' --exclude='*.pyz' -C "$(dirname "$LOGS")" "$(basename "$LOGS")" 2>/dev/null
 }
-# part NAME FOLDER COMMAND...: in the background, with a log of its own
+# part NAME [KNOB=VALUE...] COMMAND...: in the background, with a log of its own
 part() {
-  local name=$1 folder=$2
-  shift 2
+  local name=$1
+  shift
   if ! wanted "$name"; then return 0; fi
   (
-    cd "$folder" || exit
     begun=$(date +%s)
     timeout -k 5 "$(left)" env "$@" >"$LOGS/$name.log" 2>&1
     code=$?
@@ -69,8 +68,9 @@ await() {
   done
   keep
 }
-step() { echo PRESET="$1" $rank_of_eight COMPRESSOR=brotli "$PY" "$bench/bench_gpu.py" step --steps 10 --attention fa2 --profile "$LOGS"; }
-ttt() { echo COMPRESSOR=brotli PRESET="$1" EVAL=doc_lora "$PY" "$bench/bench_ttt.py" --docs "$2" --variants EVAL=doc_lora --profile "$LOGS"; }
+# the words of a command: step NAME PRESET, ttt NAME PRESET DOCUMENTS
+step() { echo PRESET="$2" $rank_of_eight COMPRESSOR=brotli "$PY" "$bench/bench_gpu.py" step --steps 10 --attention fa2 --profile "$LOGS/$1"; }
+ttt() { echo COMPRESSOR=brotli PRESET="$2" EVAL=doc_lora "$PY" "$bench/bench_ttt.py" --docs "$3" --variants EVAL=doc_lora --profile "$LOGS/$1"; }
 
 "$PY" -c 'import torch, triton, numpy; print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__, torch.cuda.get_device_properties(0))' 2>&1 | tee -a "$LOGS/summary"
 
@@ -86,25 +86,25 @@ fi
 # shellcheck disable=SC2046,SC2086  (the commands are lists of words)
 {
   # all stages of another record without compilation, while the others compile; 5 bits: short runs compress badly
-  part eager "$ROOT" PRESET="$trellis" $rank_of_eight $run ARTIFACT_DIR="$LOGS/eager" TRAIN_BATCH_TOKENS=32768 \
+  part eager PRESET="$trellis" $rank_of_eight $run ARTIFACT_DIR="$LOGS/eager" TRAIN_BATCH_TOKENS=32768 \
     MATRIX_BITS=5 COMPILE=off MAX_WALLCLOCK_SECONDS=25 "$PY" train_gpt.py
-  part step "$ROOT" $run ARTIFACT_DIR="$LOGS/run" $(step "$caseops") ${then_run[@]+"${then_run[@]}"}
-  part recompute "$ROOT" $(ttt "$caseops" 256)
-  part carry "$ROOT" $(ttt "$carry" 512)
-  part sdpa "$ROOT" "$PY" "$bench/bench_gpu.py" sdpa --steps 5
+  part step $run ARTIFACT_DIR="$LOGS/run" $(step step "$caseops") ${then_run[@]+"${then_run[@]}"}
+  part recompute $(ttt recompute "$caseops" 256)
+  part carry $(ttt carry "$carry" 512)
+  part sdpa "$PY" "$bench/bench_gpu.py" sdpa --steps 5
   await eager sdpa
-  part tests "$ROOT" "$PY" -m pytest -q -m gpu -n 4 --dist worksteal -p no:cacheprovider --durations=8 tests
-  part pack "$ROOT" bash -c "'$PY' pack_artifact.py pack '$LOGS/eager' &&
+  part tests "$PY" -m pytest -q -m gpu -n 4 --dist worksteal -p no:cacheprovider --durations=8 tests
+  part pack bash -c "'$PY' pack_artifact.py pack '$LOGS/eager' &&
     '$PY' pack_artifact.py verify '$LOGS/eager/artifact.pyz' --run '$LOGS/eager' --data '$DATA_PATH'"
   await step
-  if [[ -n "$BEFORE" ]]; then part before_step "$BEFORE" $(step "$caseops"); fi
+  if [[ -n "$BEFORE" ]]; then part before_step BENCH_PROGRAM="$BEFORE" $(step before_step "$caseops"); fi
   await recompute carry
-  part kernels "$ROOT" "$PY" "$bench/bench_gpu.py" kernels --steps 10
-  if [[ -n "$BEFORE" ]]; then part before_carry "$BEFORE" $(ttt "$carry" 512); fi
+  part kernels "$PY" "$bench/bench_gpu.py" kernels --steps 10
+  if [[ -n "$BEFORE" ]]; then part before_carry BENCH_PROGRAM="$BEFORE" $(ttt before_carry "$carry" 512); fi
   await before_step
-  if [[ -n "$BEFORE" ]]; then part before_recompute "$BEFORE" $(ttt "$caseops" 256); fi
-  part step_1895 "$ROOT" $(step "$records/2026-04-28_GDN_Hybrid_PR1895")
-  part step_1182 "$ROOT" $(step "$records/2026-03-31_XSA7_Ngram_TTT_PR1182")
+  if [[ -n "$BEFORE" ]]; then part before_recompute BENCH_PROGRAM="$BEFORE" $(ttt before_recompute "$caseops" 256); fi
+  part step_1895 $(step step_1895 "$records/2026-04-28_GDN_Hybrid_PR1895")
+  part step_1182 $(step step_1182 "$records/2026-03-31_XSA7_Ngram_TTT_PR1182")
   await tests kernels pack step_1895 step_1182 before_carry before_recompute
 }
 say "done, $(left) s left"

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, Done, call, environment, launch, one_thread
@@ -125,9 +126,14 @@ def test_adapters_lower_the_score(full: Done) -> None:
 
 
 @pytest.mark.parametrize("name", train_gpt.EVALS)
-def test_every_evaluation_scores_the_same_targets(name: str, quick: Done, again: Callable[..., Done]) -> None:
-    done = again(quick, STAGES="eval", EVAL=name, TTT_LORA_LR=0.0)
+def test_every_evaluation_scores_the_same_targets(
+    name: str, quick: Done, again: Callable[..., Done], tmp_path: Path
+) -> None:
+    done = again(quick, STAGES="eval", EVAL=name, TTT_LORA_LR=0.0, SCORES=tmp_path / "scores")
     assert done.code == 0, done.err
+    position, nats, step = np.load(tmp_path / "scores.0.npy").T
+    assert sorted(position.astype(int)) == list(range(1, 1473)) and (np.diff(step) >= 0).all()
+    assert nats.mean() == pytest.approx(done.result["val_loss"], rel=1e-12)
     assert (done.result["tokens_scored"], done.result["bytes_scored"]) == (1472, quick.result["bytes_scored"])
     assert done.bpb("quantized") == quick.bpb("quantized"), "scores of the stages before stay"
     assert done.bpb("final") == pytest.approx(quick.bpb("final"), rel=0.05)

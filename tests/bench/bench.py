@@ -1,4 +1,7 @@
-"""What the benchmarks share: where the program is, arguments, clocks, tables in Markdown, models and data of a run."""
+"""What the benchmarks share: where the program is, arguments, clocks, tables in Markdown, models and data of a run.
+
+BENCH_PROGRAM names another checkout, whose train_gpt.py is measured in place of this one's.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "data")]
+sys.path[:0] = [os.environ.get("BENCH_PROGRAM", str(ROOT)), str(ROOT), str(ROOT / "tests"), str(ROOT / "data")]
 
 import train_gpt  # noqa: E402  (the line above finds it)
 
@@ -113,6 +116,7 @@ def profiled(call: Callable[[], object], path: Path, rows: int = 50) -> dict[str
     lines = [
         f"{sum(us) / 1e3:10.3f} ms {len(us):6} x {sum(us) / len(us):10.1f} us  {name[:150]}" for name, us in busiest
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     busy = sum(event.device_time_total for event in kernels) / 1e3
     return {"launches": len(kernels), "device_ms": round(busy, 2), "wall_ms": round(1e3 * seconds, 2)}
