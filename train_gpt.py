@@ -26,7 +26,9 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import datetime
 import difflib
+import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -37,7 +39,6 @@ import json
 import lzma
 import math
 import os
-import pickle
 import platform
 import queue
 import re
@@ -88,6 +89,7 @@ except ImportError:
     from torch.distributed import reduce_scatter_tensor as reduce_scatter
 
 BOS_ID = 1
+CASE_OPERATOR = "\ue001"  # a piece of every CaseOps tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE and COMPUTE_DTYPE
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 RMS_EPS = 2.0**-23  # float32 machine epsilon: what torch uses for an unset eps, made explicit
@@ -155,7 +157,8 @@ class Config:
     )
     compute_dtype: str = knob("auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", "auto|bf16|fp32")
     compile: str = knob("auto", "torch.compile; auto: on a GPU only", "auto|on|off")
-    seed: int = knob(1337, "seed of the initial weights and of the adapters", ">= 0")
+    overwrite: bool = knob(False, "train in the folder of a run that has another configuration; its files are lost")
+    seed: int = knob(1337, "seed of the initial weights and of the adapters", ">= 0, <= 4294967295")
 
     data_path: str = knob("data/sp8192", "folder with the shards")
     tokenizer_path: str = knob("", "SentencePiece model; empty: the one *.model file in DATA_PATH")
@@ -481,7 +484,7 @@ class Config:
 
 # Where and how a run happens, not what it is: these knobs are never written to record.env.
 LOCAL_KNOBS = (
-    "run_id artifact_dir stages model_path scores device attention fused_ce_enabled "
+    "run_id artifact_dir stages model_path scores overwrite device attention fused_ce_enabled "
     "fused_mlp_enabled fused_gdn_enabled compute_dtype compile data_path tokenizer_path"
 ).split()
 
@@ -733,7 +736,12 @@ def format_knob(value: Any) -> str:
 def parse_preset(path: Path) -> dict[str, str]:
     """KEY -> VALUE of a record.env: lines KEY=VALUE, each with an optional comment after a space."""
     values = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        # some editors begin a file with a byte-order mark
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
         text = re.split(r"\s#|^#", line, maxsplit=1)[0].strip()
         if not text:
             continue
@@ -835,6 +843,41 @@ def record_env(cfg: Config) -> str:
     return "".join(f"{f.name.upper()}={format_knob(getattr(cfg, f.name))}\n" for f in fields)
 
 
+def fields_until(first: str, last: str) -> list[str]:
+    """The names of the knobs from one to the one before another, in the order of Config."""
+    names = [f.name for f in dataclasses.fields(Config)]
+    return names[names.index(first) : names.index(last)]
+
+
+def model_identity(cfg: Config) -> str:
+    """A hash of the knobs that say what the weights compute; model.bin carries it."""
+    names = ["vocab_size", *fields_until("num_layers", "matrix_lr")]
+    return short_hash(str([(name, getattr(cfg, name)) for name in names]).encode())
+
+
+def short_hash(data: bytes) -> str:
+    """12 hexadecimal digits of a SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def check_trained(cfg: Config, folder: Path) -> None:
+    """UserError if a run would go on from weights of other training knobs, or train over a run that has other knobs."""
+    if not (folder / "record.env").is_file():
+        return
+    before = load_config(parse_preset(folder / "record.env"))
+    trains = "train" in cfg.stages
+    names = [f.name for f in dataclasses.fields(cfg)] if trains else fields_until("seed", "matrix_quant")
+    changed = [name for name in names if name not in LOCAL_KNOBS and getattr(cfg, name) != getattr(before, name)]
+    if not changed or (trains and cfg.overwrite):
+        return
+    listed = ", ".join(
+        f"{name.upper()}={format_knob(getattr(cfg, name))} (there {format_knob(getattr(before, name))})"
+        for name in changed
+    )
+    fix = "choose another RUN_ID or ARTIFACT_DIR, or say OVERWRITE=1" if trains else "leave that as it was"
+    raise UserError(f"{folder} holds a run with other knobs: {listed}; {fix}")
+
+
 def help_text() -> str:
     """The knobs by group, for --help."""
     lines = [__doc__.split("\nSections:")[0].strip()]
@@ -883,6 +926,50 @@ class Log:
         self(f"{what}: {done}/{total} ({100 * done / total:.0f} %), {now - started:.0f} s, {left:.0f} s left")
 
 
+RANK_MINUTES = 20  # how long ranks wait for one another; compressing an artifact takes minutes
+LOST_RANK = "peer|timed out|timeout|connection"  # in what a collective says when another rank is gone
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message, or the kind of an error that has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def launch_variables(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK of a launcher; 0, 1, 0 without one. UserError unless they fit together."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    texts = {name: environ[name] for name in names if name in environ}
+    numbers = {name: int(text) for name, text in texts.items() if text.isdecimal()}
+    rank = numbers.get("RANK", 0)
+    world = numbers.get("WORLD_SIZE", 1)
+    together = ("RANK" in texts) == ("WORLD_SIZE" in texts)
+    if len(numbers) < len(texts) or not together or rank >= world:
+        said = " ".join(f"{name}={text}" for name, text in texts.items())
+        raise UserError(f"{said}: not what a launcher sets; use torchrun, or unset {', '.join(names)}")
+    return rank, world, numbers.get("LOCAL_RANK", 0)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process; UserError that names the process which holds it."""
+    path = folder / "lock"
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise UserError(
+                f"{folder} is in use by {handle.read().strip()}; wait, or choose another RUN_ID or ARTIFACT_DIR"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
+        handle.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     """Rank, world size, device, log, activation dtype, and whether to compile. A single process has world = 1."""
@@ -900,13 +987,13 @@ class Runtime:
 
         Raises UserError for a world size that does not divide BATCH_SLICES and for a missing GPU.
         """
-        rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+        rank, world, local_rank = launch_variables(environ)
         if cfg.batch_slices % world != 0:
             raise UserError(f"BATCH_SLICES={cfg.batch_slices} is not a multiple of the {world} ranks")
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda, but torch sees no GPU; use DEVICE=cpu or install a CUDA build of torch")
         use_cuda = cfg.device != "cpu" and torch.cuda.is_available()
-        device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+        device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(device)
             # Two routes, with and without gradients, for three models: more graphs than the default limit of 8.
@@ -916,7 +1003,11 @@ class Runtime:
             torch.set_float32_matmul_precision("high")
         if world > 1:
             # CPU tensors go over gloo and never wait for the GPU.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+            try:
+                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=RANK_MINUTES))
+            except (ValueError, RuntimeError) as error:
+                raise UserError(f"the {world} ranks do not meet: {first_line(error)}; launch with torchrun") from None
         dtype = DTYPES.get(cfg.compute_dtype, torch.bfloat16 if use_cuda else torch.float32)
         compiled = {"auto": use_cuda, "on": True, "off": False}[cfg.compile]
         return cls(rank, world, device, Log(log_path, rank != 0), dtype, compiled)
@@ -1041,15 +1132,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_saved(path: Path) -> Any:
-    """Load what atomic_save wrote onto the CPU. UserError if it is missing or damaged."""
+def load_saved(path: Path, *keys: str) -> dict[str, Any]:
+    """Load a dict that atomic_save wrote, onto the CPU. UserError if it is missing, damaged, or has not all keys."""
     if not path.is_file():
         raise UserError(f"{path} is missing; run the stage before (STAGES=train,quantize,eval)")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise UserError(f"{path} is damaged ({reason}); run the stage before again") from None
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises almost anything
+        raise UserError(f"{path} is damaged ({first_line(error)}); run the stage before again") from None
+    missing = set(keys) - value.keys() if isinstance(value, dict) else {"a dictionary"}
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: it is of another program or version; train again")
+    return value
+
+
+def weights_hash(state: Weights) -> Tensor:
+    """The SHA-256 of a state dict, (32,) uint8."""
+    digest = hashlib.sha256()
+    for name, weight in state.items():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 def compiled(runtime: Runtime, function: Callable) -> Callable:
@@ -1433,6 +1536,44 @@ def byte_table(path: Path, vocab_size: int) -> ByteTable:
     return table
 
 
+def fingerprint(path: Path) -> str:
+    """A fast hash of a file, as manifest.json has it: SHA-256 of its size and of its first and last MiB."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        first = handle.read(2**20)
+        handle.seek(max(0, size - 2**20))
+        return hashlib.sha256(struct.pack("<Q", size) + first + handle.read()).hexdigest()
+
+
+def check_data(cfg: Config, log: Log) -> str:
+    """Hold DATA_PATH against its manifest.json. UserError for a file that is not of this preparation, or missing.
+
+    Returns a short hash of what scores depend on: validation shards, sidecars and tokenizer.
+    """
+    folder, tokenizer = Path(cfg.data_path), find_tokenizer(cfg)
+    manifest = read_json(folder / "manifest.json")
+    rows = [*manifest.get("shards", []), *manifest.get("sidecars", []), *filter(None, [manifest.get("tokenizer")])]
+    # a tokenizer may lie elsewhere, under another name
+    known = {row.get("fingerprint"): row["name"] for row in rows}
+    listed = {row["name"] for row in rows if row.get("fingerprint")}
+    scored = [*list_shards(folder, "val"), *list_shards(folder, "val_bytes"), *filter(None, [tokenizer])]
+    found = {path: fingerprint(path) for path in (*scored, *folder.glob("fineweb_train_*.bin"))}
+    if listed:
+        foreign = [str(path) for path, mark in found.items() if mark not in known]
+        missing = [name for name in listed if name.startswith("fineweb_val") and not (folder / name).is_file()]
+        for problem, paths in (("not the file that", foreign), ("missing, though", missing)):
+            if paths:
+                raise UserError(
+                    f"DATA_PATH={folder}: {', '.join(sorted(paths))}: {problem} manifest.json lists; prepare the data "
+                    "again, or copy all of it"
+                )
+    else:
+        log(f"WARNING: DATA_PATH={folder}: no manifest.json with fingerprints says that its files belong together")
+    if manifest.get("lossy"):
+        log(f"WARNING: DATA_PATH={folder}: the tokenizer loses text, so that bits per byte are not comparable")
+    return short_hash("".join(found[path] for path in scored).encode())
+
+
 class ValData(NamedTuple):
     """The validation stream: tokens (N,) int64, and the bytes credited to each token as a target, (N,) int32."""
 
@@ -1468,9 +1609,16 @@ def load_val(cfg: Config) -> ValData:
         counted = np.concatenate(parts).astype(np.int32)
     elif table is not None:
         counted = table.count(tokens)
+        # bytes of case operators are those of the text without them: a table cannot know
+        processor = spm.SentencePieceProcessor(model_file=str(tokenizer))
+        if processor.piece_to_id(CASE_OPERATOR) != processor.unk_id():
+            raise UserError(f"{where}: the tokenizer has case operators, so fineweb_val_bytes_*.bin must be there")
     else:
         raise UserError(f"{where} has neither a *.model nor a byte sidecar; set TOKENIZER_PATH")
-    return ValData(tokens[: count + 1], counted[: count + 1])
+    val = ValData(tokens[: count + 1], counted[: count + 1])
+    if not val.bytes[1:].any():
+        raise UserError(f"{where}: the validation targets count no byte; prepare the data again")
+    return val
 
 
 def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
@@ -1762,8 +1910,7 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
         except (ImportError, RuntimeError, ValueError) as error:
             if wanted != "auto":
                 raise UserError(f"ATTENTION={wanted} cannot run here: {error}; set ATTENTION=auto") from None
-            reason = str(error).splitlines()[0][:100]
-            runtime.log(f"attention: {name} cannot run here ({reason})", to_file_only=True)
+            runtime.log(f"attention: {name} cannot run here ({first_line(error)})", to_file_only=True)
         else:
             runtime.log(f"attention: {name} through torch.nn.attention")
             return flash_attention
@@ -3598,6 +3745,7 @@ def bits_overrides(cfg: Config) -> list[tuple[str, int]]:
 
 
 COUNTS = "token_counts"  # the name of token_counts among the Hessians
+WEIGHTS_HASH = "weights sha256"  # beside Hessians: of the weights that they are of
 
 
 def passes(cfg: Config, layer: int) -> int:
@@ -4352,7 +4500,7 @@ def similarity_order(matrix: Tensor) -> Tensor:
 # | 11 ARTIFACT                                                                                                        |
 # +--------------------------------------------------------------------------------------------------------------------+
 
-MAGIC, ARTIFACT_VERSION = b"PGLF", 3
+MAGIC, ARTIFACT_VERSION = b"PGLF", 4
 ARTIFACT_HEADER = struct.Struct("<4sBBII")  # magic, version, codec, payload bytes, CRC-32 of all that and the payload
 
 
@@ -4720,11 +4868,12 @@ class Stream(NamedTuple):
 
 
 class Blob(NamedTuple):
-    """What a model blob holds: the tensors, the streams that they were in, the text of the index."""
+    """What a model blob holds: the tensors, the streams that they were in, the text of the index, model_identity."""
 
     tensors: list[Stored]
     streams: list[Stream]
     index: bytes
+    identity: str
 
 
 def storage_order(index: list[Any]) -> dict[str, list[Any]]:
@@ -4741,11 +4890,11 @@ def storage_order(index: list[Any]) -> dict[str, list[Any]]:
     return streams
 
 
-def pack_stored(stored: list[Stored], codec: str) -> bytes:
-    """Pack stored tensors into one self-describing blob.
+def pack_stored(stored: list[Stored], codec: str, identity: str = "") -> bytes:
+    """Pack stored tensors, and the model_identity of what they are of, into one self-describing blob.
 
-    Payload: number of streams (u8), their lengths (u32 each), the streams. The first one begins with the length of the
-    index (u32) and the index, which is JSON.
+    Payload: number of streams (u8), their lengths (u32 each), the streams. The first one begins with the length of a
+    JSON text (u32) and the text: [identity, index].
     """
     layout, index, arrays = CODECS[codec], [], {}
     for tensor in stored:
@@ -4756,7 +4905,7 @@ def pack_stored(stored: list[Stored], codec: str) -> bytes:
             # only the integers have streams of their own
             types[part] = [stream if part == "q" else "", array.dtype.str, array.shape]
         index.append([key, types])
-    text, streams = json.dumps(index, separators=(",", ":")).encode(), storage_order(index)
+    text, streams = json.dumps([identity, index], separators=(",", ":")).encode(), storage_order(index)
     coders = layout.coders(len(streams))
     raws = [
         b"".join(coder.frame(arrays[key, part], arrays.get((key, "t"))) for key, part, *_ in rows)
@@ -4819,7 +4968,7 @@ def decode_payload(payload: bytes, layout: Codec) -> Blob:
     text, raws[0] = raws[0][4 : 4 + length], raws[0][4 + length :]
     if len(text) != length:
         raise ValueError("the index is cut off")
-    index = json.loads(text)
+    identity, index = json.loads(text)
     # in the order of the index, not of the streams
     parts = {key: dict.fromkeys(types) for key, types in index}
     streams = []
@@ -4833,20 +4982,24 @@ def decode_payload(payload: bytes, layout: Codec) -> Blob:
             arrays[key, part] = coder.unframe(raw[start:end], dtype, shape)
             parts[key][part] = torch.from_numpy(arrays[key, part])
         streams.append(Stream(name, layout.integer_coder if name else layout.coder, size, arrays))
-    return Blob([Stored.parse(key, unsort_rows(parts[key])) for key in parts], streams, text)
+    return Blob([Stored.parse(key, unsort_rows(parts[key])) for key in parts], streams, text, identity)
 
 
-def read_artifact(path: str | Path) -> list[Stored]:
-    """The tensors in a model blob as they are stored; UserError if it cannot be read."""
+def read_artifact(path: str | Path, cfg: Config | None = None) -> list[Stored]:
+    """The tensors in a model blob as they are stored; UserError if it cannot be read, or is of another model than
+    the configuration's."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such artifact; run STAGES=train,quantize first or set MODEL_PATH")
-    return open_blob(Path(path).read_bytes(), str(path)).tensors
+    blob = open_blob(Path(path).read_bytes(), str(path))
+    if cfg is not None and blob.identity not in ("", model_identity(cfg)):
+        raise UserError(f"{path} is of a model with other knobs, such as LOGIT_SOFTCAP; use the record.env of its run")
+    return blob.tensors
 
 
-def load_artifact(path: str | Path) -> Weights:
-    """The float32 state dict in a model blob; UserError if it cannot be read."""
+def load_artifact(path: str | Path, cfg: Config | None = None) -> Weights:
+    """The float32 state dict in a model blob; UserError as read_artifact."""
     try:
-        return dequantize(read_artifact(path))
+        return dequantize(read_artifact(path, cfg))
     except (KeyError, IndexError) as error:
         raise UserError(f"{path}: written by another program or version: no {error}; quantise again") from None
 
@@ -5654,7 +5807,7 @@ class CarryLora(DocLora):
         except RuntimeError as error:
             if self.runtime.world > 1:
                 raise
-            self.runtime.log(f"WARNING: carry: no CUDA graphs ({str(error).splitlines()[0][:100]})")
+            self.runtime.log(f"WARNING: carry: no CUDA graphs ({first_line(error)})")
             return {}
 
     def capture(self, width: int, pool: tuple[int, int]) -> tuple[Callable, Callable]:
@@ -6065,13 +6218,19 @@ class Run:
         self.cfg, self.runtime, self.log, self.folder = cfg, runtime, runtime.log, folder
         # whatever can be missing is found here, before the training and not after it
         self.attend, self.kernels = choose_attention(cfg, runtime), choose_kernels(cfg, runtime)
-        self.val = load_val(cfg)
+        self.val, data = load_val(cfg), check_data(cfg, runtime.log)
+        if "lora" in cfg.eval:
+            val_documents(self.val.tokens)
         if "quantize" in cfg.stages:
             CODECS[cfg.compressor].require()
         # what earlier stages found stays
         self.result = {"preset": preset, "seed": cfg.seed, "stages": {}}
         if "train" not in cfg.stages:
             self.result |= read_json(folder / "result.json")
+        else:
+            self.check_space()
+        if self.result.setdefault("data", data) != data:
+            raise UserError(f"DATA_PATH={cfg.data_path} holds other validation data than {folder} was trained with")
         self.result["source_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     def model(self) -> GPT:
@@ -6103,10 +6262,32 @@ class Run:
             atomic_write(self.folder / "record.env", record_env(self.cfg).encode())
             atomic_write(self.folder / "result.json", json.dumps(self.result, indent=1).encode() + b"\n")
 
+    def check_space(self) -> None:
+        """UserError if the disk has no room for what a run leaves."""
+        weights = weights_of(self.cfg).values()
+        # weights, a square Hessian beside each matrix that has one, the artifact and the log
+        need = sum(4 * p.numel() + 4 * p.size(-1) ** 2 * bool(ROLES[p.role].hessian) for p in weights) + 2**25
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            raise UserError(f"{self.folder}: {free >> 20:,} MiB of disk are free, {need >> 20:,} MiB are needed")
+
     def save(self, name: str, value: Any) -> None:
-        """torch.save into the run folder, by the first rank; the others wait."""
+        """torch.save into the run folder, by the first rank; the others wait. A disk that takes no more loses nothing:
+        the file goes to TMPDIR or the home folder, and the run ends with a UserError that says so."""
         if self.runtime.rank == 0:
-            atomic_save(self.folder / name, value)
+            for place in (self.folder, Path(tempfile.gettempdir()), Path.home()):
+                try:
+                    atomic_save(place / name, value)
+                    break
+                except OSError as error:
+                    self.log(f"WARNING: {place / name} cannot be written: {error.strerror}")
+            else:
+                raise UserError(f"{name} could not be saved anywhere")
+            if place != self.folder:
+                raise UserError(
+                    f"{self.folder} takes no files; {name} is saved as {place / name}: make room, move it there, and "
+                    "go on with STAGES=quantize,eval"
+                )
         self.runtime.barrier()
 
     def train(self) -> None:
@@ -6125,7 +6306,8 @@ class Run:
                 "TIED_EMBED_LR or SCALAR_LR"
             )
         # before the calibration, which may fail: the training is not lost. The clock stands still meanwhile
-        self.save("model.pt", {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps})
+        saved = {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps}
+        self.save("model.pt", saved)
         trainer.clock.start(report.seconds)
         self.calibrate(model)
         seconds = trainer.clock.read()
@@ -6148,21 +6330,24 @@ class Run:
             known |= collect_hessians(self.cfg, self.runtime, model)
         if any(scheme.counts for scheme in schemes):
             known[COUNTS] = token_counts(self.cfg, self.runtime)
+        known[WEIGHTS_HASH] = weights_hash(model.state_dict())
         self.save("hessians.pt", known)
 
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
         cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
         trained, path = self.folder / "model.pt", self.folder / "model.bin"
-        state = load_saved(trained)["model"]
+        state = load_saved(trained, "model")["model"]
         fill_model(self.model(), state, str(trained))
-        hessians = load_saved(self.folder / "hessians.pt")
+        hessians = load_saved(self.folder / "hessians.pt", WEIGHTS_HASH)
+        if not torch.equal(hessians[WEIGHTS_HASH], weights_hash(state)):
+            raise UserError(f"{self.folder}: hessians.pt is of other weights than model.pt; train again")
         stored = quantize(cfg, runtime, *reparametrize(cfg, runtime, state, hessians))
         seconds = time.perf_counter() - started
         if runtime.rank == 0:
             counts = collections.Counter(tensor.encoding() for tensor in stored)
             self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-            atomic_write(path, pack_stored(stored, cfg.compressor))
+            atomic_write(path, pack_stored(stored, cfg.compressor, model_identity(cfg)))
         runtime.barrier()
         size, code = path.stat().st_size, Path(__file__).stat().st_size
         self.log(
@@ -6178,7 +6363,7 @@ class Run:
         """A model with an artifact's weights, which the first rank decodes for all."""
         model = self.model()
         if self.runtime.rank == 0:
-            fill_model(model, load_artifact(path), str(path))
+            fill_model(model, load_artifact(path, self.cfg), str(path))
         for p in model.parameters():
             self.runtime.broadcast_(p.data)
         return model
@@ -6190,6 +6375,8 @@ class Run:
         path = Path(self.cfg.model_path or self.folder / "model.bin")
         score = self.evaluate(self.cfg.eval, self.from_artifact(path))
         self.result["eval_seconds"] = self.runtime.broadcast_from_rank0(time.perf_counter() - started)
+        # runs that share it are not different seeds
+        self.result["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         self.record("final", score)
 
 
@@ -6266,8 +6453,27 @@ def execute(cfg: Config, origin: dict[str, str], environ: Mapping[str, str]) -> 
     """Run the stages of a configuration."""
     preset = environ.get("PRESET", "")
     run_id = cfg.run_id or f"{Path(preset).name or 'default'}_seed{cfg.seed}"
+    # a preset with other knobs has a folder of its own
+    own = {name for name, source in origin.items() if source == "environment" and name.lower() not in LOCAL_KNOBS}
+    if not cfg.run_id and own - {"SEED"}:
+        run_id += f"_{short_hash(record_env(cfg).encode())}"
     folder = Path(cfg.artifact_dir or Path("logs") / run_id)
+    check_trained(cfg, folder)
     folder.mkdir(parents=True, exist_ok=True)
+    rank, *_ = launch_variables(environ)
+    with locked(folder) if rank == 0 else contextlib.nullcontext():
+        run_stages(cfg, origin, environ, run_id, folder)
+
+
+def run_stages(
+    cfg: Config,
+    origin: dict[str, str],
+    environ: Mapping[str, str],
+    run_id: str,
+    folder: Path,
+) -> None:
+    """The stages in a folder that is this run's."""
+    preset = environ.get("PRESET", "")
     runtime = Runtime.start(cfg, environ, folder / "log.txt")
     try:
         runtime.log(f"run {run_id}, preset {preset or 'none'}, stages {','.join(cfg.stages)}, files in {folder}")
@@ -6280,12 +6486,16 @@ def execute(cfg: Config, origin: dict[str, str], environ: Mapping[str, str]) -> 
             # the names of the stages are those of the methods
             getattr(run, stage)()
         runtime.log("RESULT " + json.dumps(run.result))
+    except RuntimeError as error:
+        if runtime.world == 1 or not re.search(LOST_RANK, str(error), re.IGNORECASE):
+            raise
+        raise ConnectionError(f"another rank has ended, and says why ({first_line(error)})") from None
     finally:
         runtime.close()
 
 
 # Exit status of what main reports in a line or a few instead of a traceback.
-STATUS = {UserError: 2, FloatingPointError: 1, KeyboardInterrupt: 130}
+STATUS = {UserError: 2, FloatingPointError: 1, OSError: 1, KeyboardInterrupt: 130}
 INTERRUPTED = "interrupted; finished stages are on disk, resume with STAGES=quantize,eval or STAGES=eval"
 
 
@@ -6306,7 +6516,7 @@ def main(argv: list[str]) -> int:
     except tuple(STATUS) as error:
         message = INTERRUPTED if isinstance(error, KeyboardInterrupt) else str(error)
         print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
-        return STATUS[type(error)]
+        return next(status for kind, status in STATUS.items() if isinstance(error, kind))
     return 0
 
 

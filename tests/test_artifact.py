@@ -99,7 +99,7 @@ def test_blob_says_how_to_open_itself() -> None:
         blob = example_blob(codec)
         magic, version, number, size, crc = ARTIFACT_HEADER.unpack_from(blob)
         payload = blob[ARTIFACT_HEADER.size :]
-        assert (magic, version, number, size) == (b"PGLF", 3, CODECS[codec].number, len(payload)), codec
+        assert (magic, version, number, size) == (b"PGLF", 4, CODECS[codec].number, len(payload)), codec
         assert crc == zlib.crc32(blob[: ARTIFACT_HEADER.size - 4] + payload), codec
 
 
@@ -133,7 +133,7 @@ def test_each_fault_has_its_words(tmp_path: Path) -> None:
     for damaged, words in (
         (b"PK\x03\x04" + blob[4:], "not a model artifact of this program"),
         (b"", "not a model artifact of this program"),
-        (blob[:4] + b"\x02" + blob[5:], "artifact version 2, this program reads 3"),
+        (blob[:4] + b"\x02" + blob[5:], "artifact version 2, this program reads 4"),
         (blob[:5] + b"\x09" + blob[6:], "unknown codec number 9"),
         (blob[:-1], "truncated or padded"),
         (blob[:-1] + bytes([blob[-1] ^ 1]), "checksum"),

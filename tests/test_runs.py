@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, Done, call, environment, launch, one_thread
+from conftest import ROOT, TINY, TOY, Done, call, environment, launch, one_thread
 from golden_rules import knobs
 
 import train_gpt
@@ -331,7 +333,7 @@ def test_bad_data_is_one_line_and_loses_nothing(
     damage, words = BAD_DATA[name]
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     damage(data)
-    done = again(quick, data=data, SEED=5)
+    done = again(quick, data=data, SEED=5, OVERWRITE=1)
     refused(done, 2, words)
     assert snapshot(done.folder) == snapshot(quick.folder)
     assert "step 1 " not in done.out, "found before any training"
@@ -344,8 +346,15 @@ BAD_KNOBS = """
     NUM_HEADS=four -> NUM_HEADS='four'
     PRESET=records/none -> no record.env there
     TOKENIZER_PATH=none.model -> none.model: no such file
-    STAGES=eval MODEL_DIM=64 -> is of another model
-    STAGES=quantize,eval MODEL_DIM=64 -> is of another model
+    STAGES=eval MODEL_DIM=64 -> holds a run with other knobs: MODEL_DIM=64 (there 32)
+    STAGES=quantize,eval LOGIT_SOFTCAP=20 -> LOGIT_SOFTCAP=20.0 (there 30.0); leave that as it was
+    STAGES=eval ROPE_BASE=100 SEED=2 -> SEED=2 (there 1337), ROPE_BASE=100.0 (there 10000.0); leave
+    MLP_SLOPE=0.1 OVERWRITE=0 -> MLP_SLOPE=0.1 (there 0.5); choose another RUN_ID or ARTIFACT_DIR, or say OVERWRITE=1
+    SEED=18446744073709551616 -> SEED=18446744073709551616 must be >= 0, <= 4294967295
+    WORLD_SIZE=2 -> WORLD_SIZE=2: not what a launcher sets
+    RANK=3 -> RANK=3: not what a launcher sets
+    RANK=0 WORLD_SIZE=0 -> RANK=0 WORLD_SIZE=0: not what a launcher sets
+    RANK=x WORLD_SIZE=2 -> RANK=x WORLD_SIZE=2: not what a launcher sets
     STAGES=eval MODEL_PATH=none.bin -> no such artifact
     WORLD_SIZE=3 RANK=0 -> error: BATCH_SLICES=4 is not a multiple of the 3 ranks
 """
@@ -354,7 +363,7 @@ BAD_KNOBS = """
 @pytest.mark.parametrize("row", BAD_KNOBS.strip().splitlines())
 def test_bad_knob_is_one_line_and_loses_nothing(row: str, quick: Done, again: Callable[..., Done]) -> None:
     text, words = row.split(" -> ")
-    done = again(quick, **knobs(text))
+    done = again(quick, **{"OVERWRITE": 1} | knobs(text))
     refused(done, 2, words)
     assert snapshot(done.folder) == snapshot(quick.folder)
 
@@ -362,6 +371,13 @@ def test_bad_knob_is_one_line_and_loses_nothing(row: str, quick: Done, again: Ca
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_absent_gpu_is_one_line(again: Callable[..., Done]) -> None:
     refused(again(DEVICE="cuda"), 2, "torch sees no GPU")
+
+
+def other_weights(folder: Path) -> None:
+    """As after a run that was killed between its two files."""
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    saved["model"]["blocks.0.attn.q.weight"][0, 0] += 1
+    torch.save(saved, folder / "model.pt")
 
 
 BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
@@ -372,6 +388,12 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "missing checkpoint": ("quantize,eval", lambda f: (f / "model.pt").unlink(), "model.pt is missing"),
     "missing Hessians": ("quantize,eval", lambda f: (f / "hessians.pt").unlink(), "hessians.pt is missing"),
     "truncated checkpoint": ("quantize,eval", lambda f: edit(f / "model.pt", lambda raw: raw[:-999]), "model.pt"),
+    "empty checkpoint": ("quantize,eval", lambda f: (f / "model.pt").write_bytes(b""), "model.pt is damaged"),
+    "list for a checkpoint": ("quantize,eval", lambda f: torch.save([1], f / "model.pt"), "lacks a dictionary"),
+    "checkpoint without weights": ("quantize,eval", lambda f: torch.save({}, f / "model.pt"), "lacks model"),
+    "empty Hessians": ("quantize,eval", lambda f: (f / "hessians.pt").write_bytes(b""), "hessians.pt is damaged"),
+    "Hessians of other weights": ("quantize,eval", lambda f: other_weights(f), "of other weights than model.pt"),
+    "list for a result": ("eval", lambda f: (f / "result.json").write_text("[1]"), "holds a list"),
     "damaged result": ("eval", lambda f: (f / "result.json").write_text("{"), "result.json"),
 }
 
@@ -393,7 +415,7 @@ def test_bad_file_of_a_stage_before_is_one_line_and_loses_nothing(
 def test_loss_that_is_not_finite_stops_the_run_and_leaves_earlier_files(
     knob: str, quick: Done, again: Callable[..., Done]
 ) -> None:
-    done = again(quick, **{knob: 1e30})
+    done = again(quick, **{knob: 1e30, "OVERWRITE": 1})
     refused(done, 1, "training loss is")
     kept = {name: raw for name, raw in snapshot(quick.folder).items() if name != "metrics.jsonl"}
     assert {name: raw for name, raw in snapshot(done.folder).items() if name != "metrics.jsonl"} == kept
@@ -415,3 +437,128 @@ def test_interrupt_is_one_line_and_leaves_no_half_file(tiny_data: Path, tmp_path
         _, err = process.communicate(timeout=300)
     refused(Done(tmp_path / "run", process.returncode, "", err), 130, "interrupted")
     assert {p.name for p in (tmp_path / "run").iterdir()} <= {"log.txt", "metrics.jsonl", "record.env"}
+
+
+def test_an_artifact_of_another_model_is_refused(quick: Done, again: Callable[..., Done]) -> None:
+    done = again(STAGES="eval", MODEL_PATH=quick.folder / "model.bin", LOGIT_SOFTCAP=20)
+    refused(done, 2, "is of a model with other knobs")
+
+
+def test_data_of_another_preparation_is_refused_on_resume(
+    quick: Done, again: Callable[..., Done], tiny_data: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    edit(data / "fineweb_val_000000.bin", lambda raw: raw[:2000] + raw[2002:2004] + raw[2002:])
+    (data / "manifest.json").unlink()
+    refused(again(quick, data=data, STAGES="eval"), 2, "holds other validation data than")
+
+
+def fingerprinted(folder: Path) -> dict:
+    """The manifest of a data folder, with fingerprints."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    for row in (*manifest["shards"], *manifest.get("sidecars", []), manifest["tokenizer"]):
+        row["fingerprint"] = train_gpt.fingerprint(folder / row["name"])
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return manifest
+
+
+def test_files_that_are_not_of_the_manifest_are_refused(tiny_data: Path, tmp_path: Path) -> None:
+    """Each fits by its size and its header."""
+    data, said = Path(shutil.copytree(tiny_data, tmp_path / "data")), []
+    cfg, log = train_gpt.load_config({**TINY, "DATA_PATH": str(data)}), train_gpt.Log(None, True)
+    fingerprinted(data)
+    assert train_gpt.check_data(cfg, log) == train_gpt.check_data(cfg, log) and not log.warnings
+    for path in sorted(data.glob("fineweb_*.bin")) + sorted(data.glob("*.model")):
+        kept = path.read_bytes()
+        path.write_bytes(kept[:-2] + bytes((kept[-2] ^ 1, kept[-1])))
+        with pytest.raises(train_gpt.UserError, match=f"{path.name}: not the file that manifest.json lists"):
+            train_gpt.check_data(cfg, log)
+        path.write_bytes(kept)
+        said.append(path.name)
+    assert len(said) >= 3
+    (data / "manifest.json").unlink()
+    train_gpt.check_data(cfg, log)
+    assert "no manifest.json" in log.warnings[0]
+
+
+def test_case_operators_need_their_sidecar(caseops_sample: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(caseops_sample, tmp_path / "data"))
+    for path in data.glob("fineweb_val_bytes_*.bin"):
+        path.unlink()
+    cfg = train_gpt.load_config({**TOY, "DATA_PATH": str(data), "VOCAB_SIZE": vocabulary(data)})
+    with pytest.raises(train_gpt.UserError, match="case operators"):
+        train_gpt.load_val(cfg)
+    fingerprinted(Path(shutil.copytree(caseops_sample, tmp_path / "whole")))
+    (tmp_path / "whole" / "fineweb_val_bytes_000000.bin").unlink()
+    cfg = train_gpt.dataclasses.replace(cfg, data_path=str(tmp_path / "whole"))
+    with pytest.raises(train_gpt.UserError, match="fineweb_val_bytes_000000.bin: missing, though"):
+        train_gpt.check_data(cfg, train_gpt.Log(None, True))
+
+
+def vocabulary(data: Path) -> str:
+    """Pieces of the tokenizer of a data folder."""
+    return str(json.loads((data / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]["vocab_size"])
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_stream_without_documents_or_bytes_is_refused_at_once(
+    bos: bool, again: Callable[..., Done], tiny_data: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    path, head = data / "fineweb_val_000000.bin", 4 * train_gpt.SHARD_HEADER_INTS
+    raw = path.read_bytes()
+    tokens = np.frombuffer(raw[head:], "<u2").copy()
+    tokens[:] = train_gpt.BOS_ID if bos else np.where(tokens == train_gpt.BOS_ID, 300, tokens)
+    path.write_bytes(raw[:head] + tokens.tobytes())
+    done = again(data=data, EVAL="doc_lora")
+    refused(done, 2, "count no byte" if bos else "no document start (BOS)")
+    assert "step 1 " not in done.out
+
+
+def test_a_folder_in_use_names_its_owner(quick: Done, again: Callable[..., Done], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(quick.folder, tmp_path / "held"))
+    with train_gpt.locked(folder):
+        assert f"process {os.getpid()} on " in (folder / "lock").read_text()
+        refused(again(ARTIFACT_DIR=folder), 2, f"is in use by process {os.getpid()} on ")
+    assert snapshot(folder) == snapshot(quick.folder), "the lock goes with its owner"
+
+
+def test_folders_that_take_no_files(again: Callable[..., Done], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(again(ARTIFACT_DIR=tmp_path / "file"), 1, "File exists")
+    refused(again(ARTIFACT_DIR=tmp_path / "file" / "run"), 1, "Not a directory")
+
+
+def test_a_full_disk_is_found_before_training(again: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
+    refused(again(), 2, "1 MiB of disk are free")
+
+
+def test_trained_weights_are_saved_elsewhere_when_the_folder_takes_none(
+    again: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save, spare = train_gpt.atomic_save, tmp_path / "spare"
+    spare.mkdir()
+
+    def full(path: Path, value: object) -> None:
+        if path.parent != spare:
+            raise OSError(28, "No space left on device", str(path))
+        save(path, value)
+
+    monkeypatch.setattr(train_gpt, "atomic_save", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(spare))
+    done = again()
+    refused(done, 2, f"model.pt is saved as {spare / 'model.pt'}")
+    assert torch.load(spare / "model.pt", weights_only=True)["steps"] == QUICK["ITERATIONS"]
+    assert "No space left on device" in done.out
+
+
+def test_default_folders_tell_configurations_apart(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for more in ({}, {"MATRIX_LR": "0.02"}, {"MATRIX_LR": "0.02", "SEED": "5"}):
+        env = {k: v for k, v in environment(tiny_data, tmp_path, **QUICK | more).items() if k != "ARTIFACT_DIR"}
+        assert call(env, tmp_path).code == 0
+    names = sorted(path.name for path in (tmp_path / "logs").iterdir())
+    assert len(names) == 3 and all(re.fullmatch(r"default_seed\d+_[0-9a-f]{12}", name) for name in names)

@@ -332,7 +332,11 @@ def test_two_processes_round_and_average_as_one(run_gpt: Callable, tmp_path: Pat
 
 def test_two_processes_are_one_and_quantising_can_be_resumed(run_gpt: Callable, tmp_path: Path) -> None:
     results, counts, run = [], [], tmp_path / "run"
-    for ranks, more in ((1, {}), (1, {"STAGES": "quantize,eval", "EMBED_TOPK": "20", "EVAL": "plain"}), (2, {})):
+    for ranks, more in (
+        (1, {}),
+        (1, {"STAGES": "quantize,eval", "EMBED_TOPK": "20", "EVAL": "plain"}),
+        (2, {"OVERWRITE": "1"}),
+    ):
         done = run_gpt(ranks=ranks, **rules.knobs(HYBRID) | more)
         assert done.returncode == 0, done.stderr
         results.append(json.loads((run / "result.json").read_text()))
