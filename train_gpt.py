@@ -43,6 +43,7 @@ import platform
 import queue
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -54,6 +55,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import ge, gt, le
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+if __name__ == "__main__":
+    # Ctrl-C while the modules below load ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import sentencepiece as spm
@@ -3963,12 +3968,14 @@ def inverse_factor(hessian: Tensor | None, percdamp: float) -> tuple[Tensor, Ten
     damping = percdamp * diagonal.mean()
     for _ in range(6):
         diagonal += damping
-        L, failed = torch.linalg.cholesky_ex(H[order][:, order])
-        U, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-        if not failed and not failed_too:
-            return order, U, dead
         damping *= 10
-    raise FloatingPointError("GPTQ: a Hessian has no Cholesky factor; raise GPTQ_DAMP or GPTQ_CALIBRATION_BATCHES")
+        L, failed = torch.linalg.cholesky_ex(H[order][:, order])
+        if failed:
+            continue
+        U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+        if not failed:
+            return order, U, dead
+    raise FloatingPointError("its Hessian has no Cholesky factor; raise GPTQ_DAMP or GPTQ_CALIBRATION_BATCHES")
 
 
 GPTQ_BLOCKSIZE = 128  # columns per lazy update: only the speed depends on it
@@ -4378,10 +4385,13 @@ def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -
         weights = [state[name].to(device) for name in names]
         inputs = [hessians[name].to(device) if name in hessians else None for name in names]
         scheme = SCHEMES[rules[0].scheme]
-        if scheme.batch_encoder is None:
-            encoded = [scheme.encode(weights[0], inputs[0], rules[0], cfg)]
-        else:
-            encoded = scheme.batch_encoder(weights, inputs, rules, cfg)
+        try:
+            if scheme.batch_encoder is None:
+                encoded = [scheme.encode(weights[0], inputs[0], rules[0], cfg)]
+            else:
+                encoded = scheme.batch_encoder(weights, inputs, rules, cfg)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{', '.join(names)}: {error}") from None
         found = {}
         for name, rule, parts in zip(names, rules, encoded, strict=True):
             parts = {key: part.cpu() for key, part in parts.items()}
@@ -4501,6 +4511,7 @@ def similarity_order(matrix: Tensor) -> Tensor:
 # +--------------------------------------------------------------------------------------------------------------------+
 
 MAGIC, ARTIFACT_VERSION = b"PGLF", 4
+MAX_RAW = 2**28  # bytes that a stream may decode to: several times the largest model that fits into the contest's cap
 ARTIFACT_HEADER = struct.Struct("<4sBBII")  # magic, version, codec, payload bytes, CRC-32 of all that and the payload
 
 
@@ -4769,11 +4780,14 @@ def rans_encode(raw: bytes) -> bytes:
 def rans_decode(blob: bytes) -> bytes:
     """The inverse of rans_encode; raises some ordinary exception if the blob is damaged."""
     unzip = zlib.decompressobj()
-    side_info = np.frombuffer(unzip.decompress(blob), "<i4").reshape(-1, 9)
+    side_info = np.frombuffer(unzip.decompress(blob, MAX_RAW), "<i4").reshape(-1, 9)
     words = np.frombuffer(unzip.unused_data, "<u2").astype(int)
     count = min(RANS_LANES, side_info[:, 1].max())
     lanes, at = words[:count] << 16 | words[count : 2 * count], 2 * count
-    flats = [np.empty(size, np.int8) for size in side_info[:, :2].prod(1)]
+    sizes = side_info[:, :2].prod(1)
+    if sizes.sum() > MAX_RAW:
+        raise ValueError(f"more than {MAX_RAW:,} bytes")
+    flats = [np.empty(size, np.int8) for size in sizes]
     for flat, places, table, (freq, start, keys) in rans_model(side_info, flats):
         for a in range(0, len(table), RANS_LANES):
             part = table[a : a + RANS_LANES]
@@ -4794,14 +4808,32 @@ def rans_decode(blob: bytes) -> bytes:
     return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(side_info, flats, strict=True))
 
 
+def unbrotli(coded: bytes) -> bytes:
+    """Decode brotli, up to MAX_RAW bytes; ValueError beyond, and for a truncated stream."""
+    stream = require_brotli().Decompressor()
+    raw = stream.process(coded, output_buffer_limit=MAX_RAW)
+    if not stream.is_finished():
+        raise ValueError(f"truncated, or more than {MAX_RAW:,} bytes")
+    return raw
+
+
+def unlzma(coded: bytes) -> bytes:
+    """Decode LZMA, as unbrotli."""
+    stream = lzma.LZMADecompressor()
+    raw = stream.decompress(coded, max_length=MAX_RAW)
+    if not stream.eof:
+        raise ValueError(f"truncated, or more than {MAX_RAW:,} bytes")
+    return raw
+
+
 CODERS = {
     "brotli": Coder(
         lambda raw: require_brotli().compress(raw, quality=11, lgwin=24),
-        lambda coded: require_brotli().decompress(coded),
+        unbrotli,
         require=require_brotli,
     ),
-    "lzma": Coder(lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
-    "lzma6": Coder(lambda raw: lzma.compress(raw, preset=6), lzma.decompress),
+    "lzma": Coder(lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), unlzma),
+    "lzma6": Coder(lambda raw: lzma.compress(raw, preset=6), unlzma),
     # ZPAQ; -p 1: by default the block size, and so the bytes, depend on the number of processors
     "lrzip": Coder(
         lambda raw: run_lrzip(raw, "-z", "-L", "9", "-p", "1"),
@@ -6521,4 +6553,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

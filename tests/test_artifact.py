@@ -146,9 +146,35 @@ def test_each_fault_has_its_words(tmp_path: Path) -> None:
         train_gpt.load_artifact(tmp_path / "none.bin")
 
 
+def test_a_small_blob_may_not_decode_to_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for codec in ("brotli", "lzma6", "rans"):
+        for limit, number in ((2**20, 2**16), (2**16, 2**20)):
+            monkeypatch.setattr(train_gpt, "MAX_RAW", limit)
+            parts = {"q": torch.zeros(64, number // 64, dtype=torch.int8), "s": torch.ones(64).half()}
+            blob = pack_stored(stored({"x:up:gptq": parts}), codec)
+            assert len(blob) < 3000, codec
+            if number < limit:
+                assert open_blob(blob).tensors[0].parts["q"].shape == parts["q"].shape
+            else:
+                with pytest.raises(UserError, match="more than 65,536 bytes"):
+                    open_blob(blob)
+
+
+def test_an_artifact_knows_what_its_model_computes(tmp_path: Path) -> None:
+    path, cfg = tmp_path / "model.bin", load_config({})
+    path.write_bytes(pack_stored(example(), "lzma6", train_gpt.model_identity(cfg)))
+    assert same_stored(train_gpt.read_artifact(path, cfg), example())
+    for knob in ("LOGIT_SOFTCAP=20", "ROPE_BASE=5000", "MLP_SLOPE=0.1", "VOCAB_SIZE=1024"):
+        other = load_config(dict([knob.split("=")]))
+        with pytest.raises(UserError, match="is of a model with other knobs"):
+            train_gpt.read_artifact(path, other)
+    same = load_config({"MATRIX_LR": "0.5", "EVAL": "plain", "MATRIX_BITS": "5"})
+    assert train_gpt.model_identity(same) == train_gpt.model_identity(cfg)
+
+
 def sealed(index: object, data: bytes = b"", length: int | None = None, sizes: tuple[int, ...] | None = None) -> bytes:
     """A blob with a right checksum whatever it holds; `length` of its index and `sizes` of its streams may be wrong."""
-    text = index if isinstance(index, bytes) else json.dumps(index).encode()
+    text = index if isinstance(index, bytes) else json.dumps(["", index]).encode()
     stream = CODERS["lzma6"].encode(struct.pack("<I", len(text) if length is None else length) + text + data)
     sizes = (len(stream),) if sizes is None else sizes
     payload = struct.pack(f"<B{len(sizes)}I", len(sizes), *sizes) + stream

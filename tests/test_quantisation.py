@@ -216,3 +216,23 @@ def test_weights_that_are_not_finite_and_missing_hessians_are_refused() -> None:
     hessians.pop("blocks.0.attn.q.weight")
     with pytest.raises(train_gpt.UserError, match="no Hessian"):
         train_gpt.quantize(cfg, rules.runtime(), state, hessians)
+
+
+def test_damping_grows_until_there_is_a_factor() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(1, 64, generator=generator)
+    hessian = one.T @ one
+    order, factor, _ = train_gpt.inverse_factor(hessian, 1e-9)
+    assert torch.isfinite(factor).all() and (factor.diagonal() > 0).all() and len(order) == 64
+    # where the first damping suffices it is the only one
+    regular = hessian + torch.eye(64)
+    first = train_gpt.inverse_factor(regular, 0.01)[1]
+    damped = (regular + 0.01 * regular.diagonal().mean() * torch.eye(64)).double()
+    order = regular.diagonal().argsort(descending=True)
+    exact = torch.linalg.cholesky(damped[order][:, order].inverse(), upper=True)
+    torch.testing.assert_close(first.double(), exact, rtol=1e-3, atol=1e-4)
+    cfg, state, hessians = small_state(matrix_quant="gptq", embed_quant="rowwise", repair="none")
+    name = next(name for name in hessians if name.endswith("down.weight"))
+    hessians[name] = -1e9 * torch.ones_like(hessians[name])
+    with pytest.raises(FloatingPointError, match=f"{name}: its Hessian has no Cholesky factor; raise GPTQ_DAMP"):
+        train_gpt.quantize(cfg, rules.runtime(), state, hessians)

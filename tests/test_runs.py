@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TOY, Done, call, environment, launch, one_thread
+from conftest import ROOT, TINY, TOY, Done, call, environment, free_port, launch, one_thread
 from golden_rules import knobs
 
 import train_gpt
@@ -562,3 +562,37 @@ def test_default_folders_tell_configurations_apart(
         assert call(env, tmp_path).code == 0
     names = sorted(path.name for path in (tmp_path / "logs").iterdir())
     assert len(names) == 3 and all(re.fullmatch(r"default_seed\d+_[0-9a-f]{12}", name) for name in names)
+
+
+def test_a_dead_rank_ends_the_other_with_one_line(tiny_data: Path, tmp_path: Path) -> None:
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    env = environment(tiny_data, tmp_path / "run", ITERATIONS=100_000, TRAIN_LOG_EVERY=1) | place
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train_gpt.py")],
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    # until it trains, so that both have met
+    assert any(line.startswith("step 2 ") for line in ranks[0].stdout)
+    ranks[1].kill()
+    out, err = ranks[0].communicate(timeout=300)
+    assert ranks[0].returncode == 1, out
+    assert re.fullmatch(r"error: another rank has ended, and says why [^\n]+\n", err), err
+    ranks[1].communicate()
+
+
+def test_ctrl_c_while_modules_load_is_no_traceback(tmp_path: Path) -> None:
+    """A module that the program imports stops the import until the signal is there."""
+    (tmp_path / "sentencepiece.py").write_text("import time, sys; print('here', flush=True); time.sleep(300)")
+    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    loading = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert loading.stdout.readline() == "here\n"
+    loading.send_signal(signal.SIGINT)
+    out, err = loading.communicate(timeout=300)
+    assert (loading.returncode, out, err) == (-signal.SIGINT, "", "")

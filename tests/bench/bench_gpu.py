@@ -61,9 +61,11 @@ def measure(calls: dict[str, Callable[[], object]], repeats: int, warm_up: int =
 
 def random_batch(cfg: train_gpt.Config, rng: np.random.Generator) -> train_gpt.Batch:
     """One micro-batch of random tokens with document starts at the published density."""
-    span = rng.integers(4, cfg.vocab_size, cfg.train_batch_tokens // cfg.batch_slices + 1).astype(np.uint16)
-    span[rng.random(len(span)) < 1 / MEAN_DOCUMENT] = train_gpt.BOS_ID
-    return train_gpt.LOADERS[cfg.loader].batch(span, cfg.train_seq_len)
+    total, loader = cfg.train_batch_tokens // cfg.batch_slices, train_gpt.LOADERS[cfg.loader]
+    rows = loader.tokens is train_gpt.shuffled_rows
+    span = rng.integers(4, cfg.vocab_size, (total // cfg.train_seq_len, cfg.train_seq_len + 1) if rows else total + 1)
+    span[rng.random(span.shape) < 1 / MEAN_DOCUMENT] = train_gpt.BOS_ID
+    return loader.batch(span.astype(np.uint16), cfg.train_seq_len)
 
 
 def flops_per_token(cfg: train_gpt.Config, route: train_gpt.Route) -> float:
