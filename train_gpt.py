@@ -918,7 +918,7 @@ class Log:
             print(message, flush=True)
         if self.path is not None:
             # Opened for each message, so the file is complete whatever ends the process.
-            with self.path.open("a", encoding="utf-8") as handle:
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
                 handle.write(message + "\n")
 
     def progress(self, what: str, done: int, total: int, started: float) -> None:
@@ -6554,4 +6554,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # a terminal that lacks a letter of a path gets an escape in its place
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

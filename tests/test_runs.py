@@ -596,3 +596,13 @@ def test_ctrl_c_while_modules_load_is_no_traceback(tmp_path: Path) -> None:
     loading.send_signal(signal.SIGINT)
     out, err = loading.communicate(timeout=300)
     assert (loading.returncode, out, err) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize(
+    "locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_terminal_that_lacks_letters_of_a_path_is_no_traceback(locale: dict[str, str], tmp_path: Path) -> None:
+    env = environment(tmp_path / "d\u00e4ten", tmp_path / "r\u00fcn") | locale
+    done = launch(env, tmp_path / "r\u00fcn")
+    refused(done, 2, "has no fineweb_val_*.bin")
+    assert (tmp_path / "r\u00fcn" / "log.txt").read_text(encoding="utf-8")
