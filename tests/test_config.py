@@ -87,6 +87,18 @@ def test_preset_comments_blanks_and_values_with_hash(tmp_path: Path) -> None:
     assert train_gpt.read_preset(write_preset(tmp_path / "p", text)) == {"SEED": "2", "RUN_ID": "a#b", "BETA1": "0.5"}
 
 
+def test_presets_of_other_editors(tmp_path: Path) -> None:
+    """A byte-order mark and CRLF are read; other encodings are one line that names the file."""
+    path, text = tmp_path / "record.env", "ITERATIONS=9  # r\u00e9sum\u00e9\nSEED=3\n"
+    for data in (text.encode(), text.encode("utf-8-sig"), text.replace("\n", "\r\n").encode()):
+        path.write_bytes(data)
+        assert train_gpt.parse_preset(path) == {"ITERATIONS": "9", "SEED": "3"}
+    for encoding in ("latin-1", "utf-16"):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(train_gpt.UserError, match="record.env is not UTF-8 .*; save it as UTF-8"):
+            train_gpt.parse_preset(path)
+
+
 def test_bad_preset_is_named_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text, where in (
         ("SEED=1\nSEED\n", "record.env:2: expected KEY=VALUE, got 'SEED'"),
