@@ -90,7 +90,7 @@ class HashSet:
 
     def __init__(self, hashes: np.ndarray) -> None:
         ordered = np.sort(hashes)  # np.unique puts them into a hash table first, which takes five times as long
-        self.sorted = ordered[np.concatenate((ordered[:1] == ordered[:1], ordered[1:] != ordered[:-1]))]
+        self.sorted = ordered[np.append(ordered[1:] != ordered[:-1], True)[: len(ordered)]]  # the last of its kind
         bits = max(8, (4 * len(self.sorted)).bit_length())
         self.shift = np.uint64(64 - bits)
         self.table = np.zeros(1 << bits, bool)
@@ -115,7 +115,7 @@ def shingle_overlap(val_tokens: np.ndarray, train_shards: Iterable[np.ndarray], 
     """Find the validation tokens that lie in runs of `window` or more tokens that training shards have too.
 
     val_tokens: (N,) ids below 65536. train_shards: (n,) uint16 each, in order; memory maps are read block by block.
-    Memory: about 20 bytes per validation token, and a few MB for training, however long it is.
+    Memory: about 40 bytes per validation token, and a few MB for training, however long it is.
     """
     val, hasher = np.asarray(val_tokens).astype(np.uint16), WindowHasher(window)
     nothing = np.zeros(0, np.uint16)
@@ -132,7 +132,7 @@ def shingle_overlap(val_tokens: np.ndarray, train_shards: Iterable[np.ndarray], 
         tail = hasher.tail(np.concatenate((tail, shard[max(0, len(shard) - window) :])))
     starts, _ = HashSet(known.sorted[found]).find(own)
     # A window covers the tokens from its start to its end: count the windows that are open at each token.
-    opened = np.zeros(len(val) + 1, np.int64)
+    opened = np.zeros(len(val) + 1, np.int8)
     opened[starts] += 1
     opened[starts + window] -= 1
-    return Overlap(np.cumsum(opened)[:-1] > 0, windows)
+    return Overlap(np.cumsum(opened, dtype=np.int32)[:-1] > 0, windows)
