@@ -1423,7 +1423,9 @@ def byte_table(path: Path, vocab_size: int) -> ByteTable:
         raise UserError(f"{path}: the tokenizer has no bare U+2581 piece, so bytes cannot be counted")
     # White space as suffix with a dummy prefix: each text gets a space at its end that it does not have.
     if processor.normalize("a").endswith("\u2581"):
-        raise UserError(f"{path}: the tokenizer adds a space to the end of a text; train it with add_dummy_prefix=False")
+        raise UserError(
+            f"{path}: the tokenizer adds a space to the end of a text; train it with add_dummy_prefix=False"
+        )
     table = ByteTable(np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool), np.zeros(vocab_size, bool))
     for i in range(vocab_size):
         if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):

@@ -92,7 +92,8 @@ def test_a_growing_shard_ends_as_the_same_file(
         file.append(np.array(part, dtype=np.uint16))
     assert not path.exists()
     row, raw = file.finish(), path.read_bytes()
-    assert row == {"name": path.name, "tokens": len(values), "sha256": sha256(raw).hexdigest()}
+    known = {"name": path.name, "bytes": len(raw), "tokens": len(values), "sha256": sha256(raw).hexdigest()}
+    assert row == known | {"fingerprint": prepare.fingerprint(path)}
     assert raw == prepare.write_shard(path.with_name("x"), values).read_bytes() and read_shard(path).tolist() == values
     header = np.frombuffer(raw[:1024], dtype="<i4")
     assert header[:3].tolist() == [20240520, 1, len(values)] and not header[3:].any()
