@@ -29,6 +29,7 @@ The output depends only on the arguments and the inputs: not on --jobs, and not 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -38,7 +39,6 @@ import itertools
 import json
 import lzma
 import multiprocessing
-import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import re
@@ -151,10 +151,10 @@ def fingerprint(path: Path) -> str:
         return hashlib.sha256(size.to_bytes(8, "little") + head + handle.read(EDGE_BYTES)).hexdigest()
 
 
-def file_row(path: Path) -> dict:
-    """Return what a manifest says about a file, so that others can know it again."""
-    size = path.stat().st_size
-    return {"name": path.name, "bytes": size, "sha256": sha256_file(path), "fingerprint": fingerprint(path)}
+def file_row(path: Path, sha256: str | None = None) -> dict:
+    """Return what a manifest says about a file, so that others can know it again; with its SHA-256 if known already."""
+    digest, size = sha256 or sha256_file(path), path.stat().st_size
+    return {"name": path.name, "bytes": size, "sha256": digest, "fingerprint": fingerprint(path)}
 
 
 def write_json(path: Path, value: object) -> None:
@@ -195,7 +195,7 @@ def check_hashes(folder: Path) -> int:
 
     UserError that names the first file that is missing, differs, or is not listed.
     """
-    listed, again = listed_files(folder), "copy it again, or prepare the data again"
+    listed, again = listed_files(folder), "copy it again, or prepare or download the data again"
     for name, wanted in listed.items():
         path = folder / name
         if not path.is_file():
@@ -205,7 +205,9 @@ def check_hashes(folder: Path) -> int:
     here = sorted(path.name for pattern in ("fineweb_*.bin", "*.model") for path in folder.glob(pattern))
     foreign = [name for name in here if listed and name not in listed]
     if foreign:
-        raise UserError(f"{folder / foreign[0]} is not in {MANIFEST_NAME}; remove it, or prepare the data again")
+        raise UserError(
+            f"{folder / foreign[0]} is not in {MANIFEST_NAME}; remove it, or prepare or download the data again"
+        )
     return len(listed)
 
 
@@ -327,7 +329,7 @@ def read_parquet(path: Path, source: int, text_key: str) -> Iterator[Item]:
                     raise UserError(f"{path}:{number}: {text_key!r} is {type(text).__name__}, not text")
                 yield Item(source, f"{path}:{number}", text.encode(), False)
     except UnicodeDecodeError as error:  # pyarrow does not check what a text column holds
-        found = f"{path}:{number + 1}: {text_key!r} is not UTF-8: byte {error.object[error.start]:#04x}"
+        found = f"{path}:{number}: {text_key!r} is not UTF-8: byte {error.object[error.start]:#04x}"
         raise UserError(f"{found}; write the column again as UTF-8") from error
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read after row {number}: {error}") from error
@@ -632,20 +634,31 @@ def encode_task(task: Task) -> Encoded:
     )
 
 
-def start_workers(jobs: int) -> ProcessPoolExecutor:
-    """Return a pool of processes that leave Ctrl-C to this one, which shuts them down in order."""
+@contextlib.contextmanager
+def started_workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Give a pool of processes that leave Ctrl-C to this one, and shut it down in order."""
     # A fork of this process would copy its threads' locks. The server has none; it imports torch once for all workers.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["torch"])
-    # The server and all workers inherit a blocked SIGINT, also while they import. The tracker comes first, because
-    # its start unblocks the signal.
+    # The server and its workers inherit a blocked SIGINT, and so hear none, not even while they import. The tracker of
+    # resources comes first, because its start would unblock the signal.
     multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return ProcessPoolExecutor(jobs, mp_context=server)
+    # This process notes a Ctrl-C until all workers are started: one that finds its parent gone prints a traceback.
+    noted: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    with ProcessPoolExecutor(jobs, mp_context=server) as pool:
+        try:
+            pool.submit(os.getpid)  # the first task starts all workers
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            signal.signal(signal.SIGINT, handler)
+        try:
+            if noted:
+                raise KeyboardInterrupt
+            yield pool
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, Encoded]]:
@@ -657,7 +670,7 @@ def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, Encode
         yield from ((task, encode_task(task)) for task in tasks)
         return
     waiting: deque[tuple[Task, Future[Encoded]]] = deque()
-    with start_workers(jobs) as pool:
+    with started_workers(jobs) as pool:
         try:
             for task in tasks:
                 waiting.append((task, pool.submit(encode_task, task)))
@@ -669,8 +682,6 @@ def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, Encode
         except BrokenProcessPool as error:
             message = "a worker was killed (out of memory?); run again with fewer --jobs, it resumes"
             raise UserError(message) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 # +---------------------------------------------------------------------------+
