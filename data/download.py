@@ -21,6 +21,11 @@ of published records. Files are found by the end of their path, so a moved folde
 
 from __future__ import annotations
 
+from interrupts import main_begins, quiet_until_main
+
+if __name__ == "__main__":
+    quiet_until_main()
+
 import argparse
 import re
 import shutil
@@ -315,4 +320,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    main_begins()
     sys.exit(main(sys.argv[1:]))

@@ -28,6 +28,11 @@ The output depends only on the arguments and the inputs: not on --jobs, and not 
 
 from __future__ import annotations
 
+from interrupts import main_begins, quiet_until_main
+
+if __name__ == "__main__":
+    quiet_until_main()
+
 import argparse
 import contextlib
 import functools
@@ -1357,4 +1362,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    main_begins()
     sys.exit(main(sys.argv[1:]))

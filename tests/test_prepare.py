@@ -22,6 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
+import download
 import numpy as np
 import overlap
 import prepare
@@ -737,6 +738,17 @@ def test_interrupt_while_workers_start_is_one_line(tmp_path: Path, model: Path, 
         error = process.communicate(timeout=120)[1]
     assert (process.returncode, error.splitlines()) == (130, [error.strip()]), error
     assert error.startswith("interrupted; the same command resumes")
+
+
+def test_interrupt_while_modules_load_is_one_line() -> None:
+    for script in (prepare.__file__, download.__file__):
+        with subprocess.Popen([sys.executable, script, "--help"], stderr=subprocess.PIPE, text=True) as process:
+            # the first of the large modules is being loaded
+            while process.poll() is None and "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            error = process.communicate(timeout=120)[1]
+        assert (process.returncode, error) == (130, "interrupted before it began\n"), error
 
 
 def test_validation_default_is_the_published_split_and_both_forms_take_caseops() -> None:
