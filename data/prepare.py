@@ -315,6 +315,8 @@ def read_jsonl(path: Path, source: int, kind: str) -> Iterator[Item]:
                 if line.strip():
                     yield Item(source, f"{path}:{number}", line, True)
     except DAMAGED as error:
+        if "too much memory" in str(error):
+            raise UserError(f"{path}: its window is over 2 GiB; compress it again with at most --long=31") from error
         raise UserError(f"{path}: damaged or cut off after line {number}: {error}") from error
 
 
@@ -356,7 +358,7 @@ def read_items(sources: list[Source], text_key: str) -> Iterator[Item]:
 def parse_item(item: Item, text_key: str) -> tuple[str, bytes]:
     """Return the text of a document and its UTF-8 bytes. UserError with file and line if it has none."""
     try:
-        text = item.raw.decode("utf-8")
+        text = item.raw.decode("utf-8-sig" if item.is_json else "utf-8")  # some tools begin a file with a mark
     except UnicodeDecodeError as error:
         line = "" if item.is_json else f":{item.raw.count(10, 0, error.start) + 1}"
         raise UserError(f"{item.where}{line}: not UTF-8: byte {item.raw[error.start]:#04x}") from error

@@ -293,3 +293,22 @@ def test_tokenizer_and_transform_must_match(prepared: Path, tmp_path: Path) -> N
     for model, transform, message in ((plain, CaseOps(), "needs its 4 symbols"), (fit, None, "add --caseops")):
         with pytest.raises(UserError, match=message):
             prepare.prepare(Options((docs,), tmp_path / "a", model, val_docs=3), transform)
+
+
+def test_a_normaliser_that_loses_letters_is_found_behind_the_operators(tmp_path: Path) -> None:
+    """ASCII capitals are operators before the tokenizer sees them, so folding them away loses only the others."""
+    plain = {"model_type": "bpe", "vocab_size": 500, "byte_fallback": True, "add_dummy_prefix": False}
+    plain |= {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "hard_vocab_limit": False, "minloglevel": 2}
+    plain |= {"user_defined_symbols": list(CaseOps.symbols), "normalization_rule_name": "nmt_nfkc_cf"}
+    lines = map(encode, documents(60))
+    spm.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(tmp_path / "fold"), **plain)
+    docs = tmp_path / "docs.jsonl"
+    for word, lossy in (("NASA", False), ("\u00c9t\u00e9", True)):
+        docs.write_text("".join(json.dumps({"text": f"The {word} of day {i}"}) + "\n" for i in range(9)))
+        options = {"docs": (docs,), "out": tmp_path / word, "tokenizer": tmp_path / "fold.model", "val_docs": 3}
+        if lossy:
+            with pytest.raises(UserError, match="docs.jsonl:1: .*fold.model does not keep this text: .* comes back as"):
+                prepare.prepare(Options(**options), CaseOps())
+        found = prepare.prepare(Options(allow_lossy=lossy, **options), CaseOps())
+        assert found["lossy"] is lossy and found["round_trip"]["lost_chars"] == 3 * lossy
+        assert found["round_trip"]["counted_bytes"] == found["byte_audit"]["sidecar_bytes"]

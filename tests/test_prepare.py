@@ -211,6 +211,7 @@ FORMATS = "jsonl jsonl.gz jsonl.xz jsonl.zst parquet tree".split()
 def test_all_formats_give_the_same_stream(tmp_path: Path, model: Path) -> None:
     texts, inputs = make_texts(12), {suffix: tmp_path / f"a.{suffix}" for suffix in FORMATS}
     raw = write_jsonl(inputs["jsonl"], texts).read_bytes()
+    inputs["jsonl"].write_bytes(b"\xef\xbb\xbf" + raw.replace(b"\n", b"\r\n"))  # as written on Windows
     half = raw.index(b"\n", len(raw) // 2) + 1
     inputs["jsonl.gz"].write_bytes(gzip.compress(raw))
     inputs["jsonl.xz"].write_bytes(lzma.compress(raw))
@@ -254,6 +255,8 @@ BAD_INPUTS = [
     ("x.jsonl.xz", lzma.compress(MANY)[:-9], r"x\.jsonl\.xz: damaged"),
     ("x.jsonl.zst", zstandard.compress(MANY)[:-9], r"x\.jsonl\.zst: damaged"),
     ("x.jsonl.zst", b"not zstandard at all", r"x\.jsonl\.zst: damaged"),
+    # a frame of 7 bytes with a window of 4 GiB
+    ("x.jsonl.zst", b"\x28\xb5\x2f\xfd\x00\xb0\x39\x00\x00" + b"nothing", r"x\.jsonl\.zst: its window is over 2 GiB"),
     ("x.parquet", b"PAR1 not really", r"x\.parquet: cannot be read"),
     ("x.jsonl", GOOD, "nothing is left to train on"),
 ]
@@ -557,6 +560,15 @@ def test_transform_gives_a_byte_sidecar(tmp_path: Path, docs: Path) -> None:
     sizes = [row["tokens"] for row in manifest["shards"] if "val" in row["name"]]
     assert [row["tokens"] for row in manifest["sidecars"]] == sizes
     assert not list(options.out.glob("fineweb_train_bytes*"))
+
+
+def test_a_sidecar_with_more_bytes_than_the_text_is_refused(tmp_path: Path, docs: Path) -> None:
+    class Inflated(Shout):
+        def piece_bytes(self, text: str, processor: spm.SentencePieceProcessor) -> list[int]:
+            return [count + 1 for count in super().piece_bytes(text, processor)]
+
+    with pytest.raises(UserError, match=r"docs\.jsonl:1: .* it counts as [\d,]+ bytes, [\d,]+ more than it has"):
+        prepare.prepare(Options((docs,), tmp_path / "out", vocab_size=320, val_docs=5), Inflated())
 
 
 # Interruption
