@@ -100,7 +100,7 @@ class Options:
     text_key: str = "text"
     drop_overlap: bool = False
     allow_lossy: bool = False
-    max_overlap: float = MAX_SHARE
+    max_overlap: float = 1.0  # toy data of few documents may overlap; the command line says MAX_SHARE
     jobs: int = 1
     overwrite: bool = False
 

@@ -359,12 +359,12 @@ def test_preparation_and_audit_fail_above_the_stated_share(
     docs = write_jsonl(tmp_path / "x.jsonl", [*texts, texts[3][:-1]])
     common = {"docs": (docs,), "out": tmp_path / "out", "tokenizer": model, "val_docs": 10}
     message = r"^\d+\.\d\d% of the validation tokens .* fineweb_train_000000\.bin; at most 1\.00% .*documents: 4\)"
-    refused(message, **common)
+    refused(message, max_overlap=overlap.MAX_SHARE, **common)
     monkeypatch.setattr(prepare, "encode_task", None)  # the shards are complete, so no document is encoded again
     manifest = prepare.prepare(Options(max_overlap=0.2, **common))
     found = manifest["overlap"]
     assert 0.05 < found["share"] < 0.2 == found["limit"] and found["documents"] == [4]
-    refused(message, **common)
+    refused(message, max_overlap=overlap.MAX_SHARE, **common)
     assert prepare.main(["audit", str(common["out"])]) == 0, "the manifest allows it"
     assert f"({found['share']:.2%}) lie in runs of 64" in capsys.readouterr().out
     assert prepare.main(["audit", str(common["out"]), "--max-overlap", "0.01"]) == 2
@@ -769,6 +769,7 @@ def test_validation_default_is_the_published_split_and_both_forms_take_caseops()
         for more in ([], ["--caseops"]):
             args = prepare.parse_arguments([*form.split(), "--out", "y", *more])
             assert args.val_docs == val_docs and args.caseops == bool(more), form
+            assert args.max_overlap == (0.05 if form.startswith("sample") else 0.01), form
 
 
 def test_sample_is_prose_of_useful_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
