@@ -227,21 +227,33 @@ class ShardFile:
 
     def append(self, values: np.ndarray) -> None:
         """Add (n,) uint16 values."""
-        self.handle.write(values.astype("<u2", copy=False).tobytes())
+        with self.naming_the_file():
+            self.handle.write(values.astype("<u2", copy=False).tobytes())
         self.tokens += len(values)
+
+    @contextlib.contextmanager
+    def naming_the_file(self) -> Iterator[None]:
+        """Turn a full disk into an error that says where; the system's own does not."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"{self.tmp}: cannot be written ({reason}); make room and run again, it resumes") from error
 
     def finish(self) -> dict:
         """Complete the header, give the file its name, and return its row for the manifest."""
-        self.handle.seek(0)
-        self.handle.write(shard_header(self.tokens))
-        self.handle.close()
+        with self.naming_the_file():
+            self.handle.seek(0)
+            self.handle.write(shard_header(self.tokens))
+            self.handle.close()
         row = file_row(self.tmp) | {"name": self.path.name, "tokens": self.tokens}
         os.replace(self.tmp, self.path)
         return row
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
-        self.handle.close()
+        with contextlib.suppress(OSError):  # on a full disk what is buffered cannot be written either
+            self.handle.close()
         self.tmp.unlink(missing_ok=True)
 
 

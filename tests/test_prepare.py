@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,19 @@ def test_a_fingerprint_reads_size_head_and_tail(tmp_path: Path) -> None:
         assert prepare.fingerprint(path) == known == prepare.file_row(path)["fingerprint"]
     path.write_bytes(raw[:mib] + bytes([raw[mib] ^ 1]) + raw[mib + 1 :])
     assert prepare.fingerprint(path) == known and prepare.file_row(path)["sha256"] != sha256(raw).hexdigest()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    file, before = prepare.ShardFile(tmp_path / "fineweb_val_000000.bin"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    file.append(np.zeros(100, np.uint16))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"fineweb_val_000000\.bin\.tmp: cannot be written .*make room"):
+            file.append(np.zeros(50_000, np.uint16))
+        file.abandon()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 # The split and the stream
