@@ -1043,7 +1043,7 @@ class Preparation:
         """UserError for a loss that an earlier run allowed and this one does not."""
         if loss.get("lossy_docs", 0) and not self.options.allow_lossy:
             raise UserError(
-                f"{self.options.out}: tokenizer {self.model.name} does not keep the text of {loss['lossy_docs']:,} "
+                f"{self.options.out}: tokenizer {self.model.name} does not keep the text of {loss['lossy_docs']} "
                 "validation documents; use --allow-lossy, or another tokenizer and --overwrite"
             )
 
@@ -1119,7 +1119,7 @@ def measure_overlap(folder: Path) -> dict:
 
 def refuse_overlap(found: dict, limit: float) -> None:
     """UserError if more of the validation split than `limit` lies in runs that training has too."""
-    if found["share"] > limit:
+    if not found["share"] <= limit:  # also where the limit is no number
         documents = ", ".join(map(str, found["documents"])) or "none by more than half"
         raise UserError(
             f"{found['share']:.2%} of the validation tokens lie in runs of {found['window']} or more that training has "
@@ -1203,7 +1203,7 @@ def allowed_overlap(manifest: dict) -> float:
     """Return the share that a preparation allowed, or MAX_SHARE if its manifest does not say."""
     overlap = manifest.get("overlap")
     limit = overlap.get("limit") if isinstance(overlap, dict) else None
-    return limit if isinstance(limit, float) else MAX_SHARE
+    return limit if isinstance(limit, int | float) else MAX_SHARE
 
 
 def audit(folder: Path, seq_len: int = 2048, max_overlap: float | None = None) -> Audit:

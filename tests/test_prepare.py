@@ -381,6 +381,8 @@ def test_preparation_and_audit_fail_above_the_stated_share(
     refused(message, max_overlap=overlap.MAX_SHARE, **common)
     assert prepare.main(["audit", str(common["out"])]) == 0, "the manifest allows it"
     assert f"({found['share']:.2%}) lie in runs of 64" in capsys.readouterr().out
+    assert prepare.main(["audit", str(common["out"]), "--max-overlap", "nan"]) == 2
+    assert "at most nan% may" in capsys.readouterr().err
     assert prepare.main(["audit", str(common["out"]), "--max-overlap", "0.01"]) == 2
     assert re.search(message, capsys.readouterr().err.removeprefix("error: "))
 
