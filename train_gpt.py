@@ -1489,8 +1489,8 @@ def calibration_rows(cfg: Config, index: int) -> np.ndarray:
 
 
 class ByteTable(NamedTuple):
-    """What each token id adds to the text, by id (V,): its bytes without a leading space (int32), whether it has a
-    leading space, and whether it is a boundary (a control id)."""
+    """What each token id adds to the text, by id (V,): its bytes at the start of a text (int32), whether it has a
+    leading space that counts only elsewhere, and whether it is a boundary (a control id)."""
 
     bytes: np.ndarray
     space: np.ndarray
@@ -1519,7 +1519,9 @@ def find_tokenizer(cfg: Config) -> Path | None:
 def byte_table(path: Path, vocab_size: int) -> ByteTable:
     """Count the bytes of every id of a SentencePiece model. UserError if its vocabulary has another size."""
     try:
-        processor = spm.SentencePieceProcessor(model_file=str(path))
+        # The bytes, not the path: a file name that is not UTF-8 does no harm.
+        processor = spm.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(path.read_bytes())
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: not a SentencePiece model ({error})") from None
     if processor.vocab_size() != vocab_size:
@@ -1527,6 +1529,11 @@ def byte_table(path: Path, vocab_size: int) -> ByteTable:
     # Without this piece a single space would become <unk>, and its byte would be lost.
     if processor.piece_to_id("\u2581") == processor.unk_id():
         raise UserError(f"{path}: the tokenizer has no bare U+2581 piece, so bytes cannot be counted")
+    # White space as suffix with a dummy prefix: each text gets a space at its end that it does not have.
+    if processor.normalize("a").endswith("\u2581"):
+        raise UserError(
+            f"{path}: the tokenizer adds a space to the end of a text; train it with add_dummy_prefix=False"
+        )
     table = ByteTable(np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool), np.zeros(vocab_size, bool))
     for i in range(vocab_size):
         if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
@@ -1534,10 +1541,10 @@ def byte_table(path: Path, vocab_size: int) -> ByteTable:
         elif processor.is_byte(i):
             table.bytes[i] = 1
         else:
-            # U+2581 stands for a space.
-            piece = processor.id_to_piece(i)
-            table.space[i] = piece.startswith("\u2581")
-            table.bytes[i] = len(piece.removeprefix("\u2581").encode("utf-8"))
+            # U+2581 stands for a space, wherever it stands in a piece. At the start of a text the decoder may drop one.
+            table.bytes[i] = len(processor.decode([i]).encode("utf-8"))
+            inside = len(processor.id_to_piece(i).replace("\u2581", " ").encode("utf-8"))
+            table.space[i] = inside > table.bytes[i]
     return table
 
 

@@ -9,7 +9,8 @@
 
 All files end up flat in DIR: shards, the byte sidecar if the set has one, the tokenizer, and a manifest.json. The
 validation split and the tokenizer come first and must give the canonical counts above; only then are the training
-shards downloaded. Every file is compared with the hub's size and SHA-256, every shard with its header and vocabulary.
+shards downloaded. Every file is compared with the hub's size and SHA-256 before it gets its name in DIR, every shard
+with its header and vocabulary. --verify-only compares all of it again offline, the hashes with those in manifest.json.
 After a broken connection the download continues where it stopped. After an interrupted run it resumes with the next
 incomplete file (a shard has 200 MB), because the hub client does not keep partial files between runs.
 
@@ -19,6 +20,11 @@ of published records. Files are found by the end of their path, so a moved folde
 """
 
 from __future__ import annotations
+
+from interrupts import main_begins, quiet_until_main
+
+if __name__ == "__main__":
+    quiet_until_main()
 
 import argparse
 import re
@@ -32,7 +38,7 @@ import numpy as np
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
-from prepare import MANIFEST_NAME, sha256_file, write_json
+from prepare import MANIFEST_NAME, check_hashes, file_row, print_anywhere, sha256_file, write_json
 
 from train_gpt import BOS_ID, UserError, check_ids, list_shards, read_shard
 
@@ -151,6 +157,25 @@ def verify(out: Path, wanted: ShardSet) -> dict:
     }
 
 
+def verify_offline(out: Path, wanted: ShardSet) -> dict:
+    """Do what `verify` does, and compare the SHA-256 of every file with manifest.json; add their number as `hashed`."""
+    result = verify(out, wanted)  # first: it also says what the set has to hold
+    return result | {"hashed": check_hashes(out)}
+
+
+def describe(out: Path, digests: dict[str, str]) -> dict[str, list[dict]]:
+    """Return the manifest's rows of shards and sidecars, in the form that data/prepare.py writes."""
+    rows = {
+        kind: [
+            file_row(path, digests.get(path.name)) | {"tokens": len(read_shard(path))}
+            for path in list_shards(str(out), kind)
+        ]
+        for kind in ("val", "train", "val_bytes")
+        if any(out.glob(f"fineweb_{kind}_0*.bin"))
+    }
+    return {"shards": rows.get("val", []) + rows.get("train", []), "sidecars": rows.get("val_bytes", [])}
+
+
 # +---------------------------------------------------------------------------+
 # | HUB                                                                       |
 # +---------------------------------------------------------------------------+
@@ -180,25 +205,35 @@ def choose(files: list[Remote], train_shards: int, repo: str) -> tuple[list[Remo
     return [file for file in files if file not in train], train[:train_shards]
 
 
+def check_file(path: Path, file: Remote) -> str:
+    """Return the SHA-256 of a local file. UserError if it has not the hub's size or hash."""
+    size = path.stat().st_size
+    if size != file.size:
+        raise UserError(f"{path}: {size:,} bytes, the hub has {file.size:,}; remove it and run again")
+    digest = sha256_file(path)
+    if file.sha256 is not None and digest != file.sha256:
+        raise UserError(f"{path}: SHA-256 {digest}, the hub has {file.sha256}; remove it and run again")
+    return digest
+
+
 def fetch(file: Remote, out: Path, wanted: ShardSet, source: dict[str, str]) -> str:
     """Download one file into DIR unless it is there, check its size and hash, and return its SHA-256.
 
-    The staging folder receives it; only a complete file gets its name in DIR.
+    The staging folder receives it; only a file that passed the checks gets its name in DIR.
     """
     path = out / file.name
-    if not path.is_file():
-        local = out / STAGING_NAME
-        staged = Path(hf_hub_download(wanted.repo, file.path, repo_type="dataset", local_dir=local, **source))
-        if staged.stat().st_size != file.size:
-            size = staged.stat().st_size
-            staged.unlink()
-            raise UserError(f"{file.name}: got {size:,} bytes, the hub has {file.size:,}; run again")
-        staged.replace(path)
-    size, digest = path.stat().st_size, sha256_file(path)
-    if size != file.size:
-        raise UserError(f"{path}: {size:,} bytes, the hub has {file.size:,}; remove it and run again")
-    if file.sha256 is not None and digest != file.sha256:
-        raise UserError(f"{path}: SHA-256 {digest}, the hub has {file.sha256}; remove it and run again")
+    if path.is_file():
+        return check_file(path, file)
+    local = out / STAGING_NAME
+    staged = Path(hf_hub_download(wanted.repo, file.path, repo_type="dataset", local_dir=local, **source))
+    try:
+        digest = check_file(staged, file)
+    except UserError as error:
+        # The hub client would take the same file from the staging folder again.
+        staged.unlink()
+        reason = str(error).removeprefix(f"{staged}: ").removesuffix("; remove it and run again")
+        raise UserError(f"{file.name}: arrived damaged: {reason}; run again") from error
+    staged.replace(path)
     return digest
 
 
@@ -230,7 +265,9 @@ def download(wanted: ShardSet, out: Path, train_shards: int, endpoint: str | Non
     except HUB_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{wanted.repo}: {reason}; complete files are kept, run again to resume") from error
-    manifest = {"repository": wanted.repo, "revision": commit, **verify(out, wanted), "sha256": digests}
+    checked = verify(out, wanted)
+    manifest = {"repository": wanted.repo, "revision": commit, **checked, "sha256": digests, **describe(out, digests)}
+    manifest["tokenizer"] = file_row(out / checked["tokenizer"]) | {"vocab_size": wanted.vocab_size}
     write_json(out / MANIFEST_NAME, manifest)
     shutil.rmtree(out / STAGING_NAME, ignore_errors=True)
     return manifest
@@ -257,15 +294,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit status: 0, 2 for anything wrong, 130 after Ctrl-C."""
+    print_anywhere()
     args = parse_arguments(argv)
     wanted = SHARD_SETS[args.set]
     try:
         if args.train_shards < 0:
             raise UserError(f"--train-shards {args.train_shards}: at least 0")
         if args.verify_only:
-            result = verify(args.out, wanted)
+            result = verify_offline(args.out, wanted)
         else:
             result = download(wanted, args.out, args.train_shards, args.endpoint, args.revision)
+            result |= {"hashed": len(result["sha256"]), "tokenizer": result["tokenizer"]["name"]}
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -274,9 +313,12 @@ def main(argv: list[str]) -> int:
         return 130
     for name, count in result["canonical"].items():
         print(f"validation {name}: {count:,} (canonical)")
+    hashed = f"{result['hashed']} files have the SHA-256 of {MANIFEST_NAME}"
+    print(hashed if result["hashed"] else f"WARNING: no {MANIFEST_NAME}, so hashes are not known: only counts agree")
     print(f"{result['train_shards']} training shards, {result['train_tokens']:,} tokens; {result['tokenizer']}")
     return 0
 
 
 if __name__ == "__main__":
+    main_begins()
     sys.exit(main(sys.argv[1:]))

@@ -5,24 +5,36 @@
     python data/prepare.py audit DIR
 
 The second form needs no download: it collects the English prose that every Python installation carries. With --caseops
-the tokenizer sees CaseOps text (see caseops.py), and validation gets a byte sidecar, which the third form checks.
+the tokenizer sees CaseOps text (see caseops.py), and validation gets a byte sidecar. The third form checks a finished
+directory, prepared or downloaded: hashes, bytes of validation, overlap of the two splits.
 
 Files written into DIR:
     fineweb_val_000000.bin ...    the first --val-docs documents of the input, in input order
     fineweb_train_000000.bin ...  all other documents, in input order
     fineweb_val_bytes_000000.bin  original bytes per validation token; only with --caseops
     *.model                       the tokenizer, given or trained (on training documents only)
-    manifest.json                 sources, counts, SHA-256 of every file, document hashes, settings
+    manifest.json                 sources, counts, SHA-256 and fingerprint of every file, document hashes, settings
 
 train_gpt.read_shard defines the shard format. A document is BOS and its ids, without EOS. It may continue in the next
 shard, because every shard of a split except the last holds exactly --shard-tokens tokens.
+
+Validation documents are decoded again. A tokenizer that counts other bytes than the text has is refused, and so is one
+that loses more than white space and compatibility forms (round_trip.py); --allow-lossy accepts such a loss, and the
+manifest then says "lossy": true. At the end the two splits are compared (overlap.py): if more than --max-overlap of the
+validation tokens lie in runs of 64 tokens that training has too, the preparation fails.
 
 The output depends only on the arguments and the inputs: not on --jobs, and not on where a run was interrupted.
 """
 
 from __future__ import annotations
 
+from interrupts import main_begins, quiet_until_main
+
+if __name__ == "__main__":
+    quiet_until_main()
+
 import argparse
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -32,13 +44,14 @@ import itertools
 import json
 import lzma
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import re
 import signal
 import sys
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, closing
@@ -52,6 +65,8 @@ import pyarrow.parquet as parquet
 import sentencepiece as spm
 import zstandard
 from caseops import CaseOps, CaseOpsError, decode
+from overlap import MAX_SHARE, WINDOW, shingle_overlap
+from round_trip import RoundTrip, round_trip
 from stdlib_prose import sample_documents
 from tqdm import tqdm
 from word_bpe import MAX_VOCAB, word_bpe
@@ -66,12 +81,14 @@ FIRST_SYMBOL = 4  # id of the first transform symbol, after pad, BOS, EOS and un
 CHUNK_BYTES, CHUNK_DOCS = 1 << 18, 512  # one task for a worker: large enough that handing it over costs little
 STATE_NAME, MANIFEST_NAME, SAMPLE_NAME = "prepare.state.json", "manifest.json", "sample.jsonl"
 START_OVER = "use --overwrite or another --out"
+SAMPLE_MAX_SHARE = 0.05  # the sample's prose repeats itself: one method is described in many classes
+EDGE_BYTES = 1 << 20  # a fingerprint reads this much at either end of a file
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zstandard.ZstdError)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of one preparation. All of them but jobs and overwrite decide the bytes of the output."""
+    """Arguments of one preparation. All but the last four decide the bytes of the output."""
 
     docs: tuple[Path, ...]
     out: Path
@@ -82,6 +99,8 @@ class Options:
     sample_mb: float = 64.0
     text_key: str = "text"
     drop_overlap: bool = False
+    allow_lossy: bool = False
+    max_overlap: float = 1.0  # toy data of few documents may overlap; the command line says MAX_SHARE
     jobs: int = 1
     overwrite: bool = False
 
@@ -94,6 +113,7 @@ class Options:
             (self.val_docs >= 1, f"--val-docs {self.val_docs}: at least 1"),
             (self.shard_tokens >= 1, f"--shard-tokens {self.shard_tokens}: at least 1"),
             (self.sample_mb > 0, f"--tokenizer-sample-mb {self.sample_mb}: more than 0"),
+            (0 <= self.max_overlap <= 1, f"--max-overlap {self.max_overlap}: a share from 0 to 1, such as {MAX_SHARE}"),
             (self.jobs >= 1, f"--jobs {self.jobs}: at least 1"),
         ]
         for valid, message in checks:
@@ -126,9 +146,74 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def fingerprint(path: Path) -> str:
+    """Return a hash of a file that is fast for any size, as hex: SHA-256 of its size (8 bytes, little-endian), its
+    first MiB and its last MiB. In a file under 1 MiB both are the whole file."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        head = handle.read(EDGE_BYTES)
+        handle.seek(max(0, size - EDGE_BYTES))
+        return hashlib.sha256(size.to_bytes(8, "little") + head + handle.read(EDGE_BYTES)).hexdigest()
+
+
+def file_row(path: Path, sha256: str | None = None) -> dict:
+    """Return what a manifest says about a file, so that others can know it again; with its SHA-256 if known already."""
+    digest, size = sha256 or sha256_file(path), path.stat().st_size
+    return {"name": path.name, "bytes": size, "sha256": digest, "fingerprint": fingerprint(path)}
+
+
 def write_json(path: Path, value: object) -> None:
     """Write indented JSON through atomic_write."""
     atomic_write(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def read_object(path: Path) -> dict:
+    """Return the JSON object in a file, or {} if there is no file. UserError for anything else."""
+    try:
+        return read_json(path)
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deep to read; it was not written by this project") from error
+
+
+def listed_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file that a directory's manifest lists, by name; {} without a manifest."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return {}
+    manifest = read_object(path)
+    try:
+        tokenizer = manifest.get("tokenizer", {})
+        rows = [*manifest.get("shards", []), *manifest.get("sidecars", [])]
+        rows += [tokenizer] if isinstance(tokenizer, dict) and tokenizer else []
+        # download.py keeps the hashes in a table of their own, also of sets without rows.
+        hashes = {**manifest.get("sha256", {}), **{row["name"]: row["sha256"] for row in rows}}
+        valid = all(isinstance(value, str) and Path(name).name == name for name, value in hashes.items())
+    except (KeyError, TypeError, AttributeError):
+        hashes, valid = {}, False
+    if not hashes or not valid:
+        raise UserError(f"{path} lists no files as prepare.py or download.py do; prepare or download the data again")
+    return hashes
+
+
+def check_hashes(folder: Path) -> int:
+    """Compare a directory's files with the SHA-256 in its manifest; return how many there are, 0 without a manifest.
+
+    UserError that names the first file that is missing, differs, or is not listed.
+    """
+    listed, again = listed_files(folder), "copy it again, or prepare or download the data again"
+    for name, wanted in listed.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing, {MANIFEST_NAME} lists it; {again}")
+        if (found := sha256_file(path)) != wanted:
+            raise UserError(f"{path}: SHA-256 is {found[:12]}..., {MANIFEST_NAME} says {wanted[:12]}...; {again}")
+    here = sorted(path.name for pattern in ("fineweb_*.bin", "*.model") for path in folder.glob(pattern))
+    foreign = [name for name in here if listed and name not in listed]
+    if foreign:
+        raise UserError(
+            f"{folder / foreign[0]} is not in {MANIFEST_NAME}; remove it, or prepare or download the data again"
+        )
+    return len(listed)
 
 
 class ShardFile:
@@ -142,21 +227,33 @@ class ShardFile:
 
     def append(self, values: np.ndarray) -> None:
         """Add (n,) uint16 values."""
-        self.handle.write(values.astype("<u2", copy=False).tobytes())
+        with self.naming_the_file():
+            self.handle.write(values.astype("<u2", copy=False).tobytes())
         self.tokens += len(values)
+
+    @contextlib.contextmanager
+    def naming_the_file(self) -> Iterator[None]:
+        """Turn a full disk into an error that says where; the system's own does not."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"{self.tmp}: cannot be written ({reason}); make room and run again, it resumes") from error
 
     def finish(self) -> dict:
         """Complete the header, give the file its name, and return its row for the manifest."""
-        self.handle.seek(0)
-        self.handle.write(shard_header(self.tokens))
-        self.handle.close()
-        digest = sha256_file(self.tmp)
+        with self.naming_the_file():
+            self.handle.seek(0)
+            self.handle.write(shard_header(self.tokens))
+            self.handle.close()
+        row = file_row(self.tmp) | {"name": self.path.name, "tokens": self.tokens}
         os.replace(self.tmp, self.path)
-        return {"name": self.path.name, "tokens": self.tokens, "sha256": digest}
+        return row
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
-        self.handle.close()
+        with contextlib.suppress(OSError):  # on a full disk what is buffered cannot be written either
+            self.handle.close()
         self.tmp.unlink(missing_ok=True)
 
 
@@ -190,13 +287,14 @@ class Source(NamedTuple):
 def zst_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a .zst file with one or more frames.
 
-    The reader of the zstandard package stops silently where a file was cut off; this one raises EOFError.
+    The reader of the zstandard package stops silently where a file was cut off; this one raises EOFError. It takes the
+    longest windows that the format's own tool can write (zstd --long=31), which need 2 GiB of address space.
     """
     frame, line = None, b""
     with path.open("rb") as file:
         while packed := (frame and frame.unused_data) or file.read(1 << 17):
             if frame is None or frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
+                frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             *lines, line = (line + frame.decompress(packed)).split(b"\n")
             yield from lines
     if frame and not frame.eof:
@@ -229,6 +327,8 @@ def read_jsonl(path: Path, source: int, kind: str) -> Iterator[Item]:
                 if line.strip():
                     yield Item(source, f"{path}:{number}", line, True)
     except DAMAGED as error:
+        if "too much memory" in str(error):
+            raise UserError(f"{path}: its window is over 2 GiB; compress it again with at most --long=31") from error
         raise UserError(f"{path}: damaged or cut off after line {number}: {error}") from error
 
 
@@ -236,16 +336,20 @@ def read_parquet(path: Path, source: int, text_key: str) -> Iterator[Item]:
     """Yield one document per row, reading one batch of rows at a time."""
     number = 0
     try:
-        with parquet.ParquetFile(path) as table:
+        # The handle, not the path: pyarrow takes no file name that is not UTF-8.
+        with path.open("rb") as handle, parquet.ParquetFile(handle) as table:
             names = table.schema_arrow.names
             if text_key not in names:
                 raise UserError(f"{path}: no column {text_key!r}; it has {', '.join(names)}; choose with --text-key")
             batches = table.iter_batches(batch_size=CHUNK_DOCS, columns=[text_key])
-            texts = (text for batch in batches for text in batch.column(0).to_pylist())
-            for number, text in enumerate(texts, 1):
+            for number, value in enumerate((value for batch in batches for value in batch.column(0)), 1):
+                text = value.as_py()
                 if not isinstance(text, str):
                     raise UserError(f"{path}:{number}: {text_key!r} is {type(text).__name__}, not text")
                 yield Item(source, f"{path}:{number}", text.encode(), False)
+    except UnicodeDecodeError as error:  # pyarrow does not check what a text column holds
+        found = f"{path}:{number}: {text_key!r} is not UTF-8: byte {error.object[error.start]:#04x}"
+        raise UserError(f"{found}; write the column again as UTF-8") from error
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read after row {number}: {error}") from error
 
@@ -266,7 +370,7 @@ def read_items(sources: list[Source], text_key: str) -> Iterator[Item]:
 def parse_item(item: Item, text_key: str) -> tuple[str, bytes]:
     """Return the text of a document and its UTF-8 bytes. UserError with file and line if it has none."""
     try:
-        text = item.raw.decode("utf-8")
+        text = item.raw.decode("utf-8-sig" if item.is_json else "utf-8")  # some tools begin a file with a mark
     except UnicodeDecodeError as error:
         line = "" if item.is_json else f":{item.raw.count(10, 0, error.start) + 1}"
         raise UserError(f"{item.where}{line}: not UTF-8: byte {item.raw[error.start]:#04x}") from error
@@ -276,6 +380,8 @@ def parse_item(item: Item, text_key: str) -> tuple[str, bytes]:
         row = json.loads(text)
     except ValueError as error:
         raise UserError(f"{item.where}: not a line of JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{item.where}: JSON nested too deep to read; remove the line or flatten it") from error
     if not isinstance(row, dict) or text_key not in row:
         raise UserError(f"{item.where}: no key {text_key!r}; name the right one with --text-key")
     text = row[text_key]
@@ -303,7 +409,7 @@ def find_source(path: Path) -> Source:
         raise UserError(f"{path}: no file there ends in {SUFFIXES}")
     tree = hashlib.sha256()
     for name, found in files.items():
-        tree.update(f"{name}\0{sha256_file(found)}\n".encode())
+        tree.update(f"{name}\0{sha256_file(found)}\n".encode("utf-8", "surrogateescape"))  # a name is any bytes
     size = sum(found.stat().st_size for found in files.values())
     return Source(path.resolve().name, tuple(files.values()), tree.hexdigest(), size)
 
@@ -345,11 +451,18 @@ def check_symbols(processor: spm.SentencePieceProcessor, name: str, transform: C
 def load_tokenizer(path: str) -> spm.SentencePieceProcessor:
     """Load and check a SentencePiece model, once per process."""
     try:
-        processor = spm.SentencePieceProcessor(model_file=path)
+        processor = spm.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(Path(path).read_bytes())
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0][:80]})") from error
     check_tokenizer(processor, Path(path).name)
     return processor
+
+
+@functools.cache
+def load_table(path: str) -> train_gpt.ByteTable:
+    """Return the bytes of every id as the trainer counts them, made once per process."""
+    return train_gpt.byte_table(Path(path), load_tokenizer(path).get_piece_size())
 
 
 def sentences(text: str, limit: int = 4000) -> Iterator[str]:
@@ -456,7 +569,7 @@ class Task(NamedTuple):
     model: str
     text_key: str
     transform: CaseOps | None
-    sidecar: bool
+    is_val: bool
 
 
 class Encoded(NamedTuple):
@@ -468,6 +581,7 @@ class Encoded(NamedTuple):
     digests: list[bytes]  # (D,) SHA-256 of each text
     counts: np.ndarray | None  # (T,) uint16 original bytes per token
     edges: list[int]  # (D,) bytes at the ends of each text that the tokenizer drops; only with counts
+    trips: list[RoundTrip]  # (D,) what comes back of each text; only of validation
 
 
 def piece_counts(task: Task, texts: tuple[str, ...], lengths: list[int]) -> np.ndarray:
@@ -496,6 +610,24 @@ def edge_bytes(text: str, processor: spm.SentencePieceProcessor) -> int:
     return 0 if processor.normalize(edges) else len(edges.encode())
 
 
+def round_trips(task: Task, texts: list[str], seen: list[str], rows: list[np.ndarray]) -> list[RoundTrip]:
+    """Decode the documents of a task and compare. UserError if their bytes are counted wrongly.
+
+    texts: the originals. seen: what the tokenizer saw. rows: for each document its ids and the bytes credited to them.
+    """
+    processor, trips, name = load_tokenizer(task.model), [], Path(task.model).name
+    for item, text, before, (ids, counts) in zip(task.items, texts, seen, rows, strict=True):
+        decoded, counted = processor.decode(ids.tolist()), int(counts.sum(dtype=np.int64))
+        # A sidecar counts the original text, a table the decoded one.
+        if task.transform is None and counted != (size := len(decoded.encode())):
+            raise UserError(
+                f"{item.where}: tokenizer {name} cannot be used: its ids count as {counted:,} bytes and decode to "
+                f"{size:,}; train one with --vocab-size"
+            )
+        trips.append(round_trip(text, before, decoded, counted))
+    return trips
+
+
 def encode_task(task: Task) -> Encoded:
     """Parse, hash and tokenise. Runs in a worker and depends only on its argument."""
     processor = load_tokenizer(task.model)
@@ -504,14 +636,48 @@ def encode_task(task: Task) -> Encoded:
     tokenizer, bos = word_bpe(processor), np.array([BOS_ID], np.uint16)
     rows = [tokenizer.ids(text) for text in seen]
     lengths = [len(row) + 1 for row in rows]
+    ends, ids = list(itertools.accumulate(lengths)), np.concatenate([part for row in rows for part in (bos, row)])
+    sidecar, trips = task.is_val and task.transform is not None, []
+    counts = piece_counts(task, texts, lengths) if sidecar else None
+    if task.is_val:
+        credited = load_table(task.model).count(ids) if counts is None else counts
+        trips = round_trips(task, texts, seen, list(zip(rows, np.split(credited, ends[:-1]), strict=True)))
     return Encoded(
-        ids=np.concatenate([part for row in rows for part in (bos, row)]),
-        ends=list(itertools.accumulate(lengths)),
+        ids=ids,
+        ends=ends,
         num_bytes=[len(text) for text in raw],
         digests=[hashlib.sha256(text).digest() for text in raw],
-        counts=piece_counts(task, texts, lengths) if task.sidecar else None,
-        edges=[edge_bytes(text, processor) for text in seen] if task.sidecar else [],
+        counts=counts,
+        edges=[edge_bytes(text, processor) for text in seen] if sidecar else [],
+        trips=trips,
     )
+
+
+@contextlib.contextmanager
+def started_workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Give a pool of processes that leave Ctrl-C to this one, and shut it down in order."""
+    # A fork of this process would copy its threads' locks. The server has none; it imports torch once for all workers.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch"])
+    # The server and its workers inherit a blocked SIGINT, and so hear none, not even while they import. The tracker of
+    # resources comes first, because its start would unblock the signal.
+    multiprocessing.resource_tracker.ensure_running()
+    # This process notes a Ctrl-C until all workers are started: one that finds its parent gone prints a traceback.
+    noted: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    with ProcessPoolExecutor(jobs, mp_context=server) as pool:
+        try:
+            pool.submit(os.getpid)  # the first task starts all workers
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            signal.signal(signal.SIGINT, handler)
+        try:
+            if noted:
+                raise KeyboardInterrupt
+            yield pool
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, Encoded]]:
@@ -523,12 +689,7 @@ def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, Encode
         yield from ((task, encode_task(task)) for task in tasks)
         return
     waiting: deque[tuple[Task, Future[Encoded]]] = deque()
-    # A fork of this process would copy its threads' locks. The server has none; it imports torch once for all workers.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch"])
-    # Workers leave Ctrl-C to this process, which shuts them down in order.
-    ignored = (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(jobs, mp_context=server, initializer=signal.signal, initargs=ignored) as pool:
+    with started_workers(jobs) as pool:
         try:
             for task in tasks:
                 waiting.append((task, pool.submit(encode_task, task)))
@@ -540,8 +701,6 @@ def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, Encode
         except BrokenProcessPool as error:
             message = "a worker was killed (out of memory?); run again with fewer --jobs, it resumes"
             raise UserError(message) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 # +---------------------------------------------------------------------------+
@@ -569,14 +728,19 @@ class State:
     shards: list[dict] = field(default_factory=list)
     sidecars: list[dict] = field(default_factory=list)
     audit: Counter = field(default_factory=lambda: Counter(sidecar_bytes=0, edge_bytes=0, docs_with_edges=0))
+    round_trip: Counter = field(
+        default_factory=lambda: Counter(counted_bytes=0, lossy_docs=0, lost_chars=0, excess_bytes=0)
+    )
 
     @classmethod
     def load(cls, path: Path) -> State:
         """Read a journal back. UserError if the file is something else."""
         try:
-            values = read_json(path)
+            values, kinds = read_object(path), vars(cls({}, [], docs_total=0))
             values["splits"] = {name: Counter(counts) for name, counts in values["splits"].items()}
-            values["audit"] = Counter(values["audit"])
+            values |= {name: Counter(values[name]) for name in ("audit", "round_trip")}
+            if any(type(value) is not type(kinds[name]) for name, value in values.items() if value is not None):
+                raise TypeError("a value is of another type")
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}: not a journal of this version; {START_OVER}") from error
@@ -649,6 +813,7 @@ class Preparation:
             if not options.tokenizer.is_file():
                 raise UserError(f"{options.tokenizer}: no such tokenizer")
             check_symbols(load_tokenizer(str(options.tokenizer)), options.tokenizer.name, self.transform)
+            load_table(str(options.tokenizer))
             tokenizer = {"name": options.tokenizer.name, "sha256": sha256_file(options.tokenizer)}
         return {
             "tool_version": TOOL_VERSION,
@@ -671,7 +836,10 @@ class Preparation:
         self.write_shards()
         if not self.state.splits["train"]["docs"]:
             raise self.nothing_to_train_on(self.state.docs_done)
-        manifest = self.manifest()
+        self.refuse_loss(self.state.round_trip)
+        overlap = measure_overlap(self.options.out) | {"limit": self.options.max_overlap}
+        refuse_overlap(overlap, self.options.max_overlap)
+        manifest = self.manifest(overlap)
         write_json(self.options.out / MANIFEST_NAME, manifest)
         (self.options.out / STATE_NAME).unlink()
         return manifest
@@ -720,14 +888,21 @@ class Preparation:
     def check_finished(self) -> dict:
         """Return the manifest of a complete directory after a look at its files."""
         path = self.options.out / MANIFEST_NAME
-        manifest = read_json(path)
+        manifest = read_object(path)
         try:
             sources = [{key: row[key] for key in ("name", "sha256", "bytes")} for row in manifest["sources"]]
             self.refuse_change(manifest["settings"], sources)
-            files = [(row["name"], row["tokens"]) for row in manifest["shards"] + manifest["sidecars"]]
-        except (KeyError, TypeError) as error:
+            shards = {row["name"]: row["tokens"] for row in manifest["shards"] + manifest["sidecars"]}
+            rows = [*manifest["shards"], *manifest["sidecars"], manifest["tokenizer"]]
+            # An older manifest has no fingerprints and no round trips.
+            prints = {row["name"]: row["fingerprint"] for row in rows if "fingerprint" in row}
+            loss, overlap = manifest.get("round_trip", Counter()), manifest.get("overlap")
+            self.refuse_loss(loss)
+            if overlap is not None:
+                refuse_overlap(overlap, self.options.max_overlap)
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not written by this tool; {START_OVER}") from error
-        for name, tokens in files:
+        for name, tokens in shards.items():
             try:
                 found = len(read_shard(self.options.out / name))
             except UserError as error:
@@ -736,6 +911,9 @@ class Preparation:
                 raise UserError(f"{self.options.out / name}: not the shard of the manifest; use --overwrite")
         if not self.model.is_file():
             raise UserError(f"{self.model}: the tokenizer is gone; use --overwrite")
+        for name, wanted in prints.items():
+            if fingerprint(self.options.out / name) != wanted:
+                raise UserError(f"{self.options.out / name}: not the file of the manifest; use --overwrite")
         return manifest
 
     def make_tokenizer(self) -> None:
@@ -768,7 +946,7 @@ class Preparation:
             if count <= options.val_docs:
                 val.setdefault(digest, count - 1)
             elif text and digest in val:
-                self.refuse_overlap(item, val[digest])
+                self.refuse_twin(item, val[digest])
             else:
                 sample.add(digest, raw)
         if count <= options.val_docs:
@@ -776,7 +954,7 @@ class Preparation:
         self.state.docs_total = count
         return sample
 
-    def refuse_overlap(self, item: Item, twin: int) -> None:
+    def refuse_twin(self, item: Item, twin: int) -> None:
         """UserError for a training document that is in validation too, unless --drop-overlap drops such documents."""
         if not self.options.drop_overlap:
             raise UserError(
@@ -802,8 +980,7 @@ class Preparation:
 
     def task(self, group: list[Item], is_val: bool) -> Task:
         """Wrap documents of one split for a worker."""
-        sidecar = self.transform is not None and is_val
-        return Task(group, str(self.model), self.options.text_key, self.transform, sidecar)
+        return Task(group, str(self.model), self.options.text_key, self.transform, is_val)
 
     def write_shards(self) -> None:
         """Tokenise and write everything that is not in finished shards."""
@@ -833,13 +1010,15 @@ class Preparation:
         for index, (item, stop) in enumerate(zip(task.items, encoded.ends, strict=True)):
             digest, num_bytes = encoded.digests[index], encoded.num_bytes[index]
             if writer.split == "train" and num_bytes and digest.hex() in self.val_index:
-                self.refuse_overlap(item, self.val_index[digest.hex()])
+                self.refuse_twin(item, self.val_index[digest.hex()])
                 state.overlap_dropped += 1
             else:
                 rows = [ids[start:stop] for ids in (encoded.ids, encoded.counts) if ids is not None]
                 writer.put(rows, state.carry)
                 self.remember(digest, writer.split)
                 state.splits[writer.split].update(docs=1, tokens=stop - start, raw_bytes=num_bytes)
+                if encoded.trips:
+                    self.count_trip(item, encoded.trips[index])
                 if encoded.counts is not None:
                     edge, counted = encoded.edges[index], int(rows[1].sum(dtype=np.int64))
                     state.audit.update(sidecar_bytes=counted, edge_bytes=edge, docs_with_edges=edge > 0)
@@ -847,6 +1026,26 @@ class Preparation:
             state.docs_done += 1
             state.source_docs[item.source] += 1
             start = stop
+
+    def count_trip(self, item: Item, trip: RoundTrip) -> None:
+        """Count a validation document's round trip. UserError if it loses something, unless --allow-lossy."""
+        lossy = trip.lost > 0 or trip.excess > 0
+        loss = {"lossy_docs": lossy, "lost_chars": trip.lost, "excess_bytes": trip.excess}
+        if lossy and not self.options.allow_lossy:
+            what = trip.example or f"it counts as {trip.counted:,} bytes, {trip.excess:,} more than it has"
+            raise UserError(
+                f"{item.where}: tokenizer {self.model.name} does not keep this text: {what}; use another tokenizer, or "
+                '--allow-lossy, which marks the data as "lossy"'
+            )
+        self.state.round_trip.update(counted_bytes=trip.counted, **loss)
+
+    def refuse_loss(self, loss: Mapping[str, int]) -> None:
+        """UserError for a loss that an earlier run allowed and this one does not."""
+        if loss.get("lossy_docs", 0) and not self.options.allow_lossy:
+            raise UserError(
+                f"{self.options.out}: tokenizer {self.model.name} does not keep the text of {loss['lossy_docs']} "
+                "validation documents; use --allow-lossy, or another tokenizer and --overwrite"
+            )
 
     def remember(self, digest: bytes, split: str) -> None:
         """Remember a document's hash: validation in a list, training in one running digest."""
@@ -863,23 +1062,23 @@ class Preparation:
         unexplained = val["raw_bytes"] - audit["sidecar_bytes"] - audit["edge_bytes"]
         return {"docs": val["docs"], "utf8_bytes": val["raw_bytes"], **audit, "unexplained_bytes": unexplained}
 
-    def manifest(self) -> dict:
+    def manifest(self, overlap: dict) -> dict:
         """Return the record of what was made from what."""
         state = self.state
+        trip = {"docs": state.splits["val"]["docs"], "raw_bytes": state.splits["val"]["raw_bytes"], **state.round_trip}
         return {
             "tool": f"data/prepare.py {TOOL_VERSION}",
             "settings": state.settings,
             "sources": [row | {"docs": docs} for row, docs in zip(state.sources, state.source_docs, strict=True)],
-            "tokenizer": {
-                "name": self.model.name,
-                "sha256": state.tokenizer_sha256,
-                "vocab_size": load_tokenizer(str(self.model)).get_piece_size(),
-            },
+            "tokenizer": file_row(self.model) | {"vocab_size": load_tokenizer(str(self.model)).get_piece_size()},
             "splits": state.splits,
             "overlap_dropped": state.overlap_dropped,
             "shards": state.shards,
             "sidecars": state.sidecars,
             **({"byte_audit": self.byte_audit()} if self.transform else {}),
+            "lossy": state.round_trip["lossy_docs"] > 0,
+            "round_trip": trip,
+            "overlap": overlap,
             # d = sha256() at first; then for every training document in order d = sha256(d + sha256(text))
             "train_documents_digest": state.train_digest,
             "val_document_sha256": state.val_hashes,
@@ -892,20 +1091,61 @@ def prepare(options: Options, transform: CaseOps | None = None) -> dict:
 
 
 # +---------------------------------------------------------------------------+
-# | AUDIT of a finished CaseOps directory                                     |
+# | OVERLAP of the two splits                                                 |
+# +---------------------------------------------------------------------------+
+
+
+def measure_overlap(folder: Path) -> dict:
+    """Return which share of a directory's validation tokens lies in long runs that training has too.
+
+    documents: validation documents with more than half of their tokens in such runs, numbered from 1, at most ten.
+    shard: the training shard with most of the runs.
+    """
+    tokens = np.concatenate([read_shard(path) for path in list_shards(str(folder), "val")])
+    paths = list_shards(str(folder), "train")
+    found = shingle_overlap(tokens, map(read_shard, paths))
+    starts = np.union1d([0], np.flatnonzero(tokens == BOS_ID))[: len(tokens)]
+    covered = np.add.reduceat(found.covered.astype(np.int64), starts) if len(tokens) else np.zeros(0, np.int64)
+    leaked = np.flatnonzero(2 * covered > np.diff(np.append(starts, len(tokens)))) + 1
+    return {
+        "window": WINDOW,
+        "tokens": len(tokens),
+        "matched_tokens": found.matched,
+        "share": found.share,
+        "documents": leaked[:10].tolist(),
+        "shard": paths[int(np.argmax(found.windows))].name if found.matched else None,
+    }
+
+
+def refuse_overlap(found: dict, limit: float) -> None:
+    """UserError if more of the validation split than `limit` lies in runs that training has too."""
+    if not found["share"] <= limit:  # also where the limit is no number
+        documents = ", ".join(map(str, found["documents"])) or "none by more than half"
+        raise UserError(
+            f"{found['share']:.2%} of the validation tokens lie in runs of {found['window']} or more that training has "
+            f"too, most in {found['shard']}; at most {limit:.2%} may (validation documents: {documents}); take them "
+            "out of one split, or raise --max-overlap"
+        )
+
+
+# +---------------------------------------------------------------------------+
+# | AUDIT of a finished directory                                             |
 # +---------------------------------------------------------------------------+
 
 
 class Audit(NamedTuple):
-    """What `audit` found in a validation split with a sidecar."""
+    """What `audit` found."""
 
+    files: int  # files that have the manifest's SHA-256; 0: there is no manifest
     docs: int
     undecodable: int  # documents whose ids are no longer CaseOps text: the normaliser made or removed a letter
     tokens: int
-    sidecar_bytes: int
+    counted_bytes: int  # that a score divides by: from the sidecar, or from the tokenizer
     decoded_bytes: int  # UTF-8 of the decoded ids: without what the normaliser folds (white space, wide characters)
     targets: int  # scored tokens: the published evaluation drops an incomplete last sequence
     target_bytes: int
+    lossy: bool | None  # whether the manifest says that the tokenizer loses text; None: it says nothing
+    overlap: dict | None  # what `measure_overlap` found; None: there are no training shards
 
 
 def decode_documents(processor: spm.SentencePieceProcessor, ids: np.ndarray, caseops: bool) -> tuple[int, int]:
@@ -923,50 +1163,95 @@ def decode_documents(processor: spm.SentencePieceProcessor, ids: np.ndarray, cas
     return total, broken
 
 
-def read_validation(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens (T,) of a directory's validation split and their original bytes (T,)."""
+def read_validation(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the tokens (T,) of a directory's validation split and, if it has a sidecar, their original bytes (T,)."""
     shards = [read_shard(path) for path in list_shards(str(folder), "val")]
     sidecars = [read_shard(path) for path in list_shards(str(folder), "val_bytes")]
-    if list(map(len, shards)) != list(map(len, sidecars)):
+    if sidecars and list(map(len, shards)) != list(map(len, sidecars)):
         raise UserError(f"{folder}: byte sidecars and validation shards differ in number or length; prepare them again")
-    return np.concatenate(shards), np.concatenate(sidecars)
+    return np.concatenate(shards), np.concatenate(sidecars) if sidecars else None
 
 
-def audit(folder: Path, seq_len: int = 2048) -> Audit:
-    """Decode a CaseOps validation split and compare tokens, sidecar and manifest.
+def audit_bytes(folder: Path, model: Path, manifest: dict) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Return the validation tokens, the bytes that each counts, and whether the tokenizer has case operators.
 
-    UserError for files that do not belong together. Documents that do not decode are only counted: NFKC can turn the
-    character beside an operator into an ASCII letter, or merge its letter with an accent.
+    UserError if tokenizer, sidecar and shards do not belong together.
     """
-    model = train_gpt.find_tokenizer(train_gpt.Config(data_path=str(folder)))
-    if model is None:
-        raise UserError(f"{folder} has no *.model; an audit needs the tokenizer that made the shards")
-    processor = load_tokenizer(str(model))
-    check_symbols(processor, folder.name, CaseOps())
-    ids, counts = read_validation(folder)
+    processor, settings = load_tokenizer(str(model)), manifest.get("settings")
+    transformed = isinstance(settings, dict) and settings.get("transform") is not None
+    caseops = transformed or processor.piece_to_id(CaseOps.symbols[0]) == FIRST_SYMBOL
+    check_symbols(processor, model.name, CaseOps() if caseops else None)
+    ids, sidecar = read_validation(folder)
     starts = np.flatnonzero(ids == BOS_ID)
     if not len(starts) or starts[0] != 0:
         raise UserError(f"{folder}: the validation split does not begin with BOS ({BOS_ID})")
-    if counts[starts].any():
+    train_gpt.check_ids(ids, processor.get_piece_size(), folder)
+    if caseops and sidecar is None:
+        raise UserError(
+            f"{folder} has no fineweb_val_bytes_*.bin, which tokenizer {model.name} needs: its pieces do not show the "
+            "original bytes; prepare again with --caseops, or copy the sidecar"
+        )
+    if caseops and sidecar[starts].any():
         raise UserError(f"{folder}: the sidecar gives bytes to BOS; it belongs to other shards")
-    total = int(counts.sum(dtype=np.int64))
-    said = read_json(folder / MANIFEST_NAME).get("byte_audit", {}).get("sidecar_bytes", total)
+    counts = sidecar if caseops else load_table(str(model)).count(ids)
+    if sidecar is not None and not np.array_equal(sidecar, counts):
+        raise UserError(f"{folder}: the byte sidecar is not that of tokenizer {model.name}; remove the wrong one")
+    return ids, counts, caseops
+
+
+def allowed_overlap(manifest: dict) -> float:
+    """Return the share that a preparation allowed, or MAX_SHARE if its manifest does not say."""
+    overlap = manifest.get("overlap")
+    limit = overlap.get("limit") if isinstance(overlap, dict) else None
+    return limit if isinstance(limit, int | float) else MAX_SHARE
+
+
+def audit(folder: Path, seq_len: int = 2048, max_overlap: float | None = None) -> Audit:
+    """Compare the files of a directory with its manifest, validation bytes with decoded text, and the two splits.
+
+    UserError for files that do not belong together, wrong bytes, and splits that overlap by more than `max_overlap`
+    (None: what the manifest allows, or MAX_SHARE).
+
+    CaseOps documents that do not decode are only counted: NFKC can turn the character beside an operator into an ASCII
+    letter, or merge its letter with an accent.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory")
+    files, manifest = check_hashes(folder), read_object(folder / MANIFEST_NAME)
+    model = train_gpt.find_tokenizer(train_gpt.Config(data_path=str(folder)))
+    if model is None:
+        raise UserError(f"{folder} has no *.model; an audit needs the tokenizer that made the shards")
+    ids, counts, caseops = audit_bytes(folder, model, manifest)
+    total, said = int(counts.sum(dtype=np.int64)), manifest.get("byte_audit")
+    said = said.get("sidecar_bytes", total) if isinstance(said, dict) else total
     if said != total:
         raise UserError(f"{folder}: the sidecar sums to {total} bytes, its manifest says {said}; prepare it again")
-    decoded, undecodable = decode_documents(processor, ids, caseops=True)
+    decoded, undecodable = decode_documents(load_tokenizer(str(model)), ids, caseops)
+    if not caseops and decoded != total:
+        raise UserError(f"{folder}: the ids count as {total:,} bytes and decode to {decoded:,}; use another tokenizer")
+    overlap = measure_overlap(folder) if any(folder.glob("fineweb_train_*.bin")) else None
+    if overlap is not None:
+        refuse_overlap(overlap, allowed_overlap(manifest) if max_overlap is None else max_overlap)
     targets = (len(ids) - 1) // seq_len * seq_len
     scored = int(counts[1 : targets + 1].sum(dtype=np.int64))
-    return Audit(len(starts), undecodable, len(ids), total, decoded, targets, scored)
+    lossy, docs = manifest.get("lossy"), int((ids == BOS_ID).sum())
+    return Audit(files, docs, undecodable, len(ids), total, decoded, targets, scored, lossy, overlap)
 
 
 def audit_main(argv: list[str]) -> None:
     """Run the form `prepare.py audit DIR`."""
     parser = argparse.ArgumentParser("prepare.py audit", description=audit.__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR")
-    found = audit(parser.parse_args(argv).folder)
+    add_max_overlap(parser, None)
+    arguments = parser.parse_args(argv)
+    found = audit(arguments.folder, max_overlap=arguments.max_overlap)
+    listed = f"{found.files:,} have the SHA-256 of {MANIFEST_NAME}"
+    print(f"files {listed if found.files else f'not checked: there is no {MANIFEST_NAME}'}")
     print(f"val   {found.docs:,} documents, {found.tokens:,} tokens; {found.undecodable:,} documents do not decode")
-    print(f"sidecar {found.sidecar_bytes:,} bytes; the decoded text has {found.decoded_bytes:,} (spaces are folded)")
+    print(f"bytes {found.counted_bytes:,}; the decoded text has {found.decoded_bytes:,} (white space is folded)")
     print(f"scored in sequences of 2048: {found.targets:,} tokens, {found.target_bytes:,} bytes")
+    print(f"lossy {'unknown' if found.lossy is None else found.lossy}")
+    print(overlap_line(found.overlap) if found.overlap else "overlap not measured: there are no training shards")
 
 
 # +---------------------------------------------------------------------------+
@@ -979,6 +1264,22 @@ def write_sample(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in sample_documents())
     atomic_write(path, lines.encode())
+
+
+def add_max_overlap(parser: argparse.ArgumentParser, default: float | None) -> None:
+    """Add the option that all three forms share."""
+    text = f"fail if more of the validation tokens lie in runs of {WINDOW} that training has too (default "
+    text += "what the manifest allowed)" if default is None else "%(default)s)"
+    parser.add_argument("--max-overlap", type=float, default=default, metavar="SHARE", help=text)
+
+
+def overlap_line(found: dict) -> str:
+    """Return the line that a report has for what `measure_overlap` found."""
+    where = f", most in {found['shard']}" if found["shard"] else ""
+    return (
+        f"overlap {found['matched_tokens']:,} of {found['tokens']:,} validation tokens ({found['share']:.2%}) lie in "
+        f"runs of {found['window']} or more that training has too{where}"
+    )
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -996,6 +1297,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if is_sample:
         add("--vocab-size", type=int, default=1024, help=f"pieces to train {default}")
         add("--val-docs", type=int, default=16, help=f"validation documents {default}")
+        add_max_overlap(parser, SAMPLE_MAX_SHARE)
         return parser.parse_args(argv[1:])
     add("--docs", type=Path, nargs="+", required=True, metavar="FILE_OR_DIR", help=f"directories, or {SUFFIXES}")
     which = parser.add_mutually_exclusive_group(required=True)
@@ -1012,6 +1314,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add("--text-key", default=Options.text_key, help=f"key or column of the text {default}")
     add("--drop-overlap", action="store_true", help="drop training documents that are in validation (else: an error)")
+    add("--allow-lossy", action="store_true", help="accept a tokenizer that loses text, and mark the manifest")
+    add_max_overlap(parser, MAX_SHARE)
     return parser.parse_args(argv)
 
 
@@ -1031,10 +1335,23 @@ def report(manifest: dict) -> None:
             f"space at the ends of {found['docs_with_edges']:,} documents, which has no token; "
             f"{found['unexplained_bytes']:,} unexplained"
         )
+    if manifest.get("lossy"):
+        loss = manifest["round_trip"]
+        lossy_docs = f"{loss['lossy_docs']:,} of {loss['docs']:,} validation documents"
+        print(f"LOSSY {lossy_docs} lose {loss['lost_chars']:,} characters, {loss['excess_bytes']:,} bytes in excess")
+    if "overlap" in manifest:
+        print(overlap_line(manifest["overlap"]))
+
+
+def print_anywhere() -> None:
+    """Let a terminal that knows only ASCII show other characters as escapes, instead of an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit status: 0, 2 for a mistake by the user, 130 after Ctrl-C."""
+    print_anywhere()
     try:
         if argv[:1] == ["audit"]:
             audit_main(argv[1:])
@@ -1049,6 +1366,9 @@ def main(argv: list[str]) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("error: out of memory; use fewer --jobs", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command resumes after the last finished shard", file=sys.stderr)
         return 130
@@ -1056,4 +1376,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    main_begins()
     sys.exit(main(sys.argv[1:]))

@@ -16,7 +16,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 from download import SHARD_SETS, ShardSet
-from prepare import shard_header
+from prepare import fingerprint, shard_header
 
 from train_gpt import UserError
 
@@ -57,6 +57,7 @@ class Hub(ThreadingHTTPServer):
         self.gets: list[tuple[str, str | None]] = []  # (file name, Range header)
         self.cut: set[str] = set()  # files whose next answer breaks off half way
         self.gone: set[str] = set()  # files that are listed but not found
+        self.damaged: set[str] = set()  # files whose last byte is another when they are sent
 
     @property
     def url(self) -> str:
@@ -109,6 +110,7 @@ class Answer(BaseHTTPRequestHandler):
         if raw is None or (gets and short in self.server.gone):
             self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
+        sent = raw[:-1] + bytes([raw[-1] ^ 1]) if short in self.server.damaged else raw
         headers = {"ETag": f'"{hashlib.sha256(raw).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         start, code, stop = int(wanted[1]) if wanted else 0, 206 if wanted else 200, len(raw)
@@ -119,7 +121,7 @@ class Answer(BaseHTTPRequestHandler):
         if gets and short in self.server.cut:
             self.server.cut.remove(short)
             stop, self.close_connection = len(raw) // 2, True
-        self.send(code, raw[start:stop], headers, length=len(raw) - start)
+        self.send(code, sent[start:stop], headers, length=len(raw) - start)
 
 
 @pytest.fixture
@@ -213,6 +215,44 @@ def test_local_files_are_compared_with_the_hub(tmp_path: Path, hub: Hub, tiny: S
         path.write_bytes(raw[:-2] + more)
         with pytest.raises(UserError, match=message):
             download.download(tiny, tmp_path, 1, hub.url)
+
+
+def test_a_file_gets_its_name_after_its_hash_is_known(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
+    name = "fineweb_train_000000.bin"
+    hub.damaged = {name}
+    with pytest.raises(UserError, match=rf"^{name}: arrived damaged: SHA-256 .* run again$"):
+        download.download(tiny, tmp_path, 1, hub.url)
+    assert not (tmp_path / name).exists()
+    hub.damaged.clear()
+    manifest = download.download(tiny, tmp_path, 1, hub.url)
+    raw = hub.files[ROOT + name]
+    assert (tmp_path / name).read_bytes() == raw
+    row = {"name": name, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "tokens": 100_000}
+    assert manifest["shards"][1] == row | {"fingerprint": fingerprint(tmp_path / name)}
+    assert [len(manifest[key]) for key in ("shards", "sidecars")] == [2, 1]
+    assert manifest["tokenizer"]["sha256"] == hashlib.sha256(b"a model").hexdigest()
+
+
+def test_verify_only_compares_hashes(
+    tmp_path: Path, hub: Hub, tiny: ShardSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SHARD_SETS, "caseops", tiny)
+    verify = ["caseops", "--out", str(tmp_path), "--verify-only"]
+    manifest = download.download(tiny, tmp_path, 1, hub.url)
+    assert download.main(verify) == 0
+    assert "4 files have the SHA-256 of manifest.json" in capsys.readouterr().out
+    for name in manifest["sha256"]:
+        path = tmp_path / name
+        raw = path.read_bytes()
+        # the last token is no scored target, so no count changes
+        path.write_bytes(raw[:-2] + bytes([raw[-2] ^ 1]) + raw[-1:])
+        assert download.main(verify) == 2
+        error = capsys.readouterr().err
+        assert f"{name}: SHA-256 is" in error and error.count("\n") == 1
+        path.write_bytes(raw)
+    (tmp_path / "manifest.json").unlink()
+    assert download.main(verify) == 0
+    assert "WARNING: no manifest.json" in capsys.readouterr().out
 
 
 def test_verify_only_names_what_is_wrong(tmp_path: Path, tiny: ShardSet) -> None:

@@ -5,18 +5,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
+import itertools
 import json
 import lzma
+import os
+import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
+import download
 import numpy as np
+import overlap
 import prepare
 import pyarrow
 import pyarrow.parquet
@@ -27,9 +36,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepare import Options
+from round_trip import lost_characters, most_bytes
 from stdlib_prose import ProseFilter
 
-from train_gpt import UserError, read_shard
+from train_gpt import Config, UserError, byte_table, load_val, read_shard
+
+FAULTS = Path(__file__).parent / "faults"  # small inputs that an earlier version got wrong, with random words
 
 WORDS = "the a model of tokens learns every text it reads and forgets what nobody wrote down in 1984 or 2024".split()
 
@@ -92,10 +104,34 @@ def test_a_growing_shard_ends_as_the_same_file(
         file.append(np.array(part, dtype=np.uint16))
     assert not path.exists()
     row, raw = file.finish(), path.read_bytes()
-    assert row == {"name": path.name, "tokens": len(values), "sha256": sha256(raw).hexdigest()}
+    known = {"name": path.name, "bytes": len(raw), "tokens": len(values), "sha256": sha256(raw).hexdigest()}
+    assert row == known | {"fingerprint": prepare.fingerprint(path)}
     assert raw == prepare.write_shard(path.with_name("x"), values).read_bytes() and read_shard(path).tolist() == values
     header = np.frombuffer(raw[:1024], dtype="<i4")
     assert header[:3].tolist() == [20240520, 1, len(values)] and not header[3:].any()
+
+
+def test_a_fingerprint_reads_size_head_and_tail(tmp_path: Path) -> None:
+    path, mib = tmp_path / "x", 1 << 20
+    for raw in (b"", b"short", bytes(range(256)) * 4096, os.urandom(3 * mib)):
+        path.write_bytes(raw)
+        known = sha256(len(raw).to_bytes(8, "little") + raw[:mib] + raw[-mib:]).hexdigest()
+        assert prepare.fingerprint(path) == known == prepare.file_row(path)["fingerprint"]
+    path.write_bytes(raw[:mib] + bytes([raw[mib] ^ 1]) + raw[mib + 1 :])
+    assert prepare.fingerprint(path) == known and prepare.file_row(path)["sha256"] != sha256(raw).hexdigest()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    file, before = prepare.ShardFile(tmp_path / "fineweb_val_000000.bin"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    file.append(np.zeros(100, np.uint16))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"fineweb_val_000000\.bin\.tmp: cannot be written .*make room"):
+            file.append(np.zeros(50_000, np.uint16))
+        file.abandon()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 # The split and the stream
@@ -150,12 +186,46 @@ def test_manifest_tells_the_whole_story(tmp_path: Path, docs: Path) -> None:
 # Inputs
 
 
+def test_zst_with_long_windows_is_read(tmp_path: Path) -> None:
+    for window in (28, 31):
+        path = FAULTS / f"window{window}.jsonl.zst"
+        lines = list(prepare.read_jsonl(path, 0, "jsonl.zst"))
+        assert b"\n".join(item.raw for item in lines).strip() == (FAULTS / "good.jsonl").read_bytes().strip()
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, model: Path) -> None:
+    for name, message in {
+        "latin1.parquet": r"latin1\.parquet:46: 'text' is not UTF-8: byte 0xe9",
+        "deep.jsonl": r"deep\.jsonl:21: JSON nested too deep",
+    }.items():
+        refused(message, (FAULTS / name,), tmp_path / name, model, val_docs=3)
+
+
+def test_names_that_are_not_utf8_on_a_terminal_of_ascii(tmp_path: Path, model: Path) -> None:
+    odd = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(odd)
+    folder = Path(os.fsdecode(odd))
+    write_jsonl(folder / os.fsdecode(b"d\xe9.jsonl"), make_texts(9))
+    pyarrow.parquet.write_table(pyarrow.table({"text": make_texts(9, seed=1)}), tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").rename(folder / os.fsdecode(b"p\xe9.parquet"))
+    tokenizer = folder / os.fsdecode(b"m\xe9.model")
+    shutil.copy(model, tokenizer)
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, prepare.__file__, "--docs", odd, "--tokenizer", os.fsencode(tokenizer)]
+    command += ["--val-docs", "3", "--jobs", "1", "--out", odd + b"/out"]
+    done = subprocess.run(command, env=os.environ | plain, capture_output=True)
+    assert done.returncode == 0 and rb"tokenizer m\udce9.model, 320 pieces" in done.stdout, done.stderr
+    assert read_split(folder / "out", "val").tolist() == expected_stream(model, make_texts(9)[:3])
+    assert prepare.audit(folder / "out").docs == 3
+
+
 FORMATS = "jsonl jsonl.gz jsonl.xz jsonl.zst parquet tree".split()
 
 
 def test_all_formats_give_the_same_stream(tmp_path: Path, model: Path) -> None:
     texts, inputs = make_texts(12), {suffix: tmp_path / f"a.{suffix}" for suffix in FORMATS}
     raw = write_jsonl(inputs["jsonl"], texts).read_bytes()
+    inputs["jsonl"].write_bytes(b"\xef\xbb\xbf" + raw.replace(b"\n", b"\r\n"))  # as written on Windows
     half = raw.index(b"\n", len(raw) // 2) + 1
     inputs["jsonl.gz"].write_bytes(gzip.compress(raw))
     inputs["jsonl.xz"].write_bytes(lzma.compress(raw))
@@ -199,6 +269,8 @@ BAD_INPUTS = [
     ("x.jsonl.xz", lzma.compress(MANY)[:-9], r"x\.jsonl\.xz: damaged"),
     ("x.jsonl.zst", zstandard.compress(MANY)[:-9], r"x\.jsonl\.zst: damaged"),
     ("x.jsonl.zst", b"not zstandard at all", r"x\.jsonl\.zst: damaged"),
+    # a frame of 7 bytes with a window of 4 GiB
+    ("x.jsonl.zst", b"\x28\xb5\x2f\xfd\x00\xb0\x39\x00\x00" + b"nothing", r"x\.jsonl\.zst: its window is over 2 GiB"),
     ("x.parquet", b"PAR1 not really", r"x\.parquet: cannot be read"),
     ("x.jsonl", GOOD, "nothing is left to train on"),
 ]
@@ -249,7 +321,174 @@ def test_overlap_is_refused_or_dropped(tmp_path: Path, model: Path, train: bool)
     assert read_split(tmp_path / "out2", "train").tolist() == stream
 
 
+@settings(max_examples=60)
+@given(data=st.data(), window=st.integers(1, 8), block=st.integers(1, 30))
+def test_every_long_match_is_found(data: st.DataObject, window: int, block: int) -> None:
+    """Against the definition, written the slow way: few different tokens, so that much matches."""
+    tokens = st.lists(st.integers(0, 2), max_size=60)
+    val, shards = data.draw(tokens), data.draw(st.lists(tokens, max_size=4))
+    stream, expected = [token for shard in shards for token in shard], np.zeros(len(val), bool)
+    known = {tuple(stream[i : i + window]) for i in range(len(stream) - window + 1)}
+    for i in range(len(val) - window + 1):
+        expected[i : i + window] |= tuple(val[i : i + window]) in known
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap, "BLOCK", block)
+        found = overlap.shingle_overlap(np.array(val), [np.array(shard, np.uint16) for shard in shards], window)
+    assert found.covered.tolist() == expected.tolist() and found.matched == expected.sum()
+    assert len(found.windows) == len(shards) and bool(sum(found.windows)) == expected.any()
+
+
+def leaks(texts: list[str], model: Path) -> dict[str, list[int]]:
+    """Streams of training tokens in which validation documents hide from a comparison of whole documents."""
+    processor = spm.SentencePieceProcessor(model_file=str(model))
+    ids = [processor.encode(text) for text in texts]
+    return {
+        "cut by a token": [token for row in ids for token in [1, *row[:-1]]],
+        "with EOS": [token for row in ids for token in [1, *row, 2]],
+        "joined": [token for a, b in itertools.pairwise(ids) for token in [1, *a, *b]],
+        "from the middle": [token for row in ids for token in [1, 9, 9, *row[20:]]],
+    }
+
+
+def test_overlap_is_found_whatever_was_done_to_the_documents(tmp_path: Path, model: Path) -> None:
+    texts = make_texts(12)
+    prepare.prepare(Options((write_jsonl(tmp_path / "x.jsonl", texts),), tmp_path / "clean", model, val_docs=8))
+    val, clean = read_split(tmp_path / "clean", "val"), read_split(tmp_path / "clean", "train")
+    assert overlap.shingle_overlap(val, [clean]).share == 0
+    for name, stream in leaks(texts[:8], model).items():
+        planted = np.array(stream, np.uint16)
+        # in three shards, so that documents lie across borders
+        found = overlap.shingle_overlap(val, [clean, planted[:301], planted[301:]])
+        assert found.share > 0.8 and found.windows[0] == 0 < min(found.windows[1:]), name
+    # one run of 64 is found wherever it stands, one of 63 is none
+    for length, share in ((64, 64 / len(val)), (63, 0)):
+        run = np.concatenate((clean[:70], val[100 : 100 + length], clean[70:]))
+        assert overlap.shingle_overlap(val, [run]).share == share
+
+
+def test_preparation_and_audit_fail_above_the_stated_share(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = make_texts(20)
+    docs = write_jsonl(tmp_path / "x.jsonl", [*texts, texts[3][:-1]])
+    common = {"docs": (docs,), "out": tmp_path / "out", "tokenizer": model, "val_docs": 10}
+    message = r"^\d+\.\d\d% of the validation tokens .* fineweb_train_000000\.bin; at most 1\.00% .*documents: 4\)"
+    refused(message, max_overlap=overlap.MAX_SHARE, **common)
+    monkeypatch.setattr(prepare, "encode_task", None)  # the shards are complete, so no document is encoded again
+    manifest = prepare.prepare(Options(max_overlap=0.2, **common))
+    found = manifest["overlap"]
+    assert 0.05 < found["share"] < 0.2 == found["limit"] and found["documents"] == [4]
+    refused(message, max_overlap=overlap.MAX_SHARE, **common)
+    assert prepare.main(["audit", str(common["out"])]) == 0, "the manifest allows it"
+    assert f"({found['share']:.2%}) lie in runs of 64" in capsys.readouterr().out
+    assert prepare.main(["audit", str(common["out"]), "--max-overlap", "nan"]) == 2
+    assert "at most nan% may" in capsys.readouterr().err
+    assert prepare.main(["audit", str(common["out"]), "--max-overlap", "0.01"]) == 2
+    assert re.search(message, capsys.readouterr().err.removeprefix("error: "))
+
+
 # Tokenizer
+
+
+SPACES = "the cat  sat on the mat ", " of the most", "the   end", "at the end of the day  ", "", " ", "a"
+
+
+def spm_model(folder: Path, name: str, **arguments: object) -> Path:
+    """A BPE tokenizer with byte pieces and these arguments."""
+    common = {"model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
+    common |= {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "vocab_size": 400, "add_dummy_prefix": False}
+    lines = iter([*SPACES[:4], "caf\u00e9 au lait"] * 30)
+    spm.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(folder / name), **common | arguments)
+    return folder / f"{name}.model"
+
+
+def test_counted_bytes_are_the_texts_wherever_markers_stand(tmp_path: Path) -> None:
+    """Suffix white space, pieces of several spaces, and a plain control; the old table counted up to 49 % more."""
+    for name in ("plain", "suffix", "spaces"):
+        for docs in ("good.jsonl", "spaces.jsonl"):
+            out, texts = tmp_path / name / docs, [json.loads(line)["text"] for line in (FAULTS / docs).open()]
+            options = Options((FAULTS / docs,), out, FAULTS / f"{name}.model", val_docs=20)
+            manifest = prepare.prepare(options)
+            val = load_val(Config(data_path=str(out), vocab_size=400, eval_seq_len=64, eval_include_tail=True))
+            # only spaces.model keeps runs of spaces
+            kept = texts[:20] if name == "spaces" else [re.sub(" +", " ", text).strip(" ") for text in texts[:20]]
+            assert val.bytes.sum() == len("".join(kept)) == manifest["round_trip"]["counted_bytes"], (name, docs)
+            assert manifest["lossy"] is False and manifest["round_trip"]["lossy_docs"] == 0
+            assert prepare.audit(out).counted_bytes == prepare.audit(out).decoded_bytes == len("".join(kept))
+
+
+def test_counted_bytes_are_decoded_bytes_for_every_kind_of_white_space(tmp_path: Path) -> None:
+    inside = False
+    for superwords, suffix, dummy, keep in itertools.product((False, True), repeat=4):
+        name = f"{superwords}{suffix}{dummy}{keep}"
+        arguments = {"split_by_whitespace": not superwords, "treat_whitespace_as_suffix": suffix}
+        arguments |= {"add_dummy_prefix": dummy, "remove_extra_whitespaces": not keep}
+        path = spm_model(tmp_path, name, **arguments, allow_whitespace_only_pieces=keep)
+        if suffix and dummy:
+            with pytest.raises(UserError, match=f"{name}.model: the tokenizer adds a space to the end"):
+                byte_table(path, spm.SentencePieceProcessor(model_file=str(path)).get_piece_size())
+            continue
+        processor = spm.SentencePieceProcessor(model_file=str(path))
+        inside |= any("\u2581" in processor.id_to_piece(i)[1:-1] for i in range(processor.get_piece_size()))
+        table = byte_table(path, processor.get_piece_size())
+        for text in SPACES:
+            ids = processor.encode(text)
+            decoded = processor.decode(ids)
+            assert table.count(np.array([1, *ids], np.int64)).sum() == len(decoded), (name, text)
+            assert decoded == text if keep else decoded.split() == text.split(), (name, text)
+    assert inside, "no tokenizer has a piece with a space inside, so nothing was tested"
+
+
+def test_a_tokenizer_that_loses_text_is_refused_or_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--docs", str(FAULTS / "good.jsonl"), "--tokenizer", str(FAULTS / "casefold.model"), "--val-docs", "20"]
+    command += ["--jobs", "1", "--out", str(tmp_path / "out")]
+    assert prepare.main(command) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"good\.jsonl:1: .*casefold\.model .*'an from Have was a i' comes back as 'an from have", error)
+    assert error.count("\n") == 1 and "--allow-lossy" in error and not (tmp_path / "out" / "manifest.json").exists()
+    assert prepare.main([*command, "--allow-lossy"]) == 0
+    assert "LOSSY 20 of 20 validation documents" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    texts = [json.loads(line)["text"] for line in (FAULTS / "good.jsonl").open()][:20]
+    capitals, size = sum(char.isupper() for text in texts for char in text), len("".join(texts))
+    loss = {"docs": 20, "raw_bytes": size, "counted_bytes": size, "lossy_docs": 20, "lost_chars": capitals}
+    assert manifest["lossy"] is True and manifest["round_trip"] == loss | {"excess_bytes": 0}
+    assert prepare.main(command) == 2
+    assert "20 validation documents; use --allow-lossy" in capsys.readouterr().err
+    assert prepare.main(["audit", str(tmp_path / "out")]) == 0
+    assert "lossy True" in capsys.readouterr().out
+
+
+def test_what_a_normaliser_may_and_may_not_do(tmp_path: Path) -> None:
+    """Rules are lines of code points: from, tab, to."""
+    docs = write_jsonl(tmp_path / "x.jsonl", [f"caf\u00e9 au\tlait \ufb01n {i}" for i in range(9)])
+    for name, rule, message in (
+        ("accent", "E9\t65\n", r"'caf\u00e9 au la.*' comes back as 'cafe au la"),
+        ("apart", "E9\t65 301\n", "counts as 21 bytes, 1 more than it has"),
+        ("removed", "74\t\n", "comes back as"),
+        ("glued", "9\t\n", "comes back as .*aulait"),
+        ("tab", "9\t20\n", None),
+        ("ligature", "FB01\t66 69\n", None),
+    ):
+        (tmp_path / "rule.tsv").write_text(rule)
+        model = spm_model(tmp_path, name, normalization_rule_tsv=str(tmp_path / "rule.tsv"))
+        options = {"docs": (docs,), "out": tmp_path / f"out_{name}", "tokenizer": model, "val_docs": 4}
+        if message:
+            refused(message, **options)
+        marked = prepare.prepare(Options(allow_lossy=message is not None, **options))
+        assert marked["lossy"] is (message is not None), name
+    builtin = spm_model(tmp_path, "cf", normalization_rule_name="nmt_nfkc_cf")
+    capitals = write_jsonl(tmp_path / "capitals.jsonl", [f"The cat {i}" for i in range(9)])
+    refused("'The cat 0' comes back as 'the cat 0'", (capitals,), tmp_path / "out", builtin, val_docs=2)
+
+
+@settings(max_examples=300)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_published_folding_is_no_loss(model: Path, text: str) -> None:
+    processor = prepare.load_tokenizer(str(model))
+    ids = processor.encode(text)
+    assert lost_characters(text, processor.decode(ids)) == (0, "")
+    assert prepare.load_table(str(model)).count(np.array([1, *ids])).sum() <= most_bytes(text)
 
 
 def test_tokenizer_has_the_contest_layout(model: Path) -> None:
@@ -339,6 +578,15 @@ def test_transform_gives_a_byte_sidecar(tmp_path: Path, docs: Path) -> None:
     assert not list(options.out.glob("fineweb_train_bytes*"))
 
 
+def test_a_sidecar_with_more_bytes_than_the_text_is_refused(tmp_path: Path, docs: Path) -> None:
+    class Inflated(Shout):
+        def piece_bytes(self, text: str, processor: spm.SentencePieceProcessor) -> list[int]:
+            return [count + 1 for count in super().piece_bytes(text, processor)]
+
+    with pytest.raises(UserError, match=r"docs\.jsonl:1: .* it counts as [\d,]+ bytes, [\d,]+ more than it has"):
+        prepare.prepare(Options((docs,), tmp_path / "out", vocab_size=320, val_docs=5), Inflated())
+
+
 # Interruption
 
 
@@ -420,13 +668,61 @@ def test_finished_directory_is_checked(tmp_path: Path, model: Path, docs: Path) 
     shard, manifest = options["out"] / "fineweb_val_000000.bin", options["out"] / "manifest.json"
     shard.write_bytes(shard.read_bytes()[:-2])
     refused("fineweb_val_000000.bin: .*--overwrite", **options)
-    for text, message in (("{}", "not written by this tool"), ("[]", "not an object"), ("{", "is not valid JSON")):
+    cut = (FAULTS / "manifest_cut.json").read_text()
+    for text, message in (
+        ("{}", "not written by this tool"),
+        ('{"sources": [], "settings": []}', "not written by this tool"),
+        ("[]", "not an object"),
+        (cut, "is not valid JSON"),
+        ("[" * 5000, "nested too deep"),
+    ):
         manifest.write_text(text)
         refused(message, **options)
     manifest.unlink()
     refused("from elsewhere", **options)
-    (options["out"] / prepare.STATE_NAME).write_text('{"splits": 5}')
-    refused("not a journal of this version", **options)
+    whole = {"settings": {}, "sources": [], "splits": {}, "audit": {}, "round_trip": {}}
+    for journal in ('{"splits": 5}', "[]", cut, json.dumps(whole | {"docs_done": "5"}), json.dumps(whole | {"x": 1})):
+        (options["out"] / prepare.STATE_NAME).write_text(journal)
+        refused("not a journal of this version", **options)
+
+
+def test_audit_names_what_differs_from_the_manifest(
+    tmp_path: Path, model: Path, docs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A split without a sidecar; and every file of it, changed in one byte that changes no count."""
+    out = tmp_path / "out"
+    manifest = prepare.prepare(Options((docs,), out, model, val_docs=5))
+    assert prepare.main(["audit", str(out)]) == 0
+    lines = capsys.readouterr().out
+    assert "files 3 have the SHA-256" in lines and f"bytes {manifest['round_trip']['counted_bytes']:,};" in lines
+    cut, full = (FAULTS / "manifest_cut.json").read_bytes(), json.dumps(manifest).encode()
+    bad_row = full.replace(b'"shards": [{"name"', b'"shards": [5, {"name"')
+    assert bad_row != full
+    changes = [
+        *(("manifest.json", raw, "lists no files") for raw in (b"{}", b'{"shards": 5}', b'{"sha256": []}', bad_row)),
+        ("manifest.json", cut, "is not valid JSON"),
+        ("manifest.json", b"[1]", "holds a list"),
+        ("manifest.json", b"[" * 5000, "is nested too deep"),
+        ("fineweb_train_000001.bin", b"", "is not in manifest.json"),
+    ]
+    assert len(prepare.listed_files(out)) == 3
+    for name in prepare.listed_files(out):
+        raw = (out / name).read_bytes()
+        changes += [(name, raw[:-1] + bytes([raw[-1] ^ 1]), f"{name}: SHA-256 is"), (name, None, f"{name} is missing")]
+    for name, raw, message in changes:
+        folder = Path(shutil.copytree(out, tmp_path / "changed"))
+        (folder / name).unlink(missing_ok=True)
+        if raw is not None:
+            (folder / name).write_bytes(raw)
+        assert prepare.main(["audit", str(folder)]) == 2, message
+        error = capsys.readouterr().err
+        assert message in error and name in error and error.count("\n") == 1, error
+        shutil.rmtree(folder)
+    (out / "manifest.json").unlink()
+    assert prepare.main(["audit", str(out)]) == 0
+    assert "not checked: there is no manifest.json" in capsys.readouterr().out
+    assert prepare.main(["audit", str(tmp_path / "none")]) == 2
+    assert "no such directory" in capsys.readouterr().err
 
 
 # Command line and sample
@@ -449,12 +745,47 @@ def test_command_line_survives_a_kill(tmp_path: Path, model: Path, capsys: pytes
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_interrupt_while_workers_start_is_one_line(tmp_path: Path, model: Path, docs: Path) -> None:
+    command = [sys.executable, prepare.__file__, "--docs", str(docs), "--tokenizer", str(model), "--val-docs", "5"]
+    command += ["--jobs", "2", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        # a terminal sends Ctrl-C to the whole group; the server of the workers is then importing torch
+        while process.poll() is None:
+            started = [
+                pid for pid in children(process.pid) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            ]
+            if started:
+                break
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGINT)
+        error = process.communicate(timeout=120)[1]
+    assert (process.returncode, error.splitlines()) == (130, [error.strip()]), error
+    assert error.startswith("interrupted; the same command resumes")
+
+
+def test_interrupt_while_modules_load_is_one_line() -> None:
+    for script in (prepare.__file__, download.__file__):
+        with subprocess.Popen([sys.executable, script, "--help"], stderr=subprocess.PIPE, text=True) as process:
+            # the first of the large modules is being loaded
+            while process.poll() is None and "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            error = process.communicate(timeout=120)[1]
+        assert (process.returncode, error) == (130, "interrupted before it began\n"), error
+
+
 def test_validation_default_is_the_published_split_and_both_forms_take_caseops() -> None:
     assert Options((Path("x"),), Path("y"), vocab_size=300).val_docs == 50_000
     for form, val_docs in (("--docs x --vocab-size 300", 50_000), ("sample", 16)):
         for more in ([], ["--caseops"]):
             args = prepare.parse_arguments([*form.split(), "--out", "y", *more])
             assert args.val_docs == val_docs and args.caseops == bool(more), form
+            assert args.max_overlap == (0.05 if form.startswith("sample") else 0.01), form
 
 
 def test_sample_is_prose_of_useful_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
