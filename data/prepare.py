@@ -82,7 +82,6 @@ CHUNK_BYTES, CHUNK_DOCS = 1 << 18, 512  # one task for a worker: large enough th
 STATE_NAME, MANIFEST_NAME, SAMPLE_NAME = "prepare.state.json", "manifest.json", "sample.jsonl"
 START_OVER = "use --overwrite or another --out"
 SAMPLE_MAX_SHARE = 0.05  # the sample's prose repeats itself: one method is described in many classes
-EDGE_BYTES = 1 << 20  # a fingerprint reads this much at either end of a file
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zstandard.ZstdError)
 
 
@@ -146,20 +145,10 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def fingerprint(path: Path) -> str:
-    """Return a hash of a file that is fast for any size, as hex: SHA-256 of its size (8 bytes, little-endian), its
-    first MiB and its last MiB. In a file under 1 MiB both are the whole file."""
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        head = handle.read(EDGE_BYTES)
-        handle.seek(max(0, size - EDGE_BYTES))
-        return hashlib.sha256(size.to_bytes(8, "little") + head + handle.read(EDGE_BYTES)).hexdigest()
-
-
 def file_row(path: Path, sha256: str | None = None) -> dict:
     """Return what a manifest says about a file, so that others can know it again; with its SHA-256 if known already."""
     digest, size = sha256 or sha256_file(path), path.stat().st_size
-    return {"name": path.name, "bytes": size, "sha256": digest, "fingerprint": fingerprint(path)}
+    return {"name": path.name, "bytes": size, "sha256": digest, "fingerprint": train_gpt.fingerprint(path)}
 
 
 def write_json(path: Path, value: object) -> None:
@@ -912,7 +901,7 @@ class Preparation:
         if not self.model.is_file():
             raise UserError(f"{self.model}: the tokenizer is gone; use --overwrite")
         for name, wanted in prints.items():
-            if fingerprint(self.options.out / name) != wanted:
+            if train_gpt.fingerprint(self.options.out / name) != wanted:
                 raise UserError(f"{self.options.out / name}: not the file of the manifest; use --overwrite")
         return manifest
 

@@ -16,9 +16,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 from download import SHARD_SETS, ShardSet
-from prepare import fingerprint, shard_header
+from prepare import shard_header
 
-from train_gpt import UserError
+from train_gpt import UserError, fingerprint
 
 COMMIT = "c" * 40
 ROOT = "datasets/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved/"

@@ -39,7 +39,7 @@ from prepare import Options
 from round_trip import lost_characters, most_bytes
 from stdlib_prose import ProseFilter
 
-from train_gpt import Config, UserError, byte_table, load_val, read_shard
+from train_gpt import Config, UserError, byte_table, fingerprint, load_val, read_shard
 
 FAULTS = Path(__file__).parent / "faults"  # small inputs that an earlier version got wrong, with random words
 
@@ -105,7 +105,7 @@ def test_a_growing_shard_ends_as_the_same_file(
     assert not path.exists()
     row, raw = file.finish(), path.read_bytes()
     known = {"name": path.name, "bytes": len(raw), "tokens": len(values), "sha256": sha256(raw).hexdigest()}
-    assert row == known | {"fingerprint": prepare.fingerprint(path)}
+    assert row == known | {"fingerprint": fingerprint(path)}
     assert raw == prepare.write_shard(path.with_name("x"), values).read_bytes() and read_shard(path).tolist() == values
     header = np.frombuffer(raw[:1024], dtype="<i4")
     assert header[:3].tolist() == [20240520, 1, len(values)] and not header[3:].any()
@@ -116,9 +116,9 @@ def test_a_fingerprint_reads_size_head_and_tail(tmp_path: Path) -> None:
     for raw in (b"", b"short", bytes(range(256)) * 4096, os.urandom(3 * mib)):
         path.write_bytes(raw)
         known = sha256(len(raw).to_bytes(8, "little") + raw[:mib] + raw[-mib:]).hexdigest()
-        assert prepare.fingerprint(path) == known == prepare.file_row(path)["fingerprint"]
+        assert fingerprint(path) == known == prepare.file_row(path)["fingerprint"]
     path.write_bytes(raw[:mib] + bytes([raw[mib] ^ 1]) + raw[mib + 1 :])
-    assert prepare.fingerprint(path) == known and prepare.file_row(path)["sha256"] != sha256(raw).hexdigest()
+    assert fingerprint(path) == known and prepare.file_row(path)["sha256"] != sha256(raw).hexdigest()
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
