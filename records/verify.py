@@ -54,6 +54,7 @@ from caseops import ESC, OPERATORS  # noqa: E402
 
 import pack_artifact  # noqa: E402
 from pack_artifact import CAP_BYTES  # noqa: E402
+from records.papers import read_log  # noqa: E402
 from train_gpt import UserError, read_json, read_preset  # noqa: E402
 
 BUDGET_SECONDS = 600.0
@@ -100,18 +101,6 @@ class Candidate:
     data: Path | None = None
     claimed: Any = None  # for a preset, the full-size configuration that its papers describe
     notes: list[str] = dataclasses.field(default_factory=list)
-
-
-def read_log(path: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
-    """Return a log's text, non-default knobs and last RESULT, all empty without a file. UserError for broken JSON."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    block = text.rpartition("knobs that are not default:")[2].split("\nparameters")[0]
-    knobs = dict(re.findall(r"^  ([A-Z0-9_]+)=(.*?)  \(", block, re.MULTILINE))
-    results = re.findall(r"^RESULT (.*)$", text, re.MULTILINE)
-    try:
-        return text, knobs, json.loads(results[-1]) if results else {}
-    except ValueError as error:
-        raise UserError(f"{path}: its RESULT line is not JSON ({error}); copy the log again") from error
 
 
 # +---------------------------------------------------------------------------+
@@ -572,7 +561,7 @@ def budget_checks(candidate: Candidate) -> Iterator[Check]:
             yield Check(name, NOT_ASKED, f"{seconds:.1f} s, by steps (MAX_WALLCLOCK_SECONDS=0)")
         else:
             yield decide(name, seconds <= BUDGET_SECONDS, f"{seconds:.1f} of {BUDGET_SECONDS:.0f} s")
-    log, _, _ = read_log(candidate.folder / "log.txt")
+    log = read_log(candidate.folder / "log.txt").text
     stop = re.search(r"training stopped at step \d+ after ([\d.]+) s", log)
     hessians = re.search(r"calibration: ([\d.]+) s", log)
     if stop and hessians and isinstance(trained, int | float):
@@ -671,7 +660,7 @@ def seed_checks(submission: dict[str, Any]) -> Iterator[Check]:
 
 def log_checks(candidate: Candidate) -> Iterator[Check]:
     """The log belongs to this configuration and this result."""
-    text, knobs, result = read_log(candidate.folder / "log.txt")
+    text, knobs, result, *_ = read_log(candidate.folder / "log.txt")
     if not text:
         return
     keys = [key for key in ("val_loss", "val_bpb", "seed", "tokens_scored", "bytes_scored") if key in result]
@@ -786,7 +775,7 @@ def open_run(folder: Path, source: Path, room: Path, given: Path | None) -> Cand
         found.files = pack_artifact.artifact_files(artifact)
     if found.result.get("source_sha256") != hashlib.sha256(source.read_bytes()).hexdigest():
         found.notes.append(f"{source.name} has changed since this run")
-    _, logged, _ = read_log(folder / "log.txt")
+    logged = read_log(folder / "log.txt").knobs
     found.data = data_of(given, logged.get("DATA_PATH", ""))
     return configure(found, program.read_preset(str(folder)), room)
 
