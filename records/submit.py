@@ -469,7 +469,7 @@ def main(argv: list[str]) -> int:
         if args.leaderboard:
             return write_leaderboard(args.records, args.check)
         submit(args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}".replace("\n", "; "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

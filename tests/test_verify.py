@@ -601,6 +601,8 @@ def test_wrong_targets_are_one_line(run_folder: Path, tmp_path: Path, capsys: py
         assert "no such directory" in refused(str(run_folder), "--data", data)
     (tmp_path / "record.env").write_text("NO_SUCH_KNOB=1\n")
     assert "NO_SUCH_KNOB" in refused(str(tmp_path))
+    (tmp_path / "record.env").write_bytes(b"SEED=1  # caf\xe9\n")
+    refused(str(tmp_path))
     for option in (["--documents", "0"], ["--probes", "-1"], ["--probes", "many"]):
         with pytest.raises(SystemExit) as stop:
             verify.main([str(run_folder), *option])
