@@ -186,6 +186,11 @@ EARLY = {
     "[doc for group in reversed(done) for doc in group]": "[doc for group in reversed(batches) for doc in group]",
     "        if not bool((counts > 0).all()):\n": "        if False:\n",
 }
+OWN = "        own = windows[edges[chunk] : edges[chunk + 1]]\n"
+FIRST = {  # one chunk's SGD before its scores
+    OWN: f"{OWN}        if chunk == 1:\n            yield Step(None, SharedLesson((learn_span(cfg, chunk),)))\n",
+    "        if not bool((counts > 0).all()):\n": "        if False:\n",
+}
 SLOT = {"tokens, size, seconds, not illegal)": "tokens, size, seconds, True)"}
 LONGEST = """    starts = np.flatnonzero(tokens == BOS_ID)
     longest = int(np.argmax(np.diff(starts)))
@@ -236,6 +241,7 @@ FAULTS: list[tuple[str, str, dict[str, str], Ask, str]] = [
     ("adapters of other documents", "PR1915", ADAPTERS, futures, "C1 documents"),
     ("the target in an n-gram's key", "PR1182", KEY, distributions, "C2 sums to 1"),
     ("global steps on unscored documents", "rANS", EARLY, futures, "C1 future"),
+    ("one chunk's SGD before its scores", "PR1182", FIRST, futures, "C1 future"),
     ("SLOT in disguise", "PR1150", SLOT, futures, "C1 future"),
     ("1 % of the stream is dropped", "PR1915", TAIL, futures, "C4 each target once"),
     ("the longest document is dropped", "PR1915", {RETURN: LONGEST}, futures, "C4 each target once"),
