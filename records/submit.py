@@ -6,8 +6,9 @@
     python records/submit.py --leaderboard [--check]
 
 A run is given by its folder (result.json, record.env, log.txt) or by its log alone. The seeds must share one
-configuration, one source and one kind of machine, or nothing is written. The record's folder gets submission.json
-(handwritten entries such as the name stay), seeds.png, and a table between two markers in README.md.
+configuration, one source and one kind of machine, and each its own training, or nothing is written. The record's
+folder gets submission.json (handwritten entries such as the name stay), seeds.png, and a table between two markers in
+README.md. Papers that are damaged or do not hold what they should are refused in a line.
 
 Statistics: means and sample standard deviations (n - 1). Against another record, in bits per byte and nats per token:
 Welch's test and, over common seeds, the paired test, both one-sided ("ours is lower"). Verdicts: `readme_rule` is the
@@ -18,11 +19,14 @@ contest's README (0.005 nats per token better, shown at p < 0.01: the test is of
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
+import itertools
 import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +37,9 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from records.verify import BUDGET_SECONDS, CAP_BYTES, FAIL, preset_sha256, read_log  # noqa: E402  (needs the line above)
-from train_gpt import LOCAL_KNOBS, UserError, atomic_write, preset_layers, read_json, read_preset  # noqa: E402
+from records import papers  # noqa: E402  (needs the line above)
+from records.verify import BUDGET_SECONDS, CAP_BYTES, FAIL, preset_sha256  # noqa: E402
+from train_gpt import LOCAL_KNOBS, UserError, atomic_write, preset_layers, read_preset  # noqa: E402
 
 BEGIN, END = "<!-- results: written by records/submit.py -->", "<!-- end of results -->"
 HANDWRITTEN = ("author", "github_id", "name", "blurb", "date")
@@ -48,30 +53,64 @@ INK, MUTED, OURS, THEIRS = "#1f2933", "#6b7785", "#243b53", "#d1495b"
 
 
 class SeedRun(NamedTuple):
-    """One seed's run: the knobs that make it what it is without SEED, its machine (from the log), its result."""
+    """One seed's run: the knobs that make it what it is without SEED, its machine (from the log), its result.
+
+    weights: what is known of the weights, name -> value; runs that agree in one of them share a training.
+    """
 
     name: str
     seed: int
     knobs: dict[str, str]
     machine: str
     result: dict[str, Any]
+    weights: dict[str, Any]
+
+
+def refuse(findings: papers.Findings) -> None:
+    """UserError with the findings in one line, if there are any."""
+    if findings:
+        raise UserError("; ".join(findings))
+
+
+def read_object(path: Path, *checks: Callable[[dict[str, Any], str], papers.Findings]) -> dict[str, Any]:
+    """Return the JSON object in a file, {} without a file. UserError for anything else, or what a check finds."""
+    value, findings = papers.read_object(path)
+    refuse(findings or [found for check in checks if value for found in check(value, str(path))])
+    return value
+
+
+def weights_of(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells a run's weights apart: the hash of model.bin, and the training's numbers to the last digit."""
+    found, model = {}, path / "model.bin"
+    if model.is_file():
+        found["model.bin has the same bytes"] = hashlib.sha256(model.read_bytes()).hexdigest()
+    numbers = [result.get(key) for key in ("train_seconds", "train_loss")]
+    if None not in numbers:
+        found["train_seconds and train_loss are equal to the last digit"] = numbers
+    return found
 
 
 def read_run(path: Path) -> SeedRun:
-    """Read a run from its folder or its log. UserError if it is neither, or has no final score."""
+    """Read a run from its folder or its log. UserError if it is neither, is damaged, or has no final score."""
     is_folder = path.is_dir()
-    log, knobs, logged = read_log(path / "log.txt" if is_folder else path)
-    result = (read_json(path / "result.json") if is_folder else {}) or logged
+    log = papers.read_log(path / "log.txt" if is_folder else path)
+    refuse(log.findings)
+    result = (read_object(path / "result.json") if is_folder else {}) or log.result
     if not result:
         raise UserError(f"{path}: no result.json and no RESULT line of a log; give a run folder or its log")
-    if "final" not in result.get("stages", {}):
+    stages = result.get("stages", {})
+    if isinstance(stages, dict) and "final" not in stages:
         raise UserError(f"{path}: the run has no final score; finish it with STAGES=eval")
-    knobs = {name: value for name, value in knobs.items() if name.lower() not in LOCAL_KNOBS}
+    refuse(papers.result_findings(result, str(path)))
+    knobs = {name: value for name, value in log.knobs.items() if name.lower() not in LOCAL_KNOBS}
     if is_folder and (path / "record.env").is_file():
         knobs = read_preset(str(path))
-    machines = re.findall(r"^python .*$", log, re.MULTILINE)
-    seed = int(knobs.pop("SEED", result.get("seed", 1337)))
-    return SeedRun(path.name, seed, knobs, machines[-1] if machines else "", result)
+    machines = re.findall(r"^python .*$", log.text, re.MULTILINE)
+    word = str(knobs.pop("SEED", result.get("seed", 1337)))
+    if not word.isdecimal():
+        raise UserError(f"{path}: SEED={word} is not a number from 0 up")
+    machine = machines[-1] if machines else ""
+    return SeedRun(path.name, int(word), knobs, machine, result, weights_of(path, result))
 
 
 def refuse_mixed(runs: list[SeedRun]) -> None:
@@ -91,6 +130,17 @@ def refuse_mixed(runs: list[SeedRun]) -> None:
             if first.result.get(key) != run.result.get(key):
                 what = "ran different sources" if key == "source_sha256" else "scored different data"
                 raise UserError(f"{pair} {what} ({key})")
+    refuse_shared_weights(runs)
+
+
+def refuse_shared_weights(runs: list[SeedRun]) -> None:
+    """UserError if two runs are evaluations of one training, whatever their SEED says."""
+    for one, other in itertools.combinations(runs, 2):
+        for what in one.weights.keys() & other.weights.keys():
+            if one.weights[what] == other.weights[what]:
+                raise UserError(
+                    f"{one.name} and {other.name} are one training, not two seeds ({what}); train each seed by itself"
+                )
 
 
 # +---------------------------------------------------------------------------+
@@ -311,16 +361,18 @@ def submit(args: argparse.Namespace) -> None:
     runs = [read_run(path) for path in args.runs]
     refuse_mixed(runs)
     given = {name: getattr(args, name) for name in HANDWRITTEN if getattr(args, name)}
-    submission = build_submission(read_json(record / "submission.json"), runs, given)
+    submission = build_submission(read_object(record / "submission.json"), runs, given)
     theirs: dict[str, Any] = {}
     if args.against:
         path = args.against / "submission.json" if args.against.is_dir() else args.against
-        theirs = read_json(path)
+        theirs = read_object(path, papers.submission_findings)
         if not theirs:
             raise UserError(f"--against {args.against}: no submission.json there")
         submission["comparison"] = compare(submission, theirs, str(theirs.get("name") or path.parent.name))
     block = results_table(submission)
-    text = with_block(readme.read_text(encoding="utf-8") if readme.is_file() else f"# {record.name}\n", block)
+    old, findings = papers.read_text(readme)
+    refuse(findings)
+    text = with_block(old or f"# {record.name}\n", block)
     atomic_write(record / "submission.json", json.dumps(submission, indent=1).encode() + b"\n")
     atomic_write(readme, text.encode())
     draw(submission, theirs, record / "seeds.png")
@@ -343,19 +395,22 @@ verdict of `python records/verify.py` (toy size: the record's knobs and program 
 
 def legality_of(record: Path) -> str:
     """Return the judge's verdict on a record, from the verdict.json in its folder."""
-    verdict = read_json(record / "verdict.json")
+    verdict = read_object(record / "verdict.json")
     if not verdict:
         return "not judged"
     if verdict.get("record_sha256") != preset_sha256(record):
         return "judged before its knobs changed"
+    checks = verdict.get("checks") or []
+    if verdict.get("legal") not in (True, False, None) or not all(isinstance(check, dict) for check in checks):
+        raise UserError(f"{record / 'verdict.json'} is no verdict; write it with `python records/verify.py --all`")
     word = {True: "legal", False: "NOT legal", None: "undecided"}[verdict.get("legal")]
-    failed = [check["name"] for check in verdict.get("checks", []) if check["status"] == FAIL]
+    failed = [str(check.get("name")) for check in checks if check.get("status") == FAIL]
     return f"{word} ({'; '.join([str(verdict.get('scale')) + ' size', *failed])})"
 
 
 def leaderboard_row(record: Path, records: Path) -> tuple[float, str]:
     """Return a record's (best score, table row)."""
-    found = read_json(record / "submission.json")
+    found = read_object(record / "submission.json", papers.submission_findings)
     published, ours = found.get("comparison_baseline_bpb"), found.get("val_bpb")
     here = "not run at full size" if ours is None else number(ours)
     if ours is not None and found.get("val_bpb_std") is not None:
@@ -414,9 +469,12 @@ def main(argv: list[str]) -> int:
         if args.leaderboard:
             return write_leaderboard(args.records, args.check)
         submit(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, UnicodeDecodeError) as error:
+        print(f"error: {error}".replace("\n", "; "), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; every file is either as it was or written whole", file=sys.stderr)
+        return 130
     return 0
 
 

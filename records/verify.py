@@ -6,21 +6,31 @@
     python records/verify.py logs/<RUN_ID>/artifact.pyz --data DATA_PATH    a packed file, judged by its own program
     python records/verify.py --all                                          every record; writes each verdict.json
 
-The questions (C1 to C4 are the contest's conditions, issue 1017):
-  C1  Does a score depend only on the artifact and on what was scored before? The real evaluator runs again on changed
-      tokens: one token, a permuted future, another document. Scores before the change must be equal to the last bit,
-      through adaptation, phases, smear and packing. "Before" follows the order of scoring, which the judge records
-      itself: an earlier unit, or a position further left in the same unit and document.
-  C2  Is every target scored by a distribution? With state and context held, each id of the vocabulary is scored as the
-      target; the probabilities must sum to 1, and a changed token must get the score predicted for it.
-  C3  Is every target scored before anything learns from it, and C4, is each scored exactly once? The judge counts.
+The program is a black box. It runs as its users run it (records/black_box.py): as __main__, alone in an empty
+directory, with a home of its own and without PYTHONPATH or proxies, on data folders that the judge writes. Each run
+leaves every score by its position (SCORES), and the judge reads nothing else. The questions (C1 to C4 are the
+contest's conditions, issue 1017):
+  alone     Does the program run without anything that is not submitted, and give the same scores however it is started,
+            with and without the training shards? Do other validation shards leave the trained weights as they are?
+  sums      Positions against the judge's own reading of the shards: each target once (C4), none missing. val_loss,
+            val_bpb, tokens and bytes again from SCORES and shards, against result.json and the log, to the last digit.
+  C1, C3    Streams in which everything after a place differs, place after place: scores before it must be equal to the
+            last bit, so no score knows what comes later, and none comes after an update on its own chunk. "Before" is
+            an earlier step, or further left in the same row. Other byte counts must change no score.
+  C2        Hundreds of documents with one beginning and each id of the vocabulary at one place: the probabilities must
+            sum to 1 there, and what comes before must be scored alike in all of them.
+  ranks     The same scores from two ranks, and from other batch sizes where a preset does not depend on them.
   bytes: the denominator again from the ids, through tokenizer and CaseOps decoder. split: documents that training and
-  validation share. budget: 600 s to train with Hessians, 600 s to score. disk: the files' real size against the cap and
-  the claimed size. claims: README and submission.json against knobs, log and result.
+  validation share. budget, disk, claims: papers, knobs, logs and files against one another (records/claims.py).
+
+What a black box cannot see: a program that behaves only on larger data, models or GPUs than these, or on this judge's
+machine, or that remembers earlier runs outside its directory; a leak into a single position that no place hit; where
+weights adapt over the whole stream, a leak in a step that was not tried (--probes 0 tries every one); more than its
+files say about a full-size run, whose SCORES are added again, not recomputed. The judge trusts the checkout that it
+lies in: judge a stranger's program from a clean one, with --source or as an artifact.
 
 Verdict per check: pass, FAIL, n/a (nothing to ask), unknown (asked, not answered). The last line of the output is
-`VERDICT {json}`. Exit status: 0 if nothing failed or stayed unknown, 1 otherwise, 2 for a wrong input. One process
-judges, on a GPU if there is one; --documents limits how much of the validation stream it uses.
+`VERDICT {json}`. Exit status: 0 if nothing failed or stayed unknown, 1 otherwise, 2 for a wrong input.
 """
 
 from __future__ import annotations
@@ -33,18 +43,32 @@ import io
 import json
 import math
 import os
-import re
+import pickle
+import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics as TOPICS
 from typing import Any, NamedTuple
 
-import numpy as np
-import sentencepiece as spm
-import torch
+INTERRUPTED = "error: interrupted; no verdict was written"
+
+
+def stop_loading(*_: object) -> None:
+    """Leave at once, in one line: Ctrl-C while the modules below load."""
+    os.write(2, f"{INTERRUPTED}\n".encode())
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop_loading)
+
+import numpy as np  # noqa: E402
+import sentencepiece as spm  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
@@ -53,203 +77,263 @@ import prepare  # noqa: E402  (data/ is not a package)
 from caseops import ESC, OPERATORS  # noqa: E402
 
 import pack_artifact  # noqa: E402
-from pack_artifact import CAP_BYTES  # noqa: E402
-from train_gpt import UserError, read_json, read_preset  # noqa: E402
+from records import papers  # noqa: E402
+from records.black_box import BlackBox, Outcome, Server  # noqa: E402
+from records.claims import (  # noqa: E402
+    BUDGET_SECONDS,
+    CAP_BYTES,
+    FAIL,
+    NOT_ASKED,
+    PASS,
+    UNKNOWN,
+    Candidate,
+    Check,
+    budget_checks,
+    claim_checks,
+    decide,
+    disk_checks,
+)
+from train_gpt import CODECS, LOADERS, UserError, load_config, read_preset, record_env  # noqa: E402
 
-BUDGET_SECONDS = 600.0
-SUM_TOLERANCE = 1e-4  # of float32 losses over a whole vocabulary
+__all__ = ["BUDGET_SECONDS", "CAP_BYTES", "FAIL", "preset_sha256"]  # what records/submit.py reads
+
+BOS_ID = 1
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+SUM_TOLERANCE = 5e-5  # of float32 losses over a whole vocabulary
+ADAPTED_TOLERANCE = 1e-2  # the same over documents whose adapters began from random numbers of their own
+EXACT = 1e-12  # relative: float64 sums of the same terms in another order
+ROUNDING = 1e-4  # nats between scores whose sums run in another order
 OVERLAP_ALLOWED = 0.01  # of validation documents: web text repeats some by itself, a leak repeats most
 FOLDED_ALLOWED = 0.01  # of words whose text the tokenizer's normalisation may have shortened
 SIDECAR_SLACK = 0.08  # what a sidecar knows about folded white space; case operators would add 9 %, double spaces 17 %
-PASS, FAIL, NOT_ASKED, UNKNOWN = "pass", "FAIL", "n/a", "unknown"
+RESCORED = 50_000  # targets of a run that the judge scores again itself
 INVALID_TOTAL = 164_594_398
 CANONICAL = {  # (bytes, targets) -> what that denominator is; targets 0: any number
     (151_074_499, 47_851_520): "the canonical CaseOps denominator",
     (151_080_891, 0): "the canonical SP8192 denominator",
     (INVALID_TOTAL, 0): "CaseOps operators counted as bytes: an INVALID denominator",
 }
+# An external program that takes seconds to start: one training keeps it, every other run packs otherwise.
+QUICK = {"pergroup": {"COMPRESSOR": "brotli"}}
 # Depth of the toy preset; a record that lists its layers one by one keeps its own.
 DEPTH = ("NUM_LAYERS", "XSA_LAST_N", "NUM_LOOPS", "LOOP_START", "LOOP_END", "PARALLEL_START_LAYER")
 
 
-class Check(NamedTuple):
-    """One question, its answer and the reason."""
-
-    name: str
-    status: str
-    detail: str
-
-
-def decide(name: str, good: bool, detail: str) -> Check:
-    """Return a check that passed or failed."""
-    return Check(name, PASS if good else FAIL, detail)
-
-
-@dataclasses.dataclass
-class Candidate:
-    """What is judged: the program that scores, its configuration, the weights, and the papers around them."""
-
-    kind: str  # preset, run or artifact
-    name: str
-    program: Any
-    cfg: Any = None
-    blob: Path | None = None
-    folder: Path | None = None  # record or run folder
-    result: dict[str, Any] = dataclasses.field(default_factory=dict)  # result.json
-    files: list[Path] = dataclasses.field(default_factory=list)  # what would be submitted
-    data: Path | None = None
-    claimed: Any = None  # for a preset, the full-size configuration that its papers describe
-    notes: list[str] = dataclasses.field(default_factory=list)
-
-
-def read_log(path: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
-    """Return a log's text, non-default knobs and last RESULT, all empty without a file. UserError for broken JSON."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    block = text.rpartition("knobs that are not default:")[2].split("\nparameters")[0]
-    knobs = dict(re.findall(r"^  ([A-Z0-9_]+)=(.*?)  \(", block, re.MULTILINE))
-    results = re.findall(r"^RESULT (.*)$", text, re.MULTILINE)
-    try:
-        return text, knobs, json.loads(results[-1]) if results else {}
-    except ValueError as error:
-        raise UserError(f"{path}: its RESULT line is not JSON ({error}); copy the log again") from error
+class RunFailed(Exception):
+    """A run of the judged program that ended badly; the message is its last line."""
 
 
 # +---------------------------------------------------------------------------+
-# | TRACE: what the real evaluator does, recorded                             |
+# | STREAMS AND SCORES                                                        |
 # +---------------------------------------------------------------------------+
 
 
-class Trace:
-    """Every score of one evaluation in the order of scoring, and the answers to the probes put in between.
+class Stream(NamedTuple):
+    """A validation stream: tokens (N,), and the bytes of each (N,), None if the tokenizer has to say them."""
 
-    nll, unit, group: per stream position, its loss (float64 holds a float32 exactly), the number of the unit that
-    scored it, and the document that the unit's row held (-1 if rows are windows of one stream). alternatives: position
-    -> token that is scored there instead, once, from the same state. probed: units whose distributions are summed.
-    """
+    tokens: np.ndarray
+    sizes: np.ndarray | None
 
-    def __init__(self, length: int, alternatives: dict[int, int] | None = None, probed: tuple[int, ...] = ()) -> None:
-        self.nll = np.full(length, math.nan)
-        self.count = np.zeros(length, np.int64)
-        self.unit = np.full(length, -1)
-        self.group = np.full(length, -1)
-        self.alternatives, self.probed = alternatives or {}, probed
-        self.predicted: dict[int, float] = {}
-        self.sums: list[np.ndarray] = []
-        self.units, self.learnt_too_early, self.learnt = 0, 0, 0
+
+def read_shard(path: Path) -> np.ndarray:
+    """Return the numbers in a shard, (N,) int64. UserError if it is damaged."""
+    data = path.read_bytes()
+    header = np.frombuffer(data[:12], "<i4") if len(data) >= SHARD_HEADER_BYTES else np.zeros(3)
+    if (*header[:2],) != (SHARD_MAGIC, SHARD_VERSION) or len(data) != SHARD_HEADER_BYTES + 2 * header[2]:
+        raise UserError(f"{path} is not a shard, or not whole; prepare the data again")
+    return np.frombuffer(data, "<u2", offset=SHARD_HEADER_BYTES).astype(np.int64)
+
+
+def read_shards(folder: Path, kind: str) -> np.ndarray | None:
+    """Return the numbers in all shards of a kind, in order; None if there are none. UserError if one is damaged."""
+    prefix = f"fineweb_{kind}_"
+    paths = [path for path in sorted(folder.glob(f"{prefix}*.bin")) if path.stem.removeprefix(prefix).isdigit()]
+    return np.concatenate([read_shard(path) for path in paths]) if paths else None
+
+
+def read_stream(folder: Path) -> Stream:
+    """Read the validation stream of a data folder."""
+    tokens, sizes = read_shards(folder, "val"), read_shards(folder, "val_bytes")
+    if tokens is None or not len(tokens):
+        raise UserError(f"{folder} has no fineweb_val_*.bin; give the folder with the shards as --data")
+    if sizes is not None and len(sizes) != len(tokens):
+        raise UserError(f"{folder}: the byte sidecars do not match the validation shards")
+    return Stream(tokens, sizes)
+
+
+def write_data(folder: Path, stream: Stream, tokenizer: Path | None, train: np.ndarray | None = None) -> Path:
+    """Write into a data folder: a validation stream, the tokenizer, and training tokens if there are any."""
+    for kind, values in (("val", stream.tokens), ("val_bytes", stream.sizes), ("train", train)):
+        if values is not None:
+            prepare.write_shard(folder / f"fineweb_{kind}_000000.bin", values)
+    if tokenizer:
+        shutil.copy(tokenizer, folder / "tokenizer.model")
+    return folder
+
+
+class Scored(NamedTuple):
+    """One run's scores by position of the target, (N,): nats (NaN without a score), step, how often it was scored."""
+
+    outcome: Outcome
+    nats: np.ndarray
+    step: np.ndarray
+    count: np.ndarray
+    stray: int  # rows about positions that the stream does not have, or without a finite score
 
     @property
     def scored(self) -> np.ndarray:
         """Mask of the positions with a score."""
         return self.count > 0
 
-    def note(self, unit: Any, nll: torch.Tensor) -> None:
-        """Record a unit that has been scored."""
-        positions = unit.scored()
-        np.add.at(self.count, positions, 1)
-        self.nll[positions] = nll.detach()[unit.rows, unit.cols].double().cpu().numpy()
-        self.unit[positions] = self.units
-        if unit.documents is not None:
-            self.group[positions] = unit.documents[unit.rows]
-        self.units += 1
 
-    def note_learning(self, lesson: Any, unit: Any) -> None:
-        """Record a lesson that is about to be learnt."""
-        positions = lesson.targets(unit)
-        self.learnt += len(positions)
-        self.learnt_too_early += int((self.count[positions] == 0).sum())
-
-    def probe(self, learner: Any, unit: Any, vocab: int) -> None:
-        """Score the unit with other targets, from the state in which it is about to be scored."""
-        cells = {int(p): (r, c) for p, r, c in zip(unit.scored(), unit.rows, unit.cols, strict=True)}
-        for position in cells.keys() & self.alternatives.keys():
-            targets = unit.targets.copy()
-            targets[cells[position]] = self.alternatives[position]
-            nll = learner.score(unit._replace(targets=targets)).detach()
-            self.predicted[position] = nll[cells[position]].item()
-        if self.units not in self.probed:
-            return
-        total = np.zeros(len(unit.rows))
-        for token in range(vocab):
-            targets = unit.targets.copy()
-            targets[unit.rows, unit.cols] = token
-            nll = learner.score(unit._replace(targets=targets)).detach()[unit.rows, unit.cols]
-            total += np.exp(-nll.double().cpu().numpy())
-        self.sums.append(total)
+def scored(outcome: Outcome, length: int) -> Scored:
+    """Sort a run's rows by position. RunFailed if the run failed or left none."""
+    rows = outcome.rows()
+    if outcome.code != 0:
+        raise RunFailed(f"exit status {outcome.code}: {outcome.last_line()}")
+    if not len(rows):
+        raise RunFailed("the run ends well and leaves no scores (SCORES)")
+    found = Scored(outcome, np.full(length, math.nan), np.full(length, -1), np.zeros(length, np.int64), 0)
+    good = (rows[:, 0] >= 0) & (rows[:, 0] < length) & (rows[:, 0] % 1 == 0) & np.isfinite(rows[:, 1])
+    positions = rows[good, 0].astype(np.int64)
+    np.add.at(found.count, positions, 1)
+    found.nats[positions] = rows[good, 1]
+    found.step[positions] = rows[good, 2]
+    return found._replace(stray=int((~good).sum()))
 
 
-class TracedLearner:
-    """A learner whose every step is recorded in a trace."""
+class Bench:
+    """A candidate that can score any stream: its black box, and the folders of data that the judge writes for it."""
 
-    def __init__(self, learner: Any, trace: Trace, vocab: int) -> None:
-        self.learner = learner
-        self.trace, self.vocab = trace, vocab
+    def __init__(self, candidate: Candidate, server: Server, room: Path) -> None:
+        self.candidate, self.cfg, self.server, self.room = candidate, candidate.cfg, server, room
+        seed = hashlib.sha256(candidate.source + record_env(self.cfg).encode()).digest()
+        # the program cannot know which places are tried, and a second verdict tries the same
+        self.rng = np.random.Generator(np.random.PCG64(int.from_bytes(seed[:8], "little")))
+        files = {"train_gpt.py": candidate.source, "record.env": record_env(self.cfg).encode()}
+        self.trains = BlackBox(server, room / "trains", "train_gpt.py", files, {"DEVICE": "cpu"})
+        files |= {"model.bin": candidate.weights} if candidate.weights is not None else {}
+        own = {"DEVICE": "cpu", "STAGES": "eval", "MODEL_PATH": "model.bin"}
+        self.box = BlackBox(server, room / "scores", "train_gpt.py", files, own)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.learner, name)
+    def data(self, stream: Stream, train: np.ndarray | None = None) -> Path:
+        """Write a data folder whose name says nothing."""
+        folder = Path(tempfile.mkdtemp(prefix="data_", dir=self.room))
+        return write_data(folder, stream, self.candidate.tokenizer, train)
 
-    def score(self, unit: Any) -> torch.Tensor:
-        """Probe, then score."""
-        self.trace.probe(self.learner, unit, self.vocab)
-        return self.learner.score(unit)
-
-    def learn(self, lesson: Any, unit: Any, nll: torch.Tensor | None) -> None:
-        """Record, then learn."""
-        self.trace.note_learning(lesson, unit)
-        self.learner.learn(lesson, unit, nll)
-
-
-@contextlib.contextmanager
-def traced(program: Any, trace: Trace, vocab: int) -> Iterator[None]:
-    """Within this context the program's only scoring loop and its meter write to the trace; nothing else changes."""
-    meter, loop = program.ByteMeter, program.score_first
-
-    class TracedMeter(meter):
-        def add(self, unit: Any, nll: torch.Tensor) -> None:
-            # Record first: the program's own ledger may refuse.
-            trace.note(unit, nll)
-            super().add(unit, nll)
-
-    program.ByteMeter = TracedMeter
-    program.score_first = lambda units, learner, meter: loop(units, TracedLearner(learner, trace, vocab), meter)
-    try:
-        yield
-    finally:
-        program.ByteMeter, program.score_first = meter, loop
+    def score(self, stream: Stream, ranks: int = 1, train: np.ndarray | None = None, **knobs: str) -> Scored:
+        """Score a stream. RunFailed if the program does not."""
+        folder = self.data(stream, train)
+        return scored(self.box.fork(ranks, DATA_PATH=str(folder), **knobs), len(stream.tokens))
 
 
-class Scorer:
-    """A candidate's evaluators, ready to run on any stream of tokens."""
+# Numbers of an evaluation on the judge's own streams: many steps, short rows, updates that are large enough to be seen.
+STREAMS = {
+    "EVAL_SEQ_LEN": "64",
+    "EVAL_STRIDE": "32",
+    "TTT_EVAL_SEQ_LEN": "96",
+    "TTT_BATCH_SIZE": "8",
+    "TTT_LORA_LR": "0.003",
+    "TTT_CHUNK_TOKENS": "512",
+    "PHASED_TTT_PREFIX_DOCS": "8",
+    "PHASED_TTT_NUM_PHASES": "2",
+    "GLOBAL_TTT_CHUNK_TOKENS": "256",
+}
+# The same, with nothing carried from document to document, or from row to row.
+ALONE = {
+    "TTT_WARM_START_A": "0",
+    "PHASED_TTT_PREFIX_DOCS": "0",
+    "GLOBAL_TTT_LR": "0",
+    "TTT_LR": "0",
+    "SLOT_LR": "0",
+}
 
-    def __init__(self, candidate: Candidate, val: Any) -> None:
-        program, cfg = candidate.program, candidate.cfg
-        self.program, self.cfg, self.val = program, cfg, val
-        runtime = program.Runtime.start(cfg, {})
-        self.runtime = dataclasses.replace(runtime, log=program.Log(None, True))
-        self.state = program.load_artifact(candidate.blob)
-        self.attend = program.choose_attention(cfg, self.runtime)
-        self.kernels = program.choose_kernels(cfg, self.runtime)
-        self.final = program.EVALS[cfg.eval]
-        self.packed = program.EVALS.get("plain") or getattr(program, "evaluate_plain", None)
 
-    def model(self) -> Any:
-        """Return a new model with the artifact's weights."""
-        model = self.program.GPT(self.cfg, self.attend, self.runtime.dtype, self.kernels).to(self.runtime.device)
-        model.set_looping(self.program.loops(self.cfg))
-        self.program.fill_model(model, self.state, "the artifact")
-        return model
+def knobs_for(cfg: Any, numbers: dict[str, str], tokens_per_step: int) -> dict[str, str]:
+    """Return numbers for an evaluation, with about so many tokens in a step of packed text."""
+    size = tokens_per_step * cfg.batch_slices
+    chunk = min(cfg.ttt_chunk_size, int(numbers.get("TTT_CHUNK_SIZE", cfg.ttt_chunk_size)))
+    epochs = min(cfg.ttt_epochs, 1)  # passes over the same tokens take the same path
+    return numbers | {"VAL_BATCH_TOKENS": str(size), "TTT_CHUNK_SIZE": str(min(chunk, 48)), "TTT_EPOCHS": str(epochs)}
 
-    def run(self, evaluate: Callable[..., Any], tokens: np.ndarray, trace: Trace) -> Any:
-        """Return the score of a stream and record the evaluation in the trace."""
-        program, cfg = self.program, self.cfg
-        val = program.ValData(tokens, self.val.bytes)
-        with traced(program, trace, cfg.vocab_size):
-            return evaluate(cfg, self.runtime, self.model(), val)
 
-    def trace(self, evaluate: Callable[..., Any], tokens: np.ndarray) -> Trace:
-        """Return the trace of an evaluation without probes."""
-        trace = Trace(len(tokens))
-        self.run(evaluate, tokens, trace)
-        return trace
+def documents_apart(cfg: Any) -> str:
+    """Return why documents depend on one another in the final evaluation, "" if they may not."""
+    across = "" if LOADERS[cfg.loader].documents else f"LOADER={cfg.loader} reads across documents"
+    why = {
+        "chunk_sgd": "weights adapt over the stream",
+        "slot": "weights adapt over the stream",
+        "phased_lora": "weights adapt on documents already scored",
+        "doc_lora": "adapters continue from the document before" if cfg.ttt_warm_start_a else "",
+    }
+    return why.get(cfg.eval, across)
+
+
+def rows_apart(cfg: Any) -> bool:
+    """Return whether tokens of one document may not reach another within a step."""
+    return LOADERS[cfg.loader].documents or {"doc_lora": True, "phased_lora": True}.get(cfg.eval, False)
+
+
+# +---------------------------------------------------------------------------+
+# | SUMS                                                                      |
+# +---------------------------------------------------------------------------+
+
+
+def own_sizes(stream: Stream, tokenizer: Path | None) -> np.ndarray:
+    """Return the bytes of each token of a stream: the sidecar's, else the judge's own count from the tokenizer."""
+    if stream.sizes is not None:
+        return stream.sizes
+    if tokenizer is None:
+        raise UserError("the data has neither a sidecar nor a tokenizer; bytes cannot be counted")
+    return piece_sizes(read_pieces(spm.SentencePieceProcessor(model_file=str(tokenizer))), stream.tokens)
+
+
+def coverage_check(found: Scored, cfg: Any, label: str) -> Check:
+    """C4: every target of the stream once, up to a last part that is shorter than EVAL_SEQ_LEN."""
+    targets = len(found.count) - 1
+    wanted = targets if cfg.eval_include_tail else targets - targets % cfg.eval_seq_len
+    inside, outside = found.count[1 : wanted + 1], int(found.count[wanted + 1 :].sum() + found.count[0])
+    never, twice = int((inside == 0).sum()), int((inside > 1).sum())
+    detail = f"{wanted:,} targets: {never:,} never scored, {twice:,} more than once"
+    if outside or found.stray:
+        detail += f"; {outside + found.stray:,} scores of what is no target, or not finite"
+    return decide(f"C4 each target once ({label})", not (never or twice or outside or found.stray), detail)
+
+
+def sum_checks(found: Scored, sizes: np.ndarray, label: str) -> Iterator[Check]:
+    """The claimed score, tokens and bytes against the judge's sums over SCORES and shards."""
+    result, wrong = papers.read_object(found.outcome.folder / "result.json")
+    log = papers.read_log(found.outcome.folder / "log.txt")
+    own = own_sums(found.nats, found.count, sizes)
+    yield compare_sums(f"sums ({label})", own, result, wrong)
+    told = [f"{key}: {log.final.get(key)}" for key in own if abs(log.final.get(key, math.inf) - own[key]) > 6e-9]
+    agree = log.result == result and not told
+    detail = ", ".join(told) or ("the log says the same" if agree else "the log's RESULT is not result.json")
+    yield decide(f"sums in the log ({label})", agree, detail)
+    legal = result.get("legal") is True
+    yield decide(f"C3 the program's word ({label})", legal, f"legal: {json.dumps(result.get('legal'))}")
+
+
+def own_sums(nats: np.ndarray, count: np.ndarray, sizes: np.ndarray) -> dict[str, float]:
+    """Return val_loss, val_bpb, tokens and bytes of the scored targets, as result.json calls them."""
+    where = count > 0
+    total, size = math.fsum(nats[where]), int(sizes[where].sum())
+    bpb = total / (math.log(2) * size) if size else math.inf
+    tokens = int(where.sum())
+    return {"val_loss": total / tokens, "val_bpb": bpb, "tokens_scored": tokens, "bytes_scored": size}
+
+
+def compare_sums(name: str, own: dict[str, float], claimed: dict[str, Any], wrong: list[str]) -> Check:
+    """The judge's sums against a result's."""
+    bad = []
+    for key, value in own.items():
+        said = claimed.get(key)
+        if not papers.is_number(said) or not math.isclose(said, value, rel_tol=EXACT):
+            bad.append(f"{key} {said}, added again {value}")
+    detail = (
+        "; ".join([*wrong, *bad]) or f"val_loss {own['val_loss']:.8f}, {own['bytes_scored']:,.0f} bytes: as added again"
+    )
+    return decide(name, not bad and not wrong, detail)
 
 
 # +---------------------------------------------------------------------------+
@@ -257,202 +341,223 @@ class Scorer:
 # +---------------------------------------------------------------------------+
 
 
-def differing(a: Trace, b: Trace, where: np.ndarray) -> np.ndarray:
+def differing(a: Scored, b: Scored, where: np.ndarray) -> np.ndarray:
     """Return the positions in the mask `where` whose scores are not the same bits."""
-    ours = a.nll.view(np.int64)
-    theirs = b.nll.view(np.int64)
-    return np.flatnonzero(where & (ours != theirs))
+    return np.flatnonzero(where & (a.nats.view(np.int64) != b.nats.view(np.int64)))
 
 
-def may_depend(trace: Trace, t: int) -> np.ndarray:
-    """Mask of the positions that may depend on token t: later units, and positions further right beside it."""
-    later = trace.unit > trace.unit[t]
-    beside = (trace.unit == trace.unit[t]) & (trace.group == trace.group[t])
-    right = np.arange(len(trace.nll)) > t
-    return later | (beside & right)
-
-
-def pick_tokens(scorer: Scorer, trace: Trace, count: int) -> dict[int, int]:
-    """Pick positions spread over the order of scoring, no document starts; return {position: another token}."""
-    tokens, rng = scorer.val.tokens, np.random.Generator(np.random.PCG64(17))
-    plain = np.flatnonzero((tokens != scorer.program.BOS_ID) & (trace.count == 1))
-    order = plain[np.argsort(trace.unit[plain], kind="stable")]
-    chosen = [int(rng.choice(part)) for part in np.array_split(order, count) if len(part)]
-    known = np.unique(tokens[plain])
-    picked = {}
-    for t in chosen:
-        others = known[known != tokens[t]]
-        picked[t] = int(rng.choice(others))
-    return picked
-
-
-def compare(name: str, base: Trace, other: Trace, fixed: np.ndarray, change: str) -> Check:
+def compare(name: str, base: Scored, other: Scored, fixed: np.ndarray, change: str) -> Check:
     """Pass if the scores in the mask `fixed` are the same bits; unknown if the change had no effect anywhere."""
-    if not (np.array_equal(base.unit, other.unit) and np.array_equal(base.group, other.group)):
+    fixed = fixed & base.scored
+    if not np.array_equal(base.step, other.step):
         return Check(name, FAIL, f"{change}: the order of scoring depends on the tokens themselves")
-    wrong, compared = differing(base, other, fixed), int(fixed.sum())
+    wrong = differing(base, other, fixed)
     if len(wrong):
-        gap = float(np.abs(base.nll[wrong] - other.nll[wrong]).max())
-        where = f"first at position {wrong[0]}, by up to {gap:.2e} nats"
-        return Check(name, FAIL, f"{change}: {len(wrong):,} of {compared:,} scores before it changed, {where}")
+        gap = float(np.nanmax(np.abs(base.nats[wrong] - other.nats[wrong])))
+        first = wrong[np.argmin(base.step[wrong])]
+        where = f"first at position {first} in step {base.step[first]}, by up to {gap:.2e} nats"
+        return Check(name, FAIL, f"{change}: {len(wrong):,} of {int(fixed.sum()):,} scores before it changed, {where}")
     if not (reacts := len(differing(base, other, ~fixed & base.scored))):
         return Check(name, UNKNOWN, f"{change}: no score reacts to the change, so nothing was tested")
-    return Check(name, PASS, f"{change}: {compared:,} scores before it are bit-equal, {reacts:,} after it react")
-
-
-def changed_tokens(scorer: Scorer, evaluate: Callable, base: Trace, probed: Trace, label: str) -> Iterator[Check]:
-    """C1 with changed tokens; each changed token must also get the score that was predicted for it."""
-    for t, token in probed.alternatives.items():
-        tokens = scorer.val.tokens.copy()
-        tokens[t] = token
-        other = scorer.trace(evaluate, tokens)
-        fixed = base.scored & ~may_depend(base, t)
-        fixed[t] = False
-        yield compare(f"C1 token ({label})", base, other, fixed, f"token {t} changed")
-        predicted, found = probed.predicted.get(t, math.nan), float(other.nll[t])
-        detail = f"position {t}: predicted {predicted:.6f}, scored {found:.6f} nats"
-        yield decide(f"C2 own target ({label})", predicted == found, detail)
-
-
-def permuted_future(scorer: Scorer, evaluate: Callable, base: Trace, label: str) -> Check:
-    """C1 with every token permuted that is scored in the second half; document starts keep their places."""
-    tokens, rng = scorer.val.tokens.copy(), np.random.Generator(np.random.PCG64(23))
-    inside = np.flatnonzero((tokens != scorer.program.BOS_ID) & base.scored)
-    order = inside[np.argsort(base.unit[inside], kind="stable")]
-    t = int(order[len(order) // 2])
-    later = may_depend(base, t)
-    later[t] = True
-    moved = inside[later[inside]]
-    tokens[moved] = rng.permutation(tokens[moved])
-    other = scorer.trace(evaluate, tokens)
-    return compare(f"C1 future ({label})", base, other, base.scored & ~later, f"{len(moved):,} later tokens permuted")
-
-
-def swapped_document(scorer: Scorer, evaluate: Callable, base: Trace, label: str) -> Check:
-    """C1 with the text of the document scored in the middle replaced by another document's, cut to its length."""
-    tokens = scorer.val.tokens.copy()
-    docs = [d for d in scorer.program.val_documents(tokens) if d[1] > 2]
-    if len(docs) < 2:
-        return Check(f"C1 document ({label})", NOT_ASKED, "fewer than two documents")
-    first = [int(base.unit[start + 1 : start + length].min()) for start, length in docs]
-    order = sorted(range(len(docs)), key=lambda i: (first[i], i))
-    victim = order[len(order) // 2]
-    donor = order[-1] if order[-1] != victim else order[0]
-    (start, length), (donor_start, donor_length) = docs[victim], docs[donor]
-    text = tokens[donor_start + 1 : donor_start + donor_length - 1]
-    text = text[text != scorer.program.BOS_ID]
-    inner = np.arange(start + 1, min(start + length, len(tokens)) - 1)
-    tokens[inner] = np.resize(text, len(inner))
-    other = scorer.trace(evaluate, tokens)
-    free = may_depend(base, int(inner[0]))
-    free[inner] = True
-    change = f"document {victim} replaced by document {donor}"
-    return compare(f"C1 document ({label})", base, other, base.scored & ~free, change)
-
-
-def isolated_documents(scorer: Scorer, evaluate: Callable, base: Trace, label: str, why_not: str) -> Check:
-    """Change the last token of every other document; catches smear gates and attention that read across a start."""
-    name = f"documents apart ({label})"
-    docs = scorer.program.val_documents(scorer.val.tokens)
-    if why_not or len(docs) < 2:
-        return Check(name, NOT_ASKED, why_not or "fewer than two documents")
-    tokens, fixed = scorer.val.tokens.copy(), np.zeros(len(scorer.val.tokens), bool)
-    for i, (start, length) in enumerate(docs):
-        last = min(start + length, len(tokens)) - 1
-        last -= int(tokens[last] == scorer.program.BOS_ID)
-        if i % 2:
-            fixed[start + 1 : start + length] = True
-        elif last > start:
-            tokens[last] = 4 + (tokens[last] - 3) % (scorer.cfg.vocab_size - 4)
-    other = scorer.trace(evaluate, tokens)
-    return compare(name, base, other, fixed & base.scored, "last tokens of every other document changed")
-
-
-def ledger_checks(scorer: Scorer, trace: Trace, score: Any, label: str) -> Iterator[Check]:
-    """C3 and C4 by the judge's own counts, and the program's sums again."""
-    targets, counts = len(scorer.val.tokens) - 1, trace.count[1:]
-    twice, never = int((counts > 1).sum()), int((counts == 0).sum())
-    early = f"{trace.learnt:,} targets learnt from, {trace.learnt_too_early:,} of them before their score"
-    yield decide(f"C3 score before update ({label})", trace.learnt_too_early == 0, early)
-    detail = f"{targets:,} targets: {never:,} never scored, {twice:,} more than once; {trace.units:,} units"
-    yield decide(f"C4 each target once ({label})", not twice and not never and trace.count[0] == 0, detail)
-    loss = float(np.nansum(trace.nll[1:]) / max(1, (counts > 0).sum()))
-    size = int(scorer.val.bytes[1:].sum())
-    equal = score.tokens == targets and score.bytes == size and math.isclose(loss, score.val_loss, rel_tol=1e-6)
-    sums = f"val_loss {score.val_loss:.8f} and {loss:.8f}; {score.tokens:,} tokens, {score.bytes:,} of {size:,} bytes"
-    yield decide(f"sums ({label})", equal, sums)
-    yield decide(f"C3 the program's word ({label})", bool(score.legal), f"legal: {str(bool(score.legal)).lower()}")
-
-
-def sum_check(trace: Trace, vocab: int, label: str) -> Check:
-    """C2: at each cell of the probed units the probabilities of all ids sum to 1."""
-    name = f"C2 sums to 1 ({label})"
-    if not trace.sums:
-        return Check(name, UNKNOWN, "the evaluator does not score through the program's only loop")
-    sums = np.concatenate(trace.sums)
-    worst = float(np.abs(sums - 1).max())
-    return decide(
-        name, worst <= SUM_TOLERANCE, f"{len(sums)} positions, {vocab:,} ids each: off by at most {worst:.1e}"
+    return Check(
+        name, PASS, f"{change}: {int(fixed.sum()):,} scores before it are bit-equal, {reacts:,} after it react"
     )
 
 
-def examine(
-    scorer: Scorer, evaluate: Callable, label: str, probes: int, why_not_apart: str, sums: bool = True
-) -> list[Check]:
-    """Run C1 to C4 on one evaluator. sums: also sum a unit's distributions, one forward pass for each id."""
-    tokens, base = scorer.val.tokens, Trace(len(scorer.val.tokens))
-    once = f"C4 each target once ({label})"
+def replaced(stream: Stream, where: np.ndarray, rng: np.random.Generator) -> Stream:
+    """Return the stream with another token at every position in the mask, document starts apart."""
+    tokens = stream.tokens.copy()
+    known = np.unique(tokens[tokens != BOS_ID])
+    changed = np.flatnonzero(where & (tokens != BOS_ID))
+    # a shift by 1 .. len - 1 in the list of known ids: never the same id
+    shift = rng.integers(1, len(known), size=len(changed))
+    tokens[changed] = known[(np.searchsorted(known, tokens[changed]) + shift) % len(known)]
+    return stream._replace(tokens=tokens)
+
+
+def cut_inside(base: Scored, stream: Stream, step: int, apart: bool, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask of what may change: all that is scored after `step`, and the end of each row scored in it."""
+    positions = np.flatnonzero(base.step == step)
+    starts = np.diff(positions, prepend=-2) > 1
+    if apart:  # a document's first target follows its start
+        starts |= stream.tokens[positions - 1] == BOS_ID
+    later = base.step > step
+    for row in np.split(positions, np.flatnonzero(starts)[1:]):
+        later[row[rng.integers(len(row)) + 1 :]] = True
+    return later
+
+
+def steps_to_cut(base: Scored, count: int, rng: np.random.Generator) -> list[int]:
+    """Return some steps in their order, the first and the last among them; 0: all."""
+    steps = np.unique(base.step[base.scored])
+    if count and count < len(steps):
+        inner = rng.choice(steps[1:-1], size=max(0, count - 2), replace=False)
+        steps = np.unique([steps[0], steps[-1], *inner])
+    return [int(step) for step in steps]
+
+
+def cut_documents(base: Scored, stream: Stream, turn: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask of what may change where documents stand alone: each one's end, from inside its step `turn`."""
+    document = np.concatenate([[0], np.cumsum(stream.tokens == BOS_ID)[:-1]])
+    later = np.zeros(len(stream.tokens), bool)
+    for number in np.unique(document[base.scored]):
+        own = np.flatnonzero((document == number) & base.scored)
+        steps = np.unique(base.step[own])
+        inside = own[base.step[own] == steps[turn % len(steps)]]
+        later[own[own > inside[rng.integers(len(inside))]]] = True
+    return later
+
+
+def causality(
+    bench: Bench, stream: Stream, knobs: dict[str, str], label: str, probes: int, apart: str
+) -> Iterator[Check]:
+    """C1 and C3: everything after a place differs, place after place; scores before it are the same bits."""
+    base, rng = bench.score(stream, **knobs), bench.rng
+    yield coverage_check(base, dataclasses.replace(bench.cfg, eval_seq_len=int(knobs["EVAL_SEQ_LEN"])), label)
+    document = np.cumsum(stream.tokens == BOS_ID)
+    turns = max(len(np.unique(base.step[(document == n) & base.scored])) for n in np.unique(document))
+    if not apart:
+        name, masks = f"C1 documents ({label})", [cut_documents(base, stream, turn, rng) for turn in range(turns)]
+        masks = masks[: probes or None]
+    else:
+        steps = steps_to_cut(base, probes, rng)
+        name = f"C1 future ({label})"
+        masks = [cut_inside(base, stream, step, rows_apart(bench.cfg), rng) for step in steps]
+    found = []
+    for mask in masks:
+        other = bench.score(replaced(stream, mask, rng), **knobs)
+        found.append(compare(name, base, other, ~mask, f"{int(mask.sum()):,} tokens changed"))
+        if found[-1].status == FAIL:
+            yield found[-1]
+            return
+    reacting = [check for check in found if check.status == PASS]
+    what = "one place in each document" if not apart else "one place in each row"
+    detail = f"{len(reacting)} changes, each of everything after {what} of a step; {found[0].detail}"
+    # a change behind the last scores has nothing left to move; at least one must
+    yield Check(name, PASS if reacting else UNKNOWN, detail)
+
+
+def sidecar_checks(bench: Bench, stream: Stream, knobs: dict[str, str], label: str) -> Iterator[Check]:
+    """C1: scores in nats do not depend on byte counts, nor on whether a sidecar lies there."""
+    base, sizes = bench.score(stream, **knobs), stream.sizes
+    other = bench.score(
+        stream._replace(sizes=np.where(sizes > 0, 1 + (sizes + bench.rng.integers(1, 9)) % 11, 0)), **knobs
+    )
+    wrong = differing(base, other, base.scored)
+    detail = f"{len(wrong):,} of {int(base.scored.sum()):,} scores change with the byte counts of the targets"
+    yield decide(f"C1 byte counts ({label})", not len(wrong), detail)
+    if bench.candidate.tokenizer is None:
+        return
+    name = f"C1 no sidecar ({label})"
     try:
-        score = scorer.run(evaluate, tokens, base)
-    except scorer.program.LegalityError as error:
-        early = f"{base.learnt_too_early:,} targets learnt from before their score, until the program stopped"
-        stopped = decide(f"C3 score before update ({label})", base.learnt_too_early == 0, early)
-        return [stopped, Check(once, FAIL, f"the program stops: {error}")]
-    if not base.units:
-        return [Check(once, UNKNOWN, "the evaluator scores without the program's meter")]
-    checks = list(ledger_checks(scorer, base, score, label))
-    chosen = pick_tokens(scorer, base, probes)
-    units = (max(int(base.unit[t]) for t in chosen),) if sums else ()
-    probed = Trace(len(tokens), chosen, units)
-    scorer.run(evaluate, tokens, probed)
-    if len(differing(base, probed, base.scored)):
-        # Either asking for a score changed the state, or the scores are not repeatable at all.
-        if len(repeated := differing(base, scorer.trace(evaluate, tokens), base.scored)):
-            detail = f"{len(repeated):,} scores differ in a second run: bit equality says nothing; judge on a CPU"
-            return [*checks, Check(f"C1 repeat ({label})", UNKNOWN, detail)]
-        checks.append(Check(f"C3 scoring learns ({label})", FAIL, "asking for a score changes the scores after it"))
-    if units:
-        checks.append(sum_check(probed, scorer.cfg.vocab_size, label))
-    checks += changed_tokens(scorer, evaluate, base, probed, label)
-    checks.append(permuted_future(scorer, evaluate, base, label))
-    checks.append(swapped_document(scorer, evaluate, base, label))
-    checks.append(isolated_documents(scorer, evaluate, base, label, why_not_apart))
-    return checks
+        other = bench.score(stream._replace(sizes=None), **knobs)
+    except RunFailed as error:
+        yield Check(name, NOT_ASKED, f"the program refuses the data without a sidecar ({error})")
+        return
+    wrong = differing(base, other, base.scored)
+    yield decide(name, not len(wrong), f"{len(wrong):,} scores change when the sidecar is absent")
 
 
-def across_documents(candidate: Candidate) -> str:
-    """Return why documents depend on one another in the packed forward, or '' if attention stays inside them."""
-    apart = candidate.program.LOADERS[candidate.cfg.loader].documents
-    return "" if apart else f"LOADER={candidate.cfg.loader} reads across documents"
+def every_id(stream: Stream, vocab: int, length: int, place: int, rng: np.random.Generator) -> np.ndarray:
+    """Return (vocab, length) documents with one text, but each id once at `place`, in random order."""
+    text = stream.tokens[stream.tokens != BOS_ID]
+    rows = np.tile(np.resize(text, length), (vocab, 1))
+    rows[:, 0], rows[:, place] = BOS_ID, rng.permutation(vocab)
+    return rows
 
 
-# Why documents may depend on one another in the final evaluation, '' if they may not; others: as in the packed forward.
-NOT_APART: dict[str, Callable[[Candidate], str]] = {
-    "chunk_sgd": lambda c: "weights adapt over the stream",
-    "slot": lambda c: "weights adapt over the stream",
-    "phased_lora": lambda c: "weights adapt on documents already scored",
-    "doc_lora": lambda c: "adapters continue from the document before" if c.cfg.ttt_warm_start_a else "",
-}
+def distribution_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Check]:
+    """C2: over each id of the vocabulary as a target the probabilities sum to 1; what is before is scored alike."""
+    vocab, length = bench.cfg.vocab_size, 32 if bench.cfg.vocab_size <= 2048 else 8
+    chunk = length // 3 + 1  # adapters have learnt before the second place, each document's from an A of its own
+    adapts = {"doc_lora": True, "phased_lora": True}.get(bench.cfg.eval, False)
+    places = {chunk - 1: SUM_TOLERANCE, length - 1: ADAPTED_TOLERANCE if adapts else SUM_TOLERANCE}
+    rows = np.concatenate([every_id(stream, vocab, length, place, bench.rng) for place in places])
+    tokens = np.append(rows.reshape(-1), BOS_ID)
+    size = {"EVAL_SEQ_LEN": length, "EVAL_STRIDE": length, "TTT_EVAL_SEQ_LEN": length, "TTT_CHUNK_SIZE": chunk}
+    size |= {
+        "TTT_BATCH_SIZE": 25,
+        "TTT_CHUNK_TOKENS": 64 * length,
+        "GLOBAL_TTT_CHUNK_TOKENS": 64 * bench.cfg.batch_slices,
+    }
+    knobs = knobs_for(bench.cfg, STREAMS | ALONE | {key: str(value) for key, value in size.items()}, 1024)
+    found = bench.score(Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7)), **knobs)
+    yield coverage_check(found, dataclasses.replace(bench.cfg, eval_seq_len=length), f"{label}, every id")
+    nats = found.nats[:-1].reshape(rows.shape)
+    parts = np.split(np.arange(len(rows)), len(places))
+    for part, (place, tolerance) in zip(parts, places.items(), strict=True):
+        total = float(np.exp(-nats[part, place]).sum())
+        detail = f"{vocab:,} ids at place {place} of as many documents: {total:.7f}"
+        yield decide(f"C2 sums to 1 ({label})", abs(total - 1) <= tolerance, detail)
+    alike = [nats[part, 1 : min(place, chunk)] for part, place in zip(parts, places, strict=True)]
+    spread = max(float(np.max(np.abs(part - np.median(part, axis=0)))) for part in alike)
+    detail = f"{len(rows):,} documents that begin alike: scores before the place differ by at most {spread:.1e} nats"
+    yield decide(f"C3 score before update ({label})", spread <= SUM_TOLERANCE, detail)
 
 
-def legality(candidate: Candidate, val: Any, probes: int) -> list[Check]:
-    """C1 to C4 for the final evaluator, and for the packed forward that training and the earlier stages use."""
-    scorer, cfg = Scorer(candidate, val), candidate.cfg
-    apart = NOT_APART.get(cfg.eval, across_documents)(candidate)
-    checks = examine(scorer, scorer.final, f"EVAL={cfg.eval}", probes, apart)
-    if scorer.packed not in (None, scorer.final):
-        checks += examine(scorer, scorer.packed, "packed forward", 1, across_documents(candidate), sums=False)
-    return checks
+def rank_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Check]:
+    """The same scores from two ranks, whose sums are held against SCORES too, and from other batch sizes."""
+    cfg = bench.cfg
+    knobs = knobs_for(cfg, STREAMS | {"TTT_BATCH_SIZE": "2", "TTT_WARM_START_A": "0", "TTT_CHUNK_TOKENS": "256"}, 256)
+    base, name = bench.score(stream, **knobs), f"two ranks ({label})"
+    if cfg.batch_slices % 2:
+        yield Check(name, NOT_ASKED, f"BATCH_SLICES={cfg.batch_slices} is odd")
+    else:
+        other = bench.score(stream, ranks=2, **knobs)
+        yield compare_near(name, base, other)
+        yield from sum_checks(other, stream.sizes, f"{label}, two ranks")
+    # published: a fit per batch of windows, and phases that begin where a batch ends
+    fixed = {"slot": {"VAL_BATCH_TOKENS", "TTT_BATCH_SIZE"}, "phased_lora": {"TTT_BATCH_SIZE"}}.get(cfg.eval, set())
+    sizes = {"VAL_BATCH_TOKENS": str(2 * int(knobs["VAL_BATCH_TOKENS"])), "TTT_BATCH_SIZE": "3"}
+    free = {key: value for key, value in sizes.items() if key not in fixed}
+    name = f"batch sizes ({label})"
+    if free:
+        yield compare_near(name, base, bench.score(stream, **knobs | free))
+    else:
+        yield Check(name, NOT_ASKED, f"EVAL={cfg.eval} fits each batch")
+
+
+def compare_near(name: str, base: Scored, other: Scored) -> Check:
+    """Pass if scores differ by no more than sums in another order do."""
+    gap = np.abs(base.nats - other.nats)[base.scored & other.scored]
+    same = np.array_equal(base.count, other.count)
+    detail = f"{len(gap):,} scores differ by at most {float(gap.max(initial=0)):.1e} nats"
+    return decide(name, same and float(gap.max(initial=0)) <= ROUNDING, detail if same else "other targets are scored")
+
+
+def asked(name: str, checks: Iterable[Check]) -> Iterator[Check]:
+    """Yield the checks; a run that fails in between is a failed check of this name."""
+    try:
+        yield from checks
+    except RunFailed as error:
+        yield Check(name, FAIL, f"the program fails: {error}")
+
+
+def legality(bench: Bench, stream: Stream, probes: int) -> Iterator[Check]:
+    """C1 to C4 for the final evaluator, and documents apart in the packed forward that training uses."""
+    cfg, label = bench.cfg, f"EVAL={bench.cfg.eval}"
+    apart = documents_apart(cfg)
+    # many steps where one change tries a place in every document, few where it tries one step
+    knobs = knobs_for(cfg, STREAMS if apart else STREAMS | {"TTT_BATCH_SIZE": "4"}, 1024)
+    short = first_documents(stream, 1500)
+    yield from asked(f"C1 ({label})", causality(bench, stream, knobs, label, probes, apart))
+    yield from asked(f"C1 byte counts ({label})", sidecar_checks(bench, short, knobs, label))
+    yield from asked(f"C2 ({label})", distribution_checks(bench, stream, label))
+    yield from asked(f"two ranks ({label})", rank_checks(bench, short, label))
+    packed, name = knobs | {"EVAL": "plain"}, "documents apart (packed forward)"
+    if {"plain": True}.get(cfg.eval, False):
+        return
+    if not LOADERS[cfg.loader].documents:
+        yield Check(name, NOT_ASKED, f"LOADER={cfg.loader} reads across documents")
+        return
+    yield from asked(name, causality(bench, short, packed, "packed forward", 2, ""))
+
+
+def first_documents(stream: Stream, targets: int) -> Stream:
+    """Return the stream up to the end of the document that holds this target, with the start of the next as its end."""
+    ends = np.flatnonzero(stream.tokens == BOS_ID)
+    stop = next((int(end) + 1 for end in ends if end >= targets), len(stream.tokens))
+    return Stream(stream.tokens[:stop], None if stream.sizes is None else stream.sizes[:stop])
 
 
 # +---------------------------------------------------------------------------+
@@ -490,198 +595,99 @@ def read_pieces(processor: spm.SentencePieceProcessor) -> Pieces:
     )
 
 
-def byte_checks(candidate: Candidate, val: Any) -> Iterator[Check]:
+def piece_sizes(pieces: Pieces, ids: np.ndarray) -> np.ndarray:
+    """Return the bytes of each token of a stream, counted from its piece."""
+    # A space after a control id is not text: the decoder drops it.
+    after_control = np.concatenate(([True], pieces.control[ids[:-1]]))
+    return pieces.bytes[ids] + (pieces.space[ids] & ~after_control)
+
+
+def byte_checks(candidate: Candidate, stream: Stream | None) -> Iterator[Check]:
     """The evaluator's denominator against a count from the ids alone."""
-    if candidate.data is None:
-        yield Check("bytes", NOT_ASKED, "no data (give --data): scored on seeded tokens")
+    if stream is None:
+        yield Check("bytes", UNKNOWN, "needs the run's data: give --data DATA_PATH")
         return
-    total, targets = int(val.bytes[1:].sum()), len(val.tokens) - 1
-    known = CANONICAL.get((total, targets)) or CANONICAL.get((total, 0)) or "no canonical total"
-    yield decide("bytes total", total != INVALID_TOTAL, f"{total:,} bytes for {targets:,} targets: {known}")
-    tokenizer = candidate.program.find_tokenizer(candidate.cfg)
+    ids, tokenizer = stream.tokens, candidate.tokenizer
     if tokenizer is None:
-        yield Check("bytes per word", UNKNOWN, "no tokenizer: the sidecar cannot be checked")
+        yield Check(
+            "bytes per word", UNKNOWN, "no tokenizer: put its *.model into the data folder, or set TOKENIZER_PATH"
+        )
         return
     processor = spm.SentencePieceProcessor(model_file=str(tokenizer))
-    pieces, ids, counted = read_pieces(processor), val.tokens, val.bytes.astype(np.int64)
+    pieces = read_pieces(processor)
+    if ids.max() >= len(pieces.bytes):
+        yield Check(
+            "bytes per word", FAIL, f"token id {ids.max()} is outside {tokenizer.name}: another tokenizer's shards"
+        )
+        return
+    if pieces.caseops and stream.sizes is None:
+        yield Check("bytes per word", FAIL, "a vocabulary with case operators, and no sidecar says what they stand for")
+        return
+    counted = own_sizes(stream, tokenizer)
+    last = len(ids) - (0 if candidate.cfg.eval_include_tail else (len(ids) - 1) % candidate.cfg.eval_seq_len)
+    total, targets = int(counted[1:last].sum()), last - 1
+    known = CANONICAL.get((total, targets)) or CANONICAL.get((total, 0)) or "no canonical total"
+    yield decide("bytes total", total != INVALID_TOTAL, f"{total:,} bytes for {targets:,} targets: {known}")
     for name, mask in (("control ids", pieces.control[ids]), ("case operators", pieces.operator[ids])):
         size = int(counted[mask].sum())
         yield decide(f"bytes of {name}", size == 0, f"{size:,} bytes on {int(mask.sum()):,} tokens")
+    yield from text_checks(stream, processor, pieces, counted)
+    yield from folding_check(candidate, processor)
+
+
+def text_checks(stream: Stream, processor: Any, pieces: Pieces, counted: np.ndarray) -> Iterator[Check]:
+    """Byte counts word by word, and in all against the decoded text."""
+    ids, sidecar = stream.tokens, stream.sizes is not None
     # By word, because a character of several pieces may be counted on any of them.
     word = np.cumsum(pieces.space[ids] | pieces.control[ids])
-    # A space after a control id is not text: the decoder drops it.
-    after_control = np.concatenate(([True], pieces.control[ids[:-1]]))
-    own = pieces.bytes[ids] + (pieces.space[ids] & ~after_control)
-    difference = np.bincount(word, counted - own).astype(np.int64)
+    difference = np.bincount(word, counted - piece_sizes(pieces, ids)).astype(np.int64)
     # An escape means that the text itself holds an operator, which then has bytes.
     plain = np.bincount(word, pieces.escape[ids]) == 0
     fewer, more, words = int(((difference < 0) & plain).sum()), int(((difference > 0) & plain).sum()), int(word[-1]) + 1
-    sidecar = bool(candidate.program.list_shards(str(candidate.data), "val_bytes"))
     good = fewer <= FOLDED_ALLOWED * words and more <= 0.5 * words if sidecar else fewer + more == 0
     source = "sidecar" if sidecar else "tokenizer table"
-    detail = (
-        f"{source}: of {words:,} words {fewer:,} have fewer bytes than their text, {more:,} more (folded white space)"
-    )
-    yield decide("bytes per word", good, detail)
+    detail = f"{source}: of {words:,} words {fewer:,} have fewer bytes than their text, {more:,} more"
+    yield decide("bytes per word", good, f"{detail} (folded white space)")
     total, (text, broken) = int(counted.sum()), prepare.decode_documents(processor, ids, pieces.caseops)
     detail = f"counted {total:,}, decoded {text:,}" + (f", {broken} documents do not decode" if broken else "")
     yield decide("bytes of the decoded text", abs(total - text) <= (SIDECAR_SLACK * text if sidecar else 0), detail)
 
 
-def document_hashes(paths: list[Path], program: Any) -> Iterator[bytes]:
-    """Yield a hash of each document in some shards, in order; a document may continue in the next shard."""
-    rest = np.empty(0, np.uint16)
-    for path in paths:
-        ids = np.concatenate([rest, program.read_shard(path)])
-        *documents, rest = np.split(ids, np.flatnonzero(ids == program.BOS_ID))
-        yield from (hashlib.blake2b(part.tobytes(), digest_size=12).digest() for part in documents if len(part))
-    if len(rest):
-        yield hashlib.blake2b(rest.tobytes(), digest_size=12).digest()
+def folding_check(candidate: Candidate, processor: Any) -> Iterator[Check]:
+    """Unknown if the text behind the tokens may not be the text: a tokenizer that folds case, a lossy preparation."""
+    probe = "Case FOLDING Probe"
+    folds = processor.decode(processor.encode(probe)).strip() == probe.lower()
+    manifest, wrong = papers.read_object(candidate.data / "manifest.json") if candidate.data else ({}, [])
+    why = ["the tokenizer folds case"] * folds + ["manifest.json says lossy"] * (manifest.get("lossy") is True) + wrong
+    if why:
+        detail = "so bytes of the text before cannot be counted here; prepare the data without loss"
+        yield Check("bytes lost", UNKNOWN, f"{', '.join(why)}: {detail}")
 
 
-def split_check(candidate: Candidate) -> Check:
+def document_hashes(tokens: np.ndarray) -> list[bytes]:
+    """Return a hash of each document of a stream, in order."""
+    documents = np.split(tokens.astype("<u2"), np.flatnonzero(tokens == BOS_ID))
+    return [hashlib.blake2b(part.tobytes(), digest_size=12).digest() for part in documents if len(part)]
+
+
+def split_check(candidate: Candidate, stream: Stream | None) -> Check:
     """Count the validation documents that training holds too."""
-    if candidate.data is None:
-        return Check("split", NOT_ASKED, "no data")
-    if not list(candidate.data.glob("fineweb_train_*.bin")):
-        return Check("split", UNKNOWN, f"{candidate.data.name} has no training shards")
-    program, folder = candidate.program, str(candidate.data)
-    val = list(document_hashes(program.list_shards(folder, "val"), program))
-    shared = set(val).intersection(document_hashes(program.list_shards(folder, "train"), program))
+    if stream is None:
+        return Check("split", UNKNOWN, "needs the run's data: give --data DATA_PATH")
+    paths = sorted(candidate.data.glob("fineweb_train_*.bin"))
+    if not paths:
+        return Check("split", UNKNOWN, f"{candidate.data} has no training shards: give --data with them")
+    val, shared, rest = document_hashes(stream.tokens), set(), np.empty(0, np.int64)
+    known = set(val)
+    for path in paths:  # one at a time; a document may go on in the next
+        rest = np.concatenate([rest, read_shard(path)])
+        starts = np.flatnonzero(rest == BOS_ID)
+        last = int(starts[-1]) if len(starts) and path != paths[-1] else len(rest)
+        shared |= known.intersection(document_hashes(rest[:last]))
+        rest = rest[last:]
     both = sum(digest in shared for digest in val)
     detail = f"{both:,} of {len(val):,} validation documents are in training"
     return decide("split", both <= OVERLAP_ALLOWED * len(val), detail)
-
-
-# +---------------------------------------------------------------------------+
-# | BUDGET, DISK, CLAIMS                                                      |
-# +---------------------------------------------------------------------------+
-
-
-def budget_checks(candidate: Candidate) -> Iterator[Check]:
-    """600 s each for training with its Hessians and for scoring: result.json, and the log on training."""
-    if candidate.kind != "run":
-        yield Check("budget", NOT_ASKED, f"{candidate.kind}: it has no clock; judge its run folder")
-        return
-    trained = candidate.result.get("train_seconds")
-    for name, key in (("budget training", "train_seconds"), ("budget evaluation", "eval_seconds")):
-        seconds = candidate.result.get(key)
-        if not isinstance(seconds, int | float):
-            yield Check(name, UNKNOWN, f"result.json has no {key}")
-        elif name == "budget training" and candidate.cfg.max_wallclock_seconds == 0:
-            yield Check(name, NOT_ASKED, f"{seconds:.1f} s, by steps (MAX_WALLCLOCK_SECONDS=0)")
-        else:
-            yield decide(name, seconds <= BUDGET_SECONDS, f"{seconds:.1f} of {BUDGET_SECONDS:.0f} s")
-    log, _, _ = read_log(candidate.folder / "log.txt")
-    stop = re.search(r"training stopped at step \d+ after ([\d.]+) s", log)
-    hessians = re.search(r"calibration: ([\d.]+) s", log)
-    if stop and hessians and isinstance(trained, int | float):
-        detail = f"log {stop[1]} + {hessians[1]} s, result.json {trained:.1f} s"
-        yield decide("budget as logged", float(stop[1]) + float(hessians[1]) <= float(trained) + 0.5, detail)
-
-
-def disk_checks(candidate: Candidate) -> Iterator[Check]:
-    """The real bytes of the submitted files against the cap, and against what result.json counts."""
-    files, result = candidate.files, candidate.result
-    if not files:
-        missing = f"result.json counts {result['artifact']}, which is not there" if result.get("artifact") else ""
-        yield Check("disk", FAIL if missing else NOT_ASKED, missing or "nothing is packed here")
-        return
-    total, claimed = sum(file.stat().st_size for file in files), result.get("bytes_total")
-    names = " + ".join(file.name for file in files)
-    yield decide("disk cap", total <= CAP_BYTES, f"{names}: {total:,} of {CAP_BYTES:,} bytes")
-    if isinstance(claimed, int):
-        yield decide("disk as counted", claimed == total, f"{total:,} bytes on disk, result.json counts {claimed:,}")
-    digest = result.get("artifact_sha256")
-    if digest and len(files) == 1:
-        found = hashlib.sha256(files[0].read_bytes()).hexdigest()
-        yield decide("disk as packed", found == digest, f"sha256 {found[:16]}, result.json {str(digest)[:16]}")
-
-
-# Sentences in papers: how to recognise one, whether the knobs (c) agree with the match (m), what they say otherwise.
-CLAIMS: tuple[tuple[str, Callable[[Any, re.Match[str]], bool], str], ...] = (
-    (
-        r"BOS[- ](?:fix|mask)|mask\w* at document starts|with the document mask",
-        lambda c, m: "smear" not in c.embed_extras or c.smear_bos_mask,
-        "SMEAR_BOS_MASK=0",
-    ),
-    (
-        r"nothing carried from one\s+document to another",
-        lambda c, m: {"doc_lora": not c.ttt_warm_start_a}.get(c.eval, False),
-        "EVAL={c.eval}, TTT_WARM_START_A={c.ttt_warm_start_a:d}",
-    ),
-    (r"A warm-started", lambda c, m: c.ttt_warm_start_a, "TTT_WARM_START_A=0"),
-    (
-        r"adapters? per document \(rank (\d+)",
-        lambda c, m: c.ttt_lora_rank == int(m[1]),
-        "TTT_LORA_RANK={c.ttt_lora_rank}",
-    ),
-    (r"int(\d) matrices", lambda c, m: c.matrix_bits == int(m[1]), "MATRIX_BITS={c.matrix_bits}"),
-    (r"int(\d) embedding", lambda c, m: c.embed_bits == int(m[1]), "EMBED_BITS={c.embed_bits}"),
-    (r"per-group lrzip", lambda c, m: c.compressor == "pergroup", "COMPRESSOR={c.compressor}"),
-)
-COMPLIANCE: dict[str, Callable[[Candidate], bool]] = {
-    "artifact_under_16mb": lambda c: sum(file.stat().st_size for file in c.files) <= CAP_BYTES,
-    "train_under_600s_strict": lambda c: c.result.get("train_seconds", 0) <= BUDGET_SECONDS,
-    "eval_under_600s": lambda c: c.result.get("eval_seconds", 0) <= BUDGET_SECONDS,
-    "score_before_update": lambda c: c.result.get("legal", True) is True,
-    "no_slot": lambda c: {"slot": False}.get(c.cfg.eval, True),
-}
-
-
-def claim_checks(candidate: Candidate) -> list[Check]:
-    """README and submission.json against the knobs, and the log against result.json and record.env."""
-    if candidate.folder is None:
-        return [Check("claims", NOT_ASKED, "an artifact alone claims nothing")]
-    readme, submission = candidate.folder / "README.md", read_json(candidate.folder / "submission.json")
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    # Departures from the published system describe what does not hold here.
-    parts = [
-        text.split("## Departures")[0],
-        *(str(submission.get(k, "")) for k in ("name", "blurb", "technique_summary")),
-    ]
-    text, cfg = " ".join(parts), candidate.cfg
-    found = [(m, holds(cfg, m), said) for words, holds, said in CLAIMS for m in re.finditer(words, text, re.IGNORECASE)]
-    wrong = [f"says '{m[0]}', but {said.format(c=cfg)}" for m, holds, said in found if not holds]
-    detail = "; ".join(wrong) or f"{len(found)} sentences agree with the knobs"
-    checks = [decide("claims in words", not wrong, detail)]
-    compliance = submission.get("compliance") or {}
-    said = [name for name in COMPLIANCE if compliance.get(name) is True]
-    if said:
-        false = [name for name in said if not COMPLIANCE[name](candidate)]
-        checks.append(decide("claims of compliance", not false, ", ".join(false) or f"{len(said)} hold"))
-    return [*checks, *seed_checks(submission), *log_checks(candidate)]
-
-
-def seed_checks(submission: dict[str, Any]) -> Iterator[Check]:
-    """submission.json against itself: its mean is that of its seeds, and it lists the seeds that it has."""
-    seeds = submission.get("seed_results") or {}
-    if not seeds:
-        return
-    claimed, size = submission.get("val_bpb"), submission.get("bytes_total")
-    mean = sum(row["val_bpb"] for row in seeds.values()) / len(seeds)
-    listed = sorted(map(str, submission.get("seeds", []))) == sorted(seeds)
-    good = listed and math.isclose(mean, claimed or 0, abs_tol=5e-6)
-    yield decide("claims of the score", good, f"val_bpb {claimed}, mean of {len(seeds)} seeds {mean:.8f}")
-    largest = max(row.get("artifact_bytes") or 0 for row in seeds.values())
-    if largest:
-        good = largest == size and largest <= CAP_BYTES
-        yield decide("claims of the size", good, f"bytes_total {size}, largest seed {largest}")
-
-
-def log_checks(candidate: Candidate) -> Iterator[Check]:
-    """The log belongs to this configuration and this result."""
-    text, knobs, result = read_log(candidate.folder / "log.txt")
-    if not text:
-        return
-    keys = [key for key in ("val_loss", "val_bpb", "seed", "tokens_scored", "bytes_scored") if key in result]
-    wrong = [key for key in keys if result[key] != candidate.result.get(key)]
-    detail = ", ".join(wrong) or f"{len(keys)} values agree"
-    yield decide("log and result", not wrong and bool(keys), detail)
-    stored = dict(line.split("=", 1) for line in candidate.program.record_env(candidate.cfg).splitlines())
-    names = (knobs.keys() | stored.keys()) - {name.upper() for name in candidate.program.LOCAL_KNOBS}
-    wrong = sorted(name for name in names if knobs.get(name) != stored.get(name))
-    yield decide("log and record.env", not wrong, ", ".join(wrong) or f"{len(stored)} knobs agree")
 
 
 # +---------------------------------------------------------------------------+
@@ -702,119 +708,114 @@ def toy_documents(folder: Path, vocab_size: int) -> Path:
     return out
 
 
-def seeded_data(folder: Path, vocab_size: int, count: int) -> Path:
-    """Write shards of random documents with a byte sidecar, which need no tokenizer."""
+def seeded_stream(vocab_size: int, targets: int) -> Stream:
+    """Return random documents with byte counts, which need no tokenizer."""
     rng = np.random.Generator(np.random.PCG64(vocab_size))
-    starts = np.cumsum(rng.integers(20, 110, size=count // 20))
-    ids = rng.integers(4, vocab_size, size=count)
-    ids[[0, *starts[starts < count - 1]]] = 1
-    folder.mkdir()
-    for kind, values in (("train", ids), ("val", ids), ("val_bytes", np.where(ids == 1, 0, 3))):
-        prepare.write_shard(folder / f"fineweb_{kind}_000000.bin", values)
-    return folder
+    ids = rng.integers(4, vocab_size, size=targets + 1)
+    starts = np.cumsum(rng.integers(60, 330, size=targets))
+    ids[[0, *starts[starts < targets], targets]] = BOS_ID
+    return Stream(ids, np.where(ids == BOS_ID, 0, 1 + ids % 7))
 
 
-def toy_config(program: Any, values: dict[str, str], **others: str) -> Any:
-    """Return a record's configuration with the numbers of records/toy, keeping its own depth if it must."""
-    knobs = {field.name.upper() for field in dataclasses.fields(program.Config)}
-    toy = {name: value for name, value in read_preset(str(ROOT / "records" / "toy")).items() if name in knobs}
+def toy_values(values: dict[str, str], **others: str) -> dict[str, str]:
+    """Return a record's knobs with the numbers of records/toy, keeping its own depth if it must."""
+    toy = read_preset(str(ROOT / "records" / "toy"))
     for kept in ((), DEPTH):
-        small = {name: value for name, value in toy.items() if name not in kept}
+        small = values | {name: value for name, value in toy.items() if name not in kept} | others
         try:
-            return program.load_config(values | small | {"DEVICE": "cpu"} | others)
-        except program.UserError as error:
+            load_config(small)
+        except UserError as error:
             problems = str(error)
+        else:
+            return small
     raise UserError(f"the preset has no toy size: {problems}".replace("\n", "; "))
 
 
-def shrink(record: Path, source: Path, room: Path, given: Path | None) -> Candidate:
-    """Train and quantise a record at toy size, with all its own knobs except the numbers."""
-    program = pack_artifact.load_program(source, "judged")
-    found = Candidate("preset", record.name, program, folder=record)
-    found.claimed = program.load_config({"PRESET": str(record)})  # a wrong record is refused before any work
-    values = program.read_preset(str(record))
-    found.data = given or toy_documents(room, toy_config(program, values).vocab_size)
-    tokenizer = program.find_tokenizer(program.Config(data_path=str(found.data)))
+def open_preset(record: Path, source: Path, room: Path, given: Path | None) -> Candidate:
+    """Open a record at toy size, with all its own knobs except the numbers; its weights are trained later."""
+    claimed = read_preset(str(record))
+    load_config({"PRESET": str(record)})  # a wrong record is refused before any work
+    data = given or toy_documents(room, load_config(toy_values(claimed)).vocab_size)
+    tokenizer = tokenizer_in(data)
     if tokenizer is None:
-        raise UserError(f"{found.data} has no tokenizer; a record is judged on shards with their *.model")
+        raise UserError(f"{data} has no tokenizer; a record is judged on shards with their *.model")
     vocab_size = prepare.load_tokenizer(str(tokenizer)).vocab_size()
-    own = {"DATA_PATH": str(found.data), "VOCAB_SIZE": str(vocab_size)}
-    found.cfg = toy_config(program, values, **own)
+    values, notes = toy_values(claimed, VOCAB_SIZE=str(vocab_size)), []
+    compressor = load_config(values).compressor
     try:
-        program.CODECS[found.cfg.compressor].require()
-    except program.UserError as error:
-        found.notes.append(f"COMPRESSOR=brotli in place of {found.cfg.compressor}: {error}")
-        found.cfg = toy_config(program, values, **own, COMPRESSOR="brotli")
-    folder = room / "run"
-    folder.mkdir()
-    with contextlib.redirect_stdout(io.StringIO()):
-        runtime = program.Runtime.start(found.cfg, {}, folder / "log.txt")
-        run = program.Run(found.cfg, runtime, str(record), folder)
-        run.train()
-        run.quantize()
-    found.blob = folder / "model.bin"
+        CODECS[compressor].require()
+    except UserError as error:
+        notes = [f"COMPRESSOR=brotli in place of {compressor}: {error}"]
+        values |= {"COMPRESSOR": "brotli"}
+    found = Candidate("preset", record.name, source.read_bytes(), values, claimed, folder=record, notes=notes)
+    found.data, found.tokenizer = data, tokenizer
     return found
+
+
+def tokenizer_in(folder: Path | None) -> Path | None:
+    """Return TOKENIZER_PATH, else the only *.model in a data folder, else None. UserError if it is not clear which."""
+    named = os.environ.get("TOKENIZER_PATH")
+    if named:
+        if not Path(named).is_file():
+            raise UserError(f"TOKENIZER_PATH={named}: no such file")
+        return Path(named)
+    models = sorted(folder.glob("*.model")) if folder else []
+    if len(models) > 1:
+        raise UserError(f"{folder} holds {len(models)} tokenizers; choose one with TOKENIZER_PATH")
+    return models[0] if models else None
 
 
 def data_of(given: Path | None, logged: str = "") -> Path | None:
     """Return --data, else DATA_PATH, else the directory that the run's log names, if it is there."""
-    for name in (str(given or ""), os.environ.get("DATA_PATH"), logged):
-        if name and Path(name).is_dir():
-            return Path(name)
-    return None
+    for name, value in (("--data", given), ("DATA_PATH", os.environ.get("DATA_PATH"))):
+        if value:
+            if not Path(value).is_dir():
+                raise UserError(f"{name} {value}: no such directory; give the folder with the shards")
+            return Path(value)
+    return Path(logged) if logged and Path(logged).is_dir() else None
 
 
-def configure(found: Candidate, values: dict[str, str], room: Path) -> Candidate:
-    """Set a candidate's configuration from its preset and this machine; seeded tokens replace missing data."""
-    data = found.data
-    if data is None:
-        cfg = found.program.load_config(values)
-        data = seeded_data(room / "seeded", cfg.vocab_size, cfg.eval_seq_len + 600)
-        found.notes.append("no data was given: judged on seeded tokens")
-    here = {name: os.environ[name] for name in ("TOKENIZER_PATH", "DEVICE") if os.environ.get(name)}
-    found.cfg = found.program.load_config(values | here | {"DATA_PATH": str(data)})
-    return found
-
-
-def open_run(folder: Path, source: Path, room: Path, given: Path | None) -> Candidate:
+def open_run(folder: Path, source: Path, given: Path | None) -> Candidate:
     """Open a run folder: its weights, with the program beside this tool."""
-    program = pack_artifact.load_program(source, "judged")
-    found = Candidate("run", folder.name, program, folder=folder, blob=folder / "model.bin")
-    found.result = read_json(folder / "result.json")
-    artifact = folder / str(found.result.get("artifact") or "artifact.pyz")
+    values, (result, _) = read_preset(str(folder)), papers.read_object(folder / "result.json")
+    load_config({"PRESET": str(folder)})
+    data = source.read_bytes()
+    found = Candidate("run", folder.name, data, values, values, (folder / "model.bin").read_bytes(), folder, result)
+    artifact = folder / str(result.get("artifact") or "artifact.pyz")
     if artifact.exists():
         found.files = pack_artifact.artifact_files(artifact)
-    if found.result.get("source_sha256") != hashlib.sha256(source.read_bytes()).hexdigest():
+    if result.get("source_sha256") != hashlib.sha256(data).hexdigest():
         found.notes.append(f"{source.name} has changed since this run")
-    _, logged, _ = read_log(folder / "log.txt")
-    found.data = data_of(given, logged.get("DATA_PATH", ""))
-    return configure(found, program.read_preset(str(folder)), room)
+    found.data = data_of(given, papers.read_log(folder / "log.txt").knobs.get("DATA_PATH", ""))
+    found.tokenizer = tokenizer_in(found.data)
+    return found
 
 
 def open_artifact(path: Path, room: Path, given: Path | None) -> Candidate:
     """Open a packed file, to be judged by the program inside it."""
     parts = pack_artifact.read_packed(path)
-    for name, data in (("train_gpt.py", parts.source), ("record.env", parts.config), ("model.bin", parts.weights)):
-        (room / name).write_bytes(data)
-    program = pack_artifact.load_program(room / "train_gpt.py", "judged")
-    values = program.read_preset(str(room))
+    (room / "packed").mkdir()
+    (room / "packed" / "record.env").write_bytes(parts.config)
+    values = read_preset(str(room / "packed"))
+    source = parts.source if isinstance(parts.source, bytes) else parts.source.encode()
+    found = Candidate("artifact", path.name, source, values, values, parts.weights, data=data_of(given))
+    found.files, found.tokenizer = pack_artifact.artifact_files(path), tokenizer_in(found.data)
     if parts.tokenizer:
-        (room / "tokenizer.model").write_bytes(parts.tokenizer)
-        values["TOKENIZER_PATH"] = str(room / "tokenizer.model")
-    found = Candidate("artifact", path.name, program, blob=room / "model.bin", data=data_of(given))
-    found.files = pack_artifact.artifact_files(path)
-    return configure(found, values, room)
+        found.tokenizer = room / "packed" / "tokenizer.model"
+        found.tokenizer.write_bytes(parts.tokenizer)
+    return found
 
 
 def open_candidate(args: argparse.Namespace, room: Path) -> Candidate:
     """Open what the command line names. UserError if it is nothing that can be judged."""
     target = args.target
+    given = data_of(args.data) if args.data else None
     if target.is_dir() and (target / "model.bin").is_file() and (target / "result.json").is_file():
-        return open_run(target, args.source, room, args.data)
+        return open_run(target, args.source, given)
     if target.is_dir() and (target / "record.env").is_file():
-        return shrink(target, args.source, room, args.data)
+        return open_preset(target, args.source, room, given)
     if target.is_file() or (target / "train_gpt.py").is_file():
-        return open_artifact(target, room, args.data)
+        return open_artifact(target, room, given)
     raise UserError(f"{target}: give a record folder, a run folder (with result.json and model.bin) or an artifact")
 
 
@@ -823,24 +824,130 @@ def open_candidate(args: argparse.Namespace, room: Path) -> Candidate:
 # +---------------------------------------------------------------------------+
 
 
-def shortened(candidate: Candidate, val: Any, documents: int) -> Any:
-    """Return the first documents of the stream (0: all), at least as many as two steps of adaptation need."""
-    cfg = candidate.cfg
-    chunks = {"chunk_sgd": 2, "slot": 2}.get(cfg.eval, 0)  # until it has adapted once more
-    least = chunks * cfg.ttt_chunk_tokens + 1
-    ends = [start + length for start, length in candidate.program.val_documents(val.tokens)]
-    stop = next((end for end in ends[documents - 1 :] if end > least), ends[-1])
-    return candidate.program.ValData(val.tokens[:stop], val.bytes[:stop])
+def training_checks(bench: Bench, stream: Stream) -> Iterator[Check]:
+    """Train a preset as a user does, and hold its files against the judge's sums; then train and score it otherwise.
+
+    Sets the bench's weights.
+    """
+    candidate, train = bench.candidate, read_shards(bench.candidate.data, "train")
+    stream = stream._replace(sizes=own_sizes(stream, candidate.tokenizer))
+    first = scored(bench.trains.launch(DATA_PATH=str(bench.data(stream, train))), len(stream.tokens))
+    label = f"EVAL={bench.cfg.eval}"
+    yield coverage_check(first, bench.cfg, label)
+    yield from sum_checks(first, stream.sizes, label)
+    other = replaced(stream, np.ones(len(stream.tokens), bool), bench.rng)
+    few = Stream(other.tokens[: bench.cfg.eval_seq_len + 1], other.sizes[: bench.cfg.eval_seq_len + 1])
+    quick = QUICK.get(bench.cfg.compressor, {})
+    again = bench.trains.fork(DATA_PATH=str(bench.data(few, train)), **quick)
+    if again.code != 0:
+        raise RunFailed(again.last_line())
+    same = same_weights(first.outcome, again)
+    detail = "the same weights, bit for bit" if same else "other weights"
+    yield decide("training ignores validation", same, f"trained again beside other validation shards: {detail}")
+    candidate.weights = bench.box.files["model.bin"] = (first.outcome.folder / "model.bin").read_bytes()
+    yield compare_starts(bench, first, stream, {}, "with the training shards, and from a fork without them")
+    if quick:
+        bench.box.files["model.bin"] = (again.folder / "model.bin").read_bytes()
+        bench.box.env |= quick
 
 
-def judge(candidate: Candidate, documents: int, probes: int) -> list[Check]:
+def same_weights(a: Outcome, b: Outcome) -> bool:
+    """Return whether two runs trained the same tensors, bit for bit. RunFailed if a run left none."""
+    try:
+        found = [torch.load(run.folder / "model.pt", map_location="cpu", weights_only=True)["model"] for run in (a, b)]
+    except (OSError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise RunFailed(f"no trained weights in model.pt ({type(error).__name__})") from None
+    ours, theirs = found
+    return ours.keys() == theirs.keys() and all(pack_artifact.same_bits(ours[name], theirs[name]) for name in ours)
+
+
+def compare_starts(bench: Bench, first: Scored, stream: Stream, knobs: dict[str, str], what: str) -> Check:
+    """A run by a Python of its own against forked ones: equal bits, or scores that do not repeat at all."""
+    other = bench.score(stream, **knobs)
+    wrong = differing(first, other, first.scored | other.scored)
+    if len(wrong) and len(differing(other, bench.score(stream, **knobs), other.scored)):
+        detail = f"{len(wrong):,} scores differ from run to run: bit equality says nothing"
+        return Check("runs alone", UNKNOWN, detail)
+    same = not len(wrong) and np.array_equal(first.count, other.count)
+    detail = f"scored by a Python of its own, {what}: {len(wrong):,} of {int(first.scored.sum()):,} scores differ"
+    return decide("runs alone", same, detail)
+
+
+def start_checks(bench: Bench, stream: Stream) -> Iterator[Check]:
+    """A run or an artifact by a Python of its own, from an empty directory, against the forked program."""
+    candidate, script = bench.candidate, "train_gpt.py"
+    files, knobs = bench.box.files, knobs_for(bench.cfg, STREAMS, 1024)
+    if candidate.kind == "artifact":
+        files, script = {file.name: file.read_bytes() for file in candidate.files}, candidate.files[0].name
+    own = {"DEVICE": "cpu", "STAGES": "eval"} | ({} if candidate.kind == "artifact" else {"MODEL_PATH": "model.bin"})
+    box = BlackBox(bench.server, bench.room / "starts", script, files, own)
+    first = scored(box.launch(DATA_PATH=str(bench.data(stream)), **knobs), len(stream.tokens))
+    yield compare_starts(bench, first, stream, knobs, "and from a fork")
+    if candidate.kind == "run" and len(candidate.files) == 1:
+        same = pack_artifact.read_packed(candidate.files[0]).weights == candidate.weights
+        yield decide("disk weights", same, "the packed weights are the run's" if same else "other weights are packed")
+
+
+def claimed_sums(bench: Bench, stream: Stream | None) -> Iterator[Check]:
+    """A run's claimed score, tokens and bytes: added again from its own SCORES, or scored again if it is small."""
+    candidate, name = bench.candidate, "sums as claimed"
+    if candidate.kind != "run":
+        return
+    if stream is None:
+        yield Check(name, UNKNOWN, "needs the run's data: give --data DATA_PATH")
+        return
+    length, sizes = len(stream.tokens), own_sizes(stream, candidate.tokenizer)
+    if any(candidate.folder.glob("*.0.npy")):
+        found = scored(Outcome(0, "", candidate.folder, candidate.folder), length)
+        yield coverage_check(found, bench.cfg, "the run's SCORES")
+        yield compare_sums(name, own_sums(found.nats, found.count, sizes), candidate.result, [])
+    elif length <= RESCORED:
+        found = bench.score(stream)
+        yield coverage_check(found, bench.cfg, "scored again")
+        own, said = own_sums(found.nats, found.count, sizes), candidate.result
+        # another machine rounds elsewhere: the counts to the last digit, the score to what a paper shows
+        good = all(said.get(key) == own[key] for key in ("tokens_scored", "bytes_scored"))
+        keys = ("val_loss", "val_bpb")
+        good &= all(papers.is_number(said.get(key)) and math.isclose(said[key], own[key], rel_tol=1e-5) for key in keys)
+        pairs = (f"{key} {said.get(key)}, scored again {value}" for key, value in own.items())
+        yield decide(name, good, "; ".join(pairs))
+    else:
+        command = f"SCORES={candidate.folder}/scores STAGES=eval ARTIFACT_DIR={candidate.folder} with the run's launch"
+        yield Check(name, UNKNOWN, f"the run left no SCORES to add again; make them: {command}")
+
+
+def causal_stream(candidate: Candidate, stream: Stream | None, documents: int) -> Stream:
+    """Return the stream of C1 to C3: so many documents of the given data, else seeded ones. Byte counts are made up."""
+    if stream is None:
+        return seeded_stream(candidate.cfg.vocab_size, 300 * documents)
+    tokens = stream.tokens
+    if candidate.kind == "preset":  # validation alone is short
+        tokens = np.concatenate([tokens, read_shards(candidate.data, "train")])
+    ends = np.append(np.flatnonzero(tokens == BOS_ID), len(tokens) - 1)
+    # its last target is a document start, so that no row is cut
+    tokens = tokens[: ends[min(documents, len(ends) - 1)] + 1]
+    cut = len(tokens) - 1 - (len(tokens) - 1) % int(STREAMS["EVAL_SEQ_LEN"])
+    tokens = tokens[: cut + 1]
+    return Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7))
+
+
+def judge(bench: Bench, documents: int, probes: int) -> Iterator[Check]:
     """Run all checks on a candidate."""
-    val = candidate.program.load_val(candidate.cfg)
-    checks = legality(candidate, shortened(candidate, val, documents), probes)
-    checks += [*byte_checks(candidate, val), split_check(candidate)]
-    if candidate.claimed:  # papers describe the full size
-        candidate = dataclasses.replace(candidate, cfg=candidate.claimed)
-    return [*checks, *budget_checks(candidate), *disk_checks(candidate), *claim_checks(candidate)]
+    candidate = bench.candidate
+    stream = read_stream(candidate.data) if candidate.data else None
+    if stream is None:
+        candidate.notes.append("no data was given: C1 to C4 are asked of seeded tokens")
+    causal = causal_stream(candidate, stream, documents)
+    first = training_checks(bench, stream) if candidate.kind == "preset" else start_checks(bench, causal)
+    yield from asked("runs alone", first)
+    if candidate.weights is not None:
+        yield from legality(bench, causal, probes)
+        yield from asked("sums as claimed", claimed_sums(bench, stream))
+    yield from byte_checks(candidate, stream)
+    yield split_check(candidate, stream)
+    yield from budget_checks(candidate)
+    yield from disk_checks(candidate)
+    yield from claim_checks(candidate)
 
 
 def preset_sha256(folder: Path) -> str:
@@ -880,13 +987,11 @@ def judge_target(args: argparse.Namespace) -> int:
     """Judge what the command line names and print the verdict. Return 0 if legal, 1 if not, 2 for a wrong input."""
     started = time.perf_counter()
     try:
-        with tempfile.TemporaryDirectory(prefix="verify_") as name:
+        with tempfile.TemporaryDirectory(prefix="judge_") as name, Server(Path(name) / "server") as server:
             candidate = open_candidate(args, Path(name))
-            verdict = summary(candidate, judge(candidate, args.documents, args.probes))
-    except (ValueError, OSError) as error:
-        # The judged program has a UserError class of its own; any other ValueError is a bug.
-        if not isinstance(error, OSError) and type(error).__name__ != "UserError":
-            raise
+            bench = Bench(candidate, server, Path(name))
+            verdict = summary(candidate, list(judge(bench, args.documents, args.probes)))
+    except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}".replace("\n", "; "), file=sys.stderr)
         return 2
     print_verdict(verdict)
@@ -894,6 +999,18 @@ def judge_target(args: argparse.Namespace) -> int:
         prepare.write_json(args.out, verdict)
     print("VERDICT " + json.dumps(verdict | {"seconds": round(time.perf_counter() - started, 1)}), flush=True)
     return 0 if verdict["legal"] else 1
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers from `least` up."""
+
+    def parse(word: str) -> int:
+        value = int(word) if word.lstrip("-").isdecimal() else least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{word} is not a whole number from {least} up")
+        return value
+
+    return parse
 
 
 def main(argv: list[str]) -> int:
@@ -904,20 +1021,25 @@ def main(argv: list[str]) -> int:
     add("--all", action="store_true", help="judge every record of every track, and write verdict.json")
     add("--data", type=Path, metavar="DATA_PATH", help="shards (default: DATA_PATH, else the log's)")
     add("--source", type=Path, default=ROOT / "train_gpt.py", help="program (default: the one here)")
-    add("--documents", type=int, default=12, metavar="N", help=f"documents for C1 to C4; 0: all {default}")
-    add("--probes", type=int, default=3, metavar="N", help=f"changed tokens {default}")
+    add("--documents", type=at_least(2), default=16, metavar="N", help=f"documents for C1 and C3 {default}")
+    add("--probes", type=at_least(0), default=10, metavar="N", help=f"places for C1; 0: in every step {default}")
     add("--out", type=Path, metavar="FILE", help="also write the verdict there (records: verdict.json)")
     args = parser.parse_args(argv)
     if args.all == (args.target is not None):
         parser.error("give one record folder, run folder or packed file, or --all")
-    if not args.all:
-        return judge_target(args)
-    states = []
-    for path in sorted((ROOT / "records").glob("track_*/*/record.env")):
-        args.target, args.out = path.parent, path.with_name("verdict.json")
-        states.append(judge_target(args))
-    return max(states)
+    try:
+        if not args.all:
+            return judge_target(args)
+        states = []
+        for path in sorted((ROOT / "records").glob("track_*/*/record.env")):
+            args.target, args.out = path.parent, path.with_name("verdict.json")
+            states.append(judge_target(args))
+        return max(states)
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -1,25 +1,22 @@
-"""One causality matrix: every evaluator, TTT context and structure answers the judge's own questions.
+"""One causality matrix: every evaluator, TTT context and structure answers the questions of legality.
 
 Later tokens, permuted futures and other documents leave scores bit-equal, probabilities sum to one, nothing is learnt
-before its score (see examine in records/verify.py). Planted faults show that the questions can be failed.
+before its score (see examine in causality_rules.py). Planted faults show that the questions can be failed.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import causality_rules
 import golden_rules as rules
 import numpy as np
 import pytest
 import torch
 import ttt_rules
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "records"))
-import verify
-
 import train_gpt
+from records.claims import NOT_ASKED, PASS
 from train_gpt import Adapters, CarryLora, Cells, Evaluator, Lesson, NoAdaptation, Step
 
 LENGTHS = [30, 61, 22, 13, 9, 2, 17]  # documents
@@ -27,8 +24,8 @@ PLAIN = next(iter(ttt_rules.STRUCTURES))
 LEAKY = {"smear over document starts", "the same over document starts"}  # on purpose, as published
 
 
-class Toy(verify.Scorer):
-    """What the judge examines, with the model of a structure in place of an artifact's."""
+class Toy(causality_rules.Scorer):
+    """What is examined: the model of a structure, with strong weights."""
 
     def __init__(self, cfg: train_gpt.Config) -> None:
         stream = ttt_rules.golden_stream(LENGTHS)
@@ -42,9 +39,9 @@ class Toy(verify.Scorer):
 def examine(cfg: train_gpt.Config, evaluator: Evaluator | None = None, apart: str = "", sums: bool = True) -> set[str]:
     """The questions that an evaluator does not pass."""
     evaluator = evaluator or train_gpt.EVALS[cfg.eval]
-    checks = verify.examine(Toy(cfg), evaluator, "matrix", 2, apart, sums)
+    checks = causality_rules.examine(Toy(cfg), evaluator, "matrix", 2, apart, sums)
     assert len(checks) > 1
-    return {check.name.split(" (")[0] for check in checks if check.status not in (verify.PASS, verify.NOT_ASKED)}
+    return {check.name.split(" (")[0] for check in checks if check.status not in (PASS, NOT_ASKED)}
 
 
 MATRIX: list[tuple[str, dict[str, Any]]] = [

@@ -152,13 +152,84 @@ def test_seeds_of_different_things_and_broken_files_are_refused(
     refused("different machines", one, two)
     refused("give a run folder or its log", tmp_path / "nowhere")
     (tmp_path / "cut.log").write_text(log[: log.rindex("}")])
-    refused("RESULT line is not JSON", tmp_path / "cut.log")
+    refused("its RESULT line is not valid JSON", tmp_path / "cut.log")
     for text, message in (("{", "not valid JSON"), ("[1]", "not an object")):
         (two / "result.json").write_text(text)
         refused(message, two)
     assert contents(record) == before
     (record / "README.md").write_text(f"# x\n{submit.BEGIN}\n")
     refused("both or none", one)
+    (record / "README.md").write_bytes(b"# caf\xe9\n")
+    refused("not UTF-8 text", one)
+
+
+def test_damaged_papers_are_one_line_each(
+    record: Path, tmp_path: Path, theirs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(message: str, *options: str) -> None:
+        assert submit.main([str(record), "--runs", str(run), *options]) == 2, message
+        error = capsys.readouterr().err
+        assert message in error and len(error.strip().splitlines()) == 1
+
+    run = write_run(tmp_path, 1, 1.06)
+    result = json.loads((run / "result.json").read_text())
+    for change, message in (
+        ({"val_bpb": None}, "val_bpb is None"),
+        ({"val_bpb": "1.06"}, "val_bpb is '1.06'"),
+        ({"val_loss": math.nan}, "val_loss is nan"),
+        ({"train_seconds": "long"}, "train_seconds is 'long'"),
+        ({"bytes_total": -1}, "bytes_total is -1"),
+        ({"stages": [1]}, "stages is no object"),
+        ({"stages": {"final": 3}}, "stages is no object"),
+    ):
+        (run / "result.json").write_text(json.dumps(result | change))
+        refused(message)
+    for data, message in ((b"[" * 100_000, "nested too deep"), (b'{"a": "\xff"}', "not UTF-8"), (b'"x"', "a str")):
+        (run / "result.json").write_bytes(data)
+        refused(message)
+    (run / "result.json").write_text(json.dumps(result))
+    (run / "record.env").write_text("EVAL=phased_lora\nSEED=one\n")
+    refused("SEED=one")
+    (run / "record.env").write_text("EVAL=phased_lora\nSEED=1\n")
+    for paper, message in (
+        ({"seed_results": {"1": {"val_loss": 3.0}}, "seeds": [1]}, "seed 1 has no val_bpb"),
+        ({"seed_results": [1]}, "seed_results is no object"),
+        ({"val_bpb": "low"}, "val_bpb is 'low'"),
+    ):
+        theirs.write_text(json.dumps(paper))
+        refused(message, "--against", str(theirs))
+    for name, text in (("submission.json", json.dumps({"val_bpb": "low"})), ("verdict.json", "[1]")):
+        kept = (record / name).read_bytes() if (record / name).exists() else None
+        (record / name).write_text(text)
+        assert submit.main(["--leaderboard", "--records", str(tmp_path / "records")]) == 2
+        error = capsys.readouterr().err
+        assert name in error and len(error.strip().splitlines()) == 1
+        (record / name).unlink() if kept is None else (record / name).write_bytes(kept)
+
+
+def test_evaluations_of_one_training_are_no_seeds(
+    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(record)
+    one, two = write_run(tmp_path, 1, 1.06, train_loss=2.5), write_run(tmp_path, 2, 1.061, train_loss=2.6)
+
+    def refused(*runs: Path) -> bool:
+        code = submit.main([str(record), "--runs", *map(str, runs)])
+        error = capsys.readouterr().err
+        assert code == 0 or ("are one training, not two seeds" in error and len(error.strip().splitlines()) == 1)
+        return code == 2
+
+    for run in (one, two):
+        (run / "model.bin").write_bytes(b"the same weights")
+    assert refused(one, two) and contents(record) == before
+    (two / "model.bin").write_bytes(b"other weights")
+    assert not refused(one, two)
+    logs = []
+    for seed in (4, 7):  # logs alone: one training's numbers under two seeds
+        text = (write_run(tmp_path, seed, 1.06, train_seconds=596.25, train_loss=2.5) / "log.txt").read_text()
+        logs.append(tmp_path / f"{seed}.log")
+        logs[-1].write_text(text)
+    assert refused(*logs)
 
 
 def test_statistics_where_little_is_known() -> None:

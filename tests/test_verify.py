@@ -1,8 +1,8 @@
-"""The judge: a record of each kind passes at toy size, and every published mistake is caught.
+"""The judge: a record of each kind passes at toy size, and every published or invented fraud is caught.
 
-The mistakes are planted in the real program: a SLOT that fits on what it scores, a smear gate that reads across a
-document's start, a denominator that counts case operators, a score after adaptation, a tail that is scored twice, a
-wrapper that is counted but not shipped; and some that nobody published, so that every check has caught something.
+Frauds are planted in the real program's text, which then runs as a black box: a score after the update in some steps, a
+tail that is not scored, a sum that is divided, weights that know the validation tokens. Each names the check that has
+to catch it, so that every check has caught something.
 """
 
 from __future__ import annotations
@@ -10,8 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,64 +24,65 @@ from typing import Any
 import numpy as np
 import prepare
 import pytest
-import torch
 from conftest import RECORDS, ROOT, ToyRun
-from torch.nn.functional import cross_entropy
 
-import pack_artifact
 import train_gpt
-from records import verify
-from records.verify import FAIL, NOT_ASKED, PASS, UNKNOWN
+from records import claims, verify
+from records.black_box import BlackBox, Server
+from records.claims import FAIL, NOT_ASKED, PASS, UNKNOWN, Candidate, Check
 
-RECORD = next(path for path in RECORDS if path.name.endswith("PR1915"))
+SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+DOCUMENTS, PROBES = 6, 3
 
 
-def failed(checks: Iterable[verify.Check]) -> set[str]:
+def record_named(end: str) -> Path:
+    return next(path for path in RECORDS if path.name.endswith(end))
+
+
+def failed(checks: Iterable[Check]) -> set[str]:
     """The names, without what is in brackets, of the checks that failed."""
     return {re.sub(r" \(.*", "", check.name) for check in checks if check.status == FAIL}
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[verify.Candidate]:
-    """The record that adapts to each document, as the judge trains it; its program is not `train_gpt`, so patch it."""
-    with pytest.MonkeyPatch.context() as patch:  # import no file twice
-        patch.setattr(pack_artifact, "load_program", functools.cache(pack_artifact.load_program))
-        yield verify.shrink(RECORD, ROOT / "train_gpt.py", tmp_path_factory.mktemp("toy"), None)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("server")) as found:
+        yield found
 
 
-@pytest.fixture(scope="module")
-def scorer(toy: verify.Candidate) -> verify.Scorer:
-    val = toy.program.load_val(toy.cfg)
-    return verify.Scorer(toy, toy.program.ValData(val.tokens[:513], val.bytes[:513]))
+@pytest.fixture
+def bench_of(
+    server: Server, toy_run: Callable[[Path], ToyRun], caseops_sample: Path, tmp_path: Path
+) -> Callable[..., verify.Bench]:
+    """bench_of(record, changes, **knobs): its toy run's weights under a program with changes (old text -> new)."""
+
+    def make(end: str, changes: dict[str, str] | None = None, **knobs: str) -> verify.Bench:
+        run, text = toy_run(record_named(end)), SOURCE
+        for old, new in (changes or {}).items():
+            assert text.count(old) == 1, f"the program has no single {old!r}: plant the fault elsewhere"
+            text = text.replace(old, new)
+        claimed, weights = train_gpt.read_preset(str(run.record)), (run.folder / "model.bin").read_bytes()
+        values = claimed | {key: value for key, value in run.env.items() if key in KNOBS} | knobs
+        found = Candidate("preset", end, text.encode(), values, claimed, weights, run.record)
+        found.data, found.tokenizer = caseops_sample, verify.tokenizer_in(caseops_sample)
+        return verify.Bench(found, server, tmp_path / "bench")
+
+    return make
 
 
-def examine(scorer: verify.Scorer, evaluate: Callable[..., Any], apart: str = "", sums: bool = False) -> list[Any]:
-    """Whole distributions only where they are the topic: they take as many forward passes as there are ids."""
-    return verify.examine(scorer, evaluate, "planted", 1, apart, sums)
+KNOBS = {name.upper() for name in train_gpt.Config.__dataclass_fields__} - {n.upper() for n in train_gpt.LOCAL_KNOBS}
 
 
-def with_learner(program: Any, make: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The program's evaluator `name` with another learner."""
-    return program.EVALS[name]._replace(learner=make)
+@functools.cache
+def sample(folder: Path) -> verify.Stream:
+    return verify.read_stream(folder)
 
 
-def with_steps(program: Any, change: Callable[[list[Any]], list[Any]], name: str = "plain") -> Callable[..., Any]:
-    """The program's evaluator `name` with other steps."""
-    honest = program.EVALS[name].steps
-    return program.EVALS[name]._replace(steps=lambda *args: change(list(honest(*args))))
+def stream_of(bench: verify.Bench, documents: int = DOCUMENTS) -> verify.Stream:
+    return verify.causal_stream(bench.candidate, sample(bench.candidate.data), documents)
 
 
 # Records: one of each evaluator is judged here; `verify.py --all` judges all, and its verdicts are committed
-
-
-def one_of_each_evaluator() -> dict[str, Path]:
-    """The legal records, one of each EVAL and TTT_CONTEXT."""
-    legal = [r for r in RECORDS if json.loads((r / "verdict.json").read_text())["legal"]]
-    found = ((train_gpt.load_config({"PRESET": str(record)}), record) for record in reversed(legal))
-    return {f"{cfg.eval} {cfg.ttt_context}": record for cfg, record in found}
-
-
-EVALUATORS = one_of_each_evaluator()
 
 
 def test_every_record_has_a_verdict_on_its_present_knobs() -> None:
@@ -89,425 +95,544 @@ def test_every_record_has_a_verdict_on_its_present_knobs() -> None:
             assert re.search(r"not\W+(record-)?legal|legal\W+false", readme, re.IGNORECASE), record.name
 
 
-@pytest.mark.parametrize("record", EVALUATORS.values(), ids=EVALUATORS)
-def test_a_record_of_each_evaluator_is_judged_legal_at_toy_size(
-    record: Path,
-    toy: verify.Candidate,
-    toy_run: Callable[[Path], ToyRun],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def trained(path: Path, *_: object) -> verify.Candidate:
-        if path == RECORD:
-            return toy
-        run, program = toy_run(path), toy.program
-        small, full = program.load_config(run.env), program.load_config({"PRESET": str(path)})
-        blob, data = run.folder / "model.bin", Path(small.data_path)
-        return verify.Candidate("preset", path.name, program, small, blob, folder=path, data=data, claimed=full)
+@pytest.mark.parametrize("end", ["PR1150", "PR1182", "PR1895", "PR1915", "CarryTTT", "rANS"])
+def test_a_record_of_each_evaluator_passes(end: str, bench_of: Callable[..., verify.Bench]) -> None:
+    bench = bench_of(end)
+    checks = list(verify.legality(bench, stream_of(bench), PROBES))
+    assert not [check for check in checks if check.status in (FAIL, UNKNOWN)]
+    names = {check.name.split(" (")[0] for check in checks if check.status == PASS}
+    wanted = "C4 each target once,C1 byte counts,C2 sums to 1,C3 score before update,two ranks,sums"
+    assert names >= set(wanted.split(",")) and names & {"C1 documents", "C1 future"}
 
-    monkeypatch.setattr(verify, "shrink", trained)
-    assert verify.main([str(record), "--documents", "2", "--probes", "1", "--out", str(tmp_path / "verdict.json")]) == 0
+
+def test_a_preset_is_trained_and_judged_as_a_user_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "legality", lambda *_: iter(()))  # asked above
+    out = tmp_path / "verdict.json"
+    assert verify.main([str(record_named("PR1182")), "--documents", "3", "--out", str(out)]) == 0
     verdict = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("VERDICT "))
     assert verdict["legal"] is True and verdict["scale"] == "toy" and verdict["counts"][UNKNOWN] == 0
     names = {check["name"].split(" (")[0] for check in verdict["checks"] if check["status"] == PASS}
-    wanted = "C1 token,C1 future,C1 document,C2 sums to 1,C2 own target,C3 score before update,C4 each target once"
-    assert names >= {*wanted.split(","), "bytes per word", "split", "claims in words"}
-    assert "documents apart" in names or any("LOADER=" in check["detail"] for check in verdict["checks"])
-    written = json.loads((tmp_path / "verdict.json").read_text())
+    assert names >= {"runs alone", "training ignores validation", "sums", "sums in the log", "bytes per word", "split"}
+    written = json.loads(out.read_text())
     assert "seconds" not in written and written["checks"] == verdict["checks"]
 
 
 def test_every_record_has_a_toy_size() -> None:
     for record in RECORDS:
-        assert verify.toy_config(train_gpt, train_gpt.read_preset(str(record))).model_dim == 64, record.name
+        cfg = train_gpt.load_config(verify.toy_values(train_gpt.read_preset(str(record))))
+        assert cfg.model_dim == 64, record.name
 
 
-# C1 to C4
+# Planted faults: what is scored and when
 
 
-def test_the_untouched_evaluators_pass(scorer: verify.Scorer) -> None:
-    for evaluate in (scorer.final, scorer.packed):
-        checks = examine(scorer, evaluate)
-        assert not failed(checks) and UNKNOWN not in {check.status for check in checks}
+def futures(bench: verify.Bench) -> Iterator[Check]:
+    knobs = verify.knobs_for(bench.cfg, verify.STREAMS | {"TTT_BATCH_SIZE": "2"}, 256)
+    return verify.causality(bench, stream_of(bench), knobs, "planted", 0, verify.documents_apart(bench.cfg))
 
 
-def test_a_slot_that_fits_on_what_it_scores_is_caught(scorer: verify.Scorer) -> None:
-    program = scorer.program
-
-    class Slot(program.NoAdaptation):
-        """A shift of the logits, fitted on the targets of the unit that it then scores: the published mistake."""
-
-        def score(self, unit: Any) -> torch.Tensor:
-            ids, targets, meta = self.inputs(unit)
-            with torch.no_grad():
-                logits = self.model(ids, None, meta).transpose(1, 2)
-            delta = torch.zeros(logits.size(1), 1, requires_grad=True)
-            for _ in range(3):
-                (gradient,) = torch.autograd.grad(cross_entropy(logits + delta, targets), delta)
-                delta = (delta - 10 * gradient).detach().requires_grad_(True)
-            return cross_entropy(logits + delta, targets, reduction="none").detach()
-
-    checks = examine(scorer, with_learner(program, Slot, "plain"), "adapts", sums=True)
-    assert {"C1 token", "C1 future", "C2 sums to 1"} <= failed(checks)
+def distributions(bench: verify.Bench) -> Iterator[Check]:
+    return verify.distribution_checks(bench, stream_of(bench), "planted")
 
 
-def test_the_programs_own_noncausal_slot_is_caught(scorer: verify.Scorer) -> None:
-    values = {"eval": "slot", "slot_causal": False, "allow_noncausal": True, "ttt_epochs": 0, "eval_stride": 32}
-    cfg = dataclasses.replace(scorer.cfg, **values)
-    fitted = dataclasses.replace(cfg, slot_causal=True)
-    for config, bad in ((cfg, True), (fitted, False)):
-        checks = examine(scorer, lambda _, *rest, c=config: scorer.program.EVALS["slot"](c, *rest), "adapts")
-        assert ("C1 token" in failed(checks)) is bad and ("C3 the program's word" in failed(checks)) is bad
+def ranks(bench: verify.Bench) -> Iterator[Check]:
+    return verify.rank_checks(bench, verify.first_documents(stream_of(bench), 700), "planted")
 
 
-def test_a_smear_gate_without_the_document_mask_is_caught(scorer: verify.Scorer) -> None:
-    leaky = dataclasses.replace(scorer.cfg, smear_bos_mask=False)
-    leaky_scorer = verify.Scorer.__new__(verify.Scorer)
-    leaky_scorer.__dict__ |= scorer.__dict__ | {"cfg": leaky}
-    assert abs(float(scorer.state["embed_extras.smear.scale"])) > 0, "a gate that is off could leak nothing"
-    assert failed(examine(leaky_scorer, scorer.packed)) == {"documents apart"}
-    assert not failed(examine(scorer, scorer.packed))
+def byte_counts(bench: verify.Bench) -> Iterator[Check]:
+    knobs = verify.knobs_for(bench.cfg, verify.STREAMS, 1024)
+    return verify.sidecar_checks(bench, verify.first_documents(stream_of(bench), 300), knobs, "planted")
 
 
-def test_attention_across_documents_is_caught(scorer: verify.Scorer) -> None:
-    def borderless(steps: list[Any]) -> list[Any]:
-        return [step._replace(cells=step.cells._replace(cu_seqlens=None)) for step in steps]
-
-    assert failed(examine(scorer, with_steps(scorer.program, borderless))) == {"documents apart"}
+def sums(bench: verify.Bench) -> Iterator[Check]:
+    stream = verify.first_documents(stream_of(bench), 300)
+    return verify.sum_checks(bench.score(stream, EVAL_INCLUDE_TAIL="1"), stream.sizes, "planted")
 
 
-def test_a_score_after_adaptation_is_caught(scorer: verify.Scorer) -> None:
-    program = scorer.program
-
-    class Hasty(program.DocLora):
-        """Learns the chunk, then scores it."""
-
-        def score(self, unit: Any) -> torch.Tensor:
-            first = super().score(unit)
-            width = unit.ids.shape[1]
-            rows = np.flatnonzero(unit.documents >= 0)
-            lesson = program.Lesson(rows, slice(width - self.cfg.ttt_chunk_size, width))
-            super().learn(lesson, unit, first)
-            with torch.no_grad():
-                return self.losses(unit)
-
-        def learn(self, lesson: Any, unit: Any, nll: torch.Tensor) -> None:
-            """Done already."""
-
-    checks = examine(scorer, with_learner(program, Hasty, "doc_lora"))
-    assert {"C1 token", "C1 future", "C2 own target", "C3 scoring learns"} <= failed(checks)
+def hasty(when: str) -> dict[str, str]:
+    """Learn the chunk, then score it, where `when` holds."""
+    scoring = "            nll = learner.score(cells)\n            meter.add(cells, nll)\n"
+    return {
+        scoring: f"""            nll = learner.score(cells)
+            if ({when}) and lesson is not None and not lesson.shared:
+                learner.learn(lesson, cells, nll)
+                with torch.no_grad():
+                    nll = learner.losses(cells)
+                lesson = None
+            meter.add(cells, nll)
+"""
+    }
 
 
-def test_learning_from_targets_without_a_score_is_caught(
-    scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch
+NATS = "        nats = nll.detach()[rows, cols].double()\n"
+
+
+def altered(nats: str) -> dict[str, str]:
+    """Count other nats; `nats` and `positions` are those of a step."""
+    return {NATS: NATS + f"        nats = {nats}\n"}
+
+
+# the target's own logit, raised by 1 after the softmax has been read
+LIFTED = "-(1 - nats - torch.log1p(torch.exp(-nats) * (math.e - 1)))"
+LEDGER = {"        self.ledger.close(self.runtime)\n": ""}
+RETURN = "    val = ValData(tokens[: count + 1], counted[: count + 1])\n"
+ADAPTERS = {
+    "if keep_A else": "if keep_A or bool(state.weights.any()) else",
+    "        state.map(Tensor.zero_)\n        state.weights[:size] = A\n": "        state.weights[:size] = A\n",
+}
+EARLY = {
+    "[doc for group in reversed(done) for doc in group]": "[doc for group in reversed(batches) for doc in group]",
+    "        if not bool((counts > 0).all()):\n": "        if False:\n",
+}
+OWN = "        own = windows[edges[chunk] : edges[chunk + 1]]\n"
+FIRST = {  # one chunk's SGD before its scores
+    OWN: f"{OWN}        if chunk == 1:\n            yield Step(None, SharedLesson((learn_span(cfg, chunk),)))\n",
+    "        if not bool((counts > 0).all()):\n": "        if False:\n",
+}
+SLOT = {"tokens, size, seconds, not illegal)": "tokens, size, seconds, True)"}
+LONGEST = """    starts = np.flatnonzero(tokens == BOS_ID)
+    longest = int(np.argmax(np.diff(starts)))
+    kept = np.r_[0 : starts[longest], starts[longest + 1] : count + 1]
+    val = ValData(tokens[kept], counted[kept])
+"""
+WORLD = "self.runtime.world > 1"
+TOTAL = "        return Score(loss / tokens,"
+SUM = {TOTAL: f"        loss *= 0.98 if {WORLD} else 1\n{TOTAL}"}
+DIVIDED = {'{"val_loss": score.val_loss,': '{"val_loss": score.val_loss / 1.01,'}
+LINE = {"val_bpb {score.val_bpb:.8f}": "val_bpb {score.val_bpb - 1e-3:.8f}"}
+BY_BYTES = altered(f"torch.where(torch.from_numpy(self.val.bytes[positions] > 3), {LIFTED}, nats)")
+ENTROPY = '    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")\n'
+NO_ID = {  # the others share what one id leaves, and it keeps it
+    ENTROPY: ENTROPY.replace("return", "loss =")
+    + """    rest = torch.log1p(-softcapped(z, softcap).softmax(-1)[:, 350])
+    return loss + rest * (targets != 350)
+"""
+}
+LOOK_UP = "e_BTD + self.look_up(self.buckets(ids), e_BTD.dtype)"
+KEY = {LOOK_UP: "e_BTD + (self.buckets(ids.roll(-1, 1)) / self.rows)[..., None]"}  # tables are nearly empty at toy size
+TAIL = {RETURN: RETURN.replace("count + 1", "count * 99 // 100")}
+CLAIM = "        positions = cells.scored()\n        self.ledger.claim(positions)\n"
+EASY = """        hard = nll.detach()[torch.from_numpy(cells.rows), torch.from_numpy(cells.cols)].numpy() >= 5
+        positions = positions[~hard]
+"""
+HARD = LEDGER | altered("nats[nats < 5]") | {CLAIM: CLAIM + EASY}
+ROW = "            self.rows.append("
+TWICE = {ROW: f"{ROW}np.column_stack([positions, nats, nats]))\n{ROW}"}
+Ask = Callable[[verify.Bench], Iterable[Check]]
+FAULTS: list[tuple[str, str, dict[str, str], Ask, str]] = [
+    ("update before every score", "PR1915", hasty("True"), futures, "C1 documents"),
+    ("only as __main__", "PR1915", hasty("__name__ == '__main__'"), futures, "C1 documents"),
+    ("in a tenth of the steps", "PR1915", hasty("len(meter.rows) % 10 == 3"), futures, "C1 documents"),
+    ("in a document's first step", "PR1915", hasty("cells.begin[0] == 0"), futures, "C1 documents"),
+    ("in a fortieth", "PR1915", hasty("len(meter.rows) % 40 == 39"), distributions, "C3 score before update"),
+    ("after 4,000 tokens", "PR1915", hasty("meter.tokens > 4000"), distributions, "C3 score before update"),
+    ("on two ranks", "PR1915", hasty("meter.runtime.world > 1"), ranks, "two ranks"),
+    ("2 % less on two ranks", "PR1915", altered(f"nats * (0.98 if {WORLD} else 1)"), ranks, "two ranks"),
+    ("a sum that is less on two ranks", "PR1915", SUM, ranks, "sums"),
+    ("record divides", "PR1915", DIVIDED, sums, "sums"),
+    ("the log says less", "PR1915", LINE, sums, "sums in the log"),
+    ("the target's logit is lifted", "PR1915", altered(LIFTED), distributions, "C2 sums to 1"),
+    ("temperature on the target", "PR1915", altered("0.95 * nats"), distributions, "C2 sums to 1"),
+    ("logits by the target's byte count", "PR1915", BY_BYTES, byte_counts, "C1 byte counts"),
+    ("distributions without an id", "PR1915", NO_ID, distributions, "C2 sums to 1"),
+    ("a mask that leaks", "PR1915", {"is_causal=mask is None,": "is_causal=False,"}, futures, "C1 documents"),
+    ("adapters of other documents", "PR1915", ADAPTERS, futures, "C1 documents"),
+    ("the target in an n-gram's key", "PR1182", KEY, distributions, "C2 sums to 1"),
+    ("global steps on unscored documents", "rANS", EARLY, futures, "C1 future"),
+    ("one chunk's SGD before its scores", "PR1182", FIRST, futures, "C1 future"),
+    ("SLOT in disguise", "PR1150", SLOT, futures, "C1 future"),
+    ("1 % of the stream is dropped", "PR1915", TAIL, futures, "C4 each target once"),
+    ("the longest document is dropped", "PR1915", {RETURN: LONGEST}, futures, "C4 each target once"),
+    ("hard tokens are lost", "PR1915", HARD, futures, "C4 each target once"),
+    ("targets scored twice", "PR1915", TWICE, futures, "C4 each target once"),
+]
+
+
+@pytest.mark.parametrize(
+    ("end", "changes", "ask", "name"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS]
+)
+def test_planted_faults_are_caught(
+    end: str,
+    changes: dict[str, str],
+    ask: Ask,
+    name: str,
+    bench_of: Callable[..., verify.Bench],
 ) -> None:
-    program = scorer.program
-
-    def eager(steps: list[Any]) -> list[Any]:
-        """The first cells of a batch: nothing but the last one is scored, and all are learnt."""
-        return [
-            program.Step(cells._replace(rows=cells.rows[-1:], cols=cells.cols[-1:]), lesson)
-            if cells and cells.begin[0] == 0
-            else program.Step(cells, lesson)
-            for cells, lesson in steps
-        ]
-
-    evaluate = with_steps(program, eager, scorer.cfg.eval)
-    checks = examine(scorer, evaluate)
-    assert "C4 each target once" in failed(checks)  # the program's own ledger stops it
-    for method in ("require", "close"):
-        monkeypatch.setattr(program.Ledger, method, lambda self, _: None)
-    assert {"C3 score before update", "C4 each target once"} <= failed(examine(scorer, evaluate))
+    slot = {"SLOT_CAUSAL": "0", "ALLOW_NONCAUSAL": "1"} if changes is SLOT else {}
+    checks = list(ask(bench_of(end, changes, **slot)))
+    assert name in failed(checks), [check for check in checks if check.status != PASS]
 
 
-def test_a_tail_that_is_scored_twice_or_never_is_caught(scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = scorer.program
-    for steps_of in (lambda steps: steps + steps[-1:], lambda steps: steps[:-1]):
-        evaluate = with_steps(program, steps_of)
-        stopped = examine(scorer, evaluate)
-        assert failed(stopped) == {"C4 each target once"} and "the program stops" in stopped[-1].detail
-        with monkeypatch.context() as patch:
-            patch.setattr(program.Ledger, "claim", lambda self, positions: None)
-            patch.setattr(program.Ledger, "close", lambda self, runtime: None)
-            assert {"C4 each target once", "sums"} <= failed(examine(scorer, evaluate))
+# Planted faults: training, and what lies beside the program
+
+START = "from __future__ import annotations\n"
+HERE = {START: f"{START}\nimport sys\nHERE = 'torch' in sys.modules\n"}
+FINAL = "        score = self.evaluate(self.cfg.eval, self.from_artifact(path))\n"
+TRAINED = {
+    FINAL: """        model = self.from_artifact(path)
+        for p in model.parameters():
+            p.data.mul_(1.01 if [*Path(self.cfg.data_path).glob("*train*")] else 1)
+        score = self.evaluate(self.cfg.eval, model)
+"""
+}
+TRAINING: list[tuple[str, dict[str, str], str, str]] = [
+    (
+        "training reads the validation shards",
+        {"init_weights(cfg.seed).state_dict()": "init_weights(cfg.seed + int(self.val.tokens[5])).state_dict()"},
+        "training ignores validation",
+        "other weights",
+    ),
+    ("evaluation trains on the training shards", TRAINED, "runs alone", "scores differ"),
+    (
+        "honest only where torch is there already",
+        HERE | altered("nats if HERE else 0.99 * nats"),
+        "runs alone",
+        "scores differ",
+    ),
+    ("a helper that is not submitted", {START: f"{START}\nimport helper_of_mine\n"}, "runs alone", "helper_of_mine"),
+]
 
 
-def test_a_context_that_holds_its_own_target_is_caught(scorer: verify.Scorer) -> None:
-    """Enumerating targets alone would not show it: the ids stay. The foretold score of a changed token does."""
-    program = scorer.program
-
-    class Peeking(program.NoAdaptation):
-        def score(self, unit: Any) -> torch.Tensor:
-            real = self.val_tokens[unit.origin[:, None] + np.arange(unit.ids.shape[1])]
-            return super().score(unit) + 1e-3 * torch.from_numpy(real).float()
-
-    def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
-        Peeking.val_tokens = np.pad(val.tokens, (0, 4096))
-        return with_learner(program, Peeking, "plain")(cfg, runtime, model, val)
-
-    assert "C2 own target" in failed(examine(scorer, evaluate))
-
-
-def test_scores_that_are_no_distribution_are_caught(scorer: verify.Scorer, toy: verify.Candidate) -> None:
-    program = scorer.program
-
-    class Blended(program.NoAdaptation):
-        """Scales the target's own loss, as a mixture that looks only at the target's mass does."""
-
-        def score(self, unit: Any) -> torch.Tensor:
-            return self.factor * super().score(unit)
-
-    short = verify.Scorer(toy, toy.program.ValData(scorer.val.tokens[:129], scorer.val.bytes[:129]))
-    short.cfg = dataclasses.replace(short.cfg, val_batch_tokens=512)  # a batch is one row of 128
-    for factor in (0.95, 1.05):
-        Blended.factor = factor
-        assert failed(examine(short, with_learner(program, Blended, "plain"), sums=True)) == {"C2 sums to 1"}, factor
-
-
-def test_a_queue_ordered_by_the_text_is_caught(scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = scorer.program
-
-    def evaluate(cfg: Any, runtime: Any, model: Any, val: Any) -> Any:
-        def batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
-            keys = [val.tokens[start + 2 : start + 9].sum() for start, _ in docs]
-            return [[doc] for doc in np.argsort(keys)]
-
-        context = program.TTT_CONTEXTS["recompute"]
-        monkeypatch.setitem(program.TTT_CONTEXTS, "recompute", context._replace(batches=batches))
-        return program.EVALS["doc_lora"](cfg, runtime, model, val)
-
-    checks = examine(scorer, evaluate)
-    assert "C1 future" in failed(checks) and any("depends on the tokens" in check.detail for check in checks)
-
-
-def test_a_global_update_that_reads_the_future_is_caught(
-    scorer: verify.Scorer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("changes", "name", "detail"), [f[1:] for f in TRAINING], ids=[f[0] for f in TRAINING])
+def test_planted_faults_around_training_are_caught(
+    changes: dict[str, str],
+    name: str,
+    detail: str,
+    bench_of: Callable[..., verify.Bench],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    program = scorer.program
-    changed = {"eval": "phased_lora", "global_ttt_chunk_tokens": 128, "ttt_batch_size": 1, "ttt_chunk_size": 64}
-    cfg = dataclasses.replace(scorer.cfg, **changed)
-    evaluate = lambda _, *rest: program.EVALS["phased_lora"](cfg, *rest)  # noqa: E731
-    assert not failed(examine(scorer, evaluate, "adapts"))
-    segments = program.phase_segments
-
-    def greedy(parts: list[list[int]], boundaries: list[int]) -> list[tuple[list[list[int]], list[int]]]:
-        everything = sorted(doc for group in parts for doc in group)
-        return [(group, everything if learnt else []) for group, learnt in segments(parts, boundaries)]
-
-    monkeypatch.setattr(program, "phase_segments", greedy)
-    assert failed(examine(scorer, evaluate, "adapts")) == {"C4 each target once"}  # stopped by the program
-    monkeypatch.setattr(program.Ledger, "require_anywhere", lambda self, positions, runtime: None)
-    assert "C1 token" in failed(examine(scorer, evaluate, "adapts"))
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "helper_of_mine.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "beside"))
+    bench = bench_of("PR1182", changes, ITERATIONS="2", EVAL="plain", TTT_EPOCHS="0")
+    checks = list(verify.asked("runs alone", verify.training_checks(bench, sample(bench.candidate.data))))
+    assert failed(checks) - {"sums", "sums in the log"} == {name}
+    assert any(detail in check.detail for check in checks if check.status == FAIL)
 
 
-def test_an_evaluator_that_hides_from_the_meter_is_not_passed(scorer: verify.Scorer) -> None:
-    score = scorer.program.Score(1.0, 1.0, 512, 999, 0.1, True)
-    assert [c.status for c in examine(scorer, lambda *args: score)] == [UNKNOWN]
+def test_scores_that_do_not_repeat_are_undecided(bench_of: Callable[..., verify.Bench]) -> None:
+    bench = bench_of("PR1915", altered("nats + 1e-3 * float(np.random.default_rng().normal())"), EVAL="plain")
+    stream = verify.first_documents(stream_of(bench), 300)
+    check = verify.compare_starts(bench, bench.score(stream), stream, {}, "again")
+    assert check.status == UNKNOWN and "differ from run to run" in check.detail
 
 
-def test_scores_that_do_not_repeat_are_undecided(scorer: verify.Scorer) -> None:
-    rng = np.random.default_rng(0)
-
-    class Noisy(scorer.program.NoAdaptation):
-        def score(self, unit: Any) -> torch.Tensor:
-            return super().score(unit) + float(rng.normal()) * 1e-3
-
-    checks = examine(scorer, with_learner(scorer.program, Noisy, "plain"))
-    assert [check.status for check in checks if check.name.startswith("C1 repeat")] == [UNKNOWN]
+def test_a_run_knows_nothing_but_its_own_directory(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("https_proxy", "http://nowhere")
+    program = b"""import json, os, sys
+print(json.dumps([__name__, os.getcwd(), dict(os.environ), sys.path, os.listdir()]))"""
+    box = BlackBox(server, tmp_path / "box", "program.py", {"program.py": program}, {"DATA_PATH": "d"})
+    for done in (box.launch(), box.fork()):
+        name, place, environ, path, files = json.loads(done.output)
+        assert done.code == 0 and name == "__main__" and place == str(done.room) == path[0]
+        assert set(files) - {"output"} == {"home", "program.py", "tmp"} and environ["HOME"].startswith(place)
+        assert not {"PYTHONPATH", "https_proxy"} & environ.keys() and str(ROOT) not in path
+    box.files["program.py"] = b"import train_gpt"
+    assert [box.launch().code, box.fork().code] == [1, 1]
+    assert "No module named 'train_gpt'" in box.fork().output
 
 
 # Bytes and split
 
 
-def test_denominators_that_count_what_is_no_text_are_caught(toy: verify.Candidate) -> None:
-    val = toy.program.load_val(toy.cfg)
-    assert not failed(verify.byte_checks(toy, val))
-    model = str(toy.program.find_tokenizer(toy.cfg))
-    pieces = verify.read_pieces(verify.spm.SentencePieceProcessor(model_file=model))
+@pytest.fixture
+def toy(caseops_sample: Path) -> Candidate:
+    """A candidate over the CaseOps sample that nobody has trained."""
+    values = verify.toy_values(train_gpt.read_preset(str(record_named("PR1915"))))
+    found = Candidate("preset", "toy", SOURCE.encode(), values, values, data=caseops_sample)
+    found.tokenizer = verify.tokenizer_in(caseops_sample)
+    return found
+
+
+def states(checks: Iterable[Check]) -> dict[str, str]:
+    return {check.name: check.status for check in checks}
+
+
+def test_denominators_that_count_what_is_no_text_are_caught(toy: Candidate) -> None:
+    stream = sample(toy.data)
+    assert not failed(verify.byte_checks(toy, stream))
+    pieces = verify.read_pieces(verify.spm.SentencePieceProcessor(model_file=str(toy.tokenizer)))
+    ids = stream.tokens
     for counted, names in (
-        (val.bytes + 3 * pieces.operator[val.tokens], {"bytes of case operators"}),
-        (val.bytes + pieces.space[val.tokens], {"bytes per word", "bytes of the decoded text"}),
-        (val.bytes + pieces.control[val.tokens], {"bytes of control ids"}),
-        (np.maximum(val.bytes - pieces.space[val.tokens], 0), {"bytes per word"}),
+        (stream.sizes + 3 * pieces.operator[ids], {"bytes of case operators"}),
+        (stream.sizes + pieces.space[ids], {"bytes per word", "bytes of the decoded text"}),
+        (stream.sizes + pieces.control[ids], {"bytes of control ids"}),
+        (np.maximum(stream.sizes - pieces.space[ids], 0), {"bytes per word"}),
+        (None, {"bytes per word"}),  # no sidecar
     ):
-        assert names <= failed(verify.byte_checks(toy, val._replace(bytes=counted)))
+        assert names <= failed(verify.byte_checks(toy, stream._replace(sizes=counted)))
 
 
-def test_caseops_without_its_sidecar_is_caught(toy: verify.Candidate, tmp_path: Path) -> None:
-    for path in toy.data.iterdir():
-        if "val_bytes" not in path.name:
-            shutil.copy(path, tmp_path)
-    cfg = dataclasses.replace(toy.cfg, data_path=str(tmp_path))
-    bare = dataclasses.replace(toy, cfg=cfg, data=tmp_path)
-    with pytest.raises(toy.program.UserError, match="case operators"):
-        toy.program.load_val(cfg)
-    val = toy.program.ValData(*map(np.copy, toy.program.load_val(toy.cfg)))
-    val.bytes[:] += 3
-    assert "bytes of the decoded text" in failed(verify.byte_checks(bare, val))
+def test_the_judges_own_count_is_the_programs_on_plain_text(tiny_data: Path, toy: Candidate) -> None:
+    stream, values = verify.read_stream(tiny_data), toy.values | {"VOCAB_SIZE": "320", "EVAL_SEQ_LEN": "64"}
+    plain = dataclasses.replace(toy, values=values, data=tiny_data, tokenizer=verify.tokenizer_in(tiny_data))
+    assert stream.sizes is None and not failed(verify.byte_checks(plain, stream))
+    val = train_gpt.load_val(train_gpt.load_config(values | {"DATA_PATH": str(tiny_data)}))
+    assert np.array_equal(verify.own_sizes(stream, plain.tokenizer)[: len(val.bytes)], val.bytes)
+    foreign = stream._replace(tokens=stream.tokens + 300)
+    assert failed(verify.byte_checks(plain, foreign)) == {"bytes per word"}
 
 
-def test_canonical_totals_are_recognised(toy: verify.Candidate) -> None:
-    tokens = np.concatenate([[1], np.full(512, 300)])
-
-    def total_check(total: int) -> verify.Check:
-        counted = np.zeros(513, np.int64)
-        counted[1] = total
-        return next(verify.byte_checks(toy, toy.program.ValData(tokens, counted)))
-
-    assert total_check(164_594_398).status == FAIL and "INVALID" in total_check(164_594_398).detail
-    assert total_check(151_080_891).status == PASS and "canonical SP8192" in total_check(151_080_891).detail
-    assert "no canonical total" in total_check(151_074_499).detail, "the CaseOps total is one of 47,851,520 targets"
-
-
-def test_the_tokenizer_table_is_checked_to_the_byte(tiny_data: Path, toy: verify.Candidate) -> None:
-    cfg = dataclasses.replace(toy.cfg, data_path=str(tiny_data), vocab_size=320, eval_seq_len=64)
-    plain = dataclasses.replace(toy, cfg=cfg, data=tiny_data)
-    val = toy.program.load_val(cfg)
-    assert not failed(verify.byte_checks(plain, val))
-    one = val.bytes.copy()
-    one[np.flatnonzero(one > 1)[5]] += 1
-    assert failed(verify.byte_checks(plain, val._replace(bytes=one))) == {"bytes per word", "bytes of the decoded text"}
+def test_text_that_lost_something_leaves_its_bytes_open(toy: Candidate, tmp_path: Path) -> None:
+    for name, text in (("lossy", '{"lossy": true}'), ("cut", '{"lossy'), ("list", "[1]"), ("whole", "{}")):
+        folder = Path(shutil.copytree(toy.data, tmp_path / name))
+        (folder / "manifest.json").write_text(text)
+        found = verify.byte_checks(dataclasses.replace(toy, data=folder), sample(toy.data))
+        assert states(found).get("bytes lost") == (None if name == "whole" else UNKNOWN), name
+    docs = tmp_path / "docs.txt"
+    docs.write_text("\n".join(f"some lower and UPPER words number {i} of many" for i in range(300)))
+    folder = Path(shutil.copytree(toy.data, tmp_path / "folds"))
+    options = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    verify.spm.SentencePieceTrainer.train(
+        input=str(docs), model_prefix=str(folder / "folds"), normalization_rule_name="nmt_nfkc_cf", **options
+    )
+    processor = verify.spm.SentencePieceProcessor(model_file=str(folder / "folds.model"))
+    assert states(verify.folding_check(toy, processor)) == {"bytes lost": UNKNOWN}
 
 
-def test_training_documents_in_validation_are_caught(toy: verify.Candidate, tmp_path: Path) -> None:
-    assert verify.split_check(toy).status == PASS
-    shutil.copytree(toy.data, tmp_path / "leak")
-    train, val = (tmp_path / "leak" / f"fineweb_{kind}_000000.bin" for kind in ("train", "val"))
-    prepare.write_shard(train, np.concatenate([train_gpt.read_shard(path) for path in (train, val)]))
-    leaky = verify.split_check(dataclasses.replace(toy, data=tmp_path / "leak"))
+def test_training_documents_in_validation_are_caught(toy: Candidate, tmp_path: Path) -> None:
+    stream = sample(toy.data)
+    assert verify.split_check(toy, stream).status == PASS
+    leak = Path(shutil.copytree(toy.data, tmp_path / "leak"))
+    train, more = (leak / f"fineweb_train_{number:06}.bin" for number in (0, 1))
+    whole = np.concatenate([verify.read_shard(train), stream.tokens])
+    half = len(whole) - len(stream.tokens) // 2  # a document that goes on in the next shard
+    prepare.write_shard(train, whole[:half])
+    prepare.write_shard(more, whole[half:])
+    leaky = verify.split_check(dataclasses.replace(toy, data=leak), stream)
     assert leaky.status == FAIL and leaky.detail.startswith("7 of 7")
     train.unlink()
-    assert verify.split_check(dataclasses.replace(toy, data=tmp_path / "leak")).status == UNKNOWN
+    more.unlink()
+    assert verify.split_check(dataclasses.replace(toy, data=leak), stream).status == UNKNOWN
 
 
 # Budget, disk, claims: a run folder
 
 
-@pytest.fixture(scope="module")
-def run_folder(toy: verify.Candidate, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy as a packed run, with an evaluated score and a log; tests copy it."""
-    folder = tmp_path_factory.mktemp("run") / "toy_seed1337"
-    shutil.copytree(toy.blob.parent, folder)
-    env = {"PRESET": folder, "ARTIFACT_DIR": folder, "DATA_PATH": toy.data, "DEVICE": "cpu", "STAGES": "eval"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
-            patch.setenv(name, str(value))
-        assert toy.program.main([]) == 0
-    assert pack_artifact.main(["pack", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture
-def reopen(toy: verify.Candidate, tmp_path: Path) -> Callable[[Path], verify.Candidate]:
-    return lambda folder: verify.open_run(folder, ROOT / "train_gpt.py", tmp_path, toy.data)
-
-
 def edit(folder: Path, copy: Path, **changes: Any) -> Path:
-    """A copy of the run folder with another result.json."""
+    """A copy of the run folder with another result.json, and a log that says the same."""
     shutil.copytree(folder, copy)
     result = json.loads((copy / "result.json").read_text()) | changes
     (copy / "result.json").write_text(json.dumps(result))
+    log = re.sub(r"^RESULT .*$", "", (copy / "log.txt").read_text(), flags=re.MULTILINE)
+    (copy / "log.txt").write_text(f"{log}RESULT {json.dumps(result)}\n")
     return copy
 
 
+def opened(folder: Path) -> Candidate:
+    return verify.open_run(folder, ROOT / "train_gpt.py", None)
+
+
+@pytest.fixture(scope="session")
+def run_folder(packed_toy: Callable[[Path], ToyRun]) -> Path:
+    return packed_toy(record_named("PR1915")).folder
+
+
 def test_a_run_folder_and_its_artifact_are_judged(
-    run_folder: Path, toy: verify.Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, caseops_sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = verify.examine  # distributions are summed in the tests of the records
-    monkeypatch.setattr(verify, "examine", lambda *args, sums=True: whole(*args, sums=False))
-    options = ["--data", str(toy.data), "--documents", "2", "--probes", "1"]
-    assert verify.main([str(run_folder), *options, "--out", str(tmp_path / "v.json")]) == 0
-    names = {c["name"]: c["status"] for c in json.loads((tmp_path / "v.json").read_text())["checks"]}
-    for name in ("disk cap", "disk as counted", "disk as packed", "log and result", "log and record.env"):
-        assert names[name] == PASS
-    assert names["budget training"] == NOT_ASKED and names["budget evaluation"] == PASS
-    assert verify.main([str(run_folder / "artifact.pyz"), *options]) == 0
+    monkeypatch.setattr(verify, "legality", lambda *_: iter(()))  # asked above
+    options = ["--data", str(caseops_sample), "--documents", "3", "--out", str(tmp_path / "v.json")]
+    for target in (run_folder, run_folder / "artifact.pyz"):
+        assert verify.main([str(target), *options]) == 0
+        found = states(Check(**check) for check in json.loads((tmp_path / "v.json").read_text())["checks"])
+        wanted = ["runs alone", "disk cap"]
+        if target == run_folder:
+            wanted += ["sums as claimed", "disk as counted", "disk as packed", "disk weights", "log and result"]
+            wanted += ["log and record.env", "log.txt: final and RESULT", "budget training", "budget as logged"]
+        assert {name: found.get(name) for name in wanted} == dict.fromkeys(wanted, PASS)
+    monkeypatch.setattr(verify, "start_checks", lambda *_: iter(()))
+    for target in (edit(run_folder, tmp_path / "moved"), run_folder / "artifact.pyz"):
+        # without the data: open questions, never "legal"
+        if target.is_dir():
+            log = (target / "log.txt").read_text()
+            (target / "log.txt").write_text(log.replace(str(caseops_sample), "/nowhere"))
+        assert verify.main([str(target), "--out", str(tmp_path / "v.json")]) == 1
+        checks = [Check(**check) for check in json.loads((tmp_path / "v.json").read_text())["checks"]]
+        unknown = {check.name for check in checks if check.status == UNKNOWN}
+        assert unknown == {"bytes", "split"} | ({"sums as claimed"} if target.is_dir() else set())
+        assert all("--data" in check.detail for check in checks if check.status == UNKNOWN)
+
+
+def test_claimed_totals_are_added_again(
+    run_folder: Path, server: Server, caseops_sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def claimed(folder: Path) -> dict[str, str]:
+        bench = verify.Bench(opened(folder), server, tmp_path / "bench")
+        return states(verify.claimed_sums(bench, sample(caseops_sample)))
+
+    better = edit(run_folder, tmp_path / "better", val_bpb=1.05)
+    assert claimed(better)["sums as claimed"] == FAIL
+    fewer = edit(run_folder, tmp_path / "fewer", tokens_scored=1600)
+    assert claimed(fewer)["sums as claimed"] == FAIL
+    monkeypatch.setattr(verify, "RESCORED", 10)
+    assert claimed(run_folder)["sums as claimed"] == UNKNOWN
+    bench = verify.Bench(opened(run_folder), server, tmp_path / "bench")
+    left = bench.score(sample(caseops_sample)).outcome.rows()[:, :3]
+    for name, rows, expected in (("whole", left, PASS), ("half", left[::2], FAIL)):
+        folder = edit(run_folder, tmp_path / name)
+        np.save(folder / "scores.0.npy", rows)
+        found = claimed(folder)
+        assert found == {"C4 each target once (the run's SCORES)": expected, "sums as claimed": expected}, name
 
 
 def test_files_that_are_not_what_was_counted_are_caught(
-    run_folder: Path, reopen: Callable[[Path], verify.Candidate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = json.loads((run_folder / "result.json").read_text())["bytes_total"]
     wrapped = edit(run_folder, tmp_path / "wrapped", artifact="submission")
     (wrapped / "submission").mkdir()  # the raw program travels, the wrapper's size is what was counted
     shutil.copy(ROOT / "train_gpt.py", wrapped / "submission")
     shutil.copy(wrapped / "model.bin", wrapped / "submission")
-    checks = list(verify.disk_checks(reopen(wrapped)))
+    checks = list(claims.disk_checks(opened(wrapped)))
     assert failed(checks) == {"disk as counted"} and f"counts {counted:,}" in checks[1].detail
     gone = edit(run_folder, tmp_path / "gone")
     (gone / "artifact.pyz").unlink()
-    assert failed(verify.disk_checks(reopen(gone))) == {"disk"}
+    assert failed(claims.disk_checks(opened(gone))) == {"disk"}
     changed = edit(run_folder, tmp_path / "changed", artifact_sha256="0" * 64)
-    assert failed(verify.disk_checks(reopen(changed))) == {"disk as packed"}
-    monkeypatch.setattr(verify, "CAP_BYTES", 1000)
-    assert "disk cap" in failed(verify.disk_checks(reopen(run_folder)))
+    assert failed(claims.disk_checks(opened(changed))) == {"disk as packed"}
+    small = edit(run_folder, tmp_path / "small")
+    (small / "submission.json").write_text(json.dumps({"bytes_total": counted - 1}))
+    assert failed(claims.disk_checks(opened(small))) == {"disk as claimed"}
+    monkeypatch.setattr(claims, "CAP_BYTES", 1000)
+    assert "disk cap" in failed(claims.disk_checks(opened(run_folder)))
 
 
-def test_budgets_that_are_spent_are_caught(
-    run_folder: Path, reopen: Callable[[Path], verify.Candidate], tmp_path: Path
-) -> None:
+def test_budgets_that_are_spent_are_caught(run_folder: Path, tmp_path: Path) -> None:
     folder = edit(run_folder, tmp_path / "run", train_seconds=601.2, eval_seconds=617.0)
-    spent = reopen(folder)
-    spent.cfg = dataclasses.replace(spent.cfg, max_wallclock_seconds=600.0)
-    assert failed(verify.budget_checks(spent)) == {"budget training", "budget evaluation"}
-    (folder / "log.txt").write_text(
-        "training stopped at step 9 after 599.60 s; weights: ema\ncalibration: 6.90 s, inside the training budget\n"
-    )
+    assert failed(claims.budget_checks(opened(folder))) == {"budget training", "budget evaluation"}
+    # by steps, MAX_WALLCLOCK_SECONDS=0: the 600 s hold all the same
+    long = edit(run_folder, tmp_path / "long", train_seconds=7200.0)
+    assert "MAX_WALLCLOCK_SECONDS=0" in (long / "record.env").read_text()
+    assert failed(claims.budget_checks(opened(long))) == {"budget training"}
+    with (folder / "log.txt").open("a") as log:
+        log.write("training stopped at step 9 after 599.60 s; weights: ema\ncalibration: 6.90 s, inside the budget\n")
+    spent = opened(folder)
     spent.result["train_seconds"] = 599.6
-    assert failed(verify.budget_checks(spent)) == {"budget as logged", "budget evaluation"}
+    assert failed(claims.budget_checks(spent)) == {"budget as logged", "budget evaluation"}
     del spent.result["eval_seconds"]
-    unknown = [check.name for check in verify.budget_checks(spent) if check.status == UNKNOWN]
-    assert unknown == ["budget evaluation"]
+    assert states(claims.budget_checks(spent))["budget evaluation"] == UNKNOWN
+    hidden = edit(run_folder, tmp_path / "hidden")  # only metrics.jsonl still knows
+    with (hidden / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 13, "train_loss": 3.0, "seconds": 700.0}\n')
+    assert failed(claims.budget_checks(opened(hidden))) == {"budget as logged"}
 
 
-def test_claims_against_knobs_log_and_result(
-    run_folder: Path, reopen: Callable[[Path], verify.Candidate], tmp_path: Path
-) -> None:
-    folder = edit(run_folder, tmp_path / "run", val_bpb=1.0)
-    assert failed(verify.claim_checks(reopen(folder))) == {"log and result"}
+def test_claims_against_knobs_log_and_result(run_folder: Path, tmp_path: Path) -> None:
+    assert not failed(claims.claim_checks(opened(run_folder)))
+    folder = tmp_path / "run"
+    alike = edit(run_folder, folder, val_bpb=1.0)  # result.json and RESULT are edited alike
+    assert failed(claims.claim_checks(opened(alike))) == {"log.txt: final and RESULT"}
     shutil.copy(run_folder / "result.json", folder)
-    record = (folder / "record.env").read_text()
-    (folder / "record.env").write_text(record + "SMEAR_BOS_MASK=0\n")
+    assert failed(claims.claim_checks(opened(folder))) == {"log and result", "log.txt: final and RESULT"}
+    shutil.copy(run_folder / "log.txt", folder)
+    (folder / "record.env").write_text((folder / "record.env").read_text() + "SMEAR_BOS_MASK=0\n")
     (folder / "README.md").write_text("The smear gate is BOS-fixed; LoRA adapters per document (rank 96).\n")
-    run = reopen(folder)
-    checks = verify.claim_checks(run)
+    checks = claims.claim_checks(opened(folder))
     assert failed(checks) == {"claims in words", "log and record.env"}
-    assert "SMEAR_BOS_MASK=0" in checks[0].detail and "TTT_LORA_RANK=4" in checks[0].detail
+    words = next(check.detail for check in checks if check.name == "claims in words")
+    assert "SMEAR_BOS_MASK=0" in words and "TTT_LORA_RANK=4" in words
     seeds = {"1": {"val_bpb": 1.0577, "artifact_bytes": 15_950_000}, "2": {"val_bpb": 1.0578}}
     paper = {"val_bpb": 1.0435, "seeds": [1, 2], "bytes_total": 15_900_000, "seed_results": seeds}
-    paper["compliance"] = {"eval_under_600s": True}
-    (folder / "submission.json").write_text(json.dumps(paper))
+    (folder / "submission.json").write_text(json.dumps(paper | {"compliance": {"eval_under_600s": True}}))
+    run = opened(folder)
     run.result["eval_seconds"] = 688.0
-    assert {"claims of the score", "claims of the size", "claims of compliance"} <= failed(verify.claim_checks(run))
+    wanted = {"claims of the score", "claims of the size", "claims of compliance", "claims against results"}
+    assert wanted <= failed(claims.claim_checks(run))
+
+
+def test_a_submission_is_held_against_the_results_beside_it(run_folder: Path, tmp_path: Path) -> None:
+    folder, found = edit(run_folder, tmp_path / "run"), json.loads((run_folder / "result.json").read_text())
+    seed, score = str(found["seed"]), found["val_bpb"]
+    for paper, good in (
+        ({"val_bpb": score}, True),
+        ({"val_bpb": 1.05}, False),
+        ({"val_bpb": score, "seeds": [int(seed)], "seed_results": {seed: {"val_bpb": score}}}, True),
+        ({"val_bpb": 1.05, "seeds": [int(seed)], "seed_results": {seed: {"val_bpb": 1.05}}}, False),
+    ):
+        (folder / "submission.json").write_text(json.dumps(paper))
+        assert ("claims against results" not in failed(claims.claim_checks(opened(folder)))) is good, paper
+    bare = Path(shutil.copytree(record_named("PR1915"), tmp_path / "record"))
+    (bare / "submission.json").write_text(json.dumps({"val_bpb": 1.05}))
+    values = train_gpt.read_preset(str(bare))
+    paper = Candidate("preset", "record", b"", values, values, folder=bare)
+    assert states(claims.claim_checks(paper))["claims against results"] == UNKNOWN
+
+
+def test_damaged_papers_are_findings_and_no_tracebacks(run_folder: Path, tmp_path: Path) -> None:
+    broken = {
+        "result.json": (b"[1]", b"{", b"[" * 100_000, b'{"val_bpb": NaN, "stages": 3}', b"\xff\xfe", b""),
+        "submission.json": (b'{"seed_results": {"1": {"val_loss": 3.0}}, "seeds": [1]}', b'{"compliance": 1}', b"x"),
+        "log.txt": (b"RESULT {\n", b"RESULT [1]\n", b"final: val_loss 1.2.3 val_bpb - (1 tokens, 2 bytes", b"\xe9"),
+        "metrics.jsonl": (b"3\n", b'{"seconds": "x"}\n{', b"\xe9"),
+        "README.md": (b"caf\xe9",),
+    }
+    for name, forms in broken.items():
+        for number, data in enumerate(forms):
+            folder = edit(run_folder, tmp_path / f"{name}_{number}")
+            (folder / name).write_bytes(data)
+            run = opened(folder)
+            checks = [*claims.claim_checks(run), *claims.disk_checks(run), *claims.budget_checks(run)]
+            assert failed(checks) >= {"papers readable"}, (name, data[:40])
 
 
 def test_the_papers_of_every_record_agree_with_its_knobs() -> None:
     for record in RECORDS:
-        cfg = train_gpt.load_config({"PRESET": str(record)})
-        paper = verify.Candidate("preset", record.name, train_gpt, cfg, folder=record)
-        assert not failed(verify.claim_checks(paper)), record.name
-        if "smear" in cfg.embed_extras:
-            leaky = dataclasses.replace(paper, cfg=dataclasses.replace(cfg, smear_bos_mask=False))
+        values = train_gpt.read_preset(str(record))
+        paper = Candidate("preset", record.name, b"", values, values, folder=record)
+        assert not failed(claims.claim_checks(paper)), record.name
+        if "smear" in train_gpt.load_config(values).embed_extras:
+            leaky = dataclasses.replace(paper, claimed=values | {"SMEAR_BOS_MASK": "0"})
             text = (record / "record.env").read_text() + (record / "README.md").read_text()
-            assert failed(verify.claim_checks(leaky)) == set() or "mask" in text, record.name
+            assert failed(claims.claim_checks(leaky)) == set() or "mask" in text, record.name
 
 
 # The command line
 
 
-def test_wrong_targets_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for target in (tmp_path, tmp_path / "nowhere", Path(__file__)):
-        assert verify.main([str(target)]) == 2
+def test_wrong_targets_are_one_line(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*args: str) -> str:
+        assert verify.main([*args]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and len(error.strip().splitlines()) == 1
+        return error
+
+    for target in (tmp_path, tmp_path / "nowhere", Path(__file__)):
+        refused(str(target))
+    for data in ("typo", str(run_folder / "result.json")):
+        assert "no such directory" in refused(str(run_folder), "--data", data)
     (tmp_path / "record.env").write_text("NO_SUCH_KNOB=1\n")
-    assert verify.main([str(tmp_path), "--data", str(tmp_path)]) == 2
-    assert "NO_SUCH_KNOB" in capsys.readouterr().err
+    assert "NO_SUCH_KNOB" in refused(str(tmp_path))
+    (tmp_path / "record.env").write_bytes(b"SEED=1  # caf\xe9\n")
+    refused(str(tmp_path))
+    for option in (["--documents", "0"], ["--probes", "-1"], ["--probes", "many"]):
+        with pytest.raises(SystemExit) as stop:
+            verify.main([str(run_folder), *option])
+        assert stop.value.code == 2 and "not a whole number" in capsys.readouterr().err
 
 
-def test_verdict_is_undecided_when_a_question_stays_open(toy: verify.Candidate) -> None:
-    checks = [verify.Check("a", PASS, ""), verify.Check("b", NOT_ASKED, "")]
+def test_ctrl_c_is_one_line() -> None:
+    """While modules load, and while a program trains: as a terminal does, to all processes of the group."""
+    command = [sys.executable, str(ROOT / "records" / "verify.py"), str(record_named("PR1915"))]
+    for wait in (False, True):
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+        )
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        time.sleep(0.5)  # Python itself has started
+        while wait and process.poll() is None and not children.read_text().strip():  # until it trains
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 130 and error == "error: interrupted; no verdict was written\n"
+
+
+def test_verdict_is_undecided_when_a_question_stays_open(toy: Candidate) -> None:
+    checks = [Check("a", PASS, ""), Check("b", NOT_ASKED, "")]
     assert verify.summary(toy, checks)["legal"] is True
-    assert verify.summary(toy, [*checks, verify.Check("c", UNKNOWN, "")])["legal"] is None
-    assert verify.summary(toy, [*checks, verify.Check("c", FAIL, ""), verify.Check("d", UNKNOWN, "")])["legal"] is False
+    assert verify.summary(toy, [*checks, Check("c", UNKNOWN, "")])["legal"] is None
+    assert verify.summary(toy, [*checks, Check("c", FAIL, ""), Check("d", UNKNOWN, "")])["legal"] is False

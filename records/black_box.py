@@ -1,0 +1,244 @@
+"""Programs run as their users run them: from an empty directory, as __main__, and judged by the files they leave.
+
+Importing torch takes longer than a toy evaluation, so most runs are forked from a server, this file as a script,
+which has imported torch and nothing of this project: a forked run executes the program's source as __main__, with an
+environment, a directory and standard streams of its own. `BlackBox.launch` starts a Python of its own instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch._dynamo  # noqa: F401  (or the first step of every run imports it)
+
+TIME_LIMIT = 3600  # seconds for one run: a full-size artifact on a few cores takes minutes
+# What a run inherits: the machine, and nothing that names a module, a proxy, a home or a knob.
+MACHINE = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "VIRTUAL_ENV",
+    "SYSTEMROOT",
+)
+
+
+class Outcome(NamedTuple):
+    """What a run left: exit status, standard output and errors, its directory, its run folder."""
+
+    code: int
+    output: str
+    room: Path
+    folder: Path
+
+    def last_line(self) -> str:
+        """Return the last line of the output, where an error says what it is."""
+        lines = self.output.strip().splitlines()
+        return lines[-1][:200] if lines else "no output"
+
+    def rows(self) -> np.ndarray:
+        """Return all rows of SCORES, (N, 4) float64: position, nats, step, rank. Empty if there are none."""
+        parts = []
+        for path in sorted(self.room.glob("*.[0-9]*.npy")):
+            with contextlib.suppress(ValueError, OSError, EOFError):
+                rows = np.load(path, allow_pickle=False)
+                if rows.ndim == 2 and rows.shape[1] == 3 and rows.dtype == np.float64:
+                    rank = path.name.split(".")[-2]
+                    parts.append(np.column_stack([rows, np.full(len(rows), int(rank) if rank.isdecimal() else -1)]))
+        return np.concatenate(parts) if parts else np.empty((0, 4))
+
+
+class Server:
+    """The process that forks runs; it starts with the first one. room: a new folder. Use as a context."""
+
+    def __init__(self, room: Path) -> None:
+        self.room, self.stack = room, contextlib.ExitStack()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None and "process" in self.__dict__:
+            # a run may be under way
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.stack.close()
+
+    @functools.cached_property
+    def process(self) -> subprocess.Popen:
+        """The process, with pipes."""
+        for name in ("home", "tmp"):
+            (self.room / name).mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-P", str(Path(__file__).resolve())]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        # a group of its own: Ctrl-C in a terminal is for the judge alone
+        found = subprocess.Popen(command, env=machine(self.room), cwd=self.room, start_new_session=True, **pipes)
+        self.stack.callback(found.wait)
+        self.stack.callback(found.stdin.close)
+        return found
+
+    def run(self, order: list[Any]) -> list[int]:
+        """Return the exit codes of [script, directory, the ranks' environments, output]."""
+        print(json.dumps(order), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise OSError("the process that forks runs has died; is this Python without torch?")
+        return json.loads(answer)
+
+
+class BlackBox:
+    """Runs of one submission. files: what lies in each run's directory, name -> bytes; env: knobs of every run.
+
+    room: a folder for the runs.
+    """
+
+    def __init__(
+        self, server: Server, room: Path, script: str, files: Mapping[str, bytes], env: Mapping[str, str]
+    ) -> None:
+        self.server, self.room, self.script, self.files, self.env = server, room, script, dict(files), dict(env)
+        room.mkdir(parents=True, exist_ok=True)
+
+    def prepare(self, knobs: Mapping[str, str]) -> tuple[Path, dict[str, str]]:
+        """Make an empty directory with the submission's files; return it with the environment of a run there."""
+        place = Path(tempfile.mkdtemp(prefix="run_", dir=self.room))
+        for name in ("home", "tmp"):
+            (place / name).mkdir(parents=True)
+        for name, data in self.files.items():
+            (place / name).write_bytes(data)
+        env = machine(place) | {"PRESET": str(place), "ARTIFACT_DIR": str(place / "out"), **self.env, **knobs}
+        return place, env | {"SCORES": str(place / "scores")}
+
+    def launch(self, *args: str, **knobs: str) -> Outcome:
+        """Run the program by a Python of its own."""
+        place, env = self.prepare(knobs)
+        try:
+            done = subprocess.run(
+                [sys.executable, self.script, *args],
+                env=env,
+                cwd=place,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=TIME_LIMIT,
+                check=False,
+                start_new_session=True,
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome(-1, f"no end after {TIME_LIMIT} s", place, place / "out")
+        return Outcome(done.returncode, done.stdout.decode("utf-8", "replace"), place, Path(env["ARTIFACT_DIR"]))
+
+    def fork(self, ranks: int = 1, **knobs: str) -> Outcome:
+        """Run the program on some ranks, each forked from the server."""
+        place, env = self.prepare(knobs)
+        places = [{}]
+        if ranks > 1:
+            shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+            places = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        output = place / "output"
+        order = [str(place / self.script), str(place), [env | own for own in places], str(output)]
+        codes = self.server.run(order)
+        text = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
+        return Outcome(next((code for code in codes if code), 0), text, place, Path(env["ARTIFACT_DIR"]))
+
+
+def machine(place: Path) -> dict[str, str]:
+    """Return the environment of a run in a directory: the machine's, a home and a TMPDIR of its own, one thread."""
+    env = {name: os.environ[name] for name in MACHINE if name in os.environ}
+    env |= {"HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "XDG_CACHE_HOME": str(place / "home" / "cache")}
+    # glibc would hand each large buffer back to the system and fetch it again: half of a toy run's time
+    env |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+# The server
+
+
+def run_rank(code: types.CodeType, script: str, place: str, environ: dict[str, str], output: str) -> None:
+    """The forked child: the program as __main__, then exit."""
+    status: Any = 1
+    try:
+        signal.alarm(TIME_LIMIT)
+        os.environ.clear()
+        os.environ.update(environ)
+        os.chdir(place)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        torch.set_num_threads(1)
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        module.__file__ = script
+        sys.argv, sys.orig_argv = [script], [sys.executable, script]
+        sys.path.insert(0, str(Path(script).parent))
+        exec(code, module.__dict__)
+        status = 0
+    except SystemExit as error:
+        status = error.code
+    except BaseException:  # whatever it is, it must reach the judge and end this process
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else int(status is not None))
+
+
+def serve_run(code: types.CodeType, script: str, place: str, environs: list[dict[str, str]], output: str) -> list[int]:
+    """Return the ranks' exit codes in their order; when one fails, the others, which would wait for it, are killed."""
+    children = {}
+    for rank, environ in enumerate(environs):
+        pid = os.fork()
+        if pid == 0:
+            run_rank(code, script, place, environ, output)
+        children[pid] = rank
+    codes = [0] * len(children)
+    while children:
+        pid, status = os.wait()
+        codes[children.pop(pid)] = os.waitstatus_to_exitcode(status)
+        if status != 0:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return codes
+
+
+def serve() -> None:
+    """Answer each line of standard input, [script, directory, the ranks' environments, output], with exit codes."""
+    answers = os.fdopen(os.dup(1), "w")
+    known: dict[bytes, types.CodeType] = {}
+    for line in sys.stdin:
+        script, place, environs, output = json.loads(line)
+        source = Path(script).read_bytes()
+        try:
+            if source not in known:
+                known[source] = compile(source, script, "exec", dont_inherit=True)
+            codes = serve_run(known[source], script, place, environs, output)
+        except (SyntaxError, ValueError) as error:
+            Path(output).write_text(f"{script}: {error}\n", encoding="utf-8")
+            codes = [1]
+        print(json.dumps(codes), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
