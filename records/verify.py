@@ -73,7 +73,8 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-import prepare  # noqa: E402  (data/ is not a package)
+import overlap  # noqa: E402  (data/ is not a package)
+import prepare  # noqa: E402
 from caseops import ESC, OPERATORS  # noqa: E402
 
 import pack_artifact  # noqa: E402
@@ -104,6 +105,7 @@ ADAPTED_TOLERANCE = 1e-2  # the same over documents whose adapters began from ra
 EXACT = 1e-12  # relative: float64 sums of the same terms in another order
 ROUNDING = 1e-4  # nats between scores whose sums run in another order
 OVERLAP_ALLOWED = 0.01  # of validation documents: web text repeats some by itself, a leak repeats most
+FEW_TOKENS, SHARE_OF_FEW = 100_000, 0.5  # in so short a validation stream one repeated paragraph is a large share
 FOLDED_ALLOWED = 0.01  # of words whose text the tokenizer's normalisation may have shortened
 SIDECAR_SLACK = 0.08  # what a sidecar knows about folded white space; case operators would add 9 %, double spaces 17 %
 RESCORED = 50_000  # targets of a run that the judge scores again itself
@@ -686,8 +688,14 @@ def split_check(candidate: Candidate, stream: Stream | None) -> Check:
         shared |= known.intersection(document_hashes(rest[:last]))
         rest = rest[last:]
     both = sum(digest in shared for digest in val)
-    detail = f"{both:,} of {len(val):,} validation documents are in training"
-    return decide("split", both <= OVERLAP_ALLOWED * len(val), detail)
+    # documents that were cut, joined or given an EOS are equal to none, but their windows are
+    found = overlap.shingle_overlap(stream.tokens, map(read_shard, paths))
+    limit = overlap.MAX_SHARE if len(stream.tokens) >= FEW_TOKENS else SHARE_OF_FEW
+    detail = (
+        f"{both:,} of {len(val):,} validation documents are in training, {100 * found.share:.2f} % of the tokens in "
+        f"runs of {overlap.WINDOW} and more (at most {100 * limit:g} %)"
+    )
+    return decide("split", both <= OVERLAP_ALLOWED * len(val) and found.share <= limit, detail)
 
 
 # +---------------------------------------------------------------------------+

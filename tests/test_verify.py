@@ -394,6 +394,24 @@ def test_text_that_lost_something_leaves_its_bytes_open(toy: Candidate, tmp_path
     assert states(verify.folding_check(toy, processor)) == {"bytes lost": UNKNOWN}
 
 
+def test_altered_documents_in_training_are_caught(toy: Candidate, tmp_path: Path) -> None:
+    """Cut by a token, with another one at the end, or joined, they are equal to no document of the validation."""
+    stream = sample(toy.data)
+    starts = np.flatnonzero(stream.tokens == 1)
+    docs = np.split(stream.tokens, starts[1:])
+    altered = {
+        "cut": [doc[:-1] for doc in docs],
+        "with an EOS": [np.append(doc, 2) for doc in docs],
+        "joined": [np.concatenate([docs[0], *(doc[1:] for doc in docs[1:])])],
+    }
+    for name, leaked in altered.items():
+        folder = Path(shutil.copytree(toy.data, tmp_path / name))
+        train = folder / "fineweb_train_000000.bin"
+        prepare.write_shard(train, np.concatenate([verify.read_shard(train), *leaked]))
+        check = verify.split_check(dataclasses.replace(toy, data=folder), stream)
+        assert check.status == FAIL and check.detail.startswith(("0 of 7", "1 of 7")), (name, check.detail)
+
+
 def test_training_documents_in_validation_are_caught(toy: Candidate, tmp_path: Path) -> None:
     stream = sample(toy.data)
     assert verify.split_check(toy, stream).status == PASS
