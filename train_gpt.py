@@ -3385,6 +3385,9 @@ def lr_multiplier(fraction: float, warmdown_frac: float, floor: float) -> float:
 
 def warmdown_share(cfg: Config, fraction: float, step: int) -> float:
     """Fraction of the run that the warmdown takes: WARMDOWN_FRAC, or WARMDOWN_ITERS steps at the mean pace so far."""
+    if cfg.warmdown_iters and cfg.max_wallclock_seconds <= 0:
+        # counted in steps, it may be longer than the run, and is so from the first step on
+        return cfg.warmdown_iters / cfg.iterations
     return cfg.warmdown_iters * fraction / max(step, 1) if cfg.warmdown_iters else cfg.warmdown_frac
 
 

@@ -351,3 +351,10 @@ def test_two_processes_are_one_and_quantising_can_be_resumed(run_gpt: Callable, 
     v = "blocks.2.attn.v.weight"
     turned = train_gpt.rotate_values(train_gpt.load_config({"PRESET": str(run)}), rules.runtime(), trained, {})[0]
     assert (blob[v] - turned[v]).norm() < 0.2 * (blob[v] - trained[v]).norm(), "the artifact holds rotated values"
+
+
+def test_a_warmdown_in_steps_may_be_longer_than_the_run() -> None:
+    """As published: (ITERATIONS - step) / WARMDOWN_ITERS from the first step on."""
+    cfg = train_gpt.Config(warmdown_iters=40, iterations=10, max_wallclock_seconds=0.0, min_lr=0.0)
+    found = [train_gpt.Progress.at(cfg, step / 10, step).multiplier for step in range(10)]
+    assert found == pytest.approx([(10 - step) / 40 for step in range(10)], rel=1e-12)

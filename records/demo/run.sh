@@ -2,7 +2,8 @@
 # The main job on the embedded default: sample text -> training -> quantisation -> evaluation -> packed artifact ->
 # verification -> table and picture.
 #   bash records/demo/run.sh
-#   ITERATIONS=50 bash records/demo/run.sh     any knob of train_gpt.py passes through (python train_gpt.py --help)
+#   ITERATIONS=50 bash records/demo/run.sh     any knob of train_gpt.py passes through (python train_gpt.py --help); over a
+#                                              finished run with other knobs: OVERWRITE=1, or another ARTIFACT_DIR
 #   NPROC=2 bash records/demo/run.sh           the same under torchrun with so many processes
 #   DATA_PATH=data/sp8192 bash ...             other shards than the sample
 #   ARTIFACT_DIR=DIR bash ...                  another run directory than records/demo/run
