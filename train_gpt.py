@@ -125,7 +125,7 @@ Words = tuple[str, ...]  # the value of a knob that lists words, written with co
 class Config:
     """Every knob of a run. A knob's environment variable is its name in capitals."""
 
-    run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>")
+    run_id: str = knob("", "name of the run; empty: <preset>_seed<SEED>, and a hash if the environment sets knobs")
     artifact_dir: str = knob("", "run directory; empty: logs/<RUN_ID>")
     stages: Words = knob(
         ("train", "quantize", "eval"),
@@ -6504,21 +6504,20 @@ def execute(cfg: Config, origin: dict[str, str], environ: Mapping[str, str]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     rank, *_ = launch_variables(environ)
     with locked(folder) if rank == 0 else contextlib.nullcontext():
-        run_stages(cfg, origin, environ, run_id, folder)
+        run_stages(cfg, origin, environ, folder)
 
 
 def run_stages(
     cfg: Config,
     origin: dict[str, str],
     environ: Mapping[str, str],
-    run_id: str,
     folder: Path,
 ) -> None:
     """The stages in a folder that is this run's."""
     preset = environ.get("PRESET", "")
     runtime = Runtime.start(cfg, environ, folder / "log.txt")
     try:
-        runtime.log(f"run {run_id}, preset {preset or 'none'}, stages {','.join(cfg.stages)}, files in {folder}")
+        runtime.log(f"run {folder.name}, preset {preset or 'none'}, stages {','.join(cfg.stages)}, files in {folder}")
         # a log begins with what runs: knobs, source, versions
         runtime.log(explain(cfg, origin))
         run = Run(cfg, runtime, preset, folder)

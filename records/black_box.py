@@ -18,7 +18,7 @@ import sys
 import tempfile
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,7 +176,7 @@ def free_port() -> int:
 # The server
 
 
-def run_rank(code: types.CodeType, script: str, place: str, environ: dict[str, str], output: str) -> None:
+def run_rank(code: types.CodeType, script: str, place: str, output: str, environ: dict[str, str]) -> None:
     """The forked child: the program as __main__, then exit."""
     status: Any = 1
     try:
@@ -205,13 +205,16 @@ def run_rank(code: types.CodeType, script: str, place: str, environ: dict[str, s
         os._exit(status if isinstance(status, int) else int(status is not None))
 
 
-def serve_run(code: types.CodeType, script: str, place: str, environs: list[dict[str, str]], output: str) -> list[int]:
-    """Return the ranks' exit codes in their order; when one fails, the others, which would wait for it, are killed."""
+def fork_ranks(run: Callable[[dict[str, str]], None], environs: list[dict[str, str]]) -> list[int]:
+    """Fork a child for each rank that calls run(its environment), which must not return.
+
+    Returns the exit codes in the ranks' order; when one fails, the others, which would wait for it, are killed.
+    """
     children = {}
     for rank, environ in enumerate(environs):
         pid = os.fork()
         if pid == 0:
-            run_rank(code, script, place, environ, output)
+            run(environ)
         children[pid] = rank
     codes = [0] * len(children)
     while children:
@@ -233,7 +236,8 @@ def serve() -> None:
         try:
             if source not in known:
                 known[source] = compile(source, script, "exec", dont_inherit=True)
-            codes = serve_run(known[source], script, place, environs, output)
+            run = functools.partial(run_rank, known[source], script, place, output)
+            codes = fork_ranks(run, environs)
         except (SyntaxError, ValueError) as error:
             Path(output).write_text(f"{script}: {error}\n", encoding="utf-8")
             codes = [1]

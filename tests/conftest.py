@@ -13,7 +13,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,7 @@ from hypothesis import HealthCheck, settings
 import pack_artifact
 import train_gpt
 from records import verify
+from records.black_box import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = sorted(path.parent for path in (ROOT / "records" / "track_10min_16mb").glob("*/record.env"))
@@ -118,13 +118,6 @@ def launch(env: Mapping[str, str], folder: Path, *args: str, ranks: int = 1) -> 
     command = [sys.executable, *torchrun, str(ROOT / "train_gpt.py"), *args]
     done = subprocess.run(command, env=env, cwd=folder.parent, capture_output=True, text=True, timeout=600)
     return Done(folder, done.returncode, done.stdout, done.stderr)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ environments, the file that takes their output and errors]; the answer is a line
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -16,11 +17,12 @@ import torch
 import torch._dynamo  # noqa: F401  (or the first step of every rank imports it)
 
 import train_gpt
+from records.black_box import fork_ranks
 
 TIME_LIMIT = 600  # seconds: ranks that wait for each other for ever
 
 
-def run_rank(argv: list[str], environ: dict[str, str], output: str) -> None:
+def run_rank(argv: list[str], output: str, environ: dict[str, str]) -> None:
     """The forked child: main() with an environment and standard streams of its own, then exit."""
     code = 1
     try:
@@ -40,25 +42,9 @@ def run_rank(argv: list[str], environ: dict[str, str], output: str) -> None:
         os._exit(code)
 
 
-def run(argv: list[str], environments: list[dict[str, str]], output: str) -> list[int]:
-    """Exit codes of the ranks in their order; when one fails, the others, which would wait for it, are killed."""
-    children = {}
-    for rank, environ in enumerate(environments):
-        pid = os.fork()
-        if pid == 0:
-            run_rank(argv, environ, output)
-        children[pid] = rank
-    codes = [0] * len(children)
-    while children:
-        pid, status = os.wait()
-        codes[children.pop(pid)] = os.waitstatus_to_exitcode(status)
-        if status != 0:
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-    return codes
-
-
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        print(json.dumps(run(*json.loads(line))), file=answers, flush=True)
+        argv, environments, output = json.loads(line)
+        codes = fork_ranks(functools.partial(run_rank, argv, output), environments)
+        print(json.dumps(codes), file=answers, flush=True)
