@@ -3506,8 +3506,11 @@ class QuantNoise:
         cfg, noisy = self.cfg, []
         generator = torch.Generator(self.params[0].device).manual_seed(cfg.seed * 2**20 + step)
         for p in self.params:
+            # the grid of the weight's kind; small matrices, which have no clip, get that of attention
+            bits = cfg.embed_bits if ROLES[p.role].store in ("embed", "table") else cfg.matrix_bits
+            scale = sigma_clip_scale(p, bits, getattr(cfg, ROLES[p.role].clip or "attn_clip_sigmas"))
             # the error of rounding to a grid is uniform over one interval, whose variance is its square / 12
-            rounding = sigma_clip_scale(p, cfg.matrix_bits, cfg.attn_clip_sigmas) / math.sqrt(12)
+            rounding = scale / math.sqrt(12)
             draw = torch.randn(p.shape, generator=generator, device=p.device)
             noisy.append((p + draw * (cfg.qat_noise_mult * rounding)[:, None]).to(p.dtype))
         return noisy

@@ -426,6 +426,8 @@ def test_late_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         growth = 1 + 0.5 * torch.arange(rows, dtype=torch.float64) / rows
         weight = rules.fill("hash", f"noise.w.{c['key']}.{name}", (rows, cols), 0.1) * growth[:, None]
         state[delta_names(letters)[name]] = weight
+    for weight in state.values():
+        weight.role = "q"
     state["blocks.2.attn.k.bias"] = torch.ones(3)
     monkeypatch.setattr(model, "named_parameters", lambda: state.items())
     knobs = {"matrix_bits": c["matrix_bits"], "attn_clip_sigmas": c["matrix_clip_sigmas"]}
@@ -436,6 +438,11 @@ def test_late_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [name for name, p in state.items() if any(p is q for q in noise.params)] == chosen and len(chosen) == 3
     for name, ours, noisy in zip(want["targets_in_order"], chosen, noise.values(0), strict=True):
         assert (noisy - state[ours])[:, 0].tolist() == pytest.approx(want[name]["sigma_per_row"], rel=1e-5), name
+    matrix = noise.values(0)[0] - noise.params[0]
+    noise.params[0].role = "embed"  # which has a grid of its own
+    ratio = (noise.values(0)[0] - noise.params[0]) / matrix
+    wider = cfg.embed_clip_sigmas / cfg.attn_clip_sigmas * 31 / (2 ** (cfg.embed_bits - 1) - 1)
+    assert ratio.flatten().tolist() == pytest.approx([wider] * ratio.numel(), rel=1e-5)
 
 
 @functools.cache
