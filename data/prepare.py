@@ -5,7 +5,8 @@
     python data/prepare.py audit DIR
 
 The second form needs no download: it collects the English prose that every Python installation carries. With --caseops
-the tokenizer sees CaseOps text (see caseops.py), and validation gets a byte sidecar. The third form checks a finished
+the tokenizer sees CaseOps text (see caseops.py), and validation gets a byte sidecar; with --fuse-pairs too, two tokens
+that stand before most capitalised words become one (see pair_fusion.py). The third form checks a finished
 directory, prepared or downloaded: hashes, bytes of validation, overlap of the two splits.
 
 Files written into DIR:
@@ -66,6 +67,7 @@ import sentencepiece as spm
 import zstandard
 from caseops import CaseOps, CaseOpsError, decode
 from overlap import MAX_SHARE, WINDOW, shingle_overlap
+from pair_fusion import FUSED_PAIRS, FusedCaseOps, plain_stream
 from round_trip import RoundTrip, round_trip
 from stdlib_prose import sample_documents
 from tqdm import tqdm
@@ -631,6 +633,10 @@ def encode_task(task: Task) -> Encoded:
     if task.is_val:
         credited = load_table(task.model).count(ids) if counts is None else counts
         trips = round_trips(task, texts, seen, list(zip(rows, np.split(credited, ends[:-1]), strict=True)))
+    fusion = task.transform.fusion(processor) if task.transform else None
+    if fusion:
+        ids, counts = fusion.fuse(ids, counts)
+        ends = [*np.flatnonzero(ids == BOS_ID)[1:].tolist(), len(ids)]
     return Encoded(
         ids=ids,
         ends=ends,
@@ -1055,11 +1061,14 @@ class Preparation:
         """Return the record of what was made from what."""
         state = self.state
         trip = {"docs": state.splits["val"]["docs"], "raw_bytes": state.splits["val"]["raw_bytes"], **state.round_trip}
+        processor = load_tokenizer(str(self.model))
+        fusion = self.transform.fusion(processor) if self.transform else None
         return {
             "tool": f"data/prepare.py {TOOL_VERSION}",
             "settings": state.settings,
             "sources": [row | {"docs": docs} for row, docs in zip(state.sources, state.source_docs, strict=True)],
-            "tokenizer": file_row(self.model) | {"vocab_size": load_tokenizer(str(self.model)).get_piece_size()},
+            "tokenizer": file_row(self.model) | {"vocab_size": processor.get_piece_size()},
+            **({FUSED_PAIRS: fusion.rows(processor)} if fusion else {}),
             "splits": state.splits,
             "overlap_dropped": state.overlap_dropped,
             "shards": state.shards,
@@ -1128,7 +1137,9 @@ class Audit(NamedTuple):
     files: int  # files that have the manifest's SHA-256; 0: there is no manifest
     docs: int
     undecodable: int  # documents whose ids are no longer CaseOps text: the normaliser made or removed a letter
+    equal: int | None  # documents that decode to the very text that was prepared; None: the manifest has no hashes
     tokens: int
+    fused: int  # tokens that stand for two
     counted_bytes: int  # that a score divides by: from the sidecar, or from the tokenizer
     decoded_bytes: int  # UTF-8 of the decoded ids: without what the normaliser folds (white space, wide characters)
     targets: int  # scored tokens: the published evaluation drops an incomplete last sequence
@@ -1137,19 +1148,24 @@ class Audit(NamedTuple):
     overlap: dict | None  # what `measure_overlap` found; None: there are no training shards
 
 
-def decode_documents(processor: spm.SentencePieceProcessor, ids: np.ndarray, caseops: bool) -> tuple[int, int]:
-    """Decode a stream of documents; return their UTF-8 bytes, and how many are not valid CaseOps text."""
-    total = broken = 0
+def decoded_documents(
+    processor: spm.SentencePieceProcessor, ids: np.ndarray, caseops: bool
+) -> Iterator[tuple[bytes, bool]]:
+    """Yield the UTF-8 of each document of a stream without fused pairs, and whether its ids are valid CaseOps text."""
     plain = str.maketrans(dict.fromkeys(CaseOps.symbols))
-    for row in np.split(ids, np.flatnonzero(ids == BOS_ID)):
-        text = processor.decode(row[row != BOS_ID].tolist())
+    for row in filter(len, np.split(ids, np.flatnonzero(ids == BOS_ID))):
+        text, valid = processor.decode(row[row != BOS_ID].tolist()), True
         try:
             text = decode(text) if caseops else text
         except CaseOpsError:
-            broken += 1
-            text = text.translate(plain)
-        total += len(text.encode("utf-8", "surrogatepass"))
-    return total, broken
+            text, valid = text.translate(plain), False
+        yield text.encode("utf-8", "surrogatepass"), valid
+
+
+def decode_documents(processor: spm.SentencePieceProcessor, ids: np.ndarray, caseops: bool) -> tuple[int, int]:
+    """Return the UTF-8 bytes of a stream's documents, and how many of them are not valid CaseOps text."""
+    found = [(len(raw), not valid) for raw, valid in decoded_documents(processor, ids, caseops)]
+    return sum(size for size, _ in found), sum(broken for _, broken in found)
 
 
 def read_validation(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -1215,7 +1231,13 @@ def audit(folder: Path, seq_len: int = 2048, max_overlap: float | None = None) -
     said = said.get("sidecar_bytes", total) if isinstance(said, dict) else total
     if said != total:
         raise UserError(f"{folder}: the sidecar sums to {total} bytes, its manifest says {said}; prepare it again")
-    decoded, undecodable = decode_documents(load_tokenizer(str(model)), ids, caseops)
+    processor = load_tokenizer(str(model))
+    plain, _ = plain_stream(manifest, processor, ids, counts)
+    texts = list(decoded_documents(processor, plain, caseops))
+    decoded, undecodable = sum(len(raw) for raw, _ in texts), sum(not valid for _, valid in texts)
+    hashes = manifest.get("val_document_sha256")
+    pairs = zip(texts, hashes, strict=False) if isinstance(hashes, list) else None
+    equal = pairs and sum(hashlib.sha256(raw).hexdigest() == said for (raw, _), said in pairs)
     if not caseops and decoded != total:
         raise UserError(f"{folder}: the ids count as {total:,} bytes and decode to {decoded:,}; use another tokenizer")
     overlap = measure_overlap(folder) if any(folder.glob("fineweb_train_*.bin")) else None
@@ -1224,7 +1246,8 @@ def audit(folder: Path, seq_len: int = 2048, max_overlap: float | None = None) -
     targets = (len(ids) - 1) // seq_len * seq_len
     scored = int(counts[1 : targets + 1].sum(dtype=np.int64))
     lossy, docs = manifest.get("lossy"), int((ids == BOS_ID).sum())
-    return Audit(files, docs, undecodable, len(ids), total, decoded, targets, scored, lossy, overlap)
+    fused = len(plain) - len(ids)
+    return Audit(files, docs, undecodable, equal, len(ids), fused, total, decoded, targets, scored, lossy, overlap)
 
 
 def audit_main(argv: list[str]) -> None:
@@ -1237,6 +1260,10 @@ def audit_main(argv: list[str]) -> None:
     listed = f"{found.files:,} have the SHA-256 of {MANIFEST_NAME}"
     print(f"files {listed if found.files else f'not checked: there is no {MANIFEST_NAME}'}")
     print(f"val   {found.docs:,} documents, {found.tokens:,} tokens; {found.undecodable:,} documents do not decode")
+    if found.equal is not None:
+        print(f"text  {found.equal:,} documents decode to the very bytes that were prepared")
+    if found.fused:
+        print(f"pairs {found.fused:,} fused; without that {found.tokens + found.fused:,} tokens")
     print(f"bytes {found.counted_bytes:,}; the decoded text has {found.decoded_bytes:,} (white space is folded)")
     print(f"scored in sequences of 2048: {found.targets:,} tokens, {found.target_bytes:,} bytes")
     print(f"lossy {'unknown' if found.lossy is None else found.lossy}")
@@ -1283,6 +1310,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--shard-tokens", type=int, default=Options.shard_tokens, help=f"tokens per shard {default}")
     add("--overwrite", action="store_true", help="remove an earlier preparation in DIR first")
     add("--caseops", action="store_true", help="turn capitals into operators; validation gets a byte sidecar")
+    add("--fuse-pairs", action="store_true", help="with --caseops: a space and the operator after it become one token")
     if is_sample:
         add("--vocab-size", type=int, default=1024, help=f"pieces to train {default}")
         add("--val-docs", type=int, default=16, help=f"validation documents {default}")
@@ -1346,7 +1374,10 @@ def main(argv: list[str]) -> int:
             audit_main(argv[1:])
             return 0
         values = vars(parse_arguments(argv))
-        transform = CaseOps() if values.pop("caseops") else None
+        caseops, fuse = values.pop("caseops"), values.pop("fuse_pairs")
+        if fuse and not caseops:
+            raise UserError("--fuse-pairs fuses case operators, which plain text has not; add --caseops")
+        transform = (FusedCaseOps() if fuse else CaseOps()) if caseops else None
         if "docs" not in values:
             values["docs"] = [values["out"] / SAMPLE_NAME]
             write_sample(values["docs"][0])
