@@ -109,6 +109,7 @@ OVERLAP_ALLOWED = 0.01  # of validation documents: web text repeats some by itse
 FEW_TOKENS, SHARE_OF_FEW = 100_000, 0.5  # in so short a validation stream one repeated paragraph is a large share
 FOLDED_ALLOWED = 0.01  # of words whose text the tokenizer's normalisation may have shortened
 SIDECAR_SLACK = 0.08  # what a sidecar knows about folded white space; case operators would add 9 %, double spaces 17 %
+SINGLE_SPACES = 0.25  # of spaces before capitals, where texts that double them between sentences have 0.6
 RESCORED = 50_000  # targets of a run that the judge scores again itself
 INVALID_TOTAL = 164_594_398
 CANONICAL = {  # (bytes, targets) -> what that denominator is; targets 0: any number
@@ -640,6 +641,10 @@ def byte_checks(candidate: Candidate, stream: Stream | None) -> Iterator[Check]:
         yield Check("bytes of fused pairs", FAIL, str(error))
         return
     stream = Stream(ids, counted if stream.sizes is not None else None)
+    spaces = counted[:-1][(pieces.space & (pieces.bytes == 0))[ids[:-1]] & pieces.operator[ids[1:]]]
+    single = float((spaces == 1).mean()) if len(spaces) else 1.0
+    detail = f"{single:.1%} of {len(spaces):,} have one byte (at least {SINGLE_SPACES:.0%})"
+    yield decide("bytes of spaces before operators", single >= SINGLE_SPACES, detail)
     for name, mask in (("control ids", pieces.control[ids]), ("case operators", pieces.operator[ids])):
         size = int(counted[mask].sum())
         yield decide(f"bytes of {name}", size == 0, f"{size:,} bytes on {int(mask.sum()):,} tokens")

@@ -33,8 +33,10 @@ import pytest
 import sentencepiece as spm
 import stdlib_prose
 import zstandard
+from caseops import CaseOps
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pair_fusion import FusedCaseOps
 from prepare import Options
 from round_trip import lost_characters, most_bytes
 from stdlib_prose import ProseFilter
@@ -549,7 +551,7 @@ def test_sample_is_the_shortest_prefix_by_hash(texts: list[str], budget: int) ->
 # Transform
 
 
-class Shout:
+class Shout(CaseOps):
     """A toy transform: lower-cases ASCII and marks every capital with one symbol; a symbol stands for no byte."""
 
     name = "shout"
@@ -613,7 +615,8 @@ def test_resume_after_any_interruption(
 ) -> None:
     folder = tmp_path_factory.mktemp("resume")
     docs = write_jsonl(folder / "docs.jsonl", [*make_texts(14, words=25), make_texts(14, words=25)[2]])
-    kind, transform = ({"tokenizer": model}, None) if data.draw(st.booleans()) else ({"vocab_size": 300}, Shout())
+    transform = data.draw(st.sampled_from([None, Shout(), FusedCaseOps()]))
+    kind: dict = {"vocab_size": 300} if transform else {"tokenizer": model}
     kind |= {"val_docs": 4, "drop_overlap": True, "shard_tokens": data.draw(st.integers(30, 400))}
     prepare.prepare(Options((docs,), folder / "whole", **kind), transform)
     options = Options((docs,), folder / "broken", **kind)
@@ -782,9 +785,9 @@ def test_interrupt_while_modules_load_is_one_line() -> None:
 def test_validation_default_is_the_published_split_and_both_forms_take_caseops() -> None:
     assert Options((Path("x"),), Path("y"), vocab_size=300).val_docs == 50_000
     for form, val_docs in (("--docs x --vocab-size 300", 50_000), ("sample", 16)):
-        for more in ([], ["--caseops"]):
+        for more in ([], ["--caseops"], ["--caseops", "--fuse-pairs"]):
             args = prepare.parse_arguments([*form.split(), "--out", "y", *more])
-            assert args.val_docs == val_docs and args.caseops == bool(more), form
+            assert args.val_docs == val_docs and args.caseops + args.fuse_pairs == len(more), form
             assert args.max_overlap == (0.05 if form.startswith("sample") else 0.01), form
 
 
