@@ -208,6 +208,7 @@ def test_golden_ids_and_bytes_of_the_published_tokenizer(published: spm.Sentence
     for row in rows:
         assert WordBPE(published).ids(row["encoded"]).tolist() == row["ids"]
         assert CaseOps().piece_bytes(row["text"], published).tolist() == row["token_bytes"]
+    assert PairFusion.of(published).aliases == {4: 200, 5: 201} and PairFusion.of(published).first == 8133
 
 
 # Preparation and audit
