@@ -17,6 +17,7 @@ The manifest's "fused_pairs" says what was done. Whatever decodes ids, or counts
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,6 +121,12 @@ class PairFusion:
         return out, counts
 
 
+@functools.lru_cache(maxsize=4)
+def fusion_of(processor: spm.SentencePieceProcessor) -> PairFusion:
+    """Return `PairFusion.of` a tokenizer, made once."""
+    return PairFusion.of(processor)
+
+
 class FusedCaseOps(CaseOps):
     """CaseOps with fused pairs, as data/prepare.py uses it."""
 
@@ -127,7 +134,7 @@ class FusedCaseOps(CaseOps):
 
     def fusion(self, processor: spm.SentencePieceProcessor) -> PairFusion:
         """Return what a tokenizer's ids go through before they are written."""
-        return PairFusion.of(processor)
+        return fusion_of(processor)
 
 
 def plain_stream(

@@ -563,32 +563,25 @@ class Task(NamedTuple):
     is_val: bool
 
 
-class Encoded(NamedTuple):
-    """A worker's result for a Task with D documents and T tokens."""
+class Document(NamedTuple):
+    """A worker's result for one document of T tokens, BOS first."""
 
-    ids: np.ndarray  # (T,) uint16; every document begins with BOS
-    ends: list[int]  # (D,) end of each document in ids
-    num_bytes: list[int]  # (D,) UTF-8 bytes of each text
-    digests: list[bytes]  # (D,) SHA-256 of each text
-    counts: np.ndarray | None  # (T,) uint16 original bytes per token
-    edges: list[int]  # (D,) bytes at the ends of each text that the tokenizer drops; only with counts
-    trips: list[RoundTrip]  # (D,) what comes back of each text; only of validation
+    ids: np.ndarray  # (T,) uint16
+    counts: np.ndarray | None  # (T,) uint16 original bytes per token; only of validation with a transform
+    num_bytes: int  # UTF-8 bytes of the text
+    digest: bytes  # SHA-256 of the text
+    edge: int  # bytes at the ends of the text that the tokenizer drops; only with counts
+    trip: RoundTrip | None  # what comes back of the text; only of validation
 
 
-def piece_counts(task: Task, texts: tuple[str, ...], lengths: list[int]) -> np.ndarray:
-    """Return the original bytes of every token in the task, 0 for BOS: (T,) uint16."""
-    processor = load_tokenizer(task.model)
-    counts = np.zeros(sum(lengths), np.uint16)
-    start = 0
-    for item, text, length in zip(task.items, texts, lengths, strict=True):
-        row = np.array(task.transform.piece_bytes(text, processor), np.int64)
-        if len(row) != length - 1:
-            raise UserError(f"{item.where}: {task.transform.name} counts {len(row)} pieces, not {length - 1}")
-        if len(row) and not 0 <= row.min() <= row.max() < 65536:
-            raise UserError(f"{item.where}: a piece stands for {row.max()} bytes, over the 65,535 of the sidecar")
-        counts[start + 1 : start + length] = row
-        start += length
-    return counts
+def piece_counts(item: Item, text: str, length: int, task: Task) -> np.ndarray:
+    """Return the original bytes of each of a document's `length` tokens, 0 for BOS: (T,) uint16."""
+    row = np.array(task.transform.piece_bytes(text, load_tokenizer(task.model)), np.int64)
+    if len(row) != length - 1:
+        raise UserError(f"{item.where}: {task.transform.name} counts {len(row)} pieces, not {length - 1}")
+    if len(row) and not 0 <= row.min() <= row.max() < 65536:
+        raise UserError(f"{item.where}: a piece stands for {row.max()} bytes, over the 65,535 of the sidecar")
+    return np.concatenate(([0], row)).astype(np.uint16)
 
 
 def edge_bytes(text: str, processor: spm.SentencePieceProcessor) -> int:
@@ -601,51 +594,34 @@ def edge_bytes(text: str, processor: spm.SentencePieceProcessor) -> int:
     return 0 if processor.normalize(edges) else len(edges.encode())
 
 
-def round_trips(task: Task, texts: list[str], seen: list[str], rows: list[np.ndarray]) -> list[RoundTrip]:
-    """Decode the documents of a task and compare. UserError if their bytes are counted wrongly.
-
-    texts: the originals. seen: what the tokenizer saw. rows: for each document its ids and the bytes credited to them.
-    """
-    processor, trips, name = load_tokenizer(task.model), [], Path(task.model).name
-    for item, text, before, (ids, counts) in zip(task.items, texts, seen, rows, strict=True):
-        decoded, counted = processor.decode(ids.tolist()), int(counts.sum(dtype=np.int64))
-        # A sidecar counts the original text, a table the decoded one.
-        if task.transform is None and counted != (size := len(decoded.encode())):
-            raise UserError(
-                f"{item.where}: tokenizer {name} cannot be used: its ids count as {counted:,} bytes and decode to "
-                f"{size:,}; train one with --vocab-size"
-            )
-        trips.append(round_trip(text, before, decoded, counted))
-    return trips
-
-
-def encode_task(task: Task) -> Encoded:
-    """Parse, hash and tokenise. Runs in a worker and depends only on its argument."""
-    processor = load_tokenizer(task.model)
-    texts, raw = zip(*(parse_item(item, task.text_key) for item in task.items), strict=True)
-    seen = texts if task.transform is None else [task.transform.encode(text) for text in texts]
-    tokenizer, bos = word_bpe(processor), np.array([BOS_ID], np.uint16)
-    rows = [tokenizer.ids(text) for text in seen]
-    lengths = [len(row) + 1 for row in rows]
-    ends, ids = list(itertools.accumulate(lengths)), np.concatenate([part for row in rows for part in (bos, row)])
-    sidecar, trips = task.is_val and task.transform is not None, []
-    counts = piece_counts(task, texts, lengths) if sidecar else None
+def encode_document(item: Item, task: Task) -> Document:
+    """Parse, hash and tokenise. Depends only on its arguments. UserError if validation bytes are counted wrongly."""
+    processor, transform = load_tokenizer(task.model), task.transform
+    text, raw = parse_item(item, task.text_key)
+    seen = transform.encode(text) if transform else text
+    ids = np.concatenate((np.array([BOS_ID], np.uint16), word_bpe(processor).ids(seen)))
+    counts, edge, trip = None, 0, None
     if task.is_val:
-        credited = load_table(task.model).count(ids) if counts is None else counts
-        trips = round_trips(task, texts, seen, list(zip(rows, np.split(credited, ends[:-1]), strict=True)))
-    fusion = task.transform.fusion(processor) if task.transform else None
-    if fusion:
+        decoded = processor.decode(ids[1:].tolist())
+        credited = piece_counts(item, text, len(ids), task) if transform else load_table(task.model).count(ids)
+        counted = int(credited.sum(dtype=np.int64))
+        # A sidecar counts the original text, a table the decoded one.
+        if transform:
+            counts, edge = credited, edge_bytes(seen, processor)
+        elif counted != (size := len(decoded.encode())):
+            raise UserError(
+                f"{item.where}: tokenizer {Path(task.model).name} cannot be used: its ids count as {counted:,} bytes "
+                f"and decode to {size:,}; train one with --vocab-size"
+            )
+        trip = round_trip(text, seen, decoded, counted)
+    if transform and (fusion := transform.fusion(processor)):
         ids, counts = fusion.fuse(ids, counts)
-        ends = [*np.flatnonzero(ids == BOS_ID)[1:].tolist(), len(ids)]
-    return Encoded(
-        ids=ids,
-        ends=ends,
-        num_bytes=[len(text) for text in raw],
-        digests=[hashlib.sha256(text).digest() for text in raw],
-        counts=counts,
-        edges=[edge_bytes(text, processor) for text in seen] if sidecar else [],
-        trips=trips,
-    )
+    return Document(ids, counts, len(raw), hashlib.sha256(raw).digest(), edge, trip)
+
+
+def encode_task(task: Task) -> list[Document]:
+    """Encode a task's documents. Runs in a worker."""
+    return [encode_document(item, task) for item in task.items]
 
 
 @contextlib.contextmanager
@@ -675,7 +651,7 @@ def started_workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, Encoded]]:
+def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, list[Document]]]:
     """Run `encode_task` over the tasks; yield results in order, with at most four tasks per worker in memory.
 
     Executor.map would read the whole input into memory.
@@ -683,7 +659,7 @@ def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, Encode
     if jobs == 1:
         yield from ((task, encode_task(task)) for task in tasks)
         return
-    waiting: deque[tuple[Task, Future[Encoded]]] = deque()
+    waiting: deque[tuple[Task, Future[list[Document]]]] = deque()
     with started_workers(jobs) as pool:
         try:
             for task in tasks:
@@ -985,11 +961,11 @@ class Preparation:
         bar = tqdm(total=state.docs_total, initial=state.docs_done, desc="tokenising", unit=" docs", disable=None)
         try:
             with closing(ordered_map(self.tasks(), self.options.jobs)) as results:
-                for task, encoded in results:
+                for task, documents in results:
                     is_val = state.docs_done < self.options.val_docs
                     if not is_val:
                         val.finish()
-                    self.write_task(task, encoded, val if is_val else train)
+                    self.write_task(task, documents, val if is_val else train)
                     bar.update(len(task.items))
             val.finish()
             train.finish()
@@ -998,29 +974,27 @@ class Preparation:
             val.abandon()
             train.abandon()
 
-    def write_task(self, task: Task, encoded: Encoded, writer: SplitWriter) -> None:
+    def write_task(self, task: Task, documents: list[Document], writer: SplitWriter) -> None:
         """Write the documents of one task and count them."""
         state = self.state
-        start = 0
-        for index, (item, stop) in enumerate(zip(task.items, encoded.ends, strict=True)):
-            digest, num_bytes = encoded.digests[index], encoded.num_bytes[index]
-            if writer.split == "train" and num_bytes and digest.hex() in self.val_index:
-                self.refuse_twin(item, self.val_index[digest.hex()])
+        for item, document in zip(task.items, documents, strict=True):
+            twin = self.val_index.get(document.digest.hex()) if writer.split == "train" else None
+            if twin is not None and document.num_bytes:
+                self.refuse_twin(item, twin)
                 state.overlap_dropped += 1
             else:
-                rows = [ids[start:stop] for ids in (encoded.ids, encoded.counts) if ids is not None]
-                writer.put(rows, state.carry)
-                self.remember(digest, writer.split)
-                state.splits[writer.split].update(docs=1, tokens=stop - start, raw_bytes=num_bytes)
-                if encoded.trips:
-                    self.count_trip(item, encoded.trips[index])
-                if encoded.counts is not None:
-                    edge, counted = encoded.edges[index], int(rows[1].sum(dtype=np.int64))
+                writer.put([row for row in document[:2] if row is not None], state.carry)
+                self.remember(document.digest, writer.split)
+                counts = {"docs": 1, "tokens": len(document.ids), "raw_bytes": document.num_bytes}
+                state.splits[writer.split].update(counts)
+                if document.trip:
+                    self.count_trip(item, document.trip)
+                if document.counts is not None:
+                    edge, counted = document.edge, int(document.counts.sum(dtype=np.int64))
                     state.audit.update(sidecar_bytes=counted, edge_bytes=edge, docs_with_edges=edge > 0)
             state.carry = 0
             state.docs_done += 1
             state.source_docs[item.source] += 1
-            start = stop
 
     def count_trip(self, item: Item, trip: RoundTrip) -> None:
         """Count a validation document's round trip. UserError if it loses something, unless --allow-lossy."""
