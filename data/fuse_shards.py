@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import prepare
+from overlap import allowed_overlap, measure_overlap
 from pair_fusion import FUSED_PAIRS, FusedCaseOps, PairFusion
 
 import train_gpt
@@ -87,7 +88,7 @@ def fuse_folder(folder: Path, out: Path) -> dict:
     for split, counts in manifest.get("splits", {}).items():
         counts["tokens"] = sum(row["tokens"] for row in made[split])
     if "overlap" in manifest:
-        manifest["overlap"] = prepare.measure_overlap(out) | {"limit": prepare.allowed_overlap(manifest)}
+        manifest["overlap"] = measure_overlap(out) | {"limit": allowed_overlap(manifest)}
     prepare.write_json(out / prepare.MANIFEST_NAME, manifest)
     return manifest
 

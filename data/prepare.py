@@ -37,36 +37,31 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import functools
-import gzip
 import hashlib
 import heapq
 import io
 import itertools
 import json
-import lzma
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import re
 import signal
 import sys
-import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet as parquet
 import sentencepiece as spm
-import zstandard
 from caseops import CaseOps, CaseOpsError, decode
-from overlap import MAX_SHARE, WINDOW, shingle_overlap
+from documents import SUFFIXES, Item, find_source, parse_item, read_items, sha256_file
+from overlap import MAX_SHARE, WINDOW, allowed_overlap, measure_overlap, overlap_line, refuse_overlap
 from pair_fusion import FUSED_PAIRS, FusedCaseOps, plain_stream
 from round_trip import RoundTrip, round_trip
 from stdlib_prose import sample_documents
@@ -84,7 +79,6 @@ CHUNK_BYTES, CHUNK_DOCS = 1 << 18, 512  # one task for a worker: large enough th
 STATE_NAME, MANIFEST_NAME, SAMPLE_NAME = "prepare.state.json", "manifest.json", "sample.jsonl"
 START_OVER = "use --overwrite or another --out"
 SAMPLE_MAX_SHARE = 0.05  # the sample's prose repeats itself: one method is described in many classes
-DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zstandard.ZstdError)
 
 
 @dataclass(frozen=True)
@@ -139,12 +133,6 @@ def write_shard(path: Path, tokens: Iterable[int]) -> Path:
     values = np.asarray(tokens, dtype="<u2")
     atomic_write(path, shard_header(len(values)) + values.tobytes())
     return path
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file as hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def file_row(path: Path, sha256: str | None = None) -> dict:
@@ -246,163 +234,6 @@ class ShardFile:
         with contextlib.suppress(OSError):  # on a full disk what is buffered cannot be written either
             self.handle.close()
         self.tmp.unlink(missing_ok=True)
-
-
-# +---------------------------------------------------------------------------+
-# | INPUTS                                                                    |
-# +---------------------------------------------------------------------------+
-
-
-class Item(NamedTuple):
-    """One document as stored in the input; workers parse it."""
-
-    source: int  # index into the sources
-    where: str  # file:line, for messages
-    raw: bytes
-    is_json: bool
-
-
-class Source(NamedTuple):
-    """One argument of --docs."""
-
-    name: str  # the last path component: the manifest names no directory of this machine
-    files: tuple[Path, ...]
-    sha256: str  # of the file; for a directory, of the names and hashes of its files
-    bytes: int
-
-    def row(self) -> dict:
-        """Return its row for journal and manifest."""
-        return {"name": self.name, "sha256": self.sha256, "bytes": self.bytes}
-
-
-def zst_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a .zst file with one or more frames.
-
-    The reader of the zstandard package stops silently where a file was cut off; this one raises EOFError. It takes the
-    longest windows that the format's own tool can write (zstd --long=31), which need 2 GiB of address space.
-    """
-    frame, line = None, b""
-    with path.open("rb") as file:
-        while packed := (frame and frame.unused_data) or file.read(1 << 17):
-            if frame is None or frame.eof:
-                frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            *lines, line = (line + frame.decompress(packed)).split(b"\n")
-            yield from lines
-    if frame and not frame.eof:
-        raise EOFError("compressed file ended before its end-of-frame marker")
-    yield line
-
-
-OPENERS: dict[str, Callable[[Path], AbstractContextManager[Iterable[bytes]]]] = {
-    "jsonl": lambda path: path.open("rb"),
-    "jsonl.gz": gzip.open,
-    "jsonl.xz": lzma.open,
-    "jsonl.zst": lambda path: closing(zst_lines(path)),
-}
-KINDS = (*OPENERS, "txt", "parquet")
-SUFFIXES = ", ".join("." + kind for kind in KINDS)
-
-
-def kind_of(path: Path) -> str | None:
-    """Return which of KINDS a file is, judging by its name, or None."""
-    name = path.name.lower()
-    return next((kind for kind in KINDS if name.endswith("." + kind)), None)
-
-
-def read_jsonl(path: Path, source: int, kind: str) -> Iterator[Item]:
-    """Yield one document per line; blank lines are skipped."""
-    number = 0
-    try:
-        with OPENERS[kind](path) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield Item(source, f"{path}:{number}", line, True)
-    except DAMAGED as error:
-        if "too much memory" in str(error):
-            raise UserError(f"{path}: its window is over 2 GiB; compress it again with at most --long=31") from error
-        raise UserError(f"{path}: damaged or cut off after line {number}: {error}") from error
-
-
-def read_parquet(path: Path, source: int, text_key: str) -> Iterator[Item]:
-    """Yield one document per row, reading one batch of rows at a time."""
-    number = 0
-    try:
-        # The handle, not the path: pyarrow takes no file name that is not UTF-8.
-        with path.open("rb") as handle, parquet.ParquetFile(handle) as table:
-            names = table.schema_arrow.names
-            if text_key not in names:
-                raise UserError(f"{path}: no column {text_key!r}; it has {', '.join(names)}; choose with --text-key")
-            batches = table.iter_batches(batch_size=CHUNK_DOCS, columns=[text_key])
-            for number, value in enumerate((value for batch in batches for value in batch.column(0)), 1):
-                text = value.as_py()
-                if not isinstance(text, str):
-                    raise UserError(f"{path}:{number}: {text_key!r} is {type(text).__name__}, not text")
-                yield Item(source, f"{path}:{number}", text.encode(), False)
-    except UnicodeDecodeError as error:  # pyarrow does not check what a text column holds
-        found = f"{path}:{number}: {text_key!r} is not UTF-8: byte {error.object[error.start]:#04x}"
-        raise UserError(f"{found}; write the column again as UTF-8") from error
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read after row {number}: {error}") from error
-
-
-def read_items(sources: list[Source], text_key: str) -> Iterator[Item]:
-    """Yield every document, in the order of the arguments; within a directory, sorted by relative path."""
-    for index, source in enumerate(sources):
-        for path in source.files:
-            kind = kind_of(path)
-            if kind == "txt":
-                yield Item(index, str(path), path.read_bytes(), False)
-            elif kind == "parquet":
-                yield from read_parquet(path, index, text_key)
-            else:
-                yield from read_jsonl(path, index, kind)
-
-
-def parse_item(item: Item, text_key: str) -> tuple[str, bytes]:
-    """Return the text of a document and its UTF-8 bytes. UserError with file and line if it has none."""
-    try:
-        text = item.raw.decode("utf-8-sig" if item.is_json else "utf-8")  # some tools begin a file with a mark
-    except UnicodeDecodeError as error:
-        line = "" if item.is_json else f":{item.raw.count(10, 0, error.start) + 1}"
-        raise UserError(f"{item.where}{line}: not UTF-8: byte {item.raw[error.start]:#04x}") from error
-    if not item.is_json:
-        return text, item.raw
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{item.where}: not a line of JSON: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{item.where}: JSON nested too deep to read; remove the line or flatten it") from error
-    if not isinstance(row, dict) or text_key not in row:
-        raise UserError(f"{item.where}: no key {text_key!r}; name the right one with --text-key")
-    text = row[text_key]
-    if not isinstance(text, str):
-        raise UserError(f"{item.where}: {text_key!r} is {type(text).__name__}, not text")
-    try:
-        return text, text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{item.where}: the text holds half a surrogate pair, which has no UTF-8 form") from error
-
-
-def find_source(path: Path) -> Source:
-    """Look up one argument of --docs and hash its contents."""
-    if path.is_file():
-        if kind_of(path) is None:
-            raise UserError(f"{path}: unknown suffix; known are {SUFFIXES}")
-        if path.stat().st_size == 0:
-            raise UserError(f"{path}: the file is empty")
-        return Source(path.name, (path,), sha256_file(path), path.stat().st_size)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or directory")
-    names = {found.relative_to(path).as_posix(): found for found in path.rglob("*") if found.is_file()}
-    files = {name: names[name] for name in sorted(names) if kind_of(names[name])}
-    if not files:
-        raise UserError(f"{path}: no file there ends in {SUFFIXES}")
-    tree = hashlib.sha256()
-    for name, found in files.items():
-        tree.update(f"{name}\0{sha256_file(found)}\n".encode("utf-8", "surrogateescape"))  # a name is any bytes
-    size = sum(found.stat().st_size for found in files.values())
-    return Source(path.resolve().name, tuple(files.values()), tree.hexdigest(), size)
 
 
 # +---------------------------------------------------------------------------+
@@ -863,28 +694,16 @@ class Preparation:
         try:
             sources = [{key: row[key] for key in ("name", "sha256", "bytes")} for row in manifest["sources"]]
             self.refuse_change(manifest["settings"], sources)
-            shards = {row["name"]: row["tokens"] for row in manifest["shards"] + manifest["sidecars"]}
             rows = [*manifest["shards"], *manifest["sidecars"], manifest["tokenizer"]]
-            # An older manifest has no fingerprints and no round trips.
-            prints = {row["name"]: row["fingerprint"] for row in rows if "fingerprint" in row}
-            loss, overlap = manifest.get("round_trip", Counter()), manifest.get("overlap")
-            self.refuse_loss(loss)
-            if overlap is not None:
-                refuse_overlap(overlap, self.options.max_overlap)
+            prints = {row["name"]: row["fingerprint"] for row in rows}
+            self.refuse_loss(manifest["round_trip"])
+            refuse_overlap(manifest["overlap"], self.options.max_overlap)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not written by this tool; {START_OVER}") from error
-        for name, tokens in shards.items():
-            try:
-                found = len(read_shard(self.options.out / name))
-            except UserError as error:
-                raise UserError(f"{error}, or use --overwrite") from error
-            if found != tokens:
-                raise UserError(f"{self.options.out / name}: not the shard of the manifest; use --overwrite")
-        if not self.model.is_file():
-            raise UserError(f"{self.model}: the tokenizer is gone; use --overwrite")
+            raise UserError(f"{path}: not written by this version of the tool; {START_OVER}") from error
         for name, wanted in prints.items():
-            if train_gpt.fingerprint(self.options.out / name) != wanted:
-                raise UserError(f"{self.options.out / name}: not the file of the manifest; use --overwrite")
+            file = self.options.out / name
+            if not file.is_file() or train_gpt.fingerprint(file) != wanted:
+                raise UserError(f"{file}: gone, or not the file of the manifest; use --overwrite")
         return manifest
 
     def make_tokenizer(self) -> None:
@@ -1063,44 +882,6 @@ def prepare(options: Options, transform: CaseOps | None = None) -> dict:
 
 
 # +---------------------------------------------------------------------------+
-# | OVERLAP of the two splits                                                 |
-# +---------------------------------------------------------------------------+
-
-
-def measure_overlap(folder: Path) -> dict:
-    """Return which share of a directory's validation tokens lies in long runs that training has too.
-
-    documents: validation documents with more than half of their tokens in such runs, numbered from 1, at most ten.
-    shard: the training shard with most of the runs.
-    """
-    tokens = np.concatenate([read_shard(path) for path in list_shards(str(folder), "val")])
-    paths = list_shards(str(folder), "train")
-    found = shingle_overlap(tokens, map(read_shard, paths))
-    starts = np.union1d([0], np.flatnonzero(tokens == BOS_ID))[: len(tokens)]
-    covered = np.add.reduceat(found.covered.astype(np.int64), starts) if len(tokens) else np.zeros(0, np.int64)
-    leaked = np.flatnonzero(2 * covered > np.diff(np.append(starts, len(tokens)))) + 1
-    return {
-        "window": WINDOW,
-        "tokens": len(tokens),
-        "matched_tokens": found.matched,
-        "share": found.share,
-        "documents": leaked[:10].tolist(),
-        "shard": paths[int(np.argmax(found.windows))].name if found.matched else None,
-    }
-
-
-def refuse_overlap(found: dict, limit: float) -> None:
-    """UserError if more of the validation split than `limit` lies in runs that training has too."""
-    if not found["share"] <= limit:  # also where the limit is no number
-        documents = ", ".join(map(str, found["documents"])) or "none by more than half"
-        raise UserError(
-            f"{found['share']:.2%} of the validation tokens lie in runs of {found['window']} or more that training has "
-            f"too, most in {found['shard']}; at most {limit:.2%} may (validation documents: {documents}); take them "
-            "out of one split, or raise --max-overlap"
-        )
-
-
-# +---------------------------------------------------------------------------+
 # | AUDIT of a finished directory                                             |
 # +---------------------------------------------------------------------------+
 
@@ -1176,13 +957,6 @@ def audit_bytes(folder: Path, model: Path, manifest: dict) -> tuple[np.ndarray, 
     if sidecar is not None and not np.array_equal(sidecar, counts):
         raise UserError(f"{folder}: the byte sidecar is not that of tokenizer {model.name}; remove the wrong one")
     return ids, counts, caseops
-
-
-def allowed_overlap(manifest: dict) -> float:
-    """Return the share that a preparation allowed, or MAX_SHARE if its manifest does not say."""
-    overlap = manifest.get("overlap")
-    limit = overlap.get("limit") if isinstance(overlap, dict) else None
-    return limit if isinstance(limit, int | float) else MAX_SHARE
 
 
 def audit(folder: Path, seq_len: int = 2048, max_overlap: float | None = None) -> Audit:
@@ -1261,15 +1035,6 @@ def add_max_overlap(parser: argparse.ArgumentParser, default: float | None) -> N
     text = f"fail if more of the validation tokens lie in runs of {WINDOW} that training has too (default "
     text += "what the manifest allowed)" if default is None else "%(default)s)"
     parser.add_argument("--max-overlap", type=float, default=default, metavar="SHARE", help=text)
-
-
-def overlap_line(found: dict) -> str:
-    """Return the line that a report has for what `measure_overlap` found."""
-    where = f", most in {found['shard']}" if found["shard"] else ""
-    return (
-        f"overlap {found['matched_tokens']:,} of {found['tokens']:,} validation tokens ({found['share']:.2%}) lie in "
-        f"runs of {found['window']} or more that training has too{where}"
-    )
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -23,6 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
+import documents
 import download
 import numpy as np
 import overlap
@@ -191,7 +192,7 @@ def test_manifest_tells_the_whole_story(tmp_path: Path, docs: Path) -> None:
 def test_zst_with_long_windows_is_read(tmp_path: Path) -> None:
     for window in (28, 31):
         path = FAULTS / f"window{window}.jsonl.zst"
-        lines = list(prepare.read_jsonl(path, 0, "jsonl.zst"))
+        lines = list(documents.read_jsonl(path, 0, "jsonl.zst"))
         assert b"\n".join(item.raw for item in lines).strip() == (FAULTS / "good.jsonl").read_bytes().strip()
 
 
@@ -670,11 +671,13 @@ def test_finished_directory_is_checked(tmp_path: Path, model: Path, docs: Path) 
     prepare.prepare(Options(**options))
     shard, manifest = options["out"] / "fineweb_val_000000.bin", options["out"] / "manifest.json"
     shard.write_bytes(shard.read_bytes()[:-2])
-    refused("fineweb_val_000000.bin: .*--overwrite", **options)
+    refused("fineweb_val_000000.bin: gone, or not the file .*--overwrite", **options)
+    shard.unlink()
+    refused("fineweb_val_000000.bin: gone, or not the file .*--overwrite", **options)
     cut = (FAULTS / "manifest_cut.json").read_text()
     for text, message in (
-        ("{}", "not written by this tool"),
-        ('{"sources": [], "settings": []}', "not written by this tool"),
+        ("{}", "not written by this version of the tool"),
+        ('{"sources": [], "settings": []}', "not written by this version of the tool"),
         ("[]", "not an object"),
         (cut, "is not valid JSON"),
         ("[" * 5000, "nested too deep"),
