@@ -200,6 +200,9 @@ class CaseOps:
         """Return the text as the tokenizer sees it."""
         return encode(text)
 
+    def fusion(self, processor: spm.SentencePieceProcessor) -> None:
+        """Return what ids go through before they are written: nothing (see pair_fusion.py)."""
+
     def piece_bytes(self, text: str, processor: spm.SentencePieceProcessor) -> np.ndarray:
         """Return the original UTF-8 bytes of each id of `processor.encode(encode(text))`: (N,) int64.
 

@@ -12,10 +12,16 @@ of their own; comparing whole documents finds those.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from train_gpt import BOS_ID, UserError, list_shards, read_shard
 
 WINDOW = 64  # tokens that must be equal in a row
 MAX_SHARE = 0.01  # of the validation tokens may lie in such runs: room for boilerplate, not for documents
@@ -136,3 +142,52 @@ def shingle_overlap(val_tokens: np.ndarray, train_shards: Iterable[np.ndarray], 
     opened[starts] += 1
     opened[starts + window] -= 1
     return Overlap(np.cumsum(opened, dtype=np.int32)[:-1] > 0, windows)
+
+
+def measure_overlap(folder: Path) -> dict:
+    """Return which share of a directory's validation tokens lies in long runs that training has too.
+
+    documents: validation documents with more than half of their tokens in such runs, numbered from 1, at most ten.
+    shard: the training shard with most of the runs.
+    """
+    tokens = np.concatenate([read_shard(path) for path in list_shards(str(folder), "val")])
+    paths = list_shards(str(folder), "train")
+    found = shingle_overlap(tokens, map(read_shard, paths))
+    starts = np.union1d([0], np.flatnonzero(tokens == BOS_ID))[: len(tokens)]
+    covered = np.add.reduceat(found.covered.astype(np.int64), starts) if len(tokens) else np.zeros(0, np.int64)
+    leaked = np.flatnonzero(2 * covered > np.diff(np.append(starts, len(tokens)))) + 1
+    return {
+        "window": WINDOW,
+        "tokens": len(tokens),
+        "matched_tokens": found.matched,
+        "share": found.share,
+        "documents": leaked[:10].tolist(),
+        "shard": paths[int(np.argmax(found.windows))].name if found.matched else None,
+    }
+
+
+def refuse_overlap(found: dict, limit: float) -> None:
+    """UserError if more of the validation split than `limit` lies in runs that training has too."""
+    if not found["share"] <= limit:  # also where the limit is no number
+        documents = ", ".join(map(str, found["documents"])) or "none by more than half"
+        raise UserError(
+            f"{found['share']:.2%} of the validation tokens lie in runs of {found['window']} or more that training has "
+            f"too, most in {found['shard']}; at most {limit:.2%} may (validation documents: {documents}); take them "
+            "out of one split, or raise --max-overlap"
+        )
+
+
+def allowed_overlap(manifest: dict) -> float:
+    """Return the share that a preparation allowed, or MAX_SHARE if its manifest does not say."""
+    overlap = manifest.get("overlap")
+    limit = overlap.get("limit") if isinstance(overlap, dict) else None
+    return limit if isinstance(limit, int | float) else MAX_SHARE
+
+
+def overlap_line(found: dict) -> str:
+    """Return the line that a report has for what `measure_overlap` found."""
+    where = f", most in {found['shard']}" if found["shard"] else ""
+    return (
+        f"overlap {found['matched_tokens']:,} of {found['tokens']:,} validation tokens ({found['share']:.2%}) lie in "
+        f"runs of {found['window']} or more that training has too{where}"
+    )

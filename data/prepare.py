@@ -5,7 +5,8 @@
     python data/prepare.py audit DIR
 
 The second form needs no download: it collects the English prose that every Python installation carries. With --caseops
-the tokenizer sees CaseOps text (see caseops.py), and validation gets a byte sidecar. The third form checks a finished
+the tokenizer sees CaseOps text (see caseops.py), and validation gets a byte sidecar; with --fuse-pairs too, two tokens
+that stand before most capitalised words become one (see pair_fusion.py). The third form checks a finished
 directory, prepared or downloaded: hashes, bytes of validation, overlap of the two splits.
 
 Files written into DIR:
@@ -36,36 +37,32 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import functools
-import gzip
 import hashlib
 import heapq
 import io
 import itertools
 import json
-import lzma
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import re
 import signal
 import sys
-import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet as parquet
 import sentencepiece as spm
-import zstandard
 from caseops import CaseOps, CaseOpsError, decode
-from overlap import MAX_SHARE, WINDOW, shingle_overlap
+from documents import SUFFIXES, Item, find_source, parse_item, read_items, sha256_file
+from overlap import MAX_SHARE, WINDOW, allowed_overlap, measure_overlap, overlap_line, refuse_overlap
+from pair_fusion import FUSED_PAIRS, FusedCaseOps, plain_stream
 from round_trip import RoundTrip, round_trip
 from stdlib_prose import sample_documents
 from tqdm import tqdm
@@ -82,7 +79,6 @@ CHUNK_BYTES, CHUNK_DOCS = 1 << 18, 512  # one task for a worker: large enough th
 STATE_NAME, MANIFEST_NAME, SAMPLE_NAME = "prepare.state.json", "manifest.json", "sample.jsonl"
 START_OVER = "use --overwrite or another --out"
 SAMPLE_MAX_SHARE = 0.05  # the sample's prose repeats itself: one method is described in many classes
-DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zstandard.ZstdError)
 
 
 @dataclass(frozen=True)
@@ -137,12 +133,6 @@ def write_shard(path: Path, tokens: Iterable[int]) -> Path:
     values = np.asarray(tokens, dtype="<u2")
     atomic_write(path, shard_header(len(values)) + values.tobytes())
     return path
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file as hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def file_row(path: Path, sha256: str | None = None) -> dict:
@@ -244,163 +234,6 @@ class ShardFile:
         with contextlib.suppress(OSError):  # on a full disk what is buffered cannot be written either
             self.handle.close()
         self.tmp.unlink(missing_ok=True)
-
-
-# +---------------------------------------------------------------------------+
-# | INPUTS                                                                    |
-# +---------------------------------------------------------------------------+
-
-
-class Item(NamedTuple):
-    """One document as stored in the input; workers parse it."""
-
-    source: int  # index into the sources
-    where: str  # file:line, for messages
-    raw: bytes
-    is_json: bool
-
-
-class Source(NamedTuple):
-    """One argument of --docs."""
-
-    name: str  # the last path component: the manifest names no directory of this machine
-    files: tuple[Path, ...]
-    sha256: str  # of the file; for a directory, of the names and hashes of its files
-    bytes: int
-
-    def row(self) -> dict:
-        """Return its row for journal and manifest."""
-        return {"name": self.name, "sha256": self.sha256, "bytes": self.bytes}
-
-
-def zst_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a .zst file with one or more frames.
-
-    The reader of the zstandard package stops silently where a file was cut off; this one raises EOFError. It takes the
-    longest windows that the format's own tool can write (zstd --long=31), which need 2 GiB of address space.
-    """
-    frame, line = None, b""
-    with path.open("rb") as file:
-        while packed := (frame and frame.unused_data) or file.read(1 << 17):
-            if frame is None or frame.eof:
-                frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            *lines, line = (line + frame.decompress(packed)).split(b"\n")
-            yield from lines
-    if frame and not frame.eof:
-        raise EOFError("compressed file ended before its end-of-frame marker")
-    yield line
-
-
-OPENERS: dict[str, Callable[[Path], AbstractContextManager[Iterable[bytes]]]] = {
-    "jsonl": lambda path: path.open("rb"),
-    "jsonl.gz": gzip.open,
-    "jsonl.xz": lzma.open,
-    "jsonl.zst": lambda path: closing(zst_lines(path)),
-}
-KINDS = (*OPENERS, "txt", "parquet")
-SUFFIXES = ", ".join("." + kind for kind in KINDS)
-
-
-def kind_of(path: Path) -> str | None:
-    """Return which of KINDS a file is, judging by its name, or None."""
-    name = path.name.lower()
-    return next((kind for kind in KINDS if name.endswith("." + kind)), None)
-
-
-def read_jsonl(path: Path, source: int, kind: str) -> Iterator[Item]:
-    """Yield one document per line; blank lines are skipped."""
-    number = 0
-    try:
-        with OPENERS[kind](path) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield Item(source, f"{path}:{number}", line, True)
-    except DAMAGED as error:
-        if "too much memory" in str(error):
-            raise UserError(f"{path}: its window is over 2 GiB; compress it again with at most --long=31") from error
-        raise UserError(f"{path}: damaged or cut off after line {number}: {error}") from error
-
-
-def read_parquet(path: Path, source: int, text_key: str) -> Iterator[Item]:
-    """Yield one document per row, reading one batch of rows at a time."""
-    number = 0
-    try:
-        # The handle, not the path: pyarrow takes no file name that is not UTF-8.
-        with path.open("rb") as handle, parquet.ParquetFile(handle) as table:
-            names = table.schema_arrow.names
-            if text_key not in names:
-                raise UserError(f"{path}: no column {text_key!r}; it has {', '.join(names)}; choose with --text-key")
-            batches = table.iter_batches(batch_size=CHUNK_DOCS, columns=[text_key])
-            for number, value in enumerate((value for batch in batches for value in batch.column(0)), 1):
-                text = value.as_py()
-                if not isinstance(text, str):
-                    raise UserError(f"{path}:{number}: {text_key!r} is {type(text).__name__}, not text")
-                yield Item(source, f"{path}:{number}", text.encode(), False)
-    except UnicodeDecodeError as error:  # pyarrow does not check what a text column holds
-        found = f"{path}:{number}: {text_key!r} is not UTF-8: byte {error.object[error.start]:#04x}"
-        raise UserError(f"{found}; write the column again as UTF-8") from error
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read after row {number}: {error}") from error
-
-
-def read_items(sources: list[Source], text_key: str) -> Iterator[Item]:
-    """Yield every document, in the order of the arguments; within a directory, sorted by relative path."""
-    for index, source in enumerate(sources):
-        for path in source.files:
-            kind = kind_of(path)
-            if kind == "txt":
-                yield Item(index, str(path), path.read_bytes(), False)
-            elif kind == "parquet":
-                yield from read_parquet(path, index, text_key)
-            else:
-                yield from read_jsonl(path, index, kind)
-
-
-def parse_item(item: Item, text_key: str) -> tuple[str, bytes]:
-    """Return the text of a document and its UTF-8 bytes. UserError with file and line if it has none."""
-    try:
-        text = item.raw.decode("utf-8-sig" if item.is_json else "utf-8")  # some tools begin a file with a mark
-    except UnicodeDecodeError as error:
-        line = "" if item.is_json else f":{item.raw.count(10, 0, error.start) + 1}"
-        raise UserError(f"{item.where}{line}: not UTF-8: byte {item.raw[error.start]:#04x}") from error
-    if not item.is_json:
-        return text, item.raw
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{item.where}: not a line of JSON: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{item.where}: JSON nested too deep to read; remove the line or flatten it") from error
-    if not isinstance(row, dict) or text_key not in row:
-        raise UserError(f"{item.where}: no key {text_key!r}; name the right one with --text-key")
-    text = row[text_key]
-    if not isinstance(text, str):
-        raise UserError(f"{item.where}: {text_key!r} is {type(text).__name__}, not text")
-    try:
-        return text, text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{item.where}: the text holds half a surrogate pair, which has no UTF-8 form") from error
-
-
-def find_source(path: Path) -> Source:
-    """Look up one argument of --docs and hash its contents."""
-    if path.is_file():
-        if kind_of(path) is None:
-            raise UserError(f"{path}: unknown suffix; known are {SUFFIXES}")
-        if path.stat().st_size == 0:
-            raise UserError(f"{path}: the file is empty")
-        return Source(path.name, (path,), sha256_file(path), path.stat().st_size)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or directory")
-    names = {found.relative_to(path).as_posix(): found for found in path.rglob("*") if found.is_file()}
-    files = {name: names[name] for name in sorted(names) if kind_of(names[name])}
-    if not files:
-        raise UserError(f"{path}: no file there ends in {SUFFIXES}")
-    tree = hashlib.sha256()
-    for name, found in files.items():
-        tree.update(f"{name}\0{sha256_file(found)}\n".encode("utf-8", "surrogateescape"))  # a name is any bytes
-    size = sum(found.stat().st_size for found in files.values())
-    return Source(path.resolve().name, tuple(files.values()), tree.hexdigest(), size)
 
 
 # +---------------------------------------------------------------------------+
@@ -561,32 +394,25 @@ class Task(NamedTuple):
     is_val: bool
 
 
-class Encoded(NamedTuple):
-    """A worker's result for a Task with D documents and T tokens."""
+class Document(NamedTuple):
+    """A worker's result for one document of T tokens, BOS first."""
 
-    ids: np.ndarray  # (T,) uint16; every document begins with BOS
-    ends: list[int]  # (D,) end of each document in ids
-    num_bytes: list[int]  # (D,) UTF-8 bytes of each text
-    digests: list[bytes]  # (D,) SHA-256 of each text
-    counts: np.ndarray | None  # (T,) uint16 original bytes per token
-    edges: list[int]  # (D,) bytes at the ends of each text that the tokenizer drops; only with counts
-    trips: list[RoundTrip]  # (D,) what comes back of each text; only of validation
+    ids: np.ndarray  # (T,) uint16
+    counts: np.ndarray | None  # (T,) uint16 original bytes per token; only of validation with a transform
+    num_bytes: int  # UTF-8 bytes of the text
+    digest: bytes  # SHA-256 of the text
+    edge: int  # bytes at the ends of the text that the tokenizer drops; only with counts
+    trip: RoundTrip | None  # what comes back of the text; only of validation
 
 
-def piece_counts(task: Task, texts: tuple[str, ...], lengths: list[int]) -> np.ndarray:
-    """Return the original bytes of every token in the task, 0 for BOS: (T,) uint16."""
-    processor = load_tokenizer(task.model)
-    counts = np.zeros(sum(lengths), np.uint16)
-    start = 0
-    for item, text, length in zip(task.items, texts, lengths, strict=True):
-        row = np.array(task.transform.piece_bytes(text, processor), np.int64)
-        if len(row) != length - 1:
-            raise UserError(f"{item.where}: {task.transform.name} counts {len(row)} pieces, not {length - 1}")
-        if len(row) and not 0 <= row.min() <= row.max() < 65536:
-            raise UserError(f"{item.where}: a piece stands for {row.max()} bytes, over the 65,535 of the sidecar")
-        counts[start + 1 : start + length] = row
-        start += length
-    return counts
+def piece_counts(item: Item, text: str, length: int, task: Task) -> np.ndarray:
+    """Return the original bytes of each of a document's `length` tokens, 0 for BOS: (T,) uint16."""
+    row = np.array(task.transform.piece_bytes(text, load_tokenizer(task.model)), np.int64)
+    if len(row) != length - 1:
+        raise UserError(f"{item.where}: {task.transform.name} counts {len(row)} pieces, not {length - 1}")
+    if len(row) and not 0 <= row.min() <= row.max() < 65536:
+        raise UserError(f"{item.where}: a piece stands for {row.max()} bytes, over the 65,535 of the sidecar")
+    return np.concatenate(([0], row)).astype(np.uint16)
 
 
 def edge_bytes(text: str, processor: spm.SentencePieceProcessor) -> int:
@@ -599,47 +425,34 @@ def edge_bytes(text: str, processor: spm.SentencePieceProcessor) -> int:
     return 0 if processor.normalize(edges) else len(edges.encode())
 
 
-def round_trips(task: Task, texts: list[str], seen: list[str], rows: list[np.ndarray]) -> list[RoundTrip]:
-    """Decode the documents of a task and compare. UserError if their bytes are counted wrongly.
-
-    texts: the originals. seen: what the tokenizer saw. rows: for each document its ids and the bytes credited to them.
-    """
-    processor, trips, name = load_tokenizer(task.model), [], Path(task.model).name
-    for item, text, before, (ids, counts) in zip(task.items, texts, seen, rows, strict=True):
-        decoded, counted = processor.decode(ids.tolist()), int(counts.sum(dtype=np.int64))
-        # A sidecar counts the original text, a table the decoded one.
-        if task.transform is None and counted != (size := len(decoded.encode())):
-            raise UserError(
-                f"{item.where}: tokenizer {name} cannot be used: its ids count as {counted:,} bytes and decode to "
-                f"{size:,}; train one with --vocab-size"
-            )
-        trips.append(round_trip(text, before, decoded, counted))
-    return trips
-
-
-def encode_task(task: Task) -> Encoded:
-    """Parse, hash and tokenise. Runs in a worker and depends only on its argument."""
-    processor = load_tokenizer(task.model)
-    texts, raw = zip(*(parse_item(item, task.text_key) for item in task.items), strict=True)
-    seen = texts if task.transform is None else [task.transform.encode(text) for text in texts]
-    tokenizer, bos = word_bpe(processor), np.array([BOS_ID], np.uint16)
-    rows = [tokenizer.ids(text) for text in seen]
-    lengths = [len(row) + 1 for row in rows]
-    ends, ids = list(itertools.accumulate(lengths)), np.concatenate([part for row in rows for part in (bos, row)])
-    sidecar, trips = task.is_val and task.transform is not None, []
-    counts = piece_counts(task, texts, lengths) if sidecar else None
+def encode_document(item: Item, task: Task) -> Document:
+    """Parse, hash and tokenise. Depends only on its arguments. UserError if validation bytes are counted wrongly."""
+    processor, transform = load_tokenizer(task.model), task.transform
+    text, raw = parse_item(item, task.text_key)
+    seen = transform.encode(text) if transform else text
+    ids = np.concatenate((np.array([BOS_ID], np.uint16), word_bpe(processor).ids(seen)))
+    counts, edge, trip = None, 0, None
     if task.is_val:
-        credited = load_table(task.model).count(ids) if counts is None else counts
-        trips = round_trips(task, texts, seen, list(zip(rows, np.split(credited, ends[:-1]), strict=True)))
-    return Encoded(
-        ids=ids,
-        ends=ends,
-        num_bytes=[len(text) for text in raw],
-        digests=[hashlib.sha256(text).digest() for text in raw],
-        counts=counts,
-        edges=[edge_bytes(text, processor) for text in seen] if sidecar else [],
-        trips=trips,
-    )
+        decoded = processor.decode(ids[1:].tolist())
+        credited = piece_counts(item, text, len(ids), task) if transform else load_table(task.model).count(ids)
+        counted = int(credited.sum(dtype=np.int64))
+        # A sidecar counts the original text, a table the decoded one.
+        if transform:
+            counts, edge = credited, edge_bytes(seen, processor)
+        elif counted != (size := len(decoded.encode())):
+            raise UserError(
+                f"{item.where}: tokenizer {Path(task.model).name} cannot be used: its ids count as {counted:,} bytes "
+                f"and decode to {size:,}; train one with --vocab-size"
+            )
+        trip = round_trip(text, seen, decoded, counted)
+    if transform and (fusion := transform.fusion(processor)):
+        ids, counts = fusion.fuse(ids, counts)
+    return Document(ids, counts, len(raw), hashlib.sha256(raw).digest(), edge, trip)
+
+
+def encode_task(task: Task) -> list[Document]:
+    """Encode a task's documents. Runs in a worker."""
+    return [encode_document(item, task) for item in task.items]
 
 
 @contextlib.contextmanager
@@ -669,7 +482,7 @@ def started_workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, Encoded]]:
+def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, list[Document]]]:
     """Run `encode_task` over the tasks; yield results in order, with at most four tasks per worker in memory.
 
     Executor.map would read the whole input into memory.
@@ -677,7 +490,7 @@ def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, Encode
     if jobs == 1:
         yield from ((task, encode_task(task)) for task in tasks)
         return
-    waiting: deque[tuple[Task, Future[Encoded]]] = deque()
+    waiting: deque[tuple[Task, Future[list[Document]]]] = deque()
     with started_workers(jobs) as pool:
         try:
             for task in tasks:
@@ -881,28 +694,16 @@ class Preparation:
         try:
             sources = [{key: row[key] for key in ("name", "sha256", "bytes")} for row in manifest["sources"]]
             self.refuse_change(manifest["settings"], sources)
-            shards = {row["name"]: row["tokens"] for row in manifest["shards"] + manifest["sidecars"]}
             rows = [*manifest["shards"], *manifest["sidecars"], manifest["tokenizer"]]
-            # An older manifest has no fingerprints and no round trips.
-            prints = {row["name"]: row["fingerprint"] for row in rows if "fingerprint" in row}
-            loss, overlap = manifest.get("round_trip", Counter()), manifest.get("overlap")
-            self.refuse_loss(loss)
-            if overlap is not None:
-                refuse_overlap(overlap, self.options.max_overlap)
+            prints = {row["name"]: row["fingerprint"] for row in rows}
+            self.refuse_loss(manifest["round_trip"])
+            refuse_overlap(manifest["overlap"], self.options.max_overlap)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not written by this tool; {START_OVER}") from error
-        for name, tokens in shards.items():
-            try:
-                found = len(read_shard(self.options.out / name))
-            except UserError as error:
-                raise UserError(f"{error}, or use --overwrite") from error
-            if found != tokens:
-                raise UserError(f"{self.options.out / name}: not the shard of the manifest; use --overwrite")
-        if not self.model.is_file():
-            raise UserError(f"{self.model}: the tokenizer is gone; use --overwrite")
+            raise UserError(f"{path}: not written by this version of the tool; {START_OVER}") from error
         for name, wanted in prints.items():
-            if train_gpt.fingerprint(self.options.out / name) != wanted:
-                raise UserError(f"{self.options.out / name}: not the file of the manifest; use --overwrite")
+            file = self.options.out / name
+            if not file.is_file() or train_gpt.fingerprint(file) != wanted:
+                raise UserError(f"{file}: gone, or not the file of the manifest; use --overwrite")
         return manifest
 
     def make_tokenizer(self) -> None:
@@ -979,11 +780,11 @@ class Preparation:
         bar = tqdm(total=state.docs_total, initial=state.docs_done, desc="tokenising", unit=" docs", disable=None)
         try:
             with closing(ordered_map(self.tasks(), self.options.jobs)) as results:
-                for task, encoded in results:
+                for task, documents in results:
                     is_val = state.docs_done < self.options.val_docs
                     if not is_val:
                         val.finish()
-                    self.write_task(task, encoded, val if is_val else train)
+                    self.write_task(task, documents, val if is_val else train)
                     bar.update(len(task.items))
             val.finish()
             train.finish()
@@ -992,29 +793,27 @@ class Preparation:
             val.abandon()
             train.abandon()
 
-    def write_task(self, task: Task, encoded: Encoded, writer: SplitWriter) -> None:
+    def write_task(self, task: Task, documents: list[Document], writer: SplitWriter) -> None:
         """Write the documents of one task and count them."""
         state = self.state
-        start = 0
-        for index, (item, stop) in enumerate(zip(task.items, encoded.ends, strict=True)):
-            digest, num_bytes = encoded.digests[index], encoded.num_bytes[index]
-            if writer.split == "train" and num_bytes and digest.hex() in self.val_index:
-                self.refuse_twin(item, self.val_index[digest.hex()])
+        for item, document in zip(task.items, documents, strict=True):
+            twin = self.val_index.get(document.digest.hex()) if writer.split == "train" else None
+            if twin is not None and document.num_bytes:
+                self.refuse_twin(item, twin)
                 state.overlap_dropped += 1
             else:
-                rows = [ids[start:stop] for ids in (encoded.ids, encoded.counts) if ids is not None]
-                writer.put(rows, state.carry)
-                self.remember(digest, writer.split)
-                state.splits[writer.split].update(docs=1, tokens=stop - start, raw_bytes=num_bytes)
-                if encoded.trips:
-                    self.count_trip(item, encoded.trips[index])
-                if encoded.counts is not None:
-                    edge, counted = encoded.edges[index], int(rows[1].sum(dtype=np.int64))
+                writer.put([row for row in document[:2] if row is not None], state.carry)
+                self.remember(document.digest, writer.split)
+                counts = {"docs": 1, "tokens": len(document.ids), "raw_bytes": document.num_bytes}
+                state.splits[writer.split].update(counts)
+                if document.trip:
+                    self.count_trip(item, document.trip)
+                if document.counts is not None:
+                    edge, counted = document.edge, int(document.counts.sum(dtype=np.int64))
                     state.audit.update(sidecar_bytes=counted, edge_bytes=edge, docs_with_edges=edge > 0)
             state.carry = 0
             state.docs_done += 1
             state.source_docs[item.source] += 1
-            start = stop
 
     def count_trip(self, item: Item, trip: RoundTrip) -> None:
         """Count a validation document's round trip. UserError if it loses something, unless --allow-lossy."""
@@ -1055,11 +854,14 @@ class Preparation:
         """Return the record of what was made from what."""
         state = self.state
         trip = {"docs": state.splits["val"]["docs"], "raw_bytes": state.splits["val"]["raw_bytes"], **state.round_trip}
+        processor = load_tokenizer(str(self.model))
+        fusion = self.transform.fusion(processor) if self.transform else None
         return {
             "tool": f"data/prepare.py {TOOL_VERSION}",
             "settings": state.settings,
             "sources": [row | {"docs": docs} for row, docs in zip(state.sources, state.source_docs, strict=True)],
-            "tokenizer": file_row(self.model) | {"vocab_size": load_tokenizer(str(self.model)).get_piece_size()},
+            "tokenizer": file_row(self.model) | {"vocab_size": processor.get_piece_size()},
+            **({FUSED_PAIRS: fusion.rows(processor)} if fusion else {}),
             "splits": state.splits,
             "overlap_dropped": state.overlap_dropped,
             "shards": state.shards,
@@ -1080,44 +882,6 @@ def prepare(options: Options, transform: CaseOps | None = None) -> dict:
 
 
 # +---------------------------------------------------------------------------+
-# | OVERLAP of the two splits                                                 |
-# +---------------------------------------------------------------------------+
-
-
-def measure_overlap(folder: Path) -> dict:
-    """Return which share of a directory's validation tokens lies in long runs that training has too.
-
-    documents: validation documents with more than half of their tokens in such runs, numbered from 1, at most ten.
-    shard: the training shard with most of the runs.
-    """
-    tokens = np.concatenate([read_shard(path) for path in list_shards(str(folder), "val")])
-    paths = list_shards(str(folder), "train")
-    found = shingle_overlap(tokens, map(read_shard, paths))
-    starts = np.union1d([0], np.flatnonzero(tokens == BOS_ID))[: len(tokens)]
-    covered = np.add.reduceat(found.covered.astype(np.int64), starts) if len(tokens) else np.zeros(0, np.int64)
-    leaked = np.flatnonzero(2 * covered > np.diff(np.append(starts, len(tokens)))) + 1
-    return {
-        "window": WINDOW,
-        "tokens": len(tokens),
-        "matched_tokens": found.matched,
-        "share": found.share,
-        "documents": leaked[:10].tolist(),
-        "shard": paths[int(np.argmax(found.windows))].name if found.matched else None,
-    }
-
-
-def refuse_overlap(found: dict, limit: float) -> None:
-    """UserError if more of the validation split than `limit` lies in runs that training has too."""
-    if not found["share"] <= limit:  # also where the limit is no number
-        documents = ", ".join(map(str, found["documents"])) or "none by more than half"
-        raise UserError(
-            f"{found['share']:.2%} of the validation tokens lie in runs of {found['window']} or more that training has "
-            f"too, most in {found['shard']}; at most {limit:.2%} may (validation documents: {documents}); take them "
-            "out of one split, or raise --max-overlap"
-        )
-
-
-# +---------------------------------------------------------------------------+
 # | AUDIT of a finished directory                                             |
 # +---------------------------------------------------------------------------+
 
@@ -1128,7 +892,9 @@ class Audit(NamedTuple):
     files: int  # files that have the manifest's SHA-256; 0: there is no manifest
     docs: int
     undecodable: int  # documents whose ids are no longer CaseOps text: the normaliser made or removed a letter
+    equal: int | None  # documents that decode to the very text that was prepared; None: the manifest has no hashes
     tokens: int
+    fused: int  # tokens that stand for two
     counted_bytes: int  # that a score divides by: from the sidecar, or from the tokenizer
     decoded_bytes: int  # UTF-8 of the decoded ids: without what the normaliser folds (white space, wide characters)
     targets: int  # scored tokens: the published evaluation drops an incomplete last sequence
@@ -1137,19 +903,24 @@ class Audit(NamedTuple):
     overlap: dict | None  # what `measure_overlap` found; None: there are no training shards
 
 
-def decode_documents(processor: spm.SentencePieceProcessor, ids: np.ndarray, caseops: bool) -> tuple[int, int]:
-    """Decode a stream of documents; return their UTF-8 bytes, and how many are not valid CaseOps text."""
-    total = broken = 0
+def decoded_documents(
+    processor: spm.SentencePieceProcessor, ids: np.ndarray, caseops: bool
+) -> Iterator[tuple[bytes, bool]]:
+    """Yield the UTF-8 of each document of a stream without fused pairs, and whether its ids are valid CaseOps text."""
     plain = str.maketrans(dict.fromkeys(CaseOps.symbols))
-    for row in np.split(ids, np.flatnonzero(ids == BOS_ID)):
-        text = processor.decode(row[row != BOS_ID].tolist())
+    for row in filter(len, np.split(ids, np.flatnonzero(ids == BOS_ID))):
+        text, valid = processor.decode(row[row != BOS_ID].tolist()), True
         try:
             text = decode(text) if caseops else text
         except CaseOpsError:
-            broken += 1
-            text = text.translate(plain)
-        total += len(text.encode("utf-8", "surrogatepass"))
-    return total, broken
+            text, valid = text.translate(plain), False
+        yield text.encode("utf-8", "surrogatepass"), valid
+
+
+def decode_documents(processor: spm.SentencePieceProcessor, ids: np.ndarray, caseops: bool) -> tuple[int, int]:
+    """Return the UTF-8 bytes of a stream's documents, and how many of them are not valid CaseOps text."""
+    found = [(len(raw), not valid) for raw, valid in decoded_documents(processor, ids, caseops)]
+    return sum(size for size, _ in found), sum(broken for _, broken in found)
 
 
 def read_validation(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -1188,13 +959,6 @@ def audit_bytes(folder: Path, model: Path, manifest: dict) -> tuple[np.ndarray, 
     return ids, counts, caseops
 
 
-def allowed_overlap(manifest: dict) -> float:
-    """Return the share that a preparation allowed, or MAX_SHARE if its manifest does not say."""
-    overlap = manifest.get("overlap")
-    limit = overlap.get("limit") if isinstance(overlap, dict) else None
-    return limit if isinstance(limit, int | float) else MAX_SHARE
-
-
 def audit(folder: Path, seq_len: int = 2048, max_overlap: float | None = None) -> Audit:
     """Compare the files of a directory with its manifest, validation bytes with decoded text, and the two splits.
 
@@ -1215,7 +979,13 @@ def audit(folder: Path, seq_len: int = 2048, max_overlap: float | None = None) -
     said = said.get("sidecar_bytes", total) if isinstance(said, dict) else total
     if said != total:
         raise UserError(f"{folder}: the sidecar sums to {total} bytes, its manifest says {said}; prepare it again")
-    decoded, undecodable = decode_documents(load_tokenizer(str(model)), ids, caseops)
+    processor = load_tokenizer(str(model))
+    plain, _ = plain_stream(manifest, processor, ids, counts)
+    texts = list(decoded_documents(processor, plain, caseops))
+    decoded, undecodable = sum(len(raw) for raw, _ in texts), sum(not valid for _, valid in texts)
+    hashes = manifest.get("val_document_sha256")
+    pairs = zip(texts, hashes, strict=False) if isinstance(hashes, list) else None
+    equal = pairs and sum(hashlib.sha256(raw).hexdigest() == said for (raw, _), said in pairs)
     if not caseops and decoded != total:
         raise UserError(f"{folder}: the ids count as {total:,} bytes and decode to {decoded:,}; use another tokenizer")
     overlap = measure_overlap(folder) if any(folder.glob("fineweb_train_*.bin")) else None
@@ -1224,7 +994,8 @@ def audit(folder: Path, seq_len: int = 2048, max_overlap: float | None = None) -
     targets = (len(ids) - 1) // seq_len * seq_len
     scored = int(counts[1 : targets + 1].sum(dtype=np.int64))
     lossy, docs = manifest.get("lossy"), int((ids == BOS_ID).sum())
-    return Audit(files, docs, undecodable, len(ids), total, decoded, targets, scored, lossy, overlap)
+    fused = len(plain) - len(ids)
+    return Audit(files, docs, undecodable, equal, len(ids), fused, total, decoded, targets, scored, lossy, overlap)
 
 
 def audit_main(argv: list[str]) -> None:
@@ -1237,6 +1008,10 @@ def audit_main(argv: list[str]) -> None:
     listed = f"{found.files:,} have the SHA-256 of {MANIFEST_NAME}"
     print(f"files {listed if found.files else f'not checked: there is no {MANIFEST_NAME}'}")
     print(f"val   {found.docs:,} documents, {found.tokens:,} tokens; {found.undecodable:,} documents do not decode")
+    if found.equal is not None:
+        print(f"text  {found.equal:,} documents decode to the very bytes that were prepared")
+    if found.fused:
+        print(f"pairs {found.fused:,} fused; without that {found.tokens + found.fused:,} tokens")
     print(f"bytes {found.counted_bytes:,}; the decoded text has {found.decoded_bytes:,} (white space is folded)")
     print(f"scored in sequences of 2048: {found.targets:,} tokens, {found.target_bytes:,} bytes")
     print(f"lossy {'unknown' if found.lossy is None else found.lossy}")
@@ -1262,15 +1037,6 @@ def add_max_overlap(parser: argparse.ArgumentParser, default: float | None) -> N
     parser.add_argument("--max-overlap", type=float, default=default, metavar="SHARE", help=text)
 
 
-def overlap_line(found: dict) -> str:
-    """Return the line that a report has for what `measure_overlap` found."""
-    where = f", most in {found['shard']}" if found["shard"] else ""
-    return (
-        f"overlap {found['matched_tokens']:,} of {found['tokens']:,} validation tokens ({found['share']:.2%}) lie in "
-        f"runs of {found['window']} or more that training has too{where}"
-    )
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse the command line of either form into the fields of Options, and `caseops`."""
     is_sample = argv[:1] == ["sample"]
@@ -1283,6 +1049,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--shard-tokens", type=int, default=Options.shard_tokens, help=f"tokens per shard {default}")
     add("--overwrite", action="store_true", help="remove an earlier preparation in DIR first")
     add("--caseops", action="store_true", help="turn capitals into operators; validation gets a byte sidecar")
+    add("--fuse-pairs", action="store_true", help="with --caseops: a space and the operator after it become one token")
     if is_sample:
         add("--vocab-size", type=int, default=1024, help=f"pieces to train {default}")
         add("--val-docs", type=int, default=16, help=f"validation documents {default}")
@@ -1346,7 +1113,10 @@ def main(argv: list[str]) -> int:
             audit_main(argv[1:])
             return 0
         values = vars(parse_arguments(argv))
-        transform = CaseOps() if values.pop("caseops") else None
+        caseops, fuse = values.pop("caseops"), values.pop("fuse_pairs")
+        if fuse and not caseops:
+            raise UserError("--fuse-pairs fuses case operators, which plain text has not; add --caseops")
+        transform = (FusedCaseOps() if fuse else CaseOps()) if caseops else None
         if "docs" not in values:
             values["docs"] = [values["out"] / SAMPLE_NAME]
             write_sample(values["docs"][0])

@@ -76,6 +76,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import overlap  # noqa: E402  (data/ is not a package)
 import prepare  # noqa: E402
 from caseops import ESC, OPERATORS  # noqa: E402
+from pair_fusion import plain_stream  # noqa: E402
 
 import pack_artifact  # noqa: E402
 from records import papers  # noqa: E402
@@ -108,10 +109,12 @@ OVERLAP_ALLOWED = 0.01  # of validation documents: web text repeats some by itse
 FEW_TOKENS, SHARE_OF_FEW = 100_000, 0.5  # in so short a validation stream one repeated paragraph is a large share
 FOLDED_ALLOWED = 0.01  # of words whose text the tokenizer's normalisation may have shortened
 SIDECAR_SLACK = 0.08  # what a sidecar knows about folded white space; case operators would add 9 %, double spaces 17 %
+SINGLE_SPACES = 0.25  # of spaces before capitals, where texts that double them between sentences have 0.6
 RESCORED = 50_000  # targets of a run that the judge scores again itself
 INVALID_TOTAL = 164_594_398
 CANONICAL = {  # (bytes, targets) -> what that denominator is; targets 0: any number
     (151_074_499, 47_851_520): "the canonical CaseOps denominator",
+    (151_079_389, 43_767_808): "the canonical CaseOps denominator, pairs fused",
     (151_080_891, 0): "the canonical SP8192 denominator",
     (INVALID_TOTAL, 0): "CaseOps operators counted as bytes: an INVALID denominator",
 }
@@ -630,6 +633,18 @@ def byte_checks(candidate: Candidate, stream: Stream | None) -> Iterator[Check]:
     total, targets = int(counted[1:last].sum()), last - 1
     known = CANONICAL.get((total, targets)) or CANONICAL.get((total, 0)) or "no canonical total"
     yield decide("bytes total", total != INVALID_TOTAL, f"{total:,} bytes for {targets:,} targets: {known}")
+    manifest, _ = papers.read_object(candidate.data / "manifest.json") if candidate.data else ({}, [])
+    try:
+        # a fused pair counts as its two tokens: the alias is the piece of another byte
+        ids, counted = plain_stream(manifest, processor, ids, counted)
+    except UserError as error:
+        yield Check("bytes of fused pairs", FAIL, str(error))
+        return
+    stream = Stream(ids, counted if stream.sizes is not None else None)
+    spaces = counted[:-1][(pieces.space & (pieces.bytes == 0))[ids[:-1]] & pieces.operator[ids[1:]]]
+    single = float((spaces == 1).mean()) if len(spaces) else 1.0
+    detail = f"{single:.1%} of {len(spaces):,} have one byte (at least {SINGLE_SPACES:.0%})"
+    yield decide("bytes of spaces before operators", single >= SINGLE_SPACES, detail)
     for name, mask in (("control ids", pieces.control[ids]), ("case operators", pieces.operator[ids])):
         size = int(counted[mask].sum())
         yield decide(f"bytes of {name}", size == 0, f"{size:,} bytes on {int(mask.sum()):,} tokens")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import caseops
 import caseops_reference as reference
+import fuse_shards
 import numpy as np
 import prepare
 import pytest
@@ -20,9 +21,13 @@ from caseops import ALLCAPS, CAPNEXT, ESC, TITLE, CaseOps, CaseOpsError, decode,
 from conftest import prepare_docs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pair_fusion import FUSED_PAIRS, FusedCaseOps, PairFusion, plain_stream
 from prepare import Options
 from word_bpe import WordBPE
 
+import train_gpt
+from records import verify
+from records.claims import FAIL, Candidate
 from train_gpt import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "caseops.json").read_text(encoding="utf-8"))
@@ -203,6 +208,7 @@ def test_golden_ids_and_bytes_of_the_published_tokenizer(published: spm.Sentence
     for row in rows:
         assert WordBPE(published).ids(row["encoded"]).tolist() == row["ids"]
         assert CaseOps().piece_bytes(row["text"], published).tolist() == row["token_bytes"]
+    assert PairFusion.of(published).aliases == {4: 200, 5: 201} and PairFusion.of(published).first == 8133
 
 
 # Preparation and audit
@@ -312,3 +318,225 @@ def test_a_normaliser_that_loses_letters_is_found_behind_the_operators(tmp_path:
         found = prepare.prepare(Options(allow_lossy=lossy, **options), CaseOps())
         assert found["lossy"] is lossy and found["round_trip"]["lost_chars"] == 3 * lossy
         assert found["round_trip"]["counted_bytes"] == found["byte_audit"]["sidecar_bytes"]
+
+
+# Pair fusion
+
+
+def fusion_reference(ids: list[int], counts: list[int], fusion: PairFusion) -> tuple[list[int], list[int]]:
+    """Token by token: a marker behind the first id takes its place."""
+    out: list[list[int]] = []
+    for token, count in zip(ids, counts, strict=True):
+        if out and out[-1][0] == fusion.first and token in fusion.aliases:
+            out[-1] = [fusion.aliases[token], out[-1][1] + count]
+        else:
+            out.append([token, count])
+    return [token for token, _ in out], [count for _, count in out]
+
+
+def test_golden_fused_pairs() -> None:
+    golden = GOLDEN["mp3_fuse"]
+    fusion = PairFusion(golden["space"], {int(marker): alias for marker, alias in golden["aliases"].items()})
+    ids, counts = np.array(golden["ids"], np.uint16), np.array(golden["bytes"], np.uint16)
+    fused = fusion.fuse(ids, counts)
+    assert [row.tolist() for row in fused] == [golden["fused_ids"], golden["fused_bytes"]]
+    plain, spread = fusion.unfuse(*fused)
+    assert plain.tolist() == golden["ids"] and spread.sum() == counts.sum()
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 9)), max_size=60), st.booleans())
+def test_fusing_random_ids_is_undone_exactly_and_keeps_every_byte(rows: list[tuple[int, int]], wide: bool) -> None:
+    """Ids 0 to 7 hold no alias: 3 is the first id, 4 and 5 are markers."""
+    fusion, dtype = PairFusion(3, {4: 65_535, 5: 200}), np.int64 if wide else np.uint16
+    ids, counts = np.array(rows, dtype).reshape(-1, 2).T
+    fused, sums = fusion.fuse(ids, counts)
+    assert (fused.tolist(), sums.tolist()) == fusion_reference(ids.tolist(), counts.tolist(), fusion)
+    plain, spread = fusion.unfuse(fused, sums)
+    assert plain.tolist() == ids.tolist() and plain.dtype == fused.dtype == dtype and spread.sum() == counts.sum()
+    assert fusion.fuse(ids)[0].tolist() == fused.tolist() and fusion.fuse(ids)[1] is None
+    # the other way round: of every stream without a pair
+    again, _ = fusion.fuse(fusion.unfuse(fused)[0])
+    assert again.tolist() == fused.tolist() and not len(fusion.places(fused))
+
+
+@settings(max_examples=250)
+@given(st.one_of(UTF8_TEXT, SENTENCES))
+@example("The <0xC0> A \u00c0\u00ff \U0010ffff")
+@example(f"a {TITLE}b {CAPNEXT}c  {ALLCAPS} D\n\nEF")
+def test_encodings_hold_no_alias_and_no_third_pair(processor: spm.SentencePieceProcessor, text: str) -> None:
+    fusion, space = PairFusion.of(processor), processor.piece_to_id(word_bpe.SPACE)
+    ids, counts = word_bpe.word_bpe(processor).ids(encode(text)), CaseOps().piece_bytes(text, processor)
+    assert not (fusion.marker_of[ids] >= 0).any()
+    pairs = set(zip(ids.tolist(), ids[1:].tolist(), strict=False))
+    assert (space, processor.piece_to_id(CAPNEXT)) not in pairs
+    fused, sums = fusion.fuse(ids, counts)
+    plain, spread = fusion.unfuse(fused, sums)
+    # byte for byte, not only in sum: an operator behind a space stands for none
+    assert plain.tolist() == ids.tolist() and spread.tolist() == counts.tolist()
+
+
+def test_fusions_that_cannot_be_undone_are_refused(processor: spm.SentencePieceProcessor) -> None:
+    fusion = PairFusion.of(processor)
+    alias = next(iter(fusion.aliases.values()))
+    assert [processor.id_to_piece(i) for i in fusion.aliases.values()] == ["<0xC0>", "<0xC1>"]
+    for message, broken in {
+        "fused already": lambda: fusion.fuse(np.array([5, alias])),
+        "over the 65535 of a sidecar": lambda: PairFusion(3, {4: 9}).fuse(np.array([3, 4]), np.array([65_535, 1])),
+        "give different ids from 0 to 65535": lambda: PairFusion(3, {4: 9, 5: 9}),
+        "of the ids .3, 3, 9.": lambda: PairFusion(3, {3: 9}),
+        "train one with --caseops": lambda: PairFusion.of(
+            spm.SentencePieceProcessor(model_proto=prepare.train_tokenizer(documents(60), 400))
+        ),
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            broken()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `prepared` is, with fused pairs."""
+    folder, options = tmp_path_factory.mktemp("fused"), "--vocab-size 400 --val-docs 12 --shard-tokens 1000"
+    prepare_docs(folder, documents(40), "--caseops", "--fuse-pairs", *options.split())
+    return folder / "shards"
+
+
+def split_of(folder: Path, split: str) -> np.ndarray:
+    return np.concatenate([train_gpt.read_shard(path) for path in train_gpt.list_shards(str(folder), split)])
+
+
+def test_fused_shards_are_the_fused_stream_of_plain_ones_with_the_same_bytes(
+    prepared: Path, fused: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before, after = (json.loads((folder / "manifest.json").read_text()) for folder in (prepared, fused))
+    processor = spm.SentencePieceProcessor(model_file=str(fused / "bpe_400.model"))
+    fusion = PairFusion.of(processor)
+    assert after[FUSED_PAIRS] == fusion.rows(processor) and FUSED_PAIRS not in before
+    assert after[FUSED_PAIRS][1]["pair_pieces"] == ["\u2581", ALLCAPS]
+    assert after["settings"]["transform"] == FusedCaseOps.name != CaseOps.name == before["settings"]["transform"]
+    # documents meet shards' ends anywhere, and still no pair is left
+    for split in ("val", "train"):
+        plain = split_of(prepared, split)
+        assert split_of(fused, split).tolist() == fusion.fuse(plain)[0].tolist()
+        assert after["splits"][split]["tokens"] < 0.95 * before["splits"][split]["tokens"] == 0.95 * len(plain)
+    assert len(after["sidecars"]) > 1
+    counts, sums = split_of(prepared, "val_bytes"), split_of(fused, "val_bytes")
+    assert sums.tolist() == fusion.fuse(split_of(prepared, "val"), counts)[1].tolist()
+    assert after["byte_audit"] == before["byte_audit"] and after["round_trip"] == before["round_trip"]
+    assert after["val_document_sha256"] == before["val_document_sha256"]
+    first, second = prepare.audit(prepared, seq_len=64), prepare.audit(fused, seq_len=64)
+    assert second.tokens + second.fused == first.tokens and first.fused == 0
+    same = ("counted_bytes", "decoded_bytes", "docs", "undecodable", "equal")
+    assert [getattr(first, name) for name in same] == [getattr(second, name) for name in same]
+    assert prepare.main(["audit", str(fused)]) == 0
+    assert f"pairs {second.fused:,} fused; without that {first.tokens:,} tokens" in capsys.readouterr().out
+    # the trainer needs to know nothing: the sidecar has the bytes
+    val = train_gpt.load_val(train_gpt.Config(data_path=str(fused), vocab_size=400, eval_seq_len=64))
+    assert val.bytes.sum() == second.target_bytes
+
+
+def test_texts_come_back_from_fused_shards_byte_for_byte(tmp_path: Path) -> None:
+    texts = [f"{text} NASA sent Ann O'Neil \u00e9 Home {i}" for i, text in enumerate([" ".join(WORDS)] * 30)]
+    prepare_docs(tmp_path, texts, "--vocab-size", "400", "--caseops", "--fuse-pairs", "--val-docs", "9")
+    found = prepare.audit(tmp_path / "shards", max_overlap=1.0)
+    assert found.equal == found.docs == 9 and found.undecodable == 0 and found.fused > 60
+    assert found.counted_bytes == found.decoded_bytes == sum(len(text.encode()) for text in texts[:9])
+
+
+def test_finished_shards_are_fused_across_their_borders(
+    prepared: Path, fused: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    plain = [prepare.read_shard(path) for path in train_gpt.list_shards(str(prepared), "train")]
+    cut = np.concatenate(plain)
+    fusion = PairFusion.of(prepare.load_tokenizer(str(prepared / "bpe_400.model")))
+    # no manifest, and a shard that ends inside a pair
+    bare = Path(shutil.copytree(prepared, tmp_path / "bare"))
+    for path in [bare / "manifest.json", *bare.glob("fineweb_train_*")]:
+        path.unlink()
+    at = int(fusion.places(cut)[20]) + 1
+    for number, part in enumerate((cut[:at], cut[at:])):
+        prepare.write_shard(bare / f"fineweb_train_{number:06d}.bin", part)
+    for folder in (prepared, bare):
+        out = tmp_path / f"{folder.name}_fused"
+        assert fuse_shards.main([str(folder), "--out", str(out)]) == 0
+        for split in ("val", "val_bytes", "train"):
+            assert split_of(out, split).tolist() == split_of(fused, split).tolist(), split
+        assert prepare.main(["audit", str(out), "--max-overlap", "1"]) == 0
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert manifest["byte_audit"]["sidecar_bytes"] == split_of(prepared, "val_bytes").sum()
+    assert prepare.check_hashes(tmp_path / "shards_fused") > 5
+    capsys.readouterr()
+    plain_text = tmp_path / "plain"
+    plain_text.mkdir()
+    prepare_docs(plain_text, documents(40), "--vocab-size", "400", "--val-docs", "12")
+    for source, out, message in (
+        (prepared, prepared, "is not empty; use another --out"),
+        (fused, tmp_path / "twice", "they are fused already"),
+        (plain_text / "shards", tmp_path / "x", "is for plain text, which has no pairs to fuse"),
+        (tmp_path, tmp_path / "y", "has no *.model"),
+    ):
+        assert fuse_shards.main([str(source), "--out", str(out)]) == 2, message
+        error = capsys.readouterr().err.splitlines()
+        assert error[-1].startswith("error: ") and message in error[-1], error
+
+
+def spoilt(
+    folder: Path, room: Path, sizes: np.ndarray | None = None, tokens: np.ndarray | None = None, **manifest: object
+) -> Path:
+    """A copy of a folder whose manifest has no hashes, other values if given, and perhaps another stream."""
+    kept = {FUSED_PAIRS: json.loads((folder / "manifest.json").read_text())[FUSED_PAIRS]}
+    room.mkdir()
+    shutil.copy(folder / "bpe_400.model", room)
+    for kind, given_row in (("val", tokens), ("val_bytes", sizes)):
+        prepare.write_shard(
+            room / f"fineweb_{kind}_000000.bin", split_of(folder, kind) if given_row is None else given_row
+        )
+    (room / "manifest.json").write_text(json.dumps({k: v for k, v in (kept | manifest).items() if v is not None}))
+    return room
+
+
+def test_audit_and_judge_refuse_fused_data_that_does_not_fit(
+    fused: Path, prepared: Path, caseops_sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, counts = split_of(fused, "val"), split_of(fused, "val_bytes")
+    processor = prepare.load_tokenizer(str(fused / "bpe_400.model"))
+    fusion = PairFusion.of(processor)
+    alias, rows = fusion.marker_of[ids] >= 0, fusion.rows(processor)
+    values = {"VOCAB_SIZE": "400", "EVAL_SEQ_LEN": "64"}
+
+    def judged(folder: Path) -> dict[str, str]:
+        found = Candidate("preset", "x", b"", values, values, data=folder, tokenizer=verify.tokenizer_in(folder))
+        checks = verify.byte_checks(found, verify.read_stream(folder))
+        return {check.name: check.detail for check in checks if check.status == FAIL}
+
+    assert judged(fused) == judged(prepared)  # the same counts in every message
+    fuse_shards.fuse_folder(caseops_sample, tmp_path / "sample")
+    assert not judged(tmp_path / "sample")
+    monkeypatch.setattr(prepare, "check_hashes", lambda folder: 0)  # what a forger would mend
+    left = fusion.unfuse(ids[:100], counts[:100])
+    unfused = [np.concatenate((head, tail[100:])) for head, tail in zip(left, (ids, counts), strict=True)]
+    for number, (message, changes) in enumerate(
+        {
+            "the shards hold <0xC": {FUSED_PAIRS: None},
+            "not the pairs of this tokenizer": {FUSED_PAIRS: rows[::-1]},
+            "and the shards hold some that are not": {"tokens": unfused[0], "sizes": unfused[1]},
+            "gives no byte to a fused pair": {"sizes": counts * ~alias},
+        }.items()
+    ):
+        folder = spoilt(fused, tmp_path / str(number), **changes)
+        with pytest.raises(UserError, match=message):
+            prepare.audit(folder)
+        assert message in judged(folder)["bytes of fused pairs"]
+    # operators that count as text: the manifest's sum tells the audit, the share of single spaces the judge
+    folder = spoilt(fused, tmp_path / "more", counts + 3 * alias, byte_audit={"sidecar_bytes": int(counts.sum())})
+    with pytest.raises(UserError, match="its manifest says"):
+        prepare.audit(folder)
+    assert "bytes of spaces before operators" in judged(folder)
+
+
+def test_bytes_of_no_text_are_refused_in_plain_data_too() -> None:
+    processor = spm.SentencePieceProcessor(model_proto=prepare.train_tokenizer(documents(60), 400))
+    ids = np.array(processor.encode("plain text"))
+    assert plain_stream({}, processor, ids)[0] is ids
+    with pytest.raises(UserError, match="hold <0xF8>, a byte of no text"):
+        plain_stream({}, processor, np.append(ids, processor.piece_to_id("<0xF8>")))

@@ -23,6 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
+import documents
 import download
 import numpy as np
 import overlap
@@ -33,8 +34,10 @@ import pytest
 import sentencepiece as spm
 import stdlib_prose
 import zstandard
+from caseops import CaseOps
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pair_fusion import FusedCaseOps
 from prepare import Options
 from round_trip import lost_characters, most_bytes
 from stdlib_prose import ProseFilter
@@ -189,7 +192,7 @@ def test_manifest_tells_the_whole_story(tmp_path: Path, docs: Path) -> None:
 def test_zst_with_long_windows_is_read(tmp_path: Path) -> None:
     for window in (28, 31):
         path = FAULTS / f"window{window}.jsonl.zst"
-        lines = list(prepare.read_jsonl(path, 0, "jsonl.zst"))
+        lines = list(documents.read_jsonl(path, 0, "jsonl.zst"))
         assert b"\n".join(item.raw for item in lines).strip() == (FAULTS / "good.jsonl").read_bytes().strip()
 
 
@@ -549,7 +552,7 @@ def test_sample_is_the_shortest_prefix_by_hash(texts: list[str], budget: int) ->
 # Transform
 
 
-class Shout:
+class Shout(CaseOps):
     """A toy transform: lower-cases ASCII and marks every capital with one symbol; a symbol stands for no byte."""
 
     name = "shout"
@@ -613,7 +616,8 @@ def test_resume_after_any_interruption(
 ) -> None:
     folder = tmp_path_factory.mktemp("resume")
     docs = write_jsonl(folder / "docs.jsonl", [*make_texts(14, words=25), make_texts(14, words=25)[2]])
-    kind, transform = ({"tokenizer": model}, None) if data.draw(st.booleans()) else ({"vocab_size": 300}, Shout())
+    transform = data.draw(st.sampled_from([None, Shout(), FusedCaseOps()]))
+    kind: dict = {"vocab_size": 300} if transform else {"tokenizer": model}
     kind |= {"val_docs": 4, "drop_overlap": True, "shard_tokens": data.draw(st.integers(30, 400))}
     prepare.prepare(Options((docs,), folder / "whole", **kind), transform)
     options = Options((docs,), folder / "broken", **kind)
@@ -667,11 +671,13 @@ def test_finished_directory_is_checked(tmp_path: Path, model: Path, docs: Path) 
     prepare.prepare(Options(**options))
     shard, manifest = options["out"] / "fineweb_val_000000.bin", options["out"] / "manifest.json"
     shard.write_bytes(shard.read_bytes()[:-2])
-    refused("fineweb_val_000000.bin: .*--overwrite", **options)
+    refused("fineweb_val_000000.bin: gone, or not the file .*--overwrite", **options)
+    shard.unlink()
+    refused("fineweb_val_000000.bin: gone, or not the file .*--overwrite", **options)
     cut = (FAULTS / "manifest_cut.json").read_text()
     for text, message in (
-        ("{}", "not written by this tool"),
-        ('{"sources": [], "settings": []}', "not written by this tool"),
+        ("{}", "not written by this version of the tool"),
+        ('{"sources": [], "settings": []}', "not written by this version of the tool"),
         ("[]", "not an object"),
         (cut, "is not valid JSON"),
         ("[" * 5000, "nested too deep"),
@@ -782,9 +788,9 @@ def test_interrupt_while_modules_load_is_one_line() -> None:
 def test_validation_default_is_the_published_split_and_both_forms_take_caseops() -> None:
     assert Options((Path("x"),), Path("y"), vocab_size=300).val_docs == 50_000
     for form, val_docs in (("--docs x --vocab-size 300", 50_000), ("sample", 16)):
-        for more in ([], ["--caseops"]):
+        for more in ([], ["--caseops"], ["--caseops", "--fuse-pairs"]):
             args = prepare.parse_arguments([*form.split(), "--out", "y", *more])
-            assert args.val_docs == val_docs and args.caseops == bool(more), form
+            assert args.val_docs == val_docs and args.caseops + args.fuse_pairs == len(more), form
             assert args.max_overlap == (0.05 if form.startswith("sample") else 0.01), form
 
 
