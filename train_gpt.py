@@ -399,6 +399,12 @@ class Config:
     )
     gptq_calibration_batches: int = knob(16, "calibration batches, over all ranks", "> 0")
     gptq_damp: float = knob(0.01, "damping / mean of the Hessian's diagonal", "> 0")
+    fisher_scales: float = knob(
+        0.0,
+        "how far row scales follow what an error costs the loss, by gradients of the calibration, instead of the "
+        "row's standard deviation; the clips then set the mean; 0, as published: not at all; 1: alone",
+        ">= 0, <= 1",
+    )
     tcq_states: int = knob(8, "trellis states: 4, 8, 16, 32 or 64", ">= 4, <= 64", "MATRIX_QUANT=gptq_tcq")
     tcq_chunk_rows: int = knob(1024, "rows per trellis path", ">= 16, <= 2048", "MATRIX_QUANT=gptq_tcq")
     gated_attn_quant_gate: bool = knob(False, "store attention gates as int8 with a scale per row; off: fp16")
@@ -603,6 +609,10 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda c: c.rotate == "hadamard_vo" and (c.model_dim // c.num_heads).bit_count() != 1,
         "ROTATE=hadamard_vo needs MODEL_DIM/NUM_HEADS to be a power of two; say ROTATE=none",
+    ),
+    (
+        lambda c: c.rotate == "hadamard_vo" and c.fisher_scales > 0,
+        "FISHER_SCALES={c.fisher_scales} measures the rows of v as they are before ROTATE=hadamard_vo; say ROTATE=none",
     ),
     (
         lambda c: c.rotate == "hadamard_vo" and "value_embed" in c.attn_extras,
@@ -995,6 +1005,8 @@ class Runtime:
         rank, world, local_rank = launch_variables(environ)
         if cfg.batch_slices % world != 0:
             raise UserError(f"BATCH_SLICES={cfg.batch_slices} is not a multiple of the {world} ranks")
+        if "train" in cfg.stages and cfg.gptq_calibration_batches < world:
+            raise UserError(f"GPTQ_CALIBRATION_BATCHES={cfg.gptq_calibration_batches} gives some of {world} ranks none")
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda, but torch sees no GPU; use DEVICE=cpu or install a CUDA build of torch")
         use_cuda = cfg.device != "cpu" and torch.cuda.is_available()
@@ -2422,7 +2434,8 @@ def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
 class Site(NamedTuple):
     """A place where a listener can read and change the model's activations."""
 
-    name: str  # q k v o up down head (qkv for a delta net's q k v): a matmul; attn, mlp: a whole sublayer
+    # q k v o up down head (qkv and delta_z in a delta net): a matmul; attn, mlp: a whole sublayer; lookup: of ids
+    name: str
     execution: int  # position in the route; the head's is -1
     layer: int
 
@@ -2811,7 +2824,8 @@ class DeltaNet(nn.Module):
         beta = torch.sigmoid(b)
         state = g.new_zeros(n.size(0), g.size(-1), self.head_dim, self.head_dim)
         y, _ = self.rule(q, k, F.silu(v), g, beta, meta.starts, state)
-        gate = F.silu(self.z(n))
+        z = tap("delta_z", n, self.z(n))
+        gate = F.silu(z)
         y = y.flatten(2) * gate
         out = tap("o", y, self.o(y))
         return tap("attn", n, out)
@@ -3052,10 +3066,11 @@ class GPT(nn.Module):
             cos, sin = cos[position], sin[position]
         return AttnMeta(cu_seqlens, max_len, cos, sin, mask)
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, taps: Taps | None = None) -> Tensor:
         """(B, T) ids -> (B, T, D): the embedding and its extras, normed, then the extras that act after the norm."""
         # tok_emb is the head's matrix: its rows are looked up here, and multiplied there
         x = F.embedding(ids, self.tok_emb.weight).to(self.dtype)
+        x = LayerTap(taps)("lookup", ids, x)
         for name, extra in self.embed_extras.items():
             x = x if name in NORMED_EXTRAS else extra(ids, x)
         x = rms_norm(x)
@@ -3068,7 +3083,7 @@ class GPT(nn.Module):
         meta = self.plan(ids.size(1), ids.device) if meta is None else meta
         if self.first_id is not None:
             meta = meta._replace(starts=state_starts(ids, meta.cu_seqlens, self.first_id))
-        x = self.embed(ids)
+        x = self.embed(ids, taps)
         # cut off what embeddings looked back at; a document's start looks at nothing
         if meta.kv_cache is not None:
             ids = ids[:, self.reach :]
@@ -3720,6 +3735,7 @@ class QuantRule(NamedTuple):
     clip: float = 0.0  # in standard deviations of a row
     awq_groups: tuple[int, ...] = ()  # first columns of the groups that have AWQ_LITE_BITS
     frequent_rows: tuple[int, ...] = ()  # rows that have EMBED_TOP_BITS
+    gains: tuple[float, ...] = ()  # factors on the scales of the rows
 
 
 STORES = {  # Role.store -> (Config) -> its rule, before the clip
@@ -3836,20 +3852,105 @@ class HessianTap:
         inputs = {name: (ROLES[p.role].hessian, p.layer) for name, p in model.named_parameters()}
         return {name: means[key] for name, key in inputs.items() if key in means}
 
+    def listen(self, model: GPT, ids: Tensor, meta: AttnMeta, seed: int) -> None:
+        """Hear a batch."""
+        with torch.no_grad():
+            h = model.trunk(ids, meta, self)
+            # the head's input is all that its Hessian needs: no logits
+            LayerTap(self)("head", h, h)
 
-@torch.no_grad()
+
+SENSITIVITY = "sensitivity of "  # before the name of a weight, among the Hessians
+FISHER_TOKENS = 2**15  # tokens of a backward pass
+SENSITIVITY_FLOOR = 0.1  # of the mean of a weight's rows: a row that no gradient reached may still matter
+
+
+class FisherTap(HessianTap):
+    """A HessianTap that also measures what errors in the rows of each matrix cost: mean squares of output gradients.
+
+    The gradients are those of targets that the model itself draws: their outer products, over inputs and outputs, are
+    a Kronecker factorisation of the Fisher matrix (K-FAC, Martens and Grosse 2015), which is the curvature of the
+    divergence that rounding causes. The embedding is read twice: by ids, and as the head.
+    """
+
+    # beside inputs: outputs of the matrices that share another's input, and the rows that ids look up
+    sites = HessianTap.sites | {"k", "v", "delta_z", "lookup"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squares, self.looked_up, self.tokens = {}, 0, 0
+
+    def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        if site.name in HessianTap.sites:
+            super().__call__(site, x, y)
+        if site.name != "head":
+            y.register_hook(functools.partial(self.measure, site, x.detach()))
+        return y
+
+    def measure(self, site: Site, x: Tensor, g: Tensor) -> None:
+        """Take in the gradient g of a site's output."""
+        g = g.flatten(0, -2).float()
+        if site.name != "lookup":
+            self.add(site.name, site.layer, g.square().sum(dim=0))
+            return
+        self.looked_up = self.looked_up + g.T @ g
+        rows = torch.zeros_like(self.squares["head", -1])
+        self.add("lookup", -1, rows.index_add(0, x.flatten(), g.square().sum(dim=1)))
+
+    def add(self, name: str, layer: int, rows: Tensor) -> None:
+        """Add to the sum of a site's squares."""
+        self.squares[name, layer] = self.squares.get((name, layer), 0) + rows
+
+    def listen(self, model: GPT, ids: Tensor, meta: AttnMeta, seed: int) -> None:
+        """Hear a batch, and the gradients of its loss for targets drawn with a seed."""
+        generator = torch.Generator(ids.device).manual_seed(seed)
+        with torch.enable_grad():
+            h = model.trunk(ids, meta, self)
+            z = LayerTap(self)("head", h, model.tok_emb(h)).flatten(0, 1)
+            y = softcapped(z.detach(), model.softcap)
+            p = y.softmax(dim=1)
+            # of the logits themselves, the mean over all draws is known: p (1 - p), times the square of dy/dz
+            slope = 1 - (y / model.softcap).square()
+            self.add("head", -1, (p * (1 - p) * slope.square()).sum(dim=0).float())
+            drawn = p.multinomial(1, generator=generator)
+            loss = softcapped_cross_entropy(z, drawn[:, 0], model.softcap).sum()
+            # no weight's gradient is wanted: that of the embedding leads through all outputs
+            torch.autograd.grad(loss, model.tok_emb.weight)
+        self.tokens += ids.numel()
+
+    def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> Weights:
+        """Those of HessianTap, the embedding's with its second use, and the sensitivity (rows,) of each weight."""
+        found = super().hessians(model, batches, runtime)
+        squares = {key: (runtime.sum_(total) / batches).cpu() for key, total in self.squares.items()}
+        looked_up = runtime.sum_(self.looked_up).cpu() / batches
+        tokens = runtime.sum_(torch.tensor(self.tokens)).item() / batches
+        for name, p in model.named_parameters():
+            key = ("head" if p.role == "embed" else p.role, p.layer)
+            if name not in found or key not in squares:
+                continue
+            # Hessian and squares are both sums over the passes of a looped layer, so their product counts passes twice:
+            # right if an error did the same harm in each, too much if the harms were independent. It is in between
+            rows = squares[key] / math.sqrt(passes(model.cfg, p.layer))
+            if p.role == "embed":
+                H = rows.sum() * found[name] + tokens * looked_up
+                rows = rows * found[name].trace() + tokens * squares["lookup", -1]
+                rows, found[name] = rows / H.trace(), H
+            found[SENSITIVITY + name] = rows
+        return found
+
+
 def collect_hessians(cfg: Config, runtime: Runtime, model: GPT) -> Weights:
     """Collect input Hessians over GPTQ_CALIBRATION_BATCHES random batches of training windows, split over the ranks."""
-    tap, started = HessianTap(), time.perf_counter()
+    tap, started = FisherTap() if cfg.fisher_scales else HessianTap(), time.perf_counter()
     # the batches depend on their index alone, so the sum is the same for any number of ranks
     mine = range(runtime.rank, cfg.gptq_calibration_batches, runtime.world)
     for done, index in enumerate(mine):
         rows = calibration_rows(cfg, index)
-        batch = Batch(rows, rows, row_bounds(cfg, rows))
-        ids, _, meta = on_device(model, batch, runtime, cfg.train_seq_len)
-        h = model.trunk(ids, meta, tap)
-        # the head's input is all that its Hessian needs: no logits
-        LayerTap(tap)("head", h, h)
+        # gradients need the activations of all layers, which is more than fits for a whole batch
+        for part in np.array_split(rows, -(-rows.size // FISHER_TOKENS) if cfg.fisher_scales else 1):
+            batch = Batch(part, part, row_bounds(cfg, part))
+            ids, _, meta = on_device(model, batch, runtime, cfg.train_seq_len)
+            tap.listen(model, ids, meta, index)
         runtime.log.progress("calibration", done + 1, len(mine), started)
     return tap.hessians(model, cfg.gptq_calibration_batches, runtime)
 
@@ -3928,11 +4029,6 @@ def sigma_clip_scale(weight: Tensor, bits: Bits, clip: float) -> Tensor:
     """Row scales (rows,) float32 for a grid that reaches `clip` standard deviations; bits: an int or (rows, 1)."""
     deviation = weight.float().std(dim=1, keepdim=True)
     return (clip * deviation / (2 ** (bits - 1) - 1)).squeeze(1)
-
-
-def row_scales(weight: Tensor, bits: Bits, clip: float, base_step: float = 0.0) -> Tensor:
-    """sigma_clip_scale as it will be read back from the artifact."""
-    return scale_values(stored_scales(sigma_clip_scale(weight, bits, clip), base_step))
 
 
 def quantile_scale(weight: Tensor, bits: int, quantile: float, floor: float) -> Tensor:
@@ -4134,8 +4230,14 @@ def row_bits(weight: Tensor, rule: QuantRule, cfg: Config) -> Bits:
 
 
 def sigma_clip(weight: Tensor, rule: QuantRule, cfg: Config) -> Tensor:
-    """Row scales for a grid that reaches rule.clip standard deviations, as they will be stored."""
-    return row_scales(weight, row_bits(weight, rule, cfg), rule.clip, cfg.scale_step)
+    """Row scales for a grid that reaches rule.clip standard deviations, times the rule's gains, as they are stored."""
+    bits = row_bits(weight, rule, cfg)
+    scale = sigma_clip_scale(weight, bits, rule.clip)
+    if rule.gains:
+        # however fine, a grid must reach the largest weight of its row
+        reach = weight.float().abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+        scale = torch.maximum(scale * scale.new_tensor(rule.gains), reach[:, 0])
+    return scale_values(stored_scales(scale, cfg.scale_step))
 
 
 class Scheme(NamedTuple):
@@ -4190,7 +4292,7 @@ def encode_tcq(
         order, Hinv, dead = inverse_factor(hessian, cfg.gptq_damp)
         orders.append(order)
         # The grid is twice as fine as a scalar quantiser's of this rate; a state allows every other point
-        found.append(stored_scales(sigma_clip_scale(weight, rule.bits, rule.clip) / 2, cfg.scale_step))
+        found.append(stored_scales(sigma_clip(weight, rule, cfg) / 2, cfg.scale_step))
         steps += scale_values(found[-1]).split(cfg.tcq_chunk_rows)
         # The rows of a GPTQ column do not depend on one another, so each column is rounded to its best path, in chunks
         # of rows that each start in state 0
@@ -4382,6 +4484,44 @@ def quantisation_jobs(plan: Plan, state: Weights, world: int) -> list[list[str]]
     return list(filter(None, shares))
 
 
+def pivots(hessian: Tensor, percdamp: float) -> Tensor:
+    """What is left of an error in each column once GPTQ's later columns have made up for it, per its square."""
+    _, U, _ = inverse_factor(hessian, percdamp)
+    return U.diagonal().double().pow(-2)
+
+
+def mean_of_weights(rows: Weights, state: Weights) -> Tensor | float:
+    """Mean over all weights of numbers (rows,) that belong to the rows of some of them."""
+    total = sum(numbers.mean() * state[name].numel() for name, numbers in rows.items())
+    return total / max(1, sum(state[name].numel() for name in rows))
+
+
+def fisher_gains(cfg: Config, runtime: Runtime, plan: Plan, state: Weights, hessians: Weights) -> Plan:
+    """The plan with gains that let the same bytes cost less: FISHER_SCALES of the way to the cheapest scales.
+
+    Rounding a row to a scale s costs about its sensitivity times s^2/24 times the sum of GPTQ's pivots, and each
+    weight's entropy falls as log2 s. At a given size the sum over all rows is least where all rows cost the same.
+    """
+    names = [name for name, rule in plan.items() if cfg.fisher_scales and SCHEMES[rule.scheme].hessian]
+    if any(SENSITIVITY + name not in hessians for name in names):
+        raise UserError(f"FISHER_SCALES={cfg.fisher_scales:g} has no sensitivities; run STAGES=train,... again with it")
+
+    def log_gains(name: str) -> Weights:
+        """The wanted change of a weight's log scales, up to a constant for all weights."""
+        rows = hessians[SENSITIVITY + name].double()
+        rows = rows + SENSITIVITY_FLOOR * rows.mean()
+        H = hessians[name].to(runtime.device)
+        cost = rows * pivots(H, cfg.gptq_damp).mean().cpu()
+        scale = sigma_clip(state[name].cpu(), plan[name], cfg)
+        return {name: -cfg.fisher_scales * (cost.sqrt() * scale).log()}
+
+    found = deal_jobs(runtime, "sensitivities", names, log_gains)
+    # the mean over all weights stays, and with it the entropy
+    mean = mean_of_weights(found, state)
+    gains = {name: (logs - mean).exp() for name, logs in found.items()}
+    return plan | {name: plan[name]._replace(gains=tuple(gains[name].tolist())) for name in names}
+
+
 def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> list[Stored]:
     """Quantise a state dict: its tensors as they are stored, on the CPU, in the order of the model.
 
@@ -4390,7 +4530,8 @@ def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -
     for name, weight in state.items():
         if not torch.isfinite(weight).all():
             raise FloatingPointError(f"{name} holds values that are not finite; train again")
-    plan, device, tensors = refined_plan(cfg, state, hessians), runtime.device, weights_of(cfg)
+    device, tensors = runtime.device, weights_of(cfg)
+    plan = fisher_gains(cfg, runtime, refined_plan(cfg, state, hessians), state, hessians)
 
     def encode(names: list[str]) -> dict[str, Stored]:
         """Encode the tensors of one job; by name."""
@@ -4462,6 +4603,8 @@ def sort_hidden(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights
         state[up], state[down] = state[up][rows], state[down][:, rows]
         if down in hessians:
             hessians[down] = hessians[down][rows][:, rows]
+        if SENSITIVITY + up in hessians:
+            hessians[SENSITIVITY + up] = hessians[SENSITIVITY + up][rows]
     return state, hessians
 
 

@@ -179,6 +179,11 @@ def hessian(key: str, samples: int, cols: int, rho: float, dead: tuple[int, ...]
     return X.T @ X / samples
 
 
+def row_scales(weight: Tensor, bits: int, clip: float) -> Tensor:
+    """The float16 scales (rows, 1) of a grid that reaches `clip` standard deviations of each row."""
+    return train_gpt.storable(train_gpt.sigma_clip_scale(weight, bits, clip)).float()[:, None]
+
+
 def write_shards(folder: Path, *shards: np.ndarray) -> Path:
     """Training shards in a data directory."""
     folder.mkdir(exist_ok=True)

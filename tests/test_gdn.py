@@ -258,7 +258,7 @@ def test_delta_net_gives_the_published_numbers(golden: rules.Entry) -> None:
     starts[:, [t for t in firsts if t]] = True
     meta = train_gpt.AttnMeta(None, 0, torch.empty(0), torch.empty(0), None, starts)
     y, loss, gradients, sites = run_mixer(net, c, meta)
-    assert set(sites) == {"qkv", "o", "attn"} and sites["qkv"].shape == sites["attn"].shape
+    assert set(sites) == {"qkv", "delta_z", "o", "attn"} and sites["qkv"].shape == sites["attn"].shape
     q, k, v, g, beta, _, state = net.rule.args
     for first, stop, checks in zip(firsts, [*firsts[1:], c["T"]], expected["final_states"], strict=True):
         cut = (x[:, first:stop] for x in (q, k, v, g, beta, starts))

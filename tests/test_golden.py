@@ -514,7 +514,7 @@ def test_gptq(golden: rules.Entry) -> None:
     W = rules.fill("hash", f"gptq.W.{key}", (rows, cols), 0.1) * (1 + 0.5 * torch.arange(rows) / rows)[:, None]
     W, H = W.float(), rules.hessian(key, c["samples"], cols, c["rho"], c["dead_columns"])
     bits = torch.tensor(c["row_bits"])[:, None] if "row_bits" in c else (c["clip_range"] + 1).bit_length()
-    scale = train_gpt.row_scales(W, bits, c["clip_sigmas"])[:, None]
+    scale = rules.row_scales(W, bits, c["clip_sigmas"])
     q = train_gpt.gptq(W, H.float(), scale, bits, 0.01, c["block_size"])
     assert q.dtype == torch.int8
     q, scale = q.int(), scale.double()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -98,7 +101,7 @@ def layer(rows: int, cols: int, seed: int, factors: int = 1, loud: float = 0.0) 
 
 def gptq_and_nearest(W: Tensor, H: Tensor, bits: int, clip: float, blocksize: int = 128) -> list[Tensor]:
     """The integers of GPTQ, and those of rounding to nearest on the same grid; then the scales of its rows."""
-    scale = train_gpt.row_scales(W, bits, clip)[:, None]
+    scale = rules.row_scales(W, bits, clip)
     nearest = train_gpt.round_to_grid(W, scale, bits)
     return [train_gpt.gptq(W, H, scale, bits, 0.01, blocksize), nearest.to(torch.int8), scale]
 
@@ -152,12 +155,12 @@ def test_gptq_halves_the_error_on_correlated_inputs_whatever_the_block_size() ->
 
 def test_scales_and_bits_may_differ_by_row_and_by_column() -> None:
     W, H = layer(12, 40, 7, loud=1.0)
-    scale = train_gpt.row_scales(W, 6, 12.0)[:, None]
+    scale = rules.row_scales(W, 6, 12.0)
     uniform = train_gpt.gptq(W, H, scale, 6, 0.01, 16)
     for bits in (torch.full((12, 1), 6), torch.full((1, 40), 6), torch.full((12, 40), 6)):
         assert torch.equal(train_gpt.gptq(W, H, scale.repeat(1, 40), bits, 0.01, 16), uniform), bits.shape
     bits = torch.where(torch.arange(12) < 5, 2, 6)[:, None]
-    coarse = train_gpt.gptq(W, H, train_gpt.row_scales(W, bits, 1.0)[:, None], bits, 0.01, 16)
+    coarse = train_gpt.gptq(W, H, rules.row_scales(W, bits, 1.0), bits, 0.01, 16)
     assert coarse[:5].abs().max() == 1 and coarse[5:].abs().max() == 31, "rows do not depend on one another"
 
 
@@ -259,3 +262,68 @@ def test_damping_grows_until_there_is_a_factor() -> None:
     hessians[name] = -1e9 * torch.ones_like(hessians[name])
     with pytest.raises(FloatingPointError, match=f"{name}: its Hessian has no Cholesky factor; raise GPTQ_DAMP"):
         train_gpt.quantize(cfg, rules.runtime(), state, hessians)
+
+
+# Scales by sensitivity
+
+
+def divergence(model: train_gpt.GPT, ids: Tensor, state: Tensors) -> float:
+    """KL of the model with other weights from the model, nats per token."""
+    other = copy.deepcopy(model)
+    other.load_state_dict(state)
+    with torch.no_grad():
+        p, q = (m(ids).log_softmax(dim=-1) for m in (model, other))
+    return (p.exp() * (p - q)).sum(dim=-1).mean().item()
+
+
+@functools.cache
+def sensitive() -> tuple[train_gpt.GPT, Tensor, Tensors]:
+    """A small looped model, its input, and what calibration finds with a dozen draws of the targets."""
+    model, ids, tap = rules.build(SMALL, torch.float64), rules.rows_of(SMALL)[0], train_gpt.FisherTap()
+    for seed in range(12):
+        tap.listen(model, ids, model.plan(ids.size(1), ids.device), seed)
+    return model, ids, tap.hessians(model, 12, rules.runtime())
+
+
+def test_sensitivities_predict_the_divergence_that_noise_in_a_matrix_causes() -> None:
+    model, ids, found = sensitive()
+    names = [name for name in found if train_gpt.SENSITIVITY + name in found]
+    assert names == list(filter(is_matrix, model.state_dict())), "every matrix, the tied embedding among them"
+    for name in names:
+        state, generator = model.state_dict(), torch.Generator().manual_seed(0)
+        rows, W = found[train_gpt.SENSITIVITY + name].double(), state[name]
+        # rows of their own: noise sits where it matters most, or least
+        for stress in (-0.5, 0.5):
+            size = 1e-3 * W.std() * (rows / rows.mean()).clamp_min(1e-3) ** stress
+            predicted = 0.5 * (rows * size.square()).sum() * found[name].double().trace() / ids.numel() ** 2
+            noises = (torch.randn(W.shape, generator=generator, dtype=W.dtype) * size[:, None] for _ in range(8))
+            measured = np.mean([divergence(model, ids, state | {name: W + noise}) for noise in noises])
+            assert 1 / 3 < measured / predicted < 3, (name, stress, measured, predicted)
+
+
+def test_scales_by_sensitivity_lose_less_in_as_many_bytes() -> None:
+    model, ids, found = sensitive()
+    state = {name: w.float() for name, w in model.state_dict().items()}
+    found = {name: value.float() for name, value in found.items()}
+    knobs, lost = {"matrix_bits": 8, "embed_bits": 8, "gated_attn_quant_gate": True}, {}
+    for share, clip in ((0.0, 50.0), (0.75, 70.0)):
+        clips = dict.fromkeys(("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas"), clip)
+        cfg = rules.model_config(SMALL, fisher_scales=share, **knobs, **clips)
+        stored = train_gpt.quantize(cfg, rules.runtime(), state, found)
+        restored = {name: w.double() for name, w in train_gpt.dequantize(stored).items()}
+        lost[share] = len(train_gpt.pack_stored(stored, "rans")), divergence(model, ids, restored)
+    assert lost[0.75][0] <= lost[0][0] and lost[0.75][1] < 0.5 * lost[0][1], lost
+    # as far as it goes, every row costs the same, up to the floor under sensitivities and the reach of a grid
+    cfg = dataclasses.replace(
+        cfg, fisher_scales=1.0, embed_clip_sigmas=200.0, attn_clip_sigmas=200.0, mlp_clip_sigmas=200.0
+    )
+    plan = train_gpt.fisher_gains(cfg, rules.runtime(), train_gpt.quant_plan(cfg), state, found)
+    costs = []
+    for name in filter(is_matrix, state):
+        scale = train_gpt.sigma_clip(state[name], plan[name], cfg).double()
+        rows = found[train_gpt.SENSITIVITY + name].double()
+        pivots = train_gpt.pivots(found[name], cfg.gptq_damp).mean()
+        costs += ((rows + 0.1 * rows.mean()) * pivots * scale.square()).tolist()
+    assert np.std(np.log(costs)) < 0.01
+    with pytest.raises(train_gpt.UserError, match=r"FISHER_SCALES=1 has no sensitivities; run STAGES=train"):
+        train_gpt.quantize(cfg, rules.runtime(), state, small_state()[2])
