@@ -398,6 +398,11 @@ class Config:
         ">= 0, <= 1",
     )
     gptq_calibration_batches: int = knob(16, "calibration batches, over all ranks", "> 0")
+    artifact_bytes: int = knob(
+        0,
+        "size of model.bin to fill: one factor on all clips is searched, in up to five rounds; 0: clips as they are",
+        ">= 0",
+    )
     gptq_damp: float = knob(0.01, "damping / mean of the Hessian's diagonal", "> 0")
     fisher_scales: float = knob(
         0.0,
@@ -609,6 +614,11 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda c: c.rotate == "hadamard_vo" and (c.model_dim // c.num_heads).bit_count() != 1,
         "ROTATE=hadamard_vo needs MODEL_DIM/NUM_HEADS to be a power of two; say ROTATE=none",
+    ),
+    (
+        lambda c: c.artifact_bytes > 0 and c.fisher_scales == 0,
+        "ARTIFACT_BYTES={c.artifact_bytes} may need finer grids than reach a row's largest weight; set FISHER_SCALES, "
+        "with which they always do",
     ),
     (
         lambda c: c.rotate == "hadamard_vo" and c.fisher_scales > 0,
@@ -6521,6 +6531,37 @@ class Run:
         known[WEIGHTS_HASH] = weights_hash(model.state_dict())
         self.save("hessians.pt", known)
 
+    def fill_artifact(self, path: Path, state: Weights, hessians: Weights) -> None:
+        """Quantise and write the artifact, again with other clips until it is almost as large as ARTIFACT_BYTES."""
+        target, coarser, before, best = self.cfg.artifact_bytes, 0.0, None, ()
+        # a scale that is twice as coarse takes about a bit off every weight
+        slope = -sum(weight.numel() for weight in state.values()) / 8
+        knobs = sorted({role.clip for role in ROLES.values()} - {""})
+        for _ in range(5 if target else 1):
+            clips = {name: 2**coarser * getattr(self.cfg, name) for name in knobs}
+            cfg = dataclasses.replace(self.cfg, **clips)
+            stored, blob = quantize(cfg, self.runtime, state, hessians), b""
+            if self.runtime.rank == 0:
+                blob = pack_stored(stored, cfg.compressor, model_identity(self.cfg))
+            size = int(self.runtime.broadcast_from_rank0(len(blob)))
+            counts = collections.Counter(tensor.encoding() for tensor in stored)
+            kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
+            self.log(f"stored tensors: {kinds}; {size:,} bytes with clips times {2**coarser:.4f}")
+            # the largest that fits, or else the smallest
+            rank = (True, size) if size <= target else (False, -size)
+            if rank > best:
+                best = rank
+                if blob:
+                    atomic_write(path, blob)
+            if 0.998 * target <= size <= target:
+                break
+            # sizes that are close differ by chance
+            if before is not None and abs(size - before[1]) > 0.02 * target:
+                slope = (size - before[1]) / (coarser - before[0])
+            before = coarser, size
+            # the middle of what is near enough
+            coarser += (0.999 * target - size) / slope
+
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
         cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
@@ -6530,18 +6571,14 @@ class Run:
         hessians = load_saved(self.folder / "hessians.pt", WEIGHTS_HASH)
         if not torch.equal(hessians[WEIGHTS_HASH], weights_hash(state)):
             raise UserError(f"{self.folder}: hessians.pt is of other weights than model.pt; train again")
-        stored = quantize(cfg, runtime, *reparametrize(cfg, runtime, state, hessians))
-        seconds = time.perf_counter() - started
-        if runtime.rank == 0:
-            counts = collections.Counter(tensor.encoding() for tensor in stored)
-            self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-            atomic_write(path, pack_stored(stored, cfg.compressor, model_identity(cfg)))
+        self.fill_artifact(path, *reparametrize(cfg, runtime, state, hessians))
         runtime.barrier()
         size, code = path.stat().st_size, Path(__file__).stat().st_size
-        self.log(
-            f"artifact: {size:,} bytes ({cfg.compressor}), quantised in {seconds:.1f} s, compressed in "
-            f"{time.perf_counter() - started - seconds:.1f} s"
-        )
+        self.log(f"artifact: {size:,} bytes ({cfg.compressor}), {time.perf_counter() - started:.1f} s")
+        if 0 < cfg.artifact_bytes < size:
+            self.log(
+                f"WARNING: model.bin has {size:,} bytes, over ARTIFACT_BYTES={cfg.artifact_bytes:,}; raise the clips"
+            )
         # what the packer noted is about an older model.bin
         self.result = {k: v for k, v in self.result.items() if not k.startswith("artifact")}
         self.result |= {"bytes_code": code, "bytes_model": size, "bytes_total": code + size}

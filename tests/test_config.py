@@ -216,7 +216,7 @@ ILLEGAL_EXAMPLES = """
     SCALE_STEP=1e-9 -> SCALE_STEP=1e-09; STAGES=train,eval -> STAGES must be train;
     EVAL=slot SLOT_CAUSAL=0 -> ALLOW_NONCAUSAL=1; TTT_CHUNK_TOKENS=2047 EVAL=chunk_sgd;
     MATRIX_BITS_OVERRIDES=attn.o.weight -> attn.o.weight:7; ROTATE=hadamard_vo MODEL_DIM=384 -> power of two;
-    FISHER_SCALES=0.5 ROTATE=hadamard_vo;
+    ARTIFACT_BYTES=15000000 -> set FISHER_SCALES; FISHER_SCALES=0.5 ROTATE=hadamard_vo;
     ATTN_EXTRAS=value_embed ROTATE=hadamard_vo; TTT_CONTEXT=carry TTT_CHUNK_SIZE=1025 -> half of TTT_EVAL_SEQ_LEN=2048;
     TTT_CONTEXT=carry TTT_WARM_START_A=1 -> TTT_WARM_START_A=0; TTT_CONTEXT=carry MIXERS=G*2_A*9 -> MIXERS without G;
     ATTN_EXTRAS=sink TTT_CONTEXT=carry; TCQ_STATES=5;

@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import golden_rules as rules
@@ -327,3 +329,21 @@ def test_scales_by_sensitivity_lose_less_in_as_many_bytes() -> None:
     assert np.std(np.log(costs)) < 0.01
     with pytest.raises(train_gpt.UserError, match=r"FISHER_SCALES=1 has no sensitivities; run STAGES=train"):
         train_gpt.quantize(cfg, rules.runtime(), state, small_state()[2])
+
+
+def test_clips_are_searched_until_the_artifact_is_full(tmp_path: Path) -> None:
+    model, ids, found = sensitive()
+    state = {name: w.float() for name, w in model.state_dict().items()}
+    found, path, sizes = {name: value.float() for name, value in found.items()}, tmp_path / "model.bin", []
+    lost = []
+    for target in 0, 26_000, 34_000, 300_000:
+        knobs = {"artifact_bytes": target, "fisher_scales": 0.75, "matrix_bits": 8, "embed_bits": 8}
+        cfg, runtime = rules.model_config(SMALL, compressor="rans", **knobs), rules.runtime()
+        run = SimpleNamespace(cfg=cfg, runtime=runtime, log=runtime.log)
+        train_gpt.Run.fill_artifact(run, path, state, found)
+        sizes.append(path.stat().st_size)
+        restored = train_gpt.load_artifact(path, cfg)
+        lost.append(divergence(model, ids, {name: w.double() for name, w in restored.items()}))
+    # the last is more than 8 bits a weight: nothing is clipped for the sake of a size that cannot be
+    assert 25_600 <= sizes[1] <= 26_000 and 33_600 <= sizes[2] <= 34_000 and sizes[0] < sizes[3] < 100_000
+    assert lost[1] > lost[2] > lost[3]
