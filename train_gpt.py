@@ -121,6 +121,30 @@ def knob(default: Any, doc: str, allowed: str = "", when: str = "") -> Any:
 Words = tuple[str, ...]  # the value of a knob that lists words, written with commas
 
 
+class UpTo(NamedTuple):
+    """An entry of a knob that is a table: a value, and up to which limit it holds; LIMIT:VALUE as text."""
+
+    limit: float
+    value: int
+
+    def __str__(self) -> str:
+        return str(self.value) if self.limit == math.inf else f"{self.limit:.12g}:{self.value}"
+
+    @classmethod
+    def parse(cls, text: str) -> UpTo:
+        """Read LIMIT:VALUE, VALUE@LIMIT as some published scripts write it, or a VALUE without a limit."""
+        found = re.fullmatch(r"(?:([\d.]+):)?([1-9]\d*)(?:@([\d.]+))?", text)
+        if not found:
+            raise ValueError("must list LIMIT:VALUE, with integers above 0 as values")
+        before, value, after = found.groups()
+        return cls(float(before or after or "inf"), int(value))
+
+
+def up_to(table: tuple[UpTo, ...], x: float) -> int:
+    """Return the value at the smallest limit that is not below x, or else at the largest limit."""
+    return min((entry for entry in table if x <= entry.limit), default=max(table)).value
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Every knob of a run. A knob's environment variable is its name in capitals."""
@@ -430,7 +454,11 @@ class Config:
     ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1")
     ttt_lora_alpha: float = knob(144.0, "LoRA scale * rank", "> 0")
     ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", ">= 0")
-    ttt_chunk_size: int = knob(48, "tokens per chunk: scored, then learnt", "> 0")
+    ttt_chunk_size: tuple[UpTo, ...] = knob(
+        (UpTo(math.inf, 48),),
+        "tokens per chunk: scored, then learnt; 256:8,2000:24,48: 8 where the longest document of a batch has at most "
+        "256 tokens, 24 up to 2000, else 48",
+    )
     ttt_eval_seq_len: int = knob(2048, "longest context of a chunk, tokens", "> 1")
     ttt_batch_size: int = knob(64, "documents adapted in parallel", "> 0")
     ttt_grad_steps: int = knob(1, "updates per chunk", ">= 1")
@@ -565,8 +593,8 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}",
     ),
     (
-        lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
-        "TTT_CHUNK_SIZE={c.ttt_chunk_size} must be at most TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+        lambda c: not c.ttt_chunk_size or max(size for _, size in c.ttt_chunk_size) > c.ttt_eval_seq_len,
+        "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, and not empty",
     ),
     (
         lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
@@ -609,9 +637,12 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "ROTATE=hadamard_vo cannot rotate what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
     ),
     (
-        lambda c: c.ttt_context == "carry" and not 8 <= c.ttt_chunk_size <= c.ttt_eval_seq_len // 2,
-        "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} between 8 (embeddings look back into the previous "
-        "chunk) and half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+        lambda c: (
+            c.ttt_context == "carry"
+            and not (len(c.ttt_chunk_size) == 1 and 8 <= c.ttt_chunk_size[0].value <= c.ttt_eval_seq_len // 2)
+        ),
+        "TTT_CONTEXT=carry scores documents of all lengths side by side: TTT_CHUNK_SIZE must be one number, between 8 "
+        "(embeddings look back into the previous chunk) and half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
     ),
     (
         lambda c: c.ttt_context == "carry" and c.ttt_warm_start_a,
@@ -673,6 +704,11 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "SLOT_ENABLED": "EVAL=slot (as published: with SLOT_CAUSAL=0 and ALLOW_NONCAUSAL=1)",
     "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
     "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
+    "TTT_MASK": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; no_qv: k,attn,mlp,head)",
+    "TTT_Q_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without q: 0)",
+    "TTT_V_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without v: 0)",
+    "TTT_LOCAL_LR_MULT": "TTT_LORA_LR (the product of the two)",
+    "TTT_SHORT_SCORE_FIRST_STEPS": "TTT_CHUNK_SIZE=256:8,2000:24,48",
     "TTT_K_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without k: 0)",
     "TTT_O_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without attn: 0)",
     "TTT_MLP_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without mlp: 0)",
@@ -716,6 +752,13 @@ def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
     return [] if good else [f"{text} must be {allowed}"]
 
 
+LISTS = {  # type of a knob of several values -> what reads one of them
+    "Words": str,
+    "tuple[int, ...]": int,
+    "tuple[UpTo, ...]": UpTo.parse,
+}
+
+
 def parse_knob(field: dataclasses.Field, text: str) -> Any:
     """Value of a knob from its text; raises ValueError with the reason."""
     kind = field.type
@@ -723,9 +766,9 @@ def parse_knob(field: dataclasses.Field, text: str) -> Any:
         if text not in ("0", "1"):
             raise ValueError("must be 0 or 1")
         return text == "1"
-    if kind in ("Words", "tuple[int, ...]"):
+    if kind in LISTS:
         parts = [part.strip() for part in text.split(",") if part.strip() not in ("", "none")]
-        return tuple(parts) if kind == "Words" else tuple(map(int, parts))
+        return tuple(map(LISTS[kind], parts))
     if kind == "int":
         return int(text.replace("_", ""))
     return float(text) if kind == "float" else text
@@ -3105,18 +3148,17 @@ class GPT(nn.Module):
         taps: Taps | None = None,
         reduction: str = "mean",
         cells: Tensor | None = None,
-        last: int = 0,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """Softcapped logits (B, T, V) in at least float32; with targets (B, T), their cross-entropy in nats: a scalar
         for reduction="mean", (B, T) for "none".
 
-        The head may be computed for some positions only: the `last` columns, and (B, last) takes the place of (B, T);
-        or cells (n,), indices into the B*T flattened positions, and (n) takes their place.
+        The head may be computed for some positions only: columns (n,), and (B, n) takes the place of (B, T); or
+        cells (n,), indices into the B*T flattened positions, and (n) takes their place.
         """
         h = self.trunk(ids, meta, taps)
-        if last:
+        if columns is not None:
             # by an index: the graph of a slice would not serve rows of just so many tokens
-            columns = torch.arange(ids.size(1) - last, ids.size(1), device=ids.device)
             h, targets = h[:, columns], targets[:, columns]
         if cells is not None:
             # the head is the largest matrix: rows that nobody scores skip it
@@ -5093,6 +5135,8 @@ class Cells(NamedTuple):
     documents: np.ndarray | None = None
     # how many targets of its document come before a row's scored ones
     begin: np.ndarray | None = None
+    # tokens of a chunk: the last columns, in which all that is scored lies
+    chunk: int = 0
     # flattened cells whose targets the score itself is fitted on
     fit: np.ndarray | None = None
 
@@ -5598,7 +5642,8 @@ def document_step(
     ids, targets = (np.where(inside, val.tokens[where + inside * i], 0) for i in (0, 1))
     # row by row, so the losses come in the order of the stream within a row
     rows, scored = np.nonzero(inside & (cols >= offset[:, None]))
-    cells = Cells(ids, targets, first + 1, rows, scored, None, documents, begin)
+    chunk = lesson.cols.stop - lesson.cols.start
+    cells = Cells(ids, targets, first + 1, rows, scored, None, documents, begin, chunk)
     return Step(cells, lesson if len(lesson.rows) else None)
 
 
@@ -5616,14 +5661,15 @@ def batch_steps(cfg: Config, val: ValData, docs: list[tuple[int, int]], batches:
 
     Rows of finished documents are dropped, unless A lives on in them.
     """
-    size, window = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
-    rows = min(cfg.ttt_batch_size, len(docs))
+    window, rows = cfg.ttt_eval_seq_len, min(cfg.ttt_batch_size, len(docs))
     starts, lengths = np.array(docs).T
     predictions = lengths - 1  # the first token of a document is none
     for batch in batches:
         # only the first batch, of the longest documents, may be smaller
         # the last batch is filled up with idle rows: one shape, one graph
         documents = np.pad(batch, (0, rows - len(batch)), constant_values=-1)
+        # documents of a batch are of about one length
+        size = up_to(cfg.ttt_chunk_size, lengths[batch].max())
         for c in range(-(-predictions[batch].max() // size)):
             # from this chunk on
             left = np.where(documents < 0, 0, predictions[documents] - c * size)
@@ -5648,7 +5694,7 @@ def carried_steps(
 ) -> Iterator[Step]:
     """The next chunk of each row's document, over and over. A row whose document has ended takes the next of the queue;
     once the queue is empty, it is idle."""
-    size, rows = cfg.ttt_chunk_size, min(cfg.ttt_batch_size, len(docs))
+    size, rows = cfg.ttt_chunk_size[0].value, min(cfg.ttt_batch_size, len(docs))
     queued = (document for batch in batches for document in batch)
     starts, lengths = np.array(docs).T
     documents, begin, offset = np.full(rows, -1), np.zeros(rows, np.int64), np.zeros(rows, np.int64)
@@ -5690,15 +5736,16 @@ class DocLora:
         self.prepare()
 
     def prepare(self) -> None:
-        """Compile, on random tokens: one graph serves all windows and rows."""
+        """Compile, on random tokens: one graph serves all windows, chunks and rows."""
         if not self.runtime.compile:
             return
-        size, rows = self.cfg.ttt_chunk_size, self.num_rows
+        size, rows = max(size for _, size in self.cfg.ttt_chunk_size), self.num_rows
         # equal sizes would become one symbol
-        width = self.cfg.ttt_eval_seq_len - (self.cfg.ttt_eval_seq_len == rows)
+        size += size == rows
+        width = next(width for width in range(self.cfg.ttt_eval_seq_len, 0, -1) if width not in (rows, size))
         ids = np.random.default_rng(0).integers(0, self.cfg.vocab_size, (rows, width))
         zeros, none = np.zeros(rows, np.int64), np.empty(0, np.int64)
-        cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros)
+        cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros, size)
         # what is learnt here is renewed when the first document begins
         self.learn(Lesson(np.arange(rows), slice(width - size, width)), cells, self.score(cells))
         self.warm = False
@@ -5723,15 +5770,17 @@ class DocLora:
         self.warm = self.warm or full
 
     def losses(self, cells: Cells) -> Tensor:
-        """(rows, T) nats with the adapters as they are, NaN before the last TTT_CHUNK_SIZE columns."""
+        """(rows, T) nats with the adapters as they are, NaN before the chunk."""
         batch = Batch(cells.ids, cells.targets, None)
         ids, targets, meta = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
         mark_dynamic(self.runtime, (0, 1), ids, targets)
         mark_dynamic(self.runtime, (0,), meta.cos, meta.sin)
         # a window ends with its chunk: the head is computed for no other column
-        chunk = self.cfg.ttt_chunk_size
-        nll = self.forward(ids, targets, meta, self.adapters, "none", last=chunk)
-        return F.pad(nll, (ids.size(1) - chunk, 0), value=math.nan)
+        before = ids.size(1) - cells.chunk
+        columns = torch.arange(before, ids.size(1), device=ids.device)
+        mark_dynamic(self.runtime, (0,), columns)
+        nll = self.forward(ids, targets, meta, self.adapters, "none", columns=columns)
+        return F.pad(nll, (before, 0), value=math.nan)
 
     def score(self, cells: Cells) -> Tensor:
         """(rows, T) nats of the scored cells; the graph is kept even if nothing will be learnt, which saves another
@@ -5785,7 +5834,7 @@ class CarryLora(DocLora):
     def prepare(self) -> None:
         """The cache, and what scores and learns for each number of its columns."""
         cfg, model, device = self.cfg, self.model, self.runtime.device
-        self.size, on_gpu = cfg.ttt_chunk_size, device.type == "cuda"
+        self.size, on_gpu = cfg.ttt_chunk_size[0].value, device.type == "cuda"
         # chunks in reach
         self.ring = cfg.ttt_eval_seq_len // self.size - 1
         self.columns = (self.ring + 1) * self.size

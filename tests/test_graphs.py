@@ -41,6 +41,7 @@ aot_eager 1 EVAL=sliding LOADER=stream
 eager 2 EVAL=chunk_sgd
 aot_eager 2 EVAL=slot
 eager 2 EVAL=phased_lora
+eager 2 EVAL=phased_lora TTT_CHUNK_SIZE=10:2,30:4,8
 aot_eager 2 EVAL=phased_lora TTT_CONTEXT=carry
 """  # graphs: scoring and gradient; trunk and gradient; scoring with gradient and AdamW (global updates run uncompiled)
 
