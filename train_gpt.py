@@ -445,6 +445,11 @@ class Config:
     val_batch_tokens: int = knob(524_288, "tokens per evaluation batch, split into BATCH_SLICES forwards", "> 0")
     eval_seq_len: int = knob(2048, "longest context; the validation stream is cut to a multiple of it", "> 1")
     eval_stride: int = knob(64, "tokens scored per window", "> 0", "EVAL=sliding|chunk_sgd|slot")
+    eval_budget_seconds: float = knob(
+        600.0,
+        "seconds of the last stage; if they run out, the rest of the stream is scored unadapted; 0: no limit",
+        ">= 0",
+    )
     eval_include_tail: bool = knob(False, "also score the last partial window (not the canonical token count)")
     allow_noncausal: bool = knob(
         False,
@@ -1098,6 +1103,13 @@ class Runtime:
         store = dist.distributed_c10d._get_default_store()
         while (ticket := store.add(queue_name, 1) - 1) < length:
             yield ticket
+
+    def heard_from_rank0(self, message: str, said: bool) -> bool:
+        """Return whether rank 0 has said a message, as it does once `said` is true there; nobody waits."""
+        if self.world == 1:
+            return said
+        store = dist.distributed_c10d._get_default_store()
+        return store.add(message, int(said and self.rank == 0)) > 0
 
     def synchronize(self) -> None:
         """Wait until the GPU has finished what was launched."""
@@ -5116,6 +5128,7 @@ class Score(NamedTuple):
     bytes: int
     seconds: float
     legal: bool
+    unadapted: int = 0  # tokens that were scored without adaptation because EVAL_BUDGET_SECONDS ran out
 
 
 class Cells(NamedTuple):
@@ -5248,6 +5261,8 @@ class ByteMeter:
         self.ledger = Ledger(len(val.tokens), noncausal)
         self.loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
         self.tokens, self.bytes = 0, 0
+        # all cells computed, whether what is scored now is too late to be adapted, and how many tokens were
+        self.cells, self.late, self.unadapted = 0, False, 0
         self.started = time.perf_counter()
 
     def add(self, cells: Cells, nll: Tensor) -> None:
@@ -5260,6 +5275,8 @@ class ByteMeter:
         if self.scores:
             self.rows.append(np.column_stack([positions, nats.cpu(), np.full(len(positions), len(self.rows))]))
         self.tokens += len(positions)
+        self.unadapted += self.late * len(positions)
+        self.cells += cells.ids.size
         self.bytes += int(self.val.bytes[positions].sum())
 
     def close(self) -> Score:
@@ -5268,17 +5285,19 @@ class ByteMeter:
         if self.scores:
             np.save(f"{self.scores}.{self.runtime.rank}.npy", np.concatenate(self.rows))
         loss = self.runtime.sum_(self.loss.clone()).item()
-        tokens, size, illegal = self.runtime.sum_(
-            torch.tensor([self.tokens, self.bytes, not self.ledger.legal])
+        tokens, size, illegal, unadapted = self.runtime.sum_(
+            torch.tensor([self.tokens, self.bytes, not self.ledger.legal, self.unadapted])
         ).tolist()
         seconds = self.runtime.broadcast_from_rank0(time.perf_counter() - self.started)
         if not math.isfinite(loss):
             raise FloatingPointError(f"validation loss is {loss}; the model or the data is damaged")
-        return Score(loss / tokens, loss / (math.log(2) * size), tokens, size, seconds, not illegal)
+        return Score(loss / tokens, loss / (math.log(2) * size), tokens, size, seconds, not illegal, unadapted)
 
 
 class Learner(Protocol):
     """What test-time training does with cells. It is made, and compiles, before the clock of the evaluation runs."""
+
+    model: GPT  # as adapted, but for what is a document's own
 
     def score(self, cells: Cells) -> Tensor:
         """(B, T) nats, at least of the scored cells, from what was learnt before; asking twice changes nothing."""
@@ -5315,21 +5334,52 @@ def with_progress(steps: Iterable[Step], meter: ByteMeter) -> Iterator[Step]:
         runtime.log.progress("evaluation, tokens", done, total, meter.started)
 
 
+EVAL_RESERVE = 0.05  # share of EVAL_BUDGET_SECONDS that is kept free
+
+
+def until_late(steps: Iterable[Step], meter: ByteMeter, limit: float) -> Iterator[Step]:
+    """The steps, until a plain pass over the stream would just end within `limit` seconds of the meter's clock. Then
+    every rank stops, by rank 0's clock, and meter.late is set."""
+    runtime = meter.runtime
+    message = f"late {runtime.broadcast_from_rank0(time.time())}"
+    for step in itertools.chain(steps, [Step(None)]):
+        seconds = time.perf_counter() - meter.started
+        # A plain pass computes each token once and has no gradient: at the pace of adaptation it is overestimated.
+        # A pace that was measured over less than a tenth of the time means nothing yet
+        plain = seconds / max(1, meter.cells) * len(meter.val.tokens) / runtime.world
+        late = runtime.heard_from_rank0(message, seconds > limit / 10 and seconds + plain > limit)
+        # the ranks meet at shared lessons and at the end, where each waits for the others, or right now
+        if late or step.cells is None:
+            meter.late = runtime.broadcast_from_rank0(late) > 0
+        if meter.late:
+            return
+        yield step
+
+
 class Evaluator(NamedTuple):
     """A way to evaluate, a row of EVALS: a rank's steps in their order, and the learner that scores them."""
 
     steps: Callable[[Config, Runtime, ValData], Iterator[Step]]
     learner: Callable[[Config, Runtime, GPT, ValData], Learner]
 
-    def __call__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-        """Score a stream; whatever compiles does so before the clock runs."""
+    def __call__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData, deadline: float = math.inf) -> Score:
+        """Score a stream; whatever compiles does so before the clock runs. Adaptation ends where the rest, unadapted,
+        is expected to be done by the deadline, a time of time.perf_counter."""
         learner = self.learner(cfg, runtime, model, val)
+        adapts = type(learner) is not NoAdaptation
         # who does not learn compiles by scoring the first cells, which changes nothing
-        if runtime.compile and type(learner) is NoAdaptation:
+        if runtime.compile and not adapts:
             learner.score(next(self.steps(cfg, runtime, val)).cells)
         # the clock starts here
         meter = ByteMeter(val, runtime, cfg.allow_noncausal, cfg.scores)
-        score_first(with_progress(self.steps(cfg, runtime, val), meter), learner, meter)
+        steps = with_progress(self.steps(cfg, runtime, val), meter)
+        if adapts:
+            steps = until_late(steps, meter, deadline - meter.started)
+        score_first(steps, learner, meter)
+        if meter.late:
+            # uncompiled: compiling would take longer than the pass
+            plain = NoAdaptation(cfg, dataclasses.replace(runtime, compile=False), learner.model, val)
+            score_first(rest_steps(cfg, runtime, val, meter.ledger), plain, meter)
         return meter.close()
 
 
@@ -5386,6 +5436,16 @@ def plain_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
         rows, cols = np.divmod(np.arange(len(real) - 1), width)
         origin = start + 1 + np.arange(0, size, width)
         yield Step(Cells(batch.ids.numpy(), batch.targets.numpy(), origin, rows, cols, batch.cu_seqlens))
+
+
+def rest_steps(cfg: Config, runtime: Runtime, val: ValData, ledger: Ledger) -> Iterator[Step]:
+    """plain_steps of the targets that no rank has scored yet."""
+    counts = torch.from_numpy(ledger.count.astype(np.int32))
+    scored = runtime.sum_(counts).bool().numpy()
+    for cells, _ in plain_steps(cfg, runtime, val):
+        left = ~scored[cells.scored()]
+        if left.any():
+            yield Step(cells._replace(rows=cells.rows[left], cols=cells.cols[left]))
 
 
 def window_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
@@ -6333,9 +6393,9 @@ class Run:
         model.set_looping(loops(self.cfg))
         return model
 
-    def evaluate(self, name: str, model: GPT) -> Score:
+    def evaluate(self, name: str, model: GPT, deadline: float = math.inf) -> Score:
         """Score the validation stream by a row of EVALS."""
-        return EVALS[name](self.cfg, self.runtime, model, self.val)
+        return EVALS[name](self.cfg, self.runtime, model, self.val, deadline)
 
     def record(self, stage: str, score: Score) -> None:
         """Log a stage's score and write result.json, with the configuration that it belongs to."""
@@ -6345,11 +6405,21 @@ class Run:
         )
         if not score.legal:
             self.log(f"WARNING: the {stage} score is not legal: it was fitted on the targets it scores (SLOT_CAUSAL=0)")
+        if score.unadapted:
+            self.log(
+                f"WARNING: EVAL_BUDGET_SECONDS={self.cfg.eval_budget_seconds:g} did not suffice: {score.unadapted:,} "
+                f"of {score.tokens:,} tokens of the {stage} score are unadapted"
+            )
         # what every stage reports
         losses = {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
         self.result["stages"][stage] = losses | {"seconds": score.seconds}
         # the last stage's score is the run's
-        counts = {"tokens_scored": score.tokens, "bytes_scored": score.bytes, "legal": score.legal}
+        counts = {
+            "tokens_scored": score.tokens,
+            "tokens_unadapted": score.unadapted,
+            "bytes_scored": score.bytes,
+            "legal": score.legal,
+        }
         self.result |= losses | counts
         self.result["warnings"] = [*dict.fromkeys([*self.result.get("warnings", []), *self.log.warnings])]
         if self.runtime.rank == 0:
@@ -6467,7 +6537,8 @@ class Run:
         started = time.perf_counter()
         # MODEL_PATH evaluates an artifact from anywhere
         path = Path(self.cfg.model_path or self.folder / "model.bin")
-        score = self.evaluate(self.cfg.eval, self.from_artifact(path))
+        deadline = started + (1 - EVAL_RESERVE) * (self.cfg.eval_budget_seconds or math.inf)
+        score = self.evaluate(self.cfg.eval, self.from_artifact(path), deadline)
         self.result["eval_seconds"] = self.runtime.broadcast_from_rank0(time.perf_counter() - started)
         # runs that share it are not different seeds
         self.result["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
