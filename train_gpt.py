@@ -204,6 +204,17 @@ class Config:
         "> 0",
     )
     train_seq_len: int = knob(2048, "longest attention span in training, tokens", "> 1")
+    train_seq_schedule: tuple[UpTo, ...] = knob(
+        (),
+        "other spans early in training, each up to a fraction of the run, as 1024@0.1,2048@0.7 or 0.1:1024,0.7:2048; "
+        "then TRAIN_SEQ_LEN",
+    )
+    seq_change_warmup_steps: int = knob(
+        32,
+        "steps of a linear LR ramp after a change of the span",
+        ">= 0",
+        "TRAIN_SEQ_SCHEDULE",
+    )
 
     num_layers: int = knob(11, "physical layers", "> 0")
     model_dim: int = knob(512, "width of the residual stream", "> 0")
@@ -255,6 +266,13 @@ class Config:
     loop_start: int = knob(3, "first looped layer", ">= 0", "NUM_LOOPS>0")
     loop_end: int = knob(5, "last looped layer, inclusive", ">= 0", "NUM_LOOPS>0")
     enable_looping_at: float = knob(0.35, "fraction of the run at which looping starts", ">= 0, <= 1", "NUM_LOOPS>0")
+    loop_mix: tuple[float, ...] = knob(
+        (),
+        "frozen mix of the looped layers' extra passes: for each layer beta, then an alpha for each looped layer; its "
+        "output becomes beta times itself plus the alphas times the layers' first outputs; empty: none",
+        "",
+        "NUM_LOOPS>0",
+    )
     parallel_start_layer: int = knob(8, "first layer that runs attention and MLP in parallel; 0: none does", ">= 0")
     parallel_lanes: int = knob(
         2,
@@ -586,8 +604,24 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}",
     ),
     (
-        lambda c: c.train_batch_tokens // c.batch_slices % c.train_seq_len != 0,
-        "TRAIN_BATCH_TOKENS/BATCH_SLICES must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
+        lambda c: any(c.train_batch_tokens // c.batch_slices % span for span, _ in graphs_of(c)),
+        "TRAIN_BATCH_TOKENS/BATCH_SLICES must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len} and of every span of "
+        "TRAIN_SEQ_SCHEDULE",
+    ),
+    (
+        lambda c: c.train_seq_schedule and c.loader != "packed_docs",
+        "TRAIN_SEQ_SCHEDULE cuts documents; say LOADER=packed_docs",
+    ),
+    (
+        lambda c: (
+            c.loop_mix
+            and (
+                len(c.loop_mix) != (c.loop_end - c.loop_start + 1) * (c.loop_end - c.loop_start + 2)
+                or 0 < c.parallel_start_layer <= c.loop_end
+            )
+        ),
+        "LOOP_MIX must list n + 1 numbers for each of the n layers LOOP_START..LOOP_END, all before "
+        "PARALLEL_START_LAYER={c.parallel_start_layer}",
     ),
     (
         lambda c: c.val_batch_tokens // c.batch_slices < c.eval_seq_len,
@@ -742,11 +776,11 @@ COMPARE = {">": gt, ">=": ge, "<=": le}
 def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
     """What is wrong with one value by itself: not finite, repeated, or not what its knob allows."""
     allowed, text = field.metadata["allowed"], f"{field.name.upper()}={format_knob(value)}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return [f"{text} must be a finite number"]
     # a knob of several values is checked value by value
     items = value if isinstance(value, tuple) else (value,)
-    if len(set(items)) < len(items):
+    if any(isinstance(item, float) and not math.isfinite(item) for item in items):
+        return [f"{text} must be a finite number"]
+    if len(set(items)) < len(items) and "float" not in field.type:
         return [f"{text} lists a value twice"]
     if "|" in allowed:
         good = set(items) <= set(allowed.split("|"))
@@ -760,6 +794,7 @@ def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
 LISTS = {  # type of a knob of several values -> what reads one of them
     "Words": str,
     "tuple[int, ...]": int,
+    "tuple[float, ...]": float,
     "tuple[UpTo, ...]": UpTo.parse,
 }
 
@@ -1104,12 +1139,12 @@ class Runtime:
         while (ticket := store.add(queue_name, 1) - 1) < length:
             yield ticket
 
-    def heard_from_rank0(self, message: str, said: bool) -> bool:
-        """Return whether rank 0 has said a message, as it does once `said` is true there; nobody waits."""
+    def is_late(self, says: bool) -> bool:
+        """Return whether rank 0 says, or has ever said, that it is late; nobody waits."""
         if self.world == 1:
-            return said
+            return says
         store = dist.distributed_c10d._get_default_store()
-        return store.add(message, int(said and self.rank == 0)) > 0
+        return store.add("late", int(says and self.rank == 0)) > 0
 
     def synchronize(self) -> None:
         """Wait until the GPU has finished what was launched."""
@@ -1477,15 +1512,20 @@ LOADERS = {
 }
 
 
-def train_batches(cfg: Config, runtime: Runtime) -> Iterator[list[Batch]]:
-    """Yield this rank's micro-batches for each optimiser step, without end; a thread prepares two steps ahead."""
+def train_batches(cfg: Config, runtime: Runtime) -> Iterator[dict[int, list[Batch]]]:
+    """Yield this rank's micro-batches for each optimiser step, without end, cut into each span of TRAIN_SEQ_SCHEDULE; a
+    thread prepares two steps ahead, when nobody knows yet which span is due."""
     # Slice j goes to rank j mod world, so every world size sees the same tokens per step.
     loader, mine = LOADERS[cfg.loader], range(runtime.rank, cfg.batch_slices, runtime.world)
+    settle = Tensor.pin_memory if runtime.device.type == "cuda" else Tensor.detach
+    spans = {span for span, _ in graphs_of(cfg)}
 
-    def steps() -> Iterator[list[Batch]]:
+    def steps() -> Iterator[dict[int, list[Batch]]]:
         for parts in loader.tokens(cfg, mine):
-            batches = [loader.batch(tokens, cfg.train_seq_len) for tokens in parts]
-            yield [b.apply(Tensor.pin_memory) for b in batches] if runtime.device.type == "cuda" else batches
+            cuts = {}
+            for span in spans:
+                cuts[span] = [loader.batch(tokens, span).apply(settle) for tokens in parts]
+            yield cuts
 
     return prefetch(steps(), depth=2)
 
@@ -2977,6 +3017,8 @@ class Route:
     """The order of layer executions, as data: one entry per execution in each tuple."""
 
     layers: tuple[int, ...]
+    mix: tuple[tuple[float, ...], ...]  # LOOP_MIX: beta, and alpha of each execution from loop_start on; or nothing
+    loop_start: int
     num_encoder: int  # the first executions, whose outputs the skips read
     skip_row: tuple[int, ...]  # row of Skips; -1: no skip
     skip_source: tuple[int, ...]  # the execution whose output the skip adds; -1: no skip
@@ -2999,10 +3041,13 @@ class Route:
 
 def plan_route(cfg: Config, looping: bool) -> Route:
     """The route of a model. With looping, layers LOOP_START..LOOP_END run NUM_LOOPS more times."""
-    layers = list(range(cfg.num_layers))
+    layers, mix = [*range(cfg.num_layers)], [()] * cfg.num_layers
     if looping:
         looped = slice(cfg.loop_start, cfg.loop_end + 1)
+        count = len(layers[looped])
+        rows = [cfg.loop_mix[i * (count + 1) : (i + 1) * (count + 1)] for i in range(count)]
         layers[looped] = layers[looped] * (cfg.num_loops + 1)
+        mix[looped] = mix[looped] + rows * cfg.num_loops
     # the first half is the encoder, and decoder position j takes the j-th last encoder output
     encoder = len(layers) // 2
     skip_row = [-1] * encoder + [j if j < encoder else -1 for j in range(len(layers) - encoder)]
@@ -3013,7 +3058,8 @@ def plan_route(cfg: Config, looping: bool) -> Route:
     # once the residual has split into two lanes, in the decoder, they last to the end
     split = [lanes and any(late[encoder : i + 1]) for i in range(len(layers))]
     beside = [on and not lanes for on in late]
-    return Route(tuple(layers), encoder, tuple(skip_row), tuple(skip_source), tuple(split), tuple(beside))
+    parts = (skip_row, skip_source, split, beside)
+    return Route(tuple(layers), tuple(mix), cfg.loop_start, encoder, *map(tuple, parts))
 
 
 def state_starts(ids: Tensor, cu_seqlens: Tensor | None, first_id: int) -> Tensor:
@@ -3147,6 +3193,11 @@ class GPT(nn.Module):
             else:
                 y = u + attended
                 lanes = (y + block.transform(u if route.parallel_block[execution] else y, tap),)
+            if route.mix[execution]:
+                beta, *alphas = route.mix[execution]
+                # the first pass's outputs, into which no gradient flows this way
+                first = zip(alphas, outputs[route.loop_start :], strict=False)
+                lanes = (beta * lanes[0] + sum(alpha * output.detach() for alpha, output in first),)
             outputs.append(lanes[0])
         # shapes: x, lanes and every output are (B, T, D)
         x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
@@ -3464,8 +3515,18 @@ class Progress(NamedTuple):
         return cls(step, fraction, lr_multiplier(fraction, warmdown, cfg.min_lr))
 
 
-# What changes during a run, and at which steps it is on: one row for each thing that a knob can switch on.
-STAGES: dict[str, Callable[[Config, Progress], bool]] = {
+def graphs_of(cfg: Config) -> list[tuple[int, bool]]:
+    """(longest attention span, looping?) of a run's steps, in their order; each needs a graph."""
+    # in a thousand places: no stage is shorter
+    steps = [Progress(0, i / 1000, 1.0) for i in range(1000)]
+    found = ((STAGES["span"](cfg, now), loops(cfg) and STAGES["looping"](cfg, now)) for now in steps)
+    return list(dict.fromkeys(found))
+
+
+# What changes during a run, and at which steps it is on, or with which value: one row for each thing that a knob can
+# switch on.
+STAGES: dict[str, Callable[[Config, Progress], bool | int]] = {
+    "span": lambda c, now: up_to((*c.train_seq_schedule, UpTo(math.inf, c.train_seq_len)), now.fraction),
     "looping": lambda c, now: now.fraction >= c.enable_looping_at,
     "ste": lambda c, now: now.multiplier < c.late_qat_threshold,
     "noise": lambda c, now: now.fraction >= c.qat_noise_start_frac and now.step % c.qat_noise_every == 0,
@@ -3605,15 +3666,17 @@ class Trainer:
         self.averages = averages_of(cfg, list(model.parameters()))
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
         # a stage is on if a knob names it; looping has knobs of its own
-        chosen = {cfg.qat, *cfg.average, *["looping"] * loops(cfg)}
+        chosen = {cfg.qat, *cfg.average, *["looping"] * loops(cfg), "span"}
         self.stages, self.begun = chosen & STAGES.keys(), set()
         # calibration runs inside the budget too, so training ends that much earlier
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
         self.loss = torch.zeros((), device=runtime.device)
         self.reported_step = 0
+        # the longest attention span, and the step at which it last changed
+        self.span = self.changed = 0
 
-    def step(self, batches: list[Batch], multiplier: float, step: int, rounded: bool = False) -> None:
+    def step(self, batches: dict[int, list[Batch]], multiplier: float, step: int, rounded: bool = False) -> None:
         """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss.
 
         rounded: the forward pass sees the weights as QAT has them.
@@ -3624,31 +3687,36 @@ class Trainer:
         if rounded:
             weights = temporarily_set(self.qat.params, self.qat.values(step))
         with weights:
-            for batch in batches:
-                inputs = on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)
-                loss = self.forward(*inputs) / len(batches)
+            for batch in batches[self.span]:
+                inputs = on_device(self.model, batch, self.runtime, self.span)
+                loss = self.forward(*inputs) / len(batches[self.span])
                 loss.backward()
                 # stays on the device: nobody waits for it
                 self.loss += loss.detach()
         self.optimisers.step(multiplier, step)
 
-    def stages_at(self, now: Progress) -> set[str]:
-        """The stages that a step is in. The log says when one begins, and looping changes the route."""
-        on = {name for name in self.stages if STAGES[name](self.cfg, now)}
-        for name in sorted(on - self.begun):
-            self.runtime.log(f"{name} on from step {now.step}, fraction {now.fraction:.3f}")
-            if name == "looping":
-                self.model.set_looping(True)
-                # steps take longer from here on
-                self.clock.expect_change()
-        self.begun |= on
+    def stages_at(self, now: Progress) -> dict[str, bool | int]:
+        """The stages that a step is in. The log says when one begins; looping changes the route, a span the batches."""
+        on = {name: value for name in self.stages if (value := STAGES[name](self.cfg, now))}
+        for name, value in sorted(on.items() - self.begun):
+            what = "on" if value is True else value
+            self.runtime.log(f"{name} {what} from step {now.step}, fraction {now.fraction:.3f}")
+            # steps take longer or shorter from here on
+            self.clock.expect_change()
+        self.begun.update(on.items())
+        self.model.set_looping("looping" in on)
+        if on["span"] != self.span:
+            self.span, self.changed = on["span"], now.step
         return on
 
-    def advance(self, batches: list[Batch], fraction: float, step: int) -> None:
+    def advance(self, batches: dict[int, list[Batch]], fraction: float, step: int) -> None:
         """Step number `step`, from 0, with the stages that it is in, and the averages after it."""
         now = Progress.at(self.cfg, fraction, step)
         on = self.stages_at(now)
-        self.step(batches, now.multiplier, step, rounded=not on.isdisjoint(QATS))
+        since, ramp = step + 1 - self.changed, max(1, self.cfg.seq_change_warmup_steps)
+        # the run's first span is no change
+        factor = min(since / ramp, 1.0) if self.changed else 1.0
+        self.step(batches, now.multiplier * factor, step, rounded=not on.keys().isdisjoint(QATS))
         for name, average in self.averages.items():
             if name not in STAGES or name in on:
                 average.update()
@@ -3659,11 +3727,14 @@ class Trainer:
         before = [p.detach().clone() for p in self.model.parameters()]
         started = time.perf_counter()
         with contextlib.closing(train_batches(self.cfg, self.runtime)) as batches:
-            for looping in (False, True)[: 1 + loops(self.cfg)]:
+            for span, looping in graphs_of(self.cfg):
+                self.span = span
                 self.model.set_looping(looping)
                 for step in range(self.cfg.warmup_steps):
                     self.step(next(batches), 1.0, step)
-                    self.runtime.log.progress(f"warm-up (looping {looping})", step + 1, self.cfg.warmup_steps, started)
+                    self.runtime.log.progress(
+                        f"warm-up (span {span}, looping {looping})", step + 1, self.cfg.warmup_steps, started
+                    )
         self.model.set_looping(False)
         self.optimisers.clear()
         with torch.no_grad():
@@ -5341,13 +5412,12 @@ def until_late(steps: Iterable[Step], meter: ByteMeter, limit: float) -> Iterato
     """The steps, until a plain pass over the stream would just end within `limit` seconds of the meter's clock. Then
     every rank stops, by rank 0's clock, and meter.late is set."""
     runtime = meter.runtime
-    message = f"late {runtime.broadcast_from_rank0(time.time())}"
     for step in itertools.chain(steps, [Step(None)]):
         seconds = time.perf_counter() - meter.started
         # A plain pass computes each token once and has no gradient: at the pace of adaptation it is overestimated.
         # A pace that was measured over less than a tenth of the time means nothing yet
         plain = seconds / max(1, meter.cells) * len(meter.val.tokens) / runtime.world
-        late = runtime.heard_from_rank0(message, seconds > limit / 10 and seconds + plain > limit)
+        late = runtime.is_late(seconds > limit / 10 and seconds + plain > limit)
         # the ranks meet at shared lessons and at the end, where each waits for the others, or right now
         if late or step.cells is None:
             meter.late = runtime.broadcast_from_rank0(late) > 0
@@ -5366,16 +5436,13 @@ class Evaluator(NamedTuple):
         """Score a stream; whatever compiles does so before the clock runs. Adaptation ends where the rest, unadapted,
         is expected to be done by the deadline, a time of time.perf_counter."""
         learner = self.learner(cfg, runtime, model, val)
-        adapts = type(learner) is not NoAdaptation
         # who does not learn compiles by scoring the first cells, which changes nothing
-        if runtime.compile and not adapts:
+        if runtime.compile and type(learner) is NoAdaptation:
             learner.score(next(self.steps(cfg, runtime, val)).cells)
         # the clock starts here
         meter = ByteMeter(val, runtime, cfg.allow_noncausal, cfg.scores)
         steps = with_progress(self.steps(cfg, runtime, val), meter)
-        if adapts:
-            steps = until_late(steps, meter, deadline - meter.started)
-        score_first(steps, learner, meter)
+        score_first(until_late(steps, meter, deadline - meter.started), learner, meter)
         if meter.late:
             # uncompiled: compiling would take longer than the pass
             plain = NoAdaptation(cfg, dataclasses.replace(runtime, compile=False), learner.model, val)
@@ -5440,12 +5507,12 @@ def plain_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
 
 def rest_steps(cfg: Config, runtime: Runtime, val: ValData, ledger: Ledger) -> Iterator[Step]:
     """plain_steps of the targets that no rank has scored yet."""
-    counts = torch.from_numpy(ledger.count.astype(np.int32))
-    scored = runtime.sum_(counts).bool().numpy()
+    counts = runtime.sum_(torch.tensor(ledger.count, dtype=torch.int32)).numpy()
     for cells, _ in plain_steps(cfg, runtime, val):
-        left = ~scored[cells.scored()]
-        if left.any():
-            yield Step(cells._replace(rows=cells.rows[left], cols=cells.cols[left]))
+        left = counts[cells.scored()] == 0
+        rows, cols = cells.rows[left], cells.cols[left]
+        if len(rows):
+            yield Step(cells._replace(rows=rows, cols=cols))
 
 
 def window_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
@@ -5799,10 +5866,11 @@ class DocLora:
         """Compile, on random tokens: one graph serves all windows, chunks and rows."""
         if not self.runtime.compile:
             return
-        size, rows = max(size for _, size in self.cfg.ttt_chunk_size), self.num_rows
+        rows = self.num_rows
         # equal sizes would become one symbol
-        size += size == rows
-        width = next(width for width in range(self.cfg.ttt_eval_seq_len, 0, -1) if width not in (rows, size))
+        width = self.cfg.ttt_eval_seq_len - (self.cfg.ttt_eval_seq_len == rows)
+        longest = max(size for _, size in self.cfg.ttt_chunk_size)
+        size = next(size for size in itertools.count(longest) if size not in (rows, width))
         ids = np.random.default_rng(0).integers(0, self.cfg.vocab_size, (rows, width))
         zeros, none = np.zeros(rows, np.int64), np.empty(0, np.int64)
         cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros, size)

@@ -212,6 +212,7 @@ ILLEGAL_EXAMPLES = """
     MIXERS=G*2_A*8 -> MIXERS='G*2 A*8' must name a mixer; GDN_QK_HEADS=3; GATE_WINDOW=513;
     ATTN_EXTRAS=value_embed VE_LAYERS=3,11 -> VE_LAYERS=(3, 11); ROPE_REFERENCE_LEN=1024 ROPE_DIMS=2;
     TRAIN_BATCH_TOKENS=2049 BATCH_SLICES=2 TRAIN_SEQ_LEN=2; TRAIN_BATCH_TOKENS=8192 -> TRAIN_SEQ_LEN=2048;
+    TRAIN_SEQ_SCHEDULE=1024@0.5 LOADER=stream -> LOADER=packed_docs; LOOP_MIX=1,1,1 -> n + 1 numbers;
     VAL_BATCH_TOKENS=8192 -> EVAL_SEQ_LEN=2048; EVAL_STRIDE=2049;
     TTT_CHUNK_SIZE=2049 -> EVAL_SEQ_LEN=2048, and; GPTQ_RESERVE_SECONDS=600;
     AWQ_LITE_ENABLED=1 MATRIX_QUANT=rowwise EMBED_QUANT=rowwise; AWQ_LITE_BITS=6 AWQ_LITE_ENABLED=1;
@@ -258,6 +259,8 @@ def test_values_on_the_legal_side_pass() -> None:
 
 FORMED = {  # knobs whose text has a form of its own, and texts of it that are legal
     "ttt_chunk_size": (always(16), (train_gpt.UpTo(256.5, 8), *always(24))),
+    "train_seq_schedule": ((), (train_gpt.UpTo(0.125, 1024), train_gpt.UpTo(0.7, 512))),
+    "loop_mix": ((), (1.5, 0.0, 0.0, 1e-3, 1.0, -0.25, 0.0, 0.0, 2.0, 0.0, 0.0, 1.0)),
     "matrix_bits_overrides": ((), ("mlp:7",), ("attn.o.weight:7", "blocks.[2-9].*:5")),
 }
 

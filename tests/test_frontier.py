@@ -6,7 +6,9 @@ Published numbers are those of golden/frontier.json; adapters by site are compar
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import threading
@@ -120,7 +122,7 @@ def timed(cfg: Config, monkeypatch: pytest.MonkeyPatch, seconds: float) -> tuple
     return found[0], nats
 
 
-ADAPTING = ["doc_lora", "phased_lora", "doc_lora TTT_CONTEXT=carry TTT_CHUNK_SIZE=8", "chunk_sgd", "slot"]
+ADAPTING = ["sliding", "doc_lora", "phased_lora", "doc_lora TTT_CONTEXT=carry TTT_CHUNK_SIZE=8", "chunk_sgd", "slot"]
 
 
 @pytest.mark.parametrize("name", ADAPTING)
@@ -161,10 +163,10 @@ class Rank(train_gpt.Runtime):
             assert self.changed.wait_for(lambda: len(self.said) >= len(self.heard), 60), "nobody says anything"
             return self.said[len(self.heard if self.rank else self.said) - 1]
 
-    def heard_from_rank0(self, message: str, said: bool) -> bool:
+    def is_late(self, says: bool) -> bool:
         with self.changed:
-            self.messages.update({message} if said and not self.rank else ())
-            return message in self.messages
+            self.messages.update({"late"} if says and not self.rank else ())
+            return bool(self.messages)
 
 
 def test_all_ranks_stop_by_the_clock_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,3 +212,141 @@ def test_two_processes_run_out_of_time_as_one(run_gpt: Callable, tmp_path: Path)
         assert result["val_bpb"] == pytest.approx(result["stages"]["quantized"]["val_bpb"], rel=1e-6)
         assert any(line.startswith("WARNING: EVAL_BUDGET_SECONDS=1e-09 did not suffice") for line in result["warnings"])
     assert unlimited["tokens_unadapted"] == 0 and unlimited["val_bpb"] != one["val_bpb"]
+
+
+# The schedule of spans
+
+
+def schedule_config(c: dict, **knobs: object) -> Config:
+    table = train_gpt.load_config({"TRAIN_SEQ_SCHEDULE": c["schedule"], "TRAIN_BATCH_TOKENS": "786432"})
+    names = {"warmdown_frac": "warmdown_frac", "min_lr": "min_lr", "seq_change_warmup_steps": "rewarm_steps"}
+    knobs |= {ours: c[name] for ours, name in names.items()}
+    return dataclasses.replace(table, train_seq_len=c["default"], iterations=c["iterations"], **knobs)
+
+
+def test_spans_and_learning_rates_of_a_schedule() -> None:
+    """Where an entry's default is not its longest span, as nowhere, it would be the span after the last limit."""
+    for golden in rules.entries("seq_schedule", "frontier")[:-1]:
+        c, want = golden.config, golden.expected
+        cfg = schedule_config(c, max_wallclock_seconds=0.0 if c["mode"] == "step" else c["max_wallclock_ms"] / 1e3)
+        plan = [[limit, span] for limit, span in sorted(cfg.train_seq_schedule)]
+        plan += [[1.0, cfg.train_seq_len]] * (not plan or plan[-1][0] < 1)
+        assert plan == want["plan_fraction_length"], golden.name
+        due = train_gpt.STAGES["span"]
+        for fraction, step, span, progress in want["fraction_step_length_progress"]:
+            assert due(cfg, train_gpt.Progress(step, progress, 1.0)) == span, (golden.name, fraction)
+            if c["mode"] == "step":
+                clock = train_gpt.Clock(rules.runtime(), 0.0, cfg.iterations)
+                assert min(clock.fraction(step), 1.0) == pytest.approx(progress), golden.name
+        for fraction, multiplier in want["lr_multiplier_before_ramp"]:
+            found = train_gpt.Progress.at(cfg, fraction, 0).multiplier
+            assert found == pytest.approx(multiplier, rel=1e-9), (golden.name, fraction)
+
+
+@pytest.mark.parametrize("name", ["published", "by_step", "unsorted_short"])
+def test_learning_rates_rise_after_a_change_of_the_span_alone(name: str) -> None:
+    golden = next(e for e in rules.entries("seq_schedule", "frontier") if e.name.endswith(name))
+    small = {"num_layers": 1, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 64, "rope_dims": 4}
+    small |= {"num_loops": 0, "parallel_start_layer": 0, "average": (), "warmdown_frac": 0.0}
+    cfg = dataclasses.replace(schedule_config(golden.config), **small)
+    trainer, rates = train_gpt.Trainer(cfg, rules.runtime(), train_gpt.GPT(cfg).init_weights(0), None), []
+    trainer.step = lambda batches, multiplier, step, rounded: rates.append(multiplier)
+    ramp = golden.expected["ramp_by_steps_since_switch"]
+    (limit, _), *_ = golden.expected["plan_fraction_length"]
+    for step in range(3):
+        trainer.advance({}, 0.0, step)
+    for step in range(len(ramp)):
+        trainer.advance({}, limit + 0.01, 3 + step)
+    assert rates == [1.0] * 3 + ramp
+
+
+def test_every_span_divides_the_tokens_of_a_slice() -> None:
+    (golden,) = (e for e in rules.entries("seq_schedule", "frontier") if e.name.endswith("divisibility"))
+    for lengths, tokens, ranks, accumulation, found in golden.expected["rows"]:
+        knobs = {"train_seq_schedule": tuple(UpTo((i + 1) / 9, span) for i, span in enumerate(lengths))}
+        knobs |= {"train_batch_tokens": tokens, "batch_slices": ranks * accumulation, "train_seq_len": max(lengths)}
+        problems = Config(**knobs, eval_seq_len=64).problems()
+        assert [("every span of" in line) for line in problems] == [True] * (found == "error"), lengths
+
+
+def test_a_schedule_changes_segments_and_no_token(run_gpt: Callable, tmp_path: Path) -> None:
+    """Also on two processes, whose ranks change the span at the same step."""
+    losses = []
+    for ranks in (1, 2):
+        knobs = {"TRAIN_SEQ_SCHEDULE": "16@0.3,32@0.6", "SEQ_CHANGE_WARMUP_STEPS": 2, "OVERWRITE": 1, "EVAL": "plain"}
+        done = run_gpt(ranks=ranks, **knobs)
+        assert done.returncode == 0, done.stderr
+        said = [line for line in done.stdout.splitlines() if line.startswith("span ")]
+        assert [line.split(", ")[0] for line in said] == [
+            "span 16 from step 0",
+            "span 32 from step 3",
+            "span 64 from step 5",
+        ]
+        losses.append(json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    text = (tmp_path / "run" / "record.env").read_text(encoding="utf-8")
+    assert "TRAIN_SEQ_SCHEDULE=0.3:16,0.6:32\n" in text
+
+
+def test_batches_of_a_step_are_the_same_text_in_other_segments(tiny_data: Path) -> None:
+    sizes = "TRAIN_SEQ_LEN=64 TRAIN_SEQ_SCHEDULE=16@0.25,32@0.7 TRAIN_BATCH_TOKENS=256 BATCH_SLICES=2 VOCAB_SIZE=320"
+    cfg = rules.toy_config(f"{sizes} DATA_PATH={tiny_data}")
+    with contextlib.closing(train_gpt.train_batches(cfg, rules.runtime())) as batches:
+        for step in itertools.islice(batches, 3):
+            assert step.keys() == {16, 32, 64}
+            for span, cut in step.items():
+                for batch, whole in zip(cut, step[64], strict=True):
+                    assert torch.equal(batch.ids, whole.ids) and torch.equal(batch.targets, whole.targets)
+                    assert set(whole.cu_seqlens.tolist()) <= set(batch.cu_seqlens.tolist())
+                    assert batch.cu_seqlens.diff().max() <= span
+
+
+# The recurrence mix
+
+
+def mixed(c: dict) -> tuple[float, ...]:
+    """LOOP_MIX of an entry: beta and alpha of each layer."""
+    rows = [[beta, *alpha] for beta, alpha in zip(c["beta"], c["alpha"], strict=True)]
+    return tuple(itertools.chain.from_iterable(rows))
+
+
+@rules.parametrize("loop_mix", "frontier")
+def test_recurrence_mix(golden: rules.Entry) -> None:
+    """Losses, gradients, and the same through fresh adapters."""
+    c, want = golden.config, golden.expected
+    model, (ids, targets) = rules.build(c, loop_mix=mixed(c)), rules.rows_of(c)
+    assert model.cfg.problems() == []
+    bounds = train_gpt.segment_bounds(np.array([b for b in c["bos"] if b < c["T"]]), c["T"], c["max_doc_len"])
+    cu_seqlens = torch.from_numpy(train_gpt.pad_bounds(bounds))
+    meta = model.plan(c["T"], rules.CPU, cu_seqlens, 0, c["rows"]) if c["varlen"] else None
+    hidden = model.trunk(ids, meta)
+    nll = model(ids, targets, meta, reduction="none")
+    flat, (layers, n) = nll.flatten(), (model.route.layers, model.route.num_encoder)
+    if c["loop_on"]:
+        assert [list(layers[:n]), list(layers[n:])] == [want["encoder"], want["decoder"]]
+    found = {"nll_sum": flat.sum(), "nll_mean": flat.mean(), "nll_first8": flat[:8], "nll_last4": flat[-4:]}
+    found |= {"hidden": hidden.detach(), "plain_causal_nll_sum": model(ids, targets, reduction="none").sum()}
+    adapters = train_gpt.Adapters(model.cfg, rules.runtime(torch.float64), model, c["rows"])
+    for row in range(c["rows"]):
+        adapters.renew(row, row)
+    through = model(ids, targets, None, adapters, "none").sum()
+    found["plain_causal_nll_sum_by_adapter_forward_B0"] = through
+    apart = ("encoder", "decoder", "grad_l2", "grad_wsum", "grad_l2_total")
+    rules.compare(found, want, skip=apart)
+    nll.mean().backward()
+    grads = rules.by_published_name(model.cfg, {name: p.grad for name, p in model.named_parameters()})
+    for name, norm in want["grad_l2"].items():
+        rules.assert_checks(grads[name], {"l2": norm, "wsum": want["grad_wsum"][name]})
+    total = torch.stack([grad.norm() for grad in grads.values() if grad is not None]).norm()
+    assert total.item() == pytest.approx(want["grad_l2_total"], rel=rules.REL)
+
+
+def test_a_model_with_another_mix_is_another_model() -> None:
+    """Its artifact is refused: the numbers are knobs, which travel with it."""
+    cfg = dataclasses.replace(Config(), loop_mix=(1.5, 0.25, 0.0, 0.0) * 3)
+    assert cfg.problems() == [] and "LOOP_MIX=1.5,0.25,0.0,0.0,1.5," in train_gpt.record_env(cfg)
+    assert train_gpt.load_config(dict([train_gpt.record_env(cfg).strip().split("=", 1)])) == cfg
+    assert train_gpt.model_identity(cfg) != train_gpt.model_identity(Config())
+    for knobs in ({"loop_mix": (1.0,)}, {"loop_mix": (1.0,) * 12, "parallel_start_layer": 5}):
+        (problem,) = dataclasses.replace(cfg, **knobs).problems()
+        assert "LOOP_MIX must list n + 1 numbers" in problem
