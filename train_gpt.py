@@ -211,8 +211,8 @@ class Config:
     )
     seq_change_warmup_steps: int = knob(
         32,
-        "steps of a linear LR ramp after a change of the span",
-        ">= 0",
+        "steps of a linear LR ramp after a change of the span; 1: none",
+        ">= 1",
         "TRAIN_SEQ_SCHEDULE",
     )
 
@@ -743,6 +743,8 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "SLOT_ENABLED": "EVAL=slot (as published: with SLOT_CAUSAL=0 and ALLOW_NONCAUSAL=1)",
     "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
     "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
+    "ASYM_LOGIT_RESCALE": "nothing (its scalars keep their initial value, the softcap: no loss trains them)",
+    "SMEAR_GATE_BOS_FIX": "SMEAR_BOS_MASK=1",
     "TTT_MASK": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; no_qv: k,attn,mlp,head)",
     "TTT_Q_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without q: 0)",
     "TTT_V_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without v: 0)",
@@ -3713,10 +3715,9 @@ class Trainer:
         """Step number `step`, from 0, with the stages that it is in, and the averages after it."""
         now = Progress.at(self.cfg, fraction, step)
         on = self.stages_at(now)
-        since, ramp = step + 1 - self.changed, max(1, self.cfg.seq_change_warmup_steps)
         # the run's first span is no change
-        factor = min(since / ramp, 1.0) if self.changed else 1.0
-        self.step(batches, now.multiplier * factor, step, rounded=not on.keys().isdisjoint(QATS))
+        ramp = (step + 1 - self.changed) / self.cfg.seq_change_warmup_steps if self.changed else 1.0
+        self.step(batches, now.multiplier * min(ramp, 1.0), step, rounded=not on.keys().isdisjoint(QATS))
         for name, average in self.averages.items():
             if name not in STAGES or name in on:
                 average.update()

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from records import papers  # noqa: E402  (needs the line above)
 from records.verify import BUDGET_SECONDS, CAP_BYTES, FAIL, preset_sha256  # noqa: E402
-from train_gpt import LOCAL_KNOBS, UserError, atomic_write, read_preset  # noqa: E402
+from train_gpt import LOCAL_KNOBS, UserError, atomic_write, preset_layers, read_preset  # noqa: E402
 
 BEGIN, END = "<!-- results: written by records/submit.py -->", "<!-- end of results -->"
 HANDWRITTEN = ("author", "github_id", "name", "blurb", "date")
@@ -415,7 +415,8 @@ def leaderboard_row(record: Path, records: Path) -> tuple[float, str]:
     here = "not run at full size" if ours is None else number(ours)
     if ours is not None and found.get("val_bpb_std") is not None:
         here += f" ± {found['val_bpb_std']:.5f} ({len(found.get('seeds', []))} seeds)"
-    own = not re.search(r"_PR\d+$", record.name)  # else it reproduces that published system
+    # what has a BASE is no reproduction, unless it is named after what it reproduces
+    own = len(preset_layers(str(record))) > 1 and not re.search(r"_PR\d+$", record.name)
     cells = (
         f"[{found.get('name') or record.name}]({record.relative_to(records).as_posix()})",
         f"none; based on {found.get('comparison_baseline')}: {number(published)}" if own else number(published),

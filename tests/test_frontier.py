@@ -80,6 +80,19 @@ def test_a_table_of_chunks_changes_only_documents_that_have_another_chunk() -> N
             assert same == (size == (2 if length <= 8 else 4)) or length - 1 <= 2
 
 
+@pytest.mark.parametrize("length", [40, 48])
+def test_contexts_that_divide_neither_a_batch_nor_a_global_step(length: int) -> None:
+    """As 2,560 and 3,072 do at full size."""
+    cfg = Config(eval_seq_len=64 * length, ttt_eval_seq_len=64 * length, train_seq_len=2048)
+    assert cfg.problems() == []
+    val = ttt_rules.random_stream(12 * length, seed=1, document=0.02)
+    knobs = {"EVAL_SEQ_LEN": length, "TTT_EVAL_SEQ_LEN": length, "VAL_BATCH_TOKENS": 1024, "PHASED_TTT_PREFIX_DOCS": 4}
+    for name in ("plain", "phased_lora"):
+        cfg = ttt_rules.small_config(EVAL=name, GLOBAL_TTT_CHUNK_TOKENS=64, PHASED_TTT_NUM_PHASES=1, **knobs)
+        score = ttt_rules.evaluate(cfg, ttt_rules.strong_model(cfg), val)
+        assert (score.tokens, score.legal) == (12 * length, True) and math.isfinite(score.val_loss), name
+
+
 # The budget of the evaluation
 
 
@@ -219,8 +232,9 @@ def test_two_processes_run_out_of_time_as_one(run_gpt: Callable, tmp_path: Path)
 
 def schedule_config(c: dict, **knobs: object) -> Config:
     table = train_gpt.load_config({"TRAIN_SEQ_SCHEDULE": c["schedule"], "TRAIN_BATCH_TOKENS": "786432"})
-    names = {"warmdown_frac": "warmdown_frac", "min_lr": "min_lr", "seq_change_warmup_steps": "rewarm_steps"}
-    knobs |= {ours: c[name] for ours, name in names.items()}
+    knobs |= {"warmdown_frac": c["warmdown_frac"], "min_lr": c["min_lr"]}
+    # a ramp of no steps is one of a single step
+    knobs["seq_change_warmup_steps"] = max(1, c["rewarm_steps"])
     return dataclasses.replace(table, train_seq_len=c["default"], iterations=c["iterations"], **knobs)
 
 
