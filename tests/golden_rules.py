@@ -31,7 +31,7 @@ FILES = {  # stack -> its files, each with the kinds whose settings only list wh
     "ngram": {"ngram": ("forward",), "ngram_training": ()},
     "gdn": {"gdn_model": ("forward",), "gdn_training": ("ttt", "plain_eval")},
     "quant": {"quant": ()},
-    "frontier": {"frontier": ("ttt_sites", "loop_mix")},
+    "frontier": {"frontier_training": ("ttt_sites", "loop_mix")},
 }
 CANONICAL = (  # our name (regular expression) -> the published one
     (r"blocks\.(\d+)\.attn\.([qkv])\.weight", r"blocks.\1.attn.c_\2.weight"),

@@ -1,6 +1,6 @@
 """The frontier stack: chunks by document length, the evaluation's budget, the length schedule, the recurrence mix.
 
-Published numbers are those of golden/frontier.json; adapters by site are compared in test_ttt.py.
+Published numbers are those of golden/frontier_training.json; adapters by site are compared in test_ttt.py.
 """
 
 from __future__ import annotations
