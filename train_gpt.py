@@ -121,6 +121,30 @@ def knob(default: Any, doc: str, allowed: str = "", when: str = "") -> Any:
 Words = tuple[str, ...]  # the value of a knob that lists words, written with commas
 
 
+class UpTo(NamedTuple):
+    """An entry of a knob that is a table: a value, and up to which limit it holds; LIMIT:VALUE as text."""
+
+    limit: float
+    value: int
+
+    def __str__(self) -> str:
+        return str(self.value) if self.limit == math.inf else f"{self.limit:.12g}:{self.value}"
+
+    @classmethod
+    def parse(cls, text: str) -> UpTo:
+        """Read LIMIT:VALUE, VALUE@LIMIT as some published scripts write it, or a VALUE without a limit."""
+        found = re.fullmatch(r"(?:([\d.]+):)?([1-9]\d*)(?:@([\d.]+))?", text)
+        if not found:
+            raise ValueError("must list LIMIT:VALUE, with integers above 0 as values")
+        before, value, after = found.groups()
+        return cls(float(before or after or "inf"), int(value))
+
+
+def up_to(table: tuple[UpTo, ...], x: float) -> int:
+    """Return the value at the smallest limit that is not below x, or else at the largest limit."""
+    return min((entry for entry in table if x <= entry.limit), default=max(table)).value
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Every knob of a run. A knob's environment variable is its name in capitals."""
@@ -180,6 +204,17 @@ class Config:
         "> 0",
     )
     train_seq_len: int = knob(2048, "longest attention span in training, tokens", "> 1")
+    train_seq_schedule: tuple[UpTo, ...] = knob(
+        (),
+        "other spans early in training, each up to a fraction of the run, as 1024@0.1,2048@0.7 or 0.1:1024,0.7:2048; "
+        "then TRAIN_SEQ_LEN",
+    )
+    seq_change_warmup_steps: int = knob(
+        32,
+        "steps of a linear LR ramp after a change of the span; 1: none",
+        ">= 1",
+        "TRAIN_SEQ_SCHEDULE",
+    )
 
     num_layers: int = knob(11, "physical layers", "> 0")
     model_dim: int = knob(512, "width of the residual stream", "> 0")
@@ -231,6 +266,13 @@ class Config:
     loop_start: int = knob(3, "first looped layer", ">= 0", "NUM_LOOPS>0")
     loop_end: int = knob(5, "last looped layer, inclusive", ">= 0", "NUM_LOOPS>0")
     enable_looping_at: float = knob(0.35, "fraction of the run at which looping starts", ">= 0, <= 1", "NUM_LOOPS>0")
+    loop_mix: tuple[float, ...] = knob(
+        (),
+        "frozen mix of the looped layers' extra passes: for each layer beta, then an alpha for each looped layer; its "
+        "output becomes beta times itself plus the alphas times the layers' first outputs; empty: none",
+        "",
+        "NUM_LOOPS>0",
+    )
     parallel_start_layer: int = knob(8, "first layer that runs attention and MLP in parallel; 0: none does", ">= 0")
     parallel_lanes: int = knob(
         2,
@@ -432,6 +474,11 @@ class Config:
     val_batch_tokens: int = knob(524_288, "tokens per evaluation batch, split into BATCH_SLICES forwards", "> 0")
     eval_seq_len: int = knob(2048, "longest context; the validation stream is cut to a multiple of it", "> 1")
     eval_stride: int = knob(64, "tokens scored per window", "> 0", "EVAL=sliding|chunk_sgd|slot")
+    eval_budget_seconds: float = knob(
+        600.0,
+        "seconds of the last stage; if they run out, the rest of the stream is scored unadapted; 0: no limit",
+        ">= 0",
+    )
     eval_include_tail: bool = knob(False, "also score the last partial window (not the canonical token count)")
     allow_noncausal: bool = knob(
         False,
@@ -441,7 +488,11 @@ class Config:
     ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1")
     ttt_lora_alpha: float = knob(144.0, "LoRA scale * rank", "> 0")
     ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters", ">= 0")
-    ttt_chunk_size: int = knob(48, "tokens per chunk: scored, then learnt", "> 0")
+    ttt_chunk_size: tuple[UpTo, ...] = knob(
+        (UpTo(math.inf, 48),),
+        "tokens per chunk: scored, then learnt; 256:8,2000:24,48: 8 where the longest document of a batch has at most "
+        "256 tokens, 24 up to 2000, else 48",
+    )
     ttt_eval_seq_len: int = knob(2048, "longest context of a chunk, tokens", "> 1")
     ttt_batch_size: int = knob(64, "documents adapted in parallel", "> 0")
     ttt_grad_steps: int = knob(1, "updates per chunk", ">= 1")
@@ -564,8 +615,24 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "TRAIN_BATCH_TOKENS={c.train_batch_tokens} is not a multiple of BATCH_SLICES={c.batch_slices}",
     ),
     (
-        lambda c: c.train_batch_tokens // c.batch_slices % c.train_seq_len != 0,
-        "TRAIN_BATCH_TOKENS/BATCH_SLICES must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}",
+        lambda c: any(c.train_batch_tokens // c.batch_slices % span for span, _ in graphs_of(c)),
+        "TRAIN_BATCH_TOKENS/BATCH_SLICES must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len} and of every span of "
+        "TRAIN_SEQ_SCHEDULE",
+    ),
+    (
+        lambda c: c.train_seq_schedule and c.loader != "packed_docs",
+        "TRAIN_SEQ_SCHEDULE cuts documents; say LOADER=packed_docs",
+    ),
+    (
+        lambda c: (
+            c.loop_mix
+            and (
+                len(c.loop_mix) != (c.loop_end - c.loop_start + 1) * (c.loop_end - c.loop_start + 2)
+                or 0 < c.parallel_start_layer <= c.loop_end
+            )
+        ),
+        "LOOP_MIX must list n + 1 numbers for each of the n layers LOOP_START..LOOP_END, all before "
+        "PARALLEL_START_LAYER={c.parallel_start_layer}",
     ),
     (
         lambda c: c.val_batch_tokens // c.batch_slices < c.eval_seq_len,
@@ -576,8 +643,8 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "EVAL_STRIDE={c.eval_stride} must be at most EVAL_SEQ_LEN={c.eval_seq_len}",
     ),
     (
-        lambda c: c.ttt_chunk_size > c.ttt_eval_seq_len,
-        "TTT_CHUNK_SIZE={c.ttt_chunk_size} must be at most TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+        lambda c: not c.ttt_chunk_size or max(size for _, size in c.ttt_chunk_size) > c.ttt_eval_seq_len,
+        "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}, and not empty",
     ),
     (
         lambda c: 0 < c.max_wallclock_seconds <= c.gptq_reserve_seconds,
@@ -629,9 +696,12 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "ROTATE=hadamard_vo cannot rotate what ATTN_EXTRAS=value_embed adds to the values; say ROTATE=none",
     ),
     (
-        lambda c: c.ttt_context == "carry" and not 8 <= c.ttt_chunk_size <= c.ttt_eval_seq_len // 2,
-        "TTT_CONTEXT=carry needs TTT_CHUNK_SIZE={c.ttt_chunk_size} between 8 (embeddings look back into the previous "
-        "chunk) and half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
+        lambda c: (
+            c.ttt_context == "carry"
+            and not (len(c.ttt_chunk_size) == 1 and 8 <= c.ttt_chunk_size[0].value <= c.ttt_eval_seq_len // 2)
+        ),
+        "TTT_CONTEXT=carry scores documents of all lengths side by side: TTT_CHUNK_SIZE must be one number, between 8 "
+        "(embeddings look back into the previous chunk) and half of TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}",
     ),
     (
         lambda c: c.ttt_context == "carry" and c.ttt_warm_start_a,
@@ -693,6 +763,13 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "SLOT_ENABLED": "EVAL=slot (as published: with SLOT_CAUSAL=0 and ALLOW_NONCAUSAL=1)",
     "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
     "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
+    "ASYM_LOGIT_RESCALE": "nothing (its scalars keep their initial value, the softcap: no loss trains them)",
+    "SMEAR_GATE_BOS_FIX": "SMEAR_BOS_MASK=1",
+    "TTT_MASK": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; no_qv: k,attn,mlp,head)",
+    "TTT_Q_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without q: 0)",
+    "TTT_V_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without v: 0)",
+    "TTT_LOCAL_LR_MULT": "TTT_LORA_LR (the product of the two)",
+    "TTT_SHORT_SCORE_FIRST_STEPS": "TTT_CHUNK_SIZE=256:8,2000:24,48",
     "TTT_K_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without k: 0)",
     "TTT_O_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without attn: 0)",
     "TTT_MLP_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without mlp: 0)",
@@ -721,11 +798,11 @@ COMPARE = {">": gt, ">=": ge, "<=": le}
 def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
     """What is wrong with one value by itself: not finite, repeated, or not what its knob allows."""
     allowed, text = field.metadata["allowed"], f"{field.name.upper()}={format_knob(value)}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return [f"{text} must be a finite number"]
     # a knob of several values is checked value by value
     items = value if isinstance(value, tuple) else (value,)
-    if len(set(items)) < len(items):
+    if any(isinstance(item, float) and not math.isfinite(item) for item in items):
+        return [f"{text} must be a finite number"]
+    if len(set(items)) < len(items) and "float" not in field.type:
         return [f"{text} lists a value twice"]
     if "|" in allowed:
         good = set(items) <= set(allowed.split("|"))
@@ -736,6 +813,14 @@ def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
     return [] if good else [f"{text} must be {allowed}"]
 
 
+LISTS = {  # type of a knob of several values -> what reads one of them
+    "Words": str,
+    "tuple[int, ...]": int,
+    "tuple[float, ...]": float,
+    "tuple[UpTo, ...]": UpTo.parse,
+}
+
+
 def parse_knob(field: dataclasses.Field, text: str) -> Any:
     """Value of a knob from its text; raises ValueError with the reason."""
     kind = field.type
@@ -743,9 +828,9 @@ def parse_knob(field: dataclasses.Field, text: str) -> Any:
         if text not in ("0", "1"):
             raise ValueError("must be 0 or 1")
         return text == "1"
-    if kind in ("Words", "tuple[int, ...]"):
+    if kind in LISTS:
         parts = [part.strip() for part in text.split(",") if part.strip() not in ("", "none")]
-        return tuple(parts) if kind == "Words" else tuple(map(int, parts))
+        return tuple(map(LISTS[kind], parts))
     if kind == "int":
         return int(text.replace("_", ""))
     return float(text) if kind == "float" else text
@@ -1077,6 +1162,13 @@ class Runtime:
         store = dist.distributed_c10d._get_default_store()
         while (ticket := store.add(queue_name, 1) - 1) < length:
             yield ticket
+
+    def is_late(self, says: bool) -> bool:
+        """Return whether rank 0 says, or has ever said, that it is late; nobody waits."""
+        if self.world == 1:
+            return says
+        store = dist.distributed_c10d._get_default_store()
+        return store.add("late", int(says and self.rank == 0)) > 0
 
     def synchronize(self) -> None:
         """Wait until the GPU has finished what was launched."""
@@ -1444,15 +1536,20 @@ LOADERS = {
 }
 
 
-def train_batches(cfg: Config, runtime: Runtime) -> Iterator[list[Batch]]:
-    """Yield this rank's micro-batches for each optimiser step, without end; a thread prepares two steps ahead."""
+def train_batches(cfg: Config, runtime: Runtime) -> Iterator[dict[int, list[Batch]]]:
+    """Yield this rank's micro-batches for each optimiser step, without end, cut into each span of TRAIN_SEQ_SCHEDULE; a
+    thread prepares two steps ahead, when nobody knows yet which span is due."""
     # Slice j goes to rank j mod world, so every world size sees the same tokens per step.
     loader, mine = LOADERS[cfg.loader], range(runtime.rank, cfg.batch_slices, runtime.world)
+    settle = Tensor.pin_memory if runtime.device.type == "cuda" else Tensor.detach
+    spans = {span for span, _ in graphs_of(cfg)}
 
-    def steps() -> Iterator[list[Batch]]:
+    def steps() -> Iterator[dict[int, list[Batch]]]:
         for parts in loader.tokens(cfg, mine):
-            batches = [loader.batch(tokens, cfg.train_seq_len) for tokens in parts]
-            yield [b.apply(Tensor.pin_memory) for b in batches] if runtime.device.type == "cuda" else batches
+            cuts = {}
+            for span in spans:
+                cuts[span] = [loader.batch(tokens, span).apply(settle) for tokens in parts]
+            yield cuts
 
     return prefetch(steps(), depth=2)
 
@@ -2946,6 +3043,8 @@ class Route:
     """The order of layer executions, as data: one entry per execution in each tuple."""
 
     layers: tuple[int, ...]
+    mix: tuple[tuple[float, ...], ...]  # LOOP_MIX: beta, and alpha of each execution from loop_start on; or nothing
+    loop_start: int
     num_encoder: int  # the first executions, whose outputs the skips read
     skip_row: tuple[int, ...]  # row of Skips; -1: no skip
     skip_source: tuple[int, ...]  # the execution whose output the skip adds; -1: no skip
@@ -2968,10 +3067,13 @@ class Route:
 
 def plan_route(cfg: Config, looping: bool) -> Route:
     """The route of a model. With looping, layers LOOP_START..LOOP_END run NUM_LOOPS more times."""
-    layers = list(range(cfg.num_layers))
+    layers, mix = [*range(cfg.num_layers)], [()] * cfg.num_layers
     if looping:
         looped = slice(cfg.loop_start, cfg.loop_end + 1)
+        count = len(layers[looped])
+        rows = [cfg.loop_mix[i * (count + 1) : (i + 1) * (count + 1)] for i in range(count)]
         layers[looped] = layers[looped] * (cfg.num_loops + 1)
+        mix[looped] = mix[looped] + rows * cfg.num_loops
     # the first half is the encoder, and decoder position j takes the j-th last encoder output
     encoder = len(layers) // 2
     skip_row = [-1] * encoder + [j if j < encoder else -1 for j in range(len(layers) - encoder)]
@@ -2982,7 +3084,8 @@ def plan_route(cfg: Config, looping: bool) -> Route:
     # once the residual has split into two lanes, in the decoder, they last to the end
     split = [lanes and any(late[encoder : i + 1]) for i in range(len(layers))]
     beside = [on and not lanes for on in late]
-    return Route(tuple(layers), encoder, tuple(skip_row), tuple(skip_source), tuple(split), tuple(beside))
+    parts = (skip_row, skip_source, split, beside)
+    return Route(tuple(layers), tuple(mix), cfg.loop_start, encoder, *map(tuple, parts))
 
 
 def state_starts(ids: Tensor, cu_seqlens: Tensor | None, first_id: int) -> Tensor:
@@ -3117,6 +3220,11 @@ class GPT(nn.Module):
             else:
                 y = u + attended
                 lanes = (y + block.transform(u if route.parallel_block[execution] else y, tap),)
+            if route.mix[execution]:
+                beta, *alphas = route.mix[execution]
+                # the first pass's outputs, into which no gradient flows this way
+                first = zip(alphas, outputs[route.loop_start :], strict=False)
+                lanes = (beta * lanes[0] + sum(alpha * output.detach() for alpha, output in first),)
             outputs.append(lanes[0])
         # shapes: x, lanes and every output are (B, T, D)
         x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
@@ -3130,18 +3238,17 @@ class GPT(nn.Module):
         taps: Taps | None = None,
         reduction: str = "mean",
         cells: Tensor | None = None,
-        last: int = 0,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """Softcapped logits (B, T, V) in at least float32; with targets (B, T), their cross-entropy in nats: a scalar
         for reduction="mean", (B, T) for "none".
 
-        The head may be computed for some positions only: the `last` columns, and (B, last) takes the place of (B, T);
-        or cells (n,), indices into the B*T flattened positions, and (n) takes their place.
+        The head may be computed for some positions only: columns (n,), and (B, n) takes the place of (B, T); or
+        cells (n,), indices into the B*T flattened positions, and (n) takes their place.
         """
         h = self.trunk(ids, meta, taps)
-        if last:
+        if columns is not None:
             # by an index: the graph of a slice would not serve rows of just so many tokens
-            columns = torch.arange(ids.size(1) - last, ids.size(1), device=ids.device)
             h, targets = h[:, columns], targets[:, columns]
         if cells is not None:
             # the head is the largest matrix: rows that nobody scores skip it
@@ -3435,8 +3542,18 @@ class Progress(NamedTuple):
         return cls(step, fraction, lr_multiplier(fraction, warmdown, cfg.min_lr))
 
 
-# What changes during a run, and at which steps it is on: one row for each thing that a knob can switch on.
-STAGES: dict[str, Callable[[Config, Progress], bool]] = {
+def graphs_of(cfg: Config) -> list[tuple[int, bool]]:
+    """(longest attention span, looping?) of a run's steps, in their order; each needs a graph."""
+    # in a thousand places: no stage is shorter
+    steps = [Progress(0, i / 1000, 1.0) for i in range(1000)]
+    found = ((STAGES["span"](cfg, now), loops(cfg) and STAGES["looping"](cfg, now)) for now in steps)
+    return list(dict.fromkeys(found))
+
+
+# What changes during a run, and at which steps it is on, or with which value: one row for each thing that a knob can
+# switch on.
+STAGES: dict[str, Callable[[Config, Progress], bool | int]] = {
+    "span": lambda c, now: up_to((*c.train_seq_schedule, UpTo(math.inf, c.train_seq_len)), now.fraction),
     "looping": lambda c, now: now.fraction >= c.enable_looping_at,
     "ste": lambda c, now: now.multiplier < c.late_qat_threshold,
     "noise": lambda c, now: now.fraction >= c.qat_noise_start_frac and now.step % c.qat_noise_every == 0,
@@ -3576,15 +3693,17 @@ class Trainer:
         self.averages = averages_of(cfg, list(model.parameters()))
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
         # a stage is on if a knob names it; looping has knobs of its own
-        chosen = {cfg.qat, *cfg.average, *["looping"] * loops(cfg)}
+        chosen = {cfg.qat, *cfg.average, *["looping"] * loops(cfg), "span"}
         self.stages, self.begun = chosen & STAGES.keys(), set()
         # calibration runs inside the budget too, so training ends that much earlier
         budget = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds if cfg.max_wallclock_seconds > 0 else 0.0
         self.clock = Clock(runtime, budget, cfg.iterations)
         self.loss = torch.zeros((), device=runtime.device)
         self.reported_step = 0
+        # the longest attention span, and the step at which it last changed
+        self.span = self.changed = 0
 
-    def step(self, batches: list[Batch], multiplier: float, step: int, rounded: bool = False) -> None:
+    def step(self, batches: dict[int, list[Batch]], multiplier: float, step: int, rounded: bool = False) -> None:
         """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss.
 
         rounded: the forward pass sees the weights as QAT has them.
@@ -3595,31 +3714,35 @@ class Trainer:
         if rounded:
             weights = temporarily_set(self.qat.params, self.qat.values(step))
         with weights:
-            for batch in batches:
-                inputs = on_device(self.model, batch, self.runtime, self.cfg.train_seq_len)
-                loss = self.forward(*inputs) / len(batches)
+            for batch in batches[self.span]:
+                inputs = on_device(self.model, batch, self.runtime, self.span)
+                loss = self.forward(*inputs) / len(batches[self.span])
                 loss.backward()
                 # stays on the device: nobody waits for it
                 self.loss += loss.detach()
         self.optimisers.step(multiplier, step)
 
-    def stages_at(self, now: Progress) -> set[str]:
-        """The stages that a step is in. The log says when one begins, and looping changes the route."""
-        on = {name for name in self.stages if STAGES[name](self.cfg, now)}
-        for name in sorted(on - self.begun):
-            self.runtime.log(f"{name} on from step {now.step}, fraction {now.fraction:.3f}")
-            if name == "looping":
-                self.model.set_looping(True)
-                # steps take longer from here on
-                self.clock.expect_change()
-        self.begun |= on
+    def stages_at(self, now: Progress) -> dict[str, bool | int]:
+        """The stages that a step is in. The log says when one begins; looping changes the route, a span the batches."""
+        on = {name: value for name in self.stages if (value := STAGES[name](self.cfg, now))}
+        for name, value in sorted(on.items() - self.begun):
+            what = "on" if value is True else value
+            self.runtime.log(f"{name} {what} from step {now.step}, fraction {now.fraction:.3f}")
+            # steps take longer or shorter from here on
+            self.clock.expect_change()
+        self.begun.update(on.items())
+        self.model.set_looping("looping" in on)
+        if on["span"] != self.span:
+            self.span, self.changed = on["span"], now.step
         return on
 
-    def advance(self, batches: list[Batch], fraction: float, step: int) -> None:
+    def advance(self, batches: dict[int, list[Batch]], fraction: float, step: int) -> None:
         """Step number `step`, from 0, with the stages that it is in, and the averages after it."""
         now = Progress.at(self.cfg, fraction, step)
         on = self.stages_at(now)
-        self.step(batches, now.multiplier, step, rounded=not on.isdisjoint(QATS))
+        # the run's first span is no change
+        ramp = (step + 1 - self.changed) / self.cfg.seq_change_warmup_steps if self.changed else 1.0
+        self.step(batches, now.multiplier * min(ramp, 1.0), step, rounded=not on.keys().isdisjoint(QATS))
         for name, average in self.averages.items():
             if name not in STAGES or name in on:
                 average.update()
@@ -3630,11 +3753,14 @@ class Trainer:
         before = [p.detach().clone() for p in self.model.parameters()]
         started = time.perf_counter()
         with contextlib.closing(train_batches(self.cfg, self.runtime)) as batches:
-            for looping in (False, True)[: 1 + loops(self.cfg)]:
+            for span, looping in graphs_of(self.cfg):
+                self.span = span
                 self.model.set_looping(looping)
                 for step in range(self.cfg.warmup_steps):
                     self.step(next(batches), 1.0, step)
-                    self.runtime.log.progress(f"warm-up (looping {looping})", step + 1, self.cfg.warmup_steps, started)
+                    self.runtime.log.progress(
+                        f"warm-up (span {span}, looping {looping})", step + 1, self.cfg.warmup_steps, started
+                    )
         self.model.set_looping(False)
         self.optimisers.clear()
         with torch.no_grad():
@@ -5227,6 +5353,7 @@ class Score(NamedTuple):
     bytes: int
     seconds: float
     legal: bool
+    unadapted: int = 0  # tokens that were scored without adaptation because EVAL_BUDGET_SECONDS ran out
 
 
 class Cells(NamedTuple):
@@ -5246,6 +5373,8 @@ class Cells(NamedTuple):
     documents: np.ndarray | None = None
     # how many targets of its document come before a row's scored ones
     begin: np.ndarray | None = None
+    # tokens of a chunk: the last columns, in which all that is scored lies
+    chunk: int = 0
     # flattened cells whose targets the score itself is fitted on
     fit: np.ndarray | None = None
 
@@ -5357,6 +5486,8 @@ class ByteMeter:
         self.ledger = Ledger(len(val.tokens), noncausal)
         self.loss = torch.zeros((), dtype=torch.float64, device=runtime.device)
         self.tokens, self.bytes = 0, 0
+        # all cells computed, whether what is scored now is too late to be adapted, and how many tokens were
+        self.cells, self.late, self.unadapted = 0, False, 0
         self.started = time.perf_counter()
 
     def add(self, cells: Cells, nll: Tensor) -> None:
@@ -5369,6 +5500,8 @@ class ByteMeter:
         if self.scores:
             self.rows.append(np.column_stack([positions, nats.cpu(), np.full(len(positions), len(self.rows))]))
         self.tokens += len(positions)
+        self.unadapted += self.late * len(positions)
+        self.cells += cells.ids.size
         self.bytes += int(self.val.bytes[positions].sum())
 
     def close(self) -> Score:
@@ -5377,17 +5510,19 @@ class ByteMeter:
         if self.scores:
             np.save(f"{self.scores}.{self.runtime.rank}.npy", np.concatenate(self.rows))
         loss = self.runtime.sum_(self.loss.clone()).item()
-        tokens, size, illegal = self.runtime.sum_(
-            torch.tensor([self.tokens, self.bytes, not self.ledger.legal])
+        tokens, size, illegal, unadapted = self.runtime.sum_(
+            torch.tensor([self.tokens, self.bytes, not self.ledger.legal, self.unadapted])
         ).tolist()
         seconds = self.runtime.broadcast_from_rank0(time.perf_counter() - self.started)
         if not math.isfinite(loss):
             raise FloatingPointError(f"validation loss is {loss}; the model or the data is damaged")
-        return Score(loss / tokens, loss / (math.log(2) * size), tokens, size, seconds, not illegal)
+        return Score(loss / tokens, loss / (math.log(2) * size), tokens, size, seconds, not illegal, unadapted)
 
 
 class Learner(Protocol):
     """What test-time training does with cells. It is made, and compiles, before the clock of the evaluation runs."""
+
+    model: GPT  # as adapted, but for what is a document's own
 
     def score(self, cells: Cells) -> Tensor:
         """(B, T) nats, at least of the scored cells, from what was learnt before; asking twice changes nothing."""
@@ -5424,21 +5559,48 @@ def with_progress(steps: Iterable[Step], meter: ByteMeter) -> Iterator[Step]:
         runtime.log.progress("evaluation, tokens", done, total, meter.started)
 
 
+EVAL_RESERVE = 0.05  # share of EVAL_BUDGET_SECONDS that is kept free
+
+
+def until_late(steps: Iterable[Step], meter: ByteMeter, limit: float) -> Iterator[Step]:
+    """The steps, until a plain pass over the stream would just end within `limit` seconds of the meter's clock. Then
+    every rank stops, by rank 0's clock, and meter.late is set."""
+    runtime = meter.runtime
+    for step in itertools.chain(steps, [Step(None)]):
+        seconds = time.perf_counter() - meter.started
+        # A plain pass computes each token once and has no gradient: at the pace of adaptation it is overestimated.
+        # A pace that was measured over less than a tenth of the time means nothing yet
+        plain = seconds / max(1, meter.cells) * len(meter.val.tokens) / runtime.world
+        late = runtime.is_late(seconds > limit / 10 and seconds + plain > limit)
+        # the ranks meet at shared lessons and at the end, where each waits for the others, or right now
+        if late or step.cells is None:
+            meter.late = runtime.broadcast_from_rank0(late) > 0
+        if meter.late:
+            return
+        yield step
+
+
 class Evaluator(NamedTuple):
     """A way to evaluate, a row of EVALS: a rank's steps in their order, and the learner that scores them."""
 
     steps: Callable[[Config, Runtime, ValData], Iterator[Step]]
     learner: Callable[[Config, Runtime, GPT, ValData], Learner]
 
-    def __call__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
-        """Score a stream; whatever compiles does so before the clock runs."""
+    def __call__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData, deadline: float = math.inf) -> Score:
+        """Score a stream; whatever compiles does so before the clock runs. Adaptation ends where the rest, unadapted,
+        is expected to be done by the deadline, a time of time.perf_counter."""
         learner = self.learner(cfg, runtime, model, val)
         # who does not learn compiles by scoring the first cells, which changes nothing
         if runtime.compile and type(learner) is NoAdaptation:
             learner.score(next(self.steps(cfg, runtime, val)).cells)
         # the clock starts here
         meter = ByteMeter(val, runtime, cfg.allow_noncausal, cfg.scores)
-        score_first(with_progress(self.steps(cfg, runtime, val), meter), learner, meter)
+        steps = with_progress(self.steps(cfg, runtime, val), meter)
+        score_first(until_late(steps, meter, deadline - meter.started), learner, meter)
+        if meter.late:
+            # uncompiled: compiling would take longer than the pass
+            plain = NoAdaptation(cfg, dataclasses.replace(runtime, compile=False), learner.model, val)
+            score_first(rest_steps(cfg, runtime, val, meter.ledger), plain, meter)
         return meter.close()
 
 
@@ -5495,6 +5657,16 @@ def plain_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
         rows, cols = np.divmod(np.arange(len(real) - 1), width)
         origin = start + 1 + np.arange(0, size, width)
         yield Step(Cells(batch.ids.numpy(), batch.targets.numpy(), origin, rows, cols, batch.cu_seqlens))
+
+
+def rest_steps(cfg: Config, runtime: Runtime, val: ValData, ledger: Ledger) -> Iterator[Step]:
+    """plain_steps of the targets that no rank has scored yet."""
+    counts = runtime.sum_(torch.tensor(ledger.count, dtype=torch.int32)).numpy()
+    for cells, _ in plain_steps(cfg, runtime, val):
+        left = counts[cells.scored()] == 0
+        rows, cols = cells.rows[left], cells.cols[left]
+        if len(rows):
+            yield Step(cells._replace(rows=rows, cols=cols))
 
 
 def window_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
@@ -5751,7 +5923,8 @@ def document_step(
     ids, targets = (np.where(inside, val.tokens[where + inside * i], 0) for i in (0, 1))
     # row by row, so the losses come in the order of the stream within a row
     rows, scored = np.nonzero(inside & (cols >= offset[:, None]))
-    cells = Cells(ids, targets, first + 1, rows, scored, None, documents, begin)
+    chunk = lesson.cols.stop - lesson.cols.start
+    cells = Cells(ids, targets, first + 1, rows, scored, None, documents, begin, chunk)
     return Step(cells, lesson if len(lesson.rows) else None)
 
 
@@ -5769,14 +5942,15 @@ def batch_steps(cfg: Config, val: ValData, docs: list[tuple[int, int]], batches:
 
     Rows of finished documents are dropped, unless A lives on in them.
     """
-    size, window = cfg.ttt_chunk_size, cfg.ttt_eval_seq_len
-    rows = min(cfg.ttt_batch_size, len(docs))
+    window, rows = cfg.ttt_eval_seq_len, min(cfg.ttt_batch_size, len(docs))
     starts, lengths = np.array(docs).T
     predictions = lengths - 1  # the first token of a document is none
     for batch in batches:
         # only the first batch, of the longest documents, may be smaller
         # the last batch is filled up with idle rows: one shape, one graph
         documents = np.pad(batch, (0, rows - len(batch)), constant_values=-1)
+        # documents of a batch are of about one length
+        size = up_to(cfg.ttt_chunk_size, lengths[batch].max())
         for c in range(-(-predictions[batch].max() // size)):
             # from this chunk on
             left = np.where(documents < 0, 0, predictions[documents] - c * size)
@@ -5801,7 +5975,7 @@ def carried_steps(
 ) -> Iterator[Step]:
     """The next chunk of each row's document, over and over. A row whose document has ended takes the next of the queue;
     once the queue is empty, it is idle."""
-    size, rows = cfg.ttt_chunk_size, min(cfg.ttt_batch_size, len(docs))
+    size, rows = cfg.ttt_chunk_size[0].value, min(cfg.ttt_batch_size, len(docs))
     queued = (document for batch in batches for document in batch)
     starts, lengths = np.array(docs).T
     documents, begin, offset = np.full(rows, -1), np.zeros(rows, np.int64), np.zeros(rows, np.int64)
@@ -5843,15 +6017,17 @@ class DocLora:
         self.prepare()
 
     def prepare(self) -> None:
-        """Compile, on random tokens: one graph serves all windows and rows."""
+        """Compile, on random tokens: one graph serves all windows, chunks and rows."""
         if not self.runtime.compile:
             return
-        size, rows = self.cfg.ttt_chunk_size, self.num_rows
+        rows = self.num_rows
         # equal sizes would become one symbol
         width = self.cfg.ttt_eval_seq_len - (self.cfg.ttt_eval_seq_len == rows)
+        longest = max(size for _, size in self.cfg.ttt_chunk_size)
+        size = next(size for size in itertools.count(longest) if size not in (rows, width))
         ids = np.random.default_rng(0).integers(0, self.cfg.vocab_size, (rows, width))
         zeros, none = np.zeros(rows, np.int64), np.empty(0, np.int64)
-        cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros)
+        cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros, size)
         # what is learnt here is renewed when the first document begins
         self.learn(Lesson(np.arange(rows), slice(width - size, width)), cells, self.score(cells))
         self.warm = False
@@ -5876,15 +6052,17 @@ class DocLora:
         self.warm = self.warm or full
 
     def losses(self, cells: Cells) -> Tensor:
-        """(rows, T) nats with the adapters as they are, NaN before the last TTT_CHUNK_SIZE columns."""
+        """(rows, T) nats with the adapters as they are, NaN before the chunk."""
         batch = Batch(cells.ids, cells.targets, None)
         ids, targets, meta = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
         mark_dynamic(self.runtime, (0, 1), ids, targets)
         mark_dynamic(self.runtime, (0,), meta.cos, meta.sin)
         # a window ends with its chunk: the head is computed for no other column
-        chunk = self.cfg.ttt_chunk_size
-        nll = self.forward(ids, targets, meta, self.adapters, "none", last=chunk)
-        return F.pad(nll, (ids.size(1) - chunk, 0), value=math.nan)
+        before = ids.size(1) - cells.chunk
+        columns = torch.arange(before, ids.size(1), device=ids.device)
+        mark_dynamic(self.runtime, (0,), columns)
+        nll = self.forward(ids, targets, meta, self.adapters, "none", columns=columns)
+        return F.pad(nll, (before, 0), value=math.nan)
 
     def score(self, cells: Cells) -> Tensor:
         """(rows, T) nats of the scored cells; the graph is kept even if nothing will be learnt, which saves another
@@ -5938,7 +6116,7 @@ class CarryLora(DocLora):
     def prepare(self) -> None:
         """The cache, and what scores and learns for each number of its columns."""
         cfg, model, device = self.cfg, self.model, self.runtime.device
-        self.size, on_gpu = cfg.ttt_chunk_size, device.type == "cuda"
+        self.size, on_gpu = cfg.ttt_chunk_size[0].value, device.type == "cuda"
         # chunks in reach
         self.ring = cfg.ttt_eval_seq_len // self.size - 1
         self.columns = (self.ring + 1) * self.size
@@ -6437,9 +6615,9 @@ class Run:
         model.set_looping(loops(self.cfg))
         return model
 
-    def evaluate(self, name: str, model: GPT) -> Score:
+    def evaluate(self, name: str, model: GPT, deadline: float = math.inf) -> Score:
         """Score the validation stream by a row of EVALS."""
-        return EVALS[name](self.cfg, self.runtime, model, self.val)
+        return EVALS[name](self.cfg, self.runtime, model, self.val, deadline)
 
     def record(self, stage: str, score: Score) -> None:
         """Log a stage's score and write result.json, with the configuration that it belongs to."""
@@ -6449,11 +6627,21 @@ class Run:
         )
         if not score.legal:
             self.log(f"WARNING: the {stage} score is not legal: it was fitted on the targets it scores (SLOT_CAUSAL=0)")
+        if score.unadapted:
+            self.log(
+                f"WARNING: EVAL_BUDGET_SECONDS={self.cfg.eval_budget_seconds:g} did not suffice: {score.unadapted:,} "
+                f"of {score.tokens:,} tokens of the {stage} score are unadapted"
+            )
         # what every stage reports
         losses = {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
         self.result["stages"][stage] = losses | {"seconds": score.seconds}
         # the last stage's score is the run's
-        counts = {"tokens_scored": score.tokens, "bytes_scored": score.bytes, "legal": score.legal}
+        counts = {
+            "tokens_scored": score.tokens,
+            "tokens_unadapted": score.unadapted,
+            "bytes_scored": score.bytes,
+            "legal": score.legal,
+        }
         self.result |= losses | counts
         self.result["warnings"] = [*dict.fromkeys([*self.result.get("warnings", []), *self.log.warnings])]
         if self.runtime.rank == 0:
@@ -6598,7 +6786,8 @@ class Run:
         started = time.perf_counter()
         # MODEL_PATH evaluates an artifact from anywhere
         path = Path(self.cfg.model_path or self.folder / "model.bin")
-        score = self.evaluate(self.cfg.eval, self.from_artifact(path))
+        deadline = started + (1 - EVAL_RESERVE) * (self.cfg.eval_budget_seconds or math.inf)
+        score = self.evaluate(self.cfg.eval, self.from_artifact(path), deadline)
         self.result["eval_seconds"] = self.runtime.broadcast_from_rank0(time.perf_counter() - started)
         # runs that share it are not different seeds
         self.result["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()

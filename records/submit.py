@@ -415,7 +415,8 @@ def leaderboard_row(record: Path, records: Path) -> tuple[float, str]:
     here = "not run at full size" if ours is None else number(ours)
     if ours is not None and found.get("val_bpb_std") is not None:
         here += f" ± {found['val_bpb_std']:.5f} ({len(found.get('seeds', []))} seeds)"
-    own = len(preset_layers(str(record))) > 1  # what has a BASE is no reproduction
+    # what has a BASE is no reproduction, unless it is named after what it reproduces
+    own = len(preset_layers(str(record))) > 1 and not re.search(r"_PR\d+$", record.name)
     cells = (
         f"[{found.get('name') or record.name}]({record.relative_to(records).as_posix()})",
         f"none; based on {found.get('comparison_baseline')}: {number(published)}" if own else number(published),

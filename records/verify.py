@@ -257,9 +257,10 @@ ALONE = {
 def knobs_for(cfg: Any, numbers: dict[str, str], tokens_per_step: int) -> dict[str, str]:
     """Return numbers for an evaluation, with about so many tokens in a step of packed text."""
     size = tokens_per_step * cfg.batch_slices
-    chunk = min(cfg.ttt_chunk_size, int(numbers.get("TTT_CHUNK_SIZE", cfg.ttt_chunk_size)))
+    most = int(numbers.get("TTT_CHUNK_SIZE", 48))
+    chunks = ",".join(str(part._replace(value=min(part.value, most))) for part in cfg.ttt_chunk_size)
     epochs = min(cfg.ttt_epochs, 1)  # passes over the same tokens take the same path
-    return numbers | {"VAL_BATCH_TOKENS": str(size), "TTT_CHUNK_SIZE": str(min(chunk, 48)), "TTT_EPOCHS": str(epochs)}
+    return numbers | {"VAL_BATCH_TOKENS": str(size), "TTT_CHUNK_SIZE": chunks, "TTT_EPOCHS": str(epochs)}
 
 
 def documents_apart(cfg: Any) -> str:

@@ -31,6 +31,7 @@ FILES = {  # stack -> its files, each with the kinds whose settings only list wh
     "ngram": {"ngram": ("forward",), "ngram_training": ()},
     "gdn": {"gdn_model": ("forward",), "gdn_training": ("ttt", "plain_eval")},
     "quant": {"quant": ()},
+    "frontier": {"frontier_training": ("ttt_sites", "loop_mix")},
 }
 CANONICAL = (  # our name (regular expression) -> the published one
     (r"blocks\.(\d+)\.attn\.([qkv])\.weight", r"blocks.\1.attn.c_\2.weight"),
@@ -308,6 +309,11 @@ def exact_tables(length: int, dims: int, base: float, *_: Any) -> tuple[Tensor, 
     frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return angle.cos(), angle.sin()
+
+
+def always(value: int) -> tuple[train_gpt.UpTo, ...]:
+    """A knob's table with one value for everything."""
+    return (train_gpt.UpTo(math.inf, value),)
 
 
 def knobs(text: str) -> dict[str, str]:

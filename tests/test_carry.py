@@ -259,8 +259,9 @@ def test_two_processes_adapt_as_one(tiny_data: Path, tmp_path: Path, call_ranks:
 
 def test_what_carry_cannot_do_is_a_sentence() -> None:
     for knobs, words in (
-        ({"ttt_chunk_size": 7}, "TTT_CHUNK_SIZE=7 between 8"),
-        ({"ttt_chunk_size": 49}, "half of TTT_EVAL_SEQ_LEN=96"),
+        ({"ttt_chunk_size": rules.always(7)}, "one number, between 8"),
+        ({"ttt_chunk_size": rules.always(49)}, "half of TTT_EVAL_SEQ_LEN=96"),
+        ({"ttt_chunk_size": (train_gpt.UpTo(30, 8), *rules.always(16))}, "documents of all lengths side by side"),
         ({"ttt_warm_start_a": True}, "TTT_WARM_START_A=0"),
         ({"mixers": "G A A"}, "MIXERS without G"),
         ({"attn_extras": ("sink",)}, "ATTN_EXTRAS=sink"),

@@ -58,6 +58,7 @@ MATRIX: list[tuple[str, dict[str, Any]]] = [
     (PLAIN, {"eval": "phased_lora", "ttt_batch_size": 1}),
     (PLAIN, {"eval": "phased_lora", "ttt_batch_size": 1, "ttt_context": "carry"}),
     (PLAIN, {"ttt_context": "recompute", "ttt_grad_steps": 2, "ttt_warm_start_a": True}),
+    (PLAIN, {"ttt_context": "recompute", "ttt_chunk_size": (train_gpt.UpTo(20, 3), *rules.always(8))}),
     (PLAIN, {"ttt_context": "carry", "ttt_grad_steps": 2}),
     (PLAIN, {"ttt_context": "carry", "ttt_lora_lr": 0.0}),
     ("one lane, no loops, no extras", {"mixers": "G A G", "gdn_head_dim": 8, "ttt_context": "recompute"}),
@@ -96,7 +97,7 @@ def test_learning_before_scoring_is_caught(context: str) -> None:
             nll = super().score(cells)
             width = cells.ids.shape[1]
             rows = np.flatnonzero(cells.documents >= 0)
-            self.learn(Lesson(rows, slice(width - self.cfg.ttt_chunk_size, width)), cells, nll)
+            self.learn(Lesson(rows, slice(width - cells.chunk, width)), cells, nll)
             return self.losses(cells)
 
     evaluator = train_gpt.EVALS["doc_lora"]._replace(learner=Hasty)

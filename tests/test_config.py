@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, call
-from golden_rules import knobs
+from golden_rules import always, knobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ from train_gpt import Config, UserError, load_config, record_env, resolve
 FIELDS = {field.name.upper(): field for field in dataclasses.fields(Config)}
 # records/<name>/run is what a run wrote
 PRESETS = sorted(path for path in (ROOT / "records").glob("**/record.env") if path.parent.name != "run")
-KINDS = ("bool", "int", "float", "str", "Words", "tuple[int, ...]")
+KINDS = ("bool", "int", "float", "str", *train_gpt.LISTS)
 
 
 def write_preset(folder: Path, text: str) -> str:
@@ -157,11 +157,12 @@ TYPED = """
     SEED -> 12 -> 12; ITERATIONS -> 20_000 -> 20000; MATRIX_LR -> 1e-3 -> 0.001; MATRIX_LR -> 1 -> 1.0;
     SMEAR_BOS_MASK -> 0 -> False; SMEAR_BOS_MASK -> 1 -> True; AVERAGE -> none -> (); AVERAGE -> -> ();
     STAGES -> quantize, eval -> ('quantize', 'eval'); VE_LAYERS -> 5, 9,10 -> (5, 9, 10); VE_LAYERS -> none -> ();
-    EVAL -> plain -> 'plain'
+    EVAL -> plain -> 'plain'; TTT_CHUNK_SIZE -> 256:8, 48 -> (UpTo(limit=256.0, value=8), UpTo(limit=inf, value=48))
 """
 MISTYPED = """
     SEED=1.5 SEED= ITERATIONS=many MATRIX_LR=fast SMEAR_BOS_MASK=true SMEAR_BOS_MASK=yes LOADER=shuffle
     STAGES=train,test ATTN_EXTRAS=xsa,sinks VE_LAYERS=9,last VE_LAYERS=9,9 AVERAGE=ema,ema
+    TTT_CHUNK_SIZE=0 TTT_CHUNK_SIZE=a:8 TTT_CHUNK_SIZE=8,8
 """
 
 
@@ -211,7 +212,9 @@ ILLEGAL_EXAMPLES = """
     MIXERS=G*2_A*8 -> MIXERS='G*2 A*8' must name a mixer; GDN_QK_HEADS=3; GATE_WINDOW=513;
     ATTN_EXTRAS=value_embed VE_LAYERS=3,11 -> VE_LAYERS=(3, 11); ROPE_REFERENCE_LEN=1024 ROPE_DIMS=2;
     TRAIN_BATCH_TOKENS=2049 BATCH_SLICES=2 TRAIN_SEQ_LEN=2; TRAIN_BATCH_TOKENS=8192 -> TRAIN_SEQ_LEN=2048;
-    VAL_BATCH_TOKENS=8192 -> EVAL_SEQ_LEN=2048; EVAL_STRIDE=2049; TTT_CHUNK_SIZE=2049; GPTQ_RESERVE_SECONDS=600;
+    TRAIN_SEQ_SCHEDULE=1024@0.5 LOADER=stream -> LOADER=packed_docs; LOOP_MIX=1,1,1 -> n + 1 numbers;
+    VAL_BATCH_TOKENS=8192 -> EVAL_SEQ_LEN=2048; EVAL_STRIDE=2049;
+    TTT_CHUNK_SIZE=2049 -> EVAL_SEQ_LEN=2048, and; GPTQ_RESERVE_SECONDS=600;
     AWQ_LITE_ENABLED=1 MATRIX_QUANT=rowwise EMBED_QUANT=rowwise; AWQ_LITE_BITS=6 AWQ_LITE_ENABLED=1;
     SCALE_STEP=1e-9 -> SCALE_STEP=1e-09; STAGES=train,eval -> STAGES must be train;
     EVAL=slot SLOT_CAUSAL=0 -> ALLOW_NONCAUSAL=1; TTT_CHUNK_TOKENS=2047 EVAL=chunk_sgd;
@@ -256,6 +259,9 @@ def test_values_on_the_legal_side_pass() -> None:
 
 
 FORMED = {  # knobs whose text has a form of its own, and texts of it that are legal
+    "ttt_chunk_size": (always(16), (train_gpt.UpTo(256.5, 8), *always(24))),
+    "train_seq_schedule": ((), (train_gpt.UpTo(0.125, 1024), train_gpt.UpTo(0.7, 512))),
+    "loop_mix": ((), (1.5, 0.0, 0.0, 1e-3, 1.0, -0.25, 0.0, 0.0, 2.0, 0.0, 0.0, 1.0)),
     "matrix_bits_overrides": ((), ("mlp:7",), ("attn.o.weight:7", "blocks.[2-9].*:5")),
 }
 

@@ -178,7 +178,8 @@ def test_batches_shift_targets_and_never_share_a_span(tiny_data: Path) -> None:
         stream, span = only_shard(tiny_data, "train"), cfg.train_batch_tokens // cfg.batch_slices + 1
         position = int(np.flatnonzero(stream == BOS_ID)[0]) if loader == "packed_docs" else 0
         with contextlib.closing(train_gpt.train_batches(cfg, ranks(1)[0])) as batches:
-            for batch in itertools.chain.from_iterable(itertools.islice(batches, 5)):
+            steps = (step[cfg.train_seq_len] for step in itertools.islice(batches, 5))
+            for batch in itertools.chain.from_iterable(steps):
                 wanted = stream[position : position + span].tolist()
                 assert batch.ids.flatten().tolist() == wanted[:-1], loader
                 assert batch.targets.flatten().tolist() == wanted[1:], loader
@@ -200,7 +201,7 @@ def test_every_world_sees_the_same_tokens_per_step(tiny_data: Path) -> None:
         cfg = tiny(tiny_data, LOADER=loader)
         alone, *together = (train_gpt.train_batches(cfg, runtime) for runtime in ranks(1) + ranks(world))
         for _ in range(4):
-            whole, parts = next(alone), [next(batches) for batches in together]
+            whole, *parts = (next(batches)[cfg.train_seq_len] for batches in (alone, *together))
             assert [len(part) for part in parts] == [cfg.batch_slices // world] * world, (loader, world)
             for j, a in enumerate(whole):
                 b = parts[j % world][j // world]

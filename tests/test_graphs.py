@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import golden_rules as rules
 import numpy as np
@@ -41,6 +42,7 @@ aot_eager 1 EVAL=sliding LOADER=stream
 eager 2 EVAL=chunk_sgd
 aot_eager 2 EVAL=slot
 eager 2 EVAL=phased_lora
+eager 2 EVAL=phased_lora TTT_CHUNK_SIZE=10:2,30:4,8
 aot_eager 2 EVAL=phased_lora TTT_CONTEXT=carry
 """  # graphs: scoring and gradient; trunk and gradient; scoring with gradient and AdamW (global updates run uncompiled)
 
@@ -67,6 +69,23 @@ def test_graphs_of_an_evaluator(case: str, counter: CompileCounterWithBackend, m
     assert counter.frame_count == int(graphs)
     if cfg.ttt_context != "carry":  # which compiles there while it captures, on a GPU alone
         assert before == [int(graphs)], "compiled inside the clock"
+
+
+def test_warm_up_makes_every_graph_of_a_run_with_other_spans(
+    counter: CompileCounterWithBackend, tiny_data: Path
+) -> None:
+    """Four of them here: spans and looping change at different times."""
+    sizes = "TRAIN_SEQ_LEN=64 TRAIN_SEQ_SCHEDULE=16@0.25,32@0.7 TRAIN_BATCH_TOKENS=256 BATCH_SLICES=1 ITERATIONS=12"
+    cfg = small(f"NUM_LOOPS=1 ENABLE_LOOPING_AT=0.4 VOCAB_SIZE=320 WARMUP_STEPS=2 DATA_PATH={tiny_data} {sizes}")
+    assert train_gpt.graphs_of(cfg) == [(16, False), (32, False), (32, True), (64, True)]
+    trainer = train_gpt.Trainer(cfg, rules.runtime(compile=True), train_gpt.GPT(cfg).init_weights(0), None)
+    warm_up, made, seen = trainer.warm_up, [], []
+    trainer.warm_up = lambda: warm_up() or made.append(counter.frame_count)
+    step = trainer.step
+    trainer.step = lambda *args, **kwargs: step(*args, **kwargs) or seen.append(trainer.span)
+    trainer.run(lambda: None)
+    assert made == [4] and counter.frame_count == 4
+    assert seen == [16] * 2 + [32] * 4 + [64] * 2 + [16] * 4 + [32] * 5 + [64] * 3
 
 
 def test_graphs_of_training(counter: CompileCounterWithBackend) -> None:

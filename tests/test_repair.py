@@ -41,7 +41,7 @@ def blank(rows: int, cols: int) -> Parts:
 # The published numbers
 
 
-@rules.each("lqer", "quant")
+@rules.each("lqer", "quant", "frontier")
 def test_lqer_factors(golden: rules.Entry) -> None:
     c, want = golden.config, golden.expected["canonical_largest_abs_of_each_Vh_row_positive"]
     rows, cols, key = c["rows"], c["cols"], c["key"]

@@ -81,7 +81,7 @@ def test_rows_shift_targets_and_ignore_documents(tmp_path: Path) -> None:
     tokens = torch.arange(200).numpy() % 7 + 1  # full of document starts
     cfg = deck_config(write_shards(tmp_path / "data", tokens), batch_slices=1)
     with contextlib.closing(train_gpt.train_batches(cfg, rules.runtime())) as batches:
-        (batch,) = next(batches)
+        (batch,) = next(batches)[32]
     assert batch.cu_seqlens is None and batch.ids.shape == batch.targets.shape == (2, 32)
     assert torch.equal(batch.ids[:, 1:], batch.targets[:, :-1]) and batch.ids.dtype == torch.int64
 
@@ -201,9 +201,9 @@ def test_every_rank_reads_the_same_clock(fake_time: SimpleNamespace) -> None:
 # Quantisation-aware training
 
 
-def one_batch() -> list[train_gpt.Batch]:
+def one_batch() -> dict[int, list[train_gpt.Batch]]:
     ids = torch.from_numpy(rules.tokens(97, 65, []))
-    return [train_gpt.Batch(ids[:-1].view(2, 32), ids[1:].view(2, 32), None)]
+    return {32: [train_gpt.Batch(ids[:-1].view(2, 32), ids[1:].view(2, 32), None)]}
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -232,7 +232,7 @@ def test_ste_sees_the_grid_and_its_gradient_goes_straight_through(
             if name.startswith("blocks.") and p.ndim == 2 and p.size(0) > 2:
                 p.copy_(train_gpt.fake_quantize(p, (p.abs().amax(dim=1) / 31).clamp_min(2.0**-24), 6))
     rounded.zero_grad()
-    batch = one_batch()[0]
+    (batch,) = one_batch()[32]
     loss = rounded(batch.ids, batch.targets, rounded.plan(32, rules.CPU, None, 32, rows=2))
     loss.backward()
     assert gradients[0]["loss"] != gradients[1]["loss"]

@@ -93,7 +93,13 @@ LOOPED |= {"rope_dims": 4, "xsa_last_n": 2, "attn_gate": "sparse", "gate_window"
 LOOPED |= {"num_loops": 1, "loop_start": 1, "loop_end": 1, "enable_looping_at": 0.5, "parallel_start_layer": 2}
 LOOPED |= {"bigram_vocab_size": 64, "bigram_dim": 8, "trigram_vocab_size": 48, "trigram_dim": 8}
 LOOPED |= {"ve_layers": (0, 2), "ve_dim": 6, "ttt_lora_rank": 3, "ttt_lora_alpha": 4.5, "ttt_lora_lr": 0.01}
-LOOPED |= {"ttt_chunk_size": CHUNK, "ttt_eval_seq_len": 96, "ttt_batch_size": 4, "eval": "doc_lora", "batch_slices": 1}
+LOOPED |= {
+    "ttt_chunk_size": rules.always(CHUNK),
+    "ttt_eval_seq_len": 96,
+    "ttt_batch_size": 4,
+    "eval": "doc_lora",
+    "batch_slices": 1,
+}
 LOOPED |= {"eval_seq_len": 24, "eval_stride": 8, "val_batch_tokens": 96, "ttt_chunk_tokens": 48, "ttt_lr": 0.05}
 LOOPED |= {"ttt_epochs": 2, "global_ttt_chunk_tokens": 32, "global_ttt_lr": 0.05, "train_seq_len": 1024}
 BARE = {"num_loops": 0, "parallel_start_layer": 0, "attn_gate": "none", "embed_extras": (), "attn_extras": ()}

@@ -85,11 +85,12 @@ def bench_step(args: argparse.Namespace) -> None:
         model = bench.model_of(cfg, runtime)
         model.set_looping(looping)
         trainer, rng = train_gpt.Trainer(cfg, runtime, model, None), np.random.default_rng(0)
+        trainer.span = cfg.train_seq_len
         batches = itertools.cycle(enumerate([random_batch(cfg, rng) for _ in range(4)]))
 
         def step(trainer: train_gpt.Trainer = trainer, batches: Iterator = batches) -> None:
             number, batch = next(batches)
-            trainer.step([batch], 1.0, number)
+            trainer.step({trainer.span: [batch]}, 1.0, number)
 
         _, seconds = bench.timed(step)
         with bench.alone():

@@ -152,7 +152,7 @@ def measure(
         "eval": cfg.eval,
         "legal": score.legal,
         "context": cfg.ttt_context,
-        "chunk": cfg.ttt_chunk_size,
+        "chunk": train_gpt.format_knob(cfg.ttt_chunk_size),
         "lr": cfg.ttt_lora_lr,
         "docs": len(docs),
         "predictions": score.tokens,
