@@ -14,7 +14,7 @@ STAGES=quantize,eval resumes from those files. What differs between systems is d
 tables (ROLES, EVALS), keys into literal registries, and listeners at one seam (taps).
 
 Sections: 01 CONFIG, 02 RUNTIME, 03 DATA, 04 ATTENTION, 05 KERNELS, 06 MODEL PARTS, 07 MODEL, 08 OPTIMISERS,
-09 TRAINING, 10 QUANTISATION, 11 ARTIFACT, 12 EVALUATION, 13 TEST-TIME TRAINING, 14 MAIN.
+09 TRAINING, 10 QUANTISATION, 11 ARTIFACT, 12 TOKEN PRIORS, 13 EVALUATION, 14 TEST-TIME TRAINING, 15 MAIN.
 Notation: B batch rows, T tokens of a row, D model width, H query heads, K key/value heads, V vocabulary, N all tokens.
 Nouns: Config, Runtime, Route, AttnMeta, taps, QuantRule, Codec, ByteMeter, Learner.
 """
@@ -426,6 +426,18 @@ class Config:
         False,
         "allow a score fitted on the targets it scores; the result then says legal: false",
     )
+    canonical_mask: str = knob(
+        "none",
+        "take 20 nats from pairs of tokens that the tokenizer never writes; eval: in scoring and test-time training; "
+        "always: in training too",
+        "none|eval|always",
+    )
+    canonical_check: bool = knob(
+        True,
+        "refuse shards with such a pair; off: for streams that no tokenizer wrote, as the judge's",
+        "",
+        "CANONICAL_MASK=eval|always",
+    )
 
     ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1")
     ttt_lora_alpha: float = knob(144.0, "LoRA scale * rank", "> 0")
@@ -490,7 +502,7 @@ class Config:
 # Where and how a run happens, not what it is: these knobs are never written to record.env.
 LOCAL_KNOBS = (
     "run_id artifact_dir stages model_path scores overwrite device attention fused_ce_enabled "
-    "fused_mlp_enabled fused_gdn_enabled compute_dtype compile data_path tokenizer_path"
+    "fused_mlp_enabled fused_gdn_enabled compute_dtype compile data_path tokenizer_path canonical_check"
 ).split()
 
 GROUPS = {  # first knob -> the title that --help prints above it
@@ -1943,16 +1955,27 @@ MLP_TILE = 128, 256, 64  # rows, columns and depth of a matmul tile
 
 
 @kernel
+def penalty(banned: tl.tensor | None, row: tl.tensor, vocab: int, column: tl.tensor) -> tl.tensor:
+    """BANNED_NATS where a column's bit in a row of banned is set, else 0."""
+    nats = 0.0
+    if banned is not None:
+        byte = tl.load(banned + row * tl.cdiv(vocab, 8) + column // 8, mask=column < vocab, other=0)
+        nats = (byte.to(tl.int32) >> column % 8 & 1) * 20.0
+    return nats
+
+
+@kernel
 def softcap_ce_kernel(
     z: tl.tensor,
     targets: tl.tensor,
+    banned: tl.tensor | None,
     loss: tl.tensor,
     lse: tl.tensor,
     softcap: float,
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Store the loss and the log-sum-exp of one row of logits z (N, vocab)."""
+    """Store the loss and the log-sum-exp of one row of logits z (N, vocab); banned: its bits (N, vocab / 8)."""
     row = tl.program_id(0).to(tl.int64)  # rows * vocab may pass 2^31
     z += row * vocab
     lanes = tl.arange(0, BLOCK)
@@ -1964,19 +1987,21 @@ def softcap_ce_kernel(
         x = tl.load(z + start + lanes, mask=inside, other=0.0).to(tl.float32)
         # the approximate division is much faster, and exact to about two units in the last place
         y = tl.fdiv(2 * softcap, 1 + tl.exp(-2 * x / softcap)) - softcap
+        y -= penalty(banned, row, vocab, start + lanes)
         total += tl.where(inside, tl.exp(y), 0.0)
     result = tl.log(tl.sum(total, 0))
-    chosen = tl.load(z + tl.load(targets + row)).to(tl.float32)
-    tl.store(loss + row, result + softcap - 2 * softcap * tl.sigmoid(2 * chosen / softcap))
+    target = tl.load(targets + row)
+    chosen = 2 * softcap * tl.sigmoid(2 * tl.load(z + target).to(tl.float32) / softcap)
+    tl.store(loss + row, result + softcap - chosen + penalty(banned, row, vocab, target))
     tl.store(lse + row, result)
 
 
 @kernel
 def softcap_ce_back_kernel(
-    g: tl.tensor,
+    g_lse: tl.tensor,
     z: tl.tensor,
     targets: tl.tensor,
-    lse: tl.tensor,
+    banned: tl.tensor | None,
     dz: tl.tensor,
     softcap: float,
     vocab: int,
@@ -1984,14 +2009,15 @@ def softcap_ce_back_kernel(
 ) -> None:
     """Store the gradient dz of one block of a row: g (p - [column is the target]) 4 s (1 - s).
 
-    s = sigmoid(2z/c) and p = exp(2cs - c - lse).
+    s = sigmoid(2z/c) and p = exp(2cs - c - penalty - lse). g_lse (2, N): g, then lse.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, place = column < vocab, row * vocab + column
     s = tl.sigmoid(2 * tl.load(z + place, mask=inside, other=0.0).to(tl.float32) / softcap)
-    p = tl.exp(2 * softcap * s - softcap - tl.load(lse + row))
-    slope = tl.load(g + row) * 4 * s * (1 - s)  # dy/dz = 4 s (1 - s)
+    y = 2 * softcap * s - softcap - penalty(banned, row, vocab, column)
+    p = tl.exp(y - tl.load(g_lse + tl.num_programs(0) + row))
+    slope = tl.load(g_lse + row) * 4 * s * (1 - s)  # dy/dz = 4 s (1 - s)
     grad = slope * tl.where(column == tl.load(targets + row), p - 1, p)
     tl.store(dz + place, grad.to(dz.dtype.element_ty), mask=inside)
 
@@ -2050,11 +2076,16 @@ def leaky_square_kernel(
             out.store([row, column + half * HALF], y.to(out.dtype))
 
 
-def launch_softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+def launch_softcap_ce(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float,
+    banned: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """softcap_ce through Triton, one program a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
     loss, lse = (z.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    softcap_ce_kernel[(rows,)](z, targets, loss, lse, softcap, vocab, CE_BLOCK)
+    softcap_ce_kernel[(rows,)](z, targets, banned, loss, lse, softcap, vocab, CE_BLOCK)
     return loss, lse
 
 
@@ -2064,11 +2095,12 @@ def launch_softcap_ce_back(
     targets: Tensor,
     lse: Tensor,
     softcap: float,
+    banned: Tensor | None,
 ) -> Tensor:
     """softcap_ce_back through Triton, one program a block of a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
     dz, grid = torch.empty_like(z), (rows, triton.cdiv(vocab, CE_BACK_BLOCK))
-    softcap_ce_back_kernel[grid](g.contiguous(), z, targets, lse, dz, softcap, vocab, CE_BACK_BLOCK)
+    softcap_ce_back_kernel[grid](torch.stack([g, lse]), z, targets, banned, dz, softcap, vocab, CE_BACK_BLOCK)
     return dz
 
 
@@ -2139,21 +2171,35 @@ def operator(
     return register
 
 
-def softcapped(z: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(z / softcap), in at least float32."""
-    return softcap * torch.tanh(at_least_fp32(z) / softcap)
+BANNED_NATS = 20.0  # what a banned id loses: so much that little is left, so little that any target keeps a finite loss
 
 
-def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+def softcapped(z: Tensor, softcap: float, banned: Tensor | None = None) -> Tensor:
+    """softcap * tanh(z / softcap), in at least float32, less BANNED_NATS where the bits banned (N, V/8) are set."""
+    y = softcap * torch.tanh(at_least_fp32(z) / softcap)
+    if banned is None:
+        return y
+    bits = banned[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=z.device) & 1
+    return y - BANNED_NATS * bits.flatten(1)[:, : z.size(1)]
+
+
+def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float, banned: Tensor | None = None) -> Tensor:
     """Cross-entropy (N,) in nats for logits z (N, V), softcapped: the plain twin, in at least float32."""
-    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
+    return F.cross_entropy(softcapped(z, softcap, banned), targets, reduction="none")
 
 
 @operator(launch_softcap_ce_back)
-def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
+def softcap_ce_back(
+    g: Tensor,
+    z: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    softcap: float,
+    banned: Tensor | None,
+) -> Tensor:
     """Gradient (N, V) for the logits, in their dtype, from the gradient g (N,) for the losses."""
     s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
-    p = torch.exp(2 * softcap * s - softcap - lse[:, None])
+    p = torch.exp(softcapped(z, softcap, banned) - lse[:, None])
     # size(0), not len: as a fake kernel this sees symbolic sizes, which len would make constants
     p.scatter_add_(1, targets[:, None], p.new_full((p.size(0), 1), -1.0))
     return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
@@ -2161,28 +2207,34 @@ def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap:
 
 def softcap_ce_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     """Keep what the backward of softcap_ce reads."""
-    (z, targets, ctx.softcap), (_, lse) = inputs, output
+    (z, targets, ctx.softcap, banned), (_, lse) = inputs, output
     # the logits as they are, in bf16, and one float a row: no float32 copy of the logits exists
-    ctx.save_for_backward(z, targets, lse)
+    ctx.save_for_backward(z, targets, lse, banned)
     ctx.mark_non_differentiable(lse)
 
 
-def softcap_ce_grad(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+def softcap_ce_grad(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
     """Gradients of softcap_ce's inputs."""
-    return softcap_ce_back(g, *ctx.saved_tensors, ctx.softcap), None, None
+    *saved, banned = ctx.saved_tensors
+    return softcap_ce_back(g, *saved, ctx.softcap, banned), None, None, None
 
 
 @operator(launch_softcap_ce, setup_context=softcap_ce_setup, backward=softcap_ce_grad)
-def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+def softcap_ce(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float,
+    banned: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """softcapped_cross_entropy (N,) of z (N, V), and the log-sum-exp (N,) for the backward; both float32."""
-    y = softcapped(z, softcap)
+    y = softcapped(z, softcap, banned)
     lse = y.logsumexp(1)
     return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
 
 
-def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float, banned: Tensor | None = None) -> Tensor:
     """softcapped_cross_entropy by kernels that read the logits once each way (idea: Liger, Hsu et al. 2024)."""
-    return softcap_ce(z, targets, softcap)[0]
+    return softcap_ce(z, targets, softcap, banned)[0]
 
 
 @operator(launch_leaky_square_back)
@@ -2975,6 +3027,10 @@ def loops(cfg: Config) -> bool:
     return cfg.num_loops > 0 and cfg.enable_looping_at < 1
 
 
+# CANONICAL_MASK -> the values of Module.training at which the mask counts; whoever evaluates sets training to False
+MASKED_WHEN = {"none": (), "eval": (False,), "always": (False, True)}
+
+
 class GPT(nn.Module):
     """The language model: float32 parameters (the embedding: EMBED_DTYPE), activations in `dtype`; set_looping chooses
     the route."""
@@ -3009,6 +3065,9 @@ class GPT(nn.Module):
         # -1 is no id: nothing clears a state within a segment
         self.first_id = (BOS_ID if cfg.gdn_bos_reset else -1) if "G" in mixer_letters(cfg) else None
         self.cross_entropy = kernels.cross_entropy
+        # (V, V/8) uint8: bit x % 8 of byte x // 8 in row p says that x never follows p; whoever runs the model sets it
+        self.register_buffer("canonical", None, persistent=False)
+        self.masked_when = MASKED_WHEN[cfg.canonical_mask]
 
     def init_weights(self, seed: int) -> GPT:
         """Initial weights from a seed; the model itself."""
@@ -3097,6 +3156,12 @@ class GPT(nn.Module):
         x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
         return rms_norm(x)
 
+    def loss(self, z: Tensor, targets: Tensor, before: Tensor) -> Tensor:
+        """Cross-entropy (n,) in nats for logits z (n, V), targets (n,) and the token before each, (n,): the one place
+        where logits become losses, in training, test-time training and scoring."""
+        masked = self.canonical is not None and self.training in self.masked_when
+        return self.cross_entropy(z, targets, self.softcap, self.canonical[before] if masked else None)
+
     def forward(
         self,
         ids: Tensor,
@@ -3107,25 +3172,27 @@ class GPT(nn.Module):
         cells: Tensor | None = None,
         last: int = 0,
     ) -> Tensor:
-        """Softcapped logits (B, T, V) in at least float32; with targets (B, T), their cross-entropy in nats: a scalar
+        """Softcapped logits (B, T, V) in at least float32, unmasked; with targets (B, T), their loss in nats: a scalar
         for reduction="mean", (B, T) for "none".
 
         The head may be computed for some positions only: the `last` columns, and (B, last) takes the place of (B, T);
         or cells (n,), indices into the B*T flattened positions, and (n) takes their place.
         """
         h = self.trunk(ids, meta, taps)
+        # rows that go on from a cache begin with what embeddings look back at, which predicts nothing
+        ids = ids[:, ids.size(1) - h.size(1) :]
         if last:
             # by an index: the graph of a slice would not serve rows of just so many tokens
             columns = torch.arange(ids.size(1) - last, ids.size(1), device=ids.device)
-            h, targets = h[:, columns], targets[:, columns]
+            h, ids, targets = h[:, columns], ids[:, columns], targets[:, columns]
         if cells is not None:
             # the head is the largest matrix: rows that nobody scores skip it
-            h = h.flatten(0, 1)[cells]
+            h, ids = h.flatten(0, 1)[cells], ids.flatten()[cells]
             targets = targets if targets is None else targets.flatten()[cells]
         z = LayerTap(taps)("head", h, self.tok_emb(h))
         if targets is None:
             return softcapped(z, self.softcap)
-        loss = self.cross_entropy(z.flatten(0, -2), targets.flatten(), self.softcap)
+        loss = self.loss(z.flatten(0, -2), targets.flatten(), ids.flatten())
         return loss.mean() if reduction == "mean" else loss.view_as(targets)
 
 
@@ -5058,7 +5125,87 @@ def fill_model(model: GPT, state: Weights, source: str) -> None:
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 12 EVALUATION                                                                                                      |
+# | 12 TOKEN PRIORS                                                                                                    |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+def merges(text: str, price: Mapping[str, int]) -> Iterator[tuple[list[str], int]]:
+    """Merge a text's characters as SentencePiece's BPE does: the cheapest adjacent pair first, the leftmost of equals.
+
+    Yields the symbols and the highest price so far (at first -1), at the start and after every merge.
+    """
+    symbols, clock = [*text], -1
+    while True:
+        yield symbols, clock
+        pairs = enumerate(map("".join, itertools.pairwise(symbols)))
+        options = [(price[pair], i) for i, pair in pairs if pair in price]
+        if not options:
+            return
+        due, i = min(options)
+        clock = max(clock, due)
+        symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
+
+
+def canonical_mask(processor: spm.SentencePieceProcessor) -> np.ndarray:
+    """The pairs of tokens that a BPE tokenizer never writes: (V, V/8) uint8, bit x % 8 of byte x // 8 in row p.
+
+    Between two borders of its result BPE does what it does to that span alone. So if the texts of p and x, joined,
+    become something else than p and x, no text is encoded with x after p.
+    """
+    size = processor.vocab_size()
+    # learnt pieces stand in the order of their merges, with scores from -0.0 down; controls, bytes and a user's own
+    # symbols have 0.0
+    learnt = (i for i in range(size) if math.copysign(1, processor.get_score(i)) < 0)
+    names = {i: processor.id_to_piece(i) for i in learnt}
+    price, spans = {name: i for i, name in names.items()}, collections.defaultdict(list)
+    # (side, symbol) -> pieces of which that is the first (0) or last (-1) symbol from one clock of merges to another
+    for name, i in price.items():
+        states = [*merges(name, price)][::-1]
+        for side in (0, -1):
+            stop = size
+            for symbol, start in {symbols[side]: clock for symbols, clock in states}.items():
+                spans[side, symbol].append((i, start, stop))
+                stop = start
+    spans = {key: np.array(rows).T for key, rows in spans.items()}
+    found = np.zeros((size, size), np.int8)
+    # a piece across the border is made if both its halves stand there when its price is due
+    for name, due in price.items():
+        for cut in range(1, len(name)):
+            left, right = spans.get((-1, name[:cut])), spans.get((0, name[cut:]))
+            if left is not None and right is not None:
+                p, start, stop = left[:, :, None]
+                room = np.minimum(stop, right[2]) - np.maximum(np.maximum(start, right[1]), due)
+                found[p, right[0]] = np.maximum(found[p, right[0]], np.sign(room) + 1)
+    # 1: a half is used up at that very price; which comes first, only BPE itself can say
+    for p, x in np.argwhere(found == 1):
+        *_, (symbols, _) = merges(names[p] + names[x], price)
+        found[p, x] = 2 * (symbols != [names[p], names[x]])
+    return np.packbits(found > 1, axis=1, bitorder="little")
+
+
+def checked_mask(cfg: Config, val: ValData) -> Tensor:
+    """canonical_mask of the tokenizer. UserError if it bans a pair that is in the validation stream or, before a
+    training, in the first 2^20 tokens of a training shard: they were not encoded document by document with it."""
+    model = find_tokenizer(cfg)
+    if model is None:
+        raise UserError(f"CANONICAL_MASK={cfg.canonical_mask} needs the tokenizer; set TOKENIZER_PATH")
+    mask = canonical_mask(spm.SentencePieceProcessor(model_proto=model.read_bytes()))
+    streams = {f"DATA_PATH={cfg.data_path}, validation": val.tokens}
+    if "train" in cfg.stages:
+        streams |= {path: read_shard(path)[: 2**20] for path in list_shards(cfg.data_path, "train")}
+    for where, tokens in streams.items() if cfg.canonical_check else ():
+        before, after = tokens[:-1], tokens[1:]
+        for at in np.flatnonzero(mask[before, after >> 3] >> (after & 7) & 1):
+            document = np.count_nonzero(before[:at] == BOS_ID)
+            raise UserError(
+                f"{where}: in document {document} token {after[at]} follows {before[at]}, which {model} never writes; "
+                "prepare the data again, or set CANONICAL_MASK=none"
+            )
+    return torch.from_numpy(mask)
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 13 EVALUATION                                                                                                      |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -5276,6 +5423,7 @@ class Evaluator(NamedTuple):
 
     def __call__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData) -> Score:
         """Score a stream; whatever compiles does so before the clock runs."""
+        model.eval()
         learner = self.learner(cfg, runtime, model, val)
         # who does not learn compiles by scoring the first cells, which changes nothing
         if runtime.compile and type(learner) is NoAdaptation:
@@ -5283,6 +5431,7 @@ class Evaluator(NamedTuple):
         # the clock starts here
         meter = ByteMeter(val, runtime, cfg.allow_noncausal, cfg.scores)
         score_first(with_progress(self.steps(cfg, runtime, val), meter), learner, meter)
+        model.train()
         return meter.close()
 
 
@@ -5389,7 +5538,7 @@ def sliding_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 13 TEST-TIME TRAINING                                                                                              |
+# | 14 TEST-TIME TRAINING                                                                                              |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -6164,26 +6313,26 @@ class Slot(NoAdaptation):
     def score(self, cells: Cells) -> Tensor:
         """(B, T) nats of the scored cells."""
         ids, targets, meta = self.inputs(cells)
-        h = self.trunk(ids, meta).flatten(0, 1)
+        h, ids = self.trunk(ids, meta).flatten(0, 1), ids.flatten()
         y, head = targets.flatten(), self.model.tok_emb
-        scored = to_device(cells.rows * ids.size(1) + cells.cols, ids.device)
+        scored = to_device(cells.rows * targets.size(1) + cells.cols, ids.device)
         z = at_least_fp32(head(h[scored]))
         if cells.fit is not None and len(cells.fit):
             # The head is linear: a shift d that all cells share is a bias E d of the logits. They are computed once,
             # and a step costs no matrix product over the cells. Published: H + d in bf16 rounds small shifts away.
             fit = to_device(cells.fit, ids.device)
-            z += head.weight @ self.fitted_shift(head(h[fit]), y[fit])
-        return scatter_losses(cells, self.model.cross_entropy(z, y[scored], self.model.softcap))
+            z += head.weight @ self.fitted_shift(head(h[fit]), y[fit], ids[fit])
+        return scatter_losses(cells, self.model.loss(z, y[scored], ids[scored]))
 
     @torch.enable_grad()
-    def fitted_shift(self, z: Tensor, targets: Tensor) -> Tensor:
-        """The shift (D,) after SLOT_STEPS on logits z (n, V) before the softcap."""
+    def fitted_shift(self, z: Tensor, targets: Tensor, before: Tensor) -> Tensor:
+        """The shift (D,) after SLOT_STEPS on logits z (n, V) before the softcap; targets, tokens before them: (n,)."""
         head = self.model.tok_emb.weight.detach()
         # a shift of zero leaves the score as it is
         shift = torch.zeros(head.size(1), dtype=head.dtype, device=head.device, requires_grad=True)
         optimiser = torch.optim.AdamW([shift], lr=self.lr, eps=1e-5, weight_decay=1e-8)
         for _ in range(self.steps):
-            loss = self.model.cross_entropy(at_least_fp32(z) + head @ shift, targets, self.model.softcap).mean()
+            loss = self.model.loss(at_least_fp32(z) + head @ shift, targets, before).mean()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -6249,7 +6398,7 @@ EVALS = {
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 14 MAIN                                                                                                            |
+# | 15 MAIN                                                                                                            |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -6263,6 +6412,7 @@ class Run:
         self.val, data = load_val(cfg), check_data(cfg, runtime.log)
         if "lora" in cfg.eval:
             val_documents(self.val.tokens)
+        self.canonical = checked_mask(cfg, self.val) if MASKED_WHEN[cfg.canonical_mask] else None
         if "quantize" in cfg.stages:
             CODECS[cfg.compressor].require()
         # what earlier stages found stays
@@ -6277,8 +6427,9 @@ class Run:
 
     def model(self) -> GPT:
         """A model of this configuration on the device, looping as at the end of training, weights not set."""
-        model = GPT(self.cfg, self.attend, self.runtime.dtype, self.kernels).to(self.runtime.device)
-        model.set_looping(loops(self.cfg))
+        model = GPT(self.cfg, self.attend, self.runtime.dtype, self.kernels)
+        model.canonical = self.canonical
+        model.to(self.runtime.device).set_looping(loops(self.cfg))
         return model
 
     def evaluate(self, name: str, model: GPT) -> Score:

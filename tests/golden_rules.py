@@ -31,6 +31,7 @@ FILES = {  # stack -> its files, each with the kinds whose settings only list wh
     "ngram": {"ngram": ("forward",), "ngram_training": ()},
     "gdn": {"gdn_model": ("forward",), "gdn_training": ("ttt", "plain_eval")},
     "quant": {"quant": ()},
+    "frontier": {"frontier": ()},
 }
 CANONICAL = (  # our name (regular expression) -> the published one
     (r"blocks\.(\d+)\.attn\.([qkv])\.weight", r"blocks.\1.attn.c_\2.weight"),
@@ -313,6 +314,22 @@ def knobs(text: str) -> dict[str, str]:
 def toy_config(text: str, **changed: Any) -> train_gpt.Config:
     """The Config of such pairs, with other values for some fields."""
     return dataclasses.replace(train_gpt.load_config(knobs(text)), **changed)
+
+
+class Toyenizer:
+    """A SentencePiece processor of given pieces; each has a type, 1 if it was learnt."""
+
+    def __init__(self, pieces: list[str], types: list[int] | None = None) -> None:
+        self.pieces, self.types = pieces, types or [1] * len(pieces)
+
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    def id_to_piece(self, i: int) -> str:
+        return self.pieces[i]
+
+    def get_score(self, i: int) -> float:
+        return -float(sum(kind == 1 for kind in self.types[:i])) if self.types[i] == 1 else 0.0
 
 
 def runtime(dtype: torch.dtype = torch.float32, compile: bool = False) -> train_gpt.Runtime:

@@ -33,7 +33,10 @@ class Toy(causality_rules.Scorer):
         self.val = stream._replace(bytes=np.ones_like(stream.bytes))
 
     def model(self) -> train_gpt.GPT:
-        return ttt_rules.strong_model(self.cfg, scale=0.3)
+        model, vocab = ttt_rules.strong_model(self.cfg, scale=0.3), self.cfg.vocab_size
+        # counts only with CANONICAL_MASK
+        model.canonical = torch.from_numpy(np.random.default_rng(5).integers(0, 256, (vocab, -(-vocab // 8)), np.uint8))
+        return model
 
 
 def examine(cfg: train_gpt.Config, evaluator: Evaluator | None = None, apart: str = "", sums: bool = True) -> set[str]:
@@ -60,6 +63,10 @@ MATRIX: list[tuple[str, dict[str, Any]]] = [
     (PLAIN, {"ttt_context": "recompute", "ttt_grad_steps": 2, "ttt_warm_start_a": True}),
     (PLAIN, {"ttt_context": "carry", "ttt_grad_steps": 2}),
     (PLAIN, {"ttt_context": "carry", "ttt_lora_lr": 0.0}),
+    (PLAIN, {"canonical_mask": "eval", "eval": "sliding"}),
+    (PLAIN, {"canonical_mask": "eval", "eval": "slot", "slot_lr": 0.1}),
+    (PLAIN, {"canonical_mask": "eval", "ttt_context": "recompute"}),
+    (PLAIN, {"canonical_mask": "eval", "ttt_context": "carry"}),
     ("one lane, no loops, no extras", {"mixers": "G A G", "gdn_head_dim": 8, "ttt_context": "recompute"}),
     ("one lane, no loops, no extras", {"mixers": "G A G", "gdn_head_dim": 8, "eval": "chunk_sgd"}),
 ]

@@ -743,6 +743,39 @@ def test_shuffled_order(golden: rules.Entry, tmp_path: Path) -> None:
         assert (np.diff(rows.astype(int)) == 1).all() and rows.shape[1] == c["seq_len"] + 1
 
 
+# Token priors
+
+
+@rules.each("canonical_mask", "frontier")
+def test_canonical_mask(golden: rules.Entry) -> None:
+    c, want = golden.config, golden.expected
+    if "pieces_[text,score,type]" in c:
+        names, scores, types = zip(*c["pieces_[text,score,type]"], strict=True)
+        processor = rules.Toyenizer([*names], [*types])
+        assert [processor.get_score(i) for i, kind in enumerate(types) if kind == 1] == [
+            s for s, kind in zip(scores, types, strict=True) if kind == 1
+        ]
+        bits = np.unpackbits(train_gpt.canonical_mask(processor), axis=1, bitorder="little")
+        assert bits.sum() == want["masked"]
+        assert [[names[p], names[x]] for p, x in np.argwhere(bits)] == want["masked_pairs"]
+        return
+    rows, vocab = c["T"], c["V"]
+    t, j = np.ogrid[:rows, :vocab]
+    bits = (3 * t + 5 * j) % 7 < 2
+    banned, step = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little")), torch.arange(rows)
+    z = rules.fill("hash", f"mask.logits.{c['key']}", (rows, vocab), c["amp"])
+    targets = (5 * step**2 + 3 * step + 1) % vocab
+    # logits whose softcap is z
+    cap = 75.0
+    raw = (cap * torch.atanh(z / cap)).requires_grad_()
+    plain, masked = (train_gpt.softcapped_cross_entropy(raw, targets, cap, bits) for bits in (None, banned))
+    (grad,) = torch.autograd.grad(masked.sum(), raw)
+    found = {"nll_unmasked": plain, "nll_masked": masked}
+    rules.compare(found, {name: want[name] for name in found}, 1e-9)
+    rules.assert_checks(grad / (1 - (z / cap).square()), {name: want["grad_checks"][name] for name in ("l2", "wsum")})
+    assert train_gpt.BANNED_NATS == c["floor"]
+
+
 # Evaluation
 
 
