@@ -95,7 +95,7 @@ except ImportError:
 
 BOS_ID = 1
 CASE_OPERATOR = "\ue001"  # a piece of every CaseOps tokenizer
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE and COMPUTE_DTYPE
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE, COMPUTE_DTYPE, SCORE_DTYPE
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 RMS_EPS = 2.0**-23  # float32 machine epsilon: what torch uses for an unset eps, made explicit
 
@@ -426,6 +426,7 @@ class Config:
         False,
         "allow a score fitted on the targets it scores; the result then says legal: false",
     )
+    score_dtype: str = knob("fp32", "at least that wide are logits in scoring; bf16: as published", "fp32|bf16")
     canonical_mask: str = knob(
         "none",
         "take 20 nats from pairs of tokens that the tokenizer never writes; eval: in scoring and test-time training; "
@@ -3057,7 +3058,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.softcap = cfg.logit_softcap
         self.rope = cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len
-        self.dtype, self.rope_dtype = dtype, DTYPES[cfg.rope_dtype]
+        self.dtype, self.rope_dtype, self.score_dtype = dtype, DTYPES[cfg.rope_dtype], DTYPES[cfg.score_dtype]
         self.masked = attend is masked_attention
         # else only distances matter
         # a sink's logit and rounded positions depend on where a token stands, not on distances alone
@@ -3156,6 +3157,11 @@ class GPT(nn.Module):
         x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
         return rms_norm(x)
 
+    def logits(self, h: Tensor, taps: Taps | None = None) -> Tensor:
+        """Logits (..., V) of hidden states (..., D), before the softcap; but for training, at least in SCORE_DTYPE."""
+        wide = h if self.training else h.to(torch.promote_types(h.dtype, self.score_dtype))
+        return LayerTap(taps)("head", h, self.tok_emb(wide))
+
     def loss(self, z: Tensor, targets: Tensor, before: Tensor) -> Tensor:
         """Cross-entropy (n,) in nats for logits z (n, V), targets (n,) and the token before each, (n,): the one place
         where logits become losses, in training, test-time training and scoring."""
@@ -3189,7 +3195,7 @@ class GPT(nn.Module):
             # the head is the largest matrix: rows that nobody scores skip it
             h, ids = h.flatten(0, 1)[cells], ids.flatten()[cells]
             targets = targets if targets is None else targets.flatten()[cells]
-        z = LayerTap(taps)("head", h, self.tok_emb(h))
+        z = self.logits(h, taps)
         if targets is None:
             return softcapped(z, self.softcap)
         loss = self.loss(z.flatten(0, -2), targets.flatten(), ids.flatten())
@@ -5696,8 +5702,9 @@ class Adapters:
         key = f"{site.name}_{max(site.execution, 0)}"
         if key not in self.A:
             return y
-        # the sum fuses into what reads it; baddbmm would copy y first
-        return y + (self.scale * (x @ self.A[key])) @ self.B[key]
+        low = self.scale * (x @ self.A[key])
+        # in y's dtype, as logits are wider. The sum fuses into what reads it; baddbmm would copy y first
+        return y + low.to(y.dtype) @ self.B[key].to(y.dtype)
 
 
 def document_batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
@@ -6314,14 +6321,15 @@ class Slot(NoAdaptation):
         """(B, T) nats of the scored cells."""
         ids, targets, meta = self.inputs(cells)
         h, ids = self.trunk(ids, meta).flatten(0, 1), ids.flatten()
-        y, head = targets.flatten(), self.model.tok_emb
+        y = targets.flatten()
         scored = to_device(cells.rows * targets.size(1) + cells.cols, ids.device)
-        z = at_least_fp32(head(h[scored]))
+        z = at_least_fp32(self.model.logits(h[scored]))
         if cells.fit is not None and len(cells.fit):
             # The head is linear: a shift d that all cells share is a bias E d of the logits. They are computed once,
             # and a step costs no matrix product over the cells. Published: H + d in bf16 rounds small shifts away.
             fit = to_device(cells.fit, ids.device)
-            z += head.weight @ self.fitted_shift(head(h[fit]), y[fit], ids[fit])
+            shift = self.fitted_shift(self.model.logits(h[fit]), y[fit], ids[fit])
+            z += self.model.tok_emb.weight @ shift
         return scatter_losses(cells, self.model.loss(z, y[scored], ids[scored]))
 
     @torch.enable_grad()
