@@ -439,6 +439,13 @@ class Config:
         "",
         "CANONICAL_MASK=eval|always",
     )
+    hints: Words = knob(
+        (),
+        "what a document's own past says of its next token, in the final score; copy: some probability goes to what "
+        "followed the latest longest repeat; tilt: what mostly followed the last 15 tokens gains 2.625 nats",
+        "copy|tilt",
+    )
+    copy_fit_tokens: int = knob(1_048_576, "training tokens on which copying is fitted", "> 0", "HINTS=copy")
 
     ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1")
     ttt_lora_alpha: float = knob(144.0, "LoRA scale * rank", "> 0")
@@ -689,6 +696,8 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "TTT_K_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without k: 0)",
     "TTT_O_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without attn: 0)",
     "TTT_MLP_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without mlp: 0)",
+    "NGRAM_TILT_ENABLED": "HINTS=tilt",
+    "ASYM_LOGIT_RESCALE": "SCORE_DTYPE=fp32 (no published loss trained the two scalars: they stayed what they were)",
     "FULL_ATTENTION_START": "MIXERS (published: G*2 A*8 G)",
     "FULL_ATTENTION_END": "MIXERS (published: G*2 A*8 G)",
     "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER and PARALLEL_LANES=1",
@@ -3068,6 +3077,9 @@ class GPT(nn.Module):
         self.cross_entropy = kernels.cross_entropy
         # (V, V/8) uint8: bit x % 8 of byte x // 8 in row p says that x never follows p; whoever runs the model sets it
         self.register_buffer("canonical", None, persistent=False)
+        self.hints = [hint for name, hint in HINTS.items() if name in cfg.hints]
+        # of copies by bucket, from the artifact; zeros change nothing
+        self.register_buffer("copy_weights", torch.zeros(1 + 2 * len(COPY_LENGTHS)), persistent=False)
         self.masked_when = MASKED_WHEN[cfg.canonical_mask]
 
     def init_weights(self, seed: int) -> GPT:
@@ -3164,9 +3176,20 @@ class GPT(nn.Module):
 
     def loss(self, z: Tensor, targets: Tensor, before: Tensor) -> Tensor:
         """Cross-entropy (n,) in nats for logits z (n, V), targets (n,) and the token before each, (n,): the one place
-        where logits become losses, in training, test-time training and scoring."""
-        masked = self.canonical is not None and self.training in self.masked_when
-        return self.cross_entropy(z, targets, self.softcap, self.canonical[before] if masked else None)
+        where logits become losses, in training, test-time training and scoring. Not in training, targets may carry
+        hints (see HINTS)."""
+        banned = self.canonical[before] if self.training in self.masked_when else None
+        score = functools.partial(self.cross_entropy, z, softcap=self.softcap, banned=banned)
+        if self.training or not self.hints:
+            return score(targets)
+        nll = score(targets & ID_BITS)
+        with torch.no_grad():
+            mixed = nll
+            for _, mix in self.hints:
+                mixed = mix(mixed, targets, self.copy_weights, score)
+            change = mixed - nll
+        # scored with hints, differentiated without: what learns, learns from the plain loss
+        return nll + change
 
     def forward(
         self,
@@ -4309,6 +4332,7 @@ SCHEMES = {
     "row_quantile": Scheme(lambda w, rule, cfg: quantile_scale(w, rule.bits, cfg.clip_quantile, cfg.clip_floor)),
     "int8_row": Scheme(lambda w, rule, cfg: quantile_scale(w, rule.bits, 1.0, 0.0), repairable=False),
     "fp16": Scheme(None, decode=lambda parts: parts["w"].float(), repairable=False),
+    "byte": Scheme(None, decode=lambda parts: parts["w"].float() / 256, repairable=False),
 }
 
 
@@ -5121,13 +5145,17 @@ def load_artifact(path: str | Path, cfg: Config | None = None) -> Weights:
 
 def fill_model(model: GPT, state: Weights, source: str) -> None:
     """Load weights; UserError naming the first difference if they are of another model."""
-    own = model.state_dict()
+    # what was fitted to hints is no weight: a state may lack it
+    fitted = {name: buffer for name, buffer in model.named_buffers() if name in state}
+    own = model.state_dict() | fitted
     # shapes are None where a weight is missing
     for name in sorted(own.keys() | state.keys()):
         a, b = (tuple(d[name].shape) if name in d else None for d in (own, state))
         if a != b:
             raise UserError(f"{source} is of another model: {name} has shape {b} there, {a} in this configuration")
-    model.load_state_dict(state)
+    for name, buffer in fitted.items():
+        buffer.copy_(state[name])
+    model.load_state_dict(state, strict=False)
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -5135,21 +5163,23 @@ def fill_model(model: GPT, state: Weights, source: str) -> None:
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-def merges(text: str, price: Mapping[str, int]) -> Iterator[tuple[list[str], int]]:
+def merged(text: str, price: Mapping[str, int]) -> tuple[list[str], tuple[dict[str, int], dict[str, int]]]:
     """Merge a text's characters as SentencePiece's BPE does: the cheapest adjacent pair first, the leftmost of equals.
 
-    Yields the symbols and the highest price so far (at first -1), at the start and after every merge.
+    Returns the symbols at the end, and all first and all last symbols, each with the clock at its birth: the highest
+    price until then, -1 at the start.
     """
-    symbols, clock = [*text], -1
+    symbols, clock, births = [*text], -1, ({}, {})
     while True:
-        yield symbols, clock
+        for side in (0, -1):
+            births[side].setdefault(symbols[side], clock)
         pairs = enumerate(map("".join, itertools.pairwise(symbols)))
         options = [(price[pair], i) for i, pair in pairs if pair in price]
         if not options:
-            return
+            return symbols, births
         due, i = min(options)
         clock = max(clock, due)
-        symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
+        symbols[i : i + 2] = ["".join(symbols[i : i + 2])]
 
 
 def canonical_mask(processor: spm.SentencePieceProcessor) -> np.ndarray:
@@ -5163,15 +5193,15 @@ def canonical_mask(processor: spm.SentencePieceProcessor) -> np.ndarray:
     # symbols have 0.0
     learnt = (i for i in range(size) if math.copysign(1, processor.get_score(i)) < 0)
     names = {i: processor.id_to_piece(i) for i in learnt}
-    price, spans = {name: i for i, name in names.items()}, collections.defaultdict(list)
-    # (side, symbol) -> pieces of which that is the first (0) or last (-1) symbol from one clock of merges to another
+    price = {name: i for i, name in names.items()}
+    spans = collections.defaultdict(list)
+    # (side, symbol) -> pieces of which that is the first (0) or last (-1) symbol, from its birth to that of the next
     for name, i in price.items():
-        states = [*merges(name, price)][::-1]
+        _, births = merged(name, price)
         for side in (0, -1):
-            stop = size
-            for symbol, start in {symbols[side]: clock for symbols, clock in states}.items():
-                spans[side, symbol].append((i, start, stop))
-                stop = start
+            clocks = [*births[side].values(), size]
+            for symbol, life in zip(births[side], itertools.pairwise(clocks), strict=True):
+                spans[side, symbol].append((i, *life))
     spans = {key: np.array(rows).T for key, rows in spans.items()}
     found = np.zeros((size, size), np.int8)
     # a piece across the border is made if both its halves stand there when its price is due
@@ -5180,12 +5210,12 @@ def canonical_mask(processor: spm.SentencePieceProcessor) -> np.ndarray:
             left, right = spans.get((-1, name[:cut])), spans.get((0, name[cut:]))
             if left is not None and right is not None:
                 p, start, stop = left[:, :, None]
-                room = np.minimum(stop, right[2]) - np.maximum(np.maximum(start, right[1]), due)
+                begin = np.maximum(np.maximum(start, right[1]), due)
+                room = np.minimum(stop, right[2]) - begin
                 found[p, right[0]] = np.maximum(found[p, right[0]], np.sign(room) + 1)
     # 1: a half is used up at that very price; which comes first, only BPE itself can say
     for p, x in np.argwhere(found == 1):
-        *_, (symbols, _) = merges(names[p] + names[x], price)
-        found[p, x] = 2 * (symbols != [names[p], names[x]])
+        found[p, x] = 2 * (merged(names[p] + names[x], price)[0] != [names[p], names[x]])
     return np.packbits(found > 1, axis=1, bitorder="little")
 
 
@@ -5208,6 +5238,138 @@ def checked_mask(cfg: Config, val: ValData) -> Tensor:
                 "prepare the data again, or set CANONICAL_MASK=none"
             )
     return torch.from_numpy(mask)
+
+
+# A target may carry hints: its id, the token to copy, the token to tilt to plus 1 (0: none), the bucket of the copy
+ID_BITS, COPY_AT, TILT_AT, BUCKET_AT = 0xFFFF, 16, 32, 49
+COPY_LENGTHS = (4, 6, 8, 12, 16, 24, 32)  # tokens of a repeat
+TILT_LENGTH, TILT_SHARE, TILT_NATS = 15, 0.8, 2.625
+
+
+def run_starts(values: Tensor) -> Tensor:
+    """Where the run of equal neighbours begins that each value is in."""
+    place = torch.arange(len(values), device=values.device)
+    return torch.where(F.pad(values.diff(), (1, 0)) != 0, place, 0).cummax(0).values
+
+
+def repeats(tokens: Tensor, starts: Tensor, lengths: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Find the contexts that occur more than once in a document, whose first token does not count.
+
+    starts (N,) bool: first tokens. For each length, ascending, yields it, the positions of the contexts' last tokens,
+    sorted by context and then by position, and for each how often its context occurs before. Contexts that occur once
+    may be among them. The last token of all ends none: nothing follows it.
+    """
+    documents = starts.cumsum(0)
+    place = torch.arange(len(tokens), device=tokens.device)
+    depth = place - run_starts(documents)
+    depth[-1] = -1
+    # numbers of the contexts of `size` tokens; 0: this one does not come again, and so no longer one does
+    ids, size = documents + 1, 0
+    # a context is two shorter ones that overlap, so that numbers are exact: nothing is hashed
+    for k in sorted({*lengths, *(2**i for i in range(max(lengths).bit_length()))}):
+        left, right = ids.roll(k - size), ids if size else tokens * min(k, 1)
+        at = ((depth >= k) & (left > 0) & (ids > 0)).nonzero()[:, 0]
+        keys, order = (left << 32 | right)[at].sort(stable=True)
+        at, first = at[order], run_starts(keys)
+        ids, size = torch.zeros_like(ids), k
+        ids[at] = torch.where(first.bincount()[first] > 1, first + 1, 0)
+        if k in lengths:
+            yield k, at, place[: len(at)] - first
+
+
+def find_tilts(cfg: Config, tokens: Tensor, starts: Tensor) -> Tensor:
+    """(N,) int64 bits: the token that has most often followed the last TILT_LENGTH tokens in the document, of equals
+    the first to lead, where its share is large (PR 1514; PR 2135, there over the whole stream)."""
+    bits = torch.zeros_like(tokens)
+    for _, at, seen in repeats(tokens, starts, [TILT_LENGTH]):
+        place, followers, count = torch.arange(len(at), device=at.device), tokens[at + 1], torch.empty_like(at)
+        context = place - seen << 32
+        # how often the same token has followed the same context, this time included
+        pairs, order = (context | followers).sort(stable=True)
+        count[order] = 1 + place - run_starts(pairs)
+        # the leader's count grows by 1, whenever a token is the first to reach it
+        top = (context | count).cummax(0).values
+        leader = followers[run_starts(top)]
+        share = (top - context).roll(1).float() / seen.float()
+        now = ((seen > 0) & (share >= TILT_SHARE)).nonzero()[:, 0]
+        bits[at[now] + 1] = leader[now - 1] + 1 << TILT_AT
+    return bits
+
+
+def tilted(nll: Tensor, targets: Tensor, weights: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """nll (n,) under p(a) e^TILT_NATS / Z for a = the hint; score(ids) is the model's for other targets."""
+    hint = (targets >> TILT_AT & 0x1FFFF) - 1
+    grown = torch.exp(-score(hint.clamp_min(0))) * math.expm1(TILT_NATS)
+    return torch.where(hint < 0, nll, nll - TILT_NATS * (hint == targets & ID_BITS) + grown.log1p())
+
+
+def find_copies(cfg: Config, tokens: Tensor, starts: Tensor) -> Tensor:
+    """(N,) int64 bits: what followed the latest occurrence of the longest context, of COPY_LENGTHS, that repeats in the
+    document, and a bucket by length and by whether that is out of sight (idea: modded-nanogpt PR 376)."""
+    bits = torch.zeros_like(tokens)
+    for k, at, seen in repeats(tokens, starts, COPY_LENGTHS):
+        again = seen.nonzero()[:, 0]
+        target, source = at[again] + 1, at[again - 1] + 1
+        bucket = 1 + 2 * COPY_LENGTHS.index(k) + (target - source > cfg.ttt_eval_seq_len)
+        bits[target] = bucket << BUCKET_AT | tokens[source] << COPY_AT
+    return bits
+
+
+def copied(nll: Tensor, targets: Tensor, weights: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """nll (n,) under (1 - l) p(a) + l [a = hint]; weights: l by bucket."""
+    weight = weights[targets >> BUCKET_AT]
+    hit = targets >> COPY_AT & ID_BITS == targets & ID_BITS
+    return -torch.logaddexp((-weight).log1p() - nll, (weight * hit).log())
+
+
+HINTS = {"tilt": (find_tilts, tilted), "copy": (find_copies, copied)}  # in the order in which they act
+
+
+class Hinted:
+    """A learner that scores the targets of a stream with their hints; it learns as it would without."""
+
+    def __init__(self, learner: Learner, cfg: Config, model: GPT, tokens: np.ndarray) -> None:
+        self.learner, self.learn = learner, learner.learn
+        stream = to_device(tokens, model.copy_weights.device)
+        bits = sum(find(cfg, stream, stream == BOS_ID) for find, _ in model.hints)
+        self.bits = bits.cpu().numpy()
+
+    def score(self, cells: Cells) -> Tensor:
+        """(B, T) nats."""
+        targets = cells.targets.copy()
+        targets[cells.rows, cells.cols] |= self.bits[cells.scored()]
+        return self.learner.score(cells._replace(targets=targets))
+
+
+def fit_copies(cfg: Config, runtime: Runtime, model: GPT) -> Tensor:
+    """Fit the weights of copies to the first COPY_FIT_TOKENS training tokens, as uint8 in 256ths.
+
+    EM on the model's own losses: a weight becomes the mean share that copying has in the probability of what came.
+    """
+    tokens = read_shard(list_shards(cfg.data_path, "train")[0])[: cfg.copy_fit_tokens].astype(np.int64)
+    text, size = ValData(tokens, tokens), len(model.copy_weights)
+    plain = NoAdaptation(cfg, runtime, model.eval(), text)
+    # the weights are zero still, so nothing is copied
+    learner = Hinted(plain, cfg, model, tokens)
+    meter = ByteMeter(text, runtime, scores="kept")
+    score_first(plain_steps(cfg, runtime, text), learner, meter)
+    position, nats, _ = np.concatenate(meter.rows).T
+    bits, came = (values[position.astype(int)] for values in (learner.bits, tokens))
+    bucket, p = bits >> BUCKET_AT, np.exp(-nats)
+    hit = bits >> COPY_AT & ID_BITS == came
+
+    def total(values: np.ndarray) -> np.ndarray:
+        """Sums by bucket, over all ranks."""
+        return runtime.sum_(torch.from_numpy(np.bincount(bucket, values, size))).numpy()
+
+    weight = np.full(size, 0.5)
+    count = total(np.ones_like(p)).clip(1)
+    for _ in range(100):
+        own = weight[bucket]
+        weight = total(hit * own / (p + own * (hit - p))) / count
+    # bucket 0 is that of targets without a hint
+    weight[0] = 0
+    return torch.from_numpy((256 * weight).round().clip(0, 255).astype(np.uint8))
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -5436,6 +5598,8 @@ class Evaluator(NamedTuple):
             learner.score(next(self.steps(cfg, runtime, val)).cells)
         # the clock starts here
         meter = ByteMeter(val, runtime, cfg.allow_noncausal, cfg.scores)
+        if cfg.hints:
+            learner = Hinted(learner, cfg, model, val.tokens)
         score_first(with_progress(self.steps(cfg, runtime, val), meter), learner, meter)
         model.train()
         return meter.close()
@@ -6440,9 +6604,9 @@ class Run:
         model.to(self.runtime.device).set_looping(loops(self.cfg))
         return model
 
-    def evaluate(self, name: str, model: GPT) -> Score:
+    def evaluate(self, name: str, model: GPT, hints: Words = ()) -> Score:
         """Score the validation stream by a row of EVALS."""
-        return EVALS[name](self.cfg, self.runtime, model, self.val)
+        return EVALS[name](dataclasses.replace(self.cfg, hints=hints), self.runtime, model, self.val)
 
     def record(self, stage: str, score: Score) -> None:
         """Log a stage's score and write result.json, with the configuration that it belongs to."""
@@ -6513,15 +6677,20 @@ class Run:
         self.calibrate(model)
         seconds = trainer.clock.read()
         self.log(f"calibration: {seconds - report.seconds:.2f} s, inside the training budget")
-        if 0 < cfg.max_wallclock_seconds < seconds:
-            self.log(
-                f"WARNING: training with calibration took {seconds:.2f} s, over MAX_WALLCLOCK_SECONDS="
-                f"{cfg.max_wallclock_seconds:g}; raise GPTQ_RESERVE_SECONDS"
-            )
-        self.result |= {"train_seconds": seconds, "train_steps": report.steps, "train_loss": report.loss}
+        self.count_training(seconds)
+        self.result |= {"train_steps": report.steps, "train_loss": report.loss}
         if runtime.device.type == "cuda":
             self.result["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
         self.record("pre_quant", self.evaluate("plain", model))
+
+    def count_training(self, seconds: float, fit: float = 0.0) -> None:
+        """Note what training took, and the fit of hints after it; a WARNING if that is over the budget."""
+        self.result |= {"train_seconds": seconds + fit, "fit_seconds": fit}
+        if 0 < self.cfg.max_wallclock_seconds < seconds + fit:
+            self.log(
+                f"WARNING: training took {seconds:.2f} s with calibration, {fit:.2f} s with a fit of hints, over "
+                f"MAX_WALLCLOCK_SECONDS={self.cfg.max_wallclock_seconds:g}; raise GPTQ_RESERVE_SECONDS"
+            )
 
     def calibrate(self, model: GPT) -> None:
         """What the quantisers need to know of the data: hessians.pt."""
@@ -6545,6 +6714,16 @@ class Run:
             raise UserError(f"{self.folder}: hessians.pt is of other weights than model.pt; train again")
         stored = quantize(cfg, runtime, *reparametrize(cfg, runtime, state, hessians))
         seconds = time.perf_counter() - started
+        if "copy" in cfg.hints:
+            model = self.model()
+            fill_model(model, dequantize(stored), "the quantised model")
+            weights = fit_copies(cfg, runtime, model)
+            stored.append(Stored("copy_weights", "scale", "byte", (), {"w": weights}))
+            # the fit reads training text, so that all until then counts as training
+            seconds = time.perf_counter() - started
+            trained = self.result.get("train_seconds", 0.0) - self.result.get("fit_seconds", 0.0)
+            self.count_training(trained, seconds)
+            self.log(f"weights of copies in 256ths: {weights.tolist()}")
         if runtime.rank == 0:
             counts = collections.Counter(tensor.encoding() for tensor in stored)
             self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
@@ -6564,9 +6743,12 @@ class Run:
         """A model with an artifact's weights, which the first rank decodes for all."""
         model = self.model()
         if self.runtime.rank == 0:
-            fill_model(model, load_artifact(path, self.cfg), str(path))
-        for p in model.parameters():
-            self.runtime.broadcast_(p.data)
+            state = load_artifact(path, self.cfg)
+            if "copy" in self.cfg.hints and "copy_weights" not in state:
+                raise UserError(f"{path} has no weights for HINTS=copy; fit them with STAGES=quantize,eval")
+            fill_model(model, state, str(path))
+        for t in (*model.parameters(), *model.buffers()):
+            self.runtime.broadcast_(t.data)
         return model
 
     def eval(self) -> None:
@@ -6574,7 +6756,7 @@ class Run:
         started = time.perf_counter()
         # MODEL_PATH evaluates an artifact from anywhere
         path = Path(self.cfg.model_path or self.folder / "model.bin")
-        score = self.evaluate(self.cfg.eval, self.from_artifact(path))
+        score = self.evaluate(self.cfg.eval, self.from_artifact(path), self.cfg.hints)
         self.result["eval_seconds"] = self.runtime.broadcast_from_rank0(time.perf_counter() - started)
         # runs that share it are not different seeds
         self.result["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -316,6 +316,25 @@ def toy_config(text: str, **changed: Any) -> train_gpt.Config:
     return dataclasses.replace(train_gpt.load_config(knobs(text)), **changed)
 
 
+@contextlib.contextmanager
+def tilts(config: dict[str, Any]) -> Iterator[None]:
+    """Within, tilts have an entry's numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "TILT_LENGTH", config.get("order", 16) - 1)
+        patch.setattr(train_gpt, "TILT_SHARE", config.get("threshold", 0.8))
+        patch.setattr(train_gpt, "TILT_NATS", config["boost"])
+        yield
+
+
+def published_tilts(ids: np.ndarray) -> Tensor:
+    """The token that each of a stream's is tilted to, -1 for none, as published: one document of targets alone, of
+    which the first is there twice."""
+    first = [1] * (train_gpt.TILT_LENGTH > 0)  # the first token of a document, which no context has
+    tokens = torch.tensor([*first, ids[1], *ids[1:]])
+    bits = train_gpt.find_tilts(train_gpt.Config(), tokens, torch.arange(len(tokens)) == 0)
+    return (bits[len(first) :] >> train_gpt.TILT_AT) - 1
+
+
 class Toyenizer:
     """A SentencePiece processor of given pieces; each has a type, 1 if it was learnt."""
 
