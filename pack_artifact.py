@@ -1106,7 +1106,9 @@ def probe_rows(found: Calibrated) -> list[dict[str, Any]]:
 
 def run_report(run: Path, shares: dict[str, float], probe: bool) -> dict[str, Any]:
     """Errors and bytes by role and by tensor, bytes of the LQER corrections and, if asked, the other quantisers."""
-    found, stored = read_calibrated(run), train_gpt.read_artifact(run / "model.bin")
+    found = read_calibrated(run)
+    # what was fitted after the quantisation is no weight
+    stored = [tensor for tensor in train_gpt.read_artifact(run / "model.bin") if tensor.scheme != "byte"]
     losses = measure_losses(found, stored, shares)
     groups: dict[tuple[str, str], list[Loss]] = {}
     tensors = []

@@ -14,7 +14,7 @@ STAGES=quantize,eval resumes from those files. What differs between systems is d
 tables (ROLES, EVALS), keys into literal registries, and listeners at one seam (taps).
 
 Sections: 01 CONFIG, 02 RUNTIME, 03 DATA, 04 ATTENTION, 05 KERNELS, 06 MODEL PARTS, 07 MODEL, 08 OPTIMISERS,
-09 TRAINING, 10 QUANTISATION, 11 ARTIFACT, 12 EVALUATION, 13 TEST-TIME TRAINING, 14 MAIN.
+09 TRAINING, 10 QUANTISATION, 11 ARTIFACT, 12 TOKEN PRIORS, 13 EVALUATION, 14 TEST-TIME TRAINING, 15 MAIN.
 Notation: B batch rows, T tokens of a row, D model width, H query heads, K key/value heads, V vocabulary, N all tokens.
 Nouns: Config, Runtime, Route, AttnMeta, taps, QuantRule, Codec, ByteMeter, Learner.
 """
@@ -95,7 +95,7 @@ except ImportError:
 
 BOS_ID = 1
 CASE_OPERATOR = "\ue001"  # a piece of every CaseOps tokenizer
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE and COMPUTE_DTYPE
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE, COMPUTE_DTYPE, SCORE_DTYPE
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 RMS_EPS = 2.0**-23  # float32 machine epsilon: what torch uses for an unset eps, made explicit
 
@@ -484,6 +484,26 @@ class Config:
         False,
         "allow a score fitted on the targets it scores; the result then says legal: false",
     )
+    score_dtype: str = knob("fp32", "at least that wide are logits in scoring; bf16: as published", "fp32|bf16")
+    canonical_mask: str = knob(
+        "none",
+        "take 20 nats from pairs of tokens that the tokenizer never writes; eval: in scoring and test-time training; "
+        "always: in training too",
+        "none|eval|always",
+    )
+    canonical_check: bool = knob(
+        True,
+        "refuse shards with such a pair; off: for streams that no tokenizer wrote, as the judge's",
+        "",
+        "CANONICAL_MASK=eval|always",
+    )
+    hints: Words = knob(
+        (),
+        "what a document's own past says of its next token, in the final score; copy: some probability goes to what "
+        "followed the latest longest repeat; tilt: what mostly followed the last 15 tokens gains 2.625 nats",
+        "copy|tilt",
+    )
+    copy_fit_tokens: int = knob(1_048_576, "training tokens on which copying is fitted", "> 0", "HINTS=copy")
 
     ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1")
     ttt_lora_alpha: float = knob(144.0, "LoRA scale * rank", "> 0")
@@ -552,7 +572,7 @@ class Config:
 # Where and how a run happens, not what it is: these knobs are never written to record.env.
 LOCAL_KNOBS = (
     "run_id artifact_dir stages model_path scores overwrite device attention fused_ce_enabled "
-    "fused_mlp_enabled fused_gdn_enabled compute_dtype compile data_path tokenizer_path"
+    "fused_mlp_enabled fused_gdn_enabled compute_dtype compile data_path tokenizer_path canonical_check"
 ).split()
 
 GROUPS = {  # first knob -> the title that --help prints above it
@@ -763,7 +783,6 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "SLOT_ENABLED": "EVAL=slot (as published: with SLOT_CAUSAL=0 and ALLOW_NONCAUSAL=1)",
     "TTT_FREEZE_BLOCKS": "TTT_TRAINABLE=<what is trained> (the published knob froze scales only, never a matrix)",
     "TTT_GDN_INCLUDE": "TTT_TRAINABLE=<what is trained>",
-    "ASYM_LOGIT_RESCALE": "nothing (its scalars keep their initial value, the softcap: no loss trains them)",
     "SMEAR_GATE_BOS_FIX": "SMEAR_BOS_MASK=1",
     "TTT_MASK": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; no_qv: k,attn,mlp,head)",
     "TTT_Q_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without q: 0)",
@@ -773,6 +792,8 @@ RENAMED = {  # names that became values of an axis, or that the published script
     "TTT_K_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without k: 0)",
     "TTT_O_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without attn: 0)",
     "TTT_MLP_LORA": "TTT_LORA_SITES (default q,k,v,attn,mlp,head; without mlp: 0)",
+    "NGRAM_TILT_ENABLED": "HINTS=tilt",
+    "ASYM_LOGIT_RESCALE": "SCORE_DTYPE=fp32 (no published loss trained the two scalars: they stayed what they were)",
     "FULL_ATTENTION_START": "MIXERS (published: G*2 A*8 G)",
     "FULL_ATTENTION_END": "MIXERS (published: G*2 A*8 G)",
     "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER and PARALLEL_LANES=1",
@@ -2062,16 +2083,27 @@ MLP_TILE = 128, 256, 64  # rows, columns and depth of a matmul tile
 
 
 @kernel
+def penalty(banned: tl.tensor | None, row: tl.tensor, vocab: int, column: tl.tensor) -> tl.tensor:
+    """BANNED_NATS where a column's bit in a row of banned is set, else 0."""
+    nats = 0.0
+    if banned is not None:
+        byte = tl.load(banned + row * tl.cdiv(vocab, 8) + column // 8, mask=column < vocab, other=0)
+        nats = (byte.to(tl.int32) >> column % 8 & 1) * 20.0
+    return nats
+
+
+@kernel
 def softcap_ce_kernel(
     z: tl.tensor,
     targets: tl.tensor,
+    banned: tl.tensor | None,
     loss: tl.tensor,
     lse: tl.tensor,
     softcap: float,
     vocab: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Store the loss and the log-sum-exp of one row of logits z (N, vocab)."""
+    """Store the loss and the log-sum-exp of one row of logits z (N, vocab); banned: its bits (N, vocab / 8)."""
     row = tl.program_id(0).to(tl.int64)  # rows * vocab may pass 2^31
     z += row * vocab
     lanes = tl.arange(0, BLOCK)
@@ -2083,19 +2115,21 @@ def softcap_ce_kernel(
         x = tl.load(z + start + lanes, mask=inside, other=0.0).to(tl.float32)
         # the approximate division is much faster, and exact to about two units in the last place
         y = tl.fdiv(2 * softcap, 1 + tl.exp(-2 * x / softcap)) - softcap
+        y -= penalty(banned, row, vocab, start + lanes)
         total += tl.where(inside, tl.exp(y), 0.0)
     result = tl.log(tl.sum(total, 0))
-    chosen = tl.load(z + tl.load(targets + row)).to(tl.float32)
-    tl.store(loss + row, result + softcap - 2 * softcap * tl.sigmoid(2 * chosen / softcap))
+    target = tl.load(targets + row)
+    chosen = 2 * softcap * tl.sigmoid(2 * tl.load(z + target).to(tl.float32) / softcap)
+    tl.store(loss + row, result + softcap - chosen + penalty(banned, row, vocab, target))
     tl.store(lse + row, result)
 
 
 @kernel
 def softcap_ce_back_kernel(
-    g: tl.tensor,
+    g_lse: tl.tensor,
     z: tl.tensor,
     targets: tl.tensor,
-    lse: tl.tensor,
+    banned: tl.tensor | None,
     dz: tl.tensor,
     softcap: float,
     vocab: int,
@@ -2103,14 +2137,15 @@ def softcap_ce_back_kernel(
 ) -> None:
     """Store the gradient dz of one block of a row: g (p - [column is the target]) 4 s (1 - s).
 
-    s = sigmoid(2z/c) and p = exp(2cs - c - lse).
+    s = sigmoid(2z/c) and p = exp(2cs - c - penalty - lse). g_lse (2, N): g, then lse.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, place = column < vocab, row * vocab + column
     s = tl.sigmoid(2 * tl.load(z + place, mask=inside, other=0.0).to(tl.float32) / softcap)
-    p = tl.exp(2 * softcap * s - softcap - tl.load(lse + row))
-    slope = tl.load(g + row) * 4 * s * (1 - s)  # dy/dz = 4 s (1 - s)
+    y = 2 * softcap * s - softcap - penalty(banned, row, vocab, column)
+    p = tl.exp(y - tl.load(g_lse + tl.num_programs(0) + row))
+    slope = tl.load(g_lse + row) * 4 * s * (1 - s)  # dy/dz = 4 s (1 - s)
     grad = slope * tl.where(column == tl.load(targets + row), p - 1, p)
     tl.store(dz + place, grad.to(dz.dtype.element_ty), mask=inside)
 
@@ -2169,11 +2204,16 @@ def leaky_square_kernel(
             out.store([row, column + half * HALF], y.to(out.dtype))
 
 
-def launch_softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+def launch_softcap_ce(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float,
+    banned: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """softcap_ce through Triton, one program a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
     loss, lse = (z.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    softcap_ce_kernel[(rows,)](z, targets, loss, lse, softcap, vocab, CE_BLOCK)
+    softcap_ce_kernel[(rows,)](z, targets, banned, loss, lse, softcap, vocab, CE_BLOCK)
     return loss, lse
 
 
@@ -2183,11 +2223,12 @@ def launch_softcap_ce_back(
     targets: Tensor,
     lse: Tensor,
     softcap: float,
+    banned: Tensor | None,
 ) -> Tensor:
     """softcap_ce_back through Triton, one program a block of a row."""
     z, (rows, vocab) = z.contiguous(), z.shape
     dz, grid = torch.empty_like(z), (rows, triton.cdiv(vocab, CE_BACK_BLOCK))
-    softcap_ce_back_kernel[grid](g.contiguous(), z, targets, lse, dz, softcap, vocab, CE_BACK_BLOCK)
+    softcap_ce_back_kernel[grid](torch.stack([g, lse]), z, targets, banned, dz, softcap, vocab, CE_BACK_BLOCK)
     return dz
 
 
@@ -2258,21 +2299,35 @@ def operator(
     return register
 
 
-def softcapped(z: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(z / softcap), in at least float32."""
-    return softcap * torch.tanh(at_least_fp32(z) / softcap)
+BANNED_NATS = 20.0  # what a banned id loses: so much that little is left, so little that any target keeps a finite loss
 
 
-def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+def softcapped(z: Tensor, softcap: float, banned: Tensor | None = None) -> Tensor:
+    """softcap * tanh(z / softcap), in at least float32, less BANNED_NATS where the bits banned (N, V/8) are set."""
+    y = softcap * torch.tanh(at_least_fp32(z) / softcap)
+    if banned is None:
+        return y
+    bits = banned[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=z.device) & 1
+    return y - BANNED_NATS * bits.flatten(1)[:, : z.size(1)]
+
+
+def softcapped_cross_entropy(z: Tensor, targets: Tensor, softcap: float, banned: Tensor | None = None) -> Tensor:
     """Cross-entropy (N,) in nats for logits z (N, V), softcapped: the plain twin, in at least float32."""
-    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")
+    return F.cross_entropy(softcapped(z, softcap, banned), targets, reduction="none")
 
 
 @operator(launch_softcap_ce_back)
-def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap: float) -> Tensor:
+def softcap_ce_back(
+    g: Tensor,
+    z: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    softcap: float,
+    banned: Tensor | None,
+) -> Tensor:
     """Gradient (N, V) for the logits, in their dtype, from the gradient g (N,) for the losses."""
     s = torch.sigmoid(2 * at_least_fp32(z) / softcap)
-    p = torch.exp(2 * softcap * s - softcap - lse[:, None])
+    p = torch.exp(softcapped(z, softcap, banned) - lse[:, None])
     # size(0), not len: as a fake kernel this sees symbolic sizes, which len would make constants
     p.scatter_add_(1, targets[:, None], p.new_full((p.size(0), 1), -1.0))
     return (g[:, None] * p * 4 * s * (1 - s)).to(z.dtype)
@@ -2280,28 +2335,34 @@ def softcap_ce_back(g: Tensor, z: Tensor, targets: Tensor, lse: Tensor, softcap:
 
 def softcap_ce_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     """Keep what the backward of softcap_ce reads."""
-    (z, targets, ctx.softcap), (_, lse) = inputs, output
+    (z, targets, ctx.softcap, banned), (_, lse) = inputs, output
     # the logits as they are, in bf16, and one float a row: no float32 copy of the logits exists
-    ctx.save_for_backward(z, targets, lse)
+    ctx.save_for_backward(z, targets, lse, banned)
     ctx.mark_non_differentiable(lse)
 
 
-def softcap_ce_grad(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+def softcap_ce_grad(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
     """Gradients of softcap_ce's inputs."""
-    return softcap_ce_back(g, *ctx.saved_tensors, ctx.softcap), None, None
+    *saved, banned = ctx.saved_tensors
+    return softcap_ce_back(g, *saved, ctx.softcap, banned), None, None, None
 
 
 @operator(launch_softcap_ce, setup_context=softcap_ce_setup, backward=softcap_ce_grad)
-def softcap_ce(z: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+def softcap_ce(
+    z: Tensor,
+    targets: Tensor,
+    softcap: float,
+    banned: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """softcapped_cross_entropy (N,) of z (N, V), and the log-sum-exp (N,) for the backward; both float32."""
-    y = softcapped(z, softcap)
+    y = softcapped(z, softcap, banned)
     lse = y.logsumexp(1)
     return (lse - y.gather(1, targets[:, None])[:, 0]).float(), lse.float()
 
 
-def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float) -> Tensor:
+def fused_cross_entropy(z: Tensor, targets: Tensor, softcap: float, banned: Tensor | None = None) -> Tensor:
     """softcapped_cross_entropy by kernels that read the logits once each way (idea: Liger, Hsu et al. 2024)."""
-    return softcap_ce(z, targets, softcap)[0]
+    return softcap_ce(z, targets, softcap, banned)[0]
 
 
 @operator(launch_leaky_square_back)
@@ -3102,6 +3163,10 @@ def loops(cfg: Config) -> bool:
     return cfg.num_loops > 0 and cfg.enable_looping_at < 1
 
 
+# CANONICAL_MASK -> the values of Module.training at which the mask counts; whoever evaluates sets training to False
+MASKED_WHEN = {"none": (), "eval": (False,), "always": (False, True)}
+
+
 class GPT(nn.Module):
     """The language model: float32 parameters (the embedding: EMBED_DTYPE), activations in `dtype`; set_looping chooses
     the route."""
@@ -3128,7 +3193,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.softcap = cfg.logit_softcap
         self.rope = cfg.rope_dims, cfg.rope_base, cfg.rope_reference_len
-        self.dtype, self.rope_dtype = dtype, DTYPES[cfg.rope_dtype]
+        self.dtype, self.rope_dtype, self.score_dtype = dtype, DTYPES[cfg.rope_dtype], DTYPES[cfg.score_dtype]
         self.masked = attend is masked_attention
         # else only distances matter
         # a sink's logit and rounded positions depend on where a token stands, not on distances alone
@@ -3136,6 +3201,12 @@ class GPT(nn.Module):
         # -1 is no id: nothing clears a state within a segment
         self.first_id = (BOS_ID if cfg.gdn_bos_reset else -1) if "G" in mixer_letters(cfg) else None
         self.cross_entropy = kernels.cross_entropy
+        # (V, V/8) uint8: bit x % 8 of byte x // 8 in row p says that x never follows p; whoever runs the model sets it
+        self.register_buffer("canonical", None, persistent=False)
+        self.hints = [hint for name, hint in HINTS.items() if name in cfg.hints]
+        # of copies by bucket, from the artifact; zeros change nothing
+        self.register_buffer("copy_weights", torch.zeros(1 + 2 * len(COPY_LENGTHS)), persistent=False)
+        self.masked_when = MASKED_WHEN[cfg.canonical_mask]
 
     def init_weights(self, seed: int) -> GPT:
         """Initial weights from a seed; the model itself."""
@@ -3230,6 +3301,28 @@ class GPT(nn.Module):
         x = self.lanes.final(*lanes) if len(lanes) == 2 else lanes[0]
         return rms_norm(x)
 
+    def logits(self, h: Tensor, taps: Taps | None = None) -> Tensor:
+        """Logits (..., V) of hidden states (..., D), before the softcap; but for training, at least in SCORE_DTYPE."""
+        wide = h if self.training else h.to(torch.promote_types(h.dtype, self.score_dtype))
+        return LayerTap(taps)("head", h, self.tok_emb(wide))
+
+    def loss(self, z: Tensor, targets: Tensor, before: Tensor) -> Tensor:
+        """Cross-entropy (n,) in nats for logits z (n, V), targets (n,) and the token before each, (n,): the one place
+        where logits become losses, in training, test-time training and scoring. Not in training, targets may carry
+        hints (see HINTS)."""
+        banned = self.canonical[before] if self.training in self.masked_when else None
+        score = functools.partial(self.cross_entropy, z, softcap=self.softcap, banned=banned)
+        if self.training or not self.hints:
+            return score(targets)
+        nll = score(targets & ID_BITS)
+        with torch.no_grad():
+            mixed = nll
+            for _, mix in self.hints:
+                mixed = mix(mixed, targets, self.copy_weights, score)
+            change = mixed - nll
+        # scored with hints, differentiated without: what learns, learns from the plain loss
+        return nll + change
+
     def forward(
         self,
         ids: Tensor,
@@ -3240,24 +3333,26 @@ class GPT(nn.Module):
         cells: Tensor | None = None,
         columns: Tensor | None = None,
     ) -> Tensor:
-        """Softcapped logits (B, T, V) in at least float32; with targets (B, T), their cross-entropy in nats: a scalar
+        """Softcapped logits (B, T, V) in at least float32, unmasked; with targets (B, T), their loss in nats: a scalar
         for reduction="mean", (B, T) for "none".
 
         The head may be computed for some positions only: columns (n,), and (B, n) takes the place of (B, T); or
         cells (n,), indices into the B*T flattened positions, and (n) takes their place.
         """
         h = self.trunk(ids, meta, taps)
+        # rows that go on from a cache begin with what embeddings look back at, which predicts nothing
+        ids = ids[:, ids.size(1) - h.size(1) :]
         if columns is not None:
             # by an index: the graph of a slice would not serve rows of just so many tokens
-            h, targets = h[:, columns], targets[:, columns]
+            h, ids, targets = h[:, columns], ids[:, columns], targets[:, columns]
         if cells is not None:
             # the head is the largest matrix: rows that nobody scores skip it
-            h = h.flatten(0, 1)[cells]
+            h, ids = h.flatten(0, 1)[cells], ids.flatten()[cells]
             targets = targets if targets is None else targets.flatten()[cells]
-        z = LayerTap(taps)("head", h, self.tok_emb(h))
+        z = self.logits(h, taps)
         if targets is None:
             return softcapped(z, self.softcap)
-        loss = self.cross_entropy(z.flatten(0, -2), targets.flatten(), self.softcap)
+        loss = self.loss(z.flatten(0, -2), targets.flatten(), ids.flatten())
         return loss.mean() if reduction == "mean" else loss.view_as(targets)
 
 
@@ -4477,6 +4572,7 @@ SCHEMES = {
     "row_quantile": Scheme(lambda w, rule, cfg: quantile_scale(w, rule.bits, cfg.clip_quantile, cfg.clip_floor)),
     "int8_row": Scheme(lambda w, rule, cfg: quantile_scale(w, rule.bits, 1.0, 0.0), repairable=False),
     "fp16": Scheme(None, decode=lambda parts: parts["w"].float(), repairable=False),
+    "byte": Scheme(None, decode=lambda parts: parts["w"].float() / 256, repairable=False),
 }
 
 
@@ -5330,17 +5426,235 @@ def load_artifact(path: str | Path, cfg: Config | None = None) -> Weights:
 
 def fill_model(model: GPT, state: Weights, source: str) -> None:
     """Load weights; UserError naming the first difference if they are of another model."""
-    own = model.state_dict()
+    # what was fitted to hints is no weight: a state may lack it
+    fitted = {name: buffer for name, buffer in model.named_buffers() if name in state}
+    own = model.state_dict() | fitted
     # shapes are None where a weight is missing
     for name in sorted(own.keys() | state.keys()):
         a, b = (tuple(d[name].shape) if name in d else None for d in (own, state))
         if a != b:
             raise UserError(f"{source} is of another model: {name} has shape {b} there, {a} in this configuration")
-    model.load_state_dict(state)
+    for name, buffer in fitted.items():
+        buffer.copy_(state[name])
+    model.load_state_dict(state, strict=False)
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 12 EVALUATION                                                                                                      |
+# | 12 TOKEN PRIORS                                                                                                    |
+# +--------------------------------------------------------------------------------------------------------------------+
+
+
+def merged(text: str, price: Mapping[str, int]) -> tuple[list[str], tuple[dict[str, int], dict[str, int]]]:
+    """Merge a text's characters as SentencePiece's BPE does: the cheapest adjacent pair first, the leftmost of equals.
+
+    Returns the symbols at the end, and all first and all last symbols, each with the clock at its birth: the highest
+    price until then, -1 at the start.
+    """
+    symbols, clock, births = [*text], -1, ({}, {})
+    while True:
+        for side in (0, -1):
+            births[side].setdefault(symbols[side], clock)
+        pairs = enumerate(map("".join, itertools.pairwise(symbols)))
+        options = [(price[pair], i) for i, pair in pairs if pair in price]
+        if not options:
+            return symbols, births
+        due, i = min(options)
+        clock = max(clock, due)
+        symbols[i : i + 2] = ["".join(symbols[i : i + 2])]
+
+
+def canonical_mask(processor: spm.SentencePieceProcessor) -> np.ndarray:
+    """The pairs of tokens that a BPE tokenizer never writes: (V, V/8) uint8, bit x % 8 of byte x // 8 in row p.
+
+    Between two borders of its result BPE does what it does to that span alone. So if the texts of p and x, joined,
+    become something else than p and x, no text is encoded with x after p.
+    """
+    size = processor.vocab_size()
+    # learnt pieces stand in the order of their merges, with scores from -0.0 down; controls, bytes and a user's own
+    # symbols have 0.0
+    learnt = (i for i in range(size) if math.copysign(1, processor.get_score(i)) < 0)
+    names = {i: processor.id_to_piece(i) for i in learnt}
+    price = {name: i for i, name in names.items()}
+    spans = collections.defaultdict(list)
+    # (side, symbol) -> pieces of which that is the first (0) or last (-1) symbol, from its birth to that of the next
+    for name, i in price.items():
+        _, births = merged(name, price)
+        for side in (0, -1):
+            clocks = [*births[side].values(), size]
+            for symbol, life in zip(births[side], itertools.pairwise(clocks), strict=True):
+                spans[side, symbol].append((i, *life))
+    spans = {key: np.array(rows).T for key, rows in spans.items()}
+    found = np.zeros((size, size), np.int8)
+    # a piece across the border is made if both its halves stand there when its price is due
+    for name, due in price.items():
+        for cut in range(1, len(name)):
+            left, right = spans.get((-1, name[:cut])), spans.get((0, name[cut:]))
+            if left is not None and right is not None:
+                p, start, stop = left[:, :, None]
+                begin = np.maximum(np.maximum(start, right[1]), due)
+                room = np.minimum(stop, right[2]) - begin
+                found[p, right[0]] = np.maximum(found[p, right[0]], np.sign(room) + 1)
+    # 1: a half is used up at that very price; which comes first, only BPE itself can say
+    for p, x in np.argwhere(found == 1):
+        found[p, x] = 2 * (merged(names[p] + names[x], price)[0] != [names[p], names[x]])
+    return np.packbits(found > 1, axis=1, bitorder="little")
+
+
+def checked_mask(cfg: Config, val: ValData) -> Tensor:
+    """canonical_mask of the tokenizer. UserError if it bans a pair that is in the validation stream or, before a
+    training, in the first 2^20 tokens of a training shard: they were not encoded document by document with it."""
+    model = find_tokenizer(cfg)
+    if model is None:
+        raise UserError(f"CANONICAL_MASK={cfg.canonical_mask} needs the tokenizer; set TOKENIZER_PATH")
+    mask = canonical_mask(spm.SentencePieceProcessor(model_proto=model.read_bytes()))
+    streams = {f"DATA_PATH={cfg.data_path}, validation": val.tokens}
+    if "train" in cfg.stages:
+        streams |= {path: read_shard(path)[: 2**20] for path in list_shards(cfg.data_path, "train")}
+    for where, tokens in streams.items() if cfg.canonical_check else ():
+        before, after = tokens[:-1], tokens[1:]
+        for at in np.flatnonzero(mask[before, after >> 3] >> (after & 7) & 1):
+            document = np.count_nonzero(before[:at] == BOS_ID)
+            raise UserError(
+                f"{where}: in document {document} token {after[at]} follows {before[at]}, which {model} never writes; "
+                "prepare the data again, or set CANONICAL_MASK=none"
+            )
+    return torch.from_numpy(mask)
+
+
+# A target may carry hints: its id, the token to copy, the token to tilt to plus 1 (0: none), the bucket of the copy
+ID_BITS, COPY_AT, TILT_AT, BUCKET_AT = 0xFFFF, 16, 32, 49
+COPY_LENGTHS = (4, 6, 8, 12, 16, 24, 32)  # tokens of a repeat
+TILT_LENGTH, TILT_SHARE, TILT_NATS = 15, 0.8, 2.625
+
+
+def run_starts(values: Tensor) -> Tensor:
+    """Where the run of equal neighbours begins that each value is in."""
+    place = torch.arange(len(values), device=values.device)
+    return torch.where(F.pad(values.diff(), (1, 0)) != 0, place, 0).cummax(0).values
+
+
+def repeats(tokens: Tensor, starts: Tensor, lengths: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Find the contexts that occur more than once in a document, whose first token does not count.
+
+    starts (N,) bool: first tokens. For each length, ascending, yields it, the positions of the contexts' last tokens,
+    sorted by context and then by position, and for each how often its context occurs before. Contexts that occur once
+    may be among them. The last token of all ends none: nothing follows it.
+    """
+    documents = starts.cumsum(0)
+    place = torch.arange(len(tokens), device=tokens.device)
+    depth = place - run_starts(documents)
+    depth[-1] = -1
+    # numbers of the contexts of `size` tokens; 0: this one does not come again, and so no longer one does
+    ids, size = documents + 1, 0
+    # a context is two shorter ones that overlap, so that numbers are exact: nothing is hashed
+    for k in sorted({*lengths, *(2**i for i in range(max(lengths).bit_length()))}):
+        left, right = ids.roll(k - size), ids if size else tokens * min(k, 1)
+        at = ((depth >= k) & (left > 0) & (ids > 0)).nonzero()[:, 0]
+        keys, order = (left << 32 | right)[at].sort(stable=True)
+        at, first = at[order], run_starts(keys)
+        ids, size = torch.zeros_like(ids), k
+        ids[at] = torch.where(first.bincount()[first] > 1, first + 1, 0)
+        if k in lengths:
+            yield k, at, place[: len(at)] - first
+
+
+def find_tilts(cfg: Config, tokens: Tensor, starts: Tensor) -> Tensor:
+    """(N,) int64 bits: the token that has most often followed the last TILT_LENGTH tokens in the document, of equals
+    the first to lead, where its share is large (PR 1514; PR 2135, there over the whole stream)."""
+    bits = torch.zeros_like(tokens)
+    for _, at, seen in repeats(tokens, starts, [TILT_LENGTH]):
+        place, followers, count = torch.arange(len(at), device=at.device), tokens[at + 1], torch.empty_like(at)
+        context = place - seen << 32
+        # how often the same token has followed the same context, this time included
+        pairs, order = (context | followers).sort(stable=True)
+        count[order] = 1 + place - run_starts(pairs)
+        # the leader's count grows by 1, whenever a token is the first to reach it
+        top = (context | count).cummax(0).values
+        leader = followers[run_starts(top)]
+        share = (top - context).roll(1).float() / seen.float()
+        now = ((seen > 0) & (share >= TILT_SHARE)).nonzero()[:, 0]
+        bits[at[now] + 1] = leader[now - 1] + 1 << TILT_AT
+    return bits
+
+
+def tilted(nll: Tensor, targets: Tensor, weights: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """nll (n,) under p(a) e^TILT_NATS / Z for a = the hint; score(ids) is the model's for other targets."""
+    hint = (targets >> TILT_AT & 0x1FFFF) - 1
+    grown = torch.exp(-score(hint.clamp_min(0))) * math.expm1(TILT_NATS)
+    return torch.where(hint < 0, nll, nll - TILT_NATS * (hint == targets & ID_BITS) + grown.log1p())
+
+
+def find_copies(cfg: Config, tokens: Tensor, starts: Tensor) -> Tensor:
+    """(N,) int64 bits: what followed the latest occurrence of the longest context, of COPY_LENGTHS, that repeats in the
+    document, and a bucket by length and by whether that is out of sight (idea: modded-nanogpt PR 376)."""
+    bits = torch.zeros_like(tokens)
+    for k, at, seen in repeats(tokens, starts, COPY_LENGTHS):
+        again = seen.nonzero()[:, 0]
+        target, source = at[again] + 1, at[again - 1] + 1
+        bucket = 1 + 2 * COPY_LENGTHS.index(k) + (target - source > cfg.ttt_eval_seq_len)
+        bits[target] = bucket << BUCKET_AT | tokens[source] << COPY_AT
+    return bits
+
+
+def copied(nll: Tensor, targets: Tensor, weights: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """nll (n,) under (1 - l) p(a) + l [a = hint]; weights: l by bucket."""
+    weight = weights[targets >> BUCKET_AT]
+    hit = targets >> COPY_AT & ID_BITS == targets & ID_BITS
+    return -torch.logaddexp((-weight).log1p() - nll, (weight * hit).log())
+
+
+HINTS = {"tilt": (find_tilts, tilted), "copy": (find_copies, copied)}  # in the order in which they act
+
+
+class Hinted:
+    """A learner that scores the targets of a stream with their hints; it learns as it would without."""
+
+    def __init__(self, learner: Learner, cfg: Config, model: GPT, tokens: np.ndarray) -> None:
+        self.learner, self.learn = learner, learner.learn
+        stream = to_device(tokens, model.copy_weights.device)
+        bits = sum(find(cfg, stream, stream == BOS_ID) for find, _ in model.hints)
+        self.bits = bits.cpu().numpy()
+
+    def score(self, cells: Cells) -> Tensor:
+        """(B, T) nats."""
+        targets = cells.targets.copy()
+        targets[cells.rows, cells.cols] |= self.bits[cells.scored()]
+        return self.learner.score(cells._replace(targets=targets))
+
+
+def fit_copies(cfg: Config, runtime: Runtime, model: GPT) -> Tensor:
+    """Fit the weights of copies to the first COPY_FIT_TOKENS training tokens, as uint8 in 256ths.
+
+    EM on the model's own losses: a weight becomes the mean share that copying has in the probability of what came.
+    """
+    tokens = read_shard(list_shards(cfg.data_path, "train")[0])[: cfg.copy_fit_tokens].astype(np.int64)
+    text, size = ValData(tokens, tokens), len(model.copy_weights)
+    plain = NoAdaptation(cfg, runtime, model.eval(), text)
+    # the weights are zero still, so nothing is copied
+    learner = Hinted(plain, cfg, model, tokens)
+    meter = ByteMeter(text, runtime, scores="kept")
+    score_first(plain_steps(cfg, runtime, text), learner, meter)
+    position, nats, _ = np.concatenate(meter.rows).T
+    bits, came = (values[position.astype(int)] for values in (learner.bits, tokens))
+    bucket, p = bits >> BUCKET_AT, np.exp(-nats)
+    hit = bits >> COPY_AT & ID_BITS == came
+
+    def total(values: np.ndarray) -> np.ndarray:
+        """Sums by bucket, over all ranks."""
+        return runtime.sum_(torch.from_numpy(np.bincount(bucket, values, size))).numpy()
+
+    weight = np.full(size, 0.5)
+    count = total(np.ones_like(p)).clip(1)
+    for _ in range(100):
+        own = weight[bucket]
+        weight = total(hit * own / (p + own * (hit - p))) / count
+    # bucket 0 is that of targets without a hint
+    weight[0] = 0
+    return torch.from_numpy((256 * weight).round().clip(0, 255).astype(np.uint8))
+
+
+# +--------------------------------------------------------------------------------------------------------------------+
+# | 13 EVALUATION                                                                                                      |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -5589,18 +5903,23 @@ class Evaluator(NamedTuple):
     def __call__(self, cfg: Config, runtime: Runtime, model: GPT, val: ValData, deadline: float = math.inf) -> Score:
         """Score a stream; whatever compiles does so before the clock runs. Adaptation ends where the rest, unadapted,
         is expected to be done by the deadline, a time of time.perf_counter."""
+        model.eval()
         learner = self.learner(cfg, runtime, model, val)
         # who does not learn compiles by scoring the first cells, which changes nothing
         if runtime.compile and type(learner) is NoAdaptation:
             learner.score(next(self.steps(cfg, runtime, val)).cells)
         # the clock starts here
         meter = ByteMeter(val, runtime, cfg.allow_noncausal, cfg.scores)
+        hinted = (
+            functools.partial(Hinted, cfg=cfg, model=model, tokens=val.tokens) if cfg.hints else lambda plain: plain
+        )
         steps = with_progress(self.steps(cfg, runtime, val), meter)
-        score_first(until_late(steps, meter, deadline - meter.started), learner, meter)
+        score_first(until_late(steps, meter, deadline - meter.started), hinted(learner), meter)
         if meter.late:
             # uncompiled: compiling would take longer than the pass
             plain = NoAdaptation(cfg, dataclasses.replace(runtime, compile=False), learner.model, val)
-            score_first(rest_steps(cfg, runtime, val, meter.ledger), plain, meter)
+            score_first(rest_steps(cfg, runtime, val, meter.ledger), hinted(plain), meter)
+        model.train()
         return meter.close()
 
 
@@ -5717,7 +6036,7 @@ def sliding_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 13 TEST-TIME TRAINING                                                                                              |
+# | 14 TEST-TIME TRAINING                                                                                              |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -5875,8 +6194,9 @@ class Adapters:
         key = f"{site.name}_{max(site.execution, 0)}"
         if key not in self.A:
             return y
-        # the sum fuses into what reads it; baddbmm would copy y first
-        return y + (self.scale * (x @ self.A[key])) @ self.B[key]
+        low = self.scale * (x @ self.A[key])
+        # in y's dtype, as logits are wider. The sum fuses into what reads it; baddbmm would copy y first
+        return y + low.to(y.dtype) @ self.B[key].to(y.dtype)
 
 
 def document_batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
@@ -6498,26 +6818,27 @@ class Slot(NoAdaptation):
     def score(self, cells: Cells) -> Tensor:
         """(B, T) nats of the scored cells."""
         ids, targets, meta = self.inputs(cells)
-        h = self.trunk(ids, meta).flatten(0, 1)
-        y, head = targets.flatten(), self.model.tok_emb
-        scored = to_device(cells.rows * ids.size(1) + cells.cols, ids.device)
-        z = at_least_fp32(head(h[scored]))
+        h, ids = self.trunk(ids, meta).flatten(0, 1), ids.flatten()
+        y = targets.flatten()
+        scored = to_device(cells.rows * targets.size(1) + cells.cols, ids.device)
+        z = at_least_fp32(self.model.logits(h[scored]))
         if cells.fit is not None and len(cells.fit):
             # The head is linear: a shift d that all cells share is a bias E d of the logits. They are computed once,
             # and a step costs no matrix product over the cells. Published: H + d in bf16 rounds small shifts away.
             fit = to_device(cells.fit, ids.device)
-            z += head.weight @ self.fitted_shift(head(h[fit]), y[fit])
-        return scatter_losses(cells, self.model.cross_entropy(z, y[scored], self.model.softcap))
+            shift = self.fitted_shift(self.model.logits(h[fit]), y[fit], ids[fit])
+            z += self.model.tok_emb.weight @ shift
+        return scatter_losses(cells, self.model.loss(z, y[scored], ids[scored]))
 
     @torch.enable_grad()
-    def fitted_shift(self, z: Tensor, targets: Tensor) -> Tensor:
-        """The shift (D,) after SLOT_STEPS on logits z (n, V) before the softcap."""
+    def fitted_shift(self, z: Tensor, targets: Tensor, before: Tensor) -> Tensor:
+        """The shift (D,) after SLOT_STEPS on logits z (n, V) before the softcap; targets, tokens before them: (n,)."""
         head = self.model.tok_emb.weight.detach()
         # a shift of zero leaves the score as it is
         shift = torch.zeros(head.size(1), dtype=head.dtype, device=head.device, requires_grad=True)
         optimiser = torch.optim.AdamW([shift], lr=self.lr, eps=1e-5, weight_decay=1e-8)
         for _ in range(self.steps):
-            loss = self.model.cross_entropy(at_least_fp32(z) + head @ shift, targets, self.model.softcap).mean()
+            loss = self.model.loss(at_least_fp32(z) + head @ shift, targets, before).mean()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -6583,7 +6904,7 @@ EVALS = {
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
-# | 14 MAIN                                                                                                            |
+# | 15 MAIN                                                                                                            |
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
@@ -6597,6 +6918,7 @@ class Run:
         self.val, data = load_val(cfg), check_data(cfg, runtime.log)
         if "lora" in cfg.eval:
             val_documents(self.val.tokens)
+        self.canonical = checked_mask(cfg, self.val) if MASKED_WHEN[cfg.canonical_mask] else None
         if "quantize" in cfg.stages:
             CODECS[cfg.compressor].require()
         # what earlier stages found stays
@@ -6611,13 +6933,15 @@ class Run:
 
     def model(self) -> GPT:
         """A model of this configuration on the device, looping as at the end of training, weights not set."""
-        model = GPT(self.cfg, self.attend, self.runtime.dtype, self.kernels).to(self.runtime.device)
-        model.set_looping(loops(self.cfg))
+        model = GPT(self.cfg, self.attend, self.runtime.dtype, self.kernels)
+        model.canonical = self.canonical
+        model.to(self.runtime.device).set_looping(loops(self.cfg))
         return model
 
-    def evaluate(self, name: str, model: GPT, deadline: float = math.inf) -> Score:
+    def evaluate(self, name: str, model: GPT, hints: Words = (), deadline: float = math.inf) -> Score:
         """Score the validation stream by a row of EVALS."""
-        return EVALS[name](self.cfg, self.runtime, model, self.val, deadline)
+        cfg = dataclasses.replace(self.cfg, hints=hints)
+        return EVALS[name](cfg, self.runtime, model, self.val, deadline)
 
     def record(self, stage: str, score: Score) -> None:
         """Log a stage's score and write result.json, with the configuration that it belongs to."""
@@ -6698,15 +7022,20 @@ class Run:
         self.calibrate(model)
         seconds = trainer.clock.read()
         self.log(f"calibration: {seconds - report.seconds:.2f} s, inside the training budget")
-        if 0 < cfg.max_wallclock_seconds < seconds:
-            self.log(
-                f"WARNING: training with calibration took {seconds:.2f} s, over MAX_WALLCLOCK_SECONDS="
-                f"{cfg.max_wallclock_seconds:g}; raise GPTQ_RESERVE_SECONDS"
-            )
-        self.result |= {"train_seconds": seconds, "train_steps": report.steps, "train_loss": report.loss}
+        self.count_training(seconds)
+        self.result |= {"train_steps": report.steps, "train_loss": report.loss}
         if runtime.device.type == "cuda":
             self.result["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
         self.record("pre_quant", self.evaluate("plain", model))
+
+    def count_training(self, seconds: float, fit: float = 0.0) -> None:
+        """Note what training took, and the fit of hints after it; a WARNING if that is over the budget."""
+        self.result |= {"train_seconds": seconds + fit, "fit_seconds": fit}
+        if 0 < self.cfg.max_wallclock_seconds < seconds + fit:
+            self.log(
+                f"WARNING: training took {seconds:.2f} s with calibration, {fit:.2f} s with a fit of hints, over "
+                f"MAX_WALLCLOCK_SECONDS={self.cfg.max_wallclock_seconds:g}; raise GPTQ_RESERVE_SECONDS"
+            )
 
     def calibrate(self, model: GPT) -> None:
         """What the quantisers need to know of the data: hessians.pt."""
@@ -6719,28 +7048,25 @@ class Run:
         known[WEIGHTS_HASH] = weights_hash(model.state_dict())
         self.save("hessians.pt", known)
 
-    def fill_artifact(self, path: Path, state: Weights, hessians: Weights) -> None:
-        """Quantise and write the artifact, again with other clips until it is almost as large as ARTIFACT_BYTES."""
-        target, coarser, before, best = self.cfg.artifact_bytes, 0.0, None, ()
+    def filled(self, state: Weights, hessians: Weights) -> list[Stored]:
+        """Quantise, again with other clips until the artifact is almost as large as ARTIFACT_BYTES."""
+        target, coarser, before, best, found = self.cfg.artifact_bytes, 0.0, None, (), []
+        if not target:
+            return quantize(self.cfg, self.runtime, state, hessians)
         # a scale that is twice as coarse takes about a bit off every weight
         slope = -sum(weight.numel() for weight in state.values()) / 8
         knobs = sorted({role.clip for role in ROLES.values()} - {""})
-        for _ in range(5 if target else 1):
+        for _ in range(5):
             clips = {name: 2**coarser * getattr(self.cfg, name) for name in knobs}
             cfg = dataclasses.replace(self.cfg, **clips)
-            stored, blob = quantize(cfg, self.runtime, state, hessians), b""
-            if self.runtime.rank == 0:
-                blob = pack_stored(stored, cfg.compressor, model_identity(self.cfg))
+            stored = quantize(cfg, self.runtime, state, hessians)
+            blob = pack_stored(stored, cfg.compressor, model_identity(self.cfg)) if self.runtime.rank == 0 else b""
             size = int(self.runtime.broadcast_from_rank0(len(blob)))
-            counts = collections.Counter(tensor.encoding() for tensor in stored)
-            kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
-            self.log(f"stored tensors: {kinds}; {size:,} bytes with clips times {2**coarser:.4f}")
+            self.log(f"{size:,} bytes with clips times {2**coarser:.4f}, of ARTIFACT_BYTES={target:,}")
             # the largest that fits, or else the smallest
             rank = (True, size) if size <= target else (False, -size)
             if rank > best:
-                best = rank
-                if blob:
-                    atomic_write(path, blob)
+                best, found = rank, stored
             if 0.998 * target <= size <= target:
                 break
             # sizes that are close differ by chance
@@ -6749,6 +7075,7 @@ class Run:
             before = coarser, size
             # the middle of what is near enough
             coarser += (0.999 * target - size) / slope
+        return found
 
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
@@ -6759,7 +7086,21 @@ class Run:
         hessians = load_saved(self.folder / "hessians.pt", WEIGHTS_HASH)
         if not torch.equal(hessians[WEIGHTS_HASH], weights_hash(state)):
             raise UserError(f"{self.folder}: hessians.pt is of other weights than model.pt; train again")
-        self.fill_artifact(path, *reparametrize(cfg, runtime, state, hessians))
+        stored = self.filled(*reparametrize(cfg, runtime, state, hessians))
+        if "copy" in cfg.hints:
+            model = self.model()
+            fill_model(model, dequantize(stored), "the quantised model")
+            weights = fit_copies(cfg, runtime, model)
+            stored.append(Stored("copy_weights", "scale", "byte", (), {"w": weights}))
+            # the fit reads training text, so that all until then counts as training
+            seconds = time.perf_counter() - started
+            trained = self.result.get("train_seconds", 0.0) - self.result.get("fit_seconds", 0.0)
+            self.count_training(trained, seconds)
+            self.log(f"weights of copies in 256ths: {weights.tolist()}")
+        if runtime.rank == 0:
+            counts = collections.Counter(tensor.encoding() for tensor in stored)
+            self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+            atomic_write(path, pack_stored(stored, cfg.compressor, model_identity(cfg)))
         runtime.barrier()
         size, code = path.stat().st_size, Path(__file__).stat().st_size
         self.log(f"artifact: {size:,} bytes ({cfg.compressor}), {time.perf_counter() - started:.1f} s")
@@ -6776,9 +7117,12 @@ class Run:
         """A model with an artifact's weights, which the first rank decodes for all."""
         model = self.model()
         if self.runtime.rank == 0:
-            fill_model(model, load_artifact(path, self.cfg), str(path))
-        for p in model.parameters():
-            self.runtime.broadcast_(p.data)
+            state = load_artifact(path, self.cfg)
+            if "copy" in self.cfg.hints and "copy_weights" not in state:
+                raise UserError(f"{path} has no weights for HINTS=copy; fit them with STAGES=quantize,eval")
+            fill_model(model, state, str(path))
+        for t in (*model.parameters(), *model.buffers()):
+            self.runtime.broadcast_(t.data)
         return model
 
     def eval(self) -> None:
@@ -6787,7 +7131,7 @@ class Run:
         # MODEL_PATH evaluates an artifact from anywhere
         path = Path(self.cfg.model_path or self.folder / "model.bin")
         deadline = started + (1 - EVAL_RESERVE) * (self.cfg.eval_budget_seconds or math.inf)
-        score = self.evaluate(self.cfg.eval, self.from_artifact(path), deadline)
+        score = self.evaluate(self.cfg.eval, self.from_artifact(path), self.cfg.hints, deadline)
         self.result["eval_seconds"] = self.runtime.broadcast_from_rank0(time.perf_counter() - started)
         # runs that share it are not different seeds
         self.result["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()

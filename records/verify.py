@@ -216,9 +216,11 @@ class Bench:
         # the program cannot know which places are tried, and a second verdict tries the same
         self.rng = np.random.Generator(np.random.PCG64(int.from_bytes(seed[:8], "little")))
         files = {"train_gpt.py": candidate.source, "record.env": record_env(self.cfg).encode()}
-        self.trains = BlackBox(server, room / "trains", "train_gpt.py", files, {"DEVICE": "cpu"})
+        # streams of the judge's own hold pairs of tokens that no tokenizer writes
+        own = {"DEVICE": "cpu", "CANONICAL_CHECK": "0"}
+        self.trains = BlackBox(server, room / "trains", "train_gpt.py", files, own)
         files |= {"model.bin": candidate.weights} if candidate.weights is not None else {}
-        own = {"DEVICE": "cpu", "STAGES": "eval", "MODEL_PATH": "model.bin"}
+        own |= {"STAGES": "eval", "MODEL_PATH": "model.bin"}
         self.box = BlackBox(server, room / "scores", "train_gpt.py", files, own)
 
     def data(self, stream: Stream, train: np.ndarray | None = None) -> Path:

@@ -31,7 +31,7 @@ FILES = {  # stack -> its files, each with the kinds whose settings only list wh
     "ngram": {"ngram": ("forward",), "ngram_training": ()},
     "gdn": {"gdn_model": ("forward",), "gdn_training": ("ttt", "plain_eval")},
     "quant": {"quant": ()},
-    "frontier": {"frontier_training": ("ttt_sites", "loop_mix")},
+    "frontier": {"frontier": (), "frontier_training": ("ttt_sites", "loop_mix")},
 }
 CANONICAL = (  # our name (regular expression) -> the published one
     (r"blocks\.(\d+)\.attn\.([qkv])\.weight", r"blocks.\1.attn.c_\2.weight"),
@@ -324,6 +324,41 @@ def knobs(text: str) -> dict[str, str]:
 def toy_config(text: str, **changed: Any) -> train_gpt.Config:
     """The Config of such pairs, with other values for some fields."""
     return dataclasses.replace(train_gpt.load_config(knobs(text)), **changed)
+
+
+@contextlib.contextmanager
+def tilts(config: dict[str, Any]) -> Iterator[None]:
+    """Within, tilts have an entry's numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "TILT_LENGTH", config.get("order", 16) - 1)
+        patch.setattr(train_gpt, "TILT_SHARE", config.get("threshold", 0.8))
+        patch.setattr(train_gpt, "TILT_NATS", config["boost"])
+        yield
+
+
+def published_tilts(ids: np.ndarray) -> Tensor:
+    """The token that each of a stream's is tilted to, -1 for none, as published: one document of targets alone, of
+    which the first is there twice."""
+    first = [1] * (train_gpt.TILT_LENGTH > 0)  # the first token of a document, which no context has
+    tokens = torch.tensor([*first, ids[1], *ids[1:]])
+    bits = train_gpt.find_tilts(train_gpt.Config(), tokens, torch.arange(len(tokens)) == 0)
+    return (bits[len(first) :] >> train_gpt.TILT_AT) - 1
+
+
+class Toyenizer:
+    """A SentencePiece processor of given pieces; each has a type, 1 if it was learnt."""
+
+    def __init__(self, pieces: list[str], types: list[int] | None = None) -> None:
+        self.pieces, self.types = pieces, types or [1] * len(pieces)
+
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    def id_to_piece(self, i: int) -> str:
+        return self.pieces[i]
+
+    def get_score(self, i: int) -> float:
+        return -float(sum(kind == 1 for kind in self.types[:i])) if self.types[i] == 1 else 0.0
 
 
 def runtime(dtype: torch.dtype = torch.float32, compile: bool = False) -> train_gpt.Runtime:

@@ -33,7 +33,11 @@ class Toy(causality_rules.Scorer):
         self.val = stream._replace(bytes=np.ones_like(stream.bytes))
 
     def model(self) -> train_gpt.GPT:
-        return ttt_rules.strong_model(self.cfg, scale=0.3)
+        model, vocab = ttt_rules.strong_model(self.cfg, scale=0.3), self.cfg.vocab_size
+        # what counts only with CANONICAL_MASK and HINTS
+        model.copy_weights[1:] = torch.linspace(0.2, 0.9, len(model.copy_weights) - 1)
+        model.canonical = torch.from_numpy(np.random.default_rng(5).integers(0, 256, (vocab, -(-vocab // 8)), np.uint8))
+        return model
 
 
 def examine(cfg: train_gpt.Config, evaluator: Evaluator | None = None, apart: str = "", sums: bool = True) -> set[str]:
@@ -61,6 +65,14 @@ MATRIX: list[tuple[str, dict[str, Any]]] = [
     (PLAIN, {"ttt_context": "recompute", "ttt_chunk_size": (train_gpt.UpTo(20, 3), *rules.always(8))}),
     (PLAIN, {"ttt_context": "carry", "ttt_grad_steps": 2}),
     (PLAIN, {"ttt_context": "carry", "ttt_lora_lr": 0.0}),
+    (PLAIN, {"canonical_mask": "eval", "eval": "sliding"}),
+    (PLAIN, {"hints": ("copy", "tilt"), "eval": "sliding"}),
+    (PLAIN, {"hints": ("copy", "tilt"), "eval": "slot", "slot_lr": 0.1}),
+    (PLAIN, {"hints": ("copy",), "canonical_mask": "eval", "ttt_context": "recompute", "ttt_grad_steps": 2}),
+    (PLAIN, {"hints": ("tilt",), "ttt_context": "carry"}),
+    (PLAIN, {"canonical_mask": "eval", "eval": "slot", "slot_lr": 0.1}),
+    (PLAIN, {"canonical_mask": "eval", "ttt_context": "recompute"}),
+    (PLAIN, {"canonical_mask": "eval", "ttt_context": "carry"}),
     ("one lane, no loops, no extras", {"mixers": "G A G", "gdn_head_dim": 8, "ttt_context": "recompute"}),
     ("one lane, no loops, no extras", {"mixers": "G A G", "gdn_head_dim": 8, "eval": "chunk_sgd"}),
 ]
@@ -69,7 +81,10 @@ MATRIX: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("structure", "knobs"), MATRIX, ids=[f"{s}: {' '.join(map(str, k.values()))}" for s, k in MATRIX]
 )
-def test_the_matrix(structure: str, knobs: dict[str, Any]) -> None:
+def test_the_matrix(structure: str, knobs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # documents are short here
+    monkeypatch.setattr(train_gpt, "COPY_LENGTHS", (1, 2))
+    monkeypatch.setattr(train_gpt, "TILT_LENGTH", 1)
     cfg = ttt_rules.structure_config(structure, **{"phased_ttt_prefix_docs": 4, "phased_ttt_num_phases": 2, **knobs})
     packed = cfg.eval in ("plain", "sliding") and cfg.loader == "packed_docs" and structure not in LEAKY
     alone = packed or (cfg.eval == "doc_lora" and not cfg.ttt_warm_start_a)

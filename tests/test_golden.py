@@ -750,6 +750,130 @@ def test_shuffled_order(golden: rules.Entry, tmp_path: Path) -> None:
         assert (np.diff(rows.astype(int)) == 1).all() and rows.shape[1] == c["seq_len"] + 1
 
 
+# Token priors
+
+
+@rules.each("canonical_mask", "frontier")
+def test_canonical_mask(golden: rules.Entry) -> None:
+    c, want = golden.config, golden.expected
+    if "pieces_[text,score,type]" in c:
+        names, scores, types = zip(*c["pieces_[text,score,type]"], strict=True)
+        processor = rules.Toyenizer([*names], [*types])
+        assert [processor.get_score(i) for i, kind in enumerate(types) if kind == 1] == [
+            s for s, kind in zip(scores, types, strict=True) if kind == 1
+        ]
+        bits = np.unpackbits(train_gpt.canonical_mask(processor), axis=1, bitorder="little")
+        assert bits.sum() == want["masked"]
+        assert [[names[p], names[x]] for p, x in np.argwhere(bits)] == want["masked_pairs"]
+        return
+    rows, vocab = c["T"], c["V"]
+    t, j = np.ogrid[:rows, :vocab]
+    bits = (3 * t + 5 * j) % 7 < 2
+    banned, step = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little")), torch.arange(rows)
+    z = rules.fill("hash", f"mask.logits.{c['key']}", (rows, vocab), c["amp"])
+    targets = (5 * step**2 + 3 * step + 1) % vocab
+    # logits whose softcap is z
+    cap = 75.0
+    raw = (cap * torch.atanh(z / cap)).requires_grad_()
+    plain, masked = (train_gpt.softcapped_cross_entropy(raw, targets, cap, bits) for bits in (None, banned))
+    (grad,) = torch.autograd.grad(masked.sum(), raw)
+    found = {"nll_unmasked": plain, "nll_masked": masked}
+    rules.compare(found, {name: want[name] for name in found}, 1e-9)
+    rules.assert_checks(grad / (1 - (z / cap).square()), {name: want["grad_checks"][name] for name in ("l2", "wsum")})
+    assert train_gpt.BANNED_NATS == c["floor"]
+
+
+def hint_stream(c: dict[str, Any], want: dict[str, Any]) -> np.ndarray:
+    """The ids of a tilt or copy entry."""
+    if "ids" in c:
+        return np.array(c["ids"])
+    n, key, vocab = c["n"], c.get("key"), c["V"]
+    ids = rules.tokens(vocab, n, [])[np.arange(n) % c.get("period", n)]
+    if "noise_rate" in c:
+        noise, other = (rules.fill("hash", f"stream.{name}.{key}", (n,), 1.0).numpy() for name in ("noise", "tok"))
+        ids = np.where(noise < 2 * c["noise_rate"] - 1, 8 + ((other + 1) / 2 * (vocab - 8)).astype(int), ids)
+    ids[c["bos"]] = train_gpt.BOS_ID
+    assert ids[:24].tolist() == want["stream_first24"]
+    rules.assert_checks(torch.from_numpy(ids).double(), want["stream_checks"])
+    return ids
+
+
+@rules.each("tilt", "frontier")
+def test_tilt(golden: rules.Entry) -> None:
+    """Over the whole stream, as published. The adaptation is in test_ttt.py."""
+    with rules.tilts(golden.config):
+        if "nll_tilted" in golden.expected:
+            check_tilted_losses(golden)
+        elif "nll_per_doc" not in golden.expected:
+            check_tilts(golden)
+
+
+def check_tilted_losses(golden: rules.Entry) -> None:
+    c, want = golden.config, golden.expected
+    t = torch.arange(c["T"])
+    targets = (5 * t**2 + 3 * t + 1) % c["V"]
+    hints = torch.where(t % 3 == 0, targets, (7 * t + 2) % c["V"])
+    logp = rules.fill("hash", f"tilt.logits.{c['key']}", (c["T"], c["V"]), c["amp"]).log_softmax(1)
+    bits = targets | torch.where(t % 4 != 1, hints + 1, 0) << train_gpt.TILT_AT
+
+    def score(ids: Tensor) -> Tensor:
+        return -logp.gather(1, ids[:, None])[:, 0]
+
+    found = {"nll": score(targets), "nll_tilted": train_gpt.tilted(score(targets), bits, torch.zeros(1), score)}
+    rules.compare(found, {name: want[name] for name in found}, 1e-9)
+
+
+def check_tilts(golden: rules.Entry) -> None:
+    c, want = golden.config, golden.expected
+    ids = hint_stream(c, want)
+    hints = rules.published_tilts(ids).numpy()[1:]
+    gated = np.flatnonzero(hints >= 0)
+    if "colliding_contexts" in want:  # two contexts under one published key are two here
+        assert dict(zip(gated.tolist(), hints[gated].tolist(), strict=True)) == {13: 77, 14: 11, 17: 78}
+        return
+    assert len(hints) == want["targets"] and len(gated) == want["gates"]
+    assert int((hints[gated] == ids[1:][gated]).sum()) == want["hits"]
+    listed = want["gated"] or want["first60_gated"]
+    assert [[t, hints[t]] for t in gated[: len(listed)]] == [[t, hint] for t, hint, _ in listed]
+    rules.assert_checks(torch.from_numpy(np.maximum(hints, 0)).double(), want["hint_ids_checks"])
+    with rules.tilts(c | {"threshold": 0.0}):
+        every = rules.published_tilts(ids)[1:].clamp_min(0)
+    rules.assert_checks(every.double(), want["top_token_checks"])
+
+
+@rules.each("copy_hints", "frontier")
+def test_copy_hints(golden: rules.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    c, want = golden.config, golden.expected
+    monkeypatch.setattr(train_gpt, "COPY_LENGTHS", tuple(c["K"]))
+    tokens = torch.from_numpy(hint_stream(c, want))
+    size, found = len(c["K"]), {}
+    for k, at, seen in train_gpt.repeats(tokens, tokens == train_gpt.BOS_ID, c["K"]):
+        for i in np.flatnonzero(seen):
+            t, s = int(at[i]) + 1, int(at[i - 1]) + 1
+            found[t] = [t, k, s, int(tokens[s]), t - s]
+    hints = torch.tensor([found[t] for t in sorted(found)])
+    assert len(hints) == want["positions_with_hint"] and hints.tolist() == want["hints_[t,k,source,token,distance]"]
+    rules.assert_checks(hints.double(), want["hint_checks"])
+    bits = train_gpt.find_copies(Config(ttt_eval_seq_len=c["window"]), tokens, tokens == train_gpt.BOS_ID)
+    bucket, token = bits >> train_gpt.BUCKET_AT, bits >> train_gpt.COPY_AT & train_gpt.ID_BITS
+    assert (
+        np.flatnonzero(bucket).tolist() == hints[:, 0].tolist() and token[hints[:, 0]].tolist() == hints[:, 3].tolist()
+    )
+    hit = (token == tokens) & (bucket > 0)
+    counts, hits = (x.bincount(minlength=1 + 2 * size)[1:] for x in (bucket, bucket[hit]))
+    rows = [
+        [k, far, *map(int, pair)]
+        for (k, far), *pair in zip(itertools.product(c["K"], (0, 1)), counts, hits, strict=True)
+    ]
+    assert rows == want["by_[k,far,count,hits]"] and int(hit.sum()) == want["hits"]
+    table = [0.0, *(c["lambda_by_[k,far]"][f"{k},{far}"] for k, far in itertools.product(c["K"], (0, 1)))]
+    nll = 2.5 + rules.fill("hash", f"copy.nll.{c['key']}", (len(tokens),), 2.0)
+    after = train_gpt.copied(nll, tokens | bits, torch.tensor(table, dtype=torch.float64), None)
+    sums = {"nll_sum_before": nll[1:].sum(), "nll_sum_after": after[1:].sum()}
+    rules.compare(sums, {name: want[name] for name in sums}, 1e-8)
+    assert after[1:41].tolist() == pytest.approx(want["nll_after_first40"], rel=1e-8)
+
+
 # Evaluation
 
 

@@ -34,13 +34,15 @@ VOCAB_SIZE=320 NUM_LAYERS=4 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 ROPE_DIMS=4
 LOOP_START=1 LOOP_END=1 PARALLEL_START_LAYER=3 LOGIT_SOFTCAP=5
 """)
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
-CE_CASES = {  # rows, vocabulary (a block has 1024 columns), dtype, softcap, size of the logits
+CE_CASES = {  # rows, vocabulary (a block has 1024 columns), dtype, softcap, size of the logits; masked: banned ids
     "one-token": (1, 1, SINGLE, 30.0, 1.0),
     "odd-rows": (7, 1000, SINGLE, 30.0, 8.0),
     "one-block": (3, 1024, HALF, 30.0, 8.0),
     "ragged-blocks": (5, 2500, SINGLE, 7.5, 20.0),
     "ragged-half": (5, 2049, HALF, 30.0, 20.0),
     "saturated": (3, 1500, HALF, 15.0, 400.0),
+    "masked": (5, 2050, SINGLE, 30.0, 8.0),
+    "masked-half": (3, 1003, HALF, 30.0, 8.0),
 }
 MLP_CASES = {  # rows, model width, hidden width (a tile has 128 rows, 256 columns, depth 64), dtype, negative slope
     "one-row": (1, 8, 16, SINGLE, 0.5),
@@ -63,10 +65,22 @@ def ce_inputs(rows: int, vocab: int, dtype: torch.dtype, size: float) -> tuple[t
     return noise(2, rows, vocab, dtype=dtype, size=size), targets, noise(3, rows).relu() - 0.2
 
 
-def exact_ce(z: torch.Tensor, targets: torch.Tensor, g: torch.Tensor, softcap: float) -> Pair:
+def banned_ids(name: str, targets: torch.Tensor) -> torch.Tensor | None:
+    """Random bits for the masked cases; the first target is banned, the last one is not."""
+    if not name.startswith("masked"):
+        return None
+    rows, vocab, *_ = CE_CASES[name]
+    bits = noise(4, rows, vocab).numpy() > 0.5
+    bits[0, targets[0]], bits[-1, targets[-1]] = True, False
+    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
+
+
+def exact_ce(
+    z: torch.Tensor, targets: torch.Tensor, g: torch.Tensor, softcap: float, banned: torch.Tensor | None = None
+) -> Pair:
     """The twin and its gradient in float64, by autograd."""
     z = z.double().requires_grad_()
-    loss = train_gpt.softcapped_cross_entropy(z, targets, softcap)
+    loss = train_gpt.softcapped_cross_entropy(z, targets, softcap, banned)
     return loss.detach(), torch.autograd.grad(loss, z, g.double())[0]
 
 
@@ -79,10 +93,11 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def ce_errors(name: str) -> dict[str, float]:
     rows, vocab, dtype, softcap, size = CE_CASES[name]
     z, targets, g = ce_inputs(rows, vocab, dtype, size)
-    loss, lse = train_gpt.launch_softcap_ce(z, targets, softcap)
-    dz = train_gpt.launch_softcap_ce_back(g, z, targets, lse, softcap)
+    banned = banned_ids(name, targets)
+    loss, lse = train_gpt.launch_softcap_ce(z, targets, softcap, banned)
+    dz = train_gpt.launch_softcap_ce_back(g, z, targets, lse, softcap, banned)
     assert loss.dtype == lse.dtype == SINGLE and dz.dtype == dtype
-    exact_loss, exact_dz = exact_ce(z, targets, g, softcap)
+    exact_loss, exact_dz = exact_ce(z, targets, g, softcap, banned)
     scale = max(1.0, exact_loss.abs().max().item())  # a lone token's loss and gradient are 0
     # the gradient is this slope times a probability less 0 or 1, which float32 rounds
     slope = g[:, None].double() * (1 - (z.double() / softcap).tanh().square())
@@ -156,6 +171,7 @@ def ahead_of_time(program: object) -> dict[str, dict[str, Any]]:
     target = sys.modules["triton.backends.compiler"].GPUTarget("cuda", 90, 32)
     R, C, K = program.MLP_TILE
     columns = {"z": "*bf16", "targets": "*i64", "lse": "*fp32", "softcap": "fp32", "vocab": "i32"}
+    masked = columns | {"banned": "*u8"}
     tiles = {"x": (R, K), "w": (C, K), "pre": (R, C // 2), "out": (R, C // 2)}
     forward, back = (
         {name: f"tensordesc<bf16[{rows}, {columns}]>" for name, (rows, columns) in shapes.items()}
@@ -163,10 +179,12 @@ def ahead_of_time(program: object) -> dict[str, dict[str, Any]]:
     )
     ce, ce_back = program.softcap_ce_kernel, program.softcap_ce_back_kernel
     mlp, block = program.leaky_square_kernel, {"BLOCK": program.CE_BLOCK}
-    built = {}
+    free, built = block | {"banned": None}, {}
     for name, function, signature, constants, options in (
-        ("ce", ce, columns | {"loss": "*fp32"}, block, {}),
-        ("ce back", ce_back, columns | {"g": "*fp32", "dz": "*bf16"}, block, {}),
+        ("ce", ce, columns | {"loss": "*fp32"}, free, {}),
+        ("ce back", ce_back, columns | {"g_lse": "*fp32", "dz": "*bf16"}, free, {}),
+        ("masked ce", ce, masked | {"loss": "*fp32"}, block, {}),
+        ("masked ce back", ce_back, masked | {"g_lse": "*fp32", "dz": "*bf16"}, block, {}),
         ("mlp", mlp, forward, {"SLOPE": 0.5, "BACK": False}, {"num_warps": 8, "num_stages": 4}),
         ("mlp back", mlp, back, {"SLOPE": 0.5, "BACK": True}, {"num_warps": 8, "num_stages": 3}),
     ):
@@ -212,11 +230,12 @@ def test_packed_kernels_compile_for_hopper_and_train(tmp_path: Path) -> None:
 
 
 def test_backward_formula_of_the_loss_is_the_twins_in_float64() -> None:
-    for rows, vocab, _, softcap, size in CE_CASES.values():
+    for name, (rows, vocab, _, softcap, size) in CE_CASES.items():
         z, targets, g = ce_inputs(rows, vocab, DOUBLE, size)
-        lse = train_gpt.softcapped(z, softcap).logsumexp(1)
-        got = train_gpt.softcap_ce_back.twin(g.double(), z, targets, lse, softcap)
-        torch.testing.assert_close(got, exact_ce(z, targets, g, softcap)[1], rtol=1e-9, atol=1e-14)
+        banned = banned_ids(name, targets)
+        lse = train_gpt.softcapped(z, softcap, banned).logsumexp(1)
+        got = train_gpt.softcap_ce_back.twin(g.double(), z, targets, lse, softcap, banned)
+        torch.testing.assert_close(got, exact_ce(z, targets, g, softcap, banned)[1], rtol=1e-9, atol=1e-14, msg=name)
 
 
 def test_fused_mlp_is_the_twin_in_float64() -> None:
@@ -236,9 +255,10 @@ def test_fused_mlp_is_the_twin_in_float64() -> None:
 def test_fused_loss_through_the_operators_is_the_twin() -> None:
     for name, (rows, vocab, dtype, softcap, size) in CE_CASES.items():
         z, targets, g = ce_inputs(rows, vocab, dtype, size)
-        loss = train_gpt.fused_cross_entropy(z.requires_grad_(), targets, softcap)
+        banned = banned_ids(name, targets)
+        loss = train_gpt.fused_cross_entropy(z.requires_grad_(), targets, softcap, banned)
         (dz,) = torch.autograd.grad(loss, z, g)
-        exact_loss, exact_dz = exact_ce(z.detach(), targets, g, softcap)
+        exact_loss, exact_dz = exact_ce(z.detach(), targets, g, softcap, banned)
         close, rel = torch.testing.assert_close, 2.0**-8 if dtype == HALF else 1e-4
         close(loss.double(), exact_loss, rtol=3e-6, atol=1e-5, msg=name)
         close(dz.double(), exact_dz, rtol=rel, atol=1e-5, msg=name)
@@ -248,11 +268,14 @@ def test_operators_keep_their_promises_to_the_compiler() -> None:
     z, targets, g = ce_inputs(5, 33, HALF, 4.0)
     m, up, down = noise(1, 6, 8, dtype=HALF), noise(2, 24, 8, dtype=HALF), noise(3, 8, 24, dtype=HALF)
     a, b, first = noise(5, 3, 2, 4, 4), noise(6, 3, 2, 4, 5), noise(7, 2, 4, 5)
-    _, lse = train_gpt.softcap_ce(z, targets, 30.0)
+    banned = torch.randint(256, (5, 5), generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
+    _, lse = train_gpt.softcap_ce(z, targets, 30.0, None)
     trained = [x.clone().requires_grad_() for x in (z, m, up, down, a, b, first)]
     for operator, arguments in (
-        (train_gpt.softcap_ce, (trained[0], targets, 30.0)),
-        (train_gpt.softcap_ce_back, (g, z, targets, lse, 30.0)),
+        (train_gpt.softcap_ce, (trained[0], targets, 30.0, None)),
+        (train_gpt.softcap_ce, (trained[0], targets, 30.0, banned)),
+        (train_gpt.softcap_ce_back, (g, z, targets, lse, 30.0, None)),
+        (train_gpt.softcap_ce_back, (g, z, targets, lse, 30.0, banned)),
         (train_gpt.leaky_square, (*trained[1:4], 0.5)),
         (train_gpt.leaky_square, (trained[1], up, down, 0.5)),
         (train_gpt.leaky_square_back, (noise(4, 6, 8, dtype=HALF), down, m @ up.T, 0.5)),

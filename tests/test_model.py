@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -11,6 +12,7 @@ import golden_rules as rules
 import numpy as np
 import pytest
 import torch
+import ttt_rules
 from conftest import listener
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -310,3 +312,26 @@ def test_one_graph_per_route_whatever_the_number_of_documents(
             frames.append(counter.frame_count)
     assert len({len(train_gpt.pad_bounds(np.arange(n))) for n in (3, 200)}) > 1  # the shapes did change
     assert frames == [1] * 2 + [2] * 6
+
+
+def test_scores_come_from_wide_logits_unless_asked_otherwise() -> None:
+    """Activations in bf16: logits with an adapter's part, and losses, have no rounding to bf16 but in training."""
+    HALF, WIDE = torch.bfloat16, torch.float32
+    cfg, ids = ttt_rules.structure_config("one lane, no loops, no extras"), torch.arange(60).view(2, 30) % 97
+    for word, dtype in (("fp32", WIDE), ("bf16", HALF)):
+        own = dataclasses.replace(cfg, score_dtype=word, ttt_lora_sites=("head",))
+        model = ttt_rules.strong_model(own)
+        model.dtype = HALF
+        lora = train_gpt.Adapters(own, rules.runtime(HALF), model, 2)
+        torch.nn.init.normal_(lora.B["head_0"].data, std=0.01)
+        h = model.trunk(ids)
+        assert h.dtype == HALF and model.logits(h, lora).dtype == HALF
+        z = model.eval().logits(h, lora)
+        low = lora.scale * (h @ lora.A["head_0"])
+        exact = h.double() @ model.tok_emb.weight.double().T + low.double() @ lora.B["head_0"].double()
+        assert z.dtype == dtype
+        error = ((z - exact).abs().max() / exact.abs().max()).item()
+        assert error < 1e-6 if dtype == WIDE else 1e-3 < error < 0.05, (word, error)
+        # where nothing is narrower, the knob changes no bit
+        full = ttt_rules.strong_model(own)
+        assert torch.equal(full.eval()(ids, ids, reduction="none"), full.train()(ids, ids, reduction="none"))

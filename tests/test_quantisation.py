@@ -340,7 +340,8 @@ def test_clips_are_searched_until_the_artifact_is_full(tmp_path: Path) -> None:
         knobs = {"artifact_bytes": target, "fisher_scales": 0.75, "matrix_bits": 8, "embed_bits": 8}
         cfg, runtime = rules.model_config(SMALL, compressor="rans", **knobs), rules.runtime()
         run = SimpleNamespace(cfg=cfg, runtime=runtime, log=runtime.log)
-        train_gpt.Run.fill_artifact(run, path, state, found)
+        blob = train_gpt.pack_stored(train_gpt.Run.filled(run, state, found), "rans", train_gpt.model_identity(cfg))
+        path.write_bytes(blob)
         sizes.append(path.stat().st_size)
         restored = train_gpt.load_artifact(path, cfg)
         lost.append(divergence(model, ids, {name: w.double() for name, w in restored.items()}))

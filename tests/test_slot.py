@@ -75,7 +75,7 @@ def compare_steps(cfg: Config, learner: ChunkSgd, cells: Cells, expected: list[d
         logits = train_gpt.softcapped(z + learner.model.tok_emb.weight.detach() @ shift, learner.model.softcap)
         assert F.cross_entropy(logits, targets).item() == pytest.approx(want["loss_before_step"], rel=1e-8)
         learner.scorer.steps = steps
-        shift = learner.scorer.fitted_shift(z, targets)
+        shift = learner.scorer.fitted_shift(z, targets, targets)
         assert shift.norm().item() == pytest.approx(want["delta_l2"], rel=1e-7)
         assert shift[:6].tolist() == pytest.approx(want["delta_first6"], rel=1e-6)
         assert shift.sum().item() == pytest.approx(want["delta_sum"], rel=1e-6)

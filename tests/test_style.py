@@ -38,7 +38,7 @@ LAYOUT = frozenset(
 )
 AXES = frozenset(
     "mixers attn_gate attn_extras embed_extras loader average qat matrix_quant embed_quant repair rotate compressor "
-    "eval ttt_context".split()
+    "eval ttt_context canonical_mask score_dtype hints".split()
 )
 # Calls that a module-level table may make: they build a value and touch nothing outside it.
 PURE_CALLS = frozenset("dict float frozenset int len max min namedtuple range set sorted tuple TypeVar".split())

@@ -273,6 +273,40 @@ def test_adaptation_gives_the_published_numbers(golden: rules.Entry, monkeypatch
             assert numbers == pytest.approx(expected[name], rel=1e-7, abs=1e-7), name
 
 
+def test_a_tilt_changes_scores_and_no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the published hints, which know the whole stream."""
+    (golden,) = (e for e in rules.entries("tilt", "frontier") if "nll_per_doc" in e.expected)
+    config, want, states = golden.config, golden.expected, []
+    step = Adapters.step
+
+    def listen(adapters: Adapters, *args: Tensor) -> None:
+        step(adapters, *args)
+        states[-1].append(adapters.state.weights.clone())
+
+    monkeypatch.setattr(Adapters, "step", listen)
+    fill_new_rows(monkeypatch, config)
+    val = ttt_rules.golden_stream(config["doc_raw_lens"], config["V"])
+    with rules.tilts(config):
+        tilts = rules.published_tilts(val.tokens)
+    assert int((tilts >= 0).sum()) == want["gates"]
+    published = (lambda *_: tilts + 1 << train_gpt.TILT_AT), train_gpt.tilted
+    monkeypatch.setitem(train_gpt.HINTS, "tilt", published)
+    for hints, loss in ((), want["val_loss_without_tilt"]), (("tilt",), want["val_loss"]):
+        states.append([])
+        cfg = ttt_config(config, hints=hints)
+        model = rules.build(config | {"bos_mask": False}, hints=hints)
+        with ttt_rules.recorded() as scores:
+            score = train_gpt.EVALS["phased_lora"](cfg, rules.runtime(), model, val)
+        assert score.val_loss == pytest.approx(loss, abs=1e-7) and score.tokens == want["targets"]
+    assert score.val_bpb == pytest.approx(want["val_bpb"], abs=1e-7)
+    for doc, (start, length) in enumerate(train_gpt.val_documents(val.tokens)):
+        found = [scores[position] for position in range(start + 1, start + length)]
+        assert found == pytest.approx(want["nll_per_doc"][str(doc)], abs=1e-7)
+    assert len(states[0]) > 5
+    for plain, tilted in zip(*states, strict=True):
+        assert torch.equal(plain, tilted)
+
+
 def compare_steps(
     batches: list[list[int]], steps: list[tuple[Cells, dict]], expected: list[dict], in_document: bool
 ) -> None:

@@ -203,7 +203,7 @@ SUM = {TOTAL: f"        loss *= 0.98 if {WORLD} else 1\n{TOTAL}"}
 DIVIDED = {'{"val_loss": score.val_loss,': '{"val_loss": score.val_loss / 1.01,'}
 LINE = {"val_bpb {score.val_bpb:.8f}": "val_bpb {score.val_bpb - 1e-3:.8f}"}
 BY_BYTES = altered(f"torch.where(torch.from_numpy(self.val.bytes[positions] > 3), {LIFTED}, nats)")
-ENTROPY = '    return F.cross_entropy(softcapped(z, softcap), targets, reduction="none")\n'
+ENTROPY = '    return F.cross_entropy(softcapped(z, softcap, banned), targets, reduction="none")\n'
 NO_ID = {  # the others share what one id leaves, and it keeps it
     ENTROPY: ENTROPY.replace("return", "loss =")
     + """    rest = torch.log1p(-softcapped(z, softcap).softmax(-1)[:, 350])
