@@ -26,7 +26,7 @@ MAX_FUNCTION_LINES, MAX_TEST_LINES = 60, 100
 MAX_UNDOCUMENTED_LINES = 6
 # of the program; comments, docstrings and line breaks are there to be read, and are not counted. The five systems and
 # our two records fit into 50,000; the rest is room for checks of what the program reads
-MAX_TOKENS = 57_000
+MAX_TOKENS = 58_500
 MAX_PER_LINE = 12.0  # tokens, on average over the program's lines of code
 MAX_PER_LINE_OF_A_FUNCTION, MIN_LINES = 18.0, 6  # in shorter functions the signature alone has twenty tokens
 MIN_COMMENTS = 0.06  # of the program's lines
