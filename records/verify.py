@@ -14,20 +14,25 @@ contest's conditions, issue 1017):
             with and without the training shards? Do other validation shards leave the trained weights as they are?
   sums      Positions against the judge's own reading of the shards: each target once (C4), none missing. val_loss,
             val_bpb, tokens and bytes again from SCORES and shards, against result.json and the log, to the last digit.
-  C1, C3    Streams in which everything after a place differs, place after place: scores before it must be equal to the
-            last bit, so no score knows what comes later, and none comes after an update on its own chunk. "Before" is
-            an earlier step, or further left in the same row. Other byte counts must change no score.
-  C2        Hundreds of documents with one beginning and each id of the vocabulary at one place: the probabilities must
-            sum to 1 there, and what comes before must be scored alike in all of them.
-  ranks     The same scores from two ranks, and from other batch sizes where a preset does not depend on them.
+  C1, C3    Streams in which everything after a place differs: scores before it must be equal to the last bit, so no
+            score knows what comes later, and none comes after an update on its own chunk. "Before" is an earlier step,
+            or further left in the same row; steps must follow the text. A stream of 64 or 176 targets is cut at every
+            place, in order: the first that fails is the first leak. Longer streams, and one under the record's own
+            numbers, are cut in some steps. Other byte counts must change no score.
+  C2        Hundreds of documents with one beginning and each id of the vocabulary at one place, for every place: the
+            probabilities must sum to 1 there, and what comes before must be scored alike in all of them.
+  ranks     The same scores from two ranks and from eight, from other batch sizes where a preset does not depend on
+            them, and the same sums from a run that nobody asks for SCORES.
   bytes: the denominator again from the ids, through tokenizer and CaseOps decoder. split: documents that training and
   validation share. budget, disk, claims: papers, knobs, logs and files against one another (records/claims.py).
 
-What a black box cannot see: a program that behaves only on larger data, models or GPUs than these, or on this judge's
-machine, or that remembers earlier runs outside its directory; a leak into a single position that no place hit; where
-weights adapt over the whole stream, a leak in a step that was not tried (--probes 0 tries every one); more than its
-files say about a full-size run, whose SCORES are added again, not recomputed. The judge trusts the checkout that it
-lies in: judge a stranger's program from a clean one, with --source or as an artifact.
+What a black box cannot see: a program that behaves only on larger data, models or GPUs than these, under other knobs,
+or on this judge's machine, or that remembers earlier runs outside its directory; a leak into a place of the longer
+streams that was not cut (--probes 0 cuts in every step), such as a fault in every fortieth chunk of weights that adapt
+over the stream; a leak by a yes-or-no of the next token is seen at each place with even odds; tricks with the lengths
+of documents, which the judge never changes between runs; more than its files say about a full-size run, whose SCORES
+are added again, not recomputed. The judge trusts the checkout that it lies in: judge a stranger's program from a
+clean one, with --source or as an artifact.
 
 Verdict per check: pass, FAIL, n/a (nothing to ask), unknown (asked, not answered). The last line of the output is
 `VERDICT {json}`. Exit status: 0 if nothing failed or stayed unknown, 1 otherwise, 2 for a wrong input.
@@ -118,9 +123,6 @@ CANONICAL = {  # (bytes, targets) -> what that denominator is; targets 0: any nu
 }
 # An external program that takes seconds to start: one training keeps it, every other run packs otherwise.
 QUICK = {"pergroup": {"COMPRESSOR": "brotli"}}
-# Depth of the toy preset; a record that lists its layers one by one keeps its own.
-DEPTH = ("NUM_LAYERS", "XSA_LAST_N", "NUM_LOOPS", "LOOP_START", "LOOP_END", "PARALLEL_START_LAYER")
-DEPTH += ("MIXERS", "VE_LAYERS")
 
 
 class RunFailed(Exception):
@@ -165,16 +167,11 @@ def read_stream(folder: Path) -> Stream:
     return Stream(tokens, sizes)
 
 
-def write_data(
-    folder: Path, stream: Stream, tokenizer: Path | None, train: np.ndarray | None = None, shards: int = 1
-) -> Path:
+def write_data(folder: Path, stream: Stream, tokenizer: Path | None, train: np.ndarray | None, shards: int) -> Path:
     """Write into a data folder: a validation stream in some shards, the tokenizer, and training tokens if there are."""
-    for kind, values, parts in (
-        ("val", stream.tokens, shards),
-        ("val_bytes", stream.sizes, shards),
-        ("train", train, 1),
-    ):
-        for number, part in enumerate([] if values is None else np.array_split(values, parts)):
+    for kind, values in (("val", stream.tokens), ("val_bytes", stream.sizes), ("train", train)):
+        parts = [] if values is None else np.array_split(values, 1 if kind == "train" else shards)
+        for number, part in enumerate(parts):
             prepare.write_shard(folder / f"fineweb_{kind}_{number:06}.bin", part)
     if tokenizer:
         shutil.copy(tokenizer, folder / "tokenizer.model")
@@ -353,10 +350,8 @@ def compare_sums(name: str, own: dict[str, float], claimed: dict[str, Any], wron
         said = claimed.get(key)
         if not papers.is_number(said) or not math.isclose(said, value, rel_tol=EXACT):
             bad.append(f"{key} {said}, added again {value}")
-    detail = (
-        "; ".join([*wrong, *bad]) or f"val_loss {own['val_loss']:.8f}, {own['bytes_scored']:,.0f} bytes: as added again"
-    )
-    return decide(name, not bad and not wrong, detail)
+    fine = f"val_loss {own['val_loss']:.8f}, {own['bytes_scored']:,.0f} bytes: as added again"
+    return decide(name, not bad and not wrong, "; ".join([*wrong, *bad]) or fine)
 
 
 # +---------------------------------------------------------------------------+
@@ -446,12 +441,7 @@ def order_check(cfg: Any, base: Scored, stream: Stream, label: str) -> Check:
 
 
 def causality(
-    bench: Bench,
-    stream: Stream,
-    knobs: dict[str, str],
-    label: str,
-    probes: int,
-    every: bool = False,
+    bench: Bench, stream: Stream, knobs: dict[str, str], label: str, probes: int, every: bool = False
 ) -> Iterator[Check]:
     """C1 and C3: everything after a place differs, place after place; scores before it are the same bits.
 
@@ -467,17 +457,14 @@ def causality(
     total = len(masks)
     if probes and probes < total:
         masks = [masks[i] for i in np.sort(rng.choice(total, size=probes, replace=False))]
-    found = None
+    found = Check(name, UNKNOWN, "nothing is scored after another token, so nothing was tested")
     for mask in masks:
         check = compare(name, base, bench.score(replaced(stream, mask, rng), **knobs), stream, ~mask)
         if check.status == FAIL:
             yield check
             return
         # a change behind the last scores has nothing left to move; at least one must
-        found = check if found is None or (found.status, check.status) == (UNKNOWN, PASS) else found
-    if found is None:
-        yield Check(name, UNKNOWN, "nothing is scored after another token, so nothing was tested")
-        return
+        found = check if found.status == UNKNOWN else found
     detail = f"{len(masks)} of {total} places in their order ({'all there are' if every else 'one a step'})"
     yield found._replace(detail=f"{detail}; {found.detail}")
 
@@ -518,25 +505,27 @@ def distribution_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Ch
     """
     cfg = bench.cfg
     vocab, chunk = cfg.vocab_size, 8 if cfg.ttt_context == "carry" else 3
-    length = chunk + 2
+    length = max(6, chunk + 2)
     places = list(range(1, length)) if vocab <= 2048 else [chunk - 1, length - 1]
     rows = np.concatenate([every_id(stream, vocab, length, place, bench.rng) for place in places])
     tokens = np.append(rows.reshape(-1), BOS_ID)
     size = {"EVAL_SEQ_LEN": length, "EVAL_STRIDE": length, "TTT_CHUNK_SIZE": chunk, "TTT_EVAL_SEQ_LEN": 2 * length}
     size |= {"TTT_BATCH_SIZE": 50, "TTT_CHUNK_TOKENS": 64 * length}
     numbers = STREAMS | ALONE | {key: str(value) for key, value in size.items()}
-    found = bench.score(Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7)), **knobs_for(cfg, numbers, 1024))
+    found = bench.score(
+        Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7)), **knobs_for(cfg, numbers, 64 * length)
+    )
     yield coverage_check(found, dataclasses.replace(cfg, eval_seq_len=length), f"{label}, every id")
     adapts = {"doc_lora": True, "phased_lora": True}.get(cfg.eval, False)
     off, spread = [], 0.0
     for part, place in zip(np.split(found.nats[:-1].reshape(rows.shape), len(places)), places, strict=True):
         # past its first chunk each document adapts from random numbers of its own
         tolerance = ADAPTED_TOLERANCE if adapts and place > chunk else SUM_TOLERANCE
-        off.append(((abs(float(np.exp(-part[:, place]).sum()) - 1)) / tolerance, place))
+        off.append(abs(float(np.exp(-part[:, place]).sum()) - 1) / tolerance)
         alike = part[:, 1 : min(place, chunk + 1)]
         spread = max(spread, float(np.max(np.abs(alike - np.median(alike, axis=0)), initial=0)))
-    worst, place = max(off)
-    detail = f"{vocab:,} ids at each of {len(places)} places; worst at {place}: {100 * worst:.2g} % of what is allowed"
+    worst = float(np.max(off))  # NaN if a score is missing
+    detail = f"{vocab:,} ids at each of {len(places)} places; they miss 1 by at most {worst:.2g} of what is allowed"
     yield decide(f"C2 sums to 1 ({label})", worst <= 1, detail)
     detail = f"{len(rows):,} documents that begin alike: scores before the place differ by at most {spread:.1e} nats"
     yield decide(f"C3 score before update ({label})", spread <= SUM_TOLERANCE, detail)
@@ -555,17 +544,13 @@ def rank_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Check]:
         yield from sum_checks(other, stream.sizes, f"{label}, {words}")
     bare = bench.box.fork(DATA_PATH=str(bench.data(stream)), **knobs | {"SCORES": ""})
     claimed, wrong = papers.read_object(bare.folder / "result.json")
-    own = own_sums(base.nats, base.count, stream.sizes)
-    yield compare_sums(f"sums without SCORES ({label})", own, claimed, wrong)
+    yield compare_sums(f"sums without SCORES ({label})", own_sums(base.nats, base.count, stream.sizes), claimed, wrong)
     # published: a fit per batch of windows, and phases that begin where a batch ends
     fixed = {"slot": {"VAL_BATCH_TOKENS", "TTT_BATCH_SIZE"}, "phased_lora": {"TTT_BATCH_SIZE"}}.get(cfg.eval, set())
     sizes = {"VAL_BATCH_TOKENS": str(2 * int(knobs["VAL_BATCH_TOKENS"])), "TTT_BATCH_SIZE": "3"}
     free = {key: value for key, value in sizes.items() if key not in fixed}
-    name = f"batch sizes ({label})"
     if free:
-        yield compare_near(name, base, bench.score(stream, **knobs | free))
-    else:
-        yield Check(name, NOT_ASKED, f"EVAL={cfg.eval} fits each batch")
+        yield compare_near(f"batch sizes ({label})", base, bench.score(stream, **knobs | free))
 
 
 def compare_near(name: str, base: Scored, other: Scored) -> Check:
@@ -592,23 +577,22 @@ def legality(bench: Bench, stream: Stream, probes: tuple[int, int]) -> Iterator[
     cfg, label, apart = bench.cfg, f"EVAL={bench.cfg.eval}", documents_apart(bench.cfg)
     # many steps where one change tries a place in every document, few where it tries one step
     knobs = knobs_for(cfg, STREAMS if apart else STREAMS | {"TTT_BATCH_SIZE": "4"}, 1024)
-    narrow, whole, few = knobs_for(cfg, STREAMS | EVERY_PLACE, 16), short_documents(stream), probes
-    tiny = cut_to(whole, SHORT) if apart else whole
-    own = {"EVAL_INCLUDE_TAIL": "1"}
-    c1 = ((tiny, narrow, f"{label}, every place", few[0]), (stream, knobs, label, few[1]))
-    c1 += ((first_documents(stream, 1000), own, f"{label}, the record's own numbers", 1),)
-    for part, numbers, words, count in c1:
-        yield from asked(f"C1 ({words})", causality(bench, part, numbers, words, count, part is tiny))
+    narrow, whole = knobs_for(cfg, STREAMS | EVERY_PLACE, 16), short_documents(stream)
+    tiny, own = cut_to(whole, SHORT) if apart else whole, first_documents(stream, 1000)
+    for words, part, numbers, places in (
+        (f"{label}, every place", tiny, narrow, probes[0]),
+        (label, stream, knobs, probes[1]),
+        (f"{label}, the record's own numbers", own, {"EVAL_INCLUDE_TAIL": "1"}, 1),
+    ):
+        yield from asked(f"C1 ({words})", causality(bench, part, numbers, words, places, part is tiny))
     yield from asked(f"C1 byte counts ({label})", sidecar_checks(bench, first_documents(stream, 700), knobs, label))
     yield from asked(f"C2 ({label})", distribution_checks(bench, stream, label))
     yield from asked(f"two ranks ({label})", rank_checks(bench, whole, label))
     name = "documents apart (packed forward)"
-    if {"plain": True}.get(cfg.eval, False):
-        return
     if not LOADERS[cfg.loader].documents:
         yield Check(name, NOT_ASKED, f"LOADER={cfg.loader} reads across documents")
-        return
-    yield from asked(name, causality(bench, whole, narrow | {"EVAL": "plain"}, "packed forward", 8, every=True))
+    elif not {"plain": True}.get(cfg.eval, False):
+        yield from asked(name, causality(bench, whole, narrow | {"EVAL": "plain"}, "packed forward", 8, every=True))
 
 
 def short_documents(stream: Stream) -> Stream:
@@ -679,16 +663,12 @@ def byte_checks(candidate: Candidate, stream: Stream | None) -> Iterator[Check]:
         return
     ids, tokenizer = stream.tokens, candidate.tokenizer
     if tokenizer is None:
-        yield Check(
-            "bytes per word", UNKNOWN, "no tokenizer: put its *.model into the data folder, or set TOKENIZER_PATH"
-        )
+        yield Check("bytes per word", UNKNOWN, "no tokenizer: put its *.model beside the shards, or set TOKENIZER_PATH")
         return
     processor = spm.SentencePieceProcessor(model_file=str(tokenizer))
     pieces = read_pieces(processor)
     if ids.max() >= len(pieces.bytes):
-        yield Check(
-            "bytes per word", FAIL, f"token id {ids.max()} is outside {tokenizer.name}: another tokenizer's shards"
-        )
+        yield Check("bytes per word", FAIL, f"token id {ids.max()} is outside {tokenizer.name}: shards of another one")
         return
     if pieces.caseops and stream.sizes is None:
         yield Check("bytes per word", FAIL, "a vocabulary with case operators, and no sidecar says what they stand for")
@@ -759,10 +739,8 @@ def split_check(candidate: Candidate, stream: Stream | None) -> Check:
     # documents that were cut, joined or given an EOS are equal to none, but their windows are
     found = overlap.shingle_overlap(stream.tokens, map(read_shard, paths))
     limit = overlap.MAX_SHARE if len(stream.tokens) >= FEW_TOKENS else SHARE_OF_FEW
-    detail = (
-        f"{both:,} of {len(val):,} validation documents are in training, {100 * found.share:.2f} % of the tokens in "
-        f"runs of {overlap.WINDOW} and more (at most {100 * limit:g} %)"
-    )
+    detail = f"{both:,} of {len(val):,} validation documents are in training, {100 * found.share:.2f} % of the tokens "
+    detail += f"in runs of {overlap.WINDOW} and more (at most {100 * limit:g} %)"
     return decide("split", both <= OVERLAP_ALLOWED * len(val) and found.share <= limit, detail)
 
 
@@ -794,24 +772,16 @@ def seeded_stream(vocab_size: int, targets: int) -> Stream:
 
 
 def toy_values(values: dict[str, str], **others: str) -> dict[str, str]:
-    """Return a record's knobs with the numbers of records/toy, and four layers of the kinds that it lists.
-
-    It keeps its own depth if it must.
-    """
+    """Return a record's knobs with the numbers of records/toy: four layers of the kinds that the record lists."""
     toy, full = read_preset(str(ROOT / "records" / "toy")), load_config(values)
-    layers, top = int(toy["NUM_LAYERS"]), full.num_layers - 1
-    letters = mixer_letters(full)
-    toy["MIXERS"] = " ".join(letters[round(i * top / (layers - 1))] for i in range(layers))
-    toy["VE_LAYERS"] = ",".join(str(i) for i in sorted({round(i * (layers - 1) / top) for i in full.ve_layers}))
-    for kept in ((), DEPTH):
-        small = values | {name: value for name, value in toy.items() if name not in kept} | others
-        try:
-            load_config(small)
-        except UserError as error:
-            problems = str(error)
-        else:
-            return small
-    raise UserError(f"the preset has no toy size: {problems}".replace("\n", "; "))
+    layers, top, letters = int(toy["NUM_LAYERS"]) - 1, full.num_layers - 1, mixer_letters(full)
+    toy["MIXERS"] = " ".join(letters[round(i * top / layers)] for i in range(layers + 1))
+    toy["VE_LAYERS"] = ",".join(str(i) for i in sorted({round(i * layers / top) for i in full.ve_layers}))
+    try:
+        load_config(values | toy | others)
+    except UserError as error:
+        raise UserError(f"the preset has no toy size: {error}".replace("\n", "; ")) from None
+    return values | toy | others
 
 
 def open_preset(record: Path, source: Path, room: Path, given: Path | None) -> Candidate:
@@ -1105,12 +1075,7 @@ def main(argv: list[str]) -> int:
     add("--data", type=Path, metavar="DATA_PATH", help="shards (default: DATA_PATH, else the log's)")
     add("--source", type=Path, default=ROOT / "train_gpt.py", help="program (default: the one here)")
     add("--documents", type=at_least(2), default=12, metavar="N", help=f"documents for C1 and C3 {default}")
-    add(
-        "--probes",
-        type=at_least(0),
-        metavar="N",
-        help=f"places for C1; 0: all (default {LONG}; of a preset also all of a short stream)",
-    )
+    add("--probes", type=at_least(0), metavar="N", help=f"places for C1, 0: all (default {LONG}; short streams: all)")
     add("--out", type=Path, metavar="FILE", help="also write the verdict there (records: verdict.json)")
     args = parser.parse_args(argv)
     if args.all == (args.target is not None):
