@@ -256,10 +256,10 @@ EVERY_PLACE = {
     "TTT_CHUNK_SIZE": "8",
     "TTT_CHUNK_TOKENS": "16",
     "PHASED_TTT_PREFIX_DOCS": "4",
-    "GLOBAL_TTT_CHUNK_TOKENS": "16",
+    "GLOBAL_TTT_CHUNK_TOKENS": "24",
 }
 LENGTHS = (17, 9, 18, 16, 3, 17, 10, 22, 2, 23, 14, 25)
-SHORT, LONG = 64, 4  # targets of it where one change tries a place in few rows; places tried in long streams
+SHORT, LONG = 64, 3  # targets of it where one change tries a place in few rows; places tried in long streams
 # The same, with nothing carried from document to document, or from row to row.
 ALONE = {
     "TTT_WARM_START_A": "0",
@@ -504,7 +504,7 @@ def distribution_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Ch
     At every place of short documents; a large vocabulary is asked at one place before and one after the first update.
     """
     cfg = bench.cfg
-    vocab, chunk = cfg.vocab_size, 8 if cfg.ttt_context == "carry" else 3
+    vocab, chunk = cfg.vocab_size, {"carry": 8}.get(cfg.ttt_context, 3)
     length = max(6, chunk + 2)
     places = list(range(1, length)) if vocab <= 2048 else [chunk - 1, length - 1]
     rows = np.concatenate([every_id(stream, vocab, length, place, bench.rng) for place in places])
@@ -592,7 +592,7 @@ def legality(bench: Bench, stream: Stream, probes: tuple[int, int]) -> Iterator[
     if not LOADERS[cfg.loader].documents:
         yield Check(name, NOT_ASKED, f"LOADER={cfg.loader} reads across documents")
     elif not {"plain": True}.get(cfg.eval, False):
-        yield from asked(name, causality(bench, whole, narrow | {"EVAL": "plain"}, "packed forward", 8, every=True))
+        yield from asked(name, causality(bench, whole, narrow | {"EVAL": "plain"}, "packed forward", 4, every=True))
 
 
 def short_documents(stream: Stream) -> Stream:
