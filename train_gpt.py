@@ -5723,7 +5723,8 @@ class SharedLesson(NamedTuple):
 
     def targets(self, cells: None = None) -> np.ndarray:
         """Stream positions of the targets that are learnt."""
-        return np.concatenate(self.spans)
+        # a document of one token has none
+        return np.concatenate([np.arange(span.start, span.stop) for span in self.spans])
 
     def tokens(self) -> np.ndarray:
         """Stream positions of what is read: each span's targets, and the token before them."""

@@ -121,8 +121,8 @@ class BlackBox:
             (place / name).mkdir(parents=True)
         for name, data in self.files.items():
             (place / name).write_bytes(data)
-        env = machine(place) | {"PRESET": str(place), "ARTIFACT_DIR": str(place / "out"), **self.env, **knobs}
-        return place, env | {"SCORES": str(place / "scores")}
+        own = {"PRESET": str(place), "ARTIFACT_DIR": str(place / "out"), "SCORES": str(place / "scores")}
+        return place, machine(place) | own | self.env | knobs
 
     def launch(self, *args: str, **knobs: str) -> Outcome:
         """Run the program by a Python of its own."""

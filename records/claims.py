@@ -75,9 +75,8 @@ def budget_checks(candidate: Candidate) -> Iterator[Check]:
     for name, key in (("budget training", "train_seconds"), ("budget evaluation", "eval_seconds")):
         seconds = number(candidate.result.get(key))
         if seconds is None:
-            yield Check(
-                name, UNKNOWN, f"result.json has no {key}; run the stage again (STAGES={key.split('_')[0]},...)"
-            )
+            stage = key.split("_")[0]
+            yield Check(name, UNKNOWN, f"result.json has no {key}; run the stage again (STAGES={stage},...)")
         else:
             yield decide(name, seconds <= BUDGET_SECONDS, f"{seconds:.1f} of {BUDGET_SECONDS:.0f} s")
     log = papers.read_log(candidate.folder / "log.txt").text

@@ -7,12 +7,13 @@ findings, records/submit.py refuses what has any.
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Findings = list[str]
+MAX_DEPTH = 50  # levels of JSON; ours has five
 NUMBERS = ("val_loss", "val_bpb")  # what a scored run must say
 # What it may say, as numbers that are not negative.
 OPTIONAL = (
@@ -32,7 +33,9 @@ class Log(NamedTuple):
 
 def is_number(value: Any) -> bool:
     """Return whether a value is a finite number (True and False are none)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    whole = isinstance(value, int | float) and not isinstance(value, bool)
+    # math.isfinite fails on whole numbers of 400 digits
+    return whole and abs(value) <= sys.float_info.max
 
 
 def read_text(path: Path) -> tuple[str, Findings]:
@@ -48,13 +51,26 @@ def read_text(path: Path) -> tuple[str, Findings]:
         return "", [f"{path} cannot be read ({error.strerror})"]
 
 
+def nested_deeper(value: Any, limit: int) -> bool:
+    """Return whether parsed JSON has more levels: near Python's own limit it can be read, but not printed."""
+    nodes = [value]
+    for _ in range(limit):
+        inner = [node.values() if isinstance(node, dict) else node for node in nodes if isinstance(node, dict | list)]
+        nodes = [child for children in inner for child in children]
+    return bool(nodes)
+
+
 def parse_object(text: str, where: str) -> tuple[dict[str, Any], Findings]:
     """Return the JSON object in a text, {} and a finding if it is anything else."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-        return {}, [f"{where} is not valid JSON ({reason}); copy or write it again"]
+        too_deep = nested_deeper(value, MAX_DEPTH)
+    except RecursionError:
+        too_deep = True
+    except ValueError as error:
+        return {}, [f"{where} is not valid JSON ({error}); copy or write it again"]
+    if too_deep:
+        return {}, [f"{where} is nested more than {MAX_DEPTH} levels deep; it was not written by this project"]
     if not isinstance(value, dict):
         return {}, [f"{where} holds a {type(value).__name__}, not an object; it was not written by this project"]
     return value, []

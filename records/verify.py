@@ -14,20 +14,25 @@ contest's conditions, issue 1017):
             with and without the training shards? Do other validation shards leave the trained weights as they are?
   sums      Positions against the judge's own reading of the shards: each target once (C4), none missing. val_loss,
             val_bpb, tokens and bytes again from SCORES and shards, against result.json and the log, to the last digit.
-  C1, C3    Streams in which everything after a place differs, place after place: scores before it must be equal to the
-            last bit, so no score knows what comes later, and none comes after an update on its own chunk. "Before" is
-            an earlier step, or further left in the same row. Other byte counts must change no score.
-  C2        Hundreds of documents with one beginning and each id of the vocabulary at one place: the probabilities must
-            sum to 1 there, and what comes before must be scored alike in all of them.
-  ranks     The same scores from two ranks, and from other batch sizes where a preset does not depend on them.
+  C1, C3    Streams in which everything after a place differs: scores before it must be equal to the last bit, so no
+            score knows what comes later, and none comes after an update on its own chunk. "Before" is an earlier step,
+            or further left in the same row; steps must follow the text. A stream of 64 or 176 targets is cut at every
+            place, in order: the first that fails is the first leak. Longer streams, and one under the record's own
+            numbers, are cut in some steps. Other byte counts must change no score.
+  C2        Hundreds of documents with one beginning and each id of the vocabulary at one place, for every place: the
+            probabilities must sum to 1 there, and what comes before must be scored alike in all of them.
+  ranks     The same scores from two ranks and from eight, from other batch sizes where a preset does not depend on
+            them, and the same sums from a run that nobody asks for SCORES.
   bytes: the denominator again from the ids, through tokenizer and CaseOps decoder. split: documents that training and
   validation share. budget, disk, claims: papers, knobs, logs and files against one another (records/claims.py).
 
-What a black box cannot see: a program that behaves only on larger data, models or GPUs than these, or on this judge's
-machine, or that remembers earlier runs outside its directory; a leak into a single position that no place hit; where
-weights adapt over the whole stream, a leak in a step that was not tried (--probes 0 tries every one); more than its
-files say about a full-size run, whose SCORES are added again, not recomputed. The judge trusts the checkout that it
-lies in: judge a stranger's program from a clean one, with --source or as an artifact.
+What a black box cannot see: a program that behaves only on larger data, models or GPUs than these, under other knobs,
+or on this judge's machine, or that remembers earlier runs outside its directory; a leak into a place of the longer
+streams that was not cut (--probes 0 cuts in every step), such as a fault in every fortieth chunk of weights that adapt
+over the stream; a leak by a yes-or-no of the next token is seen at each place with even odds; tricks with the lengths
+of documents, which the judge never changes between runs; more than its files say about a full-size run, whose SCORES
+are added again, not recomputed. The judge trusts the checkout that it lies in: judge a stranger's program from a
+clean one, with --source or as an artifact.
 
 Verdict per check: pass, FAIL, n/a (nothing to ask), unknown (asked, not answered). The last line of the output is
 `VERDICT {json}`. Exit status: 0 if nothing failed or stayed unknown, 1 otherwise, 2 for a wrong input.
@@ -44,11 +49,13 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics as TOPICS
@@ -95,7 +102,7 @@ from records.claims import (  # noqa: E402
     decide,
     disk_checks,
 )
-from train_gpt import CODECS, LOADERS, UserError, load_config, read_preset, record_env  # noqa: E402
+from train_gpt import CODECS, LOADERS, UserError, load_config, mixer_letters, read_preset, record_env  # noqa: E402
 
 __all__ = ["BUDGET_SECONDS", "CAP_BYTES", "FAIL", "preset_sha256"]  # what records/submit.py reads
 
@@ -120,8 +127,6 @@ CANONICAL = {  # (bytes, targets) -> what that denominator is; targets 0: any nu
 }
 # An external program that takes seconds to start: one training keeps it, every other run packs otherwise.
 QUICK = {"pergroup": {"COMPRESSOR": "brotli"}}
-# Depth of the toy preset; a record that lists its layers one by one keeps its own.
-DEPTH = ("NUM_LAYERS", "XSA_LAST_N", "NUM_LOOPS", "LOOP_START", "LOOP_END", "PARALLEL_START_LAYER")
 
 
 class RunFailed(Exception):
@@ -166,11 +171,12 @@ def read_stream(folder: Path) -> Stream:
     return Stream(tokens, sizes)
 
 
-def write_data(folder: Path, stream: Stream, tokenizer: Path | None, train: np.ndarray | None = None) -> Path:
-    """Write into a data folder: a validation stream, the tokenizer, and training tokens if there are any."""
+def write_data(folder: Path, stream: Stream, tokenizer: Path | None, train: np.ndarray | None, shards: int) -> Path:
+    """Write into a data folder: a validation stream in some shards, the tokenizer, and training tokens if there are."""
     for kind, values in (("val", stream.tokens), ("val_bytes", stream.sizes), ("train", train)):
-        if values is not None:
-            prepare.write_shard(folder / f"fineweb_{kind}_000000.bin", values)
+        parts = [] if values is None else np.array_split(values, 1 if kind == "train" else shards)
+        for number, part in enumerate(parts):
+            prepare.write_shard(folder / f"fineweb_{kind}_{number:06}.bin", part)
     if tokenizer:
         shutil.copy(tokenizer, folder / "tokenizer.model")
     return folder
@@ -224,9 +230,9 @@ class Bench:
         self.box = BlackBox(server, room / "scores", "train_gpt.py", files, own)
 
     def data(self, stream: Stream, train: np.ndarray | None = None) -> Path:
-        """Write a data folder whose name says nothing."""
+        """Write a data folder whose name says nothing, and whose shards end anywhere."""
         folder = Path(tempfile.mkdtemp(prefix="data_", dir=self.room))
-        return write_data(folder, stream, self.candidate.tokenizer, train)
+        return write_data(folder, stream, self.candidate.tokenizer, train, int(self.rng.integers(2, 4)))
 
     def score(self, stream: Stream, ranks: int = 1, train: np.ndarray | None = None, **knobs: str) -> Scored:
         """Score a stream. RunFailed if the program does not."""
@@ -240,18 +246,32 @@ STREAMS = {
     "EVAL_STRIDE": "32",
     "TTT_EVAL_SEQ_LEN": "96",
     "TTT_BATCH_SIZE": "8",
+    "TTT_CHUNK_SIZE": "48",
     "TTT_LORA_LR": "0.003",
     "TTT_CHUNK_TOKENS": "512",
     "PHASED_TTT_PREFIX_DOCS": "8",
     "PHASED_TTT_NUM_PHASES": "2",
-    "GLOBAL_TTT_CHUNK_TOKENS": "256",
+    "GLOBAL_TTT_CHUNK_TOKENS": "512",
 }
+# The same for a stream so short that a run for each of its places is cheap; documents with their start: 176 targets.
+EVERY_PLACE = {
+    "EVAL_SEQ_LEN": "16",
+    "EVAL_STRIDE": "8",
+    "TTT_EVAL_SEQ_LEN": "16",
+    "TTT_BATCH_SIZE": "2",
+    "TTT_CHUNK_SIZE": "8",
+    "TTT_CHUNK_TOKENS": "16",
+    "PHASED_TTT_PREFIX_DOCS": "4",
+    "GLOBAL_TTT_CHUNK_TOKENS": "24",
+}
+LENGTHS = (17, 9, 18, 16, 3, 17, 10, 22, 2, 23, 14, 25)
+SHORT, LONG = 64, 3  # targets of it where one change tries a place in few rows; places tried in long streams
 # The same, with nothing carried from document to document, or from row to row.
 ALONE = {
     "TTT_WARM_START_A": "0",
     "PHASED_TTT_PREFIX_DOCS": "0",
     "GLOBAL_TTT_LR": "0",
-    "TTT_LR": "0",
+    "TTT_EPOCHS": "0",
     "SLOT_LR": "0",
 }
 
@@ -261,8 +281,8 @@ def knobs_for(cfg: Any, numbers: dict[str, str], tokens_per_step: int) -> dict[s
     size = tokens_per_step * cfg.batch_slices
     most = int(numbers.get("TTT_CHUNK_SIZE", 48))
     chunks = ",".join(str(part._replace(value=min(part.value, most))) for part in cfg.ttt_chunk_size)
-    epochs = min(cfg.ttt_epochs, 1)  # passes over the same tokens take the same path
-    return numbers | {"VAL_BATCH_TOKENS": str(size), "TTT_CHUNK_SIZE": chunks, "TTT_EPOCHS": str(epochs)}
+    epochs = str(min(cfg.ttt_epochs, 1))  # passes over the same tokens take the same path
+    return {"TTT_EPOCHS": epochs} | numbers | {"VAL_BATCH_TOKENS": str(size), "TTT_CHUNK_SIZE": chunks}
 
 
 def documents_apart(cfg: Any) -> str:
@@ -338,10 +358,8 @@ def compare_sums(name: str, own: dict[str, float], claimed: dict[str, Any], wron
         said = claimed.get(key)
         if not papers.is_number(said) or not math.isclose(said, value, rel_tol=EXACT):
             bad.append(f"{key} {said}, added again {value}")
-    detail = (
-        "; ".join([*wrong, *bad]) or f"val_loss {own['val_loss']:.8f}, {own['bytes_scored']:,.0f} bytes: as added again"
-    )
-    return decide(name, not bad and not wrong, detail)
+    fine = f"val_loss {own['val_loss']:.8f}, {own['bytes_scored']:,.0f} bytes: as added again"
+    return decide(name, not bad and not wrong, "; ".join([*wrong, *bad]) or fine)
 
 
 # +---------------------------------------------------------------------------+
@@ -354,22 +372,22 @@ def differing(a: Scored, b: Scored, where: np.ndarray) -> np.ndarray:
     return np.flatnonzero(where & (a.nats.view(np.int64) != b.nats.view(np.int64)))
 
 
-def compare(name: str, base: Scored, other: Scored, fixed: np.ndarray, change: str) -> Check:
+def compare(name: str, base: Scored, other: Scored, stream: Stream, fixed: np.ndarray) -> Check:
     """Pass if the scores in the mask `fixed` are the same bits; unknown if the change had no effect anywhere."""
-    fixed = fixed & base.scored
+    change, fixed = f"{int((~fixed).sum()):,} tokens changed", fixed & base.scored
     if not np.array_equal(base.step, other.step):
         return Check(name, FAIL, f"{change}: the order of scoring depends on the tokens themselves")
     wrong = differing(base, other, fixed)
     if len(wrong):
         gap = float(np.nanmax(np.abs(base.nats[wrong] - other.nats[wrong])))
         first = wrong[np.argmin(base.step[wrong])]
-        where = f"first at position {first} in step {base.step[first]}, by up to {gap:.2e} nats"
-        return Check(name, FAIL, f"{change}: {len(wrong):,} of {int(fixed.sum()):,} scores before it changed, {where}")
+        place = f"first at position {first}, document {documents_of(stream)[first]}, step {base.step[first]}"
+        detail = f"{len(wrong):,} of {int(fixed.sum()):,} scores before it changed, {place}, by up to {gap:.2e} nats"
+        return Check(name, FAIL, f"{change}: {detail}")
     if not (reacts := len(differing(base, other, ~fixed & base.scored))):
         return Check(name, UNKNOWN, f"{change}: no score reacts to the change, so nothing was tested")
-    return Check(
-        name, PASS, f"{change}: {int(fixed.sum()):,} scores before it are bit-equal, {reacts:,} after it react"
-    )
+    detail = f"{change}: {int(fixed.sum()):,} scores before it are bit-equal, {reacts:,} after it react"
+    return Check(name, PASS, detail)
 
 
 def replaced(stream: Stream, where: np.ndarray, rng: np.random.Generator) -> Stream:
@@ -383,66 +401,80 @@ def replaced(stream: Stream, where: np.ndarray, rng: np.random.Generator) -> Str
     return stream._replace(tokens=tokens)
 
 
-def cut_inside(base: Scored, stream: Stream, step: int, apart: bool, rng: np.random.Generator) -> np.ndarray:
-    """Return a mask of what may change: all that is scored after `step`, and the end of each row scored in it."""
-    positions = np.flatnonzero(base.step == step)
-    starts = np.diff(positions, prepend=-2) > 1
+def rows_of(base: Scored, stream: Stream, apart: bool) -> list[np.ndarray]:
+    """Return the positions scored side by side in one row of a step, row by row. apart: a row has one document."""
+    positions = np.flatnonzero(base.scored)
+    new = (np.diff(positions, prepend=-2) > 1) | (np.diff(base.step[positions], prepend=-2) != 0)
     if apart:  # a document's first target follows its start
-        starts |= stream.tokens[positions - 1] == BOS_ID
-    later = base.step > step
-    for row in np.split(positions, np.flatnonzero(starts)[1:]):
-        later[row[rng.integers(len(row)) + 1 :]] = True
-    return later
+        new |= stream.tokens[positions - 1] == BOS_ID
+    return np.split(positions, np.flatnonzero(new)[1:])
 
 
-def steps_to_cut(base: Scored, count: int, rng: np.random.Generator) -> list[int]:
-    """Return some steps in their order, the first and the last among them; 0: all."""
-    steps = np.unique(base.step[base.scored])
-    if count and count < len(steps):
-        inner = rng.choice(steps[1:-1], size=max(0, count - 2), replace=False)
-        steps = np.unique([steps[0], steps[-1], *inner])
-    return [int(step) for step in steps]
+def documents_of(stream: Stream) -> np.ndarray:
+    """Return the number of the document of every target; a document's last target is the start of the next."""
+    return np.concatenate([[0], np.cumsum(stream.tokens == BOS_ID)[:-1]])
 
 
-def cut_documents(base: Scored, stream: Stream, turn: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a mask of what may change where documents stand alone: each one's end, from inside its step `turn`."""
-    document = np.concatenate([[0], np.cumsum(stream.tokens == BOS_ID)[:-1]])
-    later = np.zeros(len(stream.tokens), bool)
-    for number in np.unique(document[base.scored]):
-        own = np.flatnonzero((document == number) & base.scored)
-        steps = np.unique(base.step[own])
-        inside = own[base.step[own] == steps[turn % len(steps)]]
-        later[own[own > inside[rng.integers(len(inside))]]] = True
-    return later
+def cuts(cfg: Any, base: Scored, stream: Stream, rng: np.random.Generator | None) -> Iterator[np.ndarray]:
+    """Yield masks of what may change, in the order of scoring: everything after a place.
+
+    A place is one in each row of a step, and all later steps change; where documents stand alone it is one in the n-th
+    row of each document, whose end changes. Without rng all places of a row are tried, one after the other.
+    """
+    document, alone, groups, seen = documents_of(stream), not documents_apart(cfg), {}, Counter()
+    for row in sorted(rows_of(base, stream, rows_apart(cfg)), key=lambda row: base.step[row[0]]):
+        own = document[row[0]]
+        groups.setdefault(seen[own] if alone else int(base.step[row[0]]), []).append(row)
+        seen[own] += 1
+    for rows in groups.values():
+        for place in range(1 if rng else max(map(len, rows))):
+            later = np.zeros(len(base.nats), bool) if alone else base.step > base.step[rows[0][0]]
+            for row in rows:
+                last = row[rng.integers(len(row)) if rng else min(place, len(row) - 1)]
+                end = np.flatnonzero(document == document[last]) if alone else row
+                later[end[end > last]] = True
+            # a document's start stays one: documents keep their lengths
+            if (stream.tokens[later] != BOS_ID).any():
+                yield later
+
+
+def order_check(cfg: Any, base: Scored, stream: Stream, label: str) -> Check:
+    """C1: nothing is scored before what is left of it in its document, or in the stream if that is read as one."""
+    positions = np.flatnonzero(base.scored)
+    whole = {"doc_lora": False, "phased_lora": False}.get(cfg.eval, bool(documents_apart(cfg)))
+    beside = whole | (np.diff(documents_of(stream)[positions]) == 0)
+    wrong = positions[1:][(np.diff(base.step[positions]) < 0) & beside]
+    detail = f"{len(wrong):,} of {len(positions):,} targets are scored before the one left of them {wrong[:1]}"
+    return decide(f"C1 order ({label})", not len(wrong), detail)
 
 
 def causality(
-    bench: Bench, stream: Stream, knobs: dict[str, str], label: str, probes: int, apart: str
+    bench: Bench, stream: Stream, knobs: dict[str, str], label: str, probes: int, every: bool = False
 ) -> Iterator[Check]:
-    """C1 and C3: everything after a place differs, place after place; scores before it are the same bits."""
+    """C1 and C3: everything after a place differs, place after place; scores before it are the same bits.
+
+    A cut that passes says nothing of the places beside it, so halving finds no first leak; going through the places
+    in their order does, and stops there.
+    """
     base, rng = bench.score(stream, **knobs), bench.rng
-    yield coverage_check(base, dataclasses.replace(bench.cfg, eval_seq_len=int(knobs["EVAL_SEQ_LEN"])), label)
-    document = np.cumsum(stream.tokens == BOS_ID)
-    turns = max(len(np.unique(base.step[(document == n) & base.scored])) for n in np.unique(document))
-    if not apart:
-        name, masks = f"C1 documents ({label})", [cut_documents(base, stream, turn, rng) for turn in range(turns)]
-        masks = masks[: probes or None]
-    else:
-        steps = steps_to_cut(base, probes, rng)
-        name = f"C1 future ({label})"
-        masks = [cut_inside(base, stream, step, rows_apart(bench.cfg), rng) for step in steps]
-    found = []
+    cfg = load_config(bench.candidate.values | knobs)
+    yield coverage_check(base, cfg, label)
+    yield order_check(cfg, base, stream, label)
+    name = f"C1 {'future' if documents_apart(cfg) else 'documents'} ({label})"
+    masks = list(cuts(cfg, base, stream, rng if not every else None))
+    total = len(masks)
+    if probes and probes < total:
+        masks = [masks[i] for i in np.sort(rng.choice(total, size=probes, replace=False))]
+    found = Check(name, UNKNOWN, "nothing is scored after another token, so nothing was tested")
     for mask in masks:
-        other = bench.score(replaced(stream, mask, rng), **knobs)
-        found.append(compare(name, base, other, ~mask, f"{int(mask.sum()):,} tokens changed"))
-        if found[-1].status == FAIL:
-            yield found[-1]
+        check = compare(name, base, bench.score(replaced(stream, mask, rng), **knobs), stream, ~mask)
+        if check.status == FAIL:
+            yield check
             return
-    reacting = [check for check in found if check.status == PASS]
-    what = "one place in each document" if not apart else "one place in each row"
-    detail = f"{len(reacting)} changes, each of everything after {what} of a step; {found[0].detail}"
-    # a change behind the last scores has nothing left to move; at least one must
-    yield Check(name, PASS if reacting else UNKNOWN, detail)
+        # a change behind the last scores has nothing left to move; at least one must
+        found = check if found.status == UNKNOWN else found
+    detail = f"{len(masks)} of {total} places in their order ({'all there are' if every else 'one a step'})"
+    yield found._replace(detail=f"{detail}; {found.detail}")
 
 
 def sidecar_checks(bench: Bench, stream: Stream, knobs: dict[str, str], label: str) -> Iterator[Check]:
@@ -459,8 +491,9 @@ def sidecar_checks(bench: Bench, stream: Stream, knobs: dict[str, str], label: s
     name = f"C1 no sidecar ({label})"
     try:
         other = bench.score(stream._replace(sizes=None), **knobs)
-    except RunFailed as error:
-        yield Check(name, NOT_ASKED, f"the program refuses the data without a sidecar ({error})")
+    except RunFailed as error:  # without the folder's random name: verdicts are compared
+        reason = re.sub(r"DATA_PATH=\S*", "DATA_PATH", str(error))
+        yield Check(name, NOT_ASKED, f"the program refuses the data without a sidecar ({reason})")
         return
     wrong = differing(base, other, base.scored)
     yield decide(name, not len(wrong), f"{len(wrong):,} scores change when the sidecar is absent")
@@ -475,54 +508,58 @@ def every_id(stream: Stream, vocab: int, length: int, place: int, rng: np.random
 
 
 def distribution_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Check]:
-    """C2: over each id of the vocabulary as a target the probabilities sum to 1; what is before is scored alike."""
-    vocab, length = bench.cfg.vocab_size, 32 if bench.cfg.vocab_size <= 2048 else 8
-    chunk = length // 3 + 1  # adapters have learnt before the second place, each document's from an A of its own
-    adapts = {"doc_lora": True, "phased_lora": True}.get(bench.cfg.eval, False)
-    places = {chunk - 1: SUM_TOLERANCE, length - 1: ADAPTED_TOLERANCE if adapts else SUM_TOLERANCE}
+    """C2: over each id of the vocabulary as a target the probabilities sum to 1; what is before is scored alike.
+
+    At every place of short documents; a large vocabulary is asked at one place before and one after the first update.
+    """
+    cfg = bench.cfg
+    vocab, chunk = cfg.vocab_size, {"carry": 8}.get(cfg.ttt_context, 3)
+    length = max(6, chunk + 2)
+    places = list(range(1, length)) if vocab <= 2048 else [chunk - 1, length - 1]
     rows = np.concatenate([every_id(stream, vocab, length, place, bench.rng) for place in places])
     tokens = np.append(rows.reshape(-1), BOS_ID)
-    size = {"EVAL_SEQ_LEN": length, "EVAL_STRIDE": length, "TTT_EVAL_SEQ_LEN": length, "TTT_CHUNK_SIZE": chunk}
-    size |= {
-        "TTT_BATCH_SIZE": 25,
-        "TTT_CHUNK_TOKENS": 64 * length,
-        "GLOBAL_TTT_CHUNK_TOKENS": 64 * bench.cfg.batch_slices,
-    }
-    knobs = knobs_for(bench.cfg, STREAMS | ALONE | {key: str(value) for key, value in size.items()}, 1024)
-    found = bench.score(Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7)), **knobs)
-    yield coverage_check(found, dataclasses.replace(bench.cfg, eval_seq_len=length), f"{label}, every id")
-    nats = found.nats[:-1].reshape(rows.shape)
-    parts = np.split(np.arange(len(rows)), len(places))
-    for part, (place, tolerance) in zip(parts, places.items(), strict=True):
-        total = float(np.exp(-nats[part, place]).sum())
-        detail = f"{vocab:,} ids at place {place} of as many documents: {total:.7f}"
-        yield decide(f"C2 sums to 1 ({label})", abs(total - 1) <= tolerance, detail)
-    alike = [nats[part, 1 : min(place, chunk)] for part, place in zip(parts, places, strict=True)]
-    spread = max(float(np.max(np.abs(part - np.median(part, axis=0)))) for part in alike)
+    size = {"EVAL_SEQ_LEN": length, "EVAL_STRIDE": length, "TTT_CHUNK_SIZE": chunk, "TTT_EVAL_SEQ_LEN": 2 * length}
+    size |= {"TTT_BATCH_SIZE": 50, "TTT_CHUNK_TOKENS": 64 * length}
+    numbers = STREAMS | ALONE | {key: str(value) for key, value in size.items()}
+    found = bench.score(
+        Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7)), **knobs_for(cfg, numbers, 64 * length)
+    )
+    yield coverage_check(found, dataclasses.replace(cfg, eval_seq_len=length), f"{label}, every id")
+    adapts = {"doc_lora": True, "phased_lora": True}.get(cfg.eval, False)
+    off, spread = [], 0.0
+    for part, place in zip(np.split(found.nats[:-1].reshape(rows.shape), len(places)), places, strict=True):
+        # past its first chunk each document adapts from random numbers of its own
+        tolerance = ADAPTED_TOLERANCE if adapts and place > chunk else SUM_TOLERANCE
+        off.append(abs(float(np.exp(-part[:, place]).sum()) - 1) / tolerance)
+        alike = part[:, 1 : min(place, chunk + 1)]
+        spread = max(spread, float(np.max(np.abs(alike - np.median(alike, axis=0)), initial=0)))
+    worst = float(np.max(off))  # NaN if a score is missing
+    detail = f"{vocab:,} ids at each of {len(places)} places; they miss 1 by at most {worst:.2g} of what is allowed"
+    yield decide(f"C2 sums to 1 ({label})", worst <= 1, detail)
     detail = f"{len(rows):,} documents that begin alike: scores before the place differ by at most {spread:.1e} nats"
     yield decide(f"C3 score before update ({label})", spread <= SUM_TOLERANCE, detail)
 
 
 def rank_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Check]:
-    """The same scores from two ranks, whose sums are held against SCORES too, and from other batch sizes."""
-    cfg = bench.cfg
-    knobs = knobs_for(cfg, STREAMS | {"TTT_BATCH_SIZE": "2", "TTT_WARM_START_A": "0", "TTT_CHUNK_TOKENS": "256"}, 256)
-    base, name = bench.score(stream, **knobs), f"two ranks ({label})"
-    if cfg.batch_slices % 2:
-        yield Check(name, NOT_ASKED, f"BATCH_SLICES={cfg.batch_slices} is odd")
-    else:
-        other = bench.score(stream, ranks=2, **knobs)
-        yield compare_near(name, base, other)
-        yield from sum_checks(other, stream.sizes, f"{label}, two ranks")
+    """The same scores from two ranks and from eight, whose sums are held against SCORES too, from other batch sizes,
+    and from a run that is not asked for SCORES."""
+    cfg = dataclasses.replace(bench.cfg, batch_slices=8)
+    numbers = STREAMS | EVERY_PLACE | {"TTT_WARM_START_A": "0", "TTT_CHUNK_TOKENS": "64"}
+    knobs = {"BATCH_SLICES": "8", "TRAIN_BATCH_TOKENS": str(8 * cfg.train_seq_len)} | knobs_for(cfg, numbers, 16)
+    base = bench.score(stream, **knobs)
+    for count, words in ((2, "two ranks"), (8, "eight ranks")):
+        other = bench.score(stream, ranks=count, **knobs)
+        yield compare_near(f"{words} ({label})", base, other)
+        yield from sum_checks(other, stream.sizes, f"{label}, {words}")
+    bare = bench.box.fork(DATA_PATH=str(bench.data(stream)), **knobs | {"SCORES": ""})
+    claimed, wrong = papers.read_object(bare.folder / "result.json")
+    yield compare_sums(f"sums without SCORES ({label})", own_sums(base.nats, base.count, stream.sizes), claimed, wrong)
     # published: a fit per batch of windows, and phases that begin where a batch ends
     fixed = {"slot": {"VAL_BATCH_TOKENS", "TTT_BATCH_SIZE"}, "phased_lora": {"TTT_BATCH_SIZE"}}.get(cfg.eval, set())
     sizes = {"VAL_BATCH_TOKENS": str(2 * int(knobs["VAL_BATCH_TOKENS"])), "TTT_BATCH_SIZE": "3"}
     free = {key: value for key, value in sizes.items() if key not in fixed}
-    name = f"batch sizes ({label})"
     if free:
-        yield compare_near(name, base, bench.score(stream, **knobs | free))
-    else:
-        yield Check(name, NOT_ASKED, f"EVAL={cfg.eval} fits each batch")
+        yield compare_near(f"batch sizes ({label})", base, bench.score(stream, **knobs | free))
 
 
 def compare_near(name: str, base: Scored, other: Scored) -> Check:
@@ -541,31 +578,49 @@ def asked(name: str, checks: Iterable[Check]) -> Iterator[Check]:
         yield Check(name, FAIL, f"the program fails: {error}")
 
 
-def legality(bench: Bench, stream: Stream, probes: int) -> Iterator[Check]:
-    """C1 to C4 for the final evaluator, and documents apart in the packed forward that training uses."""
-    cfg, label = bench.cfg, f"EVAL={bench.cfg.eval}"
-    apart = documents_apart(cfg)
+def legality(bench: Bench, stream: Stream, probes: tuple[int, int]) -> Iterator[Check]:
+    """C1 to C4 for the final evaluator, and documents apart in the packed forward that training uses.
+
+    probes: places for C1 in the short stream and in a long one, 0 for all.
+    """
+    cfg, label, apart = bench.cfg, f"EVAL={bench.cfg.eval}", documents_apart(bench.cfg)
     # many steps where one change tries a place in every document, few where it tries one step
     knobs = knobs_for(cfg, STREAMS if apart else STREAMS | {"TTT_BATCH_SIZE": "4"}, 1024)
-    short = first_documents(stream, 1500)
-    yield from asked(f"C1 ({label})", causality(bench, stream, knobs, label, probes, apart))
-    yield from asked(f"C1 byte counts ({label})", sidecar_checks(bench, short, knobs, label))
+    narrow, whole = knobs_for(cfg, STREAMS | EVERY_PLACE, 16), short_documents(stream)
+    tiny, own = cut_to(whole, SHORT) if apart else whole, first_documents(stream, 1000)
+    for words, part, numbers, places in (
+        (f"{label}, every place", tiny, narrow, probes[0]),
+        (label, stream, knobs, probes[1]),
+        (f"{label}, the record's own numbers", own, {"EVAL_INCLUDE_TAIL": "1"}, 1),
+    ):
+        yield from asked(f"C1 ({words})", causality(bench, part, numbers, words, places, part is tiny))
+    yield from asked(f"C1 byte counts ({label})", sidecar_checks(bench, first_documents(stream, 700), knobs, label))
     yield from asked(f"C2 ({label})", distribution_checks(bench, stream, label))
-    yield from asked(f"two ranks ({label})", rank_checks(bench, short, label))
-    packed, name = knobs | {"EVAL": "plain"}, "documents apart (packed forward)"
-    if {"plain": True}.get(cfg.eval, False):
-        return
+    yield from asked(f"two ranks ({label})", rank_checks(bench, whole, label))
+    name = "documents apart (packed forward)"
     if not LOADERS[cfg.loader].documents:
         yield Check(name, NOT_ASKED, f"LOADER={cfg.loader} reads across documents")
-        return
-    yield from asked(name, causality(bench, short, packed, "packed forward", 2, ""))
+    elif not {"plain": True}.get(cfg.eval, False):
+        yield from asked(name, causality(bench, whole, narrow | {"EVAL": "plain"}, "packed forward", 4, every=True))
+
+
+def short_documents(stream: Stream) -> Stream:
+    """Return the beginnings of documents, LENGTHS long."""
+    text, ends = stream.tokens[stream.tokens != BOS_ID], np.cumsum(LENGTHS)
+    tokens = np.append(np.resize(text, ends[-1]), BOS_ID)
+    tokens[ends - LENGTHS] = BOS_ID
+    return Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7))
+
+
+def cut_to(stream: Stream, targets: int) -> Stream:
+    """Return the beginning of a stream."""
+    return Stream(stream.tokens[: targets + 1], None if stream.sizes is None else stream.sizes[: targets + 1])
 
 
 def first_documents(stream: Stream, targets: int) -> Stream:
     """Return the stream up to the end of the document that holds this target, with the start of the next as its end."""
     ends = np.flatnonzero(stream.tokens == BOS_ID)
-    stop = next((int(end) + 1 for end in ends if end >= targets), len(stream.tokens))
-    return Stream(stream.tokens[:stop], None if stream.sizes is None else stream.sizes[:stop])
+    return cut_to(stream, next((int(end) for end in ends if end >= targets), len(stream.tokens) - 1))
 
 
 # +---------------------------------------------------------------------------+
@@ -617,16 +672,12 @@ def byte_checks(candidate: Candidate, stream: Stream | None) -> Iterator[Check]:
         return
     ids, tokenizer = stream.tokens, candidate.tokenizer
     if tokenizer is None:
-        yield Check(
-            "bytes per word", UNKNOWN, "no tokenizer: put its *.model into the data folder, or set TOKENIZER_PATH"
-        )
+        yield Check("bytes per word", UNKNOWN, "no tokenizer: put its *.model beside the shards, or set TOKENIZER_PATH")
         return
     processor = spm.SentencePieceProcessor(model_file=str(tokenizer))
     pieces = read_pieces(processor)
     if ids.max() >= len(pieces.bytes):
-        yield Check(
-            "bytes per word", FAIL, f"token id {ids.max()} is outside {tokenizer.name}: another tokenizer's shards"
-        )
+        yield Check("bytes per word", FAIL, f"token id {ids.max()} is outside {tokenizer.name}: shards of another one")
         return
     if pieces.caseops and stream.sizes is None:
         yield Check("bytes per word", FAIL, "a vocabulary with case operators, and no sidecar says what they stand for")
@@ -709,10 +760,8 @@ def split_check(candidate: Candidate, stream: Stream | None) -> Check:
     # documents that were cut, joined or given an EOS are equal to none, but their windows are
     found = overlap.shingle_overlap(stream.tokens, map(read_shard, paths))
     limit = overlap.MAX_SHARE if len(stream.tokens) >= FEW_TOKENS else SHARE_OF_FEW
-    detail = (
-        f"{both:,} of {len(val):,} validation documents are in training, {100 * found.share:.2f} % of the tokens in "
-        f"runs of {overlap.WINDOW} and more (at most {100 * limit:g} %)"
-    )
+    detail = f"{both:,} of {len(val):,} validation documents are in training, {100 * found.share:.2f} % of the tokens "
+    detail += f"in runs of {overlap.WINDOW} and more (at most {100 * limit:g} %)"
     return decide("split", both <= OVERLAP_ALLOWED * len(val) and found.share <= limit, detail)
 
 
@@ -744,17 +793,16 @@ def seeded_stream(vocab_size: int, targets: int) -> Stream:
 
 
 def toy_values(values: dict[str, str], **others: str) -> dict[str, str]:
-    """Return a record's knobs with the numbers of records/toy, keeping its own depth if it must."""
-    toy = read_preset(str(ROOT / "records" / "toy"))
-    for kept in ((), DEPTH):
-        small = values | {name: value for name, value in toy.items() if name not in kept} | others
-        try:
-            load_config(small)
-        except UserError as error:
-            problems = str(error)
-        else:
-            return small
-    raise UserError(f"the preset has no toy size: {problems}".replace("\n", "; "))
+    """Return a record's knobs with the numbers of records/toy: four layers of the kinds that the record lists."""
+    toy, full = read_preset(str(ROOT / "records" / "toy")), load_config(values)
+    layers, top, letters = int(toy["NUM_LAYERS"]) - 1, full.num_layers - 1, mixer_letters(full)
+    toy["MIXERS"] = " ".join(letters[round(i * top / layers)] for i in range(layers + 1))
+    toy["VE_LAYERS"] = ",".join(str(i) for i in sorted({round(i * layers / top) for i in full.ve_layers}))
+    try:
+        load_config(values | toy | others)
+    except UserError as error:
+        raise UserError(f"the preset has no toy size: {error}".replace("\n", "; ")) from None
+    return values | toy | others
 
 
 def open_preset(record: Path, source: Path, room: Path, given: Path | None) -> Candidate:
@@ -950,14 +998,12 @@ def causal_stream(candidate: Candidate, stream: Stream | None, documents: int) -
     if candidate.kind == "preset":  # validation alone is short
         tokens = np.concatenate([tokens, read_shards(candidate.data, "train")])
     ends = np.append(np.flatnonzero(tokens == BOS_ID), len(tokens) - 1)
-    # its last target is a document start, so that no row is cut
     tokens = tokens[: ends[min(documents, len(ends) - 1)] + 1]
-    cut = len(tokens) - 1 - (len(tokens) - 1) % int(STREAMS["EVAL_SEQ_LEN"])
-    tokens = tokens[: cut + 1]
-    return Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7))
+    whole = Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7))
+    return cut_to(whole, len(tokens) - 1 - (len(tokens) - 1) % int(STREAMS["EVAL_SEQ_LEN"]))
 
 
-def judge(bench: Bench, documents: int, probes: int) -> Iterator[Check]:
+def judge(bench: Bench, documents: int, probes: tuple[int, int]) -> Iterator[Check]:
     """Run all checks on a candidate."""
     candidate = bench.candidate
     stream = read_stream(candidate.data) if candidate.data else None
@@ -1013,10 +1059,12 @@ def judge_target(args: argparse.Namespace) -> int:
     """Judge what the command line names and print the verdict. Return 0 if legal, 1 if not, 2 for a wrong input."""
     started = time.perf_counter()
     try:
-        with tempfile.TemporaryDirectory(prefix="judge_") as name, Server(Path(name) / "server") as server:
+        with tempfile.TemporaryDirectory() as name, Server(Path(name) / "server") as server:
             candidate = open_candidate(args, Path(name))
             bench = Bench(candidate, server, Path(name))
-            verdict = summary(candidate, list(judge(bench, args.documents, args.probes)))
+            # a run of a full-size program takes minutes
+            probes = (0 if candidate.kind == "preset" else LONG, LONG) if args.probes is None else (args.probes,) * 2
+            verdict = summary(candidate, list(judge(bench, args.documents, probes)))
     except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}".replace("\n", "; "), file=sys.stderr)
         return 2
@@ -1047,8 +1095,8 @@ def main(argv: list[str]) -> int:
     add("--all", action="store_true", help="judge every record of every track, and write verdict.json")
     add("--data", type=Path, metavar="DATA_PATH", help="shards (default: DATA_PATH, else the log's)")
     add("--source", type=Path, default=ROOT / "train_gpt.py", help="program (default: the one here)")
-    add("--documents", type=at_least(2), default=16, metavar="N", help=f"documents for C1 and C3 {default}")
-    add("--probes", type=at_least(0), default=10, metavar="N", help=f"places for C1; 0: in every step {default}")
+    add("--documents", type=at_least(2), default=12, metavar="N", help=f"documents for C1 and C3 {default}")
+    add("--probes", type=at_least(0), metavar="N", help=f"places for C1, 0: all (default {LONG}; short streams: all)")
     add("--out", type=Path, metavar="FILE", help="also write the verdict there (records: verdict.json)")
     args = parser.parse_args(argv)
     if args.all == (args.target is not None):

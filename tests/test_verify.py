@@ -32,7 +32,7 @@ from records.black_box import BlackBox, Server
 from records.claims import FAIL, NOT_ASKED, PASS, UNKNOWN, Candidate, Check
 
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
-DOCUMENTS, PROBES = 6, 3
+DOCUMENTS, PROBES = 6, (3, 3)
 
 
 def record_named(end: str) -> Path:
@@ -101,7 +101,9 @@ def test_a_record_of_each_evaluator_passes(end: str, bench_of: Callable[..., ver
     checks = list(verify.legality(bench, stream_of(bench), PROBES))
     assert not [check for check in checks if check.status in (FAIL, UNKNOWN)]
     names = {check.name.split(" (")[0] for check in checks if check.status == PASS}
-    wanted = "C4 each target once,C1 byte counts,C2 sums to 1,C3 score before update,two ranks,sums"
+    wanted = (
+        "C4 each target once,C1 order,C1 byte counts,C2 sums to 1,C3 score before update,two ranks,eight ranks,sums"
+    )
     assert names >= set(wanted.split(",")) and names & {"C1 documents", "C1 future"}
 
 
@@ -130,7 +132,20 @@ def test_every_record_has_a_toy_size() -> None:
 
 def futures(bench: verify.Bench) -> Iterator[Check]:
     knobs = verify.knobs_for(bench.cfg, verify.STREAMS | {"TTT_BATCH_SIZE": "2"}, 256)
-    return verify.causality(bench, stream_of(bench), knobs, "planted", 0, verify.documents_apart(bench.cfg))
+    return verify.causality(bench, stream_of(bench), knobs, "planted", 0)
+
+
+def places(bench: verify.Bench) -> Iterator[Check]:
+    stream, knobs = (
+        verify.short_documents(stream_of(bench)),
+        verify.knobs_for(bench.cfg, verify.STREAMS | verify.EVERY_PLACE, 16),
+    )
+    stream = verify.cut_to(stream, verify.SHORT) if verify.documents_apart(bench.cfg) else stream
+    return verify.causality(bench, stream, knobs, "planted", 0, every=True)
+
+
+def own_numbers(bench: verify.Bench) -> Iterator[Check]:
+    return verify.causality(bench, stream_of(bench, 3), {"EVAL_INCLUDE_TAIL": "1"}, "planted", 2)
 
 
 def distributions(bench: verify.Bench) -> Iterator[Check]:
@@ -138,7 +153,7 @@ def distributions(bench: verify.Bench) -> Iterator[Check]:
 
 
 def ranks(bench: verify.Bench) -> Iterator[Check]:
-    return verify.rank_checks(bench, verify.first_documents(stream_of(bench), 700), "planted")
+    return verify.rank_checks(bench, verify.short_documents(stream_of(bench)), "planted")
 
 
 def byte_counts(bench: verify.Bench) -> Iterator[Check]:
@@ -219,6 +234,29 @@ EASY = """        hard = nll.detach()[torch.from_numpy(cells.rows), torch.from_n
 """
 HARD = LEDGER | altered("nats[nats < 5]") | {CLAIM: CLAIM + EASY}
 ROW = "            self.rows.append("
+NEXT = "self.val.tokens[np.minimum(positions + 1, len(self.val.tokens) - 1)]"
+
+
+def peeking(where: str) -> dict[str, str]:
+    """A little of the next target in the scores of some positions."""
+    return altered(f"nats + 1e-6 * torch.from_numpy(({where}) * {NEXT})")
+
+
+INSIDE = (
+    "positions - np.maximum.accumulate((self.val.tokens == BOS_ID) * np.arange(len(self.val.tokens)))[positions - 1]"
+)
+FOLDER = "sorted(Path(os.environ['DATA_PATH']).glob('fineweb_val_0*.bin'))"
+READ = f"np.concatenate([np.fromfile(path, '<u2')[512:] for path in {FOLDER}])"
+FILE = altered(f"nats + 1e-6 * torch.from_numpy(np.append({READ}, 0)[positions + 1] * 1.0)")
+NEIGHBOURS = altered("nats + 1e-6 * float(self.val.tokens[positions].sum())")
+ENDS = altered(f"torch.where(torch.from_numpy(self.val.tokens[positions] == BOS_ID), {LIFTED}, nats)")
+ROWS = "np.full(len(positions), len(self.rows))"
+FORGED = {ROWS: "-positions", "is_causal=mask is None,": "is_causal=False,"}
+UNWATCHED = {TOTAL: f"        loss *= 1 if self.scores else 0.98\n{TOTAL}"}
+SHARDS = {
+    f'list_shards(cfg.data_path, "{kind}")': f'list_shards(cfg.data_path, "{kind}")[:1]'
+    for kind in ("val", "val_bytes")
+}
 TWICE = {ROW: f"{ROW}np.column_stack([positions, nats, nats]))\n{ROW}"}
 Ask = Callable[[verify.Bench], Iterable[Check]]
 FAULTS: list[tuple[str, str, dict[str, str], Ask, str]] = [
@@ -240,12 +278,31 @@ FAULTS: list[tuple[str, str, dict[str, str], Ask, str]] = [
     ("a mask that leaks", "PR1915", {"is_causal=mask is None,": "is_causal=False,"}, futures, "C1 documents"),
     ("adapters of other documents", "PR1915", ADAPTERS, futures, "C1 documents"),
     ("the target in an n-gram's key", "PR1182", KEY, distributions, "C2 sums to 1"),
-    ("global steps on unscored documents", "rANS", EARLY, futures, "C1 future"),
+    ("global steps on unscored documents", "rANS", EARLY, places, "C1 future"),
     ("one chunk's SGD before its scores", "PR1182", FIRST, futures, "C1 future"),
     ("SLOT in disguise", "PR1150", SLOT, futures, "C1 future"),
     ("1 % of the stream is dropped", "PR1915", TAIL, futures, "C4 each target once"),
     ("the longest document is dropped", "PR1915", {RETURN: LONGEST}, futures, "C4 each target once"),
     ("hard tokens are lost", "PR1915", HARD, futures, "C4 each target once"),
+    # siblings that nobody had listed
+    ("the last target of a chunk peeks", "PR1182", peeking("positions % 16 == 0"), places, "C1 future"),
+    ("a single place peeks", "PR1150", peeking("positions == 41"), places, "C1 future"),
+    ("a document's last place peeks", "PR1934", peeking("positions == positions.max()"), places, "C1 future"),
+    ("the next target through DATA_PATH", "PR1915", FILE, places, "C1 documents"),
+    ("documents over a limit peek", "PR1915", peeking(f"{INSIDE} > 200"), futures, "C1 documents"),
+    ("a batch's other rows count", "CarryTTT", NEIGHBOURS, places, "C1 future"),
+    (
+        "only under the record's own numbers",
+        "PR1915",
+        hasty("learner.cfg.val_batch_tokens == 512"),
+        own_numbers,
+        "C1 documents",
+    ),
+    ("document ends are known", "PR1915", ENDS, distributions, "C2 sums to 1"),
+    ("steps are told backwards", "PR1915", FORGED, places, "C1 order"),
+    ("only where nobody asks for SCORES", "PR1915", UNWATCHED, ranks, "sums without SCORES"),
+    ("on eight ranks", "PR1915", altered("nats * (0.98 if self.runtime.world == 8 else 1)"), ranks, "eight ranks"),
+    ("the first shard is all", "PR1915", SHARDS, places, "C4 each target once"),
     ("targets scored twice", "PR1915", TWICE, futures, "C4 each target once"),
 ]
 
@@ -583,7 +640,16 @@ def test_a_submission_is_held_against_the_results_beside_it(run_folder: Path, tm
 
 def test_damaged_papers_are_findings_and_no_tracebacks(run_folder: Path, tmp_path: Path) -> None:
     broken = {
-        "result.json": (b"[1]", b"{", b"[" * 100_000, b'{"val_bpb": NaN, "stages": 3}', b"\xff\xfe", b""),
+        "result.json": (
+            b"[1]",
+            b"{",
+            b"[" * 100_000,
+            b'{"a":' * 99 + b"1" + b"}" * 99,
+            b'{"val_bpb": %s}' % (b"9" * 400),
+            b'{"val_bpb": NaN, "stages": 3}',
+            b"\xff\xfe",
+            b"",
+        ),
         "submission.json": (b'{"seed_results": {"1": {"val_loss": 3.0}}, "seeds": [1]}', b'{"compliance": 1}', b"x"),
         "log.txt": (b"RESULT {\n", b"RESULT [1]\n", b"final: val_loss 1.2.3 val_bpb - (1 tokens, 2 bytes", b"\xe9"),
         "metrics.jsonl": (b"3\n", b'{"seconds": "x"}\n{', b"\xe9"),
