@@ -5626,6 +5626,7 @@ def fit_copies(cfg: Config, runtime: Runtime, model: GPT) -> Tensor:
     """Fit the weights of copies to the first COPY_FIT_TOKENS training tokens, as uint8 in 256ths.
 
     EM on the model's own losses: a weight becomes the mean share that copying has in the probability of what came.
+    Nothing of the validation stream is read.
     """
     tokens = read_shard(list_shards(cfg.data_path, "train")[0])[: cfg.copy_fit_tokens].astype(np.int64)
     text, size = ValData(tokens, tokens), len(model.copy_weights)
@@ -5644,7 +5645,8 @@ def fit_copies(cfg: Config, runtime: Runtime, model: GPT) -> Tensor:
         return runtime.sum_(torch.from_numpy(np.bincount(bucket, values, size))).numpy()
 
     weight = np.full(size, 0.5)
-    count = total(np.ones_like(p)).clip(1)
+    # with a miss more than was seen, so that a bucket of a few hits is not certain
+    count = total(np.ones_like(p)) + 1
     for _ in range(100):
         own = weight[bucket]
         weight = total(hit * own / (p + own * (hit - p))) / count

@@ -322,16 +322,23 @@ def test_planted_faults_are_caught(
     assert name in failed(checks), [check for check in checks if check.status != PASS]
 
 
+def test_mask_and_tilts_keep_the_rules(bench_of: Callable[..., verify.Bench]) -> None:
+    """On the judge's streams, with pairs that no tokenizer writes."""
+    bench = bench_of("PR1915", CANONICAL_MASK="eval", HINTS="tilt")
+    checks = [*futures(bench), *distributions(bench)]
+    assert {check.status for check in checks} == {PASS}, checks
+
+
 # Planted faults: training, and what lies beside the program
 
 START = "from __future__ import annotations\n"
 HERE = {START: f"{START}\nimport sys\nHERE = 'torch' in sys.modules\n"}
-FINAL = "        score = self.evaluate(self.cfg.eval, self.from_artifact(path))\n"
+FINAL = "        score = self.evaluate(self.cfg.eval, self.from_artifact(path), self.cfg.hints)\n"
 TRAINED = {
     FINAL: """        model = self.from_artifact(path)
         for p in model.parameters():
             p.data.mul_(1.01 if [*Path(self.cfg.data_path).glob("*train*")] else 1)
-        score = self.evaluate(self.cfg.eval, model)
+        score = self.evaluate(self.cfg.eval, model, self.cfg.hints)
 """
 }
 TRAINING: list[tuple[str, dict[str, str], str, str]] = [

@@ -24,12 +24,14 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=8192)
     args = parser.parse_args()
     cfg = train_gpt.Config(data_path=args.data, vocab_size=args.vocab_size)
-    bench.head("what", "seconds", "found")
+    bench.head("what", "seconds", "of a processor", "found")
     model = train_gpt.find_tokenizer(cfg)
     if model is not None:
         processor = spm.SentencePieceProcessor(model_file=str(model))
+        before = bench.processor_seconds()
         mask, seconds = bench.timed(train_gpt.canonical_mask, processor)
-        bench.row("canonical mask", seconds, f"{np.unpackbits(mask).sum():,} pairs")
+        spent = bench.processor_seconds() - before
+        bench.row("canonical mask", seconds, spent, f"{np.unpackbits(mask).sum():,} pairs")
     tokens, device = train_gpt.read_shard(train_gpt.list_shards(args.data, "train")[0]), "cuda" if bench.CUDA else "cpu"
     stream = torch.from_numpy(np.resize(tokens, args.targets + 1).astype(np.int64)).to(device)
     for name, (find, _) in train_gpt.HINTS.items():
@@ -37,8 +39,10 @@ def main() -> None:
         def found(find: object = find) -> int:
             return int((find(cfg, stream, stream == train_gpt.BOS_ID) > 0).sum())
 
+        before = bench.processor_seconds()
         count, seconds = bench.timed(found)
-        bench.row(f"{name}, {args.targets:,} targets", seconds, f"{count:,} hints")
+        spent = bench.processor_seconds() - before
+        bench.row(f"{name}, {args.targets:,} targets", seconds, spent, f"{count:,} hints")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     bench.say(peak_gib=torch.cuda.max_memory_allocated() / 2**30 if bench.CUDA else peak)
 
