@@ -5630,7 +5630,8 @@ def fit_copies(cfg: Config, runtime: Runtime, model: GPT) -> Tensor:
     """
     tokens = read_shard(list_shards(cfg.data_path, "train")[0])[: cfg.copy_fit_tokens].astype(np.int64)
     text, size = ValData(tokens, tokens), len(model.copy_weights)
-    plain = NoAdaptation(cfg, runtime, model.eval(), text)
+    # uncompiled: compiling would take longer
+    plain = NoAdaptation(cfg, dataclasses.replace(runtime, compile=False), model.eval(), text)
     # the weights are zero still, so nothing is copied
     learner = Hinted(plain, cfg, model, tokens)
     meter = ByteMeter(text, runtime, scores="kept")
@@ -7085,21 +7086,20 @@ class Run:
         cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
         trained, path = self.folder / "model.pt", self.folder / "model.bin"
         state = load_saved(trained, "model")["model"]
-        fill_model(self.model(), state, str(trained))
+        model, fitted = self.model(), []
+        fill_model(model, state, str(trained))
         hessians = load_saved(self.folder / "hessians.pt", WEIGHTS_HASH)
         if not torch.equal(hessians[WEIGHTS_HASH], weights_hash(state)):
             raise UserError(f"{self.folder}: hessians.pt is of other weights than model.pt; train again")
-        stored = self.filled(*reparametrize(cfg, runtime, state, hessians))
         if "copy" in cfg.hints:
-            model = self.model()
-            fill_model(model, dequantize(stored), "the quantised model")
             weights = fit_copies(cfg, runtime, model)
-            stored.append(Stored("copy_weights", "scale", "byte", (), {"w": weights}))
-            # the fit reads training text, so that all until then counts as training
-            seconds = time.perf_counter() - started
+            fitted.append(Stored("copy_weights", "scale", "byte", (), {"w": weights}))
+            # the fit reads training text, so it counts as training; quantisation, after it, does not
+            seconds = runtime.broadcast_from_rank0(time.perf_counter() - started)
             trained = self.result.get("train_seconds", 0.0) - self.result.get("fit_seconds", 0.0)
             self.count_training(trained, seconds)
             self.log(f"weights of copies in 256ths: {weights.tolist()}")
+        stored = self.filled(*reparametrize(cfg, runtime, state, hessians)) + fitted
         if runtime.rank == 0:
             counts = collections.Counter(tensor.encoding() for tensor in stored)
             self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
