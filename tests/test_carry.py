@@ -257,26 +257,6 @@ def test_two_processes_adapt_as_one(tiny_data: Path, tmp_path: Path, call_ranks:
 # Parts
 
 
-def test_what_carry_cannot_do_is_a_sentence() -> None:
-    for knobs, words in (
-        ({"ttt_chunk_size": 7}, "TTT_CHUNK_SIZE=7 between 8"),
-        ({"ttt_chunk_size": 49}, "half of TTT_EVAL_SEQ_LEN=96"),
-        ({"ttt_warm_start_a": True}, "TTT_WARM_START_A=0"),
-        ({"mixers": "G A A"}, "MIXERS without G"),
-        ({"attn_extras": ("sink",)}, "ATTN_EXTRAS=sink"),
-        ({"rope_dtype": "bf16"}, "ROPE_DTYPE=bf16"),
-    ):
-        (problem,) = dataclasses.replace(config(), **knobs).problems()
-        assert words in problem
-        assert dataclasses.replace(config(ttt_context="recompute"), **knobs).problems() == []
-
-
-def test_bf16_keeps_float32_weights() -> None:
-    """Steps of 1e-4 vanish in bf16 beside entries of 0.1."""
-    found, base = (score(dtype=torch.bfloat16, ttt_lora_lr=rate) for rate in (1e-4, 0.0))
-    assert np.isfinite(found[1:]).all() and np.nanmax(np.abs(found - base)) > 0
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here a capture succeeds")
 def test_where_nothing_can_be_captured_the_log_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     runtime = dataclasses.replace(rules.runtime(torch.float64), log=train_gpt.Log(None, False))

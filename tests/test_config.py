@@ -222,11 +222,16 @@ ILLEGAL_EXAMPLES = """
     MATRIX_QUANT=gptq_tcq MATRIX_BITS=8 COMPRESSOR=rans -> are at most 7;
     MATRIX_QUANT=gptq_tcq -> COMPRESSOR=brotli; TTT_LORA_SITES= -> TTT_LORA_SITES is empty;
     TTT_TRAINABLE= -> TTT_TRAINABLE is empty
-"""
+"""  # the other half of some predicates
+SECOND_HALVES = """ROPE_DIMS=66; LOOP_END=11; TTT_CONTEXT=carry TTT_CHUNK_SIZE=7; TTT_CONTEXT=carry ROPE_DTYPE=bf16;
+    MATRIX_QUANT=gptq_tcq COMPRESSOR=rans MATRIX_BITS_OVERRIDES=q:8; EMBED_QUANT=gptq_tcq COMPRESSOR=rans EMBED_BITS=8;
+    EMBED_QUANT=gptq_tcq; EVAL=slot TTT_CHUNK_TOKENS=2047"""
 LEGAL_EXAMPLES = """
     LOOP_START=5 LOOP_END=4 NUM_LOOPS=0; LOOP_START=10 LOOP_END=10; ROPE_DIMS=64; ROPE_DIMS=0; EVAL_STRIDE=2048;
     MAX_WALLCLOCK_SECONDS=0 GPTQ_RESERVE_SECONDS=600; VAL_BATCH_TOKENS=16384;
-    STAGES=train,quantize,eval; STAGES=quantize,eval; STAGES=eval
+    STAGES=train,quantize,eval; STAGES=quantize,eval; STAGES=eval; MATRIX_QUANT=gptq_tcq COMPRESSOR=rans;
+    TTT_CHUNK_SIZE=7; TTT_CHUNK_SIZE=1025; TTT_WARM_START_A=1; MIXERS=G*11; ATTN_EXTRAS=sink; ROPE_DTYPE=bf16;
+    EVAL=slot SLOT_CAUSAL=0 ALLOW_NONCAUSAL=1; EVAL=chunk_sgd TTT_CHUNK_TOKENS=2047 TTT_EPOCHS=0
 """
 
 
@@ -240,8 +245,8 @@ def test_illegal_pair_is_refused_by_its_own_row() -> None:
         values = {name.lower(): train_gpt.parse_knob(FIELDS[name], text) for name, text in environ.items()}
         hits = [i for i, (predicate, _) in enumerate(train_gpt.ILLEGAL) if predicate(Config(**values))]
         assert hits == [index], text
-    for environ in ({"ROPE_DIMS": "66"}, {"LOOP_END": "11"}):  # the second half of a predicate
-        assert problems(environ)
+    for text in SECOND_HALVES.split(";"):
+        assert len(problems(knobs(text))) == 1, text
     for stages in ("train", "train,quantize", "eval,quantize", "none", ""):
         assert "STAGES must be" in problems({"STAGES": stages})[0], stages
 
