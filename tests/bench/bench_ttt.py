@@ -65,8 +65,10 @@ def token_counts(cfg: train_gpt.Config, docs: list[tuple[int, int]]) -> dict[str
     """Tokens per prediction: forward and backward of rows that learn, without padding; all that is computed with
     gradient, padding included; and computed without gradient. Kept: as published, finished rows stay in their batch."""
 
-    def shapes(val: None, documents: np.ndarray, *spans: object) -> tuple[int, int, int]:
-        lesson = spans[-1]
+    def shapes(
+        val: None, documents: np.ndarray, *spans: object, lesson: train_gpt.Lesson | None = None, **more: object
+    ) -> tuple[int, int, int]:
+        lesson = lesson or spans[-1]
         return len(documents), lesson.cols.stop, len(lesson.rows)
 
     context, counts = train_gpt.TTT_CONTEXTS[cfg.ttt_context], np.zeros(4, int)
