@@ -255,17 +255,3 @@ def test_adaptation_begins_with_the_second_chunk() -> None:
     )
     np.testing.assert_allclose(frozen[1:], sliding[1:], rtol=1e-5, atol=1e-6)
     assert np.array_equal(adapted[1:33], frozen[1:33]) and not (adapted[33:] == frozen[33:]).any()
-
-
-# Runs
-
-
-def test_two_processes_learn_and_score_what_one_does(run_gpt: Callable) -> None:
-    knobs = {"EVAL": "chunk_sgd", "EVAL_STRIDE": 16, "TTT_CHUNK_TOKENS": 192, "TTT_LR": 0.3, "TTT_EPOCHS": 2}
-    results = []
-    for stages, ranks, epochs in (("train,quantize,eval", 1, 0), ("eval", 1, 2), ("eval", 2, 2)):
-        results.append(run_gpt(STAGES=stages, ranks=ranks, **knobs | {"TTT_EPOCHS": epochs}).result)
-    frozen, one, two = results
-    assert one["legal"] is True and one["tokens_scored"] == two["tokens_scored"] > 600
-    assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-6)
-    assert abs(frozen["val_loss"] - one["val_loss"]) > 1e-3

@@ -31,7 +31,6 @@ def test_the_first_override_that_fits_counts_and_keeps_scheme_and_clip() -> None
 def test_wrong_knobs_are_sentences_before_the_training_and_missing_counts_after() -> None:
     cases = """MATRIX_BITS_OVERRIDES=attn.o:9 -> must be name:bits with 2 to 8 bits
     MATRIX_BITS_OVERRIDES=attn.out:7 -> MATRIX_BITS_OVERRIDES=attn.out is in no name of a matrix
-    HADAMARD_VO_ROTATE=1 -> say ROTATE=hadamard_vo
     EMBED_TOPK=0 -> EMBED_TOPK=0 must be >= 1"""
     for text, message in (case.split(" -> ") for case in cases.splitlines()):
         with pytest.raises(UserError, match=message):

@@ -246,6 +246,44 @@ def test_two_processes_quantise_and_adapt_as_one(full: Done, tiny_data: Path, tm
     assert two.bpb("final") == pytest.approx(one.bpb("final"), rel=1e-5)
 
 
+PHASES = "PHASED_TTT_PREFIX_DOCS=4 PHASED_TTT_NUM_PHASES=2 GLOBAL_TTT_LR=0.05 GLOBAL_TTT_CHUNK_TOKENS=128"
+WINDOWS = "EVAL_STRIDE=16 TTT_CHUNK_TOKENS=192"
+CAUSAL = f"EVAL=slot {WINDOWS} TTT_EPOCHS=1 SLOT_LR=0.1"
+PUBLISHED = f"{CAUSAL} SLOT_CAUSAL=0 ALLOW_NONCAUSAL=1"  # SLOT that fits on the targets that it scores
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"EVAL=phased_lora TTT_CONTEXT=carry TTT_BATCH_SIZE=2 {PHASES}",  # both ranks take documents
+        f"EVAL=chunk_sgd {WINDOWS} TTT_LR=0.3 TTT_EPOCHS=2",
+        PUBLISHED,
+    ],
+)
+def test_two_processes_adapt_as_one(
+    text: str, quick: Done, again: Callable[..., Done], call_ranks: Callable[..., Done], tiny_data: Path, tmp_path: Path
+) -> None:
+    changed = QUICK | knobs(text) | {"STAGES": "eval"}
+    one, folder = again(quick, **changed), Path(shutil.copytree(quick.folder, tmp_path / "two"))
+    two = call_ranks(environment(tiny_data, folder, **changed), folder)
+    assert (one.code, two.code) == (0, 0), one.err + two.err
+    assert two.result["val_loss"] == pytest.approx(one.result["val_loss"], rel=1e-5)
+    for key in ("legal", "tokens_scored", "bytes_scored"):
+        assert two.result[key] == one.result[key], key
+    assert abs(one.bpb("final") - one.bpb("quantized")) > 1e-3, "adapting changes nothing"
+    for done in (one, two):
+        assert done.out.count("global steps") == (2 if PHASES in text else 0)
+        assert done.result["legal"] is not (text == PUBLISHED)
+
+
+def test_reading_the_answers_pays_and_is_called_not_legal(quick: Done, again: Callable[..., Done]) -> None:
+    causal, published = (again(quick, STAGES="eval", **knobs(text)) for text in (CAUSAL, PUBLISHED))
+    for done, legal in ((causal, True), (published, False)):
+        warned = "WARNING: the final score is not legal" in done.out
+        assert done.result["legal"] is legal is not warned and ("not legal" in done.out) is warned
+    assert published.result["val_loss"] < causal.result["val_loss"] - 0.01
+
+
 # The clock
 
 CLOCK = {**QUICK, "MAX_WALLCLOCK_SECONDS": 3, "GPTQ_RESERVE_SECONDS": 1, "ITERATIONS": 100_000}
