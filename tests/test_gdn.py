@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gdn_rules import GOLDEN, exact_tables, recurrence
+from gdn_rules import GOLDEN, exact_tables, gated_attention, recurrence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -325,18 +325,6 @@ def test_sink_attention_gives_the_published_numbers(golden: rules.Entry, monkeyp
     rules.compare(shares, expected["sink_probability"])
 
 
-def gated_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
-    """Share (B, T, H) of a query's weight that its keys get, sigmoid(logsumexp - sink logit), and causal attention
-    without a sink times that share."""
-    groups, scale = q.size(2) // k.size(2), q.size(-1) ** -0.5
-    keys, values, sinks = (x.repeat_interleave(groups, dim=-2) for x in (k, v, sink))
-    logits = torch.einsum("bthd,bshd->btsh", q, keys) * scale
-    later = torch.ones(q.size(1), q.size(1), dtype=torch.bool).triu(1)
-    logits = logits.masked_fill(later[None, :, :, None], -math.inf)
-    share = torch.sigmoid(logits.logsumexp(2) - (q * sinks).sum(-1) * scale)
-    return share, share[..., None] * torch.einsum("btsh,bshd->bthd", logits.softmax(2), values)
-
-
 def heads(length: int, rows: int = 1, seed: int = 3) -> list[Tensor]:
     """Float64 q (4 heads), k, v (2 heads) and a sink."""
     generator = torch.Generator().manual_seed(seed)
@@ -359,19 +347,6 @@ def assert_sunk(attend: train_gpt.Attend, meta: train_gpt.AttnMeta, bounds: list
         torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
 
 
-def segmented(bounds: list[int] | None, band: int, masked: bool) -> train_gpt.AttnMeta:
-    """The meta of one row of segments, or of rows without any."""
-    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    mask = train_gpt.segment_mask(cu_seqlens, 24, band) if masked and bounds is not None else None
-    return train_gpt.AttnMeta(cu_seqlens, band, torch.empty(0), torch.empty(0), mask)
-
-
-def test_a_sink_takes_its_share_in_the_masked_twin() -> None:
-    for bounds, band in ((None, 0), ([0, 3, 4, 9, 16, 24, 24, 24], 8), ([0, 5, 24, 24], 24)):
-        meta = segmented(bounds, band, masked=True)
-        assert_sunk(train_gpt.masked_attention, meta, bounds or [0, 12, 24], 2 if bounds is None else 1)
-
-
 def imitated_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
 ) -> Tensor:
@@ -389,10 +364,12 @@ def imitated_varlen(
 
 
 def test_a_sink_is_a_key_before_each_segment_of_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in rows without segments. (The masked twin: tests/test_model.py)"""
     monkeypatch.setattr(train_gpt, "varlen_attn", imitated_varlen)
     for gqa, bounds in itertools.product((False, True), (None, [0, 3, 4, 9, 16, 24, 24, 24])):
         monkeypatch.setattr(train_gpt, "GROUPED", {"enable_gqa": True} if gqa else {})
-        meta = segmented(bounds, 8, masked=False)
+        cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+        meta = train_gpt.AttnMeta(cu_seqlens, 8, torch.empty(0), torch.empty(0), None)
         assert_sunk(train_gpt.flash_attention, meta, bounds or [0, 12, 24], 2 if bounds is None else 1)
 
 

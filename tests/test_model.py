@@ -9,6 +9,7 @@ import golden_rules as rules
 import numpy as np
 import torch
 from conftest import listener
+from gdn_rules import gated_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -81,38 +82,31 @@ def test_initial_weights_follow_the_seed() -> None:
 # Attention
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
-    """A softmax per segment and head, over flattened tokens, straight from the definition."""
-    out, groups = torch.zeros_like(q), q.size(1) // k.size(1)
-    for start, stop in pairwise(bounds):
-        for head in range(q.size(1)):
-            for t in range(start, stop):
-                scores = k[start : t + 1, head // groups] @ q[t, head] / math.sqrt(q.size(2))
-                out[t, head] = scores.softmax(0) @ v[start : t + 1, head // groups]
-    return out
-
-
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 13), min_size=1, max_size=6),
     heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 1)]),
-    band=st.sampled_from([0, 4, 8]),
+    band=st.sampled_from([None, 0, 4, 8]),
     rows=st.sampled_from([1, 2]),
+    sunk=st.booleans(),
 )
 def test_masked_attention_is_attention_of_each_segment_alone(
-    lengths: list[int], heads: tuple[int, int], band: int, rows: int
+    lengths: list[int], heads: tuple[int, int], band: int | None, rows: int, sunk: bool
 ) -> None:
+    """Without a band: rows without segments."""
     total = -(-sum(lengths) // 16) * 16
-    starts = [*np.cumsum([0, *lengths]), *range(0, total, total // rows)]
-    bounds = train_gpt.segment_bounds(np.array(starts), total, band)
+    starts = [*(np.cumsum([0, *lengths]) if band is not None else []), *range(0, total, total // rows)]
+    bounds = train_gpt.segment_bounds(np.array(starts), total, band or 0)
     generator = torch.Generator().manual_seed(total + sum(lengths) * heads[0])
-    q, k, v = (torch.randn(total, n, 8, generator=generator, dtype=torch.float64) for n in (heads[0], *heads[1:] * 2))
-    cu_seqlens = torch.from_numpy(train_gpt.pad_bounds(bounds))
-    mask = train_gpt.segment_mask(cu_seqlens, total, band or total)
-    meta = train_gpt.AttnMeta(cu_seqlens, band, torch.empty(0), torch.empty(0), mask)
-    got = train_gpt.masked_attention(*(t.view(rows, total // rows, *t.shape[1:]) for t in (q, k, v)), meta)
-    expected = plain_attention(q, k, v, bounds.tolist())
-    torch.testing.assert_close(got.reshape(expected.shape), expected, rtol=1e-12, atol=1e-12)
+    q, k, v = (torch.randn(1, total, n, 8, generator=generator).double() for n in (heads[0], *heads[1:] * 2))
+    sink = torch.randn(heads[1], 8, generator=generator).double() if sunk else None
+    cu_seqlens = None if band is None else torch.from_numpy(train_gpt.pad_bounds(bounds))
+    mask = None if band is None else train_gpt.segment_mask(cu_seqlens, total, band or total)
+    meta = train_gpt.AttnMeta(cu_seqlens, band or 0, torch.empty(0), torch.empty(0), mask)
+    got = train_gpt.masked_attention(*(t.view(rows, total // rows, *t.shape[2:]) for t in (q, k, v)), meta, sink)
+    spans = [slice(*span) for span in pairwise(bounds.tolist())]
+    expected = [gated_attention(*(t[:, span] for t in (q, k, v)), sink)[1] for span in spans]
+    torch.testing.assert_close(got.reshape(q.shape), torch.cat(expected, dim=1), rtol=1e-12, atol=1e-12)
 
 
 # Parts
