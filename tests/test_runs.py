@@ -49,16 +49,28 @@ def finished(data: Path, folder: Path, **knobs: object) -> Done:
     return done
 
 
+def finished_once(once: Callable[..., Path], name: str, data: Path, **knobs: object) -> Done:
+    """A finished run, for all workers."""
+
+    def run(room: Path) -> None:
+        done = finished(data, room / "run", **knobs)
+        assert done.err == ""
+        (room / "out").write_text(done.out, encoding="utf-8")
+
+    room = once(name, run)
+    return Done(room / "run", 0, (room / "out").read_text(encoding="utf-8"), "")
+
+
 @pytest.fixture(scope="module")
-def full(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def full(tiny_data: Path, once: Callable[..., Path]) -> Done:
     """A run of all stages, with adapters at the end."""
-    return finished(tiny_data, tmp_path_factory.mktemp("full") / "run", **FULL)
+    return finished_once(once, "full", tiny_data, **FULL)
 
 
 @pytest.fixture(scope="module")
-def quick(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def quick(tiny_data: Path, once: Callable[..., Path]) -> Done:
     """A short run without an average, so that the weights have moved."""
-    return finished(tiny_data, tmp_path_factory.mktemp("quick") / "run", **QUICK)
+    return finished_once(once, "quick", tiny_data, **QUICK)
 
 
 @pytest.fixture
@@ -78,7 +90,7 @@ def again(tiny_data: Path, tmp_path: Path) -> Callable[..., Done]:
 
 
 def test_result_has_the_agreed_keys_and_adds_up(full: Done, tiny_data: Path) -> None:
-    assert {p.name for p in full.folder.iterdir()} == WRITTEN and full.err == "", "every file and no half one"
+    assert {p.name for p in full.folder.iterdir()} == WRITTEN, "every file and no half one"
     result, final = full.result, full.result["stages"]["final"]
     assert list(result["stages"]) == list(STAGES)
     assert all(set(stage) == {"val_loss", "val_bpb", "seconds"} for stage in result["stages"].values())
@@ -525,13 +537,12 @@ def test_a_folder_in_use_names_its_owner(quick: Done, again: Callable[..., Done]
     assert snapshot(folder) == snapshot(quick.folder), "the lock goes with its owner"
 
 
-def test_folders_that_take_no_files(again: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_folder_that_takes_no_files_or_a_full_disk_is_found_before_training(
+    again: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     refused(again(ARTIFACT_DIR=tmp_path / "file"), 1, "File exists")
     refused(again(ARTIFACT_DIR=tmp_path / "file" / "run"), 1, "Not a directory")
-
-
-def test_a_full_disk_is_found_before_training(again: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     refused(again(), 2, "1 MiB of disk are free")
 

@@ -361,15 +361,13 @@ def test_every_rule_finds_what_breaks_it_and_only_that() -> None:
     assert docstrings(parse("tests/test_x.py", "def f():\n" + LONG)) == []
 
 
-def test_rules_of_the_repository_find_a_stray_and_a_large_file(tmp_path: Path) -> None:
+def test_rules_of_the_repository_find_a_stray_a_large_file_and_paths_of_a_machine(tmp_path: Path) -> None:
     found = layout_violations(["train_gpt.py", "notes/a.md", "notes/b.md", "x.py"])
     assert found == ["notes is not part of the agreed layout", "x.py is not part of the agreed layout"]
     (tmp_path / "fits").write_bytes(bytes(MAX_FILE_BYTES))
     (tmp_path / "large").write_bytes(bytes(MAX_FILE_BYTES + 1))
     assert oversized(tmp_path, ["fits", "large"]) == ["large: 1,000,001 bytes, over 1,000,000"]
-
-
-def test_path_rule_finds_checkout_home_and_usual_homes(tmp_path: Path) -> None:
+    # paths: the checkout, the home of whoever runs this, and homes of usual shapes
     home = Path("/") / "srv" / "people" / "ada"
     text = f"ok /usr/bin\nx = '{tmp_path}/data'\ncd {home}\n{home}-else\n$X/home/y\nsee {'/' + 'home'}/bob/z\n"
     (tmp_path / "log.txt").write_text(text, encoding="utf-8")

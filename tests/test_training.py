@@ -90,10 +90,14 @@ def test_rows_shift_targets_and_ignore_documents(tmp_path: Path) -> None:
 # Schedules and averages
 
 
-def test_warmdown_frac_counts_without_iterations() -> None:
+def test_warmdown_is_a_share_or_steps_which_may_be_more_than_the_run_has() -> None:
     assert train_gpt.warmdown_share(Config(warmdown_frac=0.4), 0.7, 30) == 0.4
     assert train_gpt.warmdown_share(Config(warmdown_iters=5), 0.0, 0) == 0.0
     assert train_gpt.lr_multiplier(0.0, 0.0, 0.1) == 1.0
+    # as published: (ITERATIONS - step) / WARMDOWN_ITERS from the first step on
+    cfg = train_gpt.Config(warmdown_iters=40, iterations=10, max_wallclock_seconds=0.0, min_lr=0.0)
+    found = [train_gpt.Progress.at(cfg, step / 10, step).multiplier for step in range(10)]
+    assert found == pytest.approx([(10 - step) / 40 for step in range(10)], rel=1e-12)
 
 
 def test_swa_of_ema_averages_the_averages() -> None:
@@ -367,10 +371,3 @@ def test_two_processes_are_one_and_quantising_can_be_resumed(run_gpt: Callable[.
         0
     ]
     assert (blob[v] - turned[v]).norm() < 0.2 * (blob[v] - trained[v]).norm(), "the artifact holds rotated values"
-
-
-def test_a_warmdown_in_steps_may_be_longer_than_the_run() -> None:
-    """As published: (ITERATIONS - step) / WARMDOWN_ITERS from the first step on."""
-    cfg = train_gpt.Config(warmdown_iters=40, iterations=10, max_wallclock_seconds=0.0, min_lr=0.0)
-    found = [train_gpt.Progress.at(cfg, step / 10, step).multiplier for step in range(10)]
-    assert found == pytest.approx([(10 - step) / 40 for step in range(10)], rel=1e-12)
