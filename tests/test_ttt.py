@@ -90,7 +90,11 @@ def test_fresh_adapters_change_no_bit_and_each_counts_for_its_own_row() -> None:
     for stack in ttt_rules.STACKS:
         model = ttt_rules.stack_model(stack, ttt_lora_rank=2)
         made.append((Adapters(model.cfg, rules.runtime(), model, 2), model))
+    sites = {"A": "q k v attn mlp".split(), "G": "qkv attn mlp".split()}
     for adapters, model in made:
+        mixers = (train_gpt.mixer_letters(model.cfg)[layer] for layer in model.route.layers)
+        names = {f"{site}_{execution}" for execution, mixer in enumerate(mixers) for site in sites[mixer]}
+        assert adapters.B.keys() == names | {"head_0"}, model.cfg
         for row, document in enumerate((4, 9)):
             adapters.renew(row, document)
         assert all(a.abs().max() > 0 and a.dtype == model.dtype for a in adapters.A.values()), model.cfg
@@ -102,8 +106,6 @@ def test_fresh_adapters_change_no_bit_and_each_counts_for_its_own_row() -> None:
             b.data[1].normal_(generator=torch.Generator().manual_seed(1))
         adapted = model(ids, None, None, adapters)
         assert torch.equal(adapted[0], plain[0]) and not torch.allclose(adapted[1], plain[1]), model.cfg
-    sites = [[name for name, slot, _ in train_gpt.lora_sites(model.cfg, model) if slot == i] for i in (0, 1)]
-    assert sites[0][:3] == ["qkv", "attn", "mlp"] and sites[1] == ["q", "k", "v", "attn", "mlp"], "delta nets"
 
 
 def test_an_adapter_depends_on_seed_and_document_alone() -> None:
