@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -148,15 +149,30 @@ def call_ranks() -> Iterator[Callable[..., Done]]:
 @pytest.fixture
 def run_gpt(
     tiny_data: Path, tmp_path: Path, call_ranks: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., subprocess.CompletedProcess]:
-    """run_gpt(*args, ranks=1, **knobs): a run with knobs over TINY, by default into tmp_path/run."""
+) -> Callable[..., Done]:
+    """run_gpt(*args, ranks=1, code=0, **knobs): a run with knobs over TINY, by default into tmp_path/run."""
 
-    def run(*args: str, ranks: int = 1, **knobs: object) -> subprocess.CompletedProcess:
+    def run(*args: str, ranks: int = 1, code: int = 0, **knobs: object) -> Done:
         env = environment(tiny_data, tmp_path / "run", **knobs)
         monkeypatch.chdir(tmp_path)
         folder = Path(env["ARTIFACT_DIR"])
         done = call(env, folder, *args) if ranks == 1 else call_ranks(env, folder, *args, ranks=ranks)
-        return subprocess.CompletedProcess(args, done.code, done.out, done.err)
+        assert done.code == code, done.err
+        return done
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """refused(words, main, *argv, code=2): a program says one line with these words, and ends with the exit code."""
+
+    def run(words: str, main: Callable[[list[str]], int], *argv: object, code: int = 2) -> str:
+        capsys.readouterr()
+        assert main([*map(str, argv)]) == code, words
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"error: [^\n]+\n", error) and words in error, f"{words!r} is not in {error!r}"
+        return error
 
     return run
 

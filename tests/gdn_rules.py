@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -77,3 +78,17 @@ def recurrence(
         state = state + k_t[..., None] * (b_t[..., None] * missed)[..., None, :]
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, q_t) * q.size(-1) ** -0.5)
     return torch.stack(outputs, dim=1), state
+
+
+def gated_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Share (B, T, H) of a query's weight that its keys get, sigmoid(logsumexp - sink logit), and causal attention
+    without a sink times that share."""
+    groups, scale = q.size(2) // k.size(2), q.size(-1) ** -0.5
+    keys, values = (x.repeat_interleave(groups, dim=-2) for x in (k, v))
+    logits = torch.einsum("bthd,bshd->btsh", q, keys) * scale
+    later = torch.ones(q.size(1), q.size(1), dtype=torch.bool).triu(1)
+    logits = logits.masked_fill(later[None, :, :, None], -math.inf)
+    share = torch.ones_like(q[..., 0])
+    if sink is not None:
+        share = torch.sigmoid(logits.logsumexp(2) - (q * sink.repeat_interleave(groups, dim=-2)).sum(-1) * scale)
+    return share, share[..., None] * torch.einsum("btsh,bshd->bthd", logits.softmax(2), values)

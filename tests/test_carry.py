@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from pathlib import Path
 
 import golden_rules as rules
 import numpy as np
@@ -13,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import ttt_rules
-from conftest import Done, call, environment
 from torch import Tensor
 from ttt_rules import CHUNK, LENGTHS, STRUCTURES
 
@@ -218,7 +215,7 @@ def test_scoring_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(score(ttt_eval_seq_len=32), expected, equal_nan=True)
 
 
-# Phases and processes
+# Phases
 
 
 def test_phases_change_the_base_between_documents(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,41 +238,7 @@ def test_phases_change_the_base_between_documents(monkeypatch: pytest.MonkeyPatc
         assert (gap > 1e-3) == (number >= 3) or length < 3, "the first update comes after three documents"
 
 
-def test_two_processes_adapt_as_one(tiny_data: Path, tmp_path: Path, call_ranks: Callable[..., Done]) -> None:
-    """Twice as many rows as a rank's, so that both take documents."""
-    folder = tmp_path / "run"
-    phases = "PHASED_TTT_PREFIX_DOCS=4 PHASED_TTT_NUM_PHASES=2 GLOBAL_TTT_LR=0.05 GLOBAL_TTT_CHUNK_TOKENS=128"
-    knobs = rules.knobs(f"TTT_CONTEXT=carry EVAL=phased_lora TTT_BATCH_SIZE=2 {phases}")
-    one = call(environment(tiny_data, folder, **knobs), folder)
-    assert one.code == 0 and one.out.count("global steps") == 2, one.err
-    two = call_ranks(environment(tiny_data, folder, STAGES="eval", **knobs), folder)
-    assert two.code == 0, two.err
-    assert two.bpb("final") == pytest.approx(one.bpb("final"), rel=1e-5)
-    assert two.result["tokens_scored"] == one.result["tokens_scored"]
-
-
 # Parts
-
-
-def test_what_carry_cannot_do_is_a_sentence() -> None:
-    for knobs, words in (
-        ({"ttt_chunk_size": rules.always(7)}, "one number, between 8"),
-        ({"ttt_chunk_size": rules.always(49)}, "half of TTT_EVAL_SEQ_LEN=96"),
-        ({"ttt_chunk_size": (train_gpt.UpTo(30, 8), *rules.always(16))}, "documents of all lengths side by side"),
-        ({"ttt_warm_start_a": True}, "TTT_WARM_START_A=0"),
-        ({"mixers": "G A A"}, "MIXERS without G"),
-        ({"attn_extras": ("sink",)}, "ATTN_EXTRAS=sink"),
-        ({"rope_dtype": "bf16"}, "ROPE_DTYPE=bf16"),
-    ):
-        (problem,) = dataclasses.replace(config(), **knobs).problems()
-        assert words in problem
-        assert dataclasses.replace(config(ttt_context="recompute"), **knobs).problems() == []
-
-
-def test_bf16_keeps_float32_weights() -> None:
-    """Steps of 1e-4 vanish in bf16 beside entries of 0.1."""
-    found, base = (score(dtype=torch.bfloat16, ttt_lora_lr=rate) for rate in (1e-4, 0.0))
-    assert np.isfinite(found[1:]).all() and np.nanmax(np.abs(found - base)) > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here a capture succeeds")

@@ -78,17 +78,16 @@ def test_base_is_refused_where_it_would_not_be_seen(tmp_path: Path) -> None:
     assert problems({"PRESET": preset})[0].startswith("NOT_A_KNOB")
 
 
-def test_defaults_are_a_run_that_can_start() -> None:
+def test_defaults_are_a_run_that_can_start_and_nobody_changes() -> None:
     assert Config().problems() == [] and resolve({}) == (Config(), {})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 2
 
 
-def test_preset_comments_blanks_and_values_with_hash(tmp_path: Path) -> None:
+def test_presets_as_people_and_editors_write_them(tmp_path: Path) -> None:
+    """Comments; a byte-order mark and CRLF are read; other encodings are one line that names the file."""
     text = "# SEED=1\n\n   \nSEED=2  # SEED=3\nRUN_ID=a#b # a hash inside a word is no comment\nBETA1=0.5\t# tab\n"
     assert train_gpt.read_preset(write_preset(tmp_path / "p", text)) == {"SEED": "2", "RUN_ID": "a#b", "BETA1": "0.5"}
-
-
-def test_presets_of_other_editors(tmp_path: Path) -> None:
-    """A byte-order mark and CRLF are read; other encodings are one line that names the file."""
     path, text = tmp_path / "record.env", "ITERATIONS=9  # r\u00e9sum\u00e9\nSEED=3\n"
     for data in (text.encode(), text.encode("utf-8-sig"), text.replace("\n", "\r\n").encode()):
         path.write_bytes(data)
@@ -131,6 +130,8 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
 def test_misspelt_and_renamed_knobs_say_what_to_write(tmp_path: Path) -> None:
     assert problems({"TTT_LORA_RNK": "4"}) == ["TTT_LORA_RNK is not a knob; did you mean TTT_LORA_RANK?"]
     assert "did you mean ITERATIONS?" in problems({"ITERATION": "4"})[0]
+    published = "SLOT_ENABLED TTT_FREEZE_BLOCKS TTT_GDN_INCLUDE TTT_K_LORA TTT_O_LORA TTT_MLP_LORA HADAMARD_VO_ROTATE"
+    assert {*published.split()} <= train_gpt.RENAMED.keys()
     for name, advice in train_gpt.RENAMED.items():
         told = [f"{name} is not a knob here; say {advice}"]
         assert problems({name: "1"}) == told
@@ -161,7 +162,7 @@ TYPED = """
 """
 MISTYPED = """
     SEED=1.5 SEED= ITERATIONS=many MATRIX_LR=fast SMEAR_BOS_MASK=true SMEAR_BOS_MASK=yes LOADER=shuffle
-    STAGES=train,test ATTN_EXTRAS=xsa,sinks VE_LAYERS=9,last VE_LAYERS=9,9 AVERAGE=ema,ema
+    STAGES=train,test ATTN_EXTRAS=xsa,sinks TTT_LORA_SITES=q,o TTT_LR=-1 VE_LAYERS=9,last VE_LAYERS=9,9 AVERAGE=ema,ema
     TTT_CHUNK_SIZE=0 TTT_CHUNK_SIZE=a:8 TTT_CHUNK_SIZE=8,8
 """
 
@@ -226,11 +227,16 @@ ILLEGAL_EXAMPLES = """
     MATRIX_QUANT=gptq_tcq MATRIX_BITS=8 COMPRESSOR=rans -> are at most 7;
     MATRIX_QUANT=gptq_tcq -> COMPRESSOR=brotli; TTT_LORA_SITES= -> TTT_LORA_SITES is empty;
     TTT_TRAINABLE= -> TTT_TRAINABLE is empty
-"""
+"""  # the other half of some predicates
+SECOND_HALVES = """ROPE_DIMS=66; LOOP_END=11; TTT_CONTEXT=carry TTT_CHUNK_SIZE=7; TTT_CONTEXT=carry ROPE_DTYPE=bf16;
+    MATRIX_QUANT=gptq_tcq COMPRESSOR=rans MATRIX_BITS_OVERRIDES=q:8; EMBED_QUANT=gptq_tcq COMPRESSOR=rans EMBED_BITS=8;
+    EMBED_QUANT=gptq_tcq; EVAL=slot TTT_CHUNK_TOKENS=2047"""
 LEGAL_EXAMPLES = """
     LOOP_START=5 LOOP_END=4 NUM_LOOPS=0; LOOP_START=10 LOOP_END=10; ROPE_DIMS=64; ROPE_DIMS=0; EVAL_STRIDE=2048;
     MAX_WALLCLOCK_SECONDS=0 GPTQ_RESERVE_SECONDS=600; VAL_BATCH_TOKENS=16384;
-    STAGES=train,quantize,eval; STAGES=quantize,eval; STAGES=eval
+    STAGES=train,quantize,eval; STAGES=quantize,eval; STAGES=eval; MATRIX_QUANT=gptq_tcq COMPRESSOR=rans;
+    TTT_CHUNK_SIZE=7; TTT_CHUNK_SIZE=1025; TTT_WARM_START_A=1; MIXERS=G*11; ATTN_EXTRAS=sink; ROPE_DTYPE=bf16;
+    EVAL=slot SLOT_CAUSAL=0 ALLOW_NONCAUSAL=1; EVAL=chunk_sgd TTT_CHUNK_TOKENS=2047 TTT_EPOCHS=0
 """
 
 
@@ -244,8 +250,8 @@ def test_illegal_pair_is_refused_by_its_own_row() -> None:
         values = {name.lower(): train_gpt.parse_knob(FIELDS[name], text) for name, text in environ.items()}
         hits = [i for i, (predicate, _) in enumerate(train_gpt.ILLEGAL) if predicate(Config(**values))]
         assert hits == [index], text
-    for environ in ({"ROPE_DIMS": "66"}, {"LOOP_END": "11"}):  # the second half of a predicate
-        assert problems(environ)
+    for text in SECOND_HALVES.split(";"):
+        assert len(problems(knobs(text))) == 1, text
     for stages in ("train", "train,quantize", "eval,quantize", "none", ""):
         assert "STAGES must be" in problems({"STAGES": stages})[0], stages
 
@@ -342,11 +348,6 @@ def test_help_documents_every_knob_under_its_group() -> None:
     titles = re.findall(r"^(\w[^\n]*)\n  ([A-Z0-9_]+)=", text, re.MULTILINE)
     assert [(first.lower(), title) for title, first in titles] == list(train_gpt.GROUPS.items())
     assert {*train_gpt.LOCAL_KNOBS} <= {name.lower() for name in FIELDS}
-
-
-def test_config_cannot_be_changed() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().seed = 2
 
 
 def test_explain_prints_parameters_and_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

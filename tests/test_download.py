@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -161,27 +161,37 @@ def test_download_and_resume(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
     assert hub.fetched() == ["fineweb_train_000002.bin"]
 
 
-def test_broken_connection_continues_where_it_stopped(
+def test_what_breaks_off_or_arrives_damaged_is_fetched_again(
     tmp_path: Path, hub: Hub, tiny: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    first, second, third = (f"fineweb_train_{index:06d}.bin" for index in range(3))
     # the client keeps whole chunks only, and its chunks of 10 MB are larger than the stand-in's files
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    hub.cut = {"fineweb_train_000000.bin"}
-    manifest = download.download(tiny, tmp_path, 1, hub.url)
-    ranges = [wanted for name, wanted in hub.gets if name == "fineweb_train_000000.bin"]
-    assert ranges == [None, "bytes=100000-"] and manifest["train_tokens"] == 100_000
-
-
-def test_failure_keeps_what_is_complete(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
-    hub.gone = {"fineweb_train_000001.bin"}
+    hub.cut = {first}
+    hub.gone = {second}
     with pytest.raises(UserError, match="run again to resume") as caught:
         download.download(tiny, tmp_path, 3, hub.url)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "manifest.json").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "manifest.json").exists()
+    assert [wanted for name, wanted in hub.gets if name == first] == [None, "bytes=100000-"], "goes on where it stopped"
     hub.gone.clear()
     hub.gets.clear()
-    download.download(tiny, tmp_path, 3, hub.url)
-    assert hub.fetched() == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    hub.damaged = {third}
+    with pytest.raises(UserError, match=rf"^{third}: arrived damaged: SHA-256 .* run again$"):
+        download.download(tiny, tmp_path, 3, hub.url)
+    assert hub.fetched() == [second, third] and not (tmp_path / third).exists(), "a name after its hash is known"
+    hub.damaged.clear()
+    hub.gets.clear()
+    manifest = download.download(tiny, tmp_path, 3, hub.url)
+    raw = hub.files[ROOT + third]
+    assert hub.fetched() == [third] and (tmp_path / third).read_bytes() == raw
+    row = {"name": third, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "tokens": 100_002}
+    assert manifest["shards"][3] == row | {"fingerprint": fingerprint(tmp_path / third)}
+    assert [len(manifest[key]) for key in ("shards", "sidecars")] == [4, 1]
+    assert manifest["tokenizer"]["sha256"] == hashlib.sha256(b"a model").hexdigest()
+    for more, message in ((b"", "remove it and run again"), (b"\1\1", "SHA-256 .* remove it and run again")):
+        (tmp_path / third).write_bytes(raw[:-2] + more)
+        with pytest.raises(UserError, match=message):
+            download.download(tiny, tmp_path, 3, hub.url)
 
 
 def test_wrong_counts_stop_before_the_training_shards(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
@@ -205,54 +215,6 @@ def test_hub_without_the_files(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None
         download.download(tiny, tmp_path, 1, hub.url)
     with pytest.raises(UserError, match="someone/else"):
         download.download(replace(tiny, repo="someone/else"), tmp_path, 1, hub.url)
-
-
-def test_local_files_are_compared_with_the_hub(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
-    download.download(tiny, tmp_path, 1, hub.url)
-    path = tmp_path / "fineweb_train_000000.bin"
-    raw = path.read_bytes()
-    for more, message in ((b"", "remove it and run again"), (b"\1\1", "SHA-256 .* remove it and run again")):
-        path.write_bytes(raw[:-2] + more)
-        with pytest.raises(UserError, match=message):
-            download.download(tiny, tmp_path, 1, hub.url)
-
-
-def test_a_file_gets_its_name_after_its_hash_is_known(tmp_path: Path, hub: Hub, tiny: ShardSet) -> None:
-    name = "fineweb_train_000000.bin"
-    hub.damaged = {name}
-    with pytest.raises(UserError, match=rf"^{name}: arrived damaged: SHA-256 .* run again$"):
-        download.download(tiny, tmp_path, 1, hub.url)
-    assert not (tmp_path / name).exists()
-    hub.damaged.clear()
-    manifest = download.download(tiny, tmp_path, 1, hub.url)
-    raw = hub.files[ROOT + name]
-    assert (tmp_path / name).read_bytes() == raw
-    row = {"name": name, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "tokens": 100_000}
-    assert manifest["shards"][1] == row | {"fingerprint": fingerprint(tmp_path / name)}
-    assert [len(manifest[key]) for key in ("shards", "sidecars")] == [2, 1]
-    assert manifest["tokenizer"]["sha256"] == hashlib.sha256(b"a model").hexdigest()
-
-
-def test_verify_only_compares_hashes(
-    tmp_path: Path, hub: Hub, tiny: ShardSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(SHARD_SETS, "caseops", tiny)
-    verify = ["caseops", "--out", str(tmp_path), "--verify-only"]
-    manifest = download.download(tiny, tmp_path, 1, hub.url)
-    assert download.main(verify) == 0
-    assert "4 files have the SHA-256 of manifest.json" in capsys.readouterr().out
-    for name in manifest["sha256"]:
-        path = tmp_path / name
-        raw = path.read_bytes()
-        # the last token is no scored target, so no count changes
-        path.write_bytes(raw[:-2] + bytes([raw[-2] ^ 1]) + raw[-1:])
-        assert download.main(verify) == 2
-        error = capsys.readouterr().err
-        assert f"{name}: SHA-256 is" in error and error.count("\n") == 1
-        path.write_bytes(raw)
-    (tmp_path / "manifest.json").unlink()
-    assert download.main(verify) == 0
-    assert "WARNING: no manifest.json" in capsys.readouterr().out
 
 
 def test_verify_only_names_what_is_wrong(tmp_path: Path, tiny: ShardSet) -> None:
@@ -303,21 +265,34 @@ def test_names_of_the_published_layouts() -> None:
     assert [chosen.target_bytes for chosen in SHARD_SETS.values()] == [None, None, 151_074_499]
 
 
-def test_command_line(
-    tmp_path: Path, hub: Hub, tiny: ShardSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_command_line_and_verify_only(
+    tmp_path: Path,
+    hub: Hub,
+    tiny: ShardSet,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     monkeypatch.setitem(SHARD_SETS, "caseops", tiny)
-    arguments = ["caseops", "--out", str(tmp_path / "x")]
-    assert download.main([*arguments, "--train-shards", "1", "--endpoint", hub.url]) == 0
-    assert download.main([*arguments, "--verify-only"]) == 0
-    assert capsys.readouterr().out.count("validation target_bytes: 300 (canonical)") == 2
-    assert download.main([*arguments, "--train-shards", "-1"]) == 2
-    assert download.main(["caseops", "--out", str(tmp_path / "nothing"), "--verify-only"]) == 2
+    command, folder = ["caseops", "--out", str(tmp_path / "x")], tmp_path / "x"
+    verify = [*command, "--verify-only"]
+    assert download.main([*command, "--train-shards", "1", "--endpoint", hub.url]) == 0 == download.main(verify)
+    out = capsys.readouterr().out
+    assert out.count("validation target_bytes: 300 (canonical)") == 2
+    assert "4 files have the SHA-256 of manifest.json" in out
+    for name in json.loads((folder / "manifest.json").read_text())["sha256"]:
+        raw = (folder / name).read_bytes()
+        # the last token is no scored target, so no count changes
+        (folder / name).write_bytes(raw[:-2] + bytes([raw[-2] ^ 1]) + raw[-1:])
+        refused(f"{name}: SHA-256 is", download.main, *verify)
+        (folder / name).write_bytes(raw)
+    (folder / "manifest.json").unlink()
+    assert download.main(verify) == 0 and "WARNING: no manifest.json" in capsys.readouterr().out
+    refused("", download.main, *command, "--train-shards", -1)
+    refused("", download.main, "caseops", "--out", tmp_path / "nothing", "--verify-only")
     hub.shutdown()
     hub.server_close()
-    assert download.main([*arguments, "--endpoint", hub.url]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert all(line.startswith("error: ") for line in lines) and len(lines) == 3
+    refused("", download.main, *command, "--endpoint", hub.url)
     with pytest.raises(SystemExit):
         download.main(["--help"])
     assert "Not tested against the real hub" in capsys.readouterr().out

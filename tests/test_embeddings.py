@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from typing import Any
 
 import golden_rules as rules
 import torch
@@ -12,31 +10,11 @@ from conftest import listener
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from ttt_rules import STACKS, sample, stack_model
 
 import train_gpt
 
-EVERYTHING = """
-VOCAB_SIZE=97 NUM_LAYERS=5 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 ROPE_DIMS=4 ROPE_REFERENCE_LEN=16
-NUM_LOOPS=1 LOOP_START=0 LOOP_END=1 PARALLEL_START_LAYER=3 ATTN_GATE=dense_bias GATE_WINDOW=8 XSA_LAST_N=3
-ATTN_EXTRAS=xsa,value_residual,value_embed VE_LAYERS=0,1,4 VE_DIM=12 EMBED_EXTRAS=bigram,trigram,smear,smear_channel
-BIGRAM_VOCAB_SIZE=61 BIGRAM_DIM=12 TRIGRAM_VOCAB_SIZE=47 TRIGRAM_DIM=20
-"""  # every part of the stack beside loops and two lanes
 TABLES = {"tok_emb", "embed_extras.bigram.table", "embed_extras.trigram.table", "value_embed.table"}
-
-
-def everything(seed: int = 5, looping: bool = True, **changed: Any) -> train_gpt.GPT:
-    """A float32 model with every part, none of its tensors zero."""
-    model = train_gpt.GPT(rules.toy_config(EVERYTHING, **changed)).init_weights(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    model.set_looping(looping)
-    return model
-
-
-def sample(rows: int, length: int, bos: list[int]) -> Tensor:
-    return torch.from_numpy(rules.tokens(97, rows * length, bos)).view(rows, length)
 
 
 # Rotary tables
@@ -89,12 +67,12 @@ def test_buckets_are_those_of_the_definition(ids: list[int], rows: int, masked: 
 
 
 def test_a_masked_document_hashes_and_smears_as_if_alone() -> None:
-    model, ids = everything(num_loops=0), sample(1, 40, [0, 11, 12, 29])
+    model, ids = stack_model("n-gram", num_loops=0), sample(1, 40, [0, 11, 12, 29])
     together = model.embed(ids)
     for start, stop in ((0, 11), (11, 12), (12, 29), (29, 40)):
         assert ids[0, start] == train_gpt.BOS_ID, "or smear_channel would blend a row's first token with zeros"
         torch.testing.assert_close(together[:, start:stop], model.embed(ids[:, start:stop]))
-    crossing = everything(num_loops=0, hash_bos_mask=False, smear_bos_mask=False)
+    crossing = stack_model("n-gram", num_loops=0, hash_bos_mask=False, smear_bos_mask=False)
     assert not torch.allclose(crossing.embed(ids)[:, 11], crossing.embed(ids[:, 11:12])[:, 0])
 
 
@@ -127,7 +105,7 @@ def test_initial_values() -> None:
 def test_value_residual_takes_the_first_values_and_the_first_execution_mixes_nothing() -> None:
     """With factors 1 and 0 only the first execution's values count: not those of a looped layer 0, nor of two lanes."""
     for looping in (False, True):
-        model, ids = everything(looping=looping, embed_extras=(), ve_layers=(0,)), sample(2, 12, [0])
+        model, ids = stack_model("n-gram", looping=looping, embed_extras=(), ve_layers=(0,)), sample(2, 12, [0])
         with torch.no_grad():
             for block in model.blocks:
                 block.attn.values.lambdas.copy_(torch.tensor([1.0, 0.0]))
@@ -146,36 +124,11 @@ def test_value_residual_takes_the_first_values_and_the_first_execution_mixes_not
         assert not torch.allclose(model(ids), before)
 
 
-def test_fresh_adapters_change_no_bit_and_reach_the_first_values() -> None:
-    model, ids = everything(ttt_lora_rank=2), sample(2, 12, [0])
-    lora = train_gpt.Adapters(model.cfg, rules.runtime(), model, 2)
-    lora.renew(0, 0)
-    lora.renew(1, 1)
-    before = model(ids)
-    assert torch.equal(model(ids, None, None, lora), before)
-    with torch.no_grad():
-        lora.B["v_0"].fill_(0.1)
-    assert not torch.allclose(model(ids, None, None, lora), before)
-
-
-def test_the_whole_model_compiles_into_one_graph() -> None:
-    """Every part, in two layers, of which the first is looped and the second in two lanes; with gradients."""
-    torch._dynamo.reset()
-    knobs = {"num_layers": 2, "loop_end": 0, "parallel_start_layer": 1, "ve_layers": (0, 1), "xsa_last_n": 1}
-    model, ids, gradients = everything(**knobs), sample(2, 25, [0, 31]), []
-    for forward in (model, torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")):
-        model.zero_grad()
-        loss = forward(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        gradients.append([loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(*gradients)
-
-
 # How they are trained and stored
 
 
 def test_every_parameter_has_a_role_that_says_how_it_is_trained_and_stored() -> None:
-    model = everything()
+    model = stack_model("n-gram")
     roles = {name: train_gpt.ROLES[p.role] for name, p in model.named_parameters()}
     assert sorted(roles) == sorted(model.state_dict()) == sorted(train_gpt.quant_plan(model.cfg))
     assert {n.removesuffix(".weight") for n, role in roles.items() if role.lr == "tied_embed_lr"} == TABLES
@@ -186,23 +139,9 @@ def test_every_parameter_has_a_role_that_says_how_it_is_trained_and_stored() -> 
         assert (roles[name].optimiser, roles[name].lr, roles[name].wd) == ("adamw", "scalar_lr", "adam_wd"), name
 
 
-def test_the_published_trigram_is_not_trained() -> None:
-    for trained in (False, True):
-        knobs = {"trigram_trained": trained, "scalar_lr": 0.1, "adam_wd": 0.1, "embed_wd": 0.1}
-        model, ids = everything(**knobs), sample(2, 25, [0])
-        before = copy.deepcopy(model.state_dict())
-        optimisers = train_gpt.Optimisers(model.cfg, model, rules.runtime())
-        model(ids[:, :-1], ids[:, 1:]).backward()
-        optimisers.step(1.0, 0)
-        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-        trigram = {name for name in before if "trigram" in name}
-        assert len(trigram) == 3 and moved == (set(before) if trained else set(before) - trigram)
-        assert ("of them not trained: 3 tensors" in train_gpt.explain(model.cfg, {})) is not trained
-
-
 def test_tables_are_stored_in_bf16_when_asked() -> None:
-    model = train_gpt.GPT(rules.toy_config(EVERYTHING, embed_dtype="bf16")).init_weights(1)
+    model = train_gpt.GPT(rules.toy_config(STACKS["n-gram"], embed_dtype="bf16")).init_weights(1)
     assert {name.removesuffix(".weight") for name, p in model.named_parameters() if p.dtype == torch.bfloat16} == TABLES
     assert torch.isfinite(model(sample(1, 9, [0]))).all()
-    wide = train_gpt.GPT(rules.toy_config(EVERYTHING)).init_weights(1).state_dict()
+    wide = train_gpt.GPT(rules.toy_config(STACKS["n-gram"])).init_weights(1).state_dict()
     assert all(torch.equal(p, wide[name].to(p.dtype)) for name, p in model.named_parameters())

@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import gdn_rules
@@ -19,20 +16,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gdn_rules import GOLDEN, exact_tables, recurrence
+from gdn_rules import GOLDEN, exact_tables, gated_attention, recurrence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
+from ttt_rules import STACKS, sample, stack_model
 
 import train_gpt
 
 PUBLISHED = {"mixers": "G*2 A*8 G", "mlp_mult": 4.125, "logit_softcap": 20.0, "qk_gain_init": 5.25}
 PUBLISHED |= {"parallel_lanes": 1, "attn_extras": ("xsa", "sink"), "rope_dtype": "bf16"}
 PUBLISHED |= {"gdn_conv_trained": False, "gdn_bos_reset": False}
-TOY = {"vocab_size": 97, "num_layers": 5, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0}
-TOY |= {"rope_dims": 4, "mixers": "G A*3 G", "gdn_head_dim": 8, "num_loops": 1, "loop_start": 1, "loop_end": 2}
-TOY |= {"parallel_start_layer": 3, "parallel_lanes": 1, "attn_extras": ("xsa", "sink")}
+DELTA = rules.toy_config(STACKS["delta"])
 Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -79,17 +74,6 @@ def test_chunked_rule_is_the_recurrence_with_any_starts(T: int, chunk: int, deca
         row[data.draw(st.lists(st.integers(0, T - 1), max_size=8))] = True
     rule = functools.partial(train_gpt.chunked_delta_rule, chunk=chunk)
     assert_same_rule(rule, tuple(inputs), differentiated(recurrence, tuple(inputs)))
-
-
-def test_a_state_carried_across_a_split_changes_nothing() -> None:
-    q, k, v, g, beta, starts, state = draw(150, 0.3)
-    whole, last = train_gpt.chunked_delta_rule(q, k, v, g, beta, starts, state)
-    parts, passed = [], state
-    for span in (slice(0, 37), slice(37, 38), slice(38, 150)):
-        y, passed = train_gpt.chunked_delta_rule(*(x[:, span] for x in (q, k, v, g, beta, starts)), passed)
-        parts.append(y)
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-11)
-    torch.testing.assert_close(passed, last, rtol=0, atol=1e-11)
 
 
 def test_nothing_crosses_a_start_not_even_a_tiny_gradient() -> None:
@@ -341,18 +325,6 @@ def test_sink_attention_gives_the_published_numbers(golden: rules.Entry, monkeyp
     rules.compare(shares, expected["sink_probability"])
 
 
-def gated_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
-    """Share (B, T, H) of a query's weight that its keys get, sigmoid(logsumexp - sink logit), and causal attention
-    without a sink times that share."""
-    groups, scale = q.size(2) // k.size(2), q.size(-1) ** -0.5
-    keys, values, sinks = (x.repeat_interleave(groups, dim=-2) for x in (k, v, sink))
-    logits = torch.einsum("bthd,bshd->btsh", q, keys) * scale
-    later = torch.ones(q.size(1), q.size(1), dtype=torch.bool).triu(1)
-    logits = logits.masked_fill(later[None, :, :, None], -math.inf)
-    share = torch.sigmoid(logits.logsumexp(2) - (q * sinks).sum(-1) * scale)
-    return share, share[..., None] * torch.einsum("btsh,bshd->bthd", logits.softmax(2), values)
-
-
 def heads(length: int, rows: int = 1, seed: int = 3) -> list[Tensor]:
     """Float64 q (4 heads), k, v (2 heads) and a sink."""
     generator = torch.Generator().manual_seed(seed)
@@ -375,19 +347,6 @@ def assert_sunk(attend: train_gpt.Attend, meta: train_gpt.AttnMeta, bounds: list
         torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
 
 
-def segmented(bounds: list[int] | None, band: int, masked: bool) -> train_gpt.AttnMeta:
-    """The meta of one row of segments, or of rows without any."""
-    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    mask = train_gpt.segment_mask(cu_seqlens, 24, band) if masked and bounds is not None else None
-    return train_gpt.AttnMeta(cu_seqlens, band, torch.empty(0), torch.empty(0), mask)
-
-
-def test_a_sink_takes_its_share_in_the_masked_twin() -> None:
-    for bounds, band in ((None, 0), ([0, 3, 4, 9, 16, 24, 24, 24], 8), ([0, 5, 24, 24], 24)):
-        meta = segmented(bounds, band, masked=True)
-        assert_sunk(train_gpt.masked_attention, meta, bounds or [0, 12, 24], 2 if bounds is None else 1)
-
-
 def imitated_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
 ) -> Tensor:
@@ -405,10 +364,12 @@ def imitated_varlen(
 
 
 def test_a_sink_is_a_key_before_each_segment_of_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in rows without segments. (The masked twin: tests/test_model.py)"""
     monkeypatch.setattr(train_gpt, "varlen_attn", imitated_varlen)
     for gqa, bounds in itertools.product((False, True), (None, [0, 3, 4, 9, 16, 24, 24, 24])):
         monkeypatch.setattr(train_gpt, "GROUPED", {"enable_gqa": True} if gqa else {})
-        meta = segmented(bounds, 8, masked=False)
+        cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+        meta = train_gpt.AttnMeta(cu_seqlens, 8, torch.empty(0), torch.empty(0), None)
         assert_sunk(train_gpt.flash_attention, meta, bounds or [0, 12, 24], 2 if bounds is None else 1)
 
 
@@ -427,27 +388,12 @@ def test_bf16_rotary_tables_of_the_published_program() -> None:
     assert published(8, 4, 1e4, rules.CPU)[0].dtype == torch.float32
 
 
-def toy(seed: int = 5, looping: bool = True, **knobs: Any) -> train_gpt.GPT:
-    """A small model, none of its tensors zero."""
-    model = train_gpt.GPT(train_gpt.Config(**TOY | knobs)).init_weights(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    model.set_looping(looping)
-    return model
-
-
-def sample(rows: int, length: int, bos: list[int]) -> Tensor:
-    return torch.from_numpy(rules.tokens(97, rows * length, bos)).view(rows, length)
-
-
 def test_documents_are_scored_as_if_alone() -> None:
     """Plain rows of delta nets alone, since attention runs through; packed, all mixers, and positions restart."""
     bounds, ids = [0, 31, 32, 77, 140], sample(1, 140, [0, 31, 32, 77])
     cu_seqlens = torch.tensor([*bounds, 140, 140], dtype=torch.int32)
     for packed, knobs in ((False, {"mixers": "G*5"}), (True, {})):
-        model, through = toy(**knobs), toy(**knobs, gdn_bos_reset=False)
+        model, through = (stack_model("delta", **knobs, gdn_bos_reset=reset) for reset in (True, False))
         together, crossing = (
             net(ids, meta=net.plan(140, rules.CPU, cu_seqlens, 140) if packed else None) for net in (model, through)
         )
@@ -455,125 +401,40 @@ def test_documents_are_scored_as_if_alone() -> None:
             torch.testing.assert_close(together[:, first:stop], model(ids[:, first:stop]), rtol=0, atol=2e-5)
         # segments always bound the state, BOS when asked
         assert torch.allclose(crossing, together, atol=2e-5) is packed
-
-
-def test_a_cut_of_a_long_document_clears_the_state() -> None:
-    model, ids = toy(mixers="G*5"), sample(1, 96, [0])
-    bounds = train_gpt.segment_bounds(np.zeros(1, int), 96, 32)
-    got = model(ids, meta=model.plan(96, rules.CPU, torch.from_numpy(train_gpt.pad_bounds(bounds)), 32))
+    # and so does the cut of a long document
+    model, ids = stack_model("delta", mixers="G*5"), sample(1, 96, [0])
+    cuts = torch.from_numpy(train_gpt.pad_bounds(train_gpt.segment_bounds(np.zeros(1, int), 96, 32)))
+    got = model(ids, meta=model.plan(96, rules.CPU, cuts, 32))
     torch.testing.assert_close(got, model(ids.view(3, 32)).view(1, 96, 97), rtol=0, atol=2e-5)
 
 
-def test_a_later_token_changes_no_earlier_logit() -> None:
-    for looping in (False, True):
-        model, ids = toy(looping=looping), sample(2, 80, [3])
-        before = model(ids)
-        ids[:, 50] = 11
-        after = model(ids)
-        assert torch.equal(before[:, :50], after[:, :50]), looping
-        assert not torch.isclose(before[:, 50:], after[:, 50:]).all(dim=-1).any(), looping
-
-
-def test_a_compiled_model_gives_the_same_numbers() -> None:
-    """Traced in one graph, as a run is, but without a C++ compiler; both mixers."""
-    torch._dynamo.reset()
-    model = toy(num_layers=2, mixers="G A", num_loops=0, parallel_start_layer=1)
-    counter = CompileCounterWithBackend("aot_eager")
-    ids, results = sample(2, 71, [0, 20]), []
-    for run in (model, torch.compile(model, fullgraph=True, backend=counter)):
-        loss = run(ids[:, :-1], ids[:, 1:])
-        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
-    for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-6)
-    assert counter.frame_count == 1
-
-
 def test_parallel_layers_on_one_stream_are_those_from_the_first_on() -> None:
-    cfg = train_gpt.Config(**TOY)
     for looping in (False, True):
-        route = train_gpt.plan_route(cfg, looping)
+        route = train_gpt.plan_route(DELTA, looping)
         assert route.parallel_block == tuple(layer >= 3 for layer in route.layers) and not any(route.parallel)
         assert "beside" in str(route)
-    lanes = train_gpt.plan_route(dataclasses.replace(cfg, parallel_lanes=2), False)
+    lanes = train_gpt.plan_route(dataclasses.replace(DELTA, parallel_lanes=2), False)
     assert any(lanes.parallel) and not any(lanes.parallel_block)
-    none = dataclasses.replace(cfg, parallel_start_layer=0)
+    none = dataclasses.replace(DELTA, parallel_start_layer=0)
     assert not any(train_gpt.plan_route(none, True).parallel_block)
     published = train_gpt.plan_route(train_gpt.Config(**PUBLISHED), True)
     assert published.parallel_block == (False,) * 14 + (True,) * 3 and published.num_encoder == 8
-    assert toy().lanes is None and toy(parallel_lanes=2).lanes is not None
+    assert [stack_model("delta", parallel_lanes=n).lanes is None for n in (1, 2)] == [True, False]
 
 
-# Parameters, groups, knobs
-
-
-def test_parameters_and_optimiser_groups_are_the_published_ones() -> None:
-    cfg = train_gpt.Config(**PUBLISHED)
-    assert sum(p.numel() for p in train_gpt.weights_of(cfg).values()) == 35_896_408
-    with torch.device("meta"):
-        model = train_gpt.GPT(cfg)
-    groups: dict[tuple[str, str], list[Tensor]] = {}
-    for (optimiser, lr, _), params in train_gpt.optimiser_groups(model).items():
-        groups.setdefault((optimiser, lr), []).extend(p for p in params.values() if p.requires_grad)
-    counts = {key: (len(params), sum(p.numel() for p in params)) for key, params in groups.items()}
-    wanted = {("adamw", "tied_embed_lr"): (1, 4_194_304), ("adamw", "scalar_lr"): (57, 32_856)}
-    assert counts == wanted | {("muon", "matrix_lr"): (66, 31_666_176)}
-    assert "of them not trained: 3 tensors, 3,072 weights" in train_gpt.explain(cfg, {})
-
-
-def test_the_published_convolution_is_not_trained() -> None:
-    for trained in (False, True):
-        model, ids = toy(gdn_conv_trained=trained), sample(2, 40, [0])
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimisers = train_gpt.Optimisers(model.cfg, model, rules.runtime())
-        model(ids[:, :-1], ids[:, 1:]).backward()
-        optimisers.step(1.0, 0)
-        still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
-        assert still == (set() if trained else {"blocks.0.attn.taps", "blocks.4.attn.taps"})
+# Knobs
 
 
 def test_mixers_are_written_out_and_fit_the_layers() -> None:
     spelt = {"": "A" * 5, "G A*3 G": "GAAAG", "A*5": "A" * 5, " GGAAA": "GGAAA", "G*2A*3": "GGAAA", "G*5": "G" * 5}
     for text, letters in spelt.items():
-        cfg = train_gpt.Config(**TOY | {"mixers": text})
+        cfg = dataclasses.replace(DELTA, mixers=text)
         assert train_gpt.mixer_letters(cfg) == letters and not cfg.problems(), text
         kinds = [type(block.attn) for block in train_gpt.GPT(cfg).blocks]
         assert kinds == [train_gpt.MIXERS[letter] for letter in letters], text
     for text in ("G*2 A*2", "G*2 A*4", "G,A*4", "GAAA?", "G*-1 A*6", "attention", "G*0", "g a*4"):
-        (line,) = train_gpt.Config(**TOY | {"mixers": text}).problems()
+        (line,) = dataclasses.replace(DELTA, mixers=text).problems()
         assert line.startswith(f"MIXERS={text!r} ") and "NUM_LAYERS=5" in line, text
-    extras = TOY | {"attn_extras": ("value_embed",), "ve_dim": 8}  # value embeddings need attention
-    for layers in ((1, 3), (0, 1), (-1,), (5,)):
-        problems = train_gpt.Config(**extras | {"ve_layers": layers}).problems()
+    for layers in ((1, 3), (0, 1), (-1,), (5,)):  # value embeddings need attention
+        problems = dataclasses.replace(DELTA, attn_extras=("value_embed",), ve_layers=layers).problems()
         assert not problems if layers == (1, 3) else "VE_LAYERS" in problems[0], layers
-
-
-def test_adapters_on_delta_nets() -> None:
-    cfg = train_gpt.Config(**TOY, ttt_lora_rank=2, ttt_lora_sites=("q", "v", "attn", "mlp", "head"))
-    model, ids = toy(), sample(2, 40, [0])
-    names = [name for name, slot, _ in train_gpt.lora_sites(cfg, model) if slot == 0]
-    assert names[:3] == ["qkv", "attn", "mlp"]
-    assert [n for n, slot, _ in train_gpt.lora_sites(cfg, model) if slot == 1] == ["q", "v", "attn", "mlp"]
-    lora = train_gpt.Adapters(cfg, rules.runtime(), model, 2)
-    for row in (0, 1):
-        lora.renew(row, row)
-    plain = model(ids)
-    assert torch.equal(model(ids, taps=lora), plain)
-    model(ids, ids, taps=lora).backward()
-    assert all(b.grad is not None and b.grad.abs().max() > 0 for b in lora.B.values())
-    with torch.no_grad():
-        lora.B["qkv_0"][1].normal_(generator=torch.Generator().manual_seed(1))
-    adapted = model(ids, taps=lora)
-    assert torch.equal(adapted[0], plain[0]) and not torch.allclose(adapted[1], plain[1])
-
-
-def test_a_run_with_delta_nets(run_gpt: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
-    knobs = "ATTN_EXTRAS=xsa,sink PARALLEL_LANES=1 ROPE_DTYPE=bf16 GDN_HEAD_DIM=8 GDN_CONV_TRAINED=0"
-    done = run_gpt(MIXERS="G A*3 G", ATTN_GATE="none", EMBED_EXTRAS="none", **rules.knobs(knobs))
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["legal"] and list(result["stages"]) == ["pre_quant", "quantized", "final"]
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert "fused_gdn_enabled: plain" in log and "attention beside MLP in executions" in log
-    assert "MIXERS=G A*3 G" in (tmp_path / "run" / "record.env").read_text()
-    taps = train_gpt.load_artifact(tmp_path / "run" / "model.bin")["blocks.4.attn.taps"]
-    assert taps.shape == (64, 2) and 0.5 < taps.abs().max() <= 0.5**0.5

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import golden_rules as rules
 import numpy as np
 import pytest
 import torch
+from conftest import Done
 
 import train_gpt
 
@@ -105,11 +104,7 @@ def test_compiled_training_step_needs_one_graph_per_route(tiny_data: Path) -> No
     assert torch.isfinite(trainer.loss)
 
 
-def test_the_whole_line_runs_compiled_in_bf16(
-    run_gpt: Callable[..., subprocess.CompletedProcess], tmp_path: Path
-) -> None:
-    done = run_gpt(DEVICE="cuda", MODEL_DIM=128, NUM_HEADS=2, NUM_KV_HEADS=1, ITERATIONS=30)
-    assert done.returncode == 0, done.stderr
-    stages = json.loads((tmp_path / "run" / "result.json").read_text())["stages"]
+def test_the_whole_line_runs_compiled_in_bf16(run_gpt: Callable[..., Done]) -> None:
+    stages = run_gpt(DEVICE="cuda", MODEL_DIM=128, NUM_HEADS=2, NUM_KV_HEADS=1, ITERATIONS=30).result["stages"]
     assert stages["quantized"]["val_loss"] < np.log(320)
     assert abs(stages["quantized"]["val_loss"] - stages["pre_quant"]["val_loss"]) < 0.1

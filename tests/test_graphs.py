@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import ttt_rules
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt
@@ -88,15 +90,50 @@ def test_warm_up_makes_every_graph_of_a_run_with_other_spans(
     assert seen == [16] * 2 + [32] * 4 + [64] * 2 + [16] * 4 + [32] * 5 + [64] * 3
 
 
-def test_graphs_of_training(counter: CompileCounterWithBackend) -> None:
+def attend_by_bounds(q: Tensor, k: Tensor, v: Tensor, meta: train_gpt.AttnMeta, sink: Tensor | None = None) -> Tensor:
+    """A backend that reads the boundaries inside the graph, as flash attention does."""
+    total = q.size(0) * q.size(1)
+    mask = train_gpt.segment_mask(meta.cu_seqlens, total, total)
+    return train_gpt.masked_attention(q, k, v, meta._replace(mask=mask), sink)
+
+
+@pytest.mark.parametrize("attend", [train_gpt.masked_attention, attend_by_bounds])
+def test_graphs_of_training(attend: train_gpt.Attend, counter: CompileCounterWithBackend) -> None:
     """One for each route, whatever the number of documents in a batch."""
-    cfg, runtime = small("NUM_LOOPS=1"), rules.runtime(compile=True)
-    model = ttt_rules.strong_model(cfg)
+    cfg, runtime, frames = small("NUM_LOOPS=1"), rules.runtime(compile=True), []
+    model = train_gpt.GPT(cfg, attend)
+    model.load_state_dict(ttt_rules.strong_model(cfg).state_dict())
     forward = train_gpt.compiled(runtime, model)
-    for looping in (False, True, False):
+    for looping, documents in itertools.product((False, True, False), (3, 200)):
         model.set_looping(looping)
-        for rate in (0.01, 0.1, 0.3):
-            tokens = ttt_rules.random_stream(96, document=rate).tokens
-            batch = train_gpt.packed_docs_batch(tokens, 32)
-            forward(*train_gpt.on_device(model, batch, runtime, 32)).backward()
-    assert counter.frame_count == 2
+        starts = np.linspace(0, 255, documents, dtype=np.int64)
+        batch = train_gpt.packed_docs_batch(rules.tokens(ttt_rules.VOCAB, 257, starts.tolist()), 128)
+        inputs = train_gpt.on_device(model, batch, runtime, 128)
+        loss = forward(*inputs)
+        torch.testing.assert_close(loss, model(*inputs))
+        loss.backward()
+        frames.append(counter.frame_count)
+    assert len({len(train_gpt.pad_bounds(np.arange(n))) for n in (3, 200)}) > 1, "the shapes did change"
+    assert frames == [1] * 2 + [2] * 4
+
+
+SHALLOW = {  # two layers with every part of a stack, and how near the gradients come
+    "n-gram": ("NUM_LAYERS=2 LOOP_END=0 PARALLEL_START_LAYER=1 VE_LAYERS=0,1 XSA_LAST_N=1", 1e-5, 1.3e-6),
+    "delta": ("NUM_LAYERS=2 MIXERS=GA NUM_LOOPS=0 PARALLEL_START_LAYER=1", 2e-4, 2e-6),
+}
+
+
+@pytest.mark.parametrize("stack", SHALLOW)
+def test_graph_of_a_stack(stack: str, counter: CompileCounterWithBackend) -> None:
+    """One for all of its parts, with gradients."""
+    knobs, rtol, atol = SHALLOW[stack]
+    model = ttt_rules.strong_model(rules.toy_config(f"{ttt_rules.STACKS[stack]} {knobs}"))
+    ids, results = ttt_rules.sample(2, 71, [0, 20]), []
+    for forward in (model, train_gpt.compiled(rules.runtime(compile=True), model)):
+        model.zero_grad()
+        loss = forward(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=rtol, atol=atol)
+    assert counter.frame_count == 1

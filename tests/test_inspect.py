@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import struct
-import subprocess
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,34 +12,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import stored
+from conftest import Done, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_pack_artifact import STAND_IN
 
 import pack_artifact
 import train_gpt
-
-SOURCE = """from __future__ import annotations
-# +---------+
-# | 01 DATA |
-# +---------+
-import json
-TABLE = {"a": 1}
-def load(path: str) -> str:
-    \"\"\"Gone.\"\"\"
-    return json.dumps(TABLE) + path
-# +---------+
-# | 02 MAIN |
-# +---------+
-class Run:
-    def go(self) -> str: return load("x")
-def main(argv: list[str]) -> int:
-    print(Run().go())
-    return 0
-if __name__ == "__main__":
-    main([])
-"""
-
 
 # pergroup needs lrzip, which not every machine has
 CODECS = [codec for codec in train_gpt.CODECS if codec != "pergroup" or shutil.which("lrzip")]
@@ -67,7 +43,7 @@ def write_run(folder: Path, codec: str) -> Path:
     (folder / "model.bin").write_bytes(train_gpt.pack_stored(stored(parts_of()), codec))
     (folder / "record.env").write_text("SEED=7\n")
     (folder / "result.json").write_text(json.dumps({"preset": "records/small"}))
-    (folder / "program.py").write_text(SOURCE)
+    (folder / "program.py").write_text(STAND_IN)
     return folder
 
 
@@ -87,31 +63,22 @@ def inspect(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
     return json.loads(out.splitlines()[-1].removeprefix("INSPECT ")) | {"text": out}
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """`inspect` says one line and exits with 2."""
-    capsys.readouterr()
-    assert pack_artifact.main(["inspect", *map(str, argv)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and len(error.strip().splitlines()) == 1, error
-    return error
-
-
 # Bytes
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_every_codec_is_accounted_for(codec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_run(tmp_path / "run", codec)
-    report, blob = inspect(capsys, folder / "model.bin"), (folder / "model.bin").read_bytes()
-    assert report["bytes_total"] == report["bytes_model"] == len(blob)
-    streams = sum(row["bytes"] for row in report["streams"])
-    assert 0 <= len(blob) - streams <= train_gpt.ARTIFACT_HEADER.size + 1 + 4 * len(report["streams"])
-    assert abs(sum(row["bytes"] for row in report["arrays"]) - streams) <= len(report["arrays"])
-    assert report["quantised_weights"] == sum(p["q"].numel() for p in parts_of().values() if "q" in p)
-    assert report["bits_per_weight"] == pytest.approx(8 * len(blob) / report["quantised_weights"])
-    arrays = {(row["role"], row["part"]): row for row in report["arrays"]}
-    assert arrays[("q", "symbols")]["items"] == 2 * 32 * 32 and arrays[("q", "symbols")]["arrays"] == 2
-    assert arrays[("up", "scales")]["items"] == 128 and ("shut", "other") in arrays
+def test_every_codec_is_accounted_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for codec in CODECS:
+        path = write_run(tmp_path / codec, codec) / "model.bin"
+        report, blob = inspect(capsys, path), path.read_bytes()
+        assert report["bytes_total"] == report["bytes_model"] == len(blob), codec
+        streams = sum(row["bytes"] for row in report["streams"])
+        assert 0 <= len(blob) - streams <= train_gpt.ARTIFACT_HEADER.size + 1 + 4 * len(report["streams"]), codec
+        assert abs(sum(row["bytes"] for row in report["arrays"]) - streams) <= len(report["arrays"]), codec
+        assert report["quantised_weights"] == sum(p["q"].numel() for p in parts_of().values() if "q" in p), codec
+        assert report["bits_per_weight"] == pytest.approx(8 * len(blob) / report["quantised_weights"]), codec
+        arrays = {(row["role"], row["part"]): row for row in report["arrays"]}
+        assert arrays[("q", "symbols")]["items"] == 2 * 32 * 32 and arrays[("q", "symbols")]["arrays"] == 2, codec
+        assert arrays[("up", "scales")]["items"] == 128 and ("shut", "other") in arrays, codec
 
 
 @settings(max_examples=50)
@@ -154,13 +121,9 @@ def test_parts_sections_bound_and_picture(run: Path, capsys: pytest.CaptureFixtu
     source = pack_artifact.read_packed(run / "artifact.pyz").source.decode()
     assert sum(row["minified"] for row in report["sections"]) == len(source)
     assert abs(sum(row["bytes"] for row in report["sections"]) - report["parts"]["code"]) <= len(report["sections"])
-    sections = {s.title: s.minified for s in pack_artifact.cut_sections(source, (run / "program.py").read_text())}
-    assert "TABLE" in sections["01 DATA"] and "class Run" in sections["02 MAIN"] and "def main" in sections["02 MAIN"]
     assert "preset small; hashes match" in report["text"] and "order-0 entropy" in report["text"]
     assert matplotlib.image.imread(tmp_path / "i.png").shape[:2] == (660, 1650)
-    symbols = parts_of()["tok_emb.weight:embed:gptq"]["q"].numpy()
-    shares = np.unique(symbols, return_counts=True)[1] / symbols.size
-    bound = -float((shares * np.log2(shares)).sum()) * symbols.size / 8
+    bound = pack_artifact.entropy_bits(parts_of()["tok_emb.weight:embed:gptq"]["q"].numpy()) / 8
     row = next(row for row in report["streams"] if row["stream"] == "embed")
     assert row["bound"] == round(bound) and row["over_bound"] == pytest.approx(row["bytes"] / bound - 1)
     split = inspect(capsys, run / "submission")
@@ -171,7 +134,8 @@ def test_parts_sections_bound_and_picture(run: Path, capsys: pytest.CaptureFixtu
 # Damage
 
 
-@pytest.mark.parametrize("name", ["artifact.pyz", "submission/train_gpt.py", "submission/model.bin", "model.bin"])
+# a bare model.bin: tests/test_artifact.py
+@pytest.mark.parametrize("name", ["artifact.pyz", "submission/train_gpt.py", "submission/model.bin"])
 @settings(max_examples=60)
 @given(data=st.data())
 def test_no_changed_or_missing_byte_passes(
@@ -192,58 +156,34 @@ def test_no_changed_or_missing_byte_passes(
         pack_artifact.read_streams(blob, "artifact")
 
 
-def test_a_changed_byte_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_read_is_one_line(
+    run: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, bad = (run / "artifact.pyz").read_bytes(), tmp_path / "bad.pyz"
     for at in (3, 20, 40, 300, len(whole) - 400, len(whole) - 30, len(whole) - 1):
         bad.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
-        refused(capsys, bad)
+        refused("", pack_artifact.main, "inspect", bad)
     bad.write_bytes(whole.replace(b"-truncated\n", b"-shortened\n"))
-    assert "another version of the packer" in refused(capsys, bad)
-    assert "no model blob" in refused(capsys, tmp_path)
-
-
-def test_blobs_of_another_version_or_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    blob = train_gpt.pack_stored(stored({"a:shut:fp16": {"w": torch.zeros(4).half()}}), "lzma")
-    path, version = tmp_path / "model.bin", train_gpt.ARTIFACT_VERSION
-
-    def sealed(version: int, number: int) -> bytes:
-        payload = blob[train_gpt.ARTIFACT_HEADER.size :]
-        head = train_gpt.ARTIFACT_HEADER.pack(train_gpt.MAGIC, version, number, len(payload), 0)[:-4]
-        return head + struct.pack("<I", zlib.crc32(payload, zlib.crc32(head))) + payload
-
-    for data, message in (
-        (sealed(version + 1, 2), f"artifact version {version + 1}"),
-        (sealed(version, 250), "unknown codec number 250"),
-        (sealed(version, 1), ""),  # sealed as one codec, written by another
-        (b"nothing of the kind", "not a model artifact"),
-    ):
-        path.write_bytes(data)
-        assert message in refused(capsys, path)
-
-
-def test_a_missing_compressor_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if "pergroup" not in CODECS:
-        pytest.skip("lrzip is not installed, so no such blob can be made here")
-    folder = write_run(tmp_path / "run", "pergroup")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert "lrzip" in refused(capsys, folder / "model.bin")
+    refused("another version of the packer", pack_artifact.main, "inspect", bad)
+    refused("no model blob", pack_artifact.main, "inspect", tmp_path)
+    if "pergroup" in CODECS:  # else no such blob can be made here
+        blob = write_run(tmp_path / "run", "pergroup") / "model.bin"
+        monkeypatch.setenv("PATH", str(tmp_path))
+        refused("lrzip", pack_artifact.main, "inspect", blob)
 
 
 # A run
 
 
 def test_a_run_is_inspected_against_its_own_weights(
-    run_gpt: Callable[..., subprocess.CompletedProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_gpt: Callable[..., Done], refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     knobs = {"REPAIR": "lqer", "AWQ_LITE_ENABLED": 1, "AWQ_LITE_GROUP_SIZE": 8, "GATED_ATTN_QUANT_GATE": 1}
     done = run_gpt(**knobs, ITERATIONS=3, WARMUP_STEPS=0, EVAL="plain")
-    assert done.returncode == 0, done.stderr
-    counts = done.stdout.rpartition("stored tensors: ")[2].splitlines()[0].split(", ")
+    counts = done.out.rpartition("stored tensors: ")[2].splitlines()[0].split(", ")
     assert {"1 awq_lite", "3 gptq+lqer", "5 int8_row"} <= set(counts), counts
 
-    folder = tmp_path / "run"
+    folder = done.folder
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     tsv, png = tmp_path / "t.tsv", tmp_path / "i.png"
     report = inspect(capsys, "--run", folder, "--probe", "--tsv", tsv, "--png", png)
@@ -282,6 +222,6 @@ def test_a_run_is_inspected_against_its_own_weights(
 
     other = {name: weight.flip(0) for name, weight in state.items()}
     torch.save({"model": other}, folder / "model.pt")
-    assert "other weights than model.pt has" in refused(capsys, "--run", folder)
+    refused("other weights than model.pt has", pack_artifact.main, "inspect", "--run", folder)
     (folder / "hessians.pt").unlink()
-    assert "hessians.pt is missing" in refused(capsys, "--run", folder)
+    refused("hessians.pt is missing", pack_artifact.main, "inspect", "--run", folder)

@@ -5,6 +5,7 @@ Most tests pack a small stand-in program with the interface of train_gpt.py, whi
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ import struct
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -273,35 +276,31 @@ def test_counts_are_those_of_the_disk(run_dir: Path, capsys: pytest.CaptureFixtu
     assert data.startswith(MAGIC) and (run_dir / "model.bin").read_bytes() in data, "the weights lie there as they are"
     with zipfile.ZipFile(run_dir / "artifact.pyz") as archive:
         assert archive.namelist() == ["__main__.py"] and archive.testzip() is None
+    model = str(run_dir.parent / "data" / "tiny.model")
+    assert pack(run_dir, "--tokenizer", "embed", "--tokenizer-path", model) == 0
+    report = last_line(capsys.readouterr().out)
+    assert 0 < report["parts"]["tokenizer"] <= report["bytes_total"] - size
 
 
-def test_cap_is_exact_and_over_it_nothing_is_written(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cap_is_exact_and_over_it_nothing_is_written(run_dir: Path, refused: Callable[..., str]) -> None:
+    command = ("pack", run_dir, "--source", run_dir.parent / "stand_in.py", "--cap")
     assert pack(run_dir) == 0
     artifact = run_dir / "artifact.pyz"
     older, size = artifact.read_bytes(), artifact.stat().st_size
-    assert pack(run_dir, "--cap", "1000") == 1 and artifact.read_bytes() == older, "an older artifact survives"
+    refused("over the cap of 1,000", pack_artifact.main, *command, 1000, code=1)
+    assert artifact.read_bytes() == older, "an older artifact survives"
     artifact.unlink()
     before = (run_dir / "result.json").read_bytes()
-    capsys.readouterr()
-    assert pack(run_dir, "--cap", str(size - 1)) == 1
-    error = one_line(capsys.readouterr().err)
-    assert not artifact.exists() and (run_dir / "result.json").read_bytes() == before
-    assert "are 1 over the cap" in error and "weights 40,000" in error
+    error = refused("are 1 over the cap", pack_artifact.main, *command, size - 1, code=1)
+    assert not artifact.exists() and (run_dir / "result.json").read_bytes() == before and "weights 40,000" in error
     assert pack(run_dir, "--cap", str(size)) == 0 and artifact.stat().st_size == size
     assert sorted(p.name for p in run_dir.iterdir()) == ["artifact.pyz", "model.bin", "record.env", "result.json"]
 
 
 def test_wrong_inputs_give_one_line_and_exit_code_2(
-    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = str(run_dir.parent / "stand_in.py")
-
-    def refused(*argv: str) -> str:
-        assert pack_artifact.main(list(argv)) == 2
-        return one_line(capsys.readouterr().err)
-
-    assert "no run directory" in refused("pack", str(run_dir / "nowhere"), "--source", source)
-    assert "no source" in refused("pack", str(run_dir), "--source", str(run_dir / "nowhere.py"))
+    main, broken, source = pack_artifact.main, run_dir.parent / "broken.py", run_dir.parent / "stand_in.py"
     for name, text, message in (
         *((name, None, name) for name in ("model.bin", "record.env", "result.json")),
         ("result.json", "{", "is not valid JSON"),
@@ -310,23 +309,27 @@ def test_wrong_inputs_give_one_line_and_exit_code_2(
         (run_dir / name).rename(run_dir / "away")
         if text is not None:
             (run_dir / name).write_text(text)
-        assert message in refused("pack", str(run_dir), "--source", source)
+        refused(message, main, "pack", run_dir, "--source", source)
         (run_dir / "away").rename(run_dir / name)
-    broken = run_dir.parent / "broken.py"
     broken.write_text("x = 1\ndef f(:\n")
-    assert "line 2 does not parse" in refused("pack", str(run_dir), "--source", str(broken))
     monkeypatch.delenv("DATA_PATH", raising=False)
-    assert "--tokenizer-path" in refused("pack", str(run_dir), "--source", source, "--tokenizer", "embed")
-    assert "no file" in refused("verify", str(run_dir / "nowhere.pyz"))
-    assert "not a one-file artifact" in refused("verify", source)
-    assert "FILE and --run" in refused("inspect") and "--run" in refused("inspect", source, "--probe")
     assert pack(run_dir) == 0
-    whole, cut = (run_dir / "artifact.pyz").read_bytes(), run_dir / "cut.pyz"
-    capsys.readouterr()
+    whole, cut, corrupt = (run_dir / "artifact.pyz").read_bytes(), run_dir / "cut.pyz", run_dir / "corrupt.pyz"
     cut.write_bytes(whole[:-500])
-    assert "truncated" in refused("verify", str(cut))
-    cut.write_bytes(whole[:9000] + bytes([whole[9000] ^ 4]) + whole[9001:])
-    assert "corrupted" in refused("inspect", str(cut))
+    corrupt.write_bytes(whole[:9000] + bytes([whole[9000] ^ 4]) + whole[9001:])
+    for message, *argv in (
+        ("no run directory", "pack", run_dir / "nowhere", "--source", source),
+        ("no source", "pack", run_dir, "--source", run_dir / "nowhere.py"),
+        ("line 2 does not parse", "pack", run_dir, "--source", broken),
+        ("--tokenizer-path", "pack", run_dir, "--source", source, "--tokenizer", "embed"),
+        ("no file", "verify", run_dir / "nowhere.pyz"),
+        ("not a one-file artifact", "verify", source),
+        ("FILE and --run", "inspect"),
+        ("--run", "inspect", source, "--probe"),
+        ("truncated", "verify", cut),
+        ("corrupted", "inspect", corrupt),
+    ):
+        refused(message, main, *argv)
 
 
 # Run the artifact
@@ -359,20 +362,16 @@ def test_environment_wins_where_it_may(packed: Path, tmp_path: Path) -> None:
     assert found["stages"] == "quantize,eval" and found["model"] == "given" and found["preset"] != "elsewhere"
 
 
-def test_runs_under_torchrun(packed: Path, tmp_path: Path) -> None:
+def test_several_processes_extract_at_once(packed: Path, tmp_path: Path) -> None:
     shutil.copy(packed / "artifact.pyz", tmp_path)
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     found = seen(execute([*torchrun, "artifact.pyz"], tmp_path, packed).stdout)
     assert sorted(str(s["RANK"]) for s in found) == ["0", "1"] and {s["WORLD_SIZE"] for s in found} == {"2"}
-
-
-def test_eight_processes_extract_at_once(packed: Path, tmp_path: Path) -> None:
-    env = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path), "DATA_PATH": str(packed.parent / "data")}
-    command = [sys.executable, str(packed / "artifact.pyz"), "--explain"]
-    children = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(8)]
-    outputs = [child.communicate()[0] for child in children]
-    assert outputs == ["parameters 40000\n"] * 8 and not any(child.returncode for child in children)
-    assert len(list(tmp_path.glob("train_gpt/*/tiny/*"))) == 3
+    explain = functools.partial(execute, XDG_CACHE_HOME=str(tmp_path / "empty"))
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(explain, ["artifact.pyz", "--explain"], tmp_path, packed) for _ in range(8)]
+        assert [each.result().stdout for each in waiting] == ["parameters 40000\n"] * 8
+    assert len(list(tmp_path.glob("empty/train_gpt/*/tiny/*"))) == 3
 
 
 def test_a_damaged_file_or_cache_is_one_line(packed: Path, tmp_path: Path) -> None:
@@ -425,15 +424,6 @@ def test_split_form_counts_both_files_and_checks_the_model(run_dir: Path, tmp_pa
     assert pack_artifact.main(["inspect", str(out)]) == 2
 
 
-def test_embedded_tokenizer_is_counted(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pack(run_dir) == 0
-    without = (run_dir / "artifact.pyz").stat().st_size
-    model = str(run_dir.parent / "data" / "tiny.model")
-    assert pack(run_dir, "--tokenizer", "embed", "--tokenizer-path", model) == 0
-    report = last_line(capsys.readouterr().out)
-    assert 0 < report["parts"]["tokenizer"] <= report["bytes_total"] - without
-
-
 # Verify
 
 
@@ -451,12 +441,8 @@ def test_verify_equals_the_run_in_isolation(
     out = capfd.readouterr().out
     (found,) = seen(out)
     assert found["PYTHONPATH"] is None and found["LEAKED_KNOB"] is None
-    assert last_line(out)["equal"] is True and set(last_line(out)["checks"]) >= {
-        "model.bin",
-        "decoded weights",
-        "val_bpb",
-        "val_loss",
-    }
+    checks = "model.bin,decoded weights,val_bpb,val_loss".split(",")
+    assert last_line(out)["equal"] is True and set(last_line(out)["checks"]) >= {*checks}
     assert not Path(str(found["file"])).exists()
     assert verify(packed) == 0, "without a run it only prints the score"
     report = last_line(capfd.readouterr().out)
@@ -474,11 +460,8 @@ def test_verify_reports_another_score_other_weights_and_a_failure(
     (run_dir / "model.bin").write_bytes(weights)
     assert verify(run_dir, "--run", str(run_dir)) == 1
     out, err = capfd.readouterr()
-    assert sorted(k for k, ok in last_line(out)["checks"].items() if not ok) == [
-        "decoded weights",
-        "model.bin",
-        "val_bpb",
-    ]
+    wrong = {k for k, ok in last_line(out)["checks"].items() if not ok}
+    assert wrong == {"decoded weights", "model.bin", "val_bpb"}
     assert "difference -1.0" in out and "error: the artifact is not the run" in err
     (tmp_path / "empty").mkdir()
     assert pack_artifact.main(["verify", str(run_dir / "artifact.pyz"), "--data", str(tmp_path / "empty")]) == 1
@@ -534,7 +517,7 @@ def test_copies_of_the_program_have_operators_of_their_own(small_program: Path) 
     assert len({str(copy.softcap_ce._opoverload) for copy in copies}) == 2
     first, second = (copy.fused_cross_entropy(z, targets, 30.0) for copy in copies)
     assert torch.equal(first, second)
+    (small_program.parent / "broken.py").write_text("import no_such_module\n")
     for name, message in (("nowhere.py", "no program"), ("broken.py", "cannot be imported")):
-        (small_program.parent / "broken.py").write_text("import no_such_module\n")
         with pytest.raises(train_gpt.UserError, match=message):
             pack_artifact.load_program(small_program.parent / name)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+import pack_artifact
 import train_gpt
 from train_gpt import UserError, load_config, open_blob, pack_stored, rans_decode, rans_encode, rans_frame
 
@@ -75,8 +76,7 @@ def normal(rows: int, cols: int, sigma: float | np.ndarray = 2.6, seed: int = 0)
 
 def entropy(matrix: np.ndarray) -> float:
     """Order-0 entropy in bytes."""
-    counts = np.bincount(matrix.ravel().view(np.uint8))
-    return float(-(counts[counts > 0] * np.log2(counts[counts > 0] / matrix.size)).sum() / 8)
+    return pack_artifact.entropy_bits(matrix) / 8
 
 
 def on_trellis(rows: int, cols: int, states: int, chunk: int, seed: int = 0, sigma: float = 1.3) -> np.ndarray:

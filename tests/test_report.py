@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_marks_and_notes(tmp_path: Path) -> None:
         assert words in table, words
 
 
-def test_broken_run_gives_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_run_gives_one_clear_line(tmp_path: Path, refused: Callable[..., str]) -> None:
     for name, content, message in (
         ("result.json", None, "does not exist"),
         ("result.json", "{", "is not valid JSON"),
@@ -115,7 +116,5 @@ def test_broken_run_gives_one_clear_line(tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / name).unlink()
         if content is not None:
             (tmp_path / name).write_text(content, encoding="utf-8")
-        assert report.main([str(tmp_path)]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+        refused(message, report.main, tmp_path)
     assert not (tmp_path / "report.png").exists()

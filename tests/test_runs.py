@@ -28,6 +28,7 @@ import train_gpt
 
 FULL = {"SEED": 7, "VAL_LOSS_EVERY": 4}
 QUICK = {"ITERATIONS": 6, "EVAL": "plain", "AVERAGE": "none"}
+SHORTEST = {"ITERATIONS": 1, "WARMUP_STEPS": 0}
 STAGES = ("pre_quant", "quantized", "final")
 WRITTEN = {"log.txt", "metrics.jsonl", "model.pt", "hessians.pt", "model.bin", "record.env", "result.json"}
 
@@ -49,16 +50,28 @@ def finished(data: Path, folder: Path, **knobs: object) -> Done:
     return done
 
 
+def finished_once(once: Callable[..., Path], name: str, data: Path, **knobs: object) -> Done:
+    """A finished run, for all workers."""
+
+    def run(room: Path) -> None:
+        done = finished(data, room / "run", **knobs)
+        assert done.err == ""
+        (room / "out").write_text(done.out, encoding="utf-8")
+
+    room = once(name, run)
+    return Done(room / "run", 0, (room / "out").read_text(encoding="utf-8"), "")
+
+
 @pytest.fixture(scope="module")
-def full(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def full(tiny_data: Path, once: Callable[..., Path]) -> Done:
     """A run of all stages, with adapters at the end."""
-    return finished(tiny_data, tmp_path_factory.mktemp("full") / "run", **FULL)
+    return finished_once(once, "full", tiny_data, **FULL)
 
 
 @pytest.fixture(scope="module")
-def quick(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def quick(tiny_data: Path, once: Callable[..., Path]) -> Done:
     """A short run without an average, so that the weights have moved."""
-    return finished(tiny_data, tmp_path_factory.mktemp("quick") / "run", **QUICK)
+    return finished_once(once, "quick", tiny_data, **QUICK)
 
 
 @pytest.fixture
@@ -77,11 +90,8 @@ def again(tiny_data: Path, tmp_path: Path) -> Callable[..., Done]:
 # A whole run and its files
 
 
-def test_full_run_leaves_every_file_and_no_half_one(full: Done) -> None:
-    assert {p.name for p in full.folder.iterdir()} == WRITTEN and full.err == ""
-
-
 def test_result_has_the_agreed_keys_and_adds_up(full: Done, tiny_data: Path) -> None:
+    assert {p.name for p in full.folder.iterdir()} == WRITTEN, "every file and no half one"
     result, final = full.result, full.result["stages"]["final"]
     assert list(result["stages"]) == list(STAGES)
     assert all(set(stage) == {"val_loss", "val_bpb", "seconds"} for stage in result["stages"].values())
@@ -144,10 +154,9 @@ def test_every_evaluation_scores_the_same_targets(
 @pytest.mark.parametrize(
     "text",
     [
-        "MATRIX_QUANT=rowwise EMBED_QUANT=rowwise",
-        "COMPRESSOR=lzma",
-        "NUM_LOOPS=0 PARALLEL_START_LAYER=0 SKIP_GATES_ENABLED=0 ATTN_EXTRAS=none",
-        "ATTN_GATE=none EMBED_EXTRAS=none AVERAGE=ema GRAD_CLIP_NORM=0 EVAL_INCLUDE_TAIL=1",
+        "MATRIX_QUANT=rowwise EMBED_QUANT=rowwise NUM_LOOPS=0 PARALLEL_START_LAYER=0 SKIP_GATES_ENABLED=0",
+        "COMPRESSOR=lzma ATTN_EXTRAS=none ATTN_GATE=none EMBED_EXTRAS=none AVERAGE=ema GRAD_CLIP_NORM=0 "
+        "EVAL_INCLUDE_TAIL=1",
     ],
 )
 def test_other_choices_run_from_end_to_end(text: str, again: Callable[..., Done]) -> None:
@@ -250,6 +259,44 @@ def test_two_processes_quantise_and_adapt_as_one(full: Done, tiny_data: Path, tm
     assert two.bpb("final") == pytest.approx(one.bpb("final"), rel=1e-5)
 
 
+PHASES = "PHASED_TTT_PREFIX_DOCS=4 PHASED_TTT_NUM_PHASES=2 GLOBAL_TTT_LR=0.05 GLOBAL_TTT_CHUNK_TOKENS=128"
+WINDOWS = "EVAL_STRIDE=16 TTT_CHUNK_TOKENS=192"
+CAUSAL = f"EVAL=slot {WINDOWS} TTT_EPOCHS=1 SLOT_LR=0.1"
+PUBLISHED = f"{CAUSAL} SLOT_CAUSAL=0 ALLOW_NONCAUSAL=1"  # SLOT that fits on the targets that it scores
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"EVAL=phased_lora TTT_CONTEXT=carry TTT_BATCH_SIZE=2 {PHASES}",  # both ranks take documents
+        f"EVAL=chunk_sgd {WINDOWS} TTT_LR=0.3 TTT_EPOCHS=2",
+        PUBLISHED,
+    ],
+)
+def test_two_processes_adapt_as_one(
+    text: str, quick: Done, again: Callable[..., Done], call_ranks: Callable[..., Done], tiny_data: Path, tmp_path: Path
+) -> None:
+    changed = QUICK | knobs(text) | {"STAGES": "eval"}
+    one, folder = again(quick, **changed), Path(shutil.copytree(quick.folder, tmp_path / "two"))
+    two = call_ranks(environment(tiny_data, folder, **changed), folder)
+    assert (one.code, two.code) == (0, 0), one.err + two.err
+    assert two.result["val_loss"] == pytest.approx(one.result["val_loss"], rel=1e-5)
+    for key in ("legal", "tokens_scored", "bytes_scored"):
+        assert two.result[key] == one.result[key], key
+    assert abs(one.bpb("final") - one.bpb("quantized")) > 1e-3, "adapting changes nothing"
+    for done in (one, two):
+        assert done.out.count("global steps") == (2 if PHASES in text else 0)
+        assert done.result["legal"] is not (text == PUBLISHED)
+
+
+def test_reading_the_answers_pays_and_is_called_not_legal(quick: Done, again: Callable[..., Done]) -> None:
+    causal, published = (again(quick, STAGES="eval", **knobs(text)) for text in (CAUSAL, PUBLISHED))
+    for done, legal in ((causal, True), (published, False)):
+        warned = "WARNING: the final score is not legal" in done.out
+        assert done.result["legal"] is legal is not warned and ("not legal" in done.out) is warned
+    assert published.result["val_loss"] < causal.result["val_loss"] - 0.01
+
+
 # The clock
 
 CLOCK = {**QUICK, "MAX_WALLCLOCK_SECONDS": 3, "GPTQ_RESERVE_SECONDS": 1, "ITERATIONS": 100_000}
@@ -306,10 +353,35 @@ def edit(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
+def other_weights(run: Path) -> None:
+    """As after a run that was killed between its two files."""
+    saved = torch.load(run / "model.pt", weights_only=True)
+    saved["model"]["blocks.0.attn.q.weight"][0, 0] += 1
+    torch.save(saved, run / "model.pt")
+
+
+def edit_tokens(change: Callable[[np.ndarray], object]) -> Callable[[Path], None]:
+    """A change of the validation tokens."""
+
+    def damage(data: Path) -> None:
+        raw, head = (data / VAL).read_bytes(), 4 * train_gpt.SHARD_HEADER_INTS
+        tokens = np.frombuffer(raw[head:], "<u2").copy()
+        tokens[:] = change(tokens)
+        (data / VAL).write_bytes(raw[:head] + tokens.tobytes())
+
+    return damage
+
+
+def no_documents(tokens: np.ndarray) -> np.ndarray:
+    return np.where(tokens == train_gpt.BOS_ID, 300, tokens)
+
+
 TRAIN, SECOND, THIRD = (f"fineweb_train_00000{i}.bin" for i in range(3))
 VAL = "fineweb_val_000000.bin"
 PROMISES = "its header promises"
-BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
+QUANTIZE, EVAL, ADAPT = "STAGES=quantize,eval", "STAGES=eval", "EVAL=doc_lora OVERWRITE=1"
+Damage = Callable[[Path], object]
+BAD_DATA: dict[str, tuple[Damage, str] | tuple[Damage, str, str]] = {  # and the run's knobs, by default a new training
     "missing train shard": (lambda d: (d / TRAIN).unlink(), "has no fineweb_train_*.bin"),
     "missing val shard": (lambda d: (d / VAL).unlink(), "has no fineweb_val_*.bin"),
     "gap": (lambda d: shutil.copy(d / TRAIN, d / THIRD), "fineweb_train_000001.bin is missing"),
@@ -323,21 +395,40 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
     "two tokenizers": (lambda d: (d / "b.model").write_bytes(b""), "choose one with TOKENIZER_PATH"),
     "no tokenizer": (lambda d: next(d.glob("*.model")).unlink(), "neither a *.model nor a byte sidecar"),
     "nothing there": (lambda d: shutil.rmtree(d), "has no fineweb_val_*.bin"),
+    "no documents": (edit_tokens(no_documents), "no document start (BOS)", ADAPT),
+    "no bytes": (edit_tokens(lambda tokens: train_gpt.BOS_ID), "count no byte", ADAPT),
+    "another preparation": (edit_tokens(np.sort), "holds other validation data than", EVAL),
+}
+BAD_FILES: dict[str, tuple[Damage, str, str]] = {
+    "truncated artifact": (lambda f: edit(f / "model.bin", lambda raw: raw[:-9]), "truncated", EVAL),
+    "damaged artifact": (lambda f: edit(f / "model.bin", lambda raw: raw[:-9] + bytes(9)), "damaged", EVAL),
+    "foreign artifact": (lambda f: (f / "model.bin").write_bytes(b"GGUF" * 9), "not a model artifact", EVAL),
+    "missing artifact": (lambda f: (f / "model.bin").unlink(), "no such artifact", EVAL),
+    "missing checkpoint": (lambda f: (f / "model.pt").unlink(), "model.pt is missing", QUANTIZE),
+    "missing Hessians": (lambda f: (f / "hessians.pt").unlink(), "hessians.pt is missing", QUANTIZE),
+    "truncated checkpoint": (lambda f: edit(f / "model.pt", lambda raw: raw[:-999]), "model.pt", QUANTIZE),
+    "empty checkpoint": (lambda f: (f / "model.pt").write_bytes(b""), "model.pt is damaged", QUANTIZE),
+    "list for a checkpoint": (lambda f: torch.save([1], f / "model.pt"), "lacks a dictionary", QUANTIZE),
+    "checkpoint without weights": (lambda f: torch.save({}, f / "model.pt"), "lacks model", QUANTIZE),
+    "empty Hessians": (lambda f: (f / "hessians.pt").write_bytes(b""), "hessians.pt is damaged", QUANTIZE),
+    "Hessians of other weights": (other_weights, "of other weights than model.pt", QUANTIZE),
+    "list for a result": (lambda f: (f / "result.json").write_text("[1]"), "holds a list", EVAL),
+    "damaged result": (lambda f: (f / "result.json").write_text("{"), "result.json", EVAL),
 }
 
 
-@pytest.mark.parametrize("name", BAD_DATA)
-def test_bad_data_is_one_line_and_loses_nothing(
-    name: str, quick: Done, again: Callable[..., Done], tiny_data: Path, tmp_path: Path
-) -> None:
-    damage, words = BAD_DATA[name]
-    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    damage(data)
-    # else every damage would be "not the file that manifest.json lists"
-    (data / "manifest.json").unlink(missing_ok=True)
-    done = again(quick, data=data, SEED=5, OVERWRITE=1)
+@pytest.mark.parametrize("name", [*BAD_DATA, *BAD_FILES])
+def test_bad_file_is_one_line_and_loses_nothing(name: str, quick: Done, tiny_data: Path, tmp_path: Path) -> None:
+    damage, words, *more = (BAD_DATA | BAD_FILES)[name]
+    data, folder = Path(shutil.copytree(tiny_data, tmp_path / "data")), tmp_path / "run"
+    shutil.copytree(quick.folder, folder)
+    damage(data if name in BAD_DATA else folder)
+    if name in BAD_DATA:  # else every damage would be "not the file that manifest.json lists"
+        (data / "manifest.json").unlink(missing_ok=True)
+    before = snapshot(folder)
+    done = call(environment(data, folder, **QUICK | knobs((*more, "SEED=5 OVERWRITE=1")[0])), folder)
     refused(done, 2, words)
-    assert snapshot(done.folder) == snapshot(quick.folder)
+    assert snapshot(folder) == before
     assert "step 1 " not in done.out, "found before any training"
 
 
@@ -358,6 +449,7 @@ BAD_KNOBS = """
     RANK=0 WORLD_SIZE=0 -> RANK=0 WORLD_SIZE=0: not what a launcher sets
     RANK=x WORLD_SIZE=2 -> RANK=x WORLD_SIZE=2: not what a launcher sets
     STAGES=eval MODEL_PATH=none.bin -> no such artifact
+    DEVICE=cuda -> torch sees no GPU
     WORLD_SIZE=3 RANK=0 -> error: BATCH_SLICES=4 is not a multiple of the 3 ranks
 """
 
@@ -365,52 +457,11 @@ BAD_KNOBS = """
 @pytest.mark.parametrize("row", BAD_KNOBS.strip().splitlines())
 def test_bad_knob_is_one_line_and_loses_nothing(row: str, quick: Done, again: Callable[..., Done]) -> None:
     text, words = row.split(" -> ")
+    if "DEVICE=cuda" in text and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     done = again(quick, **{"OVERWRITE": 1} | knobs(text))
     refused(done, 2, words)
     assert snapshot(done.folder) == snapshot(quick.folder)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_absent_gpu_is_one_line(again: Callable[..., Done]) -> None:
-    refused(again(DEVICE="cuda"), 2, "torch sees no GPU")
-
-
-def other_weights(folder: Path) -> None:
-    """As after a run that was killed between its two files."""
-    saved = torch.load(folder / "model.pt", weights_only=True)
-    saved["model"]["blocks.0.attn.q.weight"][0, 0] += 1
-    torch.save(saved, folder / "model.pt")
-
-
-BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "truncated artifact": ("eval", lambda f: edit(f / "model.bin", lambda raw: raw[:-9]), "truncated"),
-    "damaged artifact": ("eval", lambda f: edit(f / "model.bin", lambda raw: raw[:-9] + bytes(9)), "damaged"),
-    "foreign artifact": ("eval", lambda f: (f / "model.bin").write_bytes(b"GGUF" * 9), "not a model artifact"),
-    "missing artifact": ("eval", lambda f: (f / "model.bin").unlink(), "no such artifact"),
-    "missing checkpoint": ("quantize,eval", lambda f: (f / "model.pt").unlink(), "model.pt is missing"),
-    "missing Hessians": ("quantize,eval", lambda f: (f / "hessians.pt").unlink(), "hessians.pt is missing"),
-    "truncated checkpoint": ("quantize,eval", lambda f: edit(f / "model.pt", lambda raw: raw[:-999]), "model.pt"),
-    "empty checkpoint": ("quantize,eval", lambda f: (f / "model.pt").write_bytes(b""), "model.pt is damaged"),
-    "list for a checkpoint": ("quantize,eval", lambda f: torch.save([1], f / "model.pt"), "lacks a dictionary"),
-    "checkpoint without weights": ("quantize,eval", lambda f: torch.save({}, f / "model.pt"), "lacks model"),
-    "empty Hessians": ("quantize,eval", lambda f: (f / "hessians.pt").write_bytes(b""), "hessians.pt is damaged"),
-    "Hessians of other weights": ("quantize,eval", lambda f: other_weights(f), "of other weights than model.pt"),
-    "list for a result": ("eval", lambda f: (f / "result.json").write_text("[1]"), "holds a list"),
-    "damaged result": ("eval", lambda f: (f / "result.json").write_text("{"), "result.json"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_file_of_a_stage_before_is_one_line_and_loses_nothing(
-    name: str, quick: Done, tiny_data: Path, tmp_path: Path
-) -> None:
-    stages, damage, words = BAD_FILES[name]
-    folder = Path(shutil.copytree(quick.folder, tmp_path / "run"))
-    damage(folder)
-    before = snapshot(folder)
-    done = call(environment(tiny_data, folder, **{**QUICK, "STAGES": stages}), folder)
-    refused(done, 2, words)
-    assert snapshot(folder) == before
 
 
 @pytest.mark.parametrize("knob", ["MATRIX_LR", "TIED_EMBED_LR", "SCALAR_LR"])
@@ -446,15 +497,6 @@ def test_an_artifact_of_another_model_is_refused(quick: Done, again: Callable[..
     refused(done, 2, "is of a model with other knobs")
 
 
-def test_data_of_another_preparation_is_refused_on_resume(
-    quick: Done, again: Callable[..., Done], tiny_data: Path, tmp_path: Path
-) -> None:
-    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    edit(data / "fineweb_val_000000.bin", lambda raw: raw[:2000] + raw[2002:2004] + raw[2002:])
-    (data / "manifest.json").unlink()
-    refused(again(quick, data=data, STAGES="eval"), 2, "holds other validation data than")
-
-
 def test_files_that_are_not_of_the_manifest_are_refused(tiny_data: Path, tmp_path: Path) -> None:
     """Each fits by its size and its header."""
     data, said = Path(shutil.copytree(tiny_data, tmp_path / "data")), []
@@ -477,7 +519,8 @@ def test_case_operators_need_their_sidecar(caseops_sample: Path, tmp_path: Path)
     data = Path(shutil.copytree(caseops_sample, tmp_path / "data"))
     for path in data.glob("fineweb_val_bytes_*.bin"):
         path.unlink()
-    cfg = train_gpt.load_config({**TOY, "DATA_PATH": str(data), "VOCAB_SIZE": vocabulary(data)})
+    pieces = json.loads((data / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]["vocab_size"]
+    cfg = train_gpt.load_config({**TOY, "DATA_PATH": str(data), "VOCAB_SIZE": str(pieces)})
     with pytest.raises(train_gpt.UserError, match="case operators"):
         train_gpt.load_val(cfg)
     shutil.copytree(caseops_sample, tmp_path / "whole")
@@ -485,27 +528,6 @@ def test_case_operators_need_their_sidecar(caseops_sample: Path, tmp_path: Path)
     cfg = train_gpt.dataclasses.replace(cfg, data_path=str(tmp_path / "whole"))
     with pytest.raises(train_gpt.UserError, match="fineweb_val_bytes_000000.bin: missing, though"):
         train_gpt.check_data(cfg, train_gpt.Log(None, True))
-
-
-def vocabulary(data: Path) -> str:
-    """Pieces of the tokenizer of a data folder."""
-    return str(json.loads((data / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]["vocab_size"])
-
-
-@pytest.mark.parametrize("bos", [False, True])
-def test_a_stream_without_documents_or_bytes_is_refused_at_once(
-    bos: bool, again: Callable[..., Done], tiny_data: Path, tmp_path: Path
-) -> None:
-    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    path, head = data / "fineweb_val_000000.bin", 4 * train_gpt.SHARD_HEADER_INTS
-    raw = path.read_bytes()
-    tokens = np.frombuffer(raw[head:], "<u2").copy()
-    tokens[:] = train_gpt.BOS_ID if bos else np.where(tokens == train_gpt.BOS_ID, 300, tokens)
-    path.write_bytes(raw[:head] + tokens.tobytes())
-    (data / "manifest.json").unlink()
-    done = again(data=data, EVAL="doc_lora")
-    refused(done, 2, "count no byte" if bos else "no document start (BOS)")
-    assert "step 1 " not in done.out
 
 
 def test_a_folder_in_use_names_its_owner(quick: Done, again: Callable[..., Done], tmp_path: Path) -> None:
@@ -516,13 +538,12 @@ def test_a_folder_in_use_names_its_owner(quick: Done, again: Callable[..., Done]
     assert snapshot(folder) == snapshot(quick.folder), "the lock goes with its owner"
 
 
-def test_folders_that_take_no_files(again: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_folder_that_takes_no_files_or_a_full_disk_is_found_before_training(
+    again: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     refused(again(ARTIFACT_DIR=tmp_path / "file"), 1, "File exists")
     refused(again(ARTIFACT_DIR=tmp_path / "file" / "run"), 1, "Not a directory")
-
-
-def test_a_full_disk_is_found_before_training(again: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     refused(again(), 2, "1 MiB of disk are free")
 
@@ -551,7 +572,8 @@ def test_default_folders_tell_configurations_apart(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for more in ({}, {"MATRIX_LR": "0.02"}, {"MATRIX_LR": "0.02", "SEED": "5"}):
-        env = {k: v for k, v in environment(tiny_data, tmp_path, **QUICK | more).items() if k != "ARTIFACT_DIR"}
+        env = environment(tiny_data, tmp_path, **QUICK | SHORTEST | more)
+        del env["ARTIFACT_DIR"]
         assert call(env, tmp_path).code == 0
     names = sorted(path.name for path in (tmp_path / "logs").iterdir())
     assert len(names) == 3 and all(re.fullmatch(r"default_seed\d+_[0-9a-f]{12}", name) for name in names)

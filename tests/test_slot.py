@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-
 import golden_rules as rules
 import ngram_rules as ngram
 import numpy as np
@@ -136,23 +132,3 @@ def test_the_driver_refuses_a_fit_on_scored_targets_unless_allowed() -> None:
         ledger.admit(cells._replace(fit=np.append(cells.fit, cells.rows[0] * 16 + cells.cols[0])))
     with pytest.raises(UserError, match="SLOT_CAUSAL=0 fits on the targets it scores.*ALLOW_NONCAUSAL=1"):
         config(EVAL="slot", SLOT_CAUSAL=0)
-
-
-# Runs
-
-
-def test_result_and_log_say_what_is_not_legal(run_gpt: Callable, tmp_path: Path) -> None:
-    """Both forms of one artifact; the published one on two processes too."""
-    knobs = {"EVAL": "slot", "EVAL_STRIDE": 16, "TTT_CHUNK_TOKENS": 192, "TTT_EPOCHS": 1}
-    stage, published, results = {"STAGES": "eval"}, {"SLOT_LR": 0.1, **PUBLISHED}, []
-    for own, ranks in (({}, 1), (stage | published, 1), (stage | published, 2)):
-        done = run_gpt(ranks=ranks, **knobs | own)
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads((tmp_path / "run" / "result.json").read_text()))
-        assert results[-1]["legal"] is not bool(own)
-        assert results[-1]["tokens_scored"] == results[0]["tokens_scored"]
-        warned = "WARNING: the final score is not legal" in done.stdout
-        assert warned is ("not legal" in done.stdout) is bool(own)
-    causal, *losses = (result["val_loss"] for result in results)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert losses[0] < causal - 0.01, "reading the answers must pay"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +128,12 @@ def test_logs_alone_are_enough(record: Path, tmp_path: Path) -> None:
 
 
 def test_seeds_of_different_things_and_broken_files_are_refused(
-    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    record: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
+    def refuse(message: str, *runs: Path) -> None:
+        refused(message, submit.main, record, "--runs", *runs)
+
     before = contents(record)
-
-    def refused(message: str, *runs: Path) -> None:
-        assert submit.main([str(record), "--runs", *map(str, runs)]) == 2
-        error = capsys.readouterr().err
-        assert message in error and len(error.strip().splitlines()) == 1
-
     one, two = write_run(tmp_path, 1, 1.06), write_run(tmp_path, 2, 1.06)
     for change, message in (
         ({"knobs": "EVAL=phased_lora\nTTT_LORA_RANK=80\n"}, "not one configuration: TTT_LORA_RANK (default and 80)"),
@@ -144,52 +142,50 @@ def test_seeds_of_different_things_and_broken_files_are_refused(
         ({"stages": {}}, "no final score"),
     ):
         shutil.rmtree(two)
-        refused(message, one, write_run(tmp_path, 2, 1.06, **change))
-    refused("a seed of its own", one, one)
+        refuse(message, one, write_run(tmp_path, 2, 1.06, **change))
+    refuse("a seed of its own", one, one)
     shutil.rmtree(two)
     log = (write_run(tmp_path, 2, 1.06) / "log.txt").read_text()
     (two / "log.txt").write_text(log.replace("8 x cuda", "1 x cuda"))
-    refused("different machines", one, two)
-    refused("give a run folder or its log", tmp_path / "nowhere")
+    refuse("different machines", one, two)
+    refuse("give a run folder or its log", tmp_path / "nowhere")
     (tmp_path / "cut.log").write_text(log[: log.rindex("}")])
-    refused("its RESULT line is not valid JSON", tmp_path / "cut.log")
-    for text, message in (("{", "not valid JSON"), ("[1]", "not an object")):
-        (two / "result.json").write_text(text)
-        refused(message, two)
+    refuse("its RESULT line is not valid JSON", tmp_path / "cut.log")
     assert contents(record) == before
     (record / "README.md").write_text(f"# x\n{submit.BEGIN}\n")
-    refused("both or none", one)
+    refuse("both or none", one)
     (record / "README.md").write_bytes(b"# caf\xe9\n")
-    refused("not UTF-8 text", one)
+    refuse("not UTF-8 text", one)
+
+
+BAD_RESULTS: list[tuple[dict[str, Any] | bytes, str]] = [  # what changes, or the whole file
+    ({"val_bpb": None}, "val_bpb is None"),
+    ({"val_bpb": "1.06"}, "val_bpb is '1.06'"),
+    ({"val_loss": math.nan}, "val_loss is nan"),
+    ({"train_seconds": "long"}, "train_seconds is 'long'"),
+    ({"bytes_total": -1}, "bytes_total is -1"),
+    ({"stages": [1]}, "stages is no object"),
+    ({"stages": {"final": 3}}, "stages is no object"),
+    (b"{", "not valid JSON"),
+    (b"[1]", "not an object"),
+    (b'"x"', "a str"),
+    (b"[" * 100_000, "nested too deep"),
+    (b'{"a": "\xff"}', "not UTF-8"),
+]
 
 
 def test_damaged_papers_are_one_line_each(
-    record: Path, tmp_path: Path, theirs: Path, capsys: pytest.CaptureFixture[str]
+    record: Path, tmp_path: Path, theirs: Path, refused: Callable[..., str]
 ) -> None:
-    def refused(message: str, *options: str) -> None:
-        assert submit.main([str(record), "--runs", str(run), *options]) == 2, message
-        error = capsys.readouterr().err
-        assert message in error and len(error.strip().splitlines()) == 1
-
-    run = write_run(tmp_path, 1, 1.06)
-    result = json.loads((run / "result.json").read_text())
-    for change, message in (
-        ({"val_bpb": None}, "val_bpb is None"),
-        ({"val_bpb": "1.06"}, "val_bpb is '1.06'"),
-        ({"val_loss": math.nan}, "val_loss is nan"),
-        ({"train_seconds": "long"}, "train_seconds is 'long'"),
-        ({"bytes_total": -1}, "bytes_total is -1"),
-        ({"stages": [1]}, "stages is no object"),
-        ({"stages": {"final": 3}}, "stages is no object"),
-    ):
-        (run / "result.json").write_text(json.dumps(result | change))
-        refused(message)
-    for data, message in ((b"[" * 100_000, "nested too deep"), (b'{"a": "\xff"}', "not UTF-8"), (b'"x"', "a str")):
+    run, before = write_run(tmp_path, 1, 1.06), contents(record)
+    whole = (run / "result.json").read_bytes()
+    for change, message in BAD_RESULTS:
+        data = change if isinstance(change, bytes) else json.dumps(json.loads(whole) | change).encode()
         (run / "result.json").write_bytes(data)
-        refused(message)
-    (run / "result.json").write_text(json.dumps(result))
+        refused(message, submit.main, record, "--runs", run)
+    (run / "result.json").write_bytes(whole)
     (run / "record.env").write_text("EVAL=phased_lora\nSEED=one\n")
-    refused("SEED=one")
+    refused("SEED=one", submit.main, record, "--runs", run)
     (run / "record.env").write_text("EVAL=phased_lora\nSEED=1\n")
     for paper, message in (
         ({"seed_results": {"1": {"val_loss": 3.0}}, "seeds": [1]}, "seed 1 has no val_bpb"),
@@ -197,39 +193,29 @@ def test_damaged_papers_are_one_line_each(
         ({"val_bpb": "low"}, "val_bpb is 'low'"),
     ):
         theirs.write_text(json.dumps(paper))
-        refused(message, "--against", str(theirs))
-    for name, text in (("submission.json", json.dumps({"val_bpb": "low"})), ("verdict.json", "[1]")):
-        kept = (record / name).read_bytes() if (record / name).exists() else None
+        refused(message, submit.main, record, "--runs", run, "--against", theirs)
+    assert contents(record) == before
+    for name, text in (("verdict.json", "[1]"), ("submission.json", '{"val_bpb": "low"}')):
         (record / name).write_text(text)
-        assert submit.main(["--leaderboard", "--records", str(tmp_path / "records")]) == 2
-        error = capsys.readouterr().err
-        assert name in error and len(error.strip().splitlines()) == 1
-        (record / name).unlink() if kept is None else (record / name).write_bytes(kept)
+        refused(name, submit.main, "--leaderboard", "--records", tmp_path / "records")
+        (record / name).unlink()
 
 
-def test_evaluations_of_one_training_are_no_seeds(
-    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluations_of_one_training_are_no_seeds(record: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    words = "are one training, not two seeds"
     before = contents(record)
     one, two = write_run(tmp_path, 1, 1.06, train_loss=2.5), write_run(tmp_path, 2, 1.061, train_loss=2.6)
-
-    def refused(*runs: Path) -> bool:
-        code = submit.main([str(record), "--runs", *map(str, runs)])
-        error = capsys.readouterr().err
-        assert code == 0 or ("are one training, not two seeds" in error and len(error.strip().splitlines()) == 1)
-        return code == 2
-
     for run in (one, two):
         (run / "model.bin").write_bytes(b"the same weights")
-    assert refused(one, two) and contents(record) == before
+    refused(words, submit.main, record, "--runs", one, two)
+    assert contents(record) == before
     (two / "model.bin").write_bytes(b"other weights")
-    assert not refused(one, two)
-    logs = []
-    for seed in (4, 7):  # logs alone: one training's numbers under two seeds
-        text = (write_run(tmp_path, seed, 1.06, train_seconds=596.25, train_loss=2.5) / "log.txt").read_text()
-        logs.append(tmp_path / f"{seed}.log")
-        logs[-1].write_text(text)
-    assert refused(*logs)
+    submitted(record, one, two)
+    logs = [  # logs alone: one training's numbers under two seeds
+        (write_run(tmp_path, seed, 1.06, train_seconds=596.25, train_loss=2.5) / "log.txt").rename(tmp_path / f"{seed}")
+        for seed in (4, 7)
+    ]
+    refused(words, submit.main, record, "--runs", *logs)
 
 
 def test_statistics_where_little_is_known() -> None:

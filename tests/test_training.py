@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from typing import Any
 import golden_rules as rules
 import pytest
 import torch
+import ttt_rules
+from conftest import Done
 from golden_rules import numbered_shards, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,10 +90,14 @@ def test_rows_shift_targets_and_ignore_documents(tmp_path: Path) -> None:
 # Schedules and averages
 
 
-def test_warmdown_frac_counts_without_iterations() -> None:
+def test_warmdown_is_a_share_or_steps_which_may_be_more_than_the_run_has() -> None:
     assert train_gpt.warmdown_share(Config(warmdown_frac=0.4), 0.7, 30) == 0.4
     assert train_gpt.warmdown_share(Config(warmdown_iters=5), 0.0, 0) == 0.0
     assert train_gpt.lr_multiplier(0.0, 0.0, 0.1) == 1.0
+    # as published: (ITERATIONS - step) / WARMDOWN_ITERS from the first step on
+    cfg = train_gpt.Config(warmdown_iters=40, iterations=10, max_wallclock_seconds=0.0, min_lr=0.0)
+    found = [train_gpt.Progress.at(cfg, step / 10, step).multiplier for step in range(10)]
+    assert found == pytest.approx([(10 - step) / 40 for step in range(10)], rel=1e-12)
 
 
 def test_swa_of_ema_averages_the_averages() -> None:
@@ -292,6 +297,23 @@ def test_weights_come_back_when_a_step_fails() -> None:
     assert p.all()
 
 
+def test_what_is_published_untrained_stays_as_it_is() -> None:
+    trigram = {f"embed_extras.trigram.{name}" for name in ("table.weight", "proj.weight", "scale")}
+    taps = {"blocks.0.attn.taps", "blocks.4.attn.taps"}
+    for stack, knob, names in (("n-gram", "trigram_trained", trigram), ("delta", "gdn_conv_trained", taps)):
+        for trained in (False, True):
+            knobs = {knob: trained, "scalar_lr": 0.1, "adam_wd": 0.1, "embed_wd": 0.1}
+            model, ids = ttt_rules.stack_model(stack, **knobs), ttt_rules.sample(2, 25, [0])
+            before = copy.deepcopy(model.state_dict())
+            optimisers = train_gpt.Optimisers(model.cfg, model, rules.runtime())
+            model(ids[:, :-1], ids[:, 1:]).backward()
+            optimisers.step(1.0, 0)
+            still = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])}
+            assert still == (set() if trained else names), stack
+            said = f"of them not trained: {len(names)} tensors" in train_gpt.explain(model.cfg, {})
+            assert said is not trained, stack
+
+
 # Runs of one and of two processes
 
 
@@ -315,46 +337,37 @@ def test_two_processes_round_and_average_as_one(run_gpt: Callable, tmp_path: Pat
     for ranks in (1, 2):
         folder = tmp_path / f"ranks{ranks}"
         done = run_gpt(ranks=ranks, **rules.knobs(NGRAM), ARTIFACT_DIR=folder)
-        assert done.returncode == 0, done.stderr
-        assert "ste on from step" in done.stdout and "weights: ema+swa" in done.stdout
-        assert "SWA: 4 snapshots" in done.stdout
-        plan = done.stdout.rpartition("quantisation plan:\n")[2]
+        assert "ste on from step" in done.out and "weights: ema+swa" in done.out and "SWA: 4 snapshots" in done.out
+        plan = done.out.rpartition("quantisation plan:\n")[2]
         assert re.search(r"^  gptq_lite .*\bq\b", plan, re.MULTILINE), plan
         assert re.search(r"^  row_quantile .*\bhash_table\b", plan, re.MULTILINE), plan
-        states.append(train_gpt.load_saved(folder / "model.pt")["model"])
+        states.append(done.weights())
     for name, one in states[0].items():
         torch.testing.assert_close(states[1][name], one, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    assert result["legal"] and list(result["stages"]) == ["pre_quant", "quantized", "final"]
+    assert done.result["legal"] and list(done.result["stages"]) == ["pre_quant", "quantized", "final"]
     assert "VE_LAYERS=1,4" in (folder / "record.env").read_text(encoding="utf-8")
     assert not train_gpt.load_artifact(folder / "model.bin")["embed_extras.trigram.table.weight"].any()
 
 
-def test_two_processes_are_one_and_quantising_can_be_resumed(run_gpt: Callable, tmp_path: Path) -> None:
-    results, counts, run = [], [], tmp_path / "run"
+def test_two_processes_are_one_and_quantising_can_be_resumed(run_gpt: Callable[..., Done]) -> None:
+    results, counts = [], []
     for ranks, more in (
         (1, {}),
         (1, {"STAGES": "quantize,eval", "EMBED_TOPK": "20", "EVAL": "plain"}),
         (2, {"OVERWRITE": "1"}),
     ):
         done = run_gpt(ranks=ranks, **rules.knobs(HYBRID) | more)
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads((run / "result.json").read_text()))
-        counts.append(train_gpt.load_saved(run / "hessians.pt")[train_gpt.COUNTS])
+        results.append(done.result)
+        counts.append(train_gpt.load_saved(done.folder / "hessians.pt")[train_gpt.COUNTS])
     one, coarser, two = results
     assert all(torch.equal(c, counts[0]) for c in counts) and int(counts[0].sum()) == 4000
     assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
     assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3) and one["legal"] and two["legal"]
     assert coarser["stages"]["quantized"] != one["stages"]["quantized"], "EMBED_TOPK may change after the training"
-    blob, trained = train_gpt.load_artifact(run / "model.bin"), train_gpt.load_saved(run / "model.pt")["model"]
+    blob, trained = train_gpt.load_artifact(done.folder / "model.bin"), done.weights()
     assert blob.keys() == trained.keys() and blob["blocks.0.attn.taps"].shape == trained["blocks.0.attn.taps"].shape
     v = "blocks.2.attn.v.weight"
-    turned = train_gpt.rotate_values(train_gpt.load_config({"PRESET": str(run)}), rules.runtime(), trained, {})[0]
+    turned = train_gpt.rotate_values(train_gpt.load_config({"PRESET": str(done.folder)}), rules.runtime(), trained, {})[
+        0
+    ]
     assert (blob[v] - turned[v]).norm() < 0.2 * (blob[v] - trained[v]).norm(), "the artifact holds rotated values"
-
-
-def test_a_warmdown_in_steps_may_be_longer_than_the_run() -> None:
-    """As published: (ITERATIONS - step) / WARMDOWN_ITERS from the first step on."""
-    cfg = train_gpt.Config(warmdown_iters=40, iterations=10, max_wallclock_seconds=0.0, min_lr=0.0)
-    found = [train_gpt.Progress.at(cfg, step / 10, step).multiplier for step in range(10)]
-    assert found == pytest.approx([(10 - step) / 40 for step in range(10)], rel=1e-12)

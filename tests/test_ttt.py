@@ -84,17 +84,28 @@ def test_forward_through_adapters(golden: rules.Entry) -> None:
             assert halves[half][key].grad.norm().item() == pytest.approx(norm, rel=rules.REL), name
 
 
-def test_fresh_adapters_change_no_bit() -> None:
-    ids = torch.from_numpy(rules.tokens(97, 48, [0, 24])).view(2, 24)
-    for dtype in (torch.float32, torch.bfloat16):
-        adapters, model = make_adapters(2, dtype)
+def test_fresh_adapters_change_no_bit_and_each_counts_for_its_own_row() -> None:
+    """On all three stacks."""
+    made, ids = [make_adapters(2, dtype) for dtype in (torch.float32, torch.bfloat16)], ttt_rules.sample(2, 24, [0, 24])
+    for stack in ttt_rules.STACKS:
+        model = ttt_rules.stack_model(stack, ttt_lora_rank=2)
+        made.append((Adapters(model.cfg, rules.runtime(), model, 2), model))
+    sites = {"A": "q k v attn mlp".split(), "G": "qkv attn mlp".split()}
+    for adapters, model in made:
+        mixers = (train_gpt.mixer_letters(model.cfg)[layer] for layer in model.route.layers)
+        names = {f"{site}_{execution}" for execution, mixer in enumerate(mixers) for site in sites[mixer]}
+        assert adapters.B.keys() == names | {"head_0"}, model.cfg
         for row, document in enumerate((4, 9)):
             adapters.renew(row, document)
-        assert all(a.abs().max() > 0 and a.dtype == dtype for a in adapters.A.values()), dtype
-        assert torch.equal(model(ids, None, None, adapters), model(ids)), dtype
-        with torch.no_grad():
-            adapters.B["mlp_2"].fill_(0.1)
-        assert not torch.equal(model(ids, None, None, adapters), model(ids)), dtype
+        assert all(a.abs().max() > 0 and a.dtype == model.dtype for a in adapters.A.values()), model.cfg
+        plain = model(ids)
+        assert torch.equal(model(ids, None, None, adapters), plain), model.cfg
+        model(ids, ids, None, adapters).backward()
+        for name, b in adapters.B.items():
+            assert b.grad is not None and all(row.any() for row in b.grad), (name, model.cfg)
+            b.data[1].normal_(generator=torch.Generator().manual_seed(1))
+        adapted = model(ids, None, None, adapters)
+        assert torch.equal(adapted[0], plain[0]) and not torch.allclose(adapted[1], plain[1]), model.cfg
 
 
 def test_an_adapter_depends_on_seed_and_document_alone() -> None:

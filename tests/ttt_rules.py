@@ -120,3 +120,31 @@ def structure_config(structure: str, **knobs: object) -> Config:
     cfg = Config(**LOOPED | STRUCTURES[structure] | knobs)
     assert cfg.problems() == []
     return cfg
+
+
+# Every part of the other two published stacks, beside loops and lanes
+
+STACKS = {
+    "n-gram": """
+VOCAB_SIZE=97 NUM_LAYERS=5 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 ROPE_DIMS=4 ROPE_REFERENCE_LEN=16
+NUM_LOOPS=1 LOOP_START=0 LOOP_END=1 PARALLEL_START_LAYER=3 ATTN_GATE=dense_bias GATE_WINDOW=8 XSA_LAST_N=3
+ATTN_EXTRAS=xsa,value_residual,value_embed VE_LAYERS=0,1,4 VE_DIM=12 EMBED_EXTRAS=bigram,trigram,smear,smear_channel
+BIGRAM_VOCAB_SIZE=61 BIGRAM_DIM=12 TRIGRAM_VOCAB_SIZE=47 TRIGRAM_DIM=20
+""",
+    "delta": """
+VOCAB_SIZE=97 NUM_LAYERS=5 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 ROPE_DIMS=4 MIXERS=GAAAG GDN_HEAD_DIM=8
+NUM_LOOPS=1 LOOP_START=1 LOOP_END=2 PARALLEL_START_LAYER=3 PARALLEL_LANES=1 ATTN_EXTRAS=xsa,sink
+""",
+}
+
+
+def stack_model(stack: str, looping: bool = True, **knobs: object) -> GPT:
+    """A float32 model with every part of a stack, none of its tensors zero."""
+    model = strong_model(rules.toy_config(STACKS[stack], **knobs), scale=0.1)
+    model.set_looping(looping)
+    return model
+
+
+def sample(rows: int, length: int, bos: list[int]) -> Tensor:
+    """Tokens of such a model, with document starts at some places of the whole."""
+    return torch.from_numpy(rules.tokens(97, rows * length, bos)).view(rows, length)

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import train_gpt  # noqa: E402  (the line above finds it)
 Weights = dict[str, Tensor]
 RUNTIME = train_gpt.Runtime(0, 1, torch.device("cpu"), train_gpt.Log(None, True))
 CUDA = torch.cuda.is_available()
+MEAN_DOCUMENT = 957  # tokens, of the published CaseOps training documents
 
 
 def arguments(text: str | None) -> argparse.ArgumentParser:
@@ -52,11 +53,14 @@ def row(*cells: object) -> None:
     print(f"| {' | '.join(f'{cell:.4f}' if isinstance(cell, float) else str(cell) for cell in cells)} |", flush=True)
 
 
-def head(*names: str, title: str = "") -> None:
-    """The head of a table."""
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]] = ()) -> None:
+    """A table, or the head of one whose rows come as they are measured."""
+    names = list(columns)
     print(f"\n{title}\n" if title else "")
     row(*names)
     print("|" + "---|" * len(names))
+    for cells in rows:
+        row(*cells)
 
 
 def model_of(cfg: train_gpt.Config, runtime: train_gpt.Runtime, state: Weights | None = None) -> train_gpt.GPT:
@@ -75,16 +79,15 @@ def read_weights(path: Path) -> Weights:
     return train_gpt.load_artifact(path)
 
 
-def validation(cfg: train_gpt.Config, targets: int) -> train_gpt.ValData:
-    """The first targets of the validation stream."""
-    val = train_gpt.load_val(cfg)
-    return train_gpt.ValData(val.tokens[: targets + 1], val.bytes[: targets + 1])
+def machine() -> dict[str, str]:
+    """What the times of a row depend on."""
+    device = torch.cuda.get_device_name() if CUDA else f"cpu, {torch.get_num_threads()} threads"
+    return {"device": device, "torch": torch.__version__}
 
 
 def say(**found: object) -> None:
     """One JSON line with the machine."""
-    device = torch.cuda.get_device_name() if CUDA else f"cpu, {torch.get_num_threads()} threads"
-    print(json.dumps(found | {"device": device, "torch": torch.__version__}), flush=True)
+    print(json.dumps(found | machine()), flush=True)
 
 
 def graphs() -> int:

@@ -1,19 +1,17 @@
 """Bytes and seconds of the coders on integer matrices, side by side: lrzip by group, brotli, LZMA, zstd, order-0
 entropy and COMPRESSOR=rans; and the bytes that each of rans's halves adds to the packed program.
 
-    OMP_NUM_THREADS=1 python tests/bench/bench_compress.py NPZ_OR_GENERATOR ... [--scale 36e6] [--coders rans lrzip ...]
+    OMP_NUM_THREADS=1 python tests/bench/bench_compress.py NPZ ... [--coders rans lrzip ...]
 
-An argument is a .npz of int8 matrices, named `<...>.<role>`, or `generator.py[:keyword=value ...]` with a function
-make(0, ...) that returns (name, matrix) pairs. The other coders are given one stream of the transposed matrices of
-each role, as the published scripts do it. `scaled` is the ratio to lrzip at --scale symbols: what of a file does not
+NPZ holds int8 matrices, named `<...>.<role>`. The other coders are given one stream of the transposed matrices of each
+role, as the published scripts do it. `scaled` is the ratio to lrzip at 36 million symbols: what of a file does not
 grow with the model, which are the states of rans's lanes, is counted once. Seconds are processor time of one core, per
---scale symbols. A coder that is not installed says so.
+36 million symbols. A coder that is not installed says so.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -26,22 +24,11 @@ import numpy as np
 import pack_artifact
 import train_gpt
 
+SCALE = 36e6  # symbols of the contest model
 Matrices = list[tuple[str, np.ndarray]]
 ENCODER = {"rans_frame", "rans_priors", "MAGNITUDE_VARIANCE", "rans_encode"}
 DECODER = {"rans_model", "rans_wavefront", "rans_tables", "rans_decode", "rans_unframe", "RANS_BITS", "RANS_HEAD"}
 DECODER |= {"RANS_ONE"}
-
-
-def read(source: str) -> Matrices:
-    """The matrices of an argument."""
-    path, *options = source.split(":")
-    if path.endswith(".npz"):
-        with np.load(path) as file:
-            return [(name, file[name]) for name in file.files]
-    spec = importlib.util.spec_from_file_location("generator", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.make(0, **{k: ast.literal_eval(v) for k, v in (option.split("=") for option in options)})
 
 
 def zstd(*flags: str) -> Callable[[bytes], bytes]:
@@ -60,49 +47,45 @@ def rans_streams(matrices: Matrices) -> list[bytes]:
     return [b"".join(train_gpt.rans_frame(matrix, None) for _, matrix in matrices)]
 
 
-def coder(name: str) -> tuple[Callable, Callable, Callable, bool]:
-    """Streams of matrices, encode, decode, and whether the coder is there."""
+def coder(name: str) -> tuple[Callable, Callable] | None:
+    """Encode and decode, if the coder is there."""
     if name == "zstd":
-        return role_streams, zstd("--ultra", "-22"), zstd("-d"), shutil.which("zstd") is not None
+        return (zstd("--ultra", "-22"), zstd("-d")) if shutil.which("zstd") else None
     row = train_gpt.CODERS[name]
     try:
         row.require()
     except train_gpt.UserError:
-        return role_streams, row.encode, row.decode, False
-    return rans_streams if name == "rans" else role_streams, row.encode, row.decode, True
+        return None
+    return row.encode, row.decode
 
 
-def entropy(streams: list[bytes]) -> float:
-    """Bytes at the order-0 entropy of each stream."""
-    return sum(pack_artifact.entropy_bits(np.frombuffer(stream, np.uint8)) for stream in streams) / 8
-
-
-def measure(matrices: Matrices, coders: list[str], scale: float) -> list[dict[str, object]]:
+def measure(matrices: Matrices, coders: list[str]) -> list[dict[str, object]]:
     """A row for each coder. Stops when decoding does not give back the bytes."""
     symbols = sum(matrix.size for _, matrix in matrices)
-    rows: list[dict[str, object]] = [{"coder": "order-0 entropy", "bytes": round(entropy(role_streams(matrices)))}]
-    lanes = min(train_gpt.RANS_LANES, max(matrix.shape[1] for _, matrix in matrices))
-    fixed = {"rans": 4 * lanes}
+    roles = role_streams(matrices)
+    bound = sum(pack_artifact.entropy_bits(np.frombuffer(stream, np.uint8)) for stream in roles) / 8
+    rows: list[dict[str, object]] = [{"coder": "order-0 entropy", "bytes": round(bound)}]
     for name in coders:
-        cut, encode, decode, there = coder(name)
-        if not there:
+        if (pair := coder(name)) is None:
             rows.append({"coder": name, "bytes": "not installed, not measured"})
             continue
-        streams, begun = cut(matrices), bench.processor_seconds()
+        (encode, decode), streams = pair, rans_streams(matrices) if name == "rans" else roles
+        begun = bench.processor_seconds()
         packed = [encode(stream) for stream in streams]
         middle = bench.processor_seconds()
         if [decode(blob) for blob in packed] != streams:
             raise SystemExit(f"{name} does not give back what it was given")
         spent = {"encode s": middle - begun, "decode s": bench.processor_seconds() - middle}
         rows.append({"coder": name, "bytes": sum(map(len, packed))})
-        rows[-1] |= {stage: round(seconds * scale / symbols, 2) for stage, seconds in spent.items()}
+        rows[-1] |= {stage: round(seconds * SCALE / symbols, 2) for stage, seconds in spent.items()}
     yardstick = next((row["bytes"] for row in rows if row["coder"] == "lrzip" and "encode s" in row), None)
+    lanes = 4 * min(train_gpt.RANS_LANES, max(matrix.shape[1] for _, matrix in matrices))
     for row in rows:
         if yardstick and isinstance(row["bytes"], int):
-            once = fixed.get(row["coder"], 0)
-            grown = (row["bytes"] - once) * scale / symbols + once
+            once = lanes if row["coder"] == "rans" else 0
+            grown = (row["bytes"] - once) * SCALE / symbols + once
             row["ratio"] = round(row["bytes"] / yardstick, 5)
-            row["scaled"] = round(grown / yardstick * symbols / scale, 5)
+            row["scaled"] = round(grown / yardstick * symbols / SCALE, 5)
     return rows
 
 
@@ -129,18 +112,17 @@ def program_bytes(without: set[str]) -> int:
 def main() -> None:
     """Measure each input, then the code; a table of each, and all as one JSON line."""
     parser = bench.arguments(__doc__)
-    parser.add_argument("inputs", nargs="+")
-    parser.add_argument("--scale", type=float, default=36e6)
+    parser.add_argument("inputs", nargs="+", type=Path)
     parser.add_argument("--coders", nargs="+", default=["lrzip", "brotli", "lzma", "zstd", "rans"])
     args = parser.parse_args()
     found = {}
     columns = ("coder", "bytes", "ratio", "scaled", "encode s", "decode s")
     for source in args.inputs:
-        matrices = read(source)
-        found[Path(source).name] = rows = measure(matrices, args.coders, args.scale)
-        bench.head(*columns, title=f"{Path(source).name}: {sum(matrix.size for _, matrix in matrices):,} symbols")
-        for row in rows:
-            bench.row(*(str(row.get(column, "")) for column in columns))
+        with np.load(source) as file:
+            matrices = [(name, file[name]) for name in file.files]
+        found[source.name] = rows = measure(matrices, args.coders)
+        title = f"{source.name}: {sum(matrix.size for _, matrix in matrices):,} symbols"
+        bench.table(title, columns, ([str(row.get(column, "")) for column in columns] for row in rows))
     whole, decoding, none = (program_bytes(without) for without in (set(), ENCODER, ENCODER | DECODER))
     found["code"] = {"decoder": decoding - none, "encoder and decoder": whole - none}
     print(f"\ncode: decoder {decoding - none:,} bytes of the packed program, with the encoder {whole - none:,}")

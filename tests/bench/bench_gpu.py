@@ -1,17 +1,13 @@
-"""Time and memory of training steps, of the fused kernels, and of the gated delta rule.
+"""Time and memory of training steps, of the fused kernels, and of the attention of test-time training.
 
     PRESET=records/<...> python tests/bench/bench_gpu.py step [--steps 20] [--attention fa2,fa3] [--profile DIR]
-    python tests/bench/bench_gpu.py kernels [--tokens 98304] [--steps 20]
-    python tests/bench/bench_gpu.py sdpa [--steps 20]
-    python tests/bench/bench_gpu.py delta [--rows 1] [--tokens 1024] [--chunks 16,32,64,128] [--steps 5]
+    python tests/bench/bench_gpu.py kernels|sdpa [--steps 20]
 
 step: a full-size training step of one micro-batch, looping off and on: ms, tokens per second, MFU, peak memory. Random
 tokens, documents of the published mean length; knobs from the environment as for train_gpt.py.
 kernels: forward with backward of each fused kernel beside its plain twin under torch.compile, at the contest's shapes.
 sdpa: which backend torch chooses for the attention of test-time training, and what each costs and gets wrong.
-delta: forward with backward of the gated delta rule, token by token, in chunks, and by flash-linear-attention; the
-contest's heads, bf16 on a GPU, float32 on a CPU.
-`kernels` and `sdpa` need a GPU; on a CPU only the ratios of the others mean something. Medians, one JSON line each.
+`kernels` and `sdpa` need a GPU; on a CPU the times of `step` mean little. Medians, one JSON line each.
 """
 
 from __future__ import annotations
@@ -27,7 +23,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import bench
-import gdn_rules
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,8 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_gpt
 
-MEAN_DOCUMENT = 957  # tokens, of the published CaseOps training documents
-DELTA_HEADS, DELTA_WIDTH = 4, 64
+PEAK = 989e12  # dense bf16 operations a second of an H100 or H200
 
 
 def measure(calls: dict[str, Callable[[], object]], repeats: int, warm_up: int = 5) -> dict[str, dict[str, float]]:
@@ -64,7 +58,7 @@ def random_batch(cfg: train_gpt.Config, rng: np.random.Generator) -> train_gpt.B
     total, loader = cfg.train_batch_tokens // cfg.batch_slices, train_gpt.LOADERS[cfg.loader]
     rows = loader.tokens is train_gpt.shuffled_rows
     span = rng.integers(4, cfg.vocab_size, (total // cfg.train_seq_len, cfg.train_seq_len + 1) if rows else total + 1)
-    span[rng.random(span.shape) < 1 / MEAN_DOCUMENT] = train_gpt.BOS_ID
+    span[rng.random(span.shape) < 1 / bench.MEAN_DOCUMENT] = train_gpt.BOS_ID
     return loader.batch(span.astype(np.uint16), cfg.train_seq_len)
 
 
@@ -98,7 +92,7 @@ def bench_step(args: argparse.Namespace) -> None:
             kernels = bench.profiled(step, args.profile / f"step_{attention}_{looping}.txt") if args.profile else {}
         tokens = cfg.train_batch_tokens // cfg.batch_slices
         rate = tokens / found["ms"] * 1e3
-        mfu = flops_per_token(cfg, model.route) * rate / args.peak_tflops / 1e12
+        mfu = flops_per_token(cfg, model.route) * rate / PEAK
         speed = {"tokens_per_second": round(rate), "mfu": round(mfu, 4), "compile_seconds": round(seconds, 1)}
         bench.say(bench="step", attention=attention, looping=looping, tokens=tokens, **found, **speed, **kernels)
         del model, trainer, step, batches
@@ -130,7 +124,7 @@ def bench_kernels(args: argparse.Namespace) -> None:
     if train_gpt.triton is None or not bench.CUDA:
         raise SystemExit("error: needs a GPU and triton")
     torch.manual_seed(0)
-    N, D, H, V = args.tokens or 98_304, 512, 2048, 8192
+    N, D, H, V = 98_304, 512, 2048, 8192
     logits, targets = gaussian(N, V, size=5), torch.randint(V, (N,), device="cuda")
     mlp = gaussian(N, D), gaussian(H, D, size=D**-0.5), gaussian(D, H, size=H**-0.5)
     rows, hidden = torch.full((N,), 1 / N, device="cuda"), torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
@@ -144,49 +138,7 @@ def bench_kernels(args: argparse.Namespace) -> None:
         bench.say(kernel=name, tokens=N, **found, triton=train_gpt.triton.__version__)
 
 
-def delta_inputs(rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
-    """Inputs of the rule as a fresh model gives them, leaves where they are differentiated."""
-    torch.manual_seed(0)
-    device, dtype = ("cuda", torch.bfloat16) if bench.CUDA else ("cpu", torch.float32)
-    shape = rows, tokens, DELTA_HEADS
-    q, k, v = (torch.randn(*shape, DELTA_WIDTH, device=device, dtype=dtype) for _ in range(3))
-    g, beta = (torch.rand(*shape, device=device) for _ in range(2))
-    starts = torch.zeros(rows, tokens, dtype=torch.bool, device=device)
-    state = torch.zeros(rows, DELTA_HEADS, DELTA_WIDTH, DELTA_WIDTH, device=device)
-    leaves = [x.requires_grad_() for x in (F.elu(q) + 1, F.elu(k) + 1, v, -0.1 * g, beta)]
-    return *leaves, starts, state
-
-
-def normalised(rule: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rule of the plain twins, after the norm of queries and keys."""
-    q, k, v, *others = inputs
-    return rule(train_gpt.l2_normalize(q), train_gpt.l2_normalize(k), train_gpt.at_least_fp32(v), *others)
-
-
-def bench_delta(args: argparse.Namespace) -> None:
-    """All rules in turn, and how often faster than token by token."""
-    rules = {"token by token": functools.partial(normalised, gdn_rules.recurrence)}
-    for chunk in map(int, args.chunks.split(",")):
-        chunked = functools.partial(train_gpt.chunked_delta_rule, chunk=chunk)
-        rules[f"chunks of {chunk}"] = functools.partial(normalised, chunked)
-    if bench.CUDA and train_gpt.chunk_gated_delta_rule is not None:
-        rules["flash-linear-attention"] = train_gpt.fused_delta_rule
-    inputs = delta_inputs(args.rows, args.tokens or 1024)
-
-    def call(rule: Callable) -> None:
-        torch.autograd.grad(rule(*inputs)[0].float().square().sum(), inputs[:5])
-
-    found = measure({name: functools.partial(call, rule) for name, rule in rules.items()}, args.steps, warm_up=1)
-    slow = found["token by token"]["ms"]
-    table = {name: row | {"times faster": round(slow / row["ms"], 2)} for name, row in found.items()}
-    bench.say(rows=args.rows, tokens=args.tokens or 1024, heads=DELTA_HEADS, width=DELTA_WIDTH, rules=table)
-
-
-BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+BACKENDS = {name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ("cudnn", "flash", "efficient")}
 
 
 def attention_cases() -> dict[str, tuple[tuple[torch.Tensor, ...], torch.Tensor | None, bool]]:
@@ -245,16 +197,12 @@ def bench_sdpa(args: argparse.Namespace) -> None:
 def main() -> None:
     """The benchmark that was asked for."""
     parser = bench.arguments(__doc__)
-    benches = {"step": bench_step, "kernels": bench_kernels, "delta": bench_delta, "sdpa": bench_sdpa}
+    benches = {"step": bench_step, "kernels": bench_kernels, "sdpa": bench_sdpa}
     parser.add_argument("bench", choices=tuple(benches))
     parser.add_argument("--steps", type=int, default=20, help="timed repetitions")
     parser.add_argument("--attention", default="auto", help="step: comma-separated values of ATTENTION")
     parser.add_argument("--profile", type=Path, help="step: folder for a table of the kernels of a step")
     parser.add_argument("--then-run", action="store_true", help="step: then run the program, in the same process")
-    parser.add_argument("--peak-tflops", type=float, default=989.0, help="step: dense bf16 peak (H100, H200: 989)")
-    parser.add_argument("--tokens", type=int, default=0, help="kernels, delta: tokens of a row (98,304 and 1,024)")
-    parser.add_argument("--rows", type=int, default=1, help="delta")
-    parser.add_argument("--chunks", default="16,32,64,128", help="delta")
     args = parser.parse_args()
     benches[args.bench](args)
 

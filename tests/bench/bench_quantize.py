@@ -134,30 +134,6 @@ class Point(NamedTuple):
     seconds: float
 
 
-class Trained:
-    """A trained model and the part of the validation stream that it is scored on."""
-
-    def __init__(self, run: Path, data: str, tokens: int) -> None:
-        environ = {"PRESET": str(run), "DATA_PATH": data, "EVAL": "plain", "COMPILE": "off", "DEVICE": "cpu"}
-        self.cfg = train_gpt.load_config(environ)
-        self.val, self.state = bench.validation(self.cfg, tokens), bench.read_weights(run / "model.pt")
-        self.hessians = torch.load(run / "hessians.pt", weights_only=True)
-        self.scores: dict[tuple, float] = {}  # by clip and quantiser: the coder changes nothing
-        self.float_bpb = self.val_bpb(self.state)
-
-    def val_bpb(self, state: Weights) -> float:
-        model = bench.model_of(self.cfg, RUNTIME, state)
-        return train_gpt.EVALS["plain"](self.cfg, RUNTIME, model, self.val).val_bpb
-
-    def point(self, curve: str, clip: float) -> Point:
-        """Quantise, write, read and score."""
-        clips = {name.lower(): clip for name in CLIPS}
-        found = pack(dataclasses.replace(self.cfg, **CURVES[curve], **clips), self.state, self.hessians)
-        key = clip, *(v for name, v in CURVES[curve].items() if name != "compressor")
-        bpb = self.scores[key] = self.scores.get(key) or self.val_bpb(found.weights)
-        return Point(curve, clip, found.bytes, bpb, bpb - self.float_bpb, sum(found.seconds.values()))
-
-
 def compare(points: list[Point], curve: str) -> list[dict[str, float]]:
     """At each point of the first curve that another one reaches: what that saves in bytes at the same val_bpb, and in
     val_bpb at the same bytes."""
@@ -176,23 +152,35 @@ def compare(points: list[Point], curve: str) -> list[dict[str, float]]:
 
 def trade(args: argparse.Namespace) -> None:
     """All curves."""
-    trained, points = Trained(args.run, args.data, args.tokens), []
-    title = f"float32: val_bpb {trained.float_bpb:.5f} on {args.tokens:,} tokens"
-    bench.head("quantiser, coder", "clip", "bytes", "val_bpb", "over float32", "seconds", title=title)
+    environ = {"PRESET": str(args.run), "DATA_PATH": args.data, "EVAL": "plain", "COMPILE": "off", "DEVICE": "cpu"}
+    cfg = train_gpt.load_config(environ)
+    whole, state = train_gpt.load_val(cfg), bench.read_weights(args.run / "model.pt")
+    val = train_gpt.ValData(whole.tokens[: args.tokens + 1], whole.bytes[: args.tokens + 1])
+    hessians = torch.load(args.run / "hessians.pt", weights_only=True)
+
+    def score(weights: Weights) -> float:
+        return train_gpt.EVALS["plain"](cfg, RUNTIME, bench.model_of(cfg, RUNTIME, weights), val).val_bpb
+
+    scores, points = {"float": score(state)}, []
+    title = f"float32: val_bpb {scores['float']:.5f} on {args.tokens:,} tokens"
+    bench.table(title, ("quantiser, coder", "clip", "bytes", "val_bpb", "over float32", "seconds"))
     for curve in args.curves:
         coarser = [] if curve == args.curves[0] else [1.25 * args.clips[-1]]  # so that it reaches the first one's last
         for clip in args.clips + coarser:
-            p = trained.point(curve, clip)
-            points.append(p)
-            bpb = f"{p.val_bpb:.5f}", f"{p.excess:+.5f}"
-            bench.row(curve, f"{clip:g}", f"{p.bytes:,}", *bpb, f"{p.seconds:.0f}")
-    where = "at the bytes and val_bpb of clip"
-    bench.head("against the first", where, "bytes saved", "of its bytes", "val_bpb saved")
+            clips = {name.lower(): clip for name in CLIPS}
+            found = pack(dataclasses.replace(cfg, **CURVES[curve], **clips), state, hessians)
+            # by clip and quantiser: the coder changes nothing
+            key = clip, *(v for name, v in CURVES[curve].items() if name != "compressor")
+            bpb = scores[key] = scores.get(key) or score(found.weights)
+            seconds, excess = sum(found.seconds.values()), bpb - scores["float"]
+            points.append(Point(curve, clip, found.bytes, bpb, excess, seconds))
+            bench.row(curve, f"{clip:g}", f"{found.bytes:,}", f"{bpb:.5f}", f"{excess:+.5f}", f"{seconds:.0f}")
+    columns = "curve", "at the bytes and val_bpb of clip", "bytes saved", "of its bytes", "val_bpb saved"
     saved = {curve: compare(points, curve) for curve in args.curves[1:]}
-    for curve, rows in saved.items():
-        for r in rows:
-            bench.row(curve, f"{r['clip']:g}", f"{r['bytes']:,.0f}", f"{r['share']:.2%}", f"{r['val_bpb']:.5f}")
-    print(json.dumps({"float": trained.float_bpb, "points": [p._asdict() for p in points], "saved": saved}))
+    forms = {"clip": "g", "bytes": ",.0f", "share": ".2%", "val_bpb": ".5f"}
+    rows = ([curve, *(format(r[k], form) for k, form in forms.items())] for curve, rs in saved.items() for r in rs)
+    bench.table("against the first curve", columns, rows)
+    print(json.dumps({"float": scores["float"], "points": [p._asdict() for p in points], "saved": saved}))
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ contest model: bench_quantize.py size --set MATRIX_QUANT=gptq_tcq ...
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -46,11 +45,24 @@ class Setup(NamedTuple):
     codec: str
     cfg: train_gpt.Config
 
+    def encode(self, layers: dict[str, Layer], clips: dict[str, float]) -> dict[str, train_gpt.Parts]:
+        """Stored.key, from the layer and its role -> the parts of a matrix, each with a clip of its own."""
+        scheme = train_gpt.SCHEMES[self.scheme]
+        rules = {n: train_gpt.QuantRule(self.scheme, 6, clip) for n, clip in clips.items()}
+        if scheme.batch_encoder is None:
+            found = {n: scheme.encode(x.W, x.H, rules[n], self.cfg) for n, x in layers.items()}
+        else:  # matrices of one width together
+            found = {}
+            for width in {x.W.size(1) for x in layers.values()}:
+                mine = [n for n, x in layers.items() if x.W.size(1) == width]
+                lists = [layers[n].W for n in mine], [layers[n].H for n in mine], [rules[n] for n in mine]
+                found |= zip(mine, scheme.batch_encoder(*lists, self.cfg), strict=True)
+        return {f"{n}:{n.split('.')[1]}:{self.scheme}": found[n] for n in layers}
 
-def table(title: str, rows: list[Row]) -> None:
-    bench.head(*rows[0], title=title)
-    for row in rows:
-        bench.row(*row.values())
+    def errors(self, layers: dict[str, Layer], parts: dict[str, train_gpt.Parts]) -> dict[str, float]:
+        """Of each layer, by what `encode` gave."""
+        decode = train_gpt.SCHEMES[self.scheme].decode
+        return {n: x.error(decode(own)) for (n, x), own in zip(layers.items(), parts.values(), strict=True)}
 
 
 def packed(parts: dict[str, train_gpt.Parts], codec: str) -> int:
@@ -58,35 +70,17 @@ def packed(parts: dict[str, train_gpt.Parts], codec: str) -> int:
     return len(train_gpt.pack_stored([train_gpt.Stored.parse(key, value) for key, value in parts.items()], codec))
 
 
-def encode(setup: Setup, layers: list[Layer], clips: list[float]) -> list[train_gpt.Parts]:
-    """The parts of matrices of any widths, each with a clip of its own."""
-    rules = [train_gpt.QuantRule(setup.scheme, 6, clip) for clip in clips]
-    together, found = train_gpt.SCHEMES[setup.scheme].batch_encoder, [{}] * len(layers)
-    if together is None:
-        scheme = train_gpt.SCHEMES[setup.scheme]
-        return [scheme.encode(x.W, x.H, rule, setup.cfg) for x, rule in zip(layers, rules, strict=True)]
-    for width in {x.W.size(1) for x in layers}:
-        mine = [i for i, x in enumerate(layers) if x.W.size(1) == width]
-        lists = [layers[i].W for i in mine], [layers[i].H for i in mine], [rules[i] for i in mine]
-        for i, parts in zip(mine, together(*lists, setup.cfg), strict=True):
-            found[i] = parts
-    return found
-
-
 def at_equal_error(setup: Setup, layers: dict[str, Layer], want: dict[str, float]) -> Row:
     """Bits per weight of the whole file when each tensor has the error that is wanted (within a percent, and the rest
     by the slope of 6.02 dB a bit)."""
     clips, weights = dict.fromkeys(layers, 12.0), sum(x.W.numel() for x in layers.values())
-    decode = train_gpt.SCHEMES[setup.scheme].decode
     for _ in range(4):
-        found = encode(setup, list(layers.values()), list(clips.values()))
-        pairs = zip(layers, found, strict=True)
-        over = {n: layers[n].error(decode(parts)) / want[n] for n, parts in pairs}
+        found = setup.encode(layers, clips)
+        over = {n: error / want[n] for n, error in setup.errors(layers, found).items()}
         if max(abs(math.log(x)) for x in over.values()) < 0.01:
             break
         clips = {n: clips[n] / math.sqrt(over[n]) for n in layers}
-    keys = (f"{n}:{n.split('.')[1]}:{setup.scheme}" for n in layers)  # layer.role
-    bits = 8 * packed(dict(zip(keys, found, strict=True)), setup.codec) / weights
+    bits = 8 * packed(found, setup.codec) / weights
     bits += sum(x.W.numel() * math.log2(over[n]) / 2 for n, x in layers.items()) / weights
     return {"bits": bits, "clip": math.exp(sum(map(math.log, clips.values())) / len(clips))}
 
@@ -97,32 +91,30 @@ def read_layers(path: Path) -> dict[str, Layer]:
     return {n: Layer(*(torch.from_numpy(archive[f"{n}.{kind}"]) for kind in "WH")) for n in names}
 
 
-def bar_r(args: argparse.Namespace) -> list[Row]:
-    """Bits saved at equal error."""
-    layers, base = read_layers(args.inputs), train_gpt.Config(scale_step=0.02)
+def bar_r(inputs: Path) -> list[Row]:
+    """Bits per weight of the whole file at equal error of every tensor."""
+    layers, base = read_layers(inputs), train_gpt.Config(scale_step=0.02)
     reference = Setup("gptq", "pergroup", train_gpt.Config())
-    decoded = [train_gpt.decode_rows(p) for p in encode(reference, list(layers.values()), [12.0] * len(layers))]
     setups = {"GPTQ, 12 deviations, lrzip": reference, "GPTQ, rANS": Setup("gptq", "rans", base)}
     for states in (8, 64):
         cfg = train_gpt.Config(scale_step=0.02, tcq_states=states)
         setups[f"TCQ {states}, rANS"] = Setup("gptq_tcq", "rans", cfg)
-    want = {n: layers[n].error(d) for n, d in zip(layers, decoded, strict=True)}
+    want = reference.errors(layers, reference.encode(layers, dict.fromkeys(layers, 12.0)))
     rows: list[Row] = []
     for name, setup in setups.items():
         found = at_equal_error(setup, layers, want)
         saved = (rows[0] if rows else found)["bits"] - found["bits"]
         rows.append({"what": name} | found | {"saved": saved})
-    table("R: bits per weight of the whole file at equal error of every tensor", rows)
     return rows
 
 
-def bar_q(args: argparse.Namespace) -> list[Row]:
-    """Bits above the rate-distortion bound."""
+def bar_q(_: Path) -> list[Row]:
+    """Bits of standard normal weights above the rate-distortion bound."""
     W, rows = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0)), []
     for states in train_gpt.TCQ_CODES:
         scheme = "gptq_tcq" if states > 1 else "rowwise"
         rule = train_gpt.QuantRule(scheme, 6, 12.2)
-        cfg = train_gpt.Config(tcq_states=states, tcq_chunk_rows=args.chunk_rows)
+        cfg = train_gpt.Config(tcq_states=states, tcq_chunk_rows=1024)
         parts, seconds = bench.timed(train_gpt.SCHEMES[scheme].encode, W, torch.eye(W.size(1)), rule, cfg)
         error = (train_gpt.SCHEMES[scheme].decode(parts) - W).square().mean() / W.square().mean()
         coded = {key: part for key, part in parts.items() if key in "qt"}
@@ -130,20 +122,21 @@ def bar_q(args: argparse.Namespace) -> list[Row]:
         rows.append({"states": states if states > 1 else "scalar", "bits": bits})
         rows[-1] |= {"at entropy": 8 * pack_artifact.entropy_bytes(coded) / W.numel()}
         rows[-1] |= {"gap": bits + error.log2().item() / 2, "seconds": seconds}
-    table(f"Q: standard normal weights, chunks of {args.chunk_rows} rows; gap to the bound in bits", rows)
     return rows
 
 
 def main() -> None:
     """The bars that were asked for."""
-    parser = bench.arguments(__doc__)
-    parser.add_argument("--bars", nargs="+", default=["Q"], choices=("Q", "R"))
+    parser, bars, found = bench.arguments(__doc__), {"Q": bar_q, "R": bar_r}, {}
+    parser.add_argument("--bars", nargs="+", default=["Q"], choices=tuple(bars))
     parser.add_argument("--inputs", type=Path, help="archive of weights and Hessians, for R")
-    parser.add_argument("--chunk-rows", type=int, default=1024)
     args = parser.parse_args()
     if "R" in args.bars and args.inputs is None:
         parser.error("bar R needs --inputs")
-    print(json.dumps({bar: {"Q": bar_q, "R": bar_r}[bar](args) for bar in args.bars}))
+    for bar in args.bars:
+        found[bar] = rows = bars[bar](args.inputs)
+        bench.table(f"{bar}: {bars[bar].__doc__}", rows[0], (row.values() for row in rows))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Test-time training: predictions per second, tokens computed per token predicted, and what it does to the score.
 
-    PRESET=records/<...> python tests/bench/bench_ttt.py [--docs 64] [--mean 957]
+    PRESET=records/<...> python tests/bench/bench_ttt.py [--docs 64] [--profile FOLDER]
     PRESET=FOLDER DATA_PATH=FOLDER/data python tests/bench/bench_ttt.py --model FOLDER/run/model.bin --out rows.jsonl \\
         --variants "TTT_LORA_LR=0" "TTT_CONTEXT=recompute" "TTT_CHUNK_SIZE=48" "TTT_CHUNK_SIZE=24 TTT_LORA_LR=2e-3"
     python tests/bench/bench_ttt.py --compare rows.jsonl
@@ -21,6 +21,7 @@ last one, published SLOT, fits on the targets that it scores: what it gains over
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -30,28 +31,30 @@ from pathlib import Path
 import bench
 import numpy as np
 import torch
+import ttt_rules
 
 import train_gpt
 
 DOCUMENTS, GPUS = 50_000, 8  # of the contest's evaluation
+SHORTEST = 192  # predictions of a real document
 
 
-def random_lengths(count: int, mean: float) -> np.ndarray:
-    """Log-normal lengths of documents (sigma 1, as of web text) with the given mean."""
+def random_lengths(count: int, mean: float = bench.MEAN_DOCUMENT) -> np.ndarray:
+    """Log-normal lengths of documents (sigma 1, as of web text)."""
     return np.maximum(2, np.random.default_rng(0).lognormal(np.log(mean) - 0.5, 1.0, count).astype(int))
 
 
-def random_documents(vocab: int, count: int, mean: float) -> train_gpt.ValData:
+def random_documents(vocab: int, count: int) -> train_gpt.ValData:
     """Documents of random_lengths, each with its BOS."""
-    lengths = random_lengths(count, mean)
+    lengths = random_lengths(count)
     tokens = np.random.default_rng(1).integers(4, vocab, int(lengths.sum()))
     tokens[np.concatenate(([0], np.cumsum(lengths)[:-1]))] = train_gpt.BOS_ID
     return train_gpt.ValData(tokens, np.full(len(tokens), 3, np.int32))
 
 
-def real_documents(val: train_gpt.ValData, count: int, shortest: int, longest: int) -> train_gpt.ValData:
-    """`count` documents spread over a stream, of at least `shortest` predictions, cut to at most `longest`."""
-    docs = [d for d in train_gpt.val_documents(val.tokens) if d[1] > shortest]
+def real_documents(val: train_gpt.ValData, count: int, longest: int) -> train_gpt.ValData:
+    """`count` documents spread over a stream, of at least SHORTEST predictions, cut to at most `longest`."""
+    docs = [d for d in train_gpt.val_documents(val.tokens) if d[1] > SHORTEST]
     chosen = [docs[i] for i in np.linspace(0, len(docs) - 1, min(count, len(docs))).astype(int)]
     spans = [np.arange(start, start + min(length - 1, longest)) for start, length in chosen]
     where = np.concatenate(spans)
@@ -63,29 +66,21 @@ def token_counts(cfg: train_gpt.Config, docs: list[tuple[int, int]]) -> dict[str
     gradient, padding included; and computed without gradient. Kept: as published, finished rows stay in their batch."""
 
     def shapes(
-        val: None,
-        documents: np.ndarray,
-        begin: object,
-        first: object,
-        length: object,
-        offset: object,
-        lesson: train_gpt.Lesson,
+        val: None, documents: np.ndarray, *spans: object, lesson: train_gpt.Lesson | None = None, **more: object
     ) -> tuple[int, int, int]:
+        lesson = lesson or spans[-1]
         return len(documents), lesson.cols.stop, len(lesson.rows)
 
-    context = train_gpt.TTT_CONTEXTS[cfg.ttt_context]
-    batches, real, padded, without, kept = context.batches(docs, cfg.ttt_batch_size), 0, 0, 0, 0
+    context, counts = train_gpt.TTT_CONTEXTS[cfg.ttt_context], np.zeros(4, int)
     # only the shapes of the steps matter: their tokens are not read
     with unittest.mock.patch.object(train_gpt, "document_step", shapes):
-        for rows, width, learners in context.steps(cfg, None, docs, iter(batches)):
+        for rows, width, learners in context.steps(cfg, None, docs, iter(context.batches(docs, cfg.ttt_batch_size))):
             learning = 0 if cfg.ttt_lora_lr == 0 else learners
-            real += width * learning
-            padded += width * rows if learning else 0
-            without += 0 if learning else width * rows
-            kept += width * min(cfg.ttt_batch_size, len(docs))
-    total = sum(length - 1 for _, length in docs)
-    counts = {"grad_tokens": real, "grad_tokens_padded": padded, "other_tokens": without, "rows_kept": kept}
-    return {f"{name}_per_prediction": round(count / total, 3) for name, count in counts.items()}
+            kept = min(cfg.ttt_batch_size, len(docs))
+            counts += [width * n for n in (learning, rows * (learning > 0), rows * (learning == 0), kept)]
+    rates = (counts / sum(length - 1 for _, length in docs)).round(3).tolist()
+    names = "grad_tokens", "grad_tokens_padded", "other_tokens", "rows_kept"
+    return {f"{name}_per_prediction": rate for name, rate in zip(names, rates, strict=True)}
 
 
 def projection(cfg: train_gpt.Config, row: dict, mean: float) -> dict[str, float]:
@@ -101,78 +96,46 @@ def projection(cfg: train_gpt.Config, row: dict, mean: float) -> dict[str, float
     }
 
 
-class Recorder(train_gpt.ByteMeter):
-    """A meter that also adds the nats of each document, whose first tokens are at `starts`."""
-
-    starts: np.ndarray
-    nats: np.ndarray
-
-    def add(self, cells: train_gpt.Cells, nll: torch.Tensor) -> None:
-        """Count the scored cells."""
-        super().add(cells, nll)
-        found = nll.detach()[cells.rows, cells.cols].double().cpu().numpy()
-        # the first token of a document is the last target of the one before
-        np.add.at(Recorder.nats, np.searchsorted(Recorder.starts, cells.scored()) - 1, found)
-
-
-def evaluate(cfg: train_gpt.Config, runtime: train_gpt.Runtime, model: train_gpt.GPT, val: train_gpt.ValData) -> tuple:
-    """As train_gpt.Evaluator: the score, and the seconds until the learner was made. It compiles while others have the
-    device, and evaluates alone."""
-    evaluator = train_gpt.EVALS[cfg.eval]
-    learner, seconds = bench.timed(evaluator.learner, cfg, runtime, model, val)
-    with bench.alone():
-        meter = train_gpt.ByteMeter(val, runtime, cfg.allow_noncausal)
-        train_gpt.score_first(evaluator.steps(cfg, runtime, val), learner, meter)
-        return meter.close(), seconds
-
-
-def profile_steps(
-    cfg: train_gpt.Config, runtime: train_gpt.Runtime, model: train_gpt.GPT, val: train_gpt.ValData, path: Path
-) -> dict[str, float]:
-    """Kernels of the 41st to 43rd step of a stream, by bench.profiled."""
-    evaluator, meter = train_gpt.EVALS[cfg.eval], train_gpt.ByteMeter(val, runtime, cfg.allow_noncausal)
-    learner, steps = evaluator.learner(cfg, runtime, model, val), iter(evaluator.steps(cfg, runtime, val))
-    with bench.alone():
-        train_gpt.score_first(itertools.islice(steps, 40), learner, meter)
-        few = itertools.islice(steps, 3)
-        return bench.profiled(lambda: train_gpt.score_first(few, learner, meter), path)
-
-
 def measure(
-    cfg: train_gpt.Config, val: train_gpt.ValData, state: dict[str, torch.Tensor] | None, table: Path | None
+    cfg: train_gpt.Config, val: train_gpt.ValData, state: bench.Weights | None, table: Path | None
 ) -> dict[str, object]:
-    """One evaluation of a stream: the row that is printed, without its name. No state: random weights."""
-    runtime = train_gpt.Runtime.start(cfg, {})
+    """One evaluation of a stream: the row that is printed, without its name. No state: random weights.
+
+    As train_gpt.Evaluator, which compiles here while others have the device, and evaluates alone.
+    """
+    runtime, evaluator = train_gpt.Runtime.start(cfg, {}), train_gpt.EVALS[cfg.eval]
     model, docs = bench.model_of(cfg, runtime, state), train_gpt.val_documents(val.tokens)
-    if state is not None:
-        train_gpt.ByteMeter, Recorder.nats = Recorder, np.zeros(len(docs))
-        Recorder.starts = np.array([start for start, _ in docs])
-    score, seconds = evaluate(cfg, runtime, model, val)
+    learner, seconds = bench.timed(evaluator.learner, cfg, runtime, model, val)
+    meter = train_gpt.ByteMeter(val, runtime, cfg.allow_noncausal)
+    with bench.alone(), ttt_rules.recorded() if state else contextlib.nullcontext({}) as scores:
+        train_gpt.score_first(evaluator.steps(cfg, runtime, val), learner, meter)
+        score = meter.close()
     row = {
         "eval": cfg.eval,
         "legal": score.legal,
         "context": cfg.ttt_context,
         "chunk": train_gpt.format_knob(cfg.ttt_chunk_size),
-        "lr": cfg.ttt_lora_lr,
-        "docs": len(docs),
-        "predictions": score.tokens,
-        "seconds": round(score.seconds, 2),
-        "compile_seconds": round(seconds, 2),
-        "graphs": bench.graphs(),
-        "predictions_per_second": round(score.tokens / score.seconds, 1),
-        **(token_counts(cfg, docs) if "lora" in cfg.eval else {}),
-        "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
     }
+    row |= {"lr": cfg.ttt_lora_lr, "docs": len(docs), "predictions": score.tokens, "seconds": round(score.seconds, 2)}
+    row |= {"compile_seconds": round(seconds, 2), "graphs": bench.graphs()}
+    row |= {"predictions_per_second": round(score.tokens / score.seconds, 1)} | bench.machine()
+    row |= token_counts(cfg, docs) if "lora" in cfg.eval else {}
     if runtime.device.type == "cuda":
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
         row["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 1)
         row |= projection(cfg, row, len(val.tokens) / len(docs)) if "lora" in cfg.eval else {}
-    if table:
-        row["three_steps"] = profile_steps(cfg, runtime, model, val, table)
-    if state is not None:
-        size = [int(val.bytes[start + 1 : start + length].sum()) for start, length in docs]
-        row |= {"bpb": score.val_bpb, "doc_nats": Recorder.nats.round(4).tolist(), "doc_bytes": size}
+    if table:  # of the 41st to 43rd step
+        learner, steps = evaluator.learner(cfg, runtime, model, val), iter(evaluator.steps(cfg, runtime, val))
+        meter = train_gpt.ByteMeter(val, runtime, cfg.allow_noncausal)
+        with bench.alone():
+            train_gpt.score_first(itertools.islice(steps, 40), learner, meter)
+            few = itertools.islice(steps, 3)
+            row["three_steps"] = bench.profiled(lambda: train_gpt.score_first(few, learner, meter), table)
+    if state:
+        own = [range(start + 1, start + length) for start, length in docs]
+        nats = [round(sum(scores[position] for position in positions), 4) for positions in own]
+        size = [int(val.bytes[positions.start : positions.stop].sum()) for positions in own]
+        row |= {"bpb": score.val_bpb, "doc_nats": nats, "doc_bytes": size}
     return row
 
 
@@ -182,7 +145,7 @@ def compare(rows: list[dict[str, object]], draws: int = 4000) -> None:
     picks = np.random.default_rng(0).integers(0, rows[0]["docs"], (draws, rows[0]["docs"]))
     size = np.array(rows[0]["doc_bytes"])[picks].sum(1) * np.log(2)
     columns = "legal", "bpb", "difference [95 %]", "to", "grad-tokens / prediction (padded)", "seconds"
-    bench.head("variant", *columns)
+    bench.table("", ("variant", *columns))
     for row in rows:
         assert row["doc_bytes"] == rows[0]["doc_bytes"], "rows of different documents"
         base = next((b for b in bases if b["lr"] == row["lr"]), min(bases, key=lambda b: b["bpb"]))
@@ -199,9 +162,7 @@ def main() -> None:
     """Measure the variants, or compare what was measured."""
     parser = bench.arguments(__doc__)
     parser.add_argument("--docs", type=int, default=64, help="documents")
-    parser.add_argument("--mean", type=float, default=957.0, help="mean length of random documents, tokens")
-    parser.add_argument("--model", default="", help="trained weights: model.bin, or model.pt")
-    parser.add_argument("--shortest", type=int, default=192, help="predictions of the shortest real document")
+    parser.add_argument("--model", type=Path, help="trained weights: model.bin, or model.pt")
     parser.add_argument("--longest", type=int, default=1200, help="predictions at which real documents are cut")
     parser.add_argument("--variants", nargs="*", default=["TTT_CONTEXT=recompute", "TTT_CONTEXT=carry"])
     parser.add_argument("--out", type=Path, help="file that rows are added to")
@@ -212,6 +173,7 @@ def main() -> None:
         compare([json.loads(line) for line in args.compare.read_text(encoding="utf-8").splitlines()])
         return
     knobs = {name: value for name, value in os.environ.items() if not args.model or name not in ("EVAL", "TTT_CONTEXT")}
+    state = bench.read_weights(args.model) if args.model else None
     for variant in args.variants:
         changes = dict(change.split("=", 1) for change in variant.split())
         usual = {"EVAL": "doc_lora"} if args.model else {}
@@ -219,10 +181,9 @@ def main() -> None:
             usual["TTT_CONTEXT"] = "carry"
         cfg = train_gpt.load_config(knobs | usual | changes)
         if args.model:
-            state, val = bench.read_weights(Path(args.model)), train_gpt.load_val(cfg)
-            val = real_documents(val, args.docs, args.shortest, args.longest)
+            val = real_documents(train_gpt.load_val(cfg), args.docs, args.longest)
         else:
-            state, val = None, random_documents(cfg.vocab_size, args.docs, args.mean)
+            val = random_documents(cfg.vocab_size, args.docs)
         table = args.profile / f"ttt_{cfg.ttt_context}.txt" if args.profile else None
         row = {"variant": variant} | measure(cfg, val, state, table)
         if args.out:

@@ -1,16 +1,16 @@
 """A really trained small model of real text, for the benchmarks that need one: data, preset and run in one folder.
 
-    python tests/bench/small_model.py --docs VAL.jsonl.xz TRAIN.jsonl.xz --val-docs 284 --tokenizer MODEL --out FOLDER
-    python tests/bench/small_model.py --out FOLDER          the prose that Python carries, with a tokenizer of its own
+    python tests/bench/small_model.py --out FOLDER [--steps 300] [data/prepare.py's arguments, its first form]
 
+Without such arguments the text is the prose that Python carries, with 1,024 pieces and 16 documents of validation.
 Leaves FOLDER/data (shards), FOLDER/record.env (the preset: `PRESET=FOLDER`) and FOLDER/run (model.pt, hessians.pt,
-model.bin, result.json). The first --val-docs documents are for validation. Half an hour on two processors by default
-(--steps); what is already there is kept, so that several benchmarks share one model.
+model.bin, result.json). Half an hour on two processors by default; what is already there is kept, so that several
+benchmarks share one model.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import bench
 
+SAMPLE = ["sample", "--vocab-size", "1024", "--val-docs", "16"]
 # about 4 million weights with everything of the CaseOps stack that a CPU can train in minutes
 KNOBS = """
 NUM_LAYERS=6 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=3.0 XSA_LAST_N=6 ATTN_GATE=sparse EMBED_EXTRAS=smear
@@ -29,40 +30,22 @@ TTT_LORA_RANK=32 TTT_LORA_ALPHA=48 TTT_LORA_LR=0.003 TTT_EVAL_SEQ_LEN=1024 TTT_B
 """
 
 
-def prepare(args: argparse.Namespace, data: Path) -> None:
-    """Shards and tokenizer in `data`."""
-    if (data / "manifest.json").is_file():
-        return
-    source = ["--docs", *args.docs, "--val-docs", str(args.val_docs)] if args.docs else ["sample"]
-    pieces = ["--tokenizer", args.tokenizer] if args.tokenizer else ["--vocab-size", str(args.vocab_size)]
-    command = [sys.executable, str(bench.ROOT / "data/prepare.py"), *source, "--out", str(data), *pieces]
-    subprocess.run(command, check=True)
-
-
-def train(args: argparse.Namespace) -> None:
-    """Preset and run folder."""
-    knobs = [*KNOBS.split(), f"VOCAB_SIZE={args.vocab_size}", f"ITERATIONS={args.steps}"]
-    preset = "".join(f"{knob}\n" for knob in knobs)
-    (args.out / "record.env").write_text(preset, encoding="utf-8")
-    places = {"PRESET": args.out, "DATA_PATH": args.out / "data", "ARTIFACT_DIR": args.out / "run"}
-    env = os.environ | {name: str(path) for name, path in places.items()}
-    subprocess.run([sys.executable, str(bench.ROOT / "train_gpt.py")], env=env, check=True)
-
-
 def main() -> None:
     """Prepare and train what is not there yet."""
     parser = bench.arguments(__doc__)
-    parser.add_argument("--docs", nargs="*", default=[], help="documents, those of validation first")
-    parser.add_argument("--val-docs", type=int, default=16, help="documents of validation")
-    parser.add_argument("--tokenizer", default="", help="SentencePiece model; default: one is trained")
-    parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps of 8,192 tokens")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    prepare(args, args.out / "data")
+    args, preparation = parser.parse_known_args()
+    data, manifest = args.out / "data", args.out / "data/manifest.json"
+    if not manifest.is_file():
+        command = [str(bench.ROOT / "data/prepare.py"), *(preparation or SAMPLE), "--out", str(data)]
+        subprocess.run([sys.executable, *command], check=True)
     if not (args.out / "run/result.json").is_file():
-        train(args)
+        pieces = json.loads(manifest.read_text(encoding="utf-8"))["tokenizer"]["vocab_size"]
+        preset = "\n".join([*KNOBS.split(), f"VOCAB_SIZE={pieces}", f"ITERATIONS={args.steps}", ""])
+        (args.out / "record.env").write_text(preset, encoding="utf-8")
+        env = os.environ | {"PRESET": str(args.out), "DATA_PATH": str(data), "ARTIFACT_DIR": str(args.out / "run")}
+        subprocess.run([sys.executable, str(bench.ROOT / "train_gpt.py")], env=env, check=True)
 
 
 if __name__ == "__main__":
