@@ -169,7 +169,7 @@ BAD_RESULTS: list[tuple[dict[str, Any] | bytes, str]] = [  # what changes, or th
     (b"{", "not valid JSON"),
     (b"[1]", "not an object"),
     (b'"x"', "a str"),
-    (b"[" * 100_000, "nested too deep"),
+    (b"[" * 100_000, "nested more than 50 levels deep"),
     (b'{"a": "\xff"}', "not UTF-8"),
 ]
 
