@@ -7071,7 +7071,8 @@ class Run:
             rank = (True, size) if size <= target else (False, -size)
             if rank > best:
                 best, found = rank, stored
-            if 0.998 * target <= size <= target:
+            # full enough, or as large as it gets: the grids are as fine as their bits allow
+            if 0.998 * target <= size <= target or (before is not None and size == before[1] < target):
                 break
             # sizes that are close differ by chance
             if before is not None and abs(size - before[1]) > 0.02 * target:

@@ -14,7 +14,7 @@ from conftest import RECORDS, ROOT, ToyRun, call
 import pack_artifact
 import train_gpt
 
-PARAMETERS = dict.fromkeys(("PR2135", "PR1934", "PR1915", "CarryTTT", "rANS"), 35_945_671)
+PARAMETERS = dict.fromkeys(("Frontier", "PR2135", "PR1934", "PR1915", "CarryTTT", "rANS"), 35_945_671)
 PARAMETERS |= {"PR1182": 27_108_468, "PR1150": 25_768_028, "PR1895": 35_896_408}
 VERIFIED = next(record for record in RECORDS if record.name.endswith("rANS"))
 every_record = pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
