@@ -1374,7 +1374,8 @@ def pad_bounds(bounds: np.ndarray, multiple: int = 64) -> np.ndarray:
 
 def to_device(array: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """Copy an array to a device; the host does not wait for it, as it would for memory that is not pinned."""
-    t = torch.as_tensor(array)
+    # pinning keeps the strides, and a copy of anything with gaps goes through memory that is not pinned
+    t = torch.as_tensor(array).contiguous()
     return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
 
 
@@ -4092,7 +4093,7 @@ class HessianTap:
 
 
 SENSITIVITY = "sensitivity of "  # before the name of a weight, among the Hessians
-FISHER_TOKENS = 2**15  # tokens of a backward pass
+FISHER_TOKENS = 2**14  # tokens of a backward pass: 14 GiB for PR 1934
 SENSITIVITY_FLOOR = 0.1  # of the mean of a weight's rows: a row that no gradient reached may still matter
 
 
@@ -5629,7 +5630,8 @@ def fit_copies(cfg: Config, runtime: Runtime, model: GPT) -> Tensor:
     """
     tokens = read_shard(list_shards(cfg.data_path, "train")[0])[: cfg.copy_fit_tokens].astype(np.int64)
     text, size = ValData(tokens, tokens), len(model.copy_weights)
-    plain = NoAdaptation(cfg, runtime, model.eval(), text)
+    # uncompiled: the fit counts as training, and compiling would take longer
+    plain = NoAdaptation(cfg, dataclasses.replace(runtime, compile=False), model.eval(), text)
     # the weights are zero still, so nothing is copied
     learner = Hinted(plain, cfg, model, tokens)
     meter = ByteMeter(text, runtime, scores="kept")
