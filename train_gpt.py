@@ -1521,8 +1521,9 @@ def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
 def rows_batch(rows: np.ndarray, seq_len: int) -> Batch:
     """Rows of seq_len + 1 tokens as they are; attention runs across documents."""
     tokens = torch.from_numpy(rows.astype(np.int64))
-    ids, targets = tokens[:, :-1], tokens[:, 1:]
-    return Batch(ids.contiguous(), targets.contiguous(), None)
+    # contiguous() leaves one row its stride, which counts all tokens; compiled graphs tell strides apart
+    ids, targets = (t.clone(memory_format=torch.contiguous_format) for t in (tokens[:, :-1], tokens[:, 1:]))
+    return Batch(ids, targets, None)
 
 
 def packed_docs_batch(span: np.ndarray, seq_len: int) -> Batch:
@@ -5601,7 +5602,8 @@ def copied(nll: Tensor, targets: Tensor, weights: Tensor, score: Callable[[Tenso
     """nll (n,) under (1 - l) p(a) + l [a = hint]; weights: l by bucket."""
     weight = weights[targets >> BUCKET_AT]
     hit = targets >> COPY_AT & ID_BITS == targets & ID_BITS
-    return -torch.logaddexp((-weight).log1p() - nll, (weight * hit).log())
+    # torch 2.11 cannot compile logaddexp on a GPU
+    return -torch.stack([(-weight).log1p() - nll, (weight * hit).log()]).logsumexp(0)
 
 
 HINTS = {"tilt": (find_tilts, tilted), "copy": (find_copies, copied)}  # in the order in which they act
