@@ -1374,7 +1374,8 @@ def pad_bounds(bounds: np.ndarray, multiple: int = 64) -> np.ndarray:
 
 def to_device(array: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """Copy an array to a device; the host does not wait for it, as it would for memory that is not pinned."""
-    t = torch.as_tensor(array)
+    # pinning keeps the strides, and a copy of anything with gaps goes through memory that is not pinned
+    t = torch.as_tensor(array).contiguous()
     return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
 
 
@@ -1520,8 +1521,9 @@ def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
 def rows_batch(rows: np.ndarray, seq_len: int) -> Batch:
     """Rows of seq_len + 1 tokens as they are; attention runs across documents."""
     tokens = torch.from_numpy(rows.astype(np.int64))
-    ids, targets = tokens[:, :-1], tokens[:, 1:]
-    return Batch(ids.contiguous(), targets.contiguous(), None)
+    # contiguous() leaves one row its stride, which counts all tokens; compiled graphs tell strides apart
+    ids, targets = (t.clone(memory_format=torch.contiguous_format) for t in (tokens[:, :-1], tokens[:, 1:]))
+    return Batch(ids, targets, None)
 
 
 def packed_docs_batch(span: np.ndarray, seq_len: int) -> Batch:
@@ -4092,7 +4094,7 @@ class HessianTap:
 
 
 SENSITIVITY = "sensitivity of "  # before the name of a weight, among the Hessians
-FISHER_TOKENS = 2**15  # tokens of a backward pass
+FISHER_TOKENS = 2**14  # tokens of a backward pass: 14 GiB for PR 1934
 SENSITIVITY_FLOOR = 0.1  # of the mean of a weight's rows: a row that no gradient reached may still matter
 
 
@@ -5600,7 +5602,8 @@ def copied(nll: Tensor, targets: Tensor, weights: Tensor, score: Callable[[Tenso
     """nll (n,) under (1 - l) p(a) + l [a = hint]; weights: l by bucket."""
     weight = weights[targets >> BUCKET_AT]
     hit = targets >> COPY_AT & ID_BITS == targets & ID_BITS
-    return -torch.logaddexp((-weight).log1p() - nll, (weight * hit).log())
+    # torch 2.11 cannot compile logaddexp on a GPU
+    return -torch.stack([(-weight).log1p() - nll, (weight * hit).log()]).logsumexp(0)
 
 
 HINTS = {"tilt": (find_tilts, tilted), "copy": (find_copies, copied)}  # in the order in which they act
@@ -5630,7 +5633,7 @@ def fit_copies(cfg: Config, runtime: Runtime, model: GPT) -> Tensor:
     """
     tokens = read_shard(list_shards(cfg.data_path, "train")[0])[: cfg.copy_fit_tokens].astype(np.int64)
     text, size = ValData(tokens, tokens), len(model.copy_weights)
-    # uncompiled: compiling would take longer
+    # uncompiled: the fit counts as training, and compiling would take longer
     plain = NoAdaptation(cfg, dataclasses.replace(runtime, compile=False), model.eval(), text)
     # the weights are zero still, so nothing is copied
     learner = Hinted(plain, cfg, model, tokens)

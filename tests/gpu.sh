@@ -7,7 +7,7 @@
 #   DATA_PATH=DIR   shards of the contest's layout, for the run from training to the verified artifact (else left out)
 #   TRAIN_S=45      seconds of that training
 #   BEFORE=DIR      another checkout: its training step and evaluations are measured in the same run
-#   PARTS="..."     which parts, by default all: tests eager pack step run recompute carry sdpa kernels before_step
+#   PARTS="..."     which parts, by default all: tests eager pack step run recompute carry sdpa kernels paths before_step
 #                   before_recompute before_carry step_1895 step_1182; run goes with step, pack with eager
 #   PY=python3      a Python with the packages of requirements.txt and a CUDA build of torch; nothing is installed
 set -u
@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
 START=$(date +%s)
 OUT=${OUT:-/tmp/gpu_out} BUDGET=${BUDGET:-480} TRAIN_S=${TRAIN_S:-45} PY=${PY:-python3} BEFORE=${BEFORE:-}
-PARTS=${PARTS:-tests eager pack step run recompute carry sdpa kernels before_step before_recompute before_carry step_1895 step_1182}
+PARTS=${PARTS:-tests eager pack step run recompute carry sdpa kernels paths before_step before_recompute before_carry step_1895 step_1182}
 LOGS=${LOGS:-$OUT/logs} DATA_PATH=${DATA_PATH:-}
 if [[ -z "$BEFORE" ]]; then PARTS=$(tr ' ' '\n' <<<"$PARTS" | grep -v '^before_' | tr '\n' ' '); fi
 mkdir -p "$OUT" "$LOGS"
@@ -100,12 +100,13 @@ fi
   if [[ -n "$BEFORE" ]]; then part before_step BENCH_PROGRAM="$BEFORE" $(step before_step "$caseops"); fi
   await recompute carry
   part kernels "$PY" "$bench/bench_gpu.py" kernels --steps 10
+  part paths PRESET="$caseops" $rank_of_eight COMPRESSOR=brotli "$PY" "$bench/bench_gpu.py" calibrate head hints --steps 10
   if [[ -n "$BEFORE" ]]; then part before_carry BENCH_PROGRAM="$BEFORE" $(ttt before_carry "$carry" 512); fi
   await before_step
   if [[ -n "$BEFORE" ]]; then part before_recompute BENCH_PROGRAM="$BEFORE" $(ttt before_recompute "$caseops" 256); fi
   part step_1895 $(step step_1895 "$records/2026-04-28_GDN_Hybrid_PR1895")
   part step_1182 $(step step_1182 "$records/2026-03-31_XSA7_Ngram_TTT_PR1182")
-  await tests kernels pack step_1895 step_1182 before_carry before_recompute
+  await tests kernels paths pack step_1895 step_1182 before_carry before_recompute
 }
 say "done, $(left) s left"
 # what this script started and nothing else

@@ -9,6 +9,7 @@ import golden_rules as rules
 import numpy as np
 import pytest
 import torch
+import ttt_rules
 from conftest import Done
 
 import train_gpt
@@ -85,6 +86,65 @@ def test_trellis_search_finds_as_good_paths_as_on_a_cpu() -> None:
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=1e-3)
 
 
+@pytest.mark.parametrize("hint", train_gpt.HINTS)
+def test_hints_found_on_a_gpu_are_those_found_on_a_cpu(hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_gpt, "TILT_LENGTH", 3)
+    find, _ = train_gpt.HINTS[hint]
+    tokens = torch.randint(4, 12, (200_000,), generator=torch.Generator().manual_seed(0))
+    tokens[torch.rand(len(tokens), generator=torch.Generator().manual_seed(1)) < 0.002] = train_gpt.BOS_ID
+    bits = [find(train_gpt.Config(), t, t == train_gpt.BOS_ID).cpu() for t in (tokens, tokens.cuda())]
+    assert torch.equal(*bits) and (bits[0] > 0).sum() > 1000
+
+
+def test_calibration_with_gradients_on_a_gpu_is_that_of_a_cpu(tiny_data: Path) -> None:
+    """Sensitivities up to the noise of drawn targets, which no two devices draw alike."""
+    cfg, found = rules.toy_config("VOCAB_SIZE=320 NUM_LAYERS=3 LOOP_START=1 LOOP_END=1", data_path=str(tiny_data)), []
+    cfg = train_gpt.dataclasses.replace(
+        cfg, model_dim=64, num_heads=2, num_kv_heads=1, parallel_start_layer=2, xsa_last_n=3, fisher_scales=1.0
+    )
+    cfg = train_gpt.dataclasses.replace(cfg, train_seq_len=64, train_batch_tokens=8192, gptq_calibration_batches=32)
+    for device in map(torch.device, ("cpu", "cuda")):
+        runtime = train_gpt.Runtime(0, 1, device, train_gpt.Log(None, True))
+        model = train_gpt.GPT(cfg).init_weights(0).to(device)
+        found.append(train_gpt.collect_hessians(cfg, runtime, model))
+    exact, got = found
+    assert exact.keys() == got.keys()
+    for name, wanted in exact.items():
+        noise = 0.2 if name.startswith(train_gpt.SENSITIVITY) or name == "tok_emb.weight" else 0.01
+        assert (got[name] - wanted).norm() <= noise * wanted.norm(), name
+
+
+EVALUATIONS = """
+2 EVAL=phased_lora TTT_CHUNK_SIZE=10:2,30:4,8
+2 EVAL=phased_lora TTT_CONTEXT=carry TTT_CHUNK_SIZE=8
+2 EVAL=chunk_sgd
+1 EVAL=plain
+"""
+
+
+@pytest.mark.parametrize("case", EVALUATIONS.strip().splitlines())
+def test_no_graph_is_made_inside_the_clock_of_an_evaluation(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask, hints and wide logits, by the real compiler; the numbers of graphs are those of test_graphs.py."""
+    graphs, knobs = case.split(" ", 1)
+    sizes = "NUM_LAYERS=1 NUM_LOOPS=0 PARALLEL_START_LAYER=0 XSA_LAST_N=1 MODEL_DIM=64 NUM_HEADS=2 NUM_KV_HEADS=1"
+    sizes += " TTT_BATCH_SIZE=5 TTT_EVAL_SEQ_LEN=48 PHASED_TTT_PREFIX_DOCS=3 GLOBAL_TTT_CHUNK_TOKENS=64 LOOP_END=0"
+    sizes += " LOOP_START=0 HINTS=copy,tilt CANONICAL_MASK=eval"
+    cfg = ttt_rules.small_config(**rules.knobs(sizes) | rules.knobs(knobs))
+    runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None, True), torch.bfloat16, True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    parts = train_gpt.flash_attention, torch.bfloat16, train_gpt.choose_kernels(cfg, runtime)
+    model = train_gpt.GPT(cfg, *parts).init_weights(0)
+    model.canonical = torch.randint(256, (cfg.vocab_size, cfg.vocab_size // 8), dtype=torch.uint8)
+    model.cuda().set_looping(False)
+    stats, made, first = torch._dynamo.utils.counters["stats"], [], train_gpt.score_first
+    monkeypatch.setattr(train_gpt, "score_first", lambda *args: made.append(stats["unique_graphs"]) or first(*args))
+    val = ttt_rules.golden_stream([3, 9, 70, 26, 41, 12, 2], ttt_rules.VOCAB)
+    train_gpt.EVALS[cfg.eval](cfg, runtime, model, val)
+    assert [*made, stats["unique_graphs"]] == [int(graphs)] * 2
+    assert not any("no CUDA graphs" in line for line in runtime.log.warnings)
+
+
 def test_compiled_training_step_needs_one_graph_per_route(tiny_data: Path) -> None:
     shape = "VOCAB_SIZE=320 NUM_LAYERS=5 MODEL_DIM=128 NUM_HEADS=2 NUM_KV_HEADS=1"
     route = "LOOP_START=1 LOOP_END=2 PARALLEL_START_LAYER=3 ATTENTION=fa2 WARMUP_STEPS=2"
@@ -104,7 +164,16 @@ def test_compiled_training_step_needs_one_graph_per_route(tiny_data: Path) -> No
     assert torch.isfinite(trainer.loss)
 
 
-def test_the_whole_line_runs_compiled_in_bf16(run_gpt: Callable[..., Done]) -> None:
-    stages = run_gpt(DEVICE="cuda", MODEL_DIM=128, NUM_HEADS=2, NUM_KV_HEADS=1, ITERATIONS=30).result["stages"]
+LINES = {
+    "published": "",
+    "own": "FISHER_SCALES=0.7 CANONICAL_MASK=always HINTS=copy,tilt TRAIN_SEQ_SCHEDULE=32@0.5 TTT_CHUNK_SIZE=40:8,16 "
+    "LOOP_MIX=1,0,0.1,1,0.1,0",
+}
+
+
+@pytest.mark.parametrize("knobs", LINES.values(), ids=LINES)
+def test_the_whole_line_runs_compiled_in_bf16(knobs: str, run_gpt: Callable[..., Done]) -> None:
+    sizes = {"MODEL_DIM": 128, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ITERATIONS": 30}
+    stages = run_gpt(DEVICE="cuda", **sizes, **rules.knobs(knobs)).result["stages"]
     assert stages["quantized"]["val_loss"] < np.log(320)
     assert abs(stages["quantized"]["val_loss"] - stages["pre_quant"]["val_loss"]) < 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,12 +47,25 @@ aot_eager 2 EVAL=slot
 eager 2 EVAL=phased_lora
 eager 2 EVAL=phased_lora TTT_CHUNK_SIZE=10:2,30:4,8
 aot_eager 2 EVAL=phased_lora TTT_CONTEXT=carry
+aot_eager 1 EVAL=plain HINTS=copy,tilt CANONICAL_MASK=eval
+eager 2 EVAL=chunk_sgd HINTS=copy,tilt CANONICAL_MASK=eval
+eager 2 EVAL=phased_lora TTT_CHUNK_SIZE=10:2,30:4,8 HINTS=copy,tilt CANONICAL_MASK=eval
+aot_eager 2 EVAL=phased_lora TTT_CONTEXT=carry HINTS=copy,tilt CANONICAL_MASK=eval
 """  # graphs: scoring and gradient; trunk and gradient; scoring with gradient and AdamW (global updates run uncompiled)
 
 
 def small(knobs: str) -> train_gpt.Config:
     """One layer."""
     return ttt_rules.small_config(**rules.knobs(SMALL) | rules.knobs(knobs))
+
+
+def strong_model(cfg: train_gpt.Config) -> train_gpt.GPT:
+    """A strong model with random pairs banned, if any may be, and copies that weigh something."""
+    model, rng = ttt_rules.strong_model(cfg), np.random.default_rng(0)
+    if train_gpt.MASKED_WHEN[cfg.canonical_mask]:
+        model.canonical = torch.from_numpy(rng.integers(0, 256, (cfg.vocab_size, cfg.vocab_size // 8), np.uint8))
+    model.copy_weights[1:] = 0.5
+    return model
 
 
 @pytest.mark.parametrize("case", CASES.strip().splitlines())
@@ -61,9 +75,10 @@ def test_graphs_of_an_evaluator(case: str, counter: CompileCounterWithBackend, m
     What only eager traces forward has its backward traced elsewhere: SpanSgd's in slot, the adapters' in carry.
     """
     counter.backend, graphs, knobs = case.split(" ", 2)
+    monkeypatch.setattr(train_gpt, "TILT_LENGTH", 1)
     cfg, val = small(knobs), ttt_rules.golden_stream(LENGTHS, ttt_rules.VOCAB)
-    expected = ttt_rules.scores_of(cfg, ttt_rules.strong_model(cfg), val)
-    model, before, first = ttt_rules.strong_model(cfg), [], train_gpt.score_first
+    expected = ttt_rules.scores_of(cfg, strong_model(cfg), val)
+    model, before, first = strong_model(cfg), [], train_gpt.score_first
     monkeypatch.setattr(train_gpt, "score_first", lambda *args: before.append(counter.frame_count) or first(*args))
     runtime = rules.runtime(compile=True)
     found = ttt_rules.per_target(lambda: train_gpt.EVALS[cfg.eval](cfg, runtime, model, val), len(val.tokens))
@@ -71,6 +86,20 @@ def test_graphs_of_an_evaluator(case: str, counter: CompileCounterWithBackend, m
     assert counter.frame_count == int(graphs)
     if cfg.ttt_context != "carry":  # which compiles there while it captures, on a GPU alone
         assert before == [int(graphs)], "compiled inside the clock"
+
+
+def test_what_is_scored_unadapted_and_what_copies_are_fitted_on_runs_uncompiled(
+    counter: CompileCounterWithBackend, tiny_data: Path
+) -> None:
+    """A late evaluation has no time to compile; and the fit counts as training."""
+    cfg, runtime = small("EVAL=phased_lora HINTS=copy"), rules.runtime(compile=True)
+    val, counter.backend = ttt_rules.golden_stream(LENGTHS, ttt_rules.VOCAB), "eager"
+    score = train_gpt.EVALS[cfg.eval](cfg, runtime, strong_model(cfg), val, deadline=time.perf_counter())
+    assert score.unadapted == score.tokens == len(val.tokens) - 1
+    assert counter.frame_count == 2
+    cfg = small(f"VOCAB_SIZE=320 HINTS=copy COPY_FIT_TOKENS=500 DATA_PATH={tiny_data}")
+    assert train_gpt.fit_copies(cfg, runtime, ttt_rules.strong_model(cfg)).dtype == torch.uint8
+    assert counter.frame_count == 2
 
 
 def test_warm_up_makes_every_graph_of_a_run_with_other_spans(

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +167,15 @@ def test_kernels_under_the_interpreter_are_their_twins(tmp_path: Path) -> None:
 
 
 def ahead_of_time(program: object) -> dict[str, dict[str, Any]]:
-    """Compile a program's kernels for sm_90: PTX, size of the cubin, shared memory in bytes."""
+    """Compile a program's kernels for sm_90: PTX, size of the cubin, shared memory in bytes, what ptxas says of spills.
+
+    Scored logits are float32 (wide), trained ones bf16.
+    """
     compiler = sys.modules["triton.compiler"]
     target = sys.modules["triton.backends.compiler"].GPUTarget("cuda", 90, 32)
     R, C, K = program.MLP_TILE
     columns = {"z": "*bf16", "targets": "*i64", "lse": "*fp32", "softcap": "fp32", "vocab": "i32"}
-    masked = columns | {"banned": "*u8"}
+    masked, wide = columns | {"banned": "*u8"}, {"z": "*fp32", "banned": "*u8"}
     tiles = {"x": (R, K), "w": (C, K), "pre": (R, C // 2), "out": (R, C // 2)}
     forward, back = (
         {name: f"tensordesc<bf16[{rows}, {columns}]>" for name, (rows, columns) in shapes.items()}
@@ -185,13 +189,27 @@ def ahead_of_time(program: object) -> dict[str, dict[str, Any]]:
         ("ce back", ce_back, columns | {"g_lse": "*fp32", "dz": "*bf16"}, free, {}),
         ("masked ce", ce, masked | {"loss": "*fp32"}, block, {}),
         ("masked ce back", ce_back, masked | {"g_lse": "*fp32", "dz": "*bf16"}, block, {}),
+        ("wide ce", ce, columns | wide | {"loss": "*fp32"}, block, {}),
+        ("wide ce back", ce_back, columns | wide | {"g_lse": "*fp32", "dz": "*fp32"}, block, {}),
         ("mlp", mlp, forward, {"SLOPE": 0.5, "BACK": False}, {"num_warps": 8, "num_stages": 4}),
         ("mlp back", mlp, back, {"SLOPE": 0.5, "BACK": True}, {"num_warps": 8, "num_stages": 3}),
     ):
         ordered = {argument: signature.get(argument, "constexpr") for argument in function.arg_names}
         done = compiler.compile(compiler.ASTSource(function, ordered, constants), target=target, options=options)
         built[name] = {"ptx": done.asm["ptx"], "cubin": len(done.asm["cubin"]), "shared": done.metadata.shared}
+        built[name]["spills"] = spills(done.asm["ptx"])
     return built
+
+
+def spills(ptx: str) -> list[int]:
+    """Bytes of registers that a kernel stores and loads because it has too few of them."""
+    assembler = sys.modules["triton"].knobs.nvidia.ptxas.path
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [assembler, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return [int(count) for count in re.findall(r"(\d+) bytes spill", report)]
 
 
 def gradient_norms(program: object) -> list[float]:
@@ -221,6 +239,7 @@ def test_packed_kernels_compile_for_hopper_and_train(tmp_path: Path) -> None:
     for name, kernel in built["kernels"].items():
         assert ".target sm_90a" in kernel["ptx"] and kernel["cubin"] > 1000, name
         assert kernel["shared"] <= 232_448, f"{name}: more than a block may have there"
+        assert kernel["spills"] == [0, 0], name
         if "mlp" in name:  # tensor cores by warp group, and bulk copies
             assert "wgmma.mma_async" in kernel["ptx"] and "cp.async.bulk.tensor" in kernel["ptx"], name
     assert built["gradients"] == gradient_norms(train_gpt)
@@ -475,12 +494,15 @@ def test_bf16_embedding_is_quantised_as_floats() -> None:
 
 @pytest.mark.gpu
 @needs_triton
-def test_fused_loss_on_a_gpu_is_the_twin() -> None:
-    z = torch.randn(98_304, 8192, device="cuda", dtype=HALF).mul_(5).requires_grad_()
-    targets = torch.randint(8192, (98_304,), device="cuda")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("rows", "dtype"), [(98_304, HALF), (32_768, SINGLE)])
+def test_fused_loss_on_a_gpu_is_the_twin(rows: int, dtype: torch.dtype, masked: bool) -> None:
+    z = torch.randn(rows, 8192, device="cuda", dtype=dtype).mul_(5).requires_grad_()
+    targets = torch.randint(8192, (rows,), device="cuda")
+    banned = torch.randint(256, (rows, 1024), device="cuda", dtype=torch.uint8) if masked else None
     results = []
     for function in (train_gpt.fused_cross_entropy, train_gpt.softcapped_cross_entropy):
-        loss = function(z, targets, 30.0)
+        loss = function(z, targets, 30.0, banned)
         results.append((loss.detach(), torch.autograd.grad(loss.mean(), z)[0]))
     (loss, dz), (twin_loss, twin_dz) = results
     torch.testing.assert_close(loss, twin_loss, rtol=1e-5, atol=1e-5)

@@ -1,13 +1,20 @@
-"""Time and memory of training steps, of the fused kernels, and of the attention of test-time training.
+"""Time and memory of training steps, kernels, calibration, the head of test-time training, and hints.
 
     PRESET=records/<...> python tests/bench/bench_gpu.py step [--steps 20] [--attention fa2,fa3] [--profile DIR]
     python tests/bench/bench_gpu.py kernels|sdpa [--steps 20]
+    PRESET=records/<...> python tests/bench/bench_gpu.py calibrate head hints [--steps 20] [--tokens 10000000]
 
 step: a full-size training step of one micro-batch, looping off and on: ms, tokens per second, MFU, peak memory. Random
 tokens, documents of the published mean length; knobs from the environment as for train_gpt.py.
-kernels: forward with backward of each fused kernel beside its plain twin under torch.compile, at the contest's shapes.
+kernels: forward with backward of each fused kernel beside its plain twin under torch.compile, at the contest's shapes;
+the cross-entropy also with a mask of banned ids.
 sdpa: which backend torch chooses for the attention of test-time training, and what each costs and gets wrong.
-`kernels` and `sdpa` need a GPU; on a CPU the times of `step` mean little. Medians, one JSON line each.
+calibrate: time and memory of the calibration, with the sensitivities that FISHER_SCALES needs and without.
+head: what a step of test-time training spends on the head, its adapter and the loss, with logits in bf16 as published,
+then wide ones, then a mask too, then hints too.
+hints: time and memory to find the hints of a stream.
+`kernels` and `sdpa` need a GPU; on a CPU only the ratios of the others mean something. Medians, one JSON line each.
+Several benches may be named, and run in turn.
 """
 
 from __future__ import annotations
@@ -120,7 +127,7 @@ def gradients(function: Callable, leaves: tuple[torch.Tensor, ...], others: tupl
 
 
 def bench_kernels(args: argparse.Namespace) -> None:
-    """Both kernels, fused and plain."""
+    """Both kernels, fused and plain; the loss without and with banned ids."""
     if train_gpt.triton is None or not bench.CUDA:
         raise SystemExit("error: needs a GPU and triton")
     torch.manual_seed(0)
@@ -129,13 +136,99 @@ def bench_kernels(args: argparse.Namespace) -> None:
     mlp = gaussian(N, D), gaussian(H, D, size=D**-0.5), gaussian(D, H, size=H**-0.5)
     rows, hidden = torch.full((N,), 1 / N, device="cuda"), torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
     ce = train_gpt.fused_cross_entropy, train_gpt.softcapped_cross_entropy
+    banned = torch.randint(256, (N, V // 8), device="cuda", dtype=torch.uint8)
     pairs = {
         "softcapped cross-entropy": [gradients(f, (logits,), (targets, 30.0), rows) for f in ce],
+        "masked cross-entropy": [gradients(f, (logits,), (targets, 30.0, banned), rows) for f in ce],
         "mlp": [gradients(f, mlp, (0.5,), hidden) for f in (train_gpt.fused_mlp, plain_mlp)],
     }
     for name, calls in pairs.items():
         found = measure(dict(zip(("fused", "plain"), calls, strict=True)), args.steps)
         bench.say(kernel=name, tokens=N, **found, triton=train_gpt.triton.__version__)
+
+
+def random_windows(cfg: train_gpt.Config, index: int) -> np.ndarray:
+    """As train_gpt.calibration_rows, of random tokens."""
+    rng, rows = np.random.default_rng(index), cfg.train_batch_tokens // cfg.batch_slices // cfg.train_seq_len
+    windows = rng.integers(4, cfg.vocab_size, (rows, cfg.train_seq_len))
+    windows[rng.random(windows.shape) < 1 / bench.MEAN_DOCUMENT] = train_gpt.BOS_ID
+    return windows
+
+
+def bench_calibrate(args: argparse.Namespace) -> None:
+    """What one rank of eight calibrates, with and without gradients."""
+    train_gpt.calibration_rows, environment = random_windows, train_gpt.load_config(os.environ)
+    share = max(1, environment.gptq_calibration_batches // 8)
+    for scales in (0.0, 1.0):
+        cfg = dataclasses.replace(environment, gptq_calibration_batches=share, fisher_scales=scales)
+        runtime = train_gpt.Runtime.start(cfg, {})
+        collect = functools.partial(train_gpt.collect_hessians, cfg, runtime, bench.model_of(cfg, runtime))
+        with bench.alone():
+            (found,) = measure({"calibrate": collect}, max(1, args.steps // 4), warm_up=1).values()
+        bench.say(bench="calibrate", fisher_scales=scales, batches=share, **found)
+
+
+HEAD_CHOICES = (
+    ("published", "score_dtype", "bf16"),
+    ("wide", "score_dtype", "fp32"),
+    ("masked", "canonical_mask", "eval"),
+    ("hinted", "hints", tuple(train_gpt.HINTS)),
+)
+
+
+def head_call(cfg: train_gpt.Config) -> Callable[[], object]:
+    """Head, its adapter and the loss on the last columns of every row, forward and backward, compiled."""
+    cfg = dataclasses.replace(cfg, ttt_lora_sites=("head",))
+    runtime, rng, V = train_gpt.Runtime.start(cfg, {}), np.random.default_rng(0), cfg.vocab_size
+    model = bench.model_of(cfg, runtime).eval().requires_grad_(False)
+    if train_gpt.MASKED_WHEN[cfg.canonical_mask]:
+        model.canonical = torch.from_numpy(rng.integers(0, 256, (V, V // 8), np.uint8)).to(runtime.device)
+    shape = cfg.ttt_batch_size, max(size for _, size in cfg.ttt_chunk_size)
+    adapters = train_gpt.Adapters(cfg, runtime, model, shape[0])
+    h = torch.randn(*shape, cfg.model_dim, device=runtime.device).to(model.dtype).requires_grad_()
+    ids, before = (torch.from_numpy(rng.integers(4, V, shape)).to(runtime.device) for _ in range(2))
+    hinted = 1 << train_gpt.BUCKET_AT | ids + 1 << train_gpt.TILT_AT | ids << train_gpt.COPY_AT
+    targets, leaves = ids | hinted if cfg.hints else ids, [h, *adapters.leaves()]
+
+    def losses(h: torch.Tensor) -> torch.Tensor:
+        return model.loss(model.logits(h, adapters).flatten(0, -2), targets.flatten(), before.flatten())
+
+    function = train_gpt.compiled(runtime, losses)
+    return lambda: torch.autograd.grad(function(h).sum(), leaves)
+
+
+def bench_head(args: argparse.Namespace) -> None:
+    """One choice after the other switched on."""
+    chosen, calls = {"canonical_mask": "none", "hints": ()}, {}
+    for name, knob, value in HEAD_CHOICES:
+        chosen[knob] = value
+        calls[name] = head_call(dataclasses.replace(train_gpt.load_config(os.environ), **chosen))
+    for call in calls.values():
+        call()
+    with bench.alone():
+        found = measure(calls, args.steps)
+    bench.say(bench="head", **found)
+
+
+def repetitive_tokens(count: int, vocab: int) -> np.ndarray:
+    """Documents of frequent and rare tokens, where every third stretch of 40 is what stood 200 tokens before."""
+    rng, place = np.random.default_rng(0), np.arange(200, count)
+    tokens = 4 + ((vocab - 4) * rng.random(count) ** 3).astype(np.int64)
+    again = place[place // 40 % 3 == 0]
+    tokens[again] = tokens[again - 200]
+    tokens[rng.random(count) < 1 / bench.MEAN_DOCUMENT] = train_gpt.BOS_ID
+    return tokens
+
+
+def bench_hints(args: argparse.Namespace) -> None:
+    """Each kind of hint in turn."""
+    cfg, count = train_gpt.load_config(os.environ), args.tokens or (10_000_000 if bench.CUDA else 100_000)
+    tokens = torch.from_numpy(repetitive_tokens(count, cfg.vocab_size)).to("cuda" if bench.CUDA else "cpu")
+    for name, (find, _) in train_gpt.HINTS.items():
+        with bench.alone():
+            call = functools.partial(find, cfg, tokens, tokens == train_gpt.BOS_ID)
+            (found,) = measure({name: call}, max(1, args.steps // 4), warm_up=1).values()
+        bench.say(bench="hints", hints=name, tokens=count, **found)
 
 
 BACKENDS = {name: getattr(SDPBackend, f"{name.upper()}_ATTENTION") for name in ("cudnn", "flash", "efficient")}
@@ -198,13 +291,16 @@ def main() -> None:
     """The benchmark that was asked for."""
     parser = bench.arguments(__doc__)
     benches = {"step": bench_step, "kernels": bench_kernels, "sdpa": bench_sdpa}
-    parser.add_argument("bench", choices=tuple(benches))
+    benches |= {"calibrate": bench_calibrate, "head": bench_head, "hints": bench_hints}
+    parser.add_argument("bench", choices=tuple(benches), nargs="+")
     parser.add_argument("--steps", type=int, default=20, help="timed repetitions")
     parser.add_argument("--attention", default="auto", help="step: comma-separated values of ATTENTION")
     parser.add_argument("--profile", type=Path, help="step: folder for a table of the kernels of a step")
     parser.add_argument("--then-run", action="store_true", help="step: then run the program, in the same process")
+    parser.add_argument("--tokens", type=int, default=0, help="hints: length of the stream (default 10 M)")
     args = parser.parse_args()
-    benches[args.bench](args)
+    for name in args.bench:
+        benches[name](args)
 
 
 if __name__ == "__main__":
