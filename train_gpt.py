@@ -6347,18 +6347,22 @@ class DocLora:
         """Compile, on random tokens: one graph serves all windows, chunks and rows."""
         if not self.runtime.compile:
             return
-        rows, sizes = self.num_rows, [size for _, size in self.cfg.ttt_chunk_size]
+        rows, window = self.num_rows, self.cfg.ttt_eval_seq_len
+        sizes = [size for _, size in self.cfg.ttt_chunk_size]
         # equal sizes would become one symbol
-        width = self.cfg.ttt_eval_seq_len - (self.cfg.ttt_eval_seq_len == rows)
+        widths = [window - (window == rows)]
         # the backward of attention on a GPU has another graph for widths that 8 does not divide
-        odd = next(width for width in itertools.count(width - 1, -1) if width % 8 and width != rows)
-        for width in [width, odd] if any(size % 8 for size in sizes) else [width]:
+        if any(size % 8 for size in (window, *sizes)):
+            other = widths[0] % 8 == 0
+            widths += [n for n in range(window - 8, window) if (n % 8 > 0) == other and n != rows][-1:]
+        for width in widths:
             size = next(size for size in itertools.count(max(sizes)) if size not in (rows, width))
             ids = np.random.default_rng(0).integers(0, self.cfg.vocab_size, (rows, width))
             zeros, none = np.zeros(rows, np.int64), np.empty(0, np.int64)
             cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros, size)
+            lesson = Lesson(np.arange(rows), slice(width - size, width))
             # what is learnt here is renewed when the first document begins
-            self.learn(Lesson(np.arange(rows), slice(width - size, width)), cells, self.score(cells))
+            self.learn(lesson, cells, self.score(cells))
         self.warm = False
 
     def place(self, cells: Cells) -> None:
