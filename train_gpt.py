@@ -1133,6 +1133,8 @@ class Runtime:
             torch._dynamo.config.recompile_limit = 64
             # else sums over tokens join kernels that then spill registers: 147 instead of 143 ms a step on an H200
             torch._inductor.config.triton.mix_order_reduction = False
+            # else windows shorter than GATE_WINDOW would need graphs of their own, which nobody has compiled
+            torch._inductor.config.shape_padding = False
             torch.set_float32_matmul_precision("high")
         if world > 1:
             # CPU tensors go over gloo and never wait for the GPU.
@@ -6347,16 +6349,22 @@ class DocLora:
         """Compile, on random tokens: one graph serves all windows, chunks and rows."""
         if not self.runtime.compile:
             return
-        rows = self.num_rows
+        rows, window = self.num_rows, self.cfg.ttt_eval_seq_len
+        sizes = [size for _, size in self.cfg.ttt_chunk_size]
         # equal sizes would become one symbol
-        width = self.cfg.ttt_eval_seq_len - (self.cfg.ttt_eval_seq_len == rows)
-        longest = max(size for _, size in self.cfg.ttt_chunk_size)
-        size = next(size for size in itertools.count(longest) if size not in (rows, width))
-        ids = np.random.default_rng(0).integers(0, self.cfg.vocab_size, (rows, width))
-        zeros, none = np.zeros(rows, np.int64), np.empty(0, np.int64)
-        cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros, size)
-        # what is learnt here is renewed when the first document begins
-        self.learn(Lesson(np.arange(rows), slice(width - size, width)), cells, self.score(cells))
+        widths = [window - (window == rows)]
+        # the backward of attention on a GPU has another graph for widths that 8 does not divide
+        if any(size % 8 for size in (window, *sizes)):
+            other = widths[0] % 8 == 0
+            widths += [n for n in range(window - 8, window) if (n % 8 > 0) == other and n != rows][-1:]
+        for width in widths:
+            size = next(size for size in itertools.count(max(sizes)) if size not in (rows, width))
+            ids = np.random.default_rng(0).integers(0, self.cfg.vocab_size, (rows, width))
+            zeros, none = np.zeros(rows, np.int64), np.empty(0, np.int64)
+            cells = Cells(ids, ids, zeros, none, none, None, np.arange(rows), zeros, size)
+            lesson = Lesson(np.arange(rows), slice(width - size, width))
+            # what is learnt here is renewed when the first document begins
+            self.learn(lesson, cells, self.score(cells))
         self.warm = False
 
     def place(self, cells: Cells) -> None:
