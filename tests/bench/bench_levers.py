@@ -21,13 +21,15 @@ import argparse
 import dataclasses
 import functools
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import bench
 import bench_ttt
@@ -40,9 +42,9 @@ from train_gpt import Config
 
 DRAWS = 10_000
 BASE = (
-    "EVAL=doc_lora TTT_CONTEXT=recompute TTT_WARM_START_A=0 TTT_GRAD_STEPS=1 HINTS= CANONICAL_MASK=none "
-    "SCORE_DTYPE=fp32 MATRIX_QUANT=gptq EMBED_QUANT=gptq REPAIR=none AWQ_LITE_ENABLED=0 FISHER_SCALES=0 "
-    "ARTIFACT_BYTES=0 ROTATE=none COMPRESSOR=rans"
+    "EVAL=doc_lora TTT_CONTEXT=recompute TTT_WARM_START_A=0 HINTS= CANONICAL_MASK=none SCORE_DTYPE=fp32 "
+    "MATRIX_QUANT=gptq EMBED_QUANT=gptq REPAIR=none AWQ_LITE_ENABLED=0 FISHER_SCALES=0 ARTIFACT_BYTES=0 ROTATE=none "
+    "COMPRESSOR=rans EVAL_INCLUDE_TAIL=1"
 )
 PHASED = "EVAL=phased_lora PHASED_TTT_NUM_PHASES="
 TCQ = "MATRIX_QUANT=gptq_tcq EMBED_QUANT=gptq_tcq"
@@ -55,7 +57,7 @@ class Lever(NamedTuple):
     name: str
     knobs: str
     against: str = ""
-    calibration: str = ""  # knobs of the calibration alone
+    fisher_hessians: bool = False  # from a calibration for FISHER_SCALES, whatever that is
 
 
 EVALUATION = (
@@ -88,11 +90,11 @@ EVALUATION = (
     Lever("carried, chunk 24, rate x .7", "TTT_CONTEXT=carry TTT_CHUNK_SIZE=24 TTT_LORA_LR*.7", "TTT_CHUNK_SIZE=48"),
 )
 QUANTISATION = (
-    Lever("embedding's Hessian of both uses", "", calibration="FISHER_SCALES=.75"),
+    Lever("embedding's Hessian of both uses", "", fisher_hessians=True),
     # how much of Fisher's gain a finer embedding has alone
     Lever("embedding finer: clip x .5", "EMBED_CLIP_SIGMAS*.5"),
     Lever("embedding finer: 8 bits, clip x .5", "EMBED_BITS=8 EMBED_CLIP_SIGMAS*.5"),
-    Lever("the same, Hessian of both uses", "EMBED_BITS=8 EMBED_CLIP_SIGMAS*.5", "", "FISHER_SCALES=.75"),
+    Lever("the same, Hessian of both uses", "EMBED_BITS=8 EMBED_CLIP_SIGMAS*.5", "", True),
     Lever("Fisher .75 over that", "FISHER_SCALES=.75", "EMBED_BITS=8 EMBED_CLIP_SIGMAS*.5"),
     Lever("row scales by Fisher, .5", "FISHER_SCALES=.5"),
     Lever("row scales by Fisher, .75", "FISHER_SCALES=.75"),
@@ -112,144 +114,127 @@ QUANTISATION = (
 )
 
 
-class Side(NamedTuple):
-    """What one side of a lever gave: a number (documents,), bytes of its artifact, seconds."""
-
-    sums: np.ndarray
-    bytes: int
-    seconds: float
-
-
-def by_document(val: train_gpt.ValData, position: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sums (documents,) of what belongs to targets."""
+def by_document(val: train_gpt.ValData, values: np.ndarray) -> np.ndarray:
+    """Sums (documents,) of what belongs to the tokens of a stream as targets."""
     starts = [start for start, _ in train_gpt.val_documents(val.tokens)]
     # the first token of a document is the last target of the one before
-    return np.bincount(np.searchsorted(starts, position) - 1, values, len(starts))
+    return np.bincount(np.searchsorted(starts, np.arange(1, len(values))) - 1, values[1:], len(starts))
 
 
 class Levers:
-    """A model, its documents, and what was found of each configuration."""
+    """A model and its documents. What was measured of a configuration is kept: many levers share a side."""
 
     def __init__(self, environ: dict[str, str], state: Weights, args: argparse.Namespace) -> None:
-        self.environ, self.state = environ, state
-        self.base = train_gpt.load_config(environ)
-        runtime = train_gpt.Runtime.start(self.base, {})
-        self.runtime = dataclasses.replace(runtime, log=bench.RUNTIME.log)
-        whole = train_gpt.load_val(dataclasses.replace(self.base, eval_include_tail=True))
-        self.val, self.kl_val = (
-            bench_ttt.real_documents(whole, count, args.shortest, args.longest) for count in (args.docs, args.kl_docs)
-        )
+        self.environ, self.state, self.base = environ, state, train_gpt.load_config(environ)
+        self.runtime = dataclasses.replace(train_gpt.Runtime.start(self.base, {}), log=bench.RUNTIME.log)
+        whole, spans = train_gpt.load_val(self.base), (args.shortest, args.longest)
+        self.val, self.kl_val = (bench_ttt.real_documents(whole, n, *spans) for n in (args.docs, args.kl_docs))
         self.model = bench.model_of(self.base, self.runtime, state).eval()
-        for method in ("hessians", "artifact", "copies", "nats", "divergence"):
+        for method in ("hessians", "first", "copies", "nats", "divergence"):
             setattr(self, method, functools.cache(getattr(self, method)))
 
     def configured(self, knobs: str) -> Config:
         """The base with a lever's knobs; UserError if they do not fit it."""
         changes = {}
-        for word in knobs.split():
-            name, given, value = word.partition("=")
-            if not given:
-                name, _, factor = word.partition("*")
-                before = getattr(self.base, name.lower())
-                value = str(type(before)(round(before * float(factor), 0 if isinstance(before, int) else 9)))
+        for name, sign, value in re.findall(r"(\w+)([=*])(\S*)", knobs):
             changes[name] = value
+            if sign == "*":
+                before = getattr(self.base, name.lower())
+                changes[name] = f"{type(before)(round(before * float(value), 9 * isinstance(before, float)))}"
         return train_gpt.load_config(self.environ | changes)
 
-    # Quantisation
-
-    def hessians(self, cfg: Config) -> Weights:
-        """Of the float model."""
+    def hessians(self, batches: int, fisher: bool) -> Weights:
+        """Those of the float model; fisher: with sensitivities, and of both uses of the embedding."""
+        cfg = dataclasses.replace(self.base, gptq_calibration_batches=batches, fisher_scales=float(fisher))
         return train_gpt.collect_hessians(cfg, self.runtime, self.model)
 
-    def artifact(self, cfg: Config, calibration: Config, size: int) -> tuple[int, Weights]:
+    def artifact(self, cfg: Config, fisher: bool, size: int) -> tuple[int, Weights]:
         """Bytes of an artifact that fills `size` (0: of any size), and the weights in it."""
-        # what the calibration depends on, so that others share it
-        same = {name: getattr(calibration, name) for name in ("gptq_calibration_batches",)}
-        seen = dataclasses.replace(self.base, fisher_scales=float(calibration.fisher_scales > 0), **same)
-        pair = train_gpt.reparametrize(cfg, self.runtime, self.state, self.hessians(seen))
-        run = types.SimpleNamespace(
-            cfg=dataclasses.replace(cfg, artifact_bytes=size), runtime=self.runtime, log=self.runtime.log
-        )
+        hessians = self.hessians(cfg.gptq_calibration_batches, fisher)
+        pair = train_gpt.reparametrize(cfg, self.runtime, self.state, hessians)
+        # not by load_config, which wants FISHER_SCALES with ARTIFACT_BYTES
+        cfg = dataclasses.replace(cfg, artifact_bytes=size)
+        run = types.SimpleNamespace(cfg=cfg, runtime=self.runtime, log=self.runtime.log)
         stored = train_gpt.Run.filled(run, *pair)
         blob = train_gpt.pack_stored(stored, cfg.compressor, train_gpt.model_identity(cfg))
         return len(blob), train_gpt.dequantize(stored)
 
     def first(self) -> tuple[int, Weights]:
-        """The artifact that the levers start from."""
-        return self.artifact(self.base, self.base, 0)
+        """The artifact of the base: what evaluations score, and the size of the others."""
+        return self.artifact(self.base, fisher=False, size=0)
 
-    def divergence(self, cfg: Config, calibration: Config) -> Side:
-        """KL sums of the model quantised to the bytes of the first artifact."""
-        started, size = time.perf_counter(), self.first()[0]
-        is_first = cfg == calibration == self.base
-        size, weights = self.artifact(cfg, calibration, 0 if is_first else size)
-        model = bench.model_of(cfg, self.runtime, weights).eval()
+    def divergence(self, cfg: Config, fisher: bool) -> tuple[np.ndarray, int]:
+        """KL summed over documents, of the model quantised to the bytes of the first artifact, and its bytes."""
+        is_first = cfg == self.base and not fisher
+        size, weights = self.first() if is_first else self.artifact(cfg, fisher, self.first()[0])
+        model, found = bench.model_of(cfg, self.runtime, weights).eval(), np.zeros(len(self.kl_val.tokens))
         learner = train_gpt.NoAdaptation(self.base, self.runtime, model, self.kl_val)
-        found = np.zeros(len(self.kl_val.tokens))
         for cells, _ in train_gpt.plain_steps(self.base, self.runtime, self.kl_val):
             ids, _, meta = learner.inputs(cells)
             with torch.no_grad():
                 p, q = (m(ids, None, meta).log_softmax(-1) for m in (self.model, model))
-            kl = (p.exp() * (p - q)).sum(-1).cpu().numpy()
+                kl = (p.exp() * (p - q)).sum(-1).cpu().numpy()
             found[cells.scored()] = kl[cells.rows, cells.cols]
-        sums = by_document(self.kl_val, np.arange(1, len(found)), found[1:])
-        return Side(sums, size, time.perf_counter() - started)
+        return by_document(self.kl_val, found), size
 
-    # Evaluation
-
-    def copies(self, cfg: Config) -> Weights:
+    def copies(self) -> Weights:
         """The weights of copies, fitted on training tokens with the first artifact."""
+        cfg = dataclasses.replace(self.base, hints=("copy",))
         model = bench.model_of(cfg, self.runtime, self.first()[1])
         return {"copy_weights": train_gpt.fit_copies(cfg, self.runtime, model) / 256}
 
-    def nats(self, cfg: Config) -> Side:
-        """Nats of the documents, scored by the program."""
+    def nats(self, cfg: Config, fisher: bool) -> tuple[np.ndarray, int]:
+        """Nats of the documents by the program's evaluation of the first artifact, and its bytes."""
         size, state = self.first()
-        if "copy" in cfg.hints:
-            state = state | self.copies(dataclasses.replace(self.base, hints=("copy",)))
-        model, started = bench.model_of(cfg, self.runtime, state), time.perf_counter()
+        model = bench.model_of(cfg, self.runtime, state | self.copies() if "copy" in cfg.hints else state)
         if train_gpt.MASKED_WHEN[cfg.canonical_mask]:
             model.canonical = train_gpt.checked_mask(cfg, self.val).to(self.runtime.device)
+        found = np.zeros(len(self.val.tokens))
         with tempfile.TemporaryDirectory() as folder:
             cfg = dataclasses.replace(cfg, scores=f"{folder}/scores")
             train_gpt.EVALS[cfg.eval](cfg, self.runtime, model, self.val)
             position, nats, _ = np.load(f"{folder}/scores.0.npy").T
-        return Side(by_document(self.val, position.astype(int), nats), size, time.perf_counter() - started)
+        found[position.astype(int)] = nats
+        return by_document(self.val, found), size
 
-    # Comparison
-
-    def same(self, cfg: Config, other: Config) -> bool:
-        """Whether both compute the same; no logits are narrower than fp32 activations."""
-        wide = {"score_dtype": other.score_dtype} if self.runtime.dtype == torch.float32 else {}
-        return dataclasses.replace(cfg, **wide) == other
-
-    def compared(self, lever: Lever, side: str) -> dict[str, object]:
-        """A lever's row: side "nats" or "divergence" of both its sides."""
+    def compared(self, lever: Lever, measure: Callable, units: np.ndarray) -> dict[str, Any]:
+        """A lever's row: both sides by `measure`, per unit of the documents; or why there is none."""
         row = lever._asdict()
         try:
             cfg, other = self.configured(lever.knobs), self.configured(lever.against)
         except train_gpt.UserError as error:
-            return row | {"not": str(error).splitlines()[0]}
-        if side == "nats":
-            if self.same(cfg, other):
-                return row | {"not": "the same here"}
-            before, after = self.nats(other), self.nats(cfg)
-            units = by_document(self.val, np.arange(1, len(self.val.tokens)), self.val.bytes[1:] * np.log(2))
-        else:
-            calibration = self.configured(lever.calibration) if lever.calibration else cfg
-            before, after = self.divergence(other, other), self.divergence(cfg, calibration)
-            units = by_document(
-                self.kl_val, np.arange(1, len(self.kl_val.tokens)), np.ones(len(self.kl_val.tokens) - 1)
-            )
+            return row | {"none": str(error).splitlines()[0]}
+        # no logits are narrower than fp32 activations
+        wide = {"score_dtype": other.score_dtype} if self.runtime.dtype == torch.float32 else {}
+        if dataclasses.replace(cfg, **wide) == other and not lever.fisher_hessians:
+            return row | {"none": "both sides are the same here"}
+        old, old_bytes = measure(other, other.fisher_scales > 0)
+        new, new_bytes = measure(cfg, cfg.fisher_scales > 0 or lever.fisher_hessians)
         picks = np.random.default_rng(0).integers(0, len(units), (DRAWS, len(units)))
-        old, new, size = (sums[picks].sum(1) for sums in (before.sums, after.sums, units))
-        row |= {"before": before.sums.sum() / units.sum(), "after": after.sums.sum() / units.sum()}
-        row |= {
-            "difference": row["after"] - row["before"],
-            "interval": [*np.quantile((new - old) / size, (0.025, 0.975))],
-        }
-        row |= {"ratio": row["after"] / row["before"], "ratio_interval": [*np.quantile(new / old, (0.025, 0.975))]}
-        return row | {"bytes": [before.bytes, after.bytes], "seconds": round(after.seconds, 1)}
+        some_old, some_new, some = (sums[picks].sum(1) for sums in (old, new, units))
+        low, high = np.quantile((some_new - some_old) / some, (0.025, 0.975))
+        least, most = np.quantile(some_new / some_old, (0.025, 0.975))
+        before, after = old.sum() / units.sum(), new.sum() / units.sum()
+        row |= {"before": before, "after": after, "difference": after - before, "interval": [low, high]}
+        return row | {"ratio": after / before, "ratios": [least, most], "bytes": [old_bytes, new_bytes]}
+
+    def table(self, title: str, levers: list[Lever], measure: Callable, units: np.ndarray, digits: int) -> list[dict]:
+        """Print the rows of some levers; return them."""
+        rows, names = [], ("before", "after", "difference [95 %]", "ratio [95 %]", "bytes")
+        if levers:
+            bench.head("lever", "knobs", "against", *names, title=f"{title}; {len(units)} documents")
+        for lever in levers:
+            started = time.perf_counter()
+            rows.append(row := self.compared(lever, measure, units))
+            row["seconds"] = round(time.perf_counter() - started, 1)
+            cells = "-", "-", f"n/a: {row.get('none')}", "-", "-"
+            if "none" not in row:
+                before, after = (f"{row[key]:.{digits}f}" for key in ("before", "after"))
+                gap = "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(row["difference"], *row["interval"], d=digits)
+                ratio = "{:.4f} [{:.4f}, {:.4f}]".format(row["ratio"], *row["ratios"])
+                cells = before, after, gap, ratio, "{:,} -> {:,}".format(*row["bytes"])
+            bench.row(lever.name, lever.knobs, lever.against or "base", *cells)
+        return rows
 
 
 def prepared(run: Path) -> tuple[Path, dict[str, str]]:
@@ -261,11 +246,6 @@ def prepared(run: Path) -> tuple[Path, dict[str, str]]:
     return run / "run", {"DATA_PATH": str(run / "data")}
 
 
-def chosen(levers: tuple[Lever, ...], words: list[str]) -> list[Lever]:
-    """Those whose name or knobs hold one of the words; all, if there are no words."""
-    return [lever for lever in levers if not words or any(word in f"{lever.name} {lever.knobs}" for word in words)]
-
-
 def main() -> None:
     """Both tables."""
     parser = bench.arguments(__doc__)
@@ -275,42 +255,22 @@ def main() -> None:
     parser.add_argument("--kl-docs", type=int, default=96, help="documents for the quantisation")
     parser.add_argument("--shortest", type=int, default=64, help="predictions of the shortest document")
     parser.add_argument("--longest", type=int, default=512, help="predictions at which documents are cut")
-    parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="levers with a word in name or knobs")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="WORD", help="levers with a word in name or knobs")
     parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE")
     args = parser.parse_args()
     run, data = prepared(args.run)
     environ = {**os.environ, **data, "PRESET": str(run)} | ({"DATA_PATH": args.data} if args.data else {})
     environ |= dict(word.split("=", 1) for word in [*BASE.split(), *args.set])
     levers = Levers(environ, bench.read_weights(run / "model.pt"), args)
-    rows = []
-    for title, table, side, scale in (
-        (
-            f"KL(float || quantised) in 1e-3 nats per token, at equal bytes; {args.kl_docs} documents",
-            QUANTISATION,
-            "divergence",
-            1e3,
-        ),
-        (f"val_bpb; {args.docs} documents", EVALUATION, "nats", 1.0),
-    ):
-        wanted = chosen(table, args.only)
-        if wanted:
-            bench.head(
-                "lever", "against", "before", "after", "difference [95 %]", "ratio [95 %]", "bytes", "s", title=title
-            )
-        for lever in wanted:
-            row = levers.compared(lever, side)
-            rows.append(row)
-            if "not" in row:
-                bench.row(lever.name, lever.against or "base", "-", "-", f"n/a: {row['not']}", "-", "-", "-")
-                continue
-            digits = 3 if side == "divergence" else 5
-            low, high = (scale * x for x in row["interval"])
-            gap = f"{scale * row['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-            ratio = "{:.3f} [{:.3f}, {:.3f}]".format(row["ratio"], *row["ratio_interval"])
-            ends = (f"{scale * row[key]:.{digits}f}" for key in ("before", "after"))
-            sizes = "{:,} -> {:,}".format(*row["bytes"])
-            bench.row(lever.name, lever.against or "base", *ends, gap, ratio, sizes, f"{row['seconds']:.0f}")
-    bench.say(run=levers.base.seed, docs=args.docs, kl_docs=args.kl_docs, tokens=len(levers.val.tokens), levers=rows)
+    evaluation, quantisation = (
+        [lever for lever in rows if any(word in f"{lever.name} {lever.knobs}" for word in args.only)]
+        for rows in (EVALUATION, QUANTISATION)
+    )
+    units = by_document(levers.val, levers.val.bytes * np.log(2))
+    found = levers.table("val_bpb", evaluation, levers.nats, units, 5)
+    tokens, title = np.ones(len(levers.kl_val.tokens)), "KL(float || quantised), nats per token, at equal bytes"
+    found += levers.table(title, quantisation, levers.divergence, by_document(levers.kl_val, tokens), 6)
+    bench.say(levers=found, targets=len(levers.val.tokens) - 1, kl_targets=len(tokens) - 1)
 
 
 if __name__ == "__main__":
