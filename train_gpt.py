@@ -4497,7 +4497,7 @@ class Scheme(NamedTuple):
         parts = stored_scales(self.scale(weight, rule, cfg), cfg.scale_step)
         if rule.awq_groups:
             parts["hc"] = torch.tensor([cfg.awq_lite_group_size, *rule.awq_groups], dtype=torch.int32)
-            finer = sigma_clip_scale(weight, cfg.awq_lite_bits, rule.clip)
+            finer = sigma_clip(weight, rule._replace(bits=cfg.awq_lite_bits), cfg)
             parts |= stored_scales(finer, cfg.scale_step, "hs")
             bits = torch.full((1, cols), rule.bits, device=weight.device)
             bits[:, awq_columns(parts["hc"], cols)] = cfg.awq_lite_bits

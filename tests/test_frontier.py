@@ -215,8 +215,7 @@ def test_two_processes_run_out_of_time_as_one(run_gpt: Callable, tmp_path: Path)
     folder, found = tmp_path / "run", []
     knobs = rules.knobs("EVAL=phased_lora EVAL_BUDGET_SECONDS=1e-9 PHASED_TTT_PREFIX_DOCS=4")
     for ranks, more in ((1, {}), (2, {"STAGES": "eval"}), (2, {"STAGES": "eval", "EVAL_BUDGET_SECONDS": "0"})):
-        done = run_gpt(ranks=ranks, **knobs | more)
-        assert done.returncode == 0, done.stderr
+        run_gpt(ranks=ranks, **knobs | more)
         found.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
         assert found[-1]["legal"] and found[-1]["tokens_scored"] == found[0]["tokens_scored"]
     one, two, unlimited = found
@@ -290,8 +289,7 @@ def test_a_schedule_changes_segments_and_no_token(run_gpt: Callable, tmp_path: P
     for ranks in (1, 2):
         knobs = {"TRAIN_SEQ_SCHEDULE": "16@0.3,32@0.6", "SEQ_CHANGE_WARMUP_STEPS": 2, "OVERWRITE": 1, "EVAL": "plain"}
         done = run_gpt(ranks=ranks, **knobs)
-        assert done.returncode == 0, done.stderr
-        said = [line for line in done.stdout.splitlines() if line.startswith("span ")]
+        said = [line for line in done.out.splitlines() if line.startswith("span ")]
         assert [line.split(", ")[0] for line in said] == [
             "span 16 from step 0",
             "span 32 from step 3",

@@ -315,6 +315,11 @@ def test_scales_by_sensitivity_lose_less_in_as_many_bytes() -> None:
         restored = {name: w.double() for name, w in train_gpt.dequantize(stored).items()}
         lost[share] = len(train_gpt.pack_stored(stored, "rans")), divergence(model, ids, restored)
     assert lost[0.75][0] <= lost[0][0] and lost[0.75][1] < 0.5 * lost[0][1], lost
+    # AWQ-lite's columns are finer than the others of their row, by as much as their bits say
+    cfg = rules.model_config(SMALL, fisher_scales=0.75, awq_lite_enabled=True, **(knobs | clips | {"matrix_bits": 6}))
+    finest = [t.parts for t in train_gpt.quantize(cfg, rules.runtime(), state, found) if "hs" in t.parts]
+    assert finest and all(((p["s"].float() / p["hs"].float()) > 1.5).all() for p in finest)
+    cfg = rules.model_config(SMALL, **knobs, **clips)
     # as far as it goes, every row costs the same, up to the floor under sensitivities and the reach of a grid
     cfg = dataclasses.replace(
         cfg, fisher_scales=1.0, embed_clip_sigmas=200.0, attn_clip_sigmas=200.0, mlp_clip_sigmas=200.0

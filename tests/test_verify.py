@@ -206,7 +206,7 @@ FIRST = {  # one chunk's SGD before its scores
     OWN: f"{OWN}        if chunk == 1:\n            yield Step(None, SharedLesson((learn_span(cfg, chunk),)))\n",
     "        if not bool((counts > 0).all()):\n": "        if False:\n",
 }
-SLOT = {"tokens, size, seconds, not illegal)": "tokens, size, seconds, True)"}
+SLOT = {"tokens, size, seconds, not illegal, unadapted)": "tokens, size, seconds, True, unadapted)"}
 LONGEST = """    starts = np.flatnonzero(tokens == BOS_ID)
     longest = int(np.argmax(np.diff(starts)))
     kept = np.r_[0 : starts[longest], starts[longest + 1] : count + 1]
@@ -333,7 +333,7 @@ def test_mask_and_tilts_keep_the_rules(bench_of: Callable[..., verify.Bench]) ->
 
 START = "from __future__ import annotations\n"
 HERE = {START: f"{START}\nimport sys\nHERE = 'torch' in sys.modules\n"}
-FINAL = "        score = self.evaluate(self.cfg.eval, self.from_artifact(path), self.cfg.hints)\n"
+FINAL = "        score = self.evaluate(self.cfg.eval, self.from_artifact(path), self.cfg.hints, deadline)\n"
 TRAINED = {
     FINAL: """        model = self.from_artifact(path)
         for p in model.parameters():

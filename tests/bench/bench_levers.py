@@ -127,8 +127,8 @@ class Levers:
     def __init__(self, environ: dict[str, str], state: Weights, args: argparse.Namespace) -> None:
         self.environ, self.state, self.base = environ, state, train_gpt.load_config(environ)
         self.runtime = dataclasses.replace(train_gpt.Runtime.start(self.base, {}), log=bench.RUNTIME.log)
-        whole, spans = train_gpt.load_val(self.base), (args.shortest, args.longest)
-        self.val, self.kl_val = (bench_ttt.real_documents(whole, n, *spans) for n in (args.docs, args.kl_docs))
+        whole, counts = train_gpt.load_val(self.base), (args.docs, args.kl_docs)
+        self.val, self.kl_val = (bench_ttt.real_documents(whole, count, args.longest) for count in counts)
         self.model = bench.model_of(self.base, self.runtime, state).eval()
         for method in ("hessians", "first", "copies", "nats", "divergence"):
             setattr(self, method, functools.cache(getattr(self, method)))
@@ -222,7 +222,7 @@ class Levers:
         """Print the rows of some levers; return them."""
         rows, names = [], ("before", "after", "difference [95 %]", "ratio [95 %]", "bytes")
         if levers:
-            bench.head("lever", "knobs", "against", *names, title=f"{title}; {len(units)} documents")
+            bench.table(f"{title}; {len(units)} documents", ("lever", "knobs", "against", *names))
         for lever in levers:
             started = time.perf_counter()
             rows.append(row := self.compared(lever, measure, units))
@@ -253,7 +253,6 @@ def main() -> None:
     parser.add_argument("--data", help="folder with the shards; default: DATA_PATH")
     parser.add_argument("--docs", type=int, default=64, help="documents for the evaluation")
     parser.add_argument("--kl-docs", type=int, default=96, help="documents for the quantisation")
-    parser.add_argument("--shortest", type=int, default=64, help="predictions of the shortest document")
     parser.add_argument("--longest", type=int, default=512, help="predictions at which documents are cut")
     parser.add_argument("--only", nargs="*", default=[""], metavar="WORD", help="levers with a word in name or knobs")
     parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE")
