@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ import golden_rules as rules
 import numpy as np
 import pytest
 import torch
-from conftest import same_stored
+from conftest import Done, same_stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -353,3 +353,22 @@ def test_clips_are_searched_until_the_artifact_is_full(tmp_path: Path) -> None:
     # the last is more than 8 bits a weight: nothing is clipped for the sake of a size that cannot be
     assert 25_600 <= sizes[1] <= 26_000 and 33_600 <= sizes[2] <= 34_000 and sizes[0] < sizes[3] < 100_000
     assert lost[1] > lost[2] > lost[3]
+
+
+def test_two_ranks_find_the_same_sensitivities_and_store_the_same(run_gpt: Callable[..., Done]) -> None:
+    """Targets are drawn by the batch's number, so it does not matter which rank draws them."""
+    knobs = {"FISHER_SCALES": 0.75, "GPTQ_CALIBRATION_BATCHES": 3, "EVAL": "plain", "OVERWRITE": 1}
+    found, losses = [], []
+    for ranks in (1, 2):
+        done = run_gpt(ranks=ranks, **knobs)
+        found.append(torch.load(done.folder / "hessians.pt", weights_only=True))
+        losses.append(done.result["stages"]["quantized"]["val_loss"])
+    one, two = found
+    names = [name for name in one if name.startswith(train_gpt.SENSITIVITY)]
+    assert one.keys() == two.keys() and len(names) > 10
+    for name in names:
+        # trained apart, the weights differ by rounding
+        torch.testing.assert_close(two[name], one[name], rtol=0.02, atol=0.02 * one[name].mean().item())
+    assert losses[1] == pytest.approx(losses[0], abs=0.01)
+    done = run_gpt(ranks=2, **knobs | {"GPTQ_CALIBRATION_BATCHES": 1}, code=2)
+    assert "GPTQ_CALIBRATION_BATCHES=1 gives some of 2 ranks none" in done.err
