@@ -187,6 +187,15 @@ class Config:
     compute_dtype: str = knob("auto", "activation dtype; auto: bf16 on a GPU, fp32 elsewhere", "auto|bf16|fp32")
     compile: str = knob("auto", "torch.compile; auto: on a GPU only", "auto|on|off")
     overwrite: bool = knob(False, "train in the folder of a run that has another configuration; its files are lost")
+    checkpoint_seconds: float = knob(
+        0.0,
+        "seconds between checkpoints of the training; the same command goes on from the last one; 0: none",
+        ">= 0",
+    )
+    milestones: tuple[int, ...] = knob(
+        (),
+        "steps after which, with the clock stopped, a folder step<N> gets all that STAGES=quantize,eval reads",
+    )
     seed: int = knob(1337, "seed of the initial weights and of the adapters", ">= 0, <= 4294967295")
 
     data_path: str = knob("data/sp8192", "folder with the shards")
@@ -571,8 +580,9 @@ class Config:
 
 # Where and how a run happens, not what it is: these knobs are never written to record.env.
 LOCAL_KNOBS = (
-    "run_id artifact_dir stages model_path scores overwrite device attention fused_ce_enabled "
-    "fused_mlp_enabled fused_gdn_enabled compute_dtype compile data_path tokenizer_path canonical_check"
+    "run_id artifact_dir stages model_path scores overwrite checkpoint_seconds milestones device attention "
+    "fused_ce_enabled fused_mlp_enabled fused_gdn_enabled compute_dtype compile data_path tokenizer_path "
+    "canonical_check"
 ).split()
 
 GROUPS = {  # first knob -> the title that --help prints above it
@@ -998,15 +1008,20 @@ def check_trained(cfg: Config, folder: Path) -> None:
     before = load_config(parse_preset(folder / "record.env"))
     trains = "train" in cfg.stages
     names = [f.name for f in dataclasses.fields(cfg)] if trains else fields_until("seed", "matrix_quant")
-    changed = [name for name in names if name not in LOCAL_KNOBS and getattr(cfg, name) != getattr(before, name)]
+    changed = other_knobs(cfg, before, names)
     if not changed or (trains and cfg.overwrite):
         return
-    listed = ", ".join(
-        f"{name.upper()}={format_knob(getattr(cfg, name))} (there {format_knob(getattr(before, name))})"
-        for name in changed
-    )
     fix = "choose another RUN_ID or ARTIFACT_DIR, or say OVERWRITE=1" if trains else "leave that as it was"
-    raise UserError(f"{folder} holds a run with other knobs: {listed}; {fix}")
+    raise UserError(f"{folder} holds a run with other knobs: {changed}; {fix}")
+
+
+def other_knobs(cfg: Config, before: Config, names: Iterable[str]) -> str:
+    """The knobs among these names that differ from those of an earlier run, with both values."""
+    return ", ".join(
+        f"{name.upper()}={format_knob(getattr(cfg, name))} (there {format_knob(getattr(before, name))})"
+        for name in names
+        if name not in LOCAL_KNOBS and getattr(cfg, name) != getattr(before, name)
+    )
 
 
 def help_text() -> str:
@@ -1252,7 +1267,11 @@ class Clock:
 def atomic_write(path: Path, data: bytes) -> None:
     """Write bytes under a temporary name, then rename: the final name never holds half a file."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
+    with temporary.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        # else a machine that loses power may keep the name and not the bytes
+        os.fsync(handle.fileno())
     os.replace(temporary, path)
 
 
@@ -1281,7 +1300,7 @@ def load_saved(path: Path, *keys: str) -> dict[str, Any]:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything
-        raise UserError(f"{path} is damaged ({first_line(error)}); run the stage before again") from None
+        raise UserError(f"{path} is damaged ({first_line(error)}); delete it and run its stage again") from None
     missing = set(keys) - value.keys() if isinstance(value, dict) else {"a dictionary"}
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}: it is of another program or version; train again")
@@ -1561,16 +1580,17 @@ LOADERS = {
 }
 
 
-def train_batches(cfg: Config, runtime: Runtime) -> Iterator[dict[int, list[Batch]]]:
-    """Yield this rank's micro-batches for each optimiser step, without end, cut into each span of TRAIN_SEQ_SCHEDULE; a
-    thread prepares two steps ahead, when nobody knows yet which span is due."""
+def train_batches(cfg: Config, runtime: Runtime, first: int = 0) -> Iterator[dict[int, list[Batch]]]:
+    """Yield this rank's micro-batches for each optimiser step from `first` on, without end, cut into each span of
+    TRAIN_SEQ_SCHEDULE; a thread prepares two steps ahead, when nobody knows yet which span is due."""
     # Slice j goes to rank j mod world, so every world size sees the same tokens per step.
     loader, mine = LOADERS[cfg.loader], range(runtime.rank, cfg.batch_slices, runtime.world)
     settle = Tensor.pin_memory if runtime.device.type == "cuda" else Tensor.detach
     spans = {span for span, _ in graphs_of(cfg)}
 
     def steps() -> Iterator[dict[int, list[Batch]]]:
-        for parts in loader.tokens(cfg, mine):
+        # the steps before the first are read again: a position in the text is what they leave
+        for parts in itertools.islice(loader.tokens(cfg, mine), first, None):
             cuts = {}
             for span in spans:
                 cuts[span] = [loader.batch(tokens, span).apply(settle) for tokens in parts]
@@ -3519,6 +3539,24 @@ class Muon:
             changes = list(update[: len(group)].to(group[0].dtype).unbind())
             torch._foreach_add_(group, changes, alpha=-lr * math.sqrt(max(1.0, rows / cols)))
 
+    def gather_momenta(self) -> list[Tensor]:
+        """The momentum (k, rows, cols) of each group of k matrices, on every rank."""
+        momenta = []
+        for group, buffer in zip(self.groups, self.buffers, strict=True):
+            whole = buffer
+            if self.runtime.world > 1:
+                whole = buffer.new_empty(len(buffer) * self.runtime.world, *buffer.shape[1:])
+                all_gather(whole, buffer)
+            # without the padding, so that another number of ranks can share it out
+            momenta.append(whole[: len(group)])
+        return momenta
+
+    def set_momenta(self, momenta: list[Tensor]) -> None:
+        """Take this rank's share of what gather_momenta returned."""
+        for momentum, buffer in zip(momenta, self.buffers, strict=True):
+            share = momentum[self.runtime.rank * len(buffer) :][: len(buffer)]
+            buffer[: len(share)].copy_(share)
+
 
 class Optimisers:
     """Muon and AdamW by the parameters' roles, with one global-norm clip of the averaged gradient.
@@ -3782,6 +3820,14 @@ class TrainReport(NamedTuple):
     loss: float
 
 
+class Hooks(NamedTuple):
+    """What a training asks of the run that it belongs to."""
+
+    evaluate: Callable[[], Score]  # the model as it is
+    checkpoint: Callable[[dict[str, Any]], None]  # keep a Trainer.snapshot
+    milestone: Callable[[TrainReport], None]  # keep the model as it is, for the later stages
+
+
 class Trainer:
     """The training loop: warm-up outside the clock, then steps until rank 0's clock or ITERATIONS says stop."""
 
@@ -3801,6 +3847,7 @@ class Trainer:
         self.reported_step = 0
         # the longest attention span, and the step at which it last changed
         self.span = self.changed = 0
+        self.checkpointed = time.perf_counter()
 
     def step(self, batches: dict[int, list[Batch]], multiplier: float, step: int, rounded: bool = False) -> None:
         """Gradients of this rank's micro-batches and one optimiser step; self.loss is their mean loss.
@@ -3908,6 +3955,72 @@ class Trainer:
             with self.metrics.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(record) + "\n")
 
+    def rewind_metrics(self, step: int) -> None:
+        """Drop from metrics.jsonl what an interrupted run wrote after a step; at step 0, everything."""
+        if self.metrics is None:
+            return
+        kept = ""
+        for line in self.metrics.read_text(encoding="utf-8").splitlines() if step else ():
+            with contextlib.suppress(ValueError):  # the interruption may have cut the last line
+                record = json.loads(line)
+                # a step begins with its validation, so that of this step comes again
+                if (record["step"], "val_loss" in record) <= (step, False):
+                    kept += line + "\n"
+        atomic_write(self.metrics, kept.encode())
+
+    def snapshot(self, step: int, ended: bool) -> dict[str, Any]:
+        """What the steps from `step` on depend on; every rank has to call it. The data's order needs the step alone."""
+        swa = self.averages.get("swa")
+        return {
+            "step": step,
+            "ended": ended,
+            "seconds": self.clock.read(),
+            "step_time": self.clock.step_time,
+            "stages": [self.span, self.changed, list(self.begun)],
+            "loss": self.mean_loss(),
+            "model": self.model.state_dict(),
+            "adamw": self.optimisers.adamw.state_dict(),
+            "momenta": self.optimisers.muon.gather_momenta(),
+            "averages": [average.shadow for average in self.averages.values()],
+            "swa_count": swa.count if swa else 0,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go back to a snapshot, in place."""
+        self.model.load_state_dict(saved["model"])
+        self.optimisers.adamw.load_state_dict(saved["adamw"])
+        self.optimisers.muon.set_momenta(saved["momenta"])
+        if saved["swa_count"]:
+            # before its first snapshot SWA has no tensors of its own
+            swa = self.averages["swa"]
+            swa.count, swa.shadow = saved["swa_count"], [torch.empty_like(t) for t in swa.shadow]
+        for average, shadow in zip(self.averages.values(), saved["averages"], strict=True):
+            torch._foreach_copy_(average.shadow, shadow)
+        self.span, self.changed, begun = saved["stages"]
+        self.begun = set(begun)
+        self.loss = torch.full_like(self.loss, saved["loss"])
+        self.reported_step = saved["step"]
+        self.clock.mark_step, self.clock.mark_time = saved["step"], saved["seconds"]
+        self.clock.step_time = saved["step_time"]
+
+    def checkpoint(self, step: int, ended: bool, keep: Callable[[dict[str, Any]], None]) -> None:
+        """Give a snapshot to the run if one is due by rank 0's time, or at the end."""
+        if not self.cfg.checkpoint_seconds:
+            return
+        age = self.runtime.broadcast_from_rank0(time.perf_counter() - self.checkpointed)
+        if age >= self.cfg.checkpoint_seconds or ended:
+            keep(self.snapshot(step, ended))
+            self.checkpointed = time.perf_counter()
+
+    def milestone(self, step: int, keep: Callable[[TrainReport], None]) -> None:
+        """Give the weights as a run that ends here would have them to the run, with the clock stopped."""
+        elapsed, params = self.clock.read(), list(self.model.parameters())
+        averaged = [average.shadow for average in self.averages.values()] or [params]
+        with temporarily_set(params, averaged[-1]):
+            self.model.set_looping(loops(self.cfg))
+            keep(TrainReport(step, elapsed, self.mean_loss()))
+        self.clock.start(elapsed)
+
     def store_average(self) -> None:
         """Put the weight average into the model."""
         if not self.averages:
@@ -3931,25 +4044,32 @@ class Trainer:
         self.write_metrics({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
         self.clock.start(elapsed)
 
-    def run(self, evaluate: Callable[[], Score]) -> TrainReport:
-        """Train; afterwards the model holds the weight average."""
-        cfg, clock = self.cfg, self.clock
+    def run(self, hooks: Hooks, saved: dict[str, Any]) -> TrainReport:
+        """Train, from a snapshot if there is one; afterwards the model holds the weight average."""
+        cfg, clock, step, seconds, ended = self.cfg, self.clock, 0, 0.0, False
         self.warm_up()
+        if saved:
+            step, seconds, ended = saved["step"], saved["seconds"], saved["ended"]
+            self.restore(saved)
         # not before: a run that cannot start keeps the curve of the run before it
-        if self.metrics is not None:
-            self.metrics.write_text("", encoding="utf-8")
-        step = 0
-        clock.start()
-        with contextlib.closing(train_batches(cfg, self.runtime)) as batches:
-            while (fraction := clock.fraction(step)) < 1:
+        self.rewind_metrics(step)
+        with contextlib.closing(train_batches(cfg, self.runtime, step)) as source:
+            # reading up to the first step may take a while, so it is done before the clock starts
+            batches = itertools.chain([next(source)], source)
+            clock.start(seconds)
+            while not ended and (fraction := clock.fraction(step)) < 1:
                 if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-                    self.validate(step, evaluate)
+                    self.validate(step, hooks.evaluate)
                 self.advance(next(batches), fraction, step)
                 step += 1
                 if step <= 5 or step % min(cfg.train_log_every, 10) == 0:
                     self.report(step, clock.fraction(step), time.perf_counter() - clock.started)
-            seconds = clock.read()
+                if step in cfg.milestones:
+                    self.milestone(step, hooks.milestone)
+                self.checkpoint(step, False, hooks.checkpoint)
+            seconds = seconds if ended else clock.read()
         self.report(step, 1.0, seconds)
+        self.checkpoint(step, True, hooks.checkpoint)
         self.store_average()
         self.model.set_looping(loops(cfg))
         weights = "+".join(cfg.average) or "last iterate"
@@ -6923,8 +7043,13 @@ EVALS = {
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
+CHECKPOINT = "checkpoint.pt"  # in a run's folder until the run has ended
+
+
 class Run:
     """One run: its folder, files and result. The stages are methods; each starts from files of the one before."""
+
+    trained_stage = "pre_quant"  # what result.json calls the score of the trained weights
 
     def __init__(self, cfg: Config, runtime: Runtime, preset: str, folder: Path) -> None:
         self.cfg, self.runtime, self.log, self.folder = cfg, runtime, runtime.log, folder
@@ -6992,6 +7117,9 @@ class Run:
         weights = weights_of(self.cfg).values()
         # weights, a square Hessian beside each matrix that has one, the artifact and the log
         need = sum(4 * p.numel() + 4 * p.size(-1) ** 2 * bool(ROLES[p.role].hessian) for p in weights) + 2**25
+        if self.cfg.checkpoint_seconds:
+            # weights, momentum and two kinds of average, in the old checkpoint and in the new one
+            need += sum(2 * 4 * 4 * p.numel() for p in weights)
         free = shutil.disk_usage(self.folder).free
         if free < need:
             raise UserError(f"{self.folder}: {free >> 20:,} MiB of disk are free, {need >> 20:,} MiB are needed")
@@ -7023,25 +7151,73 @@ class Run:
         model.load_state_dict(GPT(cfg).init_weights(cfg.seed).state_dict())
         model.set_looping(False)
         metrics = self.folder / "metrics.jsonl" if runtime.rank == 0 else None
-        trainer = Trainer(cfg, runtime, model, metrics)
-        report = trainer.run(lambda: self.evaluate("plain", model))
+        hooks = Hooks(
+            lambda: self.evaluate("plain", model),
+            self.save_checkpoint,
+            lambda report: self.at_milestone(report).keep(model, report),
+        )
+        self.keep(model, Trainer(cfg, runtime, model, metrics).run(hooks, self.checkpoint()))
+
+    def keep(self, model: GPT, report: TrainReport) -> None:
+        """Write down a training that has ended, and calibrate."""
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise FloatingPointError(
                 "the trained weights are not all finite; earlier files are untouched. Lower MATRIX_LR, "
                 "TIED_EMBED_LR or SCALAR_LR"
             )
         # before the calibration, which may fail: the training is not lost. The clock stands still meanwhile
-        saved = {"config": record_env(cfg), "model": model.state_dict(), "steps": report.steps}
+        saved = {"config": record_env(self.cfg), "model": model.state_dict(), "steps": report.steps}
         self.save("model.pt", saved)
-        trainer.clock.start(report.seconds)
+        clock = Clock(self.runtime, 0.0, 0)
+        clock.start(report.seconds)
         self.calibrate(model)
-        seconds = trainer.clock.read()
+        seconds = clock.read()
         self.log(f"calibration: {seconds - report.seconds:.2f} s, inside the training budget")
         self.count_training(seconds)
         self.result |= {"train_steps": report.steps, "train_loss": report.loss}
-        if runtime.device.type == "cuda":
+        if self.runtime.device.type == "cuda":
             self.result["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
-        self.record("pre_quant", self.evaluate("plain", model))
+        self.record(self.trained_stage, self.evaluate("plain", model))
+
+    def at_milestone(self, report: TrainReport) -> Run:
+        """This run as if it had ended at a step, in a folder inside its own."""
+        run = copy.copy(self)
+        run.folder, run.result = self.folder / f"step{report.steps}", copy.deepcopy(self.result)
+        # its name in the log, which has the score of the whole training too
+        run.trained_stage = f"pre_quant_step{report.steps}"
+        run.folder.mkdir(exist_ok=True)
+        self.log(f"milestone: step {report.steps}, files in {run.folder}")
+        return run
+
+    def save_checkpoint(self, snapshot: dict[str, Any]) -> None:
+        """Write checkpoint.pt; a disk that takes no more is a WARNING, for the training goes on."""
+        told = {"config": record_env(self.cfg), "data": self.result["data"], "source": self.result["source_sha256"]}
+        if self.runtime.rank == 0:
+            try:
+                atomic_save(self.folder / CHECKPOINT, snapshot | told)
+            except OSError as error:
+                self.log(f"WARNING: {self.folder / CHECKPOINT} cannot be written: {error.strerror}")
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The snapshot that an interrupted run left here, {} without one; UserError if it is of another run."""
+        path, cfg = self.folder / CHECKPOINT, self.cfg
+        if not path.is_file():
+            return {}
+        saved = load_saved(path, "step", "config", "data", "source")
+        before = load_config(dict(line.split("=", 1) for line in saved["config"].splitlines()))
+        wrong = other_knobs(cfg, before, [f.name for f in dataclasses.fields(cfg)])
+        wrong = wrong or (saved["data"] != self.result["data"] and f"other validation data than {cfg.data_path}")
+        if wrong and cfg.overwrite:
+            return {}
+        if wrong:
+            raise UserError(f"{path} is of an interrupted run with {wrong}; go on with that, or delete the file")
+        if saved["source"] != self.result["source_sha256"]:
+            self.log("WARNING: the training was begun by another version of this program")
+        self.log(
+            f"WARNING: the training was interrupted; it goes on from step {saved['step']}, with "
+            f"{saved['seconds']:.1f} s on the clock"
+        )
+        return saved
 
     def count_training(self, seconds: float, fit: float = 0.0) -> None:
         """Note what training took, and the fit of hints after it; a WARNING if that is over the budget."""
@@ -7257,6 +7433,8 @@ def run_stages(
         for stage in cfg.stages:
             # the names of the stages are those of the methods
             getattr(run, stage)()
+        if "train" in cfg.stages and runtime.rank == 0:
+            (folder / CHECKPOINT).unlink(missing_ok=True)
         runtime.log("RESULT " + json.dumps(run.result))
     except RuntimeError as error:
         if runtime.world == 1 or not re.search(LOST_RANK, str(error), re.IGNORECASE):
@@ -7268,7 +7446,10 @@ def run_stages(
 
 # Exit status of what main reports in a line or a few instead of a traceback.
 STATUS = {UserError: 2, FloatingPointError: 1, OSError: 1, KeyboardInterrupt: 130}
-INTERRUPTED = "interrupted; finished stages are on disk, resume with STAGES=quantize,eval or STAGES=eval"
+INTERRUPTED = (
+    "interrupted; finished stages are on disk, resume with STAGES=quantize,eval or STAGES=eval; a training with "
+    "CHECKPOINT_SECONDS goes on if the same command runs again"
+)
 
 
 def main(argv: list[str]) -> int:

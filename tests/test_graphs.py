@@ -114,7 +114,7 @@ def test_warm_up_makes_every_graph_of_a_run_with_other_spans(
     trainer.warm_up = lambda: warm_up() or made.append(counter.frame_count)
     step = trainer.step
     trainer.step = lambda *args, **kwargs: step(*args, **kwargs) or seen.append(trainer.span)
-    trainer.run(lambda: None)
+    trainer.run(train_gpt.Hooks(*[lambda *_: None] * 3), {})
     assert made == [4] and counter.frame_count == 4
     assert seen == [16] * 2 + [32] * 4 + [64] * 2 + [16] * 4 + [32] * 5 + [64] * 3
 
