@@ -32,6 +32,7 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import importlib
 import inspect
 import io
 import itertools
@@ -57,47 +58,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 if __name__ == "__main__":
-    # Ctrl-C while the modules below load ends the program without a traceback
+    # Ctrl-C while modules load, here and in RUNTIME, ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import numpy as np
-import sentencepiece as spm
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention import activate_flash_attention_impl
-from torch.nn.attention.varlen import varlen_attn
-from torch.nn.utils.rnn import pad_sequence
-
-try:  # only the codec of that name needs it, and says so
-    import brotli
-except ImportError:
-    brotli = None
-try:  # CUDA builds of torch on Linux bring it; without it the plain twins run
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    triton = tl = TensorDescriptor = None
-
-try:  # flash-linear-attention; without it the gated delta rule is the plain twin on a GPU too
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-except ImportError:
-    chunk_gated_delta_rule = None
-
-try:  # torch >= 2.13 names
-    from torch.distributed import all_gather_single as all_gather
-    from torch.distributed import reduce_scatter_single as reduce_scatter
-except ImportError:
-    from torch.distributed import all_gather_into_tensor as all_gather
-    from torch.distributed import reduce_scatter_tensor as reduce_scatter
-
-BOS_ID = 1
-CASE_OPERATOR = "\ue001"  # a piece of every CaseOps tokenizer
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE, COMPUTE_DTYPE, SCORE_DTYPE
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
-RMS_EPS = 2.0**-23  # float32 machine epsilon: what torch uses for an unset eps, made explicit
 
 
 class UserError(ValueError):
@@ -1039,6 +1001,49 @@ def help_text() -> str:
 # +--------------------------------------------------------------------------------------------------------------------+
 # | 02 RUNTIME                                                                                                         |
 # +--------------------------------------------------------------------------------------------------------------------+
+
+if __name__ == "__main__" and {"--help", "-h"} & {*sys.argv[1:]}:
+    # CONFIG needs the standard library alone, so the answer does not wait until torch is loaded
+    print(help_text())
+    sys.exit()
+
+import numpy as np
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import activate_flash_attention_impl
+from torch.nn.utils.rnn import pad_sequence
+
+try:  # only the codec of that name needs it, and says so
+    import brotli
+except ImportError:
+    brotli = None
+try:  # CUDA builds of torch on Linux bring it; without it the plain twins run
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton = tl = TensorDescriptor = None
+
+try:  # flash-linear-attention; without it the gated delta rule is the plain twin on a GPU too
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+except ImportError:
+    chunk_gated_delta_rule = None
+
+try:  # torch >= 2.13 names
+    from torch.distributed import all_gather_single as all_gather
+    from torch.distributed import reduce_scatter_single as reduce_scatter
+except ImportError:
+    from torch.distributed import all_gather_into_tensor as all_gather
+    from torch.distributed import reduce_scatter_tensor as reduce_scatter
+
+BOS_ID = 1
+CASE_OPERATOR = "\ue001"  # a piece of every CaseOps tokenizer
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # values of EMBED_DTYPE, COMPUTE_DTYPE, SCORE_DTYPE
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+RMS_EPS = 2.0**-23  # float32 machine epsilon: what torch uses for an unset eps, made explicit
 
 
 class Log:
@@ -2025,10 +2030,6 @@ class KVCache(NamedTuple):
         return y.reshape(q.shape)
 
 
-# query heads may share a key/value head: torch 2.13 wants to be told, 2.11 does not ask
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
 def with_sink(
     k: Tensor,
     v: Tensor,
@@ -2047,9 +2048,18 @@ def with_sink(
     return keys, values, cu_seqlens + shift
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tensor | None = None) -> Tensor:
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meta: AttnMeta,
+    sink: Tensor | None = None,
+    *,
+    varlen_attn: Callable,
+    grouped: Mapping[str, bool],
+) -> Tensor:
     """Flash attention over segments, or over rows without any. Shapes as masked_attention; where a segment has more
-    keys than queries, causality is aligned to its end."""
+    keys than queries, causality is aligned to its end. flash_backend binds the last two."""
     cu_seqlens, longest = meta.cu_seqlens, meta.max_len
     if cu_seqlens is None and sink is None:
         return exact_attention(q, k, v, None, None)
@@ -2064,8 +2074,17 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, meta: AttnMeta, sink: Tenso
         longest_k += 1
     # the window: any earlier key, no later one; lengths are upper bounds, by which the kernel sizes its grid
     lengths = longest, longest_k
-    y = varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, *lengths, window_size=(-1, 0), **GROUPED)
+    y = varlen_attn(flat_q, flat_k, flat_v, cu_seqlens, cu_k, *lengths, window_size=(-1, 0), **grouped)
     return y.view_as(q)
+
+
+def flash_backend() -> functools.partial:
+    """flash_attention over torch's kernels."""
+    # not imported at the top: it brings Dynamo, for which --explain need not wait
+    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    # query heads may share a key/value head: torch 2.13 wants to be told, 2.11 does not ask
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return functools.partial(flash_attention, varlen_attn=varlen_attn, grouped=grouped)
 
 
 def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
@@ -2077,10 +2096,11 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
         return masked_attention
     if not half:
         raise UserError(f"ATTENTION={wanted} needs a GPU and COMPUTE_DTYPE=bf16; set ATTENTION=auto or masked")
+    backend = flash_backend()
     # FA3 is made for the contest's GPU, so it comes first
     for name in {"auto": ("fa3", "fa4"), "fa2": ()}.get(wanted, (wanted,)):
         try:
-            if name == "fa4" and not GROUPED:
+            if name == "fa4" and not backend.keywords["grouped"]:
                 raise ImportError("torch before 2.13 cannot differentiate FA4")
             activate_flash_attention_impl(name.upper())
         except (ImportError, RuntimeError, ValueError) as error:
@@ -2089,9 +2109,9 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
             runtime.log(f"attention: {name} cannot run here ({first_line(error)})", to_file_only=True)
         else:
             runtime.log(f"attention: {name} through torch.nn.attention")
-            return flash_attention
+            return backend
     runtime.log("attention: fa2, built into torch")
-    return flash_attention
+    return backend
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -3975,7 +3995,6 @@ class Trainer:
             "step": step,
             "ended": ended,
             "seconds": self.clock.read(),
-            "step_time": self.clock.step_time,
             "stages": [self.span, self.changed, list(self.begun)],
             "loss": self.mean_loss(),
             "model": self.model.state_dict(),
@@ -4000,8 +4019,6 @@ class Trainer:
         self.begun = set(begun)
         self.loss = torch.full_like(self.loss, saved["loss"])
         self.reported_step = saved["step"]
-        self.clock.mark_step, self.clock.mark_time = saved["step"], saved["seconds"]
-        self.clock.step_time = saved["step_time"]
 
     def checkpoint(self, step: int, ended: bool, keep: Callable[[dict[str, Any]], None]) -> None:
         """Give a snapshot to the run if one is due by rank 0's time, or at the end."""

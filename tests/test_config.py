@@ -378,3 +378,23 @@ def test_import_has_no_effect(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "SEED": "not a number", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_help_waits_for_no_torch_and_explain_for_no_compiler(tmp_path: Path) -> None:
+    program = str(ROOT / "train_gpt.py")
+    for argument, before, after, words in (
+        ("--help", "sys.modules['torch'] = sys.modules['numpy'] = None", "pass", "ITERATIONS=20000"),
+        ("--explain", "pass", "assert 'torch._dynamo' not in sys.modules", "quantisation plan"),
+    ):
+        code = f"""
+import runpy, sys
+{before}
+sys.argv = [{program!r}, {argument!r}]
+try:
+    runpy.run_path({program!r}, run_name="__main__")
+except SystemExit as ended:
+    assert not ended.code
+{after}
+"""
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and words in done.stdout, f"{argument}: {done.stderr}"

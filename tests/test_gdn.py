@@ -363,14 +363,14 @@ def imitated_varlen(
     return torch.cat(out)
 
 
-def test_a_sink_is_a_key_before_each_segment_of_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sink_is_a_key_before_each_segment_of_flash_attention() -> None:
     """Also in rows without segments. (The masked twin: tests/test_model.py)"""
-    monkeypatch.setattr(train_gpt, "varlen_attn", imitated_varlen)
     for gqa, bounds in itertools.product((False, True), (None, [0, 3, 4, 9, 16, 24, 24, 24])):
-        monkeypatch.setattr(train_gpt, "GROUPED", {"enable_gqa": True} if gqa else {})
+        grouped = {"enable_gqa": True} if gqa else {}
+        attend = functools.partial(train_gpt.flash_attention, varlen_attn=imitated_varlen, grouped=grouped)
         cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
         meta = train_gpt.AttnMeta(cu_seqlens, 8, torch.empty(0), torch.empty(0), None)
-        assert_sunk(train_gpt.flash_attention, meta, bounds or [0, 12, 24], 2 if bounds is None else 1)
+        assert_sunk(attend, meta, bounds or [0, 12, 24], 2 if bounds is None else 1)
 
 
 # The model

@@ -135,7 +135,7 @@ def test_no_graph_is_made_inside_the_clock_of_an_evaluation(case: str, monkeypat
     runtime = train_gpt.Runtime.start(cfg, {})
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    parts = train_gpt.flash_attention, torch.bfloat16, train_gpt.choose_kernels(cfg, runtime)
+    parts = train_gpt.flash_backend(), torch.bfloat16, train_gpt.choose_kernels(cfg, runtime)
     model = train_gpt.GPT(cfg, *parts).init_weights(0)
     model.canonical = torch.randint(256, (cfg.vocab_size, cfg.vocab_size // 8), dtype=torch.uint8)
     model.cuda().set_looping(False)
@@ -153,7 +153,7 @@ def test_compiled_training_step_needs_one_graph_per_route(tiny_data: Path) -> No
     sizes = "TRAIN_BATCH_TOKENS=1024 BATCH_SLICES=2 TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 VAL_BATCH_TOKENS=1024"
     cfg = rules.toy_config(f"{shape} {route} {sizes}", data_path=str(tiny_data))
     runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None, True), torch.bfloat16, True)
-    model = train_gpt.GPT(cfg, train_gpt.flash_attention, torch.bfloat16).cuda()
+    model = train_gpt.GPT(cfg, train_gpt.flash_backend(), torch.bfloat16).cuda()
     model.load_state_dict(train_gpt.GPT(cfg).init_weights(0).state_dict())
     trainer = train_gpt.Trainer(cfg, runtime, model, None)
     trainer.warm_up()

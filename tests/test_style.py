@@ -164,7 +164,7 @@ def is_allowed_at_top(node: ast.stmt) -> bool:
         case ast.Expr(value=ast.Constant(value=str())):
             return True
         case ast.If():
-            return ast.unparse(node.test) == "__name__ == '__main__'"
+            return ast.unparse(node.test).startswith("__name__ == '__main__'")
         case ast.Assign() | ast.AnnAssign():
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             pure = all(is_pure_call(call) for call in evaluated(node) if isinstance(call, ast.Call))
