@@ -5,6 +5,7 @@
     python pack_artifact.py verify logs/demo_seed1337/artifact.pyz --run logs/demo_seed1337 --data data/sample
     python pack_artifact.py inspect logs/demo_seed1337/artifact.pyz     where its bytes are, without running it
     python pack_artifact.py inspect --run logs/demo_seed1337 --probe    and what quantisation lost, tensor by tensor
+    python pack_artifact.py sample logs/demo_seed1337 --prompt "The"    text from the packed weights
 
 The one-file form runs by `python FILE` and by `torchrun FILE`. Its layout, from the first byte to the last:
 
@@ -22,7 +23,7 @@ replaces its own process by `python train_gpt.py` with STAGES=eval unless the en
 The packed program trains, quantises and scores as the plain one does. It lacks only what talks to a reader: comments,
 docstrings, annotations, the manual of the knobs (--help) and the table of names that other programs use.
 
-Sections: 1 minify, 2 container, 3 bootstrap, 4 pack, 5 verify, 6 inspect, 7 command line.
+Sections: 1 minify, 2 container, 3 bootstrap, 4 pack, 5 verify, 6 inspect, 7 sample, 8 command line.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
-import dataclasses
 import functools
 import hashlib
 import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -46,6 +47,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +60,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import train_gpt
-from train_gpt import Parts, Stored, Stream, UserError, atomic_write, read_json
+from records import sampling, token_losses
+from records.tensor_losses import entropy_bits, run_report
+from train_gpt import Stream, UserError, atomic_write, read_json
 
 CAP_BYTES = 16_000_000
 MAGIC = b"#coding:error-artifact-truncated\n"
@@ -801,17 +805,6 @@ def read_streams(blob: bytes, name: str) -> list[Stream]:
     return [found.streams[0]._replace(name="rest", arrays=index | found.streams[0].arrays), *found.streams[1:]]
 
 
-def entropy_bits(array: np.ndarray) -> float:
-    """Bits of an array at the order-0 entropy of its bytes; each byte of a wider item has a distribution of its own."""
-    planes = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T
-    total = 0.0
-    for plane in planes:
-        counts = np.bincount(plane, minlength=1)
-        counts = counts[counts > 0]
-        total -= float((counts * np.log2(counts / len(plane))).sum()) if len(plane) else 0.0
-    return total
-
-
 def role_of(key: str) -> str:
     """Role of a stored tensor."""
     return train_gpt.Stored.parse(key, {}).role
@@ -854,11 +847,15 @@ def array_rows(streams: list[Stream]) -> list[dict[str, Any]]:
 
 
 KB, RELATIVE = "kB (1 kB = 1,000 bytes)", "squared error over squared weights (outputs)"
+NATS = "nats per token"
 PANELS = (  # key of the rows, their label, title, what the bars show, what red marks show, unit
     ("streams", "stream", "Streams, red: order-0 entropy", "bytes", "bound", KB),
     ("arrays", "role", "Stored arrays by role", "bytes", "", KB),
     ("sections", "section", "Sections of the code", "bytes", "", KB),
     ("roles", "role", "Error by role, red: through the Hessians", "relative_error", "hessian_weighted_error", RELATIVE),
+    ("positions", "position", "Loss by position, red: before adaptation", "after", "before", NATS),
+    ("lengths", "length", "Loss by length of the document", "after", "before", NATS),
+    ("classes", "class", "Loss by class of token", "after", "before", NATS),
 )
 
 
@@ -929,6 +926,9 @@ def print_inspection(report: dict[str, Any]) -> None:
         "tensors": {"tensor": ""} | losses,
         "lqer": {"lqer_tensors": ",", "bytes_bit_packed": ",", "bytes_with_int8_factors": ","},
         "probe": {"probe": "", "tensor": "", "bytes_at_entropy": "+,", "error_ratio": ".3f"},
+        "positions": {"position": ""} | token_losses.FORMATS,
+        "lengths": {"length": ""} | token_losses.FORMATS,
+        "classes": {"class": ""} | token_losses.FORMATS,
     }
     for key, formats in tables.items():
         if report.get(key):
@@ -946,6 +946,8 @@ def inspect(args: argparse.Namespace) -> int:
         raise UserError("inspect needs one of FILE and --run RUN_DIR")
     if args.run is None and (args.tsv or args.probe):
         raise UserError("--tsv and --probe compare with the weights of a run: give --run RUN_DIR instead of FILE")
+    if args.run is None and args.data:
+        raise UserError("--data is for the losses of a run: give --run RUN_DIR instead of FILE")
     payload, blob, files = read_any(args.file or args.run)
     streams = read_streams(blob, str(files[-1]))
     report = bytes_report((args.file or args.run).name, streams, blob, files)
@@ -961,6 +963,7 @@ def inspect(args: argparse.Namespace) -> int:
         if blob != read_input(args.run / "model.bin", "model blob"):
             raise UserError(f"{files[-1]} does not hold {args.run / 'model.bin'}: pack the run again")
         report |= run_report(args.run, byte_shares(streams), args.probe)
+        report |= token_losses.measure(args.run, args.data) if args.data else {}
     print_inspection(report)
     if args.tsv:
         lines = [list(report["tensors"][0]), *(row.values() for row in report["tensors"])]
@@ -974,159 +977,38 @@ def inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-class Loss(NamedTuple):
-    """What storing weights loses and costs. All are sums, so the losses of several tensors add up.
-
-    error, power: squares of (stored - weight) and of the weights; the weighted ones: squares of the layers' outputs on
-    the calibration tokens, 0 without a Hessian. Bytes: of the stored parts as they are, with the integers at their
-    order-0 entropy, and in the artifact.
-    """
-
-    weights: int
-    error: float
-    power: float
-    weighted_error: float
-    weighted_power: float
-    raw_bytes: int
-    entropy_bytes: int
-    bytes: float
-
-    def row(self) -> dict[str, Any]:
-        """Columns of a table; an error is None where nothing can be compared."""
-        return {
-            "weights": self.weights,
-            "relative_error": ratio(self.error, self.power),
-            "hessian_weighted_error": ratio(self.weighted_error, self.weighted_power),
-            "raw_bytes": self.raw_bytes,
-            "entropy_bytes": self.entropy_bytes,
-            "bytes": round(self.bytes),
-        }
+# +---------------------------------------------------------------------------------------------------------------+
+# | 7 SAMPLE                                                                                                      |
+# +---------------------------------------------------------------------------------------------------------------+
 
 
-def ratio(a: float, b: float) -> float | None:
-    """a / b, or None when b is 0."""
-    return a / b if b > 0 else None
-
-
-def output_power(x: Tensor, hessian: Tensor | None) -> float:
-    """trace(x H x^T), the summed squares of a layer's outputs; 0 without a Hessian."""
-    return 0.0 if hessian is None else ((x.float() @ hessian.float()) * x).double().sum().item()
-
-
-def entropy_bytes(parts: Parts) -> int:
-    """Bytes of a tensor's parts if its integers were coded at their order-0 entropy.
-
-    The state of a trellis ("t") tells the coder the parity of each integer, so the even and the odd ones are coded
-    apart.
-    """
-    size = sum(part.nbytes for key, part in parts.items() if key != "q")
-    if "q" not in parts:
-        return size
-    q = parts["q"].numpy()
-    alphabets = [q[q % 2 == 0], q[q % 2 == 1]] if "t" in parts else [q]
-    return size + int(sum(map(entropy_bits, alphabets)) / 8)
-
-
-def lqer_rows(stored: list[Stored]) -> list[dict[str, int]]:
-    """Bytes of all LQER corrections as stored here, and with a byte per entry as published; no row without any."""
-    corrected = [tensor.parts for tensor in stored if "lqm" in tensor.parts]
-    packed = sum(part.nbytes for parts in corrected for key, part in parts.items() if key.startswith("lq"))
-    scales = sum(parts[key].nbytes for parts in corrected for key in ("lqas", "lqbs"))
-    entries = sum(int(parts["lqm"][0]) * sum(parts["q"].shape) for parts in corrected)  # rank (rows + columns)
-    row = {"lqer_tensors": len(corrected), "bytes_bit_packed": packed, "bytes_with_int8_factors": entries + scales}
-    return [row] if corrected else []
-
-
-# A run as its quantiser saw it: configuration, float weights by name, Hessians by name
-Calibrated = tuple[train_gpt.Config, dict[str, Tensor], dict[str, Tensor]]
-
-
-def read_calibrated(run: Path) -> Calibrated:
-    """Weights and Hessians of a run, rotated and sorted as they were before quantisation. UserError when missing."""
-    device = {"DEVICE": os.environ["DEVICE"]} if os.environ.get("DEVICE") else {}
-    cfg = train_gpt.load_config({"PRESET": str(run)} | device)
-    weights, hessians = (train_gpt.load_saved(run / name) for name in ("model.pt", "hessians.pt"))
-    return cfg, *train_gpt.reparametrize(cfg, train_gpt.Runtime.start(cfg, {}), weights["model"], hessians)
-
-
-def measure_losses(found: Calibrated, stored: list[Stored], shares: dict[tuple[str, str], float]) -> dict[Stored, Loss]:
-    """The loss of each stored tensor; `shares` are bytes of the artifact by stored array."""
-    (_, weights, hessians), losses = found, {}
-    for tensor in stored:
-        name, parts, key = tensor.name, tensor.parts, tensor.key()
-        if name not in weights:
-            raise UserError(f"model.pt has no {name}, which model.bin stores: they are of different runs")
-        weight, hessian = weights[name].float(), hessians.get(name)
-        error = weight - tensor.decode()
-        squares = [t.double().square().sum().item() for t in (error, weight)]
-        if "q" in parts and squares[0] > max(squares[1], 1e-12):
-            raise UserError(
-                f"model.bin decodes {name} to other weights than model.pt has: quantise this run again, or inspect "
-                "it on the kind of device that quantised it (DEVICE=cpu or DEVICE=cuda)"
-            )
-        weighted = [output_power(t, hessian) for t in (error, weight)]
-        raw = sum(part.nbytes for part in parts.values())
-        size = sum(share for (owner, _), share in shares.items() if owner == key)
-        losses[tensor] = Loss(weight.numel(), *squares, *weighted, raw, entropy_bytes(parts), size)
-    return losses
-
-
-def probe_rows(found: Calibrated) -> list[dict[str, Any]]:
-    """What AWQ-lite, and the clip search on the largest tensor of each rule, would cost and gain.
-
-    The tensors are quantised again both ways. Bytes are at order-0 entropy; error_ratio is the Hessian-weighted error
-    over that of the run's own rule.
-    """
-    cfg, weights, hessians = found
-    plan = train_gpt.quant_plan(cfg)
-
-    def encode(name: str, rule: train_gpt.QuantRule) -> Parts:
-        """The tensor as a rule stores it."""
-        return train_gpt.SCHEMES[rule.scheme].encode(weights[name].float(), hessians[name], rule, cfg)
-
-    refined = train_gpt.refined_plan(dataclasses.replace(cfg, awq_lite_enabled=True), weights, hessians)
-    probes = []
-    for name, rule in refined.items():
-        if rule.awq_groups:
-            what = f"AWQ-lite from columns {','.join(map(str, rule.awq_groups))}"
-            probes.append((what, name, encode(name, rule)))
-    calibrated = sorted(hessians.keys() & weights.keys(), key=lambda name: (weights[name].numel(), name))
-    largest = {plan[name]: name for name in calibrated}  # of each rule, the last one stays
-    for rule, name in largest.items():
-        probes.append(("clip search", name, encode(name, rule._replace(scheme="gptq_lite"))))
-    rows = []
-    for what, name, other in probes:
-        ours = encode(name, plan[name])
-        decoded = [train_gpt.decode_rows(parts) for parts in (other, ours)]
-        errors = [output_power(weights[name] - weight, hessians[name]) for weight in decoded]
-        row = {"probe": what, "tensor": name, "bytes_at_entropy": entropy_bytes(other) - entropy_bytes(ours)}
-        rows.append(row | {"error_ratio": ratio(*errors)})
-    return rows
-
-
-def run_report(run: Path, shares: dict[str, float], probe: bool) -> dict[str, Any]:
-    """Errors and bytes by role and by tensor, bytes of the LQER corrections and, if asked, the other quantisers."""
-    found = read_calibrated(run)
-    # what was fitted after the quantisation is no weight
-    stored = [tensor for tensor in train_gpt.read_artifact(run / "model.bin") if tensor.scheme != "byte"]
-    losses = measure_losses(found, stored, shares)
-    groups: dict[tuple[str, str], list[Loss]] = {}
-    tensors = []
-    for tensor, loss in losses.items():
-        groups.setdefault((tensor.role, tensor.encoding()), []).append(loss)
-        tensors.append({"tensor": tensor.name, "role": tensor.role, "stored": tensor.encoding()} | loss.row())
-    sums = {group: Loss(*map(sum, zip(*members, strict=True))) for group, members in groups.items()}
-    ranked = sorted(sums.items(), key=lambda item: -item[1].bytes)
-    return {
-        "roles": [{"role": role, "stored": scheme} | loss.row() for (role, scheme), loss in ranked],
-        "tensors": tensors,
-        "lqer": lqer_rows(stored),
-        "probe": probe_rows(found) if probe else [],
-    }
+def sample(args: argparse.Namespace) -> int:
+    """Subcommand `sample`: print a prompt and what the packed weights make of it, as it is drawn."""
+    payload, blob, files = read_any(args.file)
+    with tempfile.TemporaryDirectory() as room:
+        record, weights = Path(room, "record.env"), Path(room, "model.bin")
+        weights.write_bytes(blob)
+        # a bare model.bin has its record.env beside it
+        record.write_bytes(payload.config if payload else read_input(files[0].with_name("record.env"), "configuration"))
+        own = {name: os.environ[name] for name in ("DEVICE", "DATA_PATH") if os.environ.get(name)}
+        own |= {"DATA_PATH": str(args.data)} if args.data else {}
+        cfg = train_gpt.load_config({"PRESET": room} | own)
+        tokenizer = payload.tokenizer if payload and payload.tokenizer else None
+        if tokenizer is None:
+            path = find_tokenizer(args.tokenizer) or train_gpt.find_tokenizer(cfg)
+            if path is None:
+                raise UserError("the tokenizer does not travel in this artifact; give --tokenizer or --data")
+            tokenizer = path.read_bytes()
+        script = sampling.Script(tokenizer, sampling.is_fused(Path(cfg.data_path)))
+        choice = sampling.Choice(args.temperature, args.top_p, args.seed)
+        for text in sampling.stream(sampling.load_model(weights, cfg), cfg, script, args.prompt, args.tokens, choice):
+            print(text, end="", flush=True)
+        print()
+    return 0
 
 
 # +---------------------------------------------------------------------------------------------------------------+
-# | 7 COMMAND LINE                                                                                                |
+# | 8 COMMAND LINE                                                                                                |
 # +---------------------------------------------------------------------------------------------------------------+
 
 EPILOG = """An artifact extracts to ${XDG_CACHE_HOME:-~/.cache}/train_gpt/<hash>/<preset>, which may be deleted.
@@ -1166,21 +1048,57 @@ def add_inspect_options(sub: argparse.ArgumentParser, source: Path) -> None:
     text = "instead of FILE: a run, whose stored weights are compared with its model.pt and hessians.pt"
     sub.add_argument("--run", type=Path, metavar="RUN_DIR", help=text)
     sub.add_argument("--probe", action="store_true", help="what AWQ-lite and a clip search would cost and gain")
+    text = (
+        "of the run: loss by position, document length and class of token; scores the artifact where that is not done"
+    )
+    sub.add_argument("--data", type=Path, metavar="DATA_PATH", help=text)
     sub.add_argument("--source", type=Path, default=source, help="program whose banners name the sections of the code")
     sub.add_argument("--tsv", type=Path, metavar="TABLE", help="write the table of tensors too")
     sub.add_argument("--png", type=Path, metavar="PICTURE", help="draw the tables too")
+
+
+def add_sample_options(sub: argparse.ArgumentParser, source: Path) -> None:
+    """Options of `sample`."""
+    text = "the packed file, the folder of the split form, a run folder, or a model.bin beside its record.env"
+    sub.add_argument("file", type=Path, metavar="FILE", help=text)
+    sub.add_argument("--prompt", default="", help="how the document begins (default: nothing)")
+    sub.add_argument("--tokens", type=number(int, 1, 1e6), default=200, help="at most so many (default 200)")
+    text = "0: always the likeliest token (default 0.8)"
+    sub.add_argument("--temperature", type=number(float, 0, 100), default=0.8, help=text)
+    text = "draw from the likeliest tokens that together have this probability (default 0.95)"
+    sub.add_argument("--top-p", type=number(float, 0, 1), default=0.95, help=text)
+    sub.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1, help="of the draws (default 1)")
+    sub.add_argument("--tokenizer", type=Path, metavar="PATH", help="default: TOKENIZER_PATH, else the one in the data")
+    sub.add_argument("--data", type=Path, metavar="DATA_PATH", help="shards of the run (default: DATA_PATH)")
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """A reader of an option's number within bounds."""
+
+    def read(text: str) -> float:
+        """The number, or an error that argparse prints."""
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number from {low:g} to {high:g}")
+        return value
+
+    return read
 
 
 def command_line() -> argparse.ArgumentParser:
     """All subcommands and options."""
     look = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__.partition("\nThe one-file form")[0], **look)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{pack,verify,inspect}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{pack,verify,inspect,sample}")
     source = Path(__file__).resolve().with_name("train_gpt.py")
     rows = (
         (pack, add_pack_options, "write the artifact of a run, and its true size into the run's result.json"),
         (verify, add_verify_options, "run the artifact alone in an empty directory; compare with the run"),
         (inspect, add_inspect_options, "check every byte of an artifact and print where its bytes are"),
+        (sample, add_sample_options, "write text with an artifact's weights"),
     )
     for call, add_options, text in rows:
         sub = commands.add_parser(call.__name__, help=text, description=text, **look)

@@ -19,6 +19,7 @@ from test_pack_artifact import STAND_IN
 
 import pack_artifact
 import train_gpt
+from records import tensor_losses
 
 # pergroup needs lrzip, which not every machine has
 CODECS = [codec for codec in train_gpt.CODECS if codec != "pergroup" or shutil.which("lrzip")]
@@ -96,12 +97,12 @@ def test_entropy_of_arrays(values: list[int], kind: type) -> None:
 
 def test_entropy_of_stored_parts() -> None:
     q = torch.tensor([[-3, -3, 5, 5], [0, 0, 7, 7]], dtype=torch.int8).repeat(8, 1)
-    assert pack_artifact.entropy_bytes({"q": q, "s": torch.ones(16).half()}) == 64 * 2 // 8 + 32
-    assert pack_artifact.entropy_bytes({"q": torch.zeros(4, 4, dtype=torch.int8)}) == 0
-    assert pack_artifact.entropy_bytes({"w": torch.zeros(4).half()}) == 8
+    assert tensor_losses.entropy_bytes({"q": q, "s": torch.ones(16).half()}) == 64 * 2 // 8 + 32
+    assert tensor_losses.entropy_bytes({"q": torch.zeros(4, 4, dtype=torch.int8)}) == 0
+    assert tensor_losses.entropy_bytes({"w": torch.zeros(4).half()}) == 8
     counts = {2: 8, -2: 8, 1: 16, 3: 8, 5: 8}  # in a trellis the even ones cost a bit, the odd ones 1.5
     q = torch.tensor([value for value, count in counts.items() for _ in range(count)], dtype=torch.int8)
-    assert pack_artifact.entropy_bytes({"q": q, "t": torch.zeros(2, dtype=torch.int16)}) == 4 + (16 + 48) // 8
+    assert tensor_losses.entropy_bytes({"q": q, "t": torch.zeros(2, dtype=torch.int16)}) == 4 + (16 + 48) // 8
 
 
 def test_bytes_of_the_lqer_correction_at_full_size_and_as_published() -> None:
@@ -109,9 +110,9 @@ def test_bytes_of_the_lqer_correction_at_full_size_and_as_published() -> None:
         parts = {"q": torch.zeros(rows, cols, dtype=torch.int8)}
         parts |= train_gpt.encode_lqer(torch.randn(rows, cols), train_gpt.Config())
         packed = 4 * rows // 4 + 4 * cols // 2 + 2 + 2 * 32
-        (row,) = pack_artifact.lqer_rows(stored({"x:up:gptq+lqer": parts, "y:shut:fp16": {"w": torch.zeros(2)}}))
+        (row,) = tensor_losses.lqer_rows(stored({"x:up:gptq+lqer": parts, "y:shut:fp16": {"w": torch.zeros(2)}}))
         assert list(row.values()) == [1, packed + parts["lqm"].nbytes, published]
-    assert pack_artifact.lqer_rows(stored({"y:shut:fp16": {"w": torch.zeros(2)}})) == []
+    assert tensor_losses.lqer_rows(stored({"y:shut:fp16": {"w": torch.zeros(2)}})) == []
 
 
 def test_parts_sections_bound_and_picture(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+from conftest import RECORDS, ToyRun
 
 from records.demo import report
 
@@ -118,3 +120,18 @@ def test_broken_run_gives_one_clear_line(tmp_path: Path, refused: Callable[..., 
             (tmp_path / name).write_text(content, encoding="utf-8")
         refused(message, report.main, tmp_path)
     assert not (tmp_path / "report.png").exists()
+
+
+def test_report_with_the_data_shows_where_the_bits_are_and_a_text(
+    toy_run: Callable[[Path], ToyRun], caseops_sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(toy_run(RECORDS[0]).folder, folder)
+    assert report.main([str(folder)]) == 0
+    plain = matplotlib.image.imread(folder / "report.png").shape
+    capsys.readouterr()
+    assert report.main([str(folder), "--data", str(caseops_sample)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("\npositions:\n", "\nlengths:\n", "\nclasses:\n", "case operator", "wrote:\n  The"):
+        assert words in printed, words
+    assert matplotlib.image.imread(folder / "report.png").shape[0] == 2 * plain[0]

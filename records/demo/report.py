@@ -1,10 +1,12 @@
 """Table and picture of a finished run.
 
-    python records/demo/report.py RUN_DIR [--out PICTURE.png]
+    python records/demo/report.py RUN_DIR [--data DATA_PATH] [--out PICTURE.png]
 
 Reads what the run and the packer left in RUN_DIR (`result.json`, `metrics.jsonl`, sizes of `model.pt` and `model.bin`),
-prints one row per stage and draws three panels: the loss curve, bits per byte by stage, bytes by part. Table and
-picture name the stages that the run did not reach. A file that cannot be read gives exit status 2 and one line.
+prints one row per stage and draws three panels: the loss curve, bits per byte by stage, bytes by part. With the data
+of the run it also shows where the bits are (by position in the document, by its length, by class of token) and a text
+that the stored model wrote. Table and picture name the stages that the run did not reach. A file that cannot be read
+gives exit status 2 and one line.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import argparse
 import io
 import json
 import math
+import os
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +29,16 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pack_artifact import CAP_BYTES, read_object  # noqa: E402
+import train_gpt  # noqa: E402
+from pack_artifact import CAP_BYTES, print_rows, read_object  # noqa: E402
+from records import sampling, token_losses  # noqa: E402
 from train_gpt import UserError, atomic_write  # noqa: E402
 
 STAGES = {"pre_quant": "float model", "quantized": "quantised", "final": "final"}
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e7eb"
 TRAIN_COLOR, VAL_COLOR, MARK_COLOR = "#4c78a8", "#d1495b", "#8a6d3b"
 STAGE_COLORS = ("#9fb3c8", "#627d98", "#243b53")
+SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_CHOICE = "The", 120, sampling.Choice(temperature=0.8, top_p=0.95, seed=1)
 
 
 @dataclass(frozen=True)
@@ -261,14 +268,66 @@ def draw_bytes(ax: Axes, cap_ax: Axes, run: Run) -> None:
     cap_ax.set_xlabel("MB (1 MB = 1,000,000 bytes)", color=INK)
 
 
-def draw(run: Run, out: Path) -> None:
+def sample(run: Run, data: Path) -> str:
+    """A text that the stored model wrote."""
+    cfg = train_gpt.load_config({"PRESET": str(run.directory), "DATA_PATH": str(data)})
+    tokenizer = train_gpt.find_tokenizer(cfg)
+    if tokenizer is None:
+        raise UserError(f"{data} has no tokenizer; put its *.model there")
+    script = sampling.Script(tokenizer.read_bytes(), sampling.is_fused(data))
+    model = sampling.load_model(run.directory / "model.bin", cfg)
+    return "".join(sampling.stream(model, cfg, script, SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_CHOICE))
+
+
+def draw_losses(ax: Axes, rows: token_losses.Rows, key: str, title: str) -> None:
+    """Nats per token of each group of tokens, before and after test-time training; the group's share of all bits."""
+    style_axes(ax, title)
+    places = range(len(rows))
+    for name, shift, color in (("before", -0.2, STAGE_COLORS[0]), ("after", 0.2, STAGE_COLORS[2])):
+        heights = [row[name] for row in rows]
+        label = f"{name} test-time training"
+        ax.barh([place + shift for place in places], heights, height=0.38, color=color, label=label)
+    for place, row in enumerate(rows):
+        ax.text(row["after"], place + 0.2, f" {100 * row['share']:.0f} %", va="center", color=MUTED, fontsize=9)
+    ax.set_yticks(places, [row[key] for row in rows], fontsize=9, color=INK)
+    ax.invert_yaxis()
+    ax.set_xlabel("nats per token; %: share of all bits", color=INK)
+    ax.grid(axis="x", color=GRID)
+
+
+def draw_where(figure: Figure, tables: dict[str, token_losses.Rows], text: str) -> None:
+    """The second part of the picture: three panels of losses, and a text that the model wrote."""
+    panels = (
+        ("positions", "position", "Loss by position in the document"),
+        ("lengths", "length", "Loss by length of the document"),
+        ("classes", "class", "Loss by class of token"),
+    )
+    grid = figure.add_gridspec(2, 3, height_ratios=(4, 1))
+    for column, (key, label, title) in enumerate(panels):
+        ax = figure.add_subplot(grid[0, column])
+        draw_losses(ax, tables[key], label, title)
+        if column == 0:
+            ax.legend(frameon=False, fontsize=9, labelcolor=INK)
+    ax = figure.add_subplot(grid[1, :])
+    style_axes(ax, "A text that the stored model wrote (temperature 0.8, top-p 0.95)")
+    ax.set_axis_off()
+    # what the font lacks would be a warning for every letter
+    shown = textwrap.fill(" ".join(text.split()), 190).encode("latin-1", "replace").decode("latin-1")
+    ax.text(0, 1, shown.replace("$", r"\$"), va="top", family="monospace", fontsize=8, color=INK)
+
+
+def draw(run: Run, out: Path, tables: dict[str, token_losses.Rows] | None = None, text: str = "") -> None:
     """Write the picture to `out` (PNG); a reader never sees half a file."""
-    figure = Figure(figsize=(15, 5), dpi=130, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(15, 10 if tables else 5), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 3, height_ratios=(3, 1), width_ratios=(1.25, 1, 1.1))
-    draw_loss(figure.add_subplot(grid[:, 0]), run)
-    draw_stages(figure.add_subplot(grid[:, 1]), run)
-    draw_bytes(figure.add_subplot(grid[0, 2]), figure.add_subplot(grid[1, 2]), run)
+    above = figure
+    if tables:
+        above, below = figure.subfigures(2, 1)
+        draw_where(below, tables, text)
+    grid = above.add_gridspec(2, 3, height_ratios=(3, 1), width_ratios=(1.25, 1, 1.1))
+    draw_loss(above.add_subplot(grid[:, 0]), run)
+    draw_stages(above.add_subplot(grid[:, 1]), run)
+    draw_bytes(above.add_subplot(grid[0, 2]), above.add_subplot(grid[1, 2]), run)
     result = run.result
     score = result.get("val_bpb")
     score_text = "no final score" if score is None else f"{score:.4f} bits per byte"
@@ -283,13 +342,23 @@ def main(argv: list[str]) -> int:
     """Print the table, write the picture, return the exit status."""
     parser = argparse.ArgumentParser(description="Table and picture of a finished run.")
     parser.add_argument("run_dir", type=Path, help="directory with result.json and metrics.jsonl")
+    text = "of the run, for its losses by token and a text from the model (default: DATA_PATH, else neither)"
+    parser.add_argument("--data", type=Path, help=text)
     parser.add_argument("--out", type=Path, help="picture to write (default: RUN_DIR/report.png)")
     args = parser.parse_args(argv)
     out = args.out or args.run_dir / "report.png"
+    data = args.data or (Path(os.environ["DATA_PATH"]) if os.environ.get("DATA_PATH") else None)
+    tables, text = {}, ""
     try:
         run = read_run(args.run_dir)
         print(format_table(run))
-        draw(run, out)
+        if data and not run.missing():
+            tables, text = token_losses.measure(args.run_dir, data), sample(run, data)
+            for key, rows in tables.items():
+                print(f"\n{key}:")
+                print_rows(rows, {next(iter(rows[0])): ""} | token_losses.FORMATS)
+            print(f"\na text that the stored model wrote:\n{textwrap.indent(textwrap.fill(text, 110), '  ')}")
+        draw(run, out, tables, text)
     except (UserError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

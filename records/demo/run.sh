@@ -26,6 +26,7 @@ nproc="${NPROC:-1}"
 [[ "$nproc" =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc: give the number of processes, for example NPROC=2"
 export PRESET="$record"
 export ARTIFACT_DIR="${ARTIFACT_DIR:-$record/run}"
+export SCORES="${SCORES:-$ARTIFACT_DIR/scores.after}" # the loss of each token, for the report
 
 # Runs one numbered step, shows its command and its time; the first step that fails ends the job.
 step_number=0

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import pack_artifact
 import train_gpt
+from records import tensor_losses
 
 Row = dict[str, object]
 
@@ -120,7 +120,7 @@ def bar_q(_: Path) -> list[Row]:
         coded = {key: part for key, part in parts.items() if key in "qt"}
         bits = 8 * packed({f"0.up:up:{scheme}": coded}, "rans") / W.numel()
         rows.append({"states": states if states > 1 else "scalar", "bits": bits})
-        rows[-1] |= {"at entropy": 8 * pack_artifact.entropy_bytes(coded) / W.numel()}
+        rows[-1] |= {"at entropy": 8 * tensor_losses.entropy_bytes(coded) / W.numel()}
         rows[-1] |= {"gap": bits + error.log2().item() / 2, "seconds": seconds}
     return rows
 
