@@ -3,19 +3,23 @@
 Importing torch takes longer than a toy evaluation, so most runs are forked from a server, this file as a script,
 which has imported torch and nothing of this project: a forked run executes the program's source as __main__, with an
 environment, a directory and standard streams of its own. `BlackBox.launch` starts a Python of its own instead.
+Threads may order runs at the same time; as many as there are processors are under way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import types
 from collections.abc import Callable, Mapping
@@ -26,6 +30,7 @@ import numpy as np
 import torch
 import torch._dynamo  # noqa: F401  (or the first step of every run imports it)
 
+PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 TIME_LIMIT = 3600  # seconds for one run: a full-size artifact on a few cores takes minutes
 # What a run inherits: the machine, and nothing that names a module, a proxy, a home or a knob.
 MACHINE = (
@@ -70,6 +75,8 @@ class Server:
 
     def __init__(self, room: Path) -> None:
         self.room, self.stack = room, contextlib.ExitStack()
+        self.lock, self.free = threading.Lock(), threading.BoundedSemaphore(PROCESSORS)
+        self.numbers, self.waiting = itertools.count(), {}
 
     def __enter__(self) -> Server:
         return self
@@ -91,15 +98,32 @@ class Server:
         found = subprocess.Popen(command, env=machine(self.room), cwd=self.room, start_new_session=True, **pipes)
         self.stack.callback(found.wait)
         self.stack.callback(found.stdin.close)
+        threading.Thread(target=self.hand_out, args=(found,), daemon=True).start()
         return found
+
+    def hand_out(self, process: subprocess.Popen) -> None:
+        """Give each answer to whom it is for, and None to all who wait when the process ends."""
+        for line in process.stdout:
+            number, codes = json.loads(line)
+            self.waiting[number].put(codes)
+        for place in list(self.waiting.values()):
+            place.put(None)
 
     def run(self, order: list[Any]) -> list[int]:
         """Return the exit codes of [script, directory, the ranks' environments, output]."""
-        print(json.dumps(order), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise OSError("the process that forks runs has died; is this Python without torch?")
-        return json.loads(answer)
+        with self.free:
+            with self.lock:
+                number, place = next(self.numbers), queue.SimpleQueue()
+                self.waiting[number] = place
+                with contextlib.suppress(BrokenPipeError):  # then no answer comes, and that is said below
+                    print(json.dumps([number, *order]), file=self.process.stdin, flush=True)
+            codes = None
+            while codes is None:
+                with contextlib.suppress(queue.Empty):
+                    codes = place.get(timeout=1)
+                if codes is None and self.process.poll() is not None:
+                    raise OSError("the process that forks runs has died; is this Python without torch?")
+            return codes
 
 
 class BlackBox:
@@ -227,21 +251,30 @@ def fork_ranks(run: Callable[[dict[str, str]], None], environs: list[dict[str, s
 
 
 def serve() -> None:
-    """Answer each line of standard input, [script, directory, the ranks' environments, output], with exit codes."""
-    answers = os.fdopen(os.dup(1), "w")
+    """Answer each line of standard input, [number, script, directory, the ranks' environments, output], with
+    [number, exit codes], when that run has ended: runs go on side by side, each watched by a child of its own."""
+    answers = os.dup(1)
     known: dict[bytes, types.CodeType] = {}
+    # nobody waits for those children
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
-        script, place, environs, output = json.loads(line)
-        source = Path(script).read_bytes()
+        number, script, place, environs, output = json.loads(line)
+        source, codes = Path(script).read_bytes(), [1]
         try:
             if source not in known:
                 known[source] = compile(source, script, "exec", dont_inherit=True)
-            run = functools.partial(run_rank, known[source], script, place, output)
-            codes = fork_ranks(run, environs)
         except (SyntaxError, ValueError) as error:
             Path(output).write_text(f"{script}: {error}\n", encoding="utf-8")
-            codes = [1]
-        print(json.dumps(codes), file=answers, flush=True)
+            os.write(answers, f"{json.dumps([number, codes])}\n".encode())
+            continue
+        if os.fork() == 0:
+            try:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                codes = fork_ranks(functools.partial(run_rank, known[source], script, place, output), environs)
+            finally:
+                # one write of a short line: answers do not mix
+                os.write(answers, f"{json.dumps([number, codes])}\n".encode())
+                os._exit(0)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -57,6 +59,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics as TOPICS
 from typing import Any, NamedTuple
@@ -87,7 +90,7 @@ from pair_fusion import plain_stream  # noqa: E402
 
 import pack_artifact  # noqa: E402
 from records import papers  # noqa: E402
-from records.black_box import BlackBox, Outcome, Server  # noqa: E402
+from records.black_box import PROCESSORS, BlackBox, Outcome, Server  # noqa: E402
 from records.claims import (  # noqa: E402
     BUDGET_SECONDS,
     CAP_BYTES,
@@ -238,6 +241,35 @@ class Bench:
         """Score a stream. RunFailed if the program does not."""
         folder = self.data(stream, train)
         return scored(self.box.fork(ranks, DATA_PATH=str(folder), **knobs), len(stream.tokens))
+
+    def score_each(self, streams: list[Stream], **knobs: str) -> Iterator[Scored]:
+        """Score streams side by side; yield the results in their order."""
+        folders = [self.data(stream) for stream in streams]
+        with hurried(ThreadPoolExecutor(PROCESSORS)) as pool:
+            runs = [pool.submit(self.box.fork, DATA_PATH=str(folder), **knobs) for folder in folders]
+            for run, stream, folder in zip(runs, streams, folders, strict=True):
+                outcome = run.result()
+                yield scored(outcome, len(stream.tokens))
+                # hundreds of them would fill a small /tmp
+                for place in (folder, outcome.room):
+                    shutil.rmtree(place, ignore_errors=True)
+
+    def part(self) -> Bench:
+        """The same bench with random numbers of its own, for checks that run beside others."""
+        own = copy.copy(self)
+        (own.rng,) = self.rng.spawn(1)
+        return own
+
+
+@contextlib.contextmanager
+def hurried(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
+    """A pool that drops what has not begun, and waits for nothing, when it is left by an error or early."""
+    done = False
+    try:
+        yield pool
+        done = True
+    finally:
+        pool.shutdown(wait=done, cancel_futures=True)
 
 
 # Numbers of an evaluation on the judge's own streams: many steps, short rows, updates that are large enough to be seen.
@@ -448,6 +480,17 @@ def order_check(cfg: Any, base: Scored, stream: Stream, label: str) -> Check:
     return decide(f"C1 order ({label})", not len(wrong), detail)
 
 
+Asks = Callable[[Bench], Iterator[Check]]
+
+
+def side_by_side(bench: Bench, checks: list[tuple[str, Asks]]) -> Iterator[Check]:
+    """Ask named checks at the same time; yield theirs in the given order."""
+    with hurried(ThreadPoolExecutor(len(checks))) as pool:
+        found = [pool.submit(lambda n, c, b: list(asked(n, c(b))), name, check, bench.part()) for name, check in checks]
+        for checks_of_one in found:
+            yield from checks_of_one.result()
+
+
 def causality(
     bench: Bench, stream: Stream, knobs: dict[str, str], label: str, probes: int, every: bool = False
 ) -> Iterator[Check]:
@@ -466,8 +509,9 @@ def causality(
     if probes and probes < total:
         masks = [masks[i] for i in np.sort(rng.choice(total, size=probes, replace=False))]
     found = Check(name, UNKNOWN, "nothing is scored after another token, so nothing was tested")
-    for mask in masks:
-        check = compare(name, base, bench.score(replaced(stream, mask, rng), **knobs), stream, ~mask)
+    others = bench.score_each([replaced(stream, mask, rng) for mask in masks], **knobs)
+    for mask, other in zip(masks, others, strict=True):
+        check = compare(name, base, other, stream, ~mask)
         if check.status == FAIL:
             yield check
             return
@@ -588,20 +632,26 @@ def legality(bench: Bench, stream: Stream, probes: tuple[int, int]) -> Iterator[
     knobs = knobs_for(cfg, STREAMS if apart else STREAMS | {"TTT_BATCH_SIZE": "4"}, 1024)
     narrow, whole = knobs_for(cfg, STREAMS | EVERY_PLACE, 16), short_documents(stream)
     tiny, own = cut_to(whole, SHORT) if apart else whole, first_documents(stream, 1000)
+    checks: list[tuple[str, Asks]] = []
     for words, part, numbers, places in (
         (f"{label}, every place", tiny, narrow, probes[0]),
         (label, stream, knobs, probes[1]),
         (f"{label}, the record's own numbers", own, {"EVAL_INCLUDE_TAIL": "1"}, 1),
     ):
-        yield from asked(f"C1 ({words})", causality(bench, part, numbers, words, places, part is tiny))
-    yield from asked(f"C1 byte counts ({label})", sidecar_checks(bench, first_documents(stream, 700), knobs, label))
-    yield from asked(f"C2 ({label})", distribution_checks(bench, stream, label))
-    yield from asked(f"two ranks ({label})", rank_checks(bench, whole, label))
+        question = functools.partial(causality, stream=part, knobs=numbers, label=words, probes=places)
+        checks.append((f"C1 ({words})", functools.partial(question, every=part is tiny)))
+    checks += [
+        (f"C1 byte counts ({label})", lambda at: sidecar_checks(at, first_documents(stream, 700), knobs, label)),
+        (f"C2 ({label})", lambda at: distribution_checks(at, stream, label)),
+        (f"two ranks ({label})", lambda at: rank_checks(at, whole, label)),
+    ]
     name = "documents apart (packed forward)"
+    if LOADERS[cfg.loader].documents and not {"plain": True}.get(cfg.eval, False):
+        plain = narrow | {"EVAL": "plain"}
+        checks.append((name, lambda at: causality(at, whole, plain, "packed forward", 4, every=True)))
+    yield from side_by_side(bench, checks)
     if not LOADERS[cfg.loader].documents:
         yield Check(name, NOT_ASKED, f"LOADER={cfg.loader} reads across documents")
-    elif not {"plain": True}.get(cfg.eval, False):
-        yield from asked(name, causality(bench, whole, narrow | {"EVAL": "plain"}, "packed forward", 4, every=True))
 
 
 def short_documents(stream: Stream) -> Stream:
@@ -905,14 +955,20 @@ def training_checks(bench: Bench, stream: Stream) -> Iterator[Check]:
     """
     candidate, train = bench.candidate, read_shards(bench.candidate.data, "train")
     stream = stream._replace(sizes=own_sizes(stream, candidate.tokenizer))
-    first = scored(bench.trains.launch(DATA_PATH=str(bench.data(stream, train))), len(stream.tokens))
-    label = f"EVAL={bench.cfg.eval}"
-    yield coverage_check(first, bench.cfg, label)
-    yield from sum_checks(first, stream.sizes, label)
     other = replaced(stream, np.ones(len(stream.tokens), bool), bench.rng)
     few = Stream(other.tokens[: bench.cfg.eval_seq_len + 1], other.sizes[: bench.cfg.eval_seq_len + 1])
     quick = QUICK.get(bench.cfg.compressor, {})
-    again = bench.trains.fork(DATA_PATH=str(bench.data(few, train)), **quick)
+    folders = [str(bench.data(part, train)) for part in (stream, few)]
+    with hurried(ThreadPoolExecutor(2)) as pool:
+        runs = [
+            pool.submit(bench.trains.launch, DATA_PATH=folders[0]),
+            pool.submit(bench.trains.fork, DATA_PATH=folders[1], **quick),
+        ]
+        started, again = (run.result() for run in runs)
+    first = scored(started, len(stream.tokens))
+    label = f"EVAL={bench.cfg.eval}"
+    yield coverage_check(first, bench.cfg, label)
+    yield from sum_checks(first, stream.sizes, label)
     if again.code != 0:
         raise RunFailed(again.last_line())
     same = same_weights(first.outcome, again)
