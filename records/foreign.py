@@ -171,11 +171,13 @@ def constant(node: ast.AST) -> list[str]:
 def imports(source: Source) -> Iterator[tuple[str, ast.AST]]:
     """Yield the modules that a source imports, and where; what it can do without (try) is left out."""
     for node in source.nodes:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
         if isinstance(source.enclosing(node, (ast.Try, ast.FunctionDef)), ast.Try):
             continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             yield (node.module or node.names[0].name), node
 
 
@@ -195,6 +197,14 @@ def found_check(rule: Rule, source: Source, finding: Finding) -> Check:
     return Check(f"{rule.topic} {rule.name}", UNKNOWN, f"{where}{depends}. Suspect; settled by {rule.settles}")
 
 
+def rule_on(rule: Rule, source: Source) -> list[Check]:
+    """Return the checks of what a rule finds in a source."""
+    try:
+        return [found_check(rule, source, finding) for finding in rule.find(source)]
+    except RecursionError:
+        return [Check(f"{rule.topic} {rule.name}", UNKNOWN, f"{source.name}: an expression is too long to be read")]
+
+
 def rule_checks(folder: Folder) -> Iterator[Check]:
     """Every rule on every source; the rules of a topic that find nothing share a line."""
     others = [name for name in folder.files if name.endswith(".py") and name not in {s.name for s in folder.sources}]
@@ -202,13 +212,15 @@ def rule_checks(folder: Folder) -> Iterator[Check]:
     silent: dict[str, list[str]] = {}
     for rule in (*RULES, *DATA_RULES):
         sources = [*folder.sources, *(prepares if rule in DATA_RULES else [])]
-        checks = [found_check(rule, source, finding) for source in sources for finding in rule.find(source)]
+        checks = [check for source in sources for check in rule_on(rule, source)]
         yield from checks
         if not checks:
             silent.setdefault(rule.topic, []).append(rule.looks_for)
-    read = sum(len(source.lines) for source in folder.sources)
+    whole = all(isinstance(part, Source) and not part.wrong for part in folder.opened)
+    read = f"{sum(len(source.lines) for source in folder.sources):,} lines"
     for topic, looked in silent.items():
-        yield Check(f"{topic} source", PASS, f"not seen in {read:,} lines: {'; '.join(looked)}")
+        words = f"not seen in {read}{'' if whole else ', and not all of the program can be read'}"
+        yield Check(f"{topic} source", PASS if whole else UNKNOWN, f"{words}: {'; '.join(looked)}")
 
 
 def form_checks(folder: Folder) -> Iterator[Check]:
