@@ -390,6 +390,14 @@ def test_only_folders_of_others_are_read_so(tmp_path: Path, capsys: pytest.Captu
 # The page of rules
 
 
+def pattern_of(part: ast.AST) -> str:
+    """The pattern of a part of a name: its words, its two choices, or anything."""
+    if isinstance(part, ast.Constant):
+        return re.escape(str(part.value))
+    choice = part.value if isinstance(part, ast.FormattedValue) else None
+    return f"({choice.body.value}|{choice.orelse.value})" if isinstance(choice, ast.IfExp) else ".+"
+
+
 def check_patterns() -> set[str]:
     """Patterns of the names that the judge gives to checks, without what is in brackets; from its source."""
     found = set()
