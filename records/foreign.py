@@ -38,7 +38,7 @@ from records.claims import (
     number,
 )
 from records.foreign_rules import DATA_RULES, RULES, Finding, Rule
-from records.foreign_source import Source, unpack
+from records.foreign_source import QUOTED, Source, unpack
 from train_gpt import UserError
 
 PROGRAM, LARGEST = "train_gpt.py", 64_000_000  # bytes of a file that is read
@@ -347,8 +347,14 @@ class RunLog:
         return hit.line, to_number(hit.groups[group]) * unit
 
     def at(self, line: int) -> str:
-        """Return the place of a line."""
-        return f"{self.name}:{line}"
+        """Return the place of a line, with the line, shortened."""
+        text = " ".join(self.lines[line - 1][:LONGEST_LINE].split())
+        return f"{self.name}:{line}: `{text if len(text) <= QUOTED else text[: QUOTED - 3] + '...'}`"
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """Its lines."""
+        return self.text.split("\n")
 
     @property
     def settings(self) -> tuple[dict[str, str], bool]:
@@ -722,14 +728,14 @@ def readme_check(text: str, claimed: float | None) -> Check:
 
 # Questions that reading cannot answer, and why; each run of our own programs answers them.
 RUN_QUESTIONS = (
-    ("C1 run", "whether scores before a place change with what comes after it: only runs on changed streams show it"),
-    ("C2 run", "whether the probabilities of all ids sum to 1: only scoring every id shows it"),
-    ("C3 run", "whether each score is taken before anything learns from it: only runs show the order"),
-    ("C4 run", "whether each target is scored once: only a list of every score (SCORES) shows it"),
-    ("split run", "whether training held validation documents: only the shards that it read show it"),
-    ("bytes run", "the bytes of each target, from ids and tokenizer: only the shards show them"),
-    ("time run", "seconds on 8xH100: only such a machine shows them, the log is the author's word"),
-    ("size run", "the artifact: only the file itself shows its bytes, and whether the program reads it"),
+    ("C1 run", "do scores change with what comes after them? Runs on changed streams show it"),
+    ("C2 run", "do the probabilities of all ids sum to 1? A run that scores every id shows it"),
+    ("C3 run", "is each score taken before anything learns from it? The order of scores (SCORES) shows it"),
+    ("C4 run", "is each target scored once? A list of all scores (SCORES) shows it"),
+    ("split run", "did training hold validation documents? The shards that it read show it"),
+    ("bytes run", "how many bytes has each target? The ids and the tokenizer show it"),
+    ("time run", "how long does it take on 8xH100? Such a machine shows it, the log is its author's word"),
+    ("size run", "does the program read an artifact of that size? The file itself shows it"),
 )
 
 
@@ -752,7 +758,7 @@ def judge(folder: Folder) -> Iterator[Check]:
     yield from seed_checks(logs)
     yield from paper_checks(folder, logs)
     for name, why in RUN_QUESTIONS:
-        yield Check(name, UNKNOWN, f"not asked, nothing of this folder is run: {why}")
+        yield Check(name, UNKNOWN, f"not run: {why}")
 
 
 def open_foreign(path: Path) -> tuple[Candidate, list[Check]]:
@@ -762,4 +768,7 @@ def open_foreign(path: Path) -> tuple[Candidate, list[Check]]:
         raise UserError(f"{path} holds no Python program; give a folder with a {PROGRAM}")
     found = Candidate("foreign", folder.path.name, folder.read(folder.program).encode("utf-8", "replace"), {}, {})
     found.notes.append("read only: nothing of this folder was run or imported; `unknown` says what would settle it")
-    return found, list(judge(folder))
+    # what fails first, then suspicions, what holds, and what only a run could tell; in each the order of asking
+    asked, order = list(judge(folder)), (FAIL, UNKNOWN, PASS)
+    questions = {name for name, _ in RUN_QUESTIONS}
+    return found, sorted(asked, key=lambda check: (check.name in questions, order.index(check.status)))

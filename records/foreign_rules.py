@@ -59,8 +59,12 @@ def is_hash(node: ast.AST | None) -> bool:
         return is_hash(node.func.value)
     if called(node) in ("tuple", "hash"):
         return True
-    parts = [part.op for part in ast.walk(node) if isinstance(part, ast.BinOp)] if node is not None else []
-    return any(isinstance(op, ast.BitXor | ast.Mod) for op in parts)
+    parts = [part for part in ast.walk(node) if isinstance(part, ast.BinOp)] if node is not None else []
+    # `n % m` alone rounds a number; a hash mixes several before it takes the rest
+    return any(
+        isinstance(part.op, ast.BitXor) or (isinstance(part.op, ast.Mod) and isinstance(part.left, ast.BinOp))
+        for part in parts
+    )
 
 
 def gold_reads(function: FunctionNode) -> set[str]:
@@ -77,7 +81,8 @@ def gold_reads(function: FunctionNode) -> set[str]:
 def looked_up(function: FunctionNode, key: str) -> ast.AST | None:
     """Return where a function reads a table with a key, None if it only counts with it."""
     for node in ast.walk(function):
-        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and key in variables(node.slice):
+        reads = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load)
+        if reads and not isinstance(node.slice, ast.Slice) and key in variables(node.slice):
             return node
         if called(node) == "get" and node.args and key in variables(node.args[0]):
             return node
@@ -99,8 +104,13 @@ def ngram_target_key(source: Source) -> Iterator[Finding]:
                 if read := looked_up(function, target.id):
                     words = f"the key holds {named[0] if named else 'the token whose probability is read'}"
                     yield Finding(node, f"{words}, and line {read.lineno} reads a table with it", True)
-                elif any(isinstance(n, ast.Return) and target.id in variables(n.value) for n in ast.walk(function)):
+                elif not isinstance(value, ast.Tuple) and returns(function, target.id):
                     yield Finding(node, f"the key holds {(named or ['the gold token'])[0]} and is handed on")
+
+
+def returns(function: FunctionNode, name: str) -> bool:
+    """Return whether a function returns a variable."""
+    return any(isinstance(node, ast.Return) and name in variables(node.value) for node in ast.walk(function))
 
 
 def is_shifted(part: ast.AST) -> bool:
@@ -395,10 +405,12 @@ def val_limit(source: Source) -> Iterator[Finding]:
 def byte_table(source: Source) -> Iterator[Finding]:
     """A table of bytes per token that counts the leading space twice, as three bytes, or byte pieces by their names."""
     for function in source.functions:
+        # text.encode("utf-8"), not tokenizer.encode(text)
         measured = [
             call
             for call in calls(function)
-            if called(call) == "len" and any(called(c) == "encode" for c in calls(call))
+            if called(call) == "len"
+            and any(called(c) == "encode" and all(isinstance(a, ast.Constant) for a in c.args) for c in calls(call))
         ]
         pieces = any(called(call) in ("id_to_piece", "IdToPiece") for call in calls(function))
         words = [text for text in strings_in(function) if "\u2581" in text]
@@ -437,14 +449,23 @@ def byte_guess(source: Source) -> Iterator[Finding]:
 
 def sidecar(source: Source) -> Iterator[Finding]:
     """Case operators without a sidecar of bytes: by default, or at all."""
-    told = " ".join([*strings_in(source.tree), *source.loads])
-    if not re.search(r"caseops|lossless_caps", told, re.IGNORECASE):
+    told, speaks = (
+        " ".join([*strings_in(source.tree), *source.loads]),
+        re.compile(r"caseops|lossless_caps", re.IGNORECASE),
+    )
+    if not speaks.search(told):
         return
     for name, (knob, default) in source.defaults.items():
         if re.search(r"CASEOPS_ENABLED|SIDECAR", knob) and default in ("0", "False", "false") and name in source.loads:
             yield Finding(source.loads[name][0], f"{knob}={default} by default: operators would count as bytes")
-    if not re.search(r"val_bytes|sidecar", told):
-        first = next(node for node in source.nodes if hasattr(node, "lineno"))
+    if re.search(r"bpb|base_bytes|byte_count", told) and not re.search(r"val_bytes|sidecar", told):
+        words = [node for node in source.nodes if isinstance(node, ast.Constant | ast.Name | ast.Attribute)]
+        told_by = [
+            n
+            for n in words
+            if speaks.search(f"{getattr(n, 'value', '')} {getattr(n, 'id', '')} {getattr(n, 'attr', '')}")
+        ]
+        first = min(told_by, key=place)
         yield Finding(first, "it speaks of CaseOps and reads no sidecar (val_bytes): operators would count as bytes")
 
 
@@ -559,7 +580,7 @@ def train_after_clock(source: Source) -> Iterator[Finding]:
 
 NETWORK = re.compile(
     r"^(requests|httpx|urllib3|aiohttp|wget|gdown|boto3)\.|^urllib\.request\.|^http\.client\.|^ftplib\.|^paramiko\."
-    r"|hf_hub_download$|snapshot_download$|^datasets\.load_dataset$|^torch\.hub\.|load_state_dict_from_url$|^wandb\.init$"
+    r"|hf_hub_download$|snapshot_download$|^datasets\.load_dataset$|^torch\.hub\.(load|download)|load_state_dict_from_url$|^wandb\.init$"
 )
 FETCHERS = re.compile(r"\b(curl|wget|aria2c|pip3? install|git clone|huggingface-cli|apt(-get)? install)\b")
 RUNNERS = ("run", "call", "check_call", "check_output", "Popen", "system", "popen")
