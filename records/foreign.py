@@ -142,12 +142,32 @@ class Folder:
             if name in seen:
                 continue
             seen.add(name)
-            source = Source(name, self.read(name))
+            source = Source(name, self.read(name), self.told)
             parts = [source, *unpack(source)]
             found += parts
             for part in parts:
                 waiting += self.local(part) if isinstance(part, Source) else []
         return found
+
+    @cached_property
+    def logs(self) -> list[RunLog]:
+        """The logs of training or scoring."""
+        found = []
+        for name in self.files:
+            path = Path(name)
+            if path.suffix in (".log", ".txt", ".out") and path.name != "requirements.txt" and "tokenizer" not in name:
+                log = read_log(name, self.read(name))
+                found += [log] if log.hits["score"] or log.hits["step"] else []
+        return found
+
+    @cached_property
+    def told(self) -> dict[str, str]:
+        """The settings on which all logs that print them agree."""
+        found: dict[str, set[str]] = {}
+        for log in self.logs:
+            for key, value in log.settings[0].items():
+                found.setdefault(key, set()).add(value)
+        return {key: values.pop() for key, values in found.items() if len(values) == 1}
 
     def local(self, source: Source) -> list[str]:
         """Return the files of the folder that a source imports as modules."""
@@ -187,7 +207,7 @@ def imports(source: Source) -> Iterator[tuple[str, ast.AST]]:
 
 
 def found_check(rule: Rule, source: Source, finding: Finding) -> Check:
-    """Return the check of one finding: FAIL if it is proven and runs by default, else unknown."""
+    """Return the check of one finding: FAIL if it is proven and runs with the logs' settings, else unknown."""
     line = finding.node.lineno
     where = f"{source.name}:{line}: `{source.quote(line)}`: {finding.words}"
     switch = source.switch(finding.node)
@@ -271,7 +291,8 @@ LINES: dict[str, re.Pattern[str]] = {
         "model": rf"serialized model (\S+)\s*:\s*{NUMBER}\s*bytes",
         "code": rf"code size([^:]*):\s*{NUMBER}\s*bytes",
         "seed": r"(?:^|\s)seed\s*[:=]\s*(\d+)\b",
-        "tokens": rf"(?:target_tokens|scored_tokens|tokens_scored|val_tokens|val_loader:.*?tokens)\s*[:=]\s*{NUMBER}",
+        "scored": rf"(?:target_tokens|scored_tokens|tokens_scored)\s*[:=]\s*{NUMBER}",
+        "tokens": rf"(?:val_tokens|val_loader:.*?tokens)\s*[:=]\s*{NUMBER}",
         "bytes": rf"(?:scored_bytes|bytes_scored|val_bytes|byte_count)\s*[:=]\s*{NUMBER}",
         "gates": rf"\b(?:within|word)_gate\s*[:=]\s*{NUMBER}",
         "heading": r"^\W*hyper-?parameters\W*$",
@@ -281,7 +302,9 @@ LINES: dict[str, re.Pattern[str]] = {
 }
 UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0}
 PASSING = re.compile(r"^\W*(step\b|\d+/\d+|diagnostic|pre-?quant)|post.?ema|post_avg", re.IGNORECASE)
-PRIVATE = re.compile(r"seed|run_id|rank|path|dir|file|host|device|date|time|log|port|uuid|_ms$|pid|tag")
+PRIVATE = re.compile(
+    r"(^|_)(seeds?|run_id|paths?|dir|files?|host(name)?|device|date|time|log(file)?|port|uuid|ms|pid|tag)(_|$)|^(local_)?rank$"
+)
 
 
 class Hit(NamedTuple):
@@ -292,11 +315,12 @@ class Hit(NamedTuple):
 
 
 def to_number(word: str) -> float:
-    """Return the number in a word of a log; NaN for none."""
+    """Return the number in a word of a log; NaN if it is not finite."""
     try:
-        return float(word.replace(",", "").replace("_", ""))
+        found = float(word.replace(",", "").replace("_", ""))
     except ValueError:
         return math.nan
+    return found if math.isfinite(found) else math.nan
 
 
 def decimals(word: str) -> int:
@@ -338,13 +362,17 @@ class RunLog:
         named = re.search(r"s(?:eed)?_?(\d+)", Path(self.name).stem)
         return named[1] if named else ""
 
+    def numbers(self, what: str, group: int = 0) -> list[tuple[int, float]]:
+        """Return the finite numbers of a kind, each with its line. Times come in seconds."""
+        found = []
+        for hit in self.hits[what]:
+            unit = UNITS.get(hit.groups[group + 1].lower(), 1.0) if len(hit.groups) > group + 1 else 1.0
+            found.append((hit.line, to_number(hit.groups[group]) * unit))
+        return [(line, value) for line, value in found if math.isfinite(value)]
+
     def last(self, what: str, group: int = 0) -> tuple[int, float] | None:
-        """Return the line and the last number of a kind, None without one. Times come in seconds."""
-        if not self.hits[what]:
-            return None
-        hit = self.hits[what][-1]
-        unit = UNITS.get(hit.groups[group + 1].lower(), 1.0) if len(hit.groups) > group + 1 else 1.0
-        return hit.line, to_number(hit.groups[group]) * unit
+        """Return the last finite number of a kind with its line, None without one."""
+        return (self.numbers(what, group) or [None])[-1]
 
     def at(self, line: int) -> str:
         """Return the place of a line, with the line, shortened."""
@@ -396,15 +424,10 @@ def read_log(name: str, text: str) -> RunLog:
     return RunLog(name, hits, code, text)
 
 
-def read_logs(folder: Folder) -> list[RunLog]:
-    """Read the logs of training or scoring in a folder."""
-    found = []
-    for name in folder.files:
-        path = Path(name)
-        if path.suffix in (".log", ".txt", ".out") and path.name != "requirements.txt" and "tokenizer" not in name:
-            log = read_log(name, folder.read(name))
-            found += [log] if log.hits["score"] or log.hits["step"] else []
-    return found
+def token_counts(log: RunLog) -> list[int]:
+    """Return how many targets a log says were scored; if it does not, how many tokens validation has."""
+    said = log.numbers("scored")[-1:] or log.numbers("tokens")
+    return [int(count) for _, count in said if count >= 1]
 
 
 def denominator_check(log: RunLog) -> Check:
@@ -416,7 +439,9 @@ def denominator_check(log: RunLog) -> Check:
     per_token = log.loss / (math.log(2) * log.bpb)
     # half a unit of the last decimal of each
     slack = 0.5 * (10.0 ** -decimals(final.groups[1]) / log.loss + 10.0 ** -decimals(final.groups[2]) / log.bpb)
-    counts = [int(to_number(hit.groups[0])) for hit in log.hits["tokens"] if to_number(hit.groups[0]) > 0]
+    if slack > FAR / 10:
+        return Check(name, UNKNOWN, f"{where}too few digits to count bytes; settled by four decimals or more")
+    counts = token_counts(log)
     if not counts:
         known = [(abs(size / count / per_token - 1), count) for count, size in TARGETS.items()]
         miss, count = min(known)
@@ -443,13 +468,13 @@ def denominator_check(log: RunLog) -> Check:
 
 def stated_checks(log: RunLog) -> Iterator[Check]:
     """Bytes that a log states against its own ratio; channels that ask for the target (within and word gates)."""
-    stated, counts = log.last("bytes"), [to_number(hit.groups[0]) for hit in log.hits["tokens"]]
-    if stated and counts and log.bpb > 0:
+    stated, counts = log.last("bytes"), token_counts(log)
+    if stated and counts and log.loss > 0 and log.bpb > 0:
         own = [count * log.loss / (math.log(2) * log.bpb) for count in counts]
         best = min(own, key=lambda total: abs(total - stated[1]))
         detail = f"{log.at(stated[0])}: states {stated[1]:,.0f}, its score has {best:,.0f}"
         yield decide(f"bytes stated ({log.name})", abs(best / max(stated[1], 1) - 1) <= 1e-3, detail)
-    opened = [(hit.line, to_number(hit.groups[0])) for hit in log.hits["gates"]]
+    opened = log.numbers("gates")
     for line, count in opened:
         if count > 0:
             detail = f"{log.at(line)}: {count:,.0f} hints of channels that are gated by the token to be predicted"
@@ -470,7 +495,7 @@ def size_checks(folder: Folder, log: RunLog) -> Iterator[Check]:
         return
     line, size = total
     yield decide(f"size cap ({log.name})", size <= CAP_BYTES, f"{log.at(line)}: {size:,.0f} of {CAP_BYTES:,} bytes")
-    code = {to_number(hit.groups[1]) for hit in log.hits["code"]}
+    code = {size for _, size in log.numbers("code", 1)}
     model = log.last("model", 1)
     if not (code and model):
         yield Check(f"size parts ({log.name})", UNKNOWN, "the log does not say what of it is code and what is model")
@@ -503,18 +528,15 @@ def shipped_checks(folder: Folder, log: RunLog, model: float, total: float) -> I
 
 def time_checks(log: RunLog) -> Iterator[Check]:
     """Training and scoring against 600 s each, Hessians on top, and steps that only go up."""
-    times = [(to_number(h.groups[0]) * UNITS[h.groups[1].lower()], h.line) for h in log.hits["train_ms"]]
-    seconds, line = max(times, default=(math.nan, 0))
+    seconds, line = max(((value, at) for at, value in log.numbers("train_ms")), default=(math.nan, 0))
     if not math.isfinite(seconds):
         yield Check(f"time training ({log.name})", UNKNOWN, "the log has no train_time")
     else:
         state = PASS if seconds <= BUDGET_SECONDS else (UNKNOWN if seconds <= BUDGET_SECONDS + CLOCK_SLACK else FAIL)
         detail = f"{log.at(line)}: {seconds:.3f} of {BUDGET_SECONDS:.0f} s"
-        over = "; less than half a second over, as the contest's own baseline; settled by a run with a reserve"
+        over = "; less than half a second over, maybe one step; settled by a run with a reserve"
         yield Check(f"time training ({log.name})", state, detail + over * (state == UNKNOWN))
-        late = [
-            (to_number(h.groups[0]) * UNITS[h.groups[1].lower()], h.line) for h in log.hits["hessians"] if h.line > line
-        ]
+        late = [(value, at) for at, value in log.numbers("hessians") if at > line]
         spent, at = max(late, default=(0.0, 0))
         if spent:
             fits = seconds + spent <= BUDGET_SECONDS
@@ -532,7 +554,7 @@ def time_checks(log: RunLog) -> Iterator[Check]:
 
 
 def step_checks(log: RunLog) -> Iterator[Check]:
-    """Steps of a log go up, and so does its clock."""
+    """Steps of a log go up."""
     steps = [(hit.line, int(hit.groups[0][:12])) for hit in log.hits["step"]]
     back = next((b for a, b in zip(steps, steps[1:], strict=False) if b[1] < a[1]), None)
     if not steps:
@@ -743,7 +765,7 @@ def judge(folder: Folder) -> Iterator[Check]:
     """Run all checks on somebody's folder."""
     yield from form_checks(folder)
     yield from rule_checks(folder)
-    logs = read_logs(folder)
+    logs = folder.logs
     if not logs:
         yield Check("log", UNKNOWN, "no log of a training or a score; settled by one log for each seed")
     for log in logs:

@@ -167,8 +167,8 @@ def smear_switch(source: Source) -> Iterator[Finding]:
     """A mask at document starts that is off unless a knob says otherwise."""
     for name, nodes in source.loads.items():
         knob, default = source.defaults.get(name, ("", ""))
-        if re.search(r"BOS.*(FIX|MASK)|(SMEAR|DOC).*MASK", knob) and default in ("0", "False", "false"):
-            yield Finding(nodes[0], f"the mask at document starts is off by default ({knob}={default})")
+        if re.search(r"BOS.*(FIX|MASK)|(SMEAR|DOC).*MASK", knob) and default.lower() in ("0", "false"):
+            yield Finding(nodes[0], f"the mask at document starts is off: {source.said(name)}")
 
 
 # Order: score first, learn afterwards
@@ -396,7 +396,7 @@ def val_limit(source: Source) -> Iterator[Finding]:
     for name, (knob, default) in source.defaults.items():
         whole = default.strip() in ("", "0", "-1", "1", "1.0", "50000", "50_000")
         if pattern.search(knob) and not whole and name in source.loads:
-            yield Finding(source.loads[name][0], f"{knob}={default} by default: is all of validation scored?")
+            yield Finding(source.loads[name][0], f"{source.said(name)}: is all of validation scored?")
 
 
 # Bytes
@@ -456,8 +456,8 @@ def sidecar(source: Source) -> Iterator[Finding]:
     if not speaks.search(told):
         return
     for name, (knob, default) in source.defaults.items():
-        if re.search(r"CASEOPS_ENABLED|SIDECAR", knob) and default in ("0", "False", "false") and name in source.loads:
-            yield Finding(source.loads[name][0], f"{knob}={default} by default: operators would count as bytes")
+        if re.search(r"CASEOPS_ENABLED|SIDECAR", knob) and default.lower() in ("0", "false") and name in source.loads:
+            yield Finding(source.loads[name][0], f"{source.said(name)}: operators would count as bytes")
     if re.search(r"bpb|base_bytes|byte_count", told) and not re.search(r"val_bytes|sidecar", told):
         words = [node for node in source.nodes if isinstance(node, ast.Constant | ast.Name | ast.Attribute)]
         told_by = [

@@ -107,14 +107,19 @@ def assigned(node: ast.AST) -> list[tuple[ast.expr, ast.expr | None]]:
 
 @dataclass(eq=False)
 class Source:
-    """One parsed file. name: as findings show it; tree: None if it does not parse, for the reason in `wrong`."""
+    """One parsed file. name: as findings show it; told: settings that the logs print, which replace its defaults.
+
+    wrong: why it does not parse (its tree is empty then).
+    """
 
     name: str
     text: str
+    told: dict[str, str] = field(default_factory=dict)
     tree: ast.Module = field(init=False)
     wrong: tuple[int, str] | None = field(init=False, default=None)  # line and reason
 
     def __post_init__(self) -> None:
+        """Parse the text; what does not parse has an empty tree."""
         try:
             if len(self.text) > MAX_SOURCE:
                 raise ValueError(f"{len(self.text):,} characters are too many to read")
@@ -163,7 +168,8 @@ class Source:
 
     @cached_property
     def defaults(self) -> dict[str, tuple[str, str]]:
-        """Settings that the environment may change: variable or attribute -> (its knob, its default)."""
+        """Settings that the environment may change: variable or attribute -> (its knob, its value in the logs, else its
+        default)."""
         found = {}
         for node in self.nodes:
             for target, value in assigned(node):
@@ -171,7 +177,7 @@ class Source:
                     words = [part.value for part in call.args if isinstance(part, ast.Constant)]
                     if self.dotted(call.func) in ("os.environ.get", "os.getenv", "environ.get") and len(words) == 2:
                         name = getattr(target, "id", "") or getattr(target, "attr", "")
-                        found[name] = (str(words[0]), str(words[1]))
+                        found[name] = (str(words[0]), self.told.get(name, str(words[1])))
         return found
 
     @cached_property
@@ -183,6 +189,11 @@ class Source:
             if name and isinstance(getattr(node, "ctx", None), ast.Load):
                 found.setdefault(name, []).append(node)
         return found
+
+    def said(self, name: str) -> str:
+        """Return a setting with its value, and where that value stands."""
+        knob, value = self.defaults[name]
+        return f"{knob}={value or 'empty'} {'in the logs' if name in self.told else 'by default'}"
 
     def dotted(self, node: ast.AST) -> str:
         """Return the dotted name of an expression with import aliases resolved, "" if it is none."""
@@ -217,7 +228,8 @@ class Source:
     # What a statement depends on
 
     def switch(self, node: ast.AST, seen: frozenset[str] = frozenset()) -> str:
-        """Return "" if a node runs whenever the program does with its default settings, else what it depends on."""
+        """Return "" if a node runs whenever the program does with the settings of its logs, else of its defaults; else
+        what it depends on."""
         function = self.function_of(node)
         own = self.condition(node, function)
         if own or function is None or function.name in ENTRY_METHODS:
@@ -275,9 +287,8 @@ class Source:
             test, wanted = test.operand, not wanted
         bare = getattr(test, "id", "") or getattr(test, "attr", "")
         if bare in self.defaults:
-            knob, default = self.defaults[bare]
-            on = default.strip().lower() not in ("", "0", "0.0", "false", "no", "off", "none")
-            return "" if on == wanted else f"{knob}, by default {default or 'empty'} (line {test.lineno})"
+            on = self.defaults[bare][1].strip().lower() not in ("", "0", "0.0", "false", "no", "off", "none")
+            return "" if on == wanted else f"{self.said(bare)} (line {test.lineno})"
         asks = names_in(test)
         word = any(SWITCH_WORDS.search(name) for name in asks) or "environ" in asks or "getenv" in asks
         held = any(
@@ -291,8 +302,8 @@ class Source:
 
     def undecided_loop(self, loop: ast.For) -> str:
         """Return the setting that makes a loop of no turns by default, else ""."""
-        knobs = [self.defaults[name] for name in names_in(loop.iter) if name in self.defaults]
-        return next((f"{knob}, by default {value} (line {loop.lineno})" for knob, value in knobs if value == "0"), "")
+        off = sorted(name for name in names_in(loop.iter) & self.defaults.keys() if self.defaults[name][1] == "0")
+        return f"{self.said(off[0])} (line {loop.lineno})" if off else ""
 
     def quote_node(self, node: ast.expr) -> str:
         """Return the text of an expression, shortened."""
@@ -410,24 +421,24 @@ def unpack(source: Source, layers: int = MAX_LAYERS) -> Iterator[Source | tuple[
         inside = opens and any(called(above) in ("exec", "eval", "decompress") for above in source.above(node))
         if not runs and (not opens or inside):
             continue
-        inner = node.args[0] if runs else node
+        inner, line = node.args[0] if runs else node, f"`{source.quote(node.lineno)}`"
         if called(inner) == "compile" and inner.args:
             inner = inner.args[0]
         try:
             found = literals.value(inner)
             text = found.decode("utf-8") if isinstance(found, bytes) else found
         except (Refused, RecursionError, MemoryError, *DAMAGED) as error:
-            yield source.name, node.lineno, str(error) or type(error).__name__
+            yield source.name, node.lineno, f"{line}: {str(error) or type(error).__name__}"
             continue
         if text is None:
             if runs:
-                yield source.name, node.lineno, "it runs code that is not a literal of this file"
+                yield source.name, node.lineno, f"{line}: it runs code that is not a literal of this file"
             continue
         if layers == 0:
-            yield source.name, node.lineno, f"more than {MAX_LAYERS} wrappers inside one another"
+            yield source.name, node.lineno, f"{line}: more than {MAX_LAYERS} wrappers inside one another"
             continue
         number += 1
-        whole = Source(f"{source.name}>{number}", text)
+        whole = Source(f"{source.name}>{number}", text, source.told)
         if runs or (whole.tree.body and not whole.wrong):  # other literals may be tables
             yield whole
             yield from unpack(whole, layers - 1)

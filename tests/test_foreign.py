@@ -226,6 +226,9 @@ def test_numbers_of_logs_are_added_up_again(tmp_path: Path) -> None:
         (log(1).replace("bpb:1.06000000", "bpb:1.0600"), "bytes denominator", PASS, "canonical"),
         (log(1).replace("val_tokens", "n"), "bytes denominator", PASS, "does not say how many"),
         (log(1, total_bytes=twice).replace("val_tokens", "n"), "bytes denominator", UNKNOWN, "SCORES"),
+        # what was scored counts, not what there is to score; words in names of settings are no clocks
+        (log(1) + "target_tokens:9,662,464\n", "bytes denominator", FAIL, "-79.81%"),
+        (log(1).replace("bpb:1.06000000", "bpb:1.1"), "bytes denominator", UNKNOWN, "too few digits"),
         (log(1, loss="nan"), "bytes denominator", FAIL, "no score"),
         (log(1) + "scored_bytes:140000000\n", "bytes stated", FAIL, "states 140,000,000"),
         (log(1) + "scored_bytes:151,074,499\n", "bytes stated", PASS, "151,074,499"),
@@ -247,6 +250,20 @@ def test_numbers_of_logs_are_added_up_again(tmp_path: Path) -> None:
     for number, (text, name, wanted, words) in enumerate(faults):
         found = named(judged(record(tmp_path / str(number), text)), name)
         assert [check.status for check in found] == [wanted] and words in found[0].detail, (number, name, found)
+
+
+def test_settings_that_logs_print_replace_defaults(tmp_path: Path) -> None:
+    bad = next(bad for check, wanted, bad, _ in cases() if (check, wanted) == ("C1 slot-fit", UNKNOWN))
+    mask = 'fix = int(os.environ.get("SMEAR_BOS_FIX", "0"))\nif fix:\n    pass\n'
+    for number, (line, slot, switch) in enumerate(
+        (("", UNKNOWN, UNKNOWN), ("  slot_on: 1\n  fix: True\n", FAIL, None), ("  slot_on: False\n", UNKNOWN, UNKNOWN))
+    ):
+        text = log(1).replace("  matrix_lr", f"{line}  matrix_lr")
+        checks = judged(record(tmp_path / str(number), text, program=MODEL + bad + mask))
+        found = named(checks, "C1 slot-fit")
+        assert [check.status for check in found] == [slot], (line, found)
+        assert slot == FAIL or f"SLOT_ON={'False in the logs' if line else '0 by default'}" in found[0].detail, found
+        assert [check.status for check in named(checks, "C1 smear-switch")] == ([switch] if switch else []), line
 
 
 def test_seeds_and_papers_are_held_against_logs(tmp_path: Path) -> None:
@@ -361,6 +378,9 @@ def test_damaged_files_give_findings_and_no_traceback(tmp_path: Path) -> None:
         + "\nstep:1/0 train_loss:x train_time:ms\nval_loss:1e999 val_bpb:-1\nval_loss:1,,2 val_bpb:_\n"
     )
     wild += f"seed: {'9' * 5000}\nstep:{'9' * 400}/1 val_loss:1 val_bpb:1\nTotal submission size: {'9' * 400} bytes\n"
+    wild += (
+        f"val_tokens: {'9' * 400}\ntarget_tokens:inf\ntotal_eval_time:nans\ntrain_time:{'9' * 400}ms\nval_bytes:nan\n"
+    )
     checks = judged(record(tmp_path / "wild", wild * 3, paper={"val_bpb": 1e308, "val_bpb_std": float("inf")}))
     assert {check.status for check in checks} >= {FAIL, UNKNOWN}
     linked = record(tmp_path / "linked")
