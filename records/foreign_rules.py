@@ -578,10 +578,11 @@ def train_after_clock(source: Source) -> Iterator[Finding]:
                 yield Finding(later, f"it trains after the loop at line {first.lineno}, which watches the clock")
 
 
-NETWORK = re.compile(
-    r"^(requests|httpx|urllib3|aiohttp|wget|gdown|boto3)\.|^urllib\.request\.|^http\.client\.|^ftplib\.|^paramiko\."
-    r"|hf_hub_download$|snapshot_download$|^datasets\.load_dataset$|^torch\.hub\.(load|download)|load_state_dict_from_url$|^wandb\.init$"
+NETWORK = re.compile(  # imported names
+    r"^(requests|httpx|urllib3|aiohttp|wget|gdown|boto3|ftplib|paramiko)\.|^urllib\.request\.|^http\.client\."
+    r"|^datasets\.load_dataset$|^torch\.hub\.(load|download)|^wandb\.init$"
 )
+DOWNLOADS = ("hf_hub_download", "snapshot_download", "load_state_dict_from_url", "urlretrieve", "urlopen")
 FETCHERS = re.compile(r"\b(curl|wget|aria2c|pip3? install|git clone|huggingface-cli|apt(-get)? install)\b")
 RUNNERS = ("run", "call", "check_call", "check_output", "Popen", "system", "popen")
 
@@ -590,9 +591,12 @@ def is_network(source: Source, node: ast.AST) -> str:
     """Return what a call fetches with, "" if it fetches nothing."""
     if not isinstance(node, ast.Call):
         return ""
-    name = source.dotted(node.func)
-    if NETWORK.search(name):
-        return name
+    name, root = source.dotted(node.func), node.func
+    while isinstance(root, ast.Attribute):
+        root = root.value
+    imported = getattr(root, "id", "") in source.aliases or called(root) == "__import__"
+    if called(node) in DOWNLOADS or (imported and NETWORK.search(name)):
+        return name or called(node)
     command = " ".join(strings_in(node))
     if called(node) in RUNNERS and FETCHERS.search(command.replace("-m ", "")):
         return FETCHERS.search(command.replace("-m ", ""))[0]
