@@ -78,15 +78,30 @@ def gold_reads(function: FunctionNode) -> set[str]:
     return found
 
 
-def looked_up(function: FunctionNode, key: str) -> ast.AST | None:
-    """Return where a function reads a table with a key, None if it only counts with it."""
+def looked_up(source: Source, function: FunctionNode, key: str) -> ast.AST | None:
+    """Return where a function reads a table with a key, None if it only counts with it: table[key] = table[key] + 1."""
     for node in ast.walk(function):
         reads = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load)
-        if reads and not isinstance(node.slice, ast.Slice) and key in variables(node.slice):
-            return node
-        if called(node) == "get" and node.args and key in variables(node.args[0]):
+        reads = reads and not isinstance(node.slice, ast.Slice) and key in variables(node.slice)
+        if not reads and not (called(node) == "get" and node.args and key in variables(node.args[0])):
+            continue
+        stored = [
+            target for target, _ in assigned(source.enclosing(node, ast.stmt)) if isinstance(target, ast.Subscript)
+        ]
+        if not any(key in variables(target.slice) for target in stored):
             return node
     return None
+
+
+COUNTS = re.compile(r"update|insert|learn|count|train|build|observe|add", re.IGNORECASE)
+
+
+def every_id(function: FunctionNode) -> set[str]:
+    """Return the variables that go through a range, as one that takes each id of the vocabulary does."""
+    loops = [node for node in ast.walk(function) if isinstance(node, ast.For | ast.comprehension)]
+    found = {name for loop in loops if called(loop.iter) in ("range", "arange") for name in variables(loop.target)}
+    pairs = (pair for node in ast.walk(function) for pair in assigned(node) if called(pair[1]) == "arange")
+    return found | {name for target, _ in pairs for name in variables(target)}
 
 
 def ngram_target_key(source: Source) -> Iterator[Finding]:
@@ -98,12 +113,14 @@ def ngram_target_key(source: Source) -> Iterator[Finding]:
                 if not isinstance(target, ast.Name) or isinstance(node, ast.AugAssign) or not is_hash(value):
                     continue
                 inside = {ast.dump(part) for part in ast.walk(value) if isinstance(part, ast.Subscript)}
-                named = sorted(name for name in variables(value) if TARGET_NAME.match(name))
+                named = sorted(n for n in variables(value) - every_id(function) if TARGET_NAME.match(n))
                 if not named and not inside & gold:
                     continue
-                if read := looked_up(function, target.id):
+                if read := looked_up(source, function, target.id):
                     words = f"the key holds {named[0] if named else 'the token whose probability is read'}"
-                    yield Finding(node, f"{words}, and line {read.lineno} reads a table with it", True)
+                    yield Finding(
+                        node, f"{words}, and line {read.lineno} reads a table with it", not COUNTS.search(function.name)
+                    )
                 elif not isinstance(value, ast.Tuple) and returns(function, target.id):
                     yield Finding(node, f"the key holds {(named or ['the gold token'])[0]} and is handed on")
 
@@ -193,28 +210,42 @@ def scoring_calls(node: ast.AST | None) -> Iterator[ast.Call]:
             yield call
 
 
-def loss_calls(source: Source, function: FunctionNode, backward: ast.Call) -> list[ast.Call]:
-    """Return the calls whose losses a backward() differentiates, up to two assignments away."""
-    found, names, before = list(scoring_calls(backward.func)), variables(backward.func), place(backward)
+def loss_calls(function: FunctionNode, backward: ast.Call) -> tuple[list[ast.Call], list[ast.expr]]:
+    """Return the calls whose losses a backward() differentiates, up to two assignments away, and what lies between."""
+    found, names, between = list(scoring_calls(backward.func)), variables(backward.func), [backward.func]
     for _ in range(3):
+        if found:
+            break
+        above, names = names, set()
         for node in ast.walk(function):
             pairs = assigned(node) if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) else []
             for target, value in pairs:
-                if variables(target) & names and place(node) < before:
+                if variables(target) & above and place(node) < place(backward):
                     found += scoring_calls(value)
-                    names = names | variables(value) if not found else names
-        if found:
-            break
-    return found
+                    between.append(value)
+                    names |= variables(value)
+    return found, between
+
+
+def weighs(parts: list[ast.expr], losses: list[ast.Call]) -> bool:
+    """Return whether losses are multiplied, picked or masked on their way, so that some may not count."""
+    inside = {node for loss in losses for node in ast.walk(loss)}
+    nodes = [node for part in parts for node in ast.walk(part) if node not in inside]
+    product = any(isinstance(node, ast.Subscript | ast.Mult) or "mask" in called(node) for node in nodes)
+    return product or any(word.arg in ("weight", "ignore_index") for loss in losses for word in loss.keywords)
 
 
 class Fit(NamedTuple):
-    """An update: its backward(), the last step() after it, the loop of both, and the losses that it is fitted on."""
+    """An update: its backward(), the last step() after it, the loop of both, and the losses that it is fitted on.
+
+    whole: whether each of these losses counts fully.
+    """
 
     backward: ast.Call
     step: ast.Call
     loop: ast.AST
     losses: list[ast.Call]
+    whole: bool
 
 
 def fits(source: Source, function: FunctionNode) -> Iterator[Fit]:
@@ -229,7 +260,8 @@ def fits(source: Source, function: FunctionNode) -> Iterator[Fit]:
                 call for call in inside if called(call) == "step" and call in within and place(call) > place(backward)
             ]
             if steps:
-                yield Fit(backward, max(steps, key=place), loop, loss_calls(source, function, backward))
+                losses, between = loss_calls(function, backward)
+                yield Fit(backward, max(steps, key=place), loop, losses, not weighs(between, losses))
                 break
             if loop is function:
                 break
@@ -268,6 +300,15 @@ def adds_up(source: Source, call: ast.Call, function: FunctionNode) -> bool:
     return False
 
 
+def scored_first(source: Source, function: FunctionNode, fit: Fit, names: set[str]) -> bool:
+    """Return whether a function adds up scores of some targets before it learns from them."""
+    sums = [n for n in ast.walk(function) if isinstance(n, ast.AugAssign) and place(n) < place(fit.backward)]
+    inside = set(ast.walk(fit.loop))
+    scores = [call for call in scoring_calls(function) if variables(target_argument(call)) & names]
+    first = min((place(source.enclosing(call, ast.stmt)) for call in scores), default=place(fit.backward))
+    return any(place(node) >= first and (node in inside or first < place(fit.loop)) for node in sums)
+
+
 def rescored(source: Source, function: FunctionNode, fit: Fit) -> Iterator[tuple[ast.Call, bool]]:
     """Yield calls after an update that score what it was fitted on, and whether they surely score the same tokens."""
     outer = source.enclosing(fit.loop, (*Loop.__args__, *FunctionNode.__args__)) or function
@@ -289,9 +330,9 @@ def rescored(source: Source, function: FunctionNode, fit: Fit) -> Iterator[tuple
                 continue
             if adds_up(source, call, function):
                 whole = a == ("", "") or (a is not None and a == b)
-                weighed = any(MASK_WORD.search(name) for name in names_in(loss, source.enclosing(loss, ast.stmt)))
-                # elsewhere it may be training that looks at its batch again
-                yield call, whole and not weighed and bool(EVALUATES.search(function.name))
+                # elsewhere it may be training that looks at its batch again, or a second look at what was scored
+                sure = fit.whole and EVALUATES.search(function.name) and not scored_first(source, function, fit, shared)
+                yield call, whole and bool(sure)
                 break
 
 
@@ -492,7 +533,7 @@ def val_in_training(source: Source) -> Iterator[Finding]:
     for node in source.nodes:
         for target, value in assigned(node):
             if value is not None and any(
-                re.match(r"train_\w*(file|path|shard|glob|pattern)", n) for n in names_in(target)
+                re.match(r"train_(?!val)\w*(file|path|shard|glob|pattern)", n) for n in names_in(target)
             ):
                 texts = [text for text in strings_in(value) if pattern.search(text)]
                 if texts:
@@ -595,8 +636,9 @@ def is_network(source: Source, node: ast.AST) -> str:
     while isinstance(root, ast.Attribute):
         root = root.value
     imported = getattr(root, "id", "") in source.aliases or called(root) == "__import__"
-    if called(node) in DOWNLOADS or (imported and NETWORK.search(name)):
-        return name or called(node)
+    last = (name or called(node)).rpartition(".")[2]
+    if last in DOWNLOADS or (imported and NETWORK.search(name)):
+        return name or last
     command = " ".join(strings_in(node))
     if called(node) in RUNNERS and FETCHERS.search(command.replace("-m ", "")):
         return FETCHERS.search(command.replace("-m ", ""))[0]
