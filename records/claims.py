@@ -17,6 +17,13 @@ from train_gpt import LOCAL_KNOBS, Config, load_config
 BUDGET_SECONDS = 600.0
 CLOCK_SLACK = 0.5  # seconds between two clocks that were read one after the other
 ROUNDED = 6e-9  # a log's line holds 8 decimals
+INVALID_TOTAL = 164_594_398
+CANONICAL = {  # (bytes, targets) -> what that denominator is; targets 0: any number
+    (151_074_499, 47_851_520): "the canonical CaseOps denominator",
+    (151_079_389, 43_767_808): "the canonical CaseOps denominator, pairs fused",
+    (151_080_891, 0): "the canonical SP8192 denominator",
+    (INVALID_TOTAL, 0): "CaseOps operators counted as bytes: an INVALID denominator",
+}
 PASS, FAIL, NOT_ASKED, UNKNOWN = "pass", "FAIL", "n/a", "unknown"
 
 

@@ -4,6 +4,7 @@
     python records/verify.py records/track_10min_16mb/<record>              a preset, trained at toy size first
     python records/verify.py logs/<RUN_ID> [--data DATA_PATH]               a finished run
     python records/verify.py logs/<RUN_ID>/artifact.pyz --data DATA_PATH    a packed file, judged by its own program
+    python records/verify.py FOLDER                                         another team's record, read and never run
     python records/verify.py --all                                          every record; writes each verdict.json
 
 The program is a black box. It runs as its users run it (records/black_box.py): as __main__, alone in an empty
@@ -93,8 +94,10 @@ from records import papers  # noqa: E402
 from records.black_box import PROCESSORS, BlackBox, Outcome, Server  # noqa: E402
 from records.claims import (  # noqa: E402
     BUDGET_SECONDS,
+    CANONICAL,
     CAP_BYTES,
     FAIL,
+    INVALID_TOTAL,
     NOT_ASKED,
     PASS,
     UNKNOWN,
@@ -105,6 +108,7 @@ from records.claims import (  # noqa: E402
     decide,
     disk_checks,
 )
+from records.foreign import is_foreign, open_foreign  # noqa: E402
 from train_gpt import CODECS, LOADERS, UserError, load_config, mixer_letters, read_preset, record_env  # noqa: E402
 
 __all__ = ["BUDGET_SECONDS", "CAP_BYTES", "FAIL", "preset_sha256"]  # what records/submit.py reads
@@ -121,13 +125,6 @@ FOLDED_ALLOWED = 0.01  # of words whose text the tokenizer's normalisation may h
 SIDECAR_SLACK = 0.08  # what a sidecar knows about folded white space; case operators would add 9 %, double spaces 17 %
 SINGLE_SPACES = 0.25  # of spaces before capitals, where texts that double them between sentences have 0.6
 RESCORED = 50_000  # targets of a run that the judge scores again itself
-INVALID_TOTAL = 164_594_398
-CANONICAL = {  # (bytes, targets) -> what that denominator is; targets 0: any number
-    (151_074_499, 47_851_520): "the canonical CaseOps denominator",
-    (151_079_389, 43_767_808): "the canonical CaseOps denominator, pairs fused",
-    (151_080_891, 0): "the canonical SP8192 denominator",
-    (INVALID_TOTAL, 0): "CaseOps operators counted as bytes: an INVALID denominator",
-}
 # An external program that takes seconds to start: one training keeps it, every other run packs otherwise.
 QUICK = {"pergroup": {"COMPRESSOR": "brotli"}}
 
@@ -940,7 +937,8 @@ def open_candidate(args: argparse.Namespace, room: Path) -> Candidate:
         return open_preset(target, args.source, room, given)
     if target.is_file() or (target / "train_gpt.py").is_file():
         return open_artifact(target, room, given)
-    raise UserError(f"{target}: give a record folder, a run folder (with result.json and model.bin) or an artifact")
+    known = "a record folder, a run folder (with result.json and model.bin), an artifact"
+    raise UserError(f"{target}: give {known}, or another team's folder (with train_gpt.py)")
 
 
 # +---------------------------------------------------------------------------+
@@ -1111,16 +1109,21 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     print(f"{verdict['target']} ({verdict['kind']}, {verdict['scale']} size): {word} ({counts})")
 
 
+def run_target(args: argparse.Namespace) -> tuple[Candidate, list[Check]]:
+    """Open what the command line names, run all checks on it, and return both."""
+    with tempfile.TemporaryDirectory() as name, Server(Path(name) / "server") as server:
+        candidate = open_candidate(args, Path(name))
+        bench = Bench(candidate, server, Path(name))
+        # a run of a full-size program takes minutes
+        probes = (0 if candidate.kind == "preset" else LONG, LONG) if args.probes is None else (args.probes,) * 2
+        return candidate, list(judge(bench, args.documents, probes))
+
+
 def judge_target(args: argparse.Namespace) -> int:
     """Judge what the command line names and print the verdict. Return 0 if legal, 1 if not, 2 for a wrong input."""
     started = time.perf_counter()
     try:
-        with tempfile.TemporaryDirectory() as name, Server(Path(name) / "server") as server:
-            candidate = open_candidate(args, Path(name))
-            bench = Bench(candidate, server, Path(name))
-            # a run of a full-size program takes minutes
-            probes = (0 if candidate.kind == "preset" else LONG, LONG) if args.probes is None else (args.probes,) * 2
-            verdict = summary(candidate, list(judge(bench, args.documents, probes)))
+        verdict = summary(*(open_foreign(args.target) if is_foreign(args.target) else run_target(args)))
     except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}".replace("\n", "; "), file=sys.stderr)
         return 2
@@ -1147,7 +1150,7 @@ def main(argv: list[str]) -> int:
     """Run the command line; return the exit status, with --all the worst one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, default = parser.add_argument, "(default %(default)s)"
-    add("target", type=Path, nargs="?", metavar="TARGET", help="record folder, run folder or packed file")
+    add("target", type=Path, nargs="?", metavar="TARGET", help="record, run, packed file, or another team's folder")
     add("--all", action="store_true", help="judge every record of every track, and write verdict.json")
     add("--data", type=Path, metavar="DATA_PATH", help="shards (default: DATA_PATH, else the log's)")
     add("--source", type=Path, default=ROOT / "train_gpt.py", help="program (default: the one here)")
