@@ -96,7 +96,7 @@ def draw(logits: Tensor, choice: Choice, generator: torch.Generator) -> int:
 
 
 def continued(model: train_gpt.GPT, cfg: Config, prompt: list[int], count: int, choice: Choice) -> Iterator[int]:
-    """Yield up to `count` ids after the prompt, which begins with BOS; a document that ends, ends them."""
+    """Yield up to `count` ids after the prompt, which begins with BOS; the last one is BOS if the document ends."""
     reader, generator = Continuation(model, cfg), torch.Generator().manual_seed(choice.seed)
     new = prompt
     for _ in range(count):
@@ -104,9 +104,9 @@ def continued(model: train_gpt.GPT, cfg: Config, prompt: list[int], count: int, 
         banned = None if model.canonical is None else model.canonical[new[-1:]]
         logits = train_gpt.softcapped(reader.read(new), model.softcap, banned)[0]
         new = [draw(logits.cpu(), choice, generator)]
+        yield from new
         if new == [BOS_ID]:
             return
-        yield from new
 
 
 def is_fused(data: Path) -> bool:
@@ -199,6 +199,6 @@ def stream(model: train_gpt.GPT, cfg: Config, script: Script, prompt: str, count
     printer = Printer(script, ids)
     yield prompt
     for token in continued(model, cfg, ids, count, choice):
-        yield printer.push(token)
+        yield printer.push(token) if token != BOS_ID else "\n[the document ends here]"
     if printer.impossible:
         yield f"\n[{printer.impossible} case operators where no text has one were left out]"

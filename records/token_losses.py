@@ -86,7 +86,8 @@ def scores_of(run: Path, data: Path) -> dict[str, np.ndarray]:
                 file.unlink()
             environ = {"PRESET": str(run), "DATA_PATH": str(data), "STAGES": "eval", "EVAL_BUDGET_SECONDS": "0"}
             cfg = train_gpt.load_config(environ | {"SCORES": str(run / f"scores.{which}")})
-            again = train_gpt.Run(cfg, train_gpt.Runtime.start(cfg, {}), "", run)
+            runtime = dataclasses.replace(train_gpt.Runtime.start(cfg, {}), log=train_gpt.Log(None, quiet=True))
+            again = train_gpt.Run(cfg, runtime, "", run)
             name, hints = ("plain", ()) if which == "before" else (cfg.eval, cfg.hints)
             score = again.evaluate(name, again.from_artifact(run / "model.bin"), hints)
             rows = read_scores(run, which, score.val_loss)

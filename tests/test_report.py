@@ -132,6 +132,6 @@ def test_report_with_the_data_shows_where_the_bits_are_and_a_text(
     capsys.readouterr()
     assert report.main([str(folder), "--data", str(caseops_sample)]) == 0
     printed = capsys.readouterr().out
-    for words in ("\npositions:\n", "\nlengths:\n", "\nclasses:\n", "case operator", "wrote:\n  The"):
+    for words in ("\npositions:\n", "\nlengths:\n", "\nclasses:\n", "case operator", "wrote:\n  The function"):
         assert words in printed, words
     assert matplotlib.image.imread(folder / "report.png").shape[0] == 2 * plain[0]

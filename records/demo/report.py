@@ -38,7 +38,7 @@ STAGES = {"pre_quant": "float model", "quantized": "quantised", "final": "final"
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e7eb"
 TRAIN_COLOR, VAL_COLOR, MARK_COLOR = "#4c78a8", "#d1495b", "#8a6d3b"
 STAGE_COLORS = ("#9fb3c8", "#627d98", "#243b53")
-SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_CHOICE = "The", 120, sampling.Choice(temperature=0.8, top_p=0.95, seed=1)
+SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_CHOICE = "The function", 150, sampling.Choice(temperature=0.8, top_p=0.95, seed=1)
 
 
 @dataclass(frozen=True)
@@ -306,8 +306,7 @@ def draw_where(figure: Figure, tables: dict[str, token_losses.Rows], text: str) 
     for column, (key, label, title) in enumerate(panels):
         ax = figure.add_subplot(grid[0, column])
         draw_losses(ax, tables[key], label, title)
-        if column == 0:
-            ax.legend(frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(*ax.get_legend_handles_labels(), loc="upper right", ncols=2, frameon=False, labelcolor=INK)
     ax = figure.add_subplot(grid[1, :])
     style_axes(ax, "A text that the stored model wrote (temperature 0.8, top-p 0.95)")
     ax.set_axis_off()
