@@ -51,21 +51,24 @@ def stop_loading(*_: object) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop_loading)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-import train_gpt  # noqa: E402
-from records import rehearsal  # noqa: E402
-from records.black_box import free_port  # noqa: E402
-from records.rehearsal import Published, Rehearsal  # noqa: E402
-from records.verify import CANONICAL, INVALID_TOTAL, at_least  # noqa: E402
-from train_gpt import Config, UserError  # noqa: E402
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    import train_gpt
+    from records import rehearsal
+    from records.black_box import free_port
+    from records.rehearsal import Published, Rehearsal
+    from records.verify import CANONICAL, INVALID_TOTAL, at_least
+    from train_gpt import Config, UserError
+except ImportError as missing:  # what the rest of the page needs
+    sys.exit(f"FAIL      python       {missing}  -> pip install -r requirements.txt")
 
 OK, WARN, FAIL, NOT_HERE = "OK", "WARN", "FAIL", "not here"
 GIB = 2**30
@@ -161,28 +164,29 @@ def check_python(page: Page) -> Finding:
 
 
 def judge_packages(python: str, pins: Mapping[str, str], have: Mapping[str, str]) -> Finding:
-    """Missing packages fail, other versions than the pinned ones are worth a look."""
+    """An old Python fails. Other packages than pinned are a WARN: those that a run needs have checks of their own."""
     fix = "pip install -r requirements.txt"
     if release(python) < (3, 11):
         return Finding(FAIL, f"Python {python}", "install Python 3.11 or newer")
-    if missing := [name for name in pins if name not in have]:
-        return Finding(FAIL, f"Python {python} without {', '.join(missing)}", fix)
     # a build of torch has a suffix, +cpu or +cu130
-    other = [f"{name} {have[name]} ({pin})" for name, pin in pins.items() if have[name].partition("+")[0] != pin]
+    have = {name: version.partition("+")[0] for name, version in have.items()}
+    other = [f"{name} {have.get(name, 'missing')} ({pin})" for name, pin in pins.items() if have.get(name) != pin]
     if other:
-        return Finding(WARN, f"Python {python}; other versions than tested: {', '.join(other)}", fix)
+        return Finding(WARN, f"Python {python}; not as tested: {', '.join(other)}", fix)
     return Finding(OK, f"Python {python}, {len(pins)} packages as pinned")
 
 
 def check_torch(page: Page) -> Finding:
     """The build of torch, and whether it sees the cards."""
     cards = smi("name") if "smi" in page.have else []
-    return judge_torch(torch.__version__, torch.version.cuda, len(cards), torch.cuda.device_count())
+    seen = torch.cuda.device_count() if torch.version.cuda else 0
+    kind = "sm_{}{}".format(*torch.cuda.get_device_capability()) if seen else ""
+    return judge_torch(torch.__version__, torch.version.cuda, len(cards), seen, kind)
 
 
-def judge_torch(version: str, cuda: str | None, cards: int, seen: int) -> Finding:
+def judge_torch(version: str, cuda: str | None, cards: int, seen: int, kind: str = "") -> Finding:
     """torch too old, or cards that it does not see."""
-    text = f"torch {version}, " + (f"CUDA {cuda}, {seen} GPUs" if cuda else "built without CUDA")
+    text = f"torch {version}, " + (f"CUDA {cuda}, {seen} GPUs {kind}".strip() if cuda else "built without CUDA")
     if release(version) < OLDEST_TORCH:
         return Finding(FAIL, text, "pip install -r requirements.txt (2.11 or newer)")
     if cards and not cuda:
@@ -586,7 +590,8 @@ def error_of(function: Callable[..., Tensor], exact: list[Tensor], leaves: list[
         got = values_of(function, leaves)
     except (RuntimeError, ImportError, NotImplementedError) as error:
         return train_gpt.first_line(error)
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True))
+    # numpy's maximum, unlike Python's, is NaN if any of them is
+    return float(np.max([float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True)]))
 
 
 def attention_errors(device: torch.device) -> dict[str, float | str]:
@@ -683,6 +688,8 @@ def milliseconds(found: Rehearsal) -> str:
 
 def check_steps(page: Page) -> Finding:
     """Run them."""
+    # the program needs the memory that this process keeps
+    torch.cuda.empty_cache()
     # minutes without a line would look like the end
     print(f"running {rehearsal.STEPS} steps of {page.preset} on {page.ranks} ranks", file=sys.stderr, flush=True)
     try:
@@ -758,9 +765,8 @@ def judge_evaluation(page: Page, known: Published | None) -> Finding:
     cfg, found = page.cfg, page.rehearsal
     seconds, sample = rehearsal.evaluation_seconds(found), found.sample
     text = f"EVAL={cfg.eval} about {seconds:,.0f} s: {found.start:.1f} s to start, and {found.scoring:.1f} s for "
-    text += (
-        f"{sample.documents} of {sample.of:,} documents times {sample.of_work / sample.work:,.1f}, by computed tokens"
-    )
+    times = sample.of_work / sample.work
+    text += f"{sample.documents} of {sample.of:,} documents times {times:,.1f}, by computed tokens"
     if known and known.evaluation:
         text += f"; published {known.evaluation:g} s on 8 x H100"
     if 0 < cfg.eval_budget_seconds < seconds:
@@ -794,26 +800,30 @@ class Row(NamedTuple):
     name: str
     needs: str
     check: Callable[[Page], Finding]
+    fix: str = "the check itself failed"  # when it raises
 
 
+NO_SMI = "see what nvidia-smi says by itself; the driver may need a restart"
+NO_GLOO = "localhost must resolve; GLOO_SOCKET_IFNAME=lo may help"
+NO_NCCL = "NCCL_DEBUG=INFO says why; NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1 may help"
 # In the order of the page. "cards" comes before whatever puts a context of this process on a card.
 ROWS = (
     Row("python", "", check_python),
-    Row("driver", "smi", lambda page: judge_driver(smi("driver_version")[0]["driver_version"])),
-    Row("cards", "smi", check_cards),
-    Row("torch", "", check_torch),
-    Row("triton", "", check_triton),
+    Row("driver", "smi", lambda page: judge_driver(smi("driver_version")[0]["driver_version"]), NO_SMI),
+    Row("cards", "smi", check_cards, NO_SMI),
+    Row("torch", "", check_torch, NO_SMI),
+    Row("triton", "", check_triton, "pip install -r requirements.txt"),
     Row("compressor", "", check_compressor),
     Row("host", "", check_host),
-    Row("disk", "", check_disk),
+    Row("disk", "", check_disk, "name a folder that can be written with --room"),
     Row("data", "", check_data),
     Row("ports", "", check_ports),
-    Row("ranks", "", lambda page: judge_reduce("gloo", all_reduce("gloo", 2))),
-    Row("nccl", "gpus", lambda page: judge_reduce("NCCL", all_reduce("nccl", torch.cuda.device_count()))),
+    Row("ranks", "", lambda page: judge_reduce("gloo", all_reduce("gloo", 2)), NO_GLOO),
+    Row("nccl", "gpus", lambda page: judge_reduce("NCCL", all_reduce("nccl", torch.cuda.device_count())), NO_NCCL),
     Row("attention", "gpu", check_attention),
     Row("kernels", "gpu", lambda page: judge_kernels(kernel_errors(torch.device("cuda")))),
-    Row("bandwidth", "gpu", check_bandwidth),
-    Row("matmul", "gpu", check_matmul),
+    Row("bandwidth", "gpu", check_bandwidth, "is the card free? see cards"),
+    Row("matmul", "gpu", check_matmul, "is the card free? see cards"),
     Row("clocks", "gpu smi", check_clocks),
     Row("steps", "preset data", check_steps),
     Row("budget", "preset data steps", lambda page: judge_budget(page, rehearsal.published(page.preset))),
@@ -834,7 +844,7 @@ def examine(row: Row, page: Page) -> Finding:
         return row.check(page)
     except Exception as error:  # one check must not end the page
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        return Finding(FAIL, kind + train_gpt.first_line(error), "the check itself failed")
+        return Finding(FAIL, kind + train_gpt.first_line(error), row.fix)
 
 
 def line_of(name: str, finding: Finding) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,14 @@ def test_a_check_that_raises_is_a_line_and_what_is_missing_is_never_ok(tmp_path:
         raise ZeroDivisionError("by zero\nand more")
 
     lines: list[str] = []
-    rows = [Row("bad", "", broken), Row("gone", "gpu data", broken), Row("good", "", lambda page: Finding(OK, "x"))]
+    rows = [
+        Row("bad", "", broken, "mend it"),
+        Row("gone", "gpu data", broken),
+        Row("good", "", lambda page: Finding(OK, "x")),
+    ]
     page = doctor.print_page(page_of(tmp_path), rows, lines.append)
     assert lines[:3] == [
-        "FAIL      bad          ZeroDivisionError: by zero  -> the check itself failed",
+        "FAIL      bad          ZeroDivisionError: by zero  -> mend it",
         "not here  gone         no GPU",
         "OK        good         x",
     ]
@@ -140,68 +145,76 @@ def clock(mask: str, mhz: str = "1700") -> dict[str, str]:
     return row | {"clocks_event_reasons.active": mask}
 
 
+GOOD = {"fa2": 0.004, "fa3": "no module", "fa4": 0.004, "sdpa flash": 0.003}
+PINS = {"torch": "2.13.0", "numpy": "2.4.6"}
+REDUCED = {"good": True, "ranks": 8, "gb_a_second": 400.0}
+CASES: tuple[tuple[Finding, str, str], ...] = (
+    (doctor.judge_packages("3.12.1", PINS, {"torch": "2.13.0+cu130", "numpy": "2.4.6"}), OK, "2 packages"),
+    (doctor.judge_packages("3.12.1", PINS, {"torch": "2.13.0", "numpy": "2.4.5"}), WARN, "numpy 2.4.5 (2.4.6)"),
+    (doctor.judge_packages("3.12.1", PINS, {"torch": "2.13.0"}), WARN, "numpy missing (2.4.6)"),
+    (doctor.judge_packages("3.10.9", PINS, PINS), FAIL, "3.11 or newer"),
+    (doctor.judge_torch("2.13.0+cpu", None, 0, 0), OK, "without CUDA"),
+    (doctor.judge_torch("2.13.0+cu130", "13.0", 8, 8), OK, "8 GPUs"),
+    (doctor.judge_torch("2.13.0+cpu", None, 8, 0), FAIL, "nvidia-smi lists 8"),
+    (doctor.judge_torch("2.13.0+cu130", "13.0", 8, 0), FAIL, "driver 580"),
+    (doctor.judge_torch("2.10.1", "13.0", 0, 0), FAIL, "2.11"),
+    (doctor.judge_driver("580.65.06"), OK, "580"),
+    (doctor.judge_driver("570.1"), WARN, "580 or newer"),
+    (doctor.judge_driver("[N/A]"), WARN, "no version"),
+    (doctor.judge_card(card(), []), OK, "81,559 MiB"),
+    (doctor.judge_card(card({"memory.used": "30000"}), ["7, python, 29000"]), WARN, "7, python, 29000"),
+    (doctor.judge_card(card({"power.limit": "500.00"}), []), WARN, "-pl 700"),
+    (doctor.judge_card(card({"power.limit": "[N/A]", "power.default_limit": "[N/A]"}), []), OK, "H100"),
+    (doctor.judge_card(card({"mig.mode.current": "Enabled"}), []), WARN, "MIG"),
+    (doctor.judge_card(card({doctor.ECC: "3"}), []), FAIL, "3 uncorrected"),
+    (doctor.judge_clocks(clock("0x0000000000000004")), OK, "1,700 of 1,980 MHz, 690 W, 61 C"),
+    (doctor.judge_clocks(clock("0x0000000000000024")), WARN, "throttled: too hot"),
+    (doctor.judge_clocks(clock("0x88")), WARN, "hardware slowdown, power brake"),
+    (doctor.judge_clocks(clock("0x2", "900")), WARN, "-rac"),
+    (doctor.judge_speed("copies", "TB/s", 2.9, 3.35, 0.85), OK, "87 %"),
+    (doctor.judge_speed("copies", "TB/s", 2.8, 3.35, 0.85), WARN, "84 %"),
+    (doctor.judge_speed("matmuls", "TFLOP/s", 100.0, None, 0.65), OK, "no known figure"),
+    (doctor.judge_host(16, 99 * doctor.GIB, 8 * doctor.GIB, 8), OK, "16 cores"),
+    (doctor.judge_host(16, 20 * doctor.GIB, 8 * doctor.GIB, 8), WARN, "want 32 GiB"),
+    (doctor.judge_host(4, 99 * doctor.GIB, 8 * doctor.GIB, 8), WARN, "start fewer"),
+    (doctor.judge_host(16, 99 * doctor.GIB, 2**26, 8), WARN, "--shm-size"),
+    (doctor.judge_disk(800.0, 10 * doctor.GIB, doctor.GIB), OK, "800 MiB/s"),
+    (doctor.judge_disk(800.0, 2 * doctor.GIB, doctor.GIB), WARN, "3 seeds need 3.0 GiB"),
+    (doctor.judge_disk(20.0, 10 * doctor.GIB, doctor.GIB), WARN, "local disk"),
+    (doctor.judge_disk(800.0, doctor.GIB // 2, doctor.GIB), FAIL, "make room"),
+    (doctor.judge_data("t", 47_851_520, 151_074_499, []), OK, "canonical CaseOps denominator"),
+    (doctor.judge_data("t", 1, doctor.INVALID_TOTAL, []), FAIL, "INVALID"),
+    (doctor.judge_data("t", 1, 2, ["WARNING: no manifest"]), WARN, "no manifest"),
+    (doctor.judge_reduce("NCCL", REDUCED), OK, "8 ranks, 400.0 GB/s"),
+    (doctor.judge_reduce("NCCL", REDUCED | {"gb_a_second": 20.0}), WARN, "NVLink"),
+    (doctor.judge_reduce("gloo", REDUCED | {"gb_a_second": 0.5}), OK, "0.5 GB/s"),
+    (doctor.judge_reduce("NCCL", REDUCED | {"good": False}), FAIL, "wrong sum"),
+    (doctor.judge_attention(GOOD, 9), OK, "right: fa2, fa4, sdpa flash; not here: fa3 (no module)"),
+    (doctor.judge_attention(GOOD | {"fa4": "no module"}, 9), WARN, "flash-attn-4"),
+    (doctor.judge_attention(GOOD | {"fa4": "no module"}, 8), OK, "fa2"),
+    (doctor.judge_attention(GOOD | {"fa4": 0.5}, 9), FAIL, "WRONG: fa4 off by 0.500"),
+    (doctor.judge_attention(GOOD | {"fa4": float("nan")}, 9), FAIL, "WRONG: fa4"),
+    (doctor.judge_attention(GOOD | {"fa2": "no kernel image"}, 9), FAIL, "CUDA build"),
+    (doctor.judge_kernels({"MLP": 0.003}), OK, "MLP off by 0.0030"),
+    (doctor.judge_kernels({"MLP": 0.3}), FAIL, "FUSED_MLP_ENABLED=0"),
+    (doctor.judge_kernels({"MLP": "out of shared memory"}), FAIL, "out of shared memory"),
+    (doctor.judge_peak(41_000, 81_559), OK, "41,000 of 81,559"),
+    (doctor.judge_peak(41_000, 45_000), WARN, "BATCH_SLICES"),
+    (doctor.judge_peak(None, 45_000), WARN, "DEVICE=cuda"),
+    (doctor.judge_calibration(Config(gptq_reserve_seconds=8.0), FOUND), OK, "8 s reserved"),
+    (doctor.judge_calibration(Config(gptq_reserve_seconds=4.0), FOUND), WARN, "GPTQ_RESERVE_SECONDS=6"),
+)
+
+
+def check_cases(cases: Iterable[tuple[Finding, str, str]]) -> None:
+    for number, (finding, status, words) in enumerate(cases):
+        assert finding.status == status and words in f"{finding.found} -> {finding.fix}", (number, finding)
+        assert bool(finding.fix) == (status != OK), finding
+
+
 def test_judgements() -> None:
-    pins, known = {"torch": "2.13.0", "numpy": "2.4.6"}, Published(4980, 519.5, 95.0, 139.8)
-    good = {"fa2": 0.004, "fa3": "no module", "fa4": 0.004, "sdpa flash": 0.003}
-    reduced = {"good": True, "ranks": 8, "gb_a_second": 400.0}
-    speed = doctor.judge_speed
-    room = page_of(Path())
-    cases: list[tuple[Finding, str, str]] = [
-        (doctor.judge_packages("3.12.1", pins, {"torch": "2.13.0+cu130", "numpy": "2.4.6"}), OK, "2 packages"),
-        (doctor.judge_packages("3.12.1", pins, {"torch": "2.13.0", "numpy": "2.4.5"}), WARN, "numpy 2.4.5 (2.4.6)"),
-        (doctor.judge_packages("3.12.1", pins, {"torch": "2.13.0"}), FAIL, "without numpy"),
-        (doctor.judge_packages("3.10.9", pins, pins), FAIL, "3.11 or newer"),
-        (doctor.judge_torch("2.13.0+cpu", None, 0, 0), OK, "without CUDA"),
-        (doctor.judge_torch("2.13.0+cu130", "13.0", 8, 8), OK, "8 GPUs"),
-        (doctor.judge_torch("2.13.0+cpu", None, 8, 0), FAIL, "nvidia-smi lists 8"),
-        (doctor.judge_torch("2.13.0+cu130", "13.0", 8, 0), FAIL, "driver 580"),
-        (doctor.judge_torch("2.10.1", "13.0", 0, 0), FAIL, "2.11"),
-        (doctor.judge_driver("580.65.06"), OK, "580"),
-        (doctor.judge_driver("570.1"), WARN, "580 or newer"),
-        (doctor.judge_driver("[N/A]"), WARN, "no version"),
-        (doctor.judge_card(card(), []), OK, "81,559 MiB"),
-        (doctor.judge_card(card({"memory.used": "30000"}), ["7, python, 29000"]), WARN, "7, python, 29000"),
-        (doctor.judge_card(card({"power.limit": "500.00"}), []), WARN, "-pl 700"),
-        (doctor.judge_card(card({"power.limit": "[N/A]", "power.default_limit": "[N/A]"}), []), OK, "H100"),
-        (doctor.judge_card(card({"mig.mode.current": "Enabled"}), []), WARN, "MIG"),
-        (doctor.judge_card(card({doctor.ECC: "3"}), []), FAIL, "3 uncorrected"),
-        (doctor.judge_clocks(clock("0x0000000000000004")), OK, "1,700 of 1,980 MHz, 690 W, 61 C"),
-        (doctor.judge_clocks(clock("0x0000000000000024")), WARN, "throttled: too hot"),
-        (doctor.judge_clocks(clock("0x88")), WARN, "hardware slowdown, power brake"),
-        (doctor.judge_clocks(clock("0x2", "900")), WARN, "-rac"),
-        (speed("copies", "TB/s", 2.9, 3.35, 0.85), OK, "87 %"),
-        (speed("copies", "TB/s", 2.8, 3.35, 0.85), WARN, "84 %"),
-        (speed("matmuls", "TFLOP/s", 100.0, None, 0.65), OK, "no known figure"),
-        (doctor.judge_host(16, 99 * doctor.GIB, 8 * doctor.GIB, 8), OK, "16 cores"),
-        (doctor.judge_host(16, 20 * doctor.GIB, 8 * doctor.GIB, 8), WARN, "want 32 GiB"),
-        (doctor.judge_host(4, 99 * doctor.GIB, 8 * doctor.GIB, 8), WARN, "start fewer"),
-        (doctor.judge_host(16, 99 * doctor.GIB, 2**26, 8), WARN, "--shm-size"),
-        (doctor.judge_disk(800.0, 10 * doctor.GIB, doctor.GIB), OK, "800 MiB/s"),
-        (doctor.judge_disk(800.0, 2 * doctor.GIB, doctor.GIB), WARN, "3 seeds need 3.0 GiB"),
-        (doctor.judge_disk(20.0, 10 * doctor.GIB, doctor.GIB), WARN, "local disk"),
-        (doctor.judge_disk(800.0, doctor.GIB // 2, doctor.GIB), FAIL, "make room"),
-        (doctor.judge_data("t", 47_851_520, 151_074_499, []), OK, "canonical CaseOps denominator"),
-        (doctor.judge_data("t", 1, doctor.INVALID_TOTAL, []), FAIL, "INVALID"),
-        (doctor.judge_data("t", 1, 2, ["WARNING: no manifest"]), WARN, "no manifest"),
-        (doctor.judge_reduce("NCCL", reduced), OK, "8 ranks, 400.0 GB/s"),
-        (doctor.judge_reduce("NCCL", reduced | {"gb_a_second": 20.0}), WARN, "NVLink"),
-        (doctor.judge_reduce("gloo", reduced | {"gb_a_second": 0.5}), OK, "0.5 GB/s"),
-        (doctor.judge_reduce("NCCL", reduced | {"good": False}), FAIL, "wrong sum"),
-        (doctor.judge_attention(good, 9), OK, "right: fa2, fa4, sdpa flash; not here: fa3 (no module)"),
-        (doctor.judge_attention(good | {"fa4": "no module"}, 9), WARN, "flash-attn-4"),
-        (doctor.judge_attention(good | {"fa4": "no module"}, 8), OK, "fa2"),
-        (doctor.judge_attention(good | {"fa4": 0.5}, 9), FAIL, "WRONG: fa4 off by 0.500"),
-        (doctor.judge_attention(good | {"fa4": float("nan")}, 9), FAIL, "WRONG: fa4"),
-        (doctor.judge_attention(good | {"fa2": "no kernel image"}, 9), FAIL, "CUDA build"),
-        (doctor.judge_kernels({"MLP": 0.003}), OK, "MLP off by 0.0030"),
-        (doctor.judge_kernels({"MLP": 0.3}), FAIL, "FUSED_MLP_ENABLED=0"),
-        (doctor.judge_kernels({"MLP": "out of shared memory"}), FAIL, "out of shared memory"),
-        (doctor.judge_peak(41_000, 81_559), OK, "41,000 of 81,559"),
-        (doctor.judge_peak(41_000, 45_000), WARN, "BATCH_SLICES"),
-        (doctor.judge_peak(None, 45_000), WARN, "DEVICE=cuda"),
-        (doctor.judge_calibration(Config(gptq_reserve_seconds=8.0), FOUND), OK, "8 s reserved"),
-        (doctor.judge_calibration(Config(gptq_reserve_seconds=4.0), FOUND), WARN, "GPTQ_RESERVE_SECONDS=6"),
-    ]
+    check_cases(CASES)
+    known, room, cases = Published(4980, 519.5, 95.0, 139.8), page_of(Path()), []
     for ranks, name, pace, status, words in (
         (8, "NVIDIA H100 80GB HBM3", 95.0, OK, "published 4,980"),
         (8, "NVIDIA H100 80GB HBM3", 120.0, WARN, "look at attention"),
@@ -214,9 +227,7 @@ def test_judgements() -> None:
     cases.append((doctor.judge_evaluation(room, known), OK, "about 110 s: 20.0 s to start, and 10.0 s for 64 of 640"))
     room.rehearsal = FOUND._replace(scoring=70.0)
     cases.append((doctor.judge_evaluation(room, None), WARN, "the budget is 600 s"))
-    for number, (finding, status, words) in enumerate(cases):
-        assert finding.status == status and words in f"{finding.found} -> {finding.fix}", (number, finding)
-        assert bool(finding.fix) == (status != OK), finding
+    check_cases(cases)
 
 
 def test_figures_of_cards_and_several_of_them() -> None:
@@ -330,11 +341,12 @@ def test_attention_and_kernels_are_compared_with_exact_values(monkeypatch: pytes
     assert all(isinstance(error, str) or error <= doctor.TOLERANCE for error in errors.values()), errors
     kernels = doctor.kernel_errors(device)
     assert max(kernels.values()) <= doctor.TOLERANCE
-    # a backend that looks into the future
-    monkeypatch.setattr(
-        train_gpt, "choose_attention", lambda cfg, runtime: lambda q, k, v, meta: q + v.repeat(1, 1, 2, 1)
-    )
+    # one that mixes nothing
+    monkeypatch.setattr(train_gpt, "choose_attention", lambda cfg, runtime: lambda q, k, v, meta: q)
     assert doctor.judge_attention(doctor.attention_errors(device), 9).status == FAIL
+    # one whose gradients alone are not numbers
+    leaves = doctor.random_heads(device, 8)[:1]
+    assert np.isnan(doctor.error_of(lambda q: q + (0 * q).sqrt(), doctor.values_of(lambda q: q, leaves), leaves))
     exact = train_gpt.fused_cross_entropy
     monkeypatch.setattr(train_gpt, "fused_cross_entropy", lambda *args: 1.1 * exact(*args))
     assert doctor.judge_kernels(doctor.kernel_errors(device)).status == FAIL
@@ -389,6 +401,31 @@ def test_what_is_known_of_records() -> None:
         assert known is not None and 4000 < known.steps < 8000, record
     tilt, carry = (next(str(r) for r in RECORDS if r.name.endswith(end)) for end in ("PR2135", "CarryTTT"))
     assert rehearsal.published(tilt).steps == 4994 and rehearsal.published(carry).steps == 4980
+
+
+def test_every_record_can_be_rehearsed(tmp_path: Path) -> None:
+    """Both routes are stepped, and nothing that is only on late in a run in the steps that count."""
+    for record in RECORDS:
+        cfg = train_gpt.load_config({"PRESET": str(record)})
+        knobs = rehearsal.knobs_of(cfg, FOUND.sample, tmp_path, tmp_path)
+        short = train_gpt.load_config({"PRESET": str(record)} | knobs)
+        places = [train_gpt.Progress.at(short, step / short.iterations, step) for step in range(short.iterations)]
+        looping = [train_gpt.loops(short) and train_gpt.STAGES["looping"](short, now) for now in places]
+        assert len(places) == 20 and sum(looping) == (10 if train_gpt.loops(cfg) else 0), record
+        late = [
+            now.step
+            for now in places
+            for name in ("ste", "noise")
+            if name == cfg.qat and train_gpt.STAGES[name](short, now)
+        ]
+        assert not [step for step in late if step < 18], (record, late)
+        assert short.max_wallclock_seconds == short.eval_budget_seconds == 0 and short.data_path == str(tmp_path)
+
+
+def test_a_python_without_the_packages_gets_one_line(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-S", doctor.__file__], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("FAIL      python") and done.stderr.endswith("-> pip install -r requirements.txt\n")
 
 
 def test_work_is_what_the_program_computes() -> None:
