@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,7 +187,7 @@ def check_torch(page: Page) -> Finding:
 
 def judge_torch(version: str, cuda: str | None, cards: int, seen: int, kind: str = "") -> Finding:
     """torch too old, or cards that it does not see."""
-    text = f"torch {version}, " + (f"CUDA {cuda}, {seen} GPUs {kind}".strip() if cuda else "built without CUDA")
+    text = f"torch {version}, " + (f"CUDA {cuda}, sees {seen} GPUs {kind}".strip() if cuda else "built without CUDA")
     if release(version) < OLDEST_TORCH:
         return Finding(FAIL, text, "pip install -r requirements.txt (2.11 or newer)")
     if cards and not cuda:
@@ -478,6 +479,8 @@ def judge_speed(what: str, unit: str, measured: float, known: float | None, shar
     text = f"{what} {measured:.3g} of {known:g} {unit}, {100 * measured / known:.0f} %"
     if measured < share * known:
         return Finding(WARN, text, f"healthy is {100 * share:.0f} %: look at clocks and cards")
+    if measured > 1.1 * known:
+        return Finding(WARN, text, "no card is that fast: is the table, the clock or the driver wrong?")
     return Finding(OK, text)
 
 
@@ -570,53 +573,70 @@ def judge_clocks(row: Mapping[str, str]) -> Finding:
 # +---------------------------------------------------------------------------+
 
 
-def random_heads(device: torch.device, tokens: int, dim: int = 64) -> list[Tensor]:
-    """Return q (1, tokens, 8, dim), k and v (1, tokens, 4, dim) in bf16, which want gradients."""
-    generator = torch.Generator().manual_seed(0)
-    heads = (torch.randn(1, tokens, count, dim, generator=generator) for count in (8, 4, 4))
-    return [x.to(device, torch.bfloat16).requires_grad_() for x in heads]
+def noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return random bf16 numbers on the CPU, the same on every machine."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def values_of(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    """Return a function's result and its gradients, in float32."""
+def values_of(function: Callable[..., Tensor], inputs: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Return a function's result on a device, and its gradients, as float32 on the CPU."""
+    leaves = [x.to(device).requires_grad_() for x in inputs]
     y = function(*leaves)
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device)
-    return [x.detach().float() for x in (y, *torch.autograd.grad((y.float() * weight).sum(), leaves))]
+    weight = noise(y.shape, 9).to(device)
+    return [x.detach().float().cpu() for x in (y, *torch.autograd.grad((y.float() * weight).sum(), leaves))]
 
 
-def error_of(function: Callable[..., Tensor], exact: list[Tensor], leaves: list[Tensor]) -> float | str:
+def exact_values(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Return the same by the CPU in float32: a device that computes nothing must not be compared with itself."""
+    return values_of(lambda *x: function(*(t.float() for t in x)), [x.clone() for x in inputs], torch.device("cpu"))
+
+
+def error_of(
+    function: Callable[..., Tensor], exact: list[Tensor], inputs: list[Tensor], device: torch.device
+) -> float | str:
     """Return the largest error of a result and its gradients, over their largest values; or why it cannot run."""
     try:
-        got = values_of(function, leaves)
+        got = values_of(function, inputs, device)
     except (RuntimeError, ImportError, NotImplementedError) as error:
         return train_gpt.first_line(error)
     # numpy's maximum, unlike Python's, is NaN if any of them is
     return float(np.max([float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True)]))
 
 
-def attention_errors(device: torch.device) -> dict[str, float | str]:
-    """Return backend -> error or why not: flash attention over a batch of segments, SDPA's over a causal row."""
-    tokens, longest, leaves = 1024, 256, random_heads(device, 1024)
+def segmented(device: torch.device, tokens: int, longest: int) -> train_gpt.AttnMeta:
+    """Return the meta of a packed row of short documents, without a mask."""
     bounds = train_gpt.segment_bounds(np.array([5, 300, 301, 900]), tokens, longest)
     cu_seqlens = torch.from_numpy(train_gpt.pad_bounds(bounds)).to(device)
-    cos, sin = train_gpt.rotary_tables(tokens, 16, 1e4, device)
-    flash = train_gpt.AttnMeta(cu_seqlens, longest, cos, sin, None)
-    masked = flash._replace(mask=train_gpt.segment_mask(cu_seqlens, tokens, longest))
-    exact = values_of(lambda *x: train_gpt.masked_attention(*(t.float() for t in x), masked), leaves)
-    runtime = train_gpt.Runtime(0, 1, device, train_gpt.Log(None, True), torch.bfloat16)
-    found: dict[str, float | str] = {}
-    whole = values_of(lambda *x: train_gpt.exact_attention(*(t.float() for t in x), None, None), leaves)
+    return train_gpt.AttnMeta(cu_seqlens, longest, *train_gpt.rotary_tables(tokens, 16, 1e4, device), None)
+
+
+def attention_errors(device: torch.device) -> dict[str, float | str]:
+    """Return backend -> error or why not: SDPA's over a causal row, flash attention over a row of segments."""
+    tokens, longest, found = 1024, 256, {}
+    inputs = [noise((1, tokens, heads, 64), heads + place) for place, heads in enumerate((8, 4, 4))]
+
+    def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return train_gpt.exact_attention(q, k, v, None, None)
+
+    exact = exact_values(whole, inputs)
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        with sdpa_kernel(backend):
+        # torch warns of every reason why another backend was not taken
+        with sdpa_kernel(backend), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             name = "sdpa " + backend.name.removesuffix("_ATTENTION").lower()
-            found[name] = error_of(lambda *x: train_gpt.exact_attention(*x, None, None), whole, leaves)
+            found[name] = error_of(whole, exact, inputs, device)
+    host, flash = segmented(torch.device("cpu"), tokens, longest), segmented(device, tokens, longest)
+    masked = host._replace(mask=train_gpt.segment_mask(host.cu_seqlens, tokens, longest))
+    exact = exact_values(lambda *x: train_gpt.masked_attention(*x, masked), inputs)
+    runtime = train_gpt.Runtime(0, 1, device, train_gpt.Log(None, True), torch.bfloat16)
     # FA3 and FA4 come last: once chosen, they take the place of torch's own kernels in this process
     for name in ("fa2", "fa3", "fa4"):
         try:
             attend = train_gpt.choose_attention(Config(attention=name), runtime)
-            found[name] = error_of(lambda *x, run=attend: run(*x, flash), exact, leaves)
+            found[name] = error_of(lambda *x, run=attend: run(*x, flash), exact, inputs, device)
         except UserError as error:
-            found[name] = str(error).partition("cannot run here: ")[2] or str(error)
+            said = str(error).removesuffix("; set ATTENTION=auto")
+            found[name] = said.partition("cannot run here: ")[2] or said
     return found
 
 
@@ -646,24 +666,24 @@ def judge_attention(found: Mapping[str, float | str], generation: int) -> Findin
 
 def kernel_errors(device: torch.device) -> dict[str, float | str]:
     """Return fused kernel -> its error against the plain twin, in bf16."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"z": (256, 1000), "m": (256, 128), "up": (512, 128), "down": (128, 512)}
-    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    z, m, up, down = (x.to(device, torch.bfloat16).requires_grad_() for x in drawn.values())
-    targets = torch.arange(256, device=device)
-    cases = {
+    targets = torch.arange(256)
+
+    def plain_mlp(m: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return train_gpt.F.leaky_relu(m @ up.T, 0.5).square() @ down.T
+
+    cases = {  # the kernel, its twin, shapes of what they get
         "cross-entropy": (
-            lambda z: train_gpt.fused_cross_entropy(z, targets, 30.0),
+            lambda z: train_gpt.fused_cross_entropy(z, targets.to(device), 30.0),
             lambda z: train_gpt.softcapped_cross_entropy(z, targets, 30.0),
-            [z],
+            [(256, 1000)],
         ),
-        "MLP": (
-            lambda *x: train_gpt.fused_mlp(*x, 0.5),
-            lambda m, up, down: train_gpt.F.leaky_relu(m.float() @ up.float().T, 0.5).square() @ down.float().T,
-            [m, up, down],
-        ),
+        "MLP": (lambda *x: train_gpt.fused_mlp(*x, 0.5), plain_mlp, [(256, 128), (512, 128), (128, 512)]),
     }
-    return {name: error_of(fused, values_of(plain, leaves), leaves) for name, (fused, plain, leaves) in cases.items()}
+    found = {}
+    for name, (fused, plain, shapes) in cases.items():
+        inputs = [noise(shape, seed) for seed, shape in enumerate(shapes)]
+        found[name] = error_of(fused, exact_values(plain, inputs), inputs, device)
+    return found
 
 
 def judge_kernels(found: Mapping[str, float | str]) -> Finding:

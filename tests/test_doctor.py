@@ -173,6 +173,7 @@ CASES: tuple[tuple[Finding, str, str], ...] = (
     (doctor.judge_clocks(clock("0x2", "900")), WARN, "-rac"),
     (doctor.judge_speed("copies", "TB/s", 2.9, 3.35, 0.85), OK, "87 %"),
     (doctor.judge_speed("copies", "TB/s", 2.8, 3.35, 0.85), WARN, "84 %"),
+    (doctor.judge_speed("copies", "TB/s", 40.0, 3.35, 0.85), WARN, "no card is that fast"),
     (doctor.judge_speed("matmuls", "TFLOP/s", 100.0, None, 0.65), OK, "no known figure"),
     (doctor.judge_host(16, 99 * doctor.GIB, 8 * doctor.GIB, 8), OK, "16 cores"),
     (doctor.judge_host(16, 20 * doctor.GIB, 8 * doctor.GIB, 8), WARN, "want 32 GiB"),
@@ -345,8 +346,9 @@ def test_attention_and_kernels_are_compared_with_exact_values(monkeypatch: pytes
     monkeypatch.setattr(train_gpt, "choose_attention", lambda cfg, runtime: lambda q, k, v, meta: q)
     assert doctor.judge_attention(doctor.attention_errors(device), 9).status == FAIL
     # one whose gradients alone are not numbers
-    leaves = doctor.random_heads(device, 8)[:1]
-    assert np.isnan(doctor.error_of(lambda q: q + (0 * q).sqrt(), doctor.values_of(lambda q: q, leaves), leaves))
+    inputs = [doctor.noise((8, 8), 0)]
+    exact = doctor.exact_values(lambda q: q, inputs)
+    assert np.isnan(doctor.error_of(lambda q: q + (0 * q).sqrt(), exact, inputs, device))
     exact = train_gpt.fused_cross_entropy
     monkeypatch.setattr(train_gpt, "fused_cross_entropy", lambda *args: 1.1 * exact(*args))
     assert doctor.judge_kernels(doctor.kernel_errors(device)).status == FAIL
