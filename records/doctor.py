@@ -245,16 +245,18 @@ def memory_free() -> int:
 def check_host(page: Page) -> Finding:
     """Cores and memory for the ranks."""
     shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
-    return judge_host(len(os.sched_getaffinity(0)), memory_free(), shared, page.ranks)
+    return judge_host(len(os.sched_getaffinity(0)), memory_free(), shared, page.ranks, os.getloadavg()[0])
 
 
-def judge_host(cores: int, free: int, shared: int, ranks: int) -> Finding:
-    """Fewer cores than ranks, little memory, or a container's small /dev/shm."""
-    text = f"{cores} cores, {free / GIB:.1f} GiB of memory free, {shared / GIB:.1f} GiB of /dev/shm"
+def judge_host(cores: int, free: int, shared: int, ranks: int, load: float) -> Finding:
+    """Fewer cores than ranks, other programs on them, little memory, or a container's small /dev/shm."""
+    text = f"{cores} cores, load {load:.1f}, {free / GIB:.1f} GiB of memory free, {shared / GIB:.1f} GiB of /dev/shm"
     if free < MEMORY_A_RANK * ranks:
         return Finding(WARN, text, f"{ranks} ranks want {MEMORY_A_RANK * ranks / GIB:.0f} GiB; end other programs")
     if cores < ranks:
         return Finding(WARN, text, f"{ranks} ranks share them and wait for one another; start fewer")
+    if load > cores:
+        return Finding(WARN, text, "other programs are busy: what follows is slower than alone")
     if ranks > 1 and shared < GIB:
         return Finding(WARN, text, "NCCL wants more; start the container with --ipc=host or --shm-size=8g")
     return Finding(OK, text)
@@ -580,7 +582,7 @@ def noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 def values_of(function: Callable[..., Tensor], inputs: list[Tensor], device: torch.device) -> list[Tensor]:
     """Return a function's result on a device, and its gradients, as float32 on the CPU."""
-    leaves = [x.to(device).requires_grad_() for x in inputs]
+    leaves = [x.detach().to(device).requires_grad_() for x in inputs]
     y = function(*leaves)
     weight = noise(y.shape, 9).to(device)
     return [x.detach().float().cpu() for x in (y, *torch.autograd.grad((y.float() * weight).sum(), leaves))]
@@ -588,7 +590,7 @@ def values_of(function: Callable[..., Tensor], inputs: list[Tensor], device: tor
 
 def exact_values(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """Return the same by the CPU in float32: a device that computes nothing must not be compared with itself."""
-    return values_of(lambda *x: function(*(t.float() for t in x)), [x.clone() for x in inputs], torch.device("cpu"))
+    return values_of(lambda *x: function(*(t.float() for t in x)), inputs, torch.device("cpu"))
 
 
 def error_of(
