@@ -330,14 +330,14 @@ def check_data(page: Page) -> Finding:
     return judge_data(text, targets, size, log.warnings)
 
 
-def judge_data(text: str, targets: int, size: int, warnings: list[str]) -> Finding:
-    """Name a known denominator; an invalid one fails, and so do not warnings of the program."""
+def judge_data(text: str, targets: int, size: int, notes: list[str]) -> Finding:
+    """Name a known denominator. An invalid one fails; what the program warns of is a WARN."""
     known = CANONICAL.get((size, targets)) or CANONICAL.get((size, 0))
     text += f"; {known}" if known else ""
     if size == INVALID_TOTAL:
         return Finding(FAIL, text, "download or prepare the data again, with the byte sidecar")
-    if warnings:
-        said = warnings[0].removeprefix("WARNING: ")
+    if notes:
+        said = notes[0].removeprefix("WARNING: ")
         return Finding(WARN, f"{text}; {said}", "python data/prepare.py audit DATA_PATH")
     return Finding(OK, text)
 
@@ -558,7 +558,7 @@ def check_clocks(page: Page) -> Finding:
 
 
 def judge_clocks(row: Mapping[str, str]) -> Finding:
-    """Throttling for another reason than the power limit, or a low clock without any."""
+    """Throttling for another reason than the power limit, or a low clock."""
     clock, highest, watts, celsius = (smi_number(row, name) or 0.0 for name in CLOCK_FIELDS.split(","))
     mask = int(smi_number(row, "clocks_event_reasons.active") or smi_number(row, "clocks_throttle_reasons.active") or 0)
     reasons = [text for bit, text in REASONS.items() if mask & bit]
