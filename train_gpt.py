@@ -7060,6 +7060,16 @@ EVALS = {
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
+def bytes_on_disk(cfg: Config) -> int:
+    """About how many bytes a run writes: weights, a square Hessian for each matrix that has one, artifact and log."""
+    weights = weights_of(cfg).values()
+    need = sum(4 * p.numel() + 4 * p.size(-1) ** 2 * bool(ROLES[p.role].hessian) for p in weights) + 2**25
+    if cfg.checkpoint_seconds:
+        # weights, momentum and two kinds of average, in the old checkpoint and in the new one
+        need += sum(2 * 4 * 4 * p.numel() for p in weights)
+    return need
+
+
 CHECKPOINT = "checkpoint.pt"  # in a run's folder until the run has ended
 
 
@@ -7124,6 +7134,8 @@ class Run:
             "legal": score.legal,
         }
         self.result |= losses | counts
+        if self.runtime.device.type == "cuda":
+            self.result["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
         self.result["warnings"] = [*dict.fromkeys([*self.result.get("warnings", []), *self.log.warnings])]
         if self.runtime.rank == 0:
             atomic_write(self.folder / "record.env", record_env(self.cfg).encode())
@@ -7131,13 +7143,7 @@ class Run:
 
     def check_space(self) -> None:
         """UserError if the disk has no room for what a run leaves."""
-        weights = weights_of(self.cfg).values()
-        # weights, a square Hessian beside each matrix that has one, the artifact and the log
-        need = sum(4 * p.numel() + 4 * p.size(-1) ** 2 * bool(ROLES[p.role].hessian) for p in weights) + 2**25
-        if self.cfg.checkpoint_seconds:
-            # weights, momentum and two kinds of average, in the old checkpoint and in the new one
-            need += sum(2 * 4 * 4 * p.numel() for p in weights)
-        free = shutil.disk_usage(self.folder).free
+        need, free = bytes_on_disk(self.cfg), shutil.disk_usage(self.folder).free
         if free < need:
             raise UserError(f"{self.folder}: {free >> 20:,} MiB of disk are free, {need >> 20:,} MiB are needed")
 
@@ -7192,8 +7198,6 @@ class Run:
         self.log(f"calibration: {seconds - report.seconds:.2f} s, inside the training budget")
         self.count_training(seconds)
         self.result |= {"train_steps": report.steps, "train_loss": report.loss}
-        if self.runtime.device.type == "cuda":
-            self.result["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
         self.record(self.trained_stage, self.evaluate("plain", model))
 
     def at_milestone(self, report: TrainReport) -> Run:

@@ -262,13 +262,6 @@ def judge_host(cores: int, free: int, shared: int, ranks: int, load: float) -> F
     return Finding(OK, text)
 
 
-def run_bytes(cfg: Config) -> int:
-    """Return about what a run leaves on the disk: weights, a Hessian for each matrix, artifact and log."""
-    weights = train_gpt.weights_of(cfg).values()
-    hessians = sum(p.size(-1) ** 2 for p in weights if train_gpt.ROLES[p.role].hessian)
-    return 4 * (sum(p.numel() for p in weights) + hessians) + 2**25
-
-
 def check_disk(page: Page) -> Finding:
     """Write speed of the disk that runs go to, and its room."""
     page.room.mkdir(parents=True, exist_ok=True)
@@ -281,7 +274,7 @@ def check_disk(page: Page) -> Finding:
         file.flush()
         os.fsync(file.fileno())
         speed = page.disk_mib / (time.perf_counter() - began)
-    return judge_disk(speed, shutil.disk_usage(page.room).free, run_bytes(page.cfg))
+    return judge_disk(speed, shutil.disk_usage(page.room).free, train_gpt.bytes_on_disk(page.cfg))
 
 
 def judge_disk(mib_a_second: float, free: int, need: int) -> Finding:
