@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from types import FrameType
 
 
-def stop(number: int, frame: FrameType | None) -> None:
-    """End the process at once, with one line. Nothing was begun, so nothing is lost."""
-    print("interrupted before it began", file=sys.stderr, flush=True)
-    os._exit(128 + number)
+def quiet_until_main(line: str = "interrupted before it began") -> None:
+    """Let Ctrl-C end the process at once, with one line; to be called before the long imports, by scripts only."""
 
+    def stop(number: int, frame: object) -> None:
+        # nothing was begun, so nothing is lost
+        os.write(2, f"{line}\n".encode())
+        os._exit(128 + number)
 
-def quiet_until_main() -> None:
-    """Let Ctrl-C end the process with one line; to be called before the long imports, by scripts only."""
     signal.signal(signal.SIGINT, stop)
 
 

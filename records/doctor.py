@@ -28,7 +28,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -42,18 +41,13 @@ from typing import Any, NamedTuple
 
 INTERRUPTED = "error: interrupted; the twenty steps, if they had begun, leave nothing behind"
 
-
-def stop_loading(*_: object) -> None:
-    """Leave at once, in one line: Ctrl-C while the modules below load."""
-    os.write(2, f"{INTERRUPTED}\n".encode())
-    os._exit(130)
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, stop_loading)
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+from interrupts import main_begins, quiet_until_main  # noqa: E402
+
+if __name__ == "__main__":
+    quiet_until_main(INTERRUPTED)
 
 try:
     import numpy as np
@@ -966,5 +960,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main_begins()
     sys.exit(main(sys.argv[1:]))

@@ -54,7 +54,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -67,25 +66,19 @@ from typing import Any, NamedTuple
 
 INTERRUPTED = "error: interrupted; no verdict was written"
 
-
-def stop_loading(*_: object) -> None:
-    """Leave at once, in one line: Ctrl-C while the modules below load."""
-    os.write(2, f"{INTERRUPTED}\n".encode())
-    os._exit(130)
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, stop_loading)
-
-import numpy as np  # noqa: E402
-import sentencepiece as spm  # noqa: E402
-import torch  # noqa: E402
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+from interrupts import main_begins, quiet_until_main  # noqa: E402
+
+if __name__ == "__main__":
+    quiet_until_main(INTERRUPTED)
+
+import numpy as np  # noqa: E402
 import overlap  # noqa: E402  (data/ is not a package)
 import prepare  # noqa: E402
+import sentencepiece as spm  # noqa: E402
+import torch  # noqa: E402
 from caseops import ESC, OPERATORS  # noqa: E402
 from pair_fusion import plain_stream  # noqa: E402
 
@@ -1174,5 +1167,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main_begins()
     sys.exit(main(sys.argv[1:]))
