@@ -71,7 +71,7 @@ import sys
 import time
 import tomllib
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -517,6 +517,7 @@ class Engine:
 
     def __init__(self, spec: Spec, create: bool) -> None:
         self.spec, self.gate, self.rows = spec, Gate(spec.gate), spec.rows()
+        self.check: Callable[[], None] = lambda: None  # raises KeyboardInterrupt if that is asked for
         self.slots = {row.slot for row in self.rows}
         # another base, program, start or search: another study for Optuna, as its trials compare with nothing here
         plan = short_hash(json.dumps([spec.key(spec.seeds[0], {}), spec.search]).encode())
@@ -614,12 +615,9 @@ class Engine:
             facts = trial.user_attrs
             if trial.state != RUNNING or is_alive(trial):
                 continue
-            seconds = facts.get("seconds", 0.0)
-            folder = Path(facts.get("folder", ""))
-            if "folder" in facts and folder.is_dir():
-                # files may have been written after the last sign of life
-                last = max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
-                seconds = max(seconds, last - facts["began"])
+            # files may have been written after the last sign of life
+            last = last_write(Path(facts["folder"])) if "folder" in facts else 0.0
+            seconds = max(facts.get("seconds", 0.0), last - facts.get("began", last))
             if self.finish(trial, FAIL, seconds=seconds, died=True, error="its worker was killed"):
                 say(f"{label_of(trial)}: its worker was killed after {seconds:.0f} s")
 
@@ -651,6 +649,15 @@ class Engine:
             return ""
         total = cost(self.spec, min(limits))
         return f"{cost(self.spec, spent)} of {total} are spent or under way, and a trial takes about {one:,.0f} s"
+
+
+def last_write(folder: Path) -> float:
+    """When something was last written in a run's folder; 0 without one."""
+    times = [0.0]
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def is_run(trial: FrozenTrial) -> bool:
@@ -754,18 +761,19 @@ def is_alive(trial: FrozenTrial) -> bool:
 # | ONE TRIAL                                                                 |
 # +---------------------------------------------------------------------------+
 
-# Ends a run whose worker was killed: its standard input closes then, however that happened.
+# Runs a command, and ends it when the worker is gone: standard input closes then, however that happened.
 GUARD = f"""
-import os, signal, sys, time
-sys.stdin.read()
-for number in (signal.SIGINT, signal.SIGKILL):
-    try:
-        os.killpg(int(sys.argv[1]), number)
-        for _ in range({10 * GRACE}):
-            os.killpg(int(sys.argv[1]), 0)
-            time.sleep(0.1)
-    except OSError:
-        break
+import os, signal, subprocess, sys, threading, time
+signal.signal(signal.SIGINT, lambda *_: None)
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+def watch():
+    sys.stdin.read()
+    os.killpg(0, signal.SIGINT)
+    time.sleep({GRACE})
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+code = child.wait()
+os._exit(code if code >= 0 else 128 - code)
 """
 
 
@@ -776,10 +784,9 @@ class Child:
         with console.open("ab") as output:
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
-            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
-        guard = [sys.executable, "-S", "-c", GUARD, str(self.process.pid)]
-        self.guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
+            streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": output, "stderr": subprocess.STDOUT}
+            guard = [sys.executable, "-S", "-c", GUARD, *command]
+            self.process = subprocess.Popen(guard, env=env, start_new_session=True, **streams)
 
     def signal(self, number: int) -> None:
         """Send a signal to the whole group."""
@@ -800,9 +807,7 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self.guard.kill()
-        self.guard.wait()
-        self.guard.stdin.close()
+        self.process.stdin.close()
 
 
 def say(text: str) -> None:
@@ -854,7 +859,7 @@ def prepare(spec: Spec, folder: Path, seed: int) -> tuple[str, ...]:
     return left
 
 
-def wait_until_free(folder: Path) -> None:
+def wait_until_free(folder: Path, check: Callable[[], None]) -> None:
     """Wait for the end of a run whose worker was killed. UserError if it does not end."""
     if not folder.is_dir():
         return
@@ -866,6 +871,7 @@ def wait_until_free(folder: Path) -> None:
         except UserError:
             if time.monotonic() > until:
                 raise
+            check()
             time.sleep(POLL)
 
 
@@ -906,6 +912,7 @@ class Watch:
     def until_end(self, child: Child) -> str:
         """Wait for the run's end; return why it was stopped, "" if it ended by itself."""
         while child.process.poll() is None:
+            self.engine.check()
             self.look()
             if self.reported and self.trial.should_prune():
                 child.stop()
@@ -951,7 +958,7 @@ def run_trial(engine: Engine, trial: Trial) -> TrialState:
     try:
         folder = spec.out / f"{name}_seed{seed}_{spec.key(seed, knobs)}"
         trial.set_user_attr("folder", str(folder))
-        wait_until_free(folder)
+        wait_until_free(folder, engine.check)
         left = prepare(spec, folder, seed)
     except UserError as error:
         # a sampled pair of values that does not go together, or a folder that stays in use
@@ -1027,6 +1034,7 @@ def attempt(engine: Engine, trial: Trial) -> None:
 def work(engine: Engine, lock: Path, retry: bool) -> str:
     """Run trials until nothing is due; return why it ended."""
     while True:
+        engine.check()
         engine.recover()
         engine.enqueue(retry)
         retry = False
@@ -1295,9 +1303,29 @@ def dry_run(engine: Engine) -> None:
     say(f"budget: no trial would begin: {why}" if why else f"spent so far: {cost(spec, engine.spent())}")
 
 
-def to_interrupt(*_: object) -> None:
-    """SIGTERM, which schedulers send, ends a worker as Ctrl-C does."""
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def interrupts_noted() -> Iterator[Callable[[], None]]:
+    """Ctrl-C, and SIGTERM, which schedulers send, wait for the next call of what this yields; a second one does not.
+
+    KeyboardInterrupt inside Optuna's storage would leave its lock behind.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    def check() -> None:
+        if noted:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: list[str]) -> int:
@@ -1318,7 +1346,7 @@ def main(argv: list[str]) -> int:
             return 0
         engine, why = Engine(spec, create=not args.report), "nothing was run"
         if not args.report:
-            with living(spec.out) as lock:
+            with living(spec.out) as lock, interrupts_noted() as engine.check:
                 why = work(engine, lock, args.retry)
         if not engine.trials():
             raise UserError(f"nothing of {args.study} was run yet: {spec.storage} holds no trial of it")
@@ -1333,5 +1361,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, to_interrupt)
     sys.exit(main(sys.argv[1:]))
