@@ -429,7 +429,7 @@ def check_runs(spec: Spec) -> None:
         raise UserError(f"{foreign[0]} is set in the environment; a sweep takes it from the study file alone")
     if not launch_command(spec.launch):
         raise UserError("launch = '' names no command")
-    tables = {f"[variants.{name}]" if knobs else "[set]": knobs for name, knobs in spec.variants.items()}
+    tables = {"[set]" if name == BASE else f"[variants.{name}]": knobs for name, knobs in spec.variants.items()}
     for name, values in spec.search.items():
         ends = [format_knob(bound(name, end)) for end in values[:2]] if isinstance(values, Range) else values
         tables |= {f"[search] {name} = {text}": {name: text} for text in ends}
@@ -915,9 +915,10 @@ class Watch:
             self.engine.check()
             self.look()
             if self.reported and self.trial.should_prune():
-                child.stop()
                 frozen = self.engine.storage.get_trial(self.trial._trial_id)
-                return self.engine.gate.verdict(self.engine.study, frozen)
+                why = self.engine.gate.verdict(self.engine.study, frozen)
+                child.stop()
+                return why or "worse than the base"
             time.sleep(POLL)
         # what it wrote after the last look; the gate of others may need it
         self.look()
@@ -1266,7 +1267,7 @@ def report(engine: Engine, why: str) -> int:
         if trial.state in (FAIL, PRUNED):
             say(f"{word_of(trial)}: {label_of(trial)}: {trial.user_attrs.get('error')}")
     foreign = len(engine.all_trials()) - len(engine.trials())
-    notes += [f"{foreign} trials with another base, program or start are left out; they count as spent"] * bool(foreign)
+    notes += [f"{foreign} trials are not of the study as it is now: left out, but they count as spent"] * bool(foreign)
     for note in notes:
         say(f"note: {note}")
     spec.out.mkdir(parents=True, exist_ok=True)

@@ -331,9 +331,7 @@ def test_a_killed_worker_loses_nothing(
     assert not list(hanging.glob("worker_*")), "no lock is left"
 
 
-def test_two_workers_never_run_one_trial(
-    bench: Bench, workers: Callable[[Path], multiprocessing.Process], summary: Callable[..., dict]
-) -> None:
+def test_two_workers_never_run_one_trial(bench: Bench, workers: Callable[[Path], multiprocessing.Process]) -> None:
     for storage in ("trials.journal", "sqlite:///{}/trials.db"):
         name = storage.format(bench.room) if ":" in storage else str(bench.room / storage)
         (bench.room / "record.env").write_text("MATRIX_LR=3\nTRAIN_LOG_EVERY=2\n")
@@ -454,6 +452,7 @@ def test_a_study_that_cannot_run_is_refused_in_a_line(
         "[variants.a]\nNUM_HEADS = 7": "[variants.a] MODEL_DIM=512 is not a multiple of NUM_HEADS=7",
         "[variants.a]\nMATRIX_LR = {a = 1}": "[variants.a] MATRIX_LR = {'a': 1} must be a number, a text or a list",
         "[variants.a]\nMATRIX_LR = 0": "[variants.a] is the same run as the base",
+        "[variants.a]": "[variants.a] is the same run as the base",
         "[variants.a]\nMATRIX_LR = 1\n[variants.b]\nMATRIX_LR = 1.0": "[variants.b] is the same run as [variants.a]",
         "[variants.base]\nMATRIX_LR = 1": "[variants.base]: name it",
         "[variants]\na = 1": "[variants.a] must be a table of knobs",
