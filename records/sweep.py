@@ -78,15 +78,13 @@ from typing import Any, NamedTuple
 
 INTERRUPTED = "error: interrupted; nothing is lost, start it again to go on"
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-def stop_loading(*_: object) -> None:
-    """Leave at once, in one line: Ctrl-C while the modules below load."""
-    os.write(2, f"{INTERRUPTED}\n".encode())
-    os._exit(130)
-
+from interrupts import quiet_until_main  # noqa: E402
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, stop_loading)
+    quiet_until_main(INTERRUPTED)
 
 import numpy as np  # noqa: E402
 import optuna  # noqa: E402
@@ -96,9 +94,6 @@ from optuna.storages.journal import JournalFileBackend  # noqa: E402
 from optuna.trial import FrozenTrial, Trial, TrialState  # noqa: E402
 from scipy import stats  # noqa: E402
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError  # noqa: E402  (Optuna's databases)
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from records import papers  # noqa: E402  (needs the line above)
 from records.submit import INK, MUTED, OURS, THEIRS, number, paired, sample_std  # noqa: E402

@@ -232,7 +232,8 @@ def test_packed_kernels_compile_for_hopper_and_train(tmp_path: Path) -> None:
     text = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
     parts = re.split(r"# \+-+\+\n# \| (\d\d) .*\n# \+-+\+\n", text)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
-    packed = pack_artifact.minify(parts[0] + sections["04"] + sections["05"])
+    imports = sections["02"].partition("\nclass ")[0]
+    packed = pack_artifact.minify(parts[0] + imports + sections["04"] + sections["05"])
     (tmp_path / "packed_gpt.py").write_text(packed, encoding="utf-8")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport packed_gpt, test_kernels\n"
     built = child(code + "print(test_kernels.built_and_trained(packed_gpt))", tmp_path)
