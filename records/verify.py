@@ -315,7 +315,10 @@ def knobs_for(cfg: Any, numbers: dict[str, str], tokens_per_step: int) -> dict[s
     most = int(numbers.get("TTT_CHUNK_SIZE", 48))
     chunks = ",".join(str(part._replace(value=min(part.value, most))) for part in cfg.ttt_chunk_size)
     epochs = str(min(cfg.ttt_epochs, 1))  # passes over the same tokens take the same path
-    return {"TTT_EPOCHS": epochs} | numbers | {"VAL_BATCH_TOKENS": str(size), "TTT_CHUNK_SIZE": chunks}
+    # adapters of full rank, one set a row, cost more than the model; the scale stays
+    rank = min(cfg.ttt_lora_rank, 4)
+    own = {"TTT_LORA_RANK": str(rank), "TTT_LORA_ALPHA": str(cfg.ttt_lora_alpha * rank / cfg.ttt_lora_rank)}
+    return {"TTT_EPOCHS": epochs} | own | numbers | {"VAL_BATCH_TOKENS": str(size), "TTT_CHUNK_SIZE": chunks}
 
 
 def documents_apart(cfg: Any) -> str:
@@ -633,11 +636,13 @@ def legality(bench: Bench, stream: Stream, probes: tuple[int, int]) -> Iterator[
     knobs = knobs_for(cfg, STREAMS if apart else STREAMS | {"TTT_BATCH_SIZE": "4"}, 1024)
     narrow, whole = knobs_for(cfg, STREAMS | EVERY_PLACE, 16), short_documents(stream)
     tiny, own = cut_to(whole, SHORT) if apart else whole, first_documents(stream, 1000)
+    # rows without a document would be computed too
+    rows = min(cfg.ttt_batch_size, int((own.tokens == BOS_ID).sum()))
     checks: list[tuple[str, Asks]] = []
     for words, part, numbers, places in (
         (f"{label}, every place", tiny, narrow, probes[0]),
         (label, stream, knobs, probes[1]),
-        (f"{label}, the record's own numbers", own, {"EVAL_INCLUDE_TAIL": "1"}, 1),
+        (f"{label}, the record's own numbers", own, {"EVAL_INCLUDE_TAIL": "1", "TTT_BATCH_SIZE": str(rows)}, 1),
     ):
         question = functools.partial(causality, stream=part, knobs=numbers, label=words, probes=places)
         checks.append((f"C1 ({words})", functools.partial(question, every=part is tiny)))
@@ -1125,7 +1130,8 @@ def run_target(args: argparse.Namespace) -> tuple[Candidate, list[Check]]:
         bench = Bench(candidate, server, Path(name))
         # a run of a full-size program takes minutes
         probes = (0 if candidate.kind == "preset" else LONG, LONG) if args.probes is None else (args.probes,) * 2
-        return candidate, list(judge(bench, args.documents, probes))
+        documents = args.documents or (12 if candidate.kind == "preset" else 3)
+        return candidate, list(judge(bench, documents, probes))
 
 
 def judge_target(args: argparse.Namespace) -> int:
@@ -1158,12 +1164,12 @@ def at_least(least: int) -> Callable[[str], int]:
 def main(argv: list[str]) -> int:
     """Run the command line; return the exit status, with --all the worst one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, default = parser.add_argument, "(default %(default)s)"
+    add = parser.add_argument
     add("target", type=Path, nargs="?", metavar="TARGET", help="record, run, packed file, or another team's folder")
     add("--all", action="store_true", help="judge every record of every track, and write verdict.json")
     add("--data", type=Path, metavar="DATA_PATH", help="shards (default: DATA_PATH, else the log's)")
     add("--source", type=Path, default=ROOT / "train_gpt.py", help="program (default: the one here)")
-    add("--documents", type=at_least(2), default=12, metavar="N", help=f"documents for C1 and C3 {default}")
+    add("--documents", type=at_least(2), metavar="N", help="documents for C1 and C3 (default 12; at full size 3)")
     add("--probes", type=at_least(0), metavar="N", help=f"places for C1, 0: all (default {LONG}; short streams: all)")
     add("--out", type=Path, metavar="FILE", help="also write the verdict there (records: verdict.json)")
     args = parser.parse_args(argv)
