@@ -5103,13 +5103,14 @@ def run_lrzip(data: bytes, *flags: str) -> bytes:
 
 
 # COMPRESSOR=rans. rans_model predicts each integer of a matrix from those before it; rans_encode and rans_decode turn
-# the predictions into bits. rans_priors measures what the model could not learn in time, and the blob carries it as
+# the predictions into bits. rans_rows measures what the model could not learn in time, and the blob carries it as
 # side information. The model computes with integers only, so that it predicts the same on every machine.
 
 RANS_BITS, RANS_LANES = 14, 512  # a table's frequencies sum to 2^RANS_BITS; coder states that run side by side
 RANS_HEAD = struct.Struct("<4i")  # rows, columns, states of the trellis (1: none), rows per trellis chunk
-RANS_ONE, RANS_UNIT = 1 << 16, 64  # 1.0 in fixed point; the coarser unit leaves room for products and squares
+RANS_ONE, RANS_UNIT = 1 << 16, 64  # 1.0 in fixed point; the coarser unit leaves room for products
 MAGNITUDE_VARIANCE = 0.57  # pi/2 - 1: the variance of |x| over (E |x|)^2 for Gaussian x
+ROW_CLASSES, DRIFT_BITS = 4, 8  # classes of rows to an octave of scale; bits that a drift must save its row
 
 
 def rans_frame(array: np.ndarray, trellis: np.ndarray | None) -> bytes:
@@ -5125,37 +5126,53 @@ def rans_unframe(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=RANS_HEAD.size).reshape(shape).copy()
 
 
-def rans_priors(matrices: list[np.ndarray]) -> list[list[int]]:
-    """Side information about each matrix.
+def rans_rows(
+    matrix: np.ndarray,
+    step: int,
+    classes: int,
+    drift_bits: float,
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """What sets the rows of a matrix apart, if its integers keep to multiples of `step`.
 
-    Mean magnitude (in RANS_UNIT); likeness of its columns to those of an earlier matrix (in sixteenths); how many rows
-    this guess is worth; mean energy of a row (its sum of squares); slack, which says how loosely rows keep to it.
+    Returns about how many bits the matrix costs then; the class of each row's scale, `classes` to an octave, and its
+    share of the drift, in quarters, (2, rows) int8; the rows without both. The drift is a moving average of the rows
+    before, which must save a row drift_bits: the embeddings of rare tokens are much alike.
     """
-    past, priors = {}, []
-    for matrix in matrices:
-        rows, cols = matrix.shape
-        sums = np.abs(matrix, dtype=np.int16).sum(axis=0)
-        if not sums.any():
-            priors.append([0, 0, 1, 0, 0])
-            continue
-        # Each column's mean magnitude over the matrix's mean, here and in the last matrix of this width
-        profile = (sums + 1) / (sums + 1).mean()
-        earlier = past.get(cols, np.ones(cols))
-        past[cols] = profile
-        spread, likeness = min((np.log(profile / (1 + w / 16 * (earlier - 1))).var(), w) for w in range(17))
-        # The mean of n rows has a relative variance of MAGNITUDE_VARIANCE / n. `profile` has that noise itself; what
-        # remains of the spread is the error of the guess, and n rows of data would have the same
-        error = spread - MAGNITUDE_VARIANCE / rows
-        worth = math.ceil(MAGNITUDE_VARIANCE / max(0.003, error))
-        # The slack is 0 if all rows have the same energy, and large if energies vary as with independent columns
-        squares = np.square(matrix, dtype=np.float64)
-        independent = squares.var(axis=0).sum() + 1e-9
-        actual = squares.sum(axis=1).var()
-        removed = max(independent - actual, actual / 2**20 + 1e-9)
-        slack = min(2.0**30, 2 * cols * actual / removed)
-        magnitude = RANS_UNIT * int(sums.sum()) // matrix.size
-        priors.append([magnitude, likeness, worth, int(squares.sum() / rows), int(slack)])
-    return priors
+    count, cols = matrix.shape
+    rows, drift = matrix.astype(float), np.zeros(cols)
+    side = np.zeros((2, count), np.int8)
+    mean = np.abs(rows).sum() / max(1, rows.size) + 1e-9
+    for i, row in enumerate(rows):
+        along = row @ drift / (drift @ drift + 1e-9)
+        # a Gaussian row costs half the logarithm of its energy in each column
+        part = along * (row @ drift) / (row @ row + 1e-9)
+        share = along * (part * cols > 2 * math.log(2) * drift_bits)
+        magnitude = np.abs(row - share * drift).sum() / max(1, cols)
+        octaves = np.log2(magnitude / mean + 1e-9)
+        # what the edges of rans_model leave room for
+        side[0, i] = np.clip(np.rint(classes * octaves), -16, 26)
+        scale = 2 ** (side[0, i] / ROW_CLASSES)
+        side[1, i] = np.clip(np.rint(4 * share / scale), -127, 127)
+        offset = side[1, i] / 4 * scale * drift
+        drift += (row / scale - drift) / 8
+        row -= step * np.rint(offset / step)
+        row /= scale
+    magnitudes = np.abs(rows).sum() / max(1, rows.size) * 2 ** (side[0] / ROW_CLASSES)
+    # integers that are nearly all 0 cost no less for a smaller scale
+    cost = cols * np.log2(magnitudes + step / 4).sum()
+    return cost + 8 * len(zlib.compress(side.tobytes(), 9)), side, rows
+
+
+def rans_prior(rows: np.ndarray) -> tuple[int, int]:
+    """Mean magnitude of what rans_rows left (in RANS_UNIT), and how many rows it is worth as a guess of a column's."""
+    if not rows.size:
+        return 0, 1
+    columns = np.abs(rows).mean(axis=0)
+    # Columns differ by what they are and by chance: the mean of n rows has a relative variance of
+    # MAGNITUDE_VARIANCE / n. What remains is the error of the guess, and n rows of data would have the same
+    spread = np.log(columns + 1 / len(rows)).var()
+    error = spread - MAGNITUDE_VARIANCE / len(rows)
+    return int(RANS_UNIT * columns.mean()), math.ceil(MAGNITUDE_VARIANCE / max(0.003, error))
 
 
 def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -5175,11 +5192,12 @@ def rans_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return freq.ravel(), start.ravel(), keys
 
 
-def rans_model(side_info: np.ndarray, flats: list[np.ndarray]) -> Iterator[tuple]:
+def rans_model(side_info: np.ndarray, sides: list[np.ndarray], flats: list[np.ndarray]) -> Iterator[tuple]:
     """Predict the symbols of matrices, in the same way for the encoder and the decoder.
 
-    side_info (matrices, 9): RANS_HEAD and rans_priors. flats: the matrices as flat int8. Each step yields flat, places,
-    the table of each place, and rans_tables; the decoder must set flat[places] before it asks for the next step.
+    side_info (matrices, 6): RANS_HEAD and rans_prior. sides: of rans_rows. flats: the matrices as flat int8. Each step
+    yields the integers of a row, for each its table and what to take off first, and rans_tables; the decoder must fill
+    in the row before it asks for the next step.
     """
     # Classes of magnitude, 48 to an octave: edge i is 2^(i / 48) / 16
     root = 1014545335  # 2^(1 / 48) in billionths
@@ -5188,87 +5206,60 @@ def rans_model(side_info: np.ndarray, flats: list[np.ndarray]) -> Iterator[tuple
         edges.append(edges[-1] * root // 10**9)
     edges = np.array(edges)
     # Four classes form a context. It has a histogram for each kind of symbol (any, even, odd), which starts as the bell
-    # 19 - (level / magnitude)^2, in 256ths. Level -128 marks an escape: a level that the histogram has no room for
+    # (19 - (level / magnitude)^2)^2 / 19, in 256ths. Level -128 marks an escape: a level that the histogram has no
+    # room for
     levels = np.arange(-128, 128)
     kinds = np.stack([levels < 128, levels % 2 == 0, levels % 2 == 1])
     sixteenths = levels * 16 * RANS_ONE // edges[2::4, None, None]
-    counts = np.maximum(0, 19 * 16**2 - sixteenths**2) * kinds
+    counts = np.maximum(0, 19 * 16**2 - sixteenths**2) ** 2 // (19 * 16**2) * kinds
     counts[:, :, 0] = 1
-    past = {}
-    for info, flat in zip(side_info.tolist(), flats, strict=True):
-        yield from rans_wavefront(info, flat, past, edges, counts)
+    for info, side, flat in zip(side_info.tolist(), sides, flats, strict=True):
+        yield from rans_matrix(info, side, flat, edges, counts)
 
 
-# A row's energy is nearly known, so what its left columns have spent tells how large the others are. To use that and
-# still code many symbols at once, the columns form groups, each a quarter of the columns that remain, and each group
-# runs one row behind its left neighbour. One step codes one symbol in every column:
-#
-#                group 0   group 1   group 2
-#     row 0      step 0    step 1    step 2
-#     row 1      step 1    step 2    step 3
-#     row 2      step 2    step 3    step 4
-
-
-def rans_wavefront(
+def rans_matrix(
     info: list[int],
+    side: np.ndarray,
     flat: np.ndarray,
-    past: dict[int, np.ndarray],
     edges: np.ndarray,
     counts: np.ndarray,
 ) -> Iterator[tuple]:
-    """Yield the steps of rans_model for one matrix.
-
-    Updates the histograms `counts`, and `past`, which maps a width to the magnitudes of its columns.
-    """
-    rows, cols, states, chunk_rows, magnitude, likeness, prior_rows, energy, slack = info
-    # Sums start as if prior_rows had been seen: a mixture, in sixteenths, of the last such columns and of equal ones
-    sums = past.get(cols, np.ones(cols, int))
-    share = RANS_UNIT * cols * sums // max(1, sums.sum())
-    share = share * likeness + RANS_UNIT * (16 - likeness)
-    past[cols] = sums = share * (prior_rows * magnitude) // RANS_ONE
-    bounds = [0]
-    while cols - bounds[-1] > 16:
-        bounds.append(bounds[-1] + (cols - bounds[-1]) // 4)
-    starts, bounds = np.array(bounds), np.array([*bounds, cols])
-    groups, left = len(starts), cols - starts
-    delay = np.repeat(np.arange(groups), np.diff(bounds))
+    """Yield the steps of rans_model for one matrix, row by row. Updates the histograms `counts`."""
+    rows, cols, states, chunk_rows, magnitude, prior_rows = info
+    # sums start as if prior_rows had been seen
+    sums = np.full(cols, prior_rows * magnitude // RANS_UNIT)
     subsets, state = trellis(states).numpy(), np.zeros(cols, int)
     follow = (2 * np.arange(states)[:, None] + (subsets[:, 1:] == np.arange(4))) % states  # [state, level mod 4]
     kinds = np.array([1, 2] if states > 1 else [0])
-    pi_half = 11  # in sevenths: E x^2 = pi/2 (E |x|)^2 for Gaussian x
-    squares = sums**2 * pi_half // (7 * prior_rows)
-    spent, due = np.zeros(groups + 1, int), 0
-    for t in range((rows + groups - 1) * (flat.size > 0)):
+    row_class, drift_share = side.astype(int)
+    row_class *= 48 // ROW_CLASSES
+    scales = edges[row_class + 4 * 48]  # edge 4 * 48 is 1.0
+    # what columns have shown so far, over the rows that they have seen, in rows of scale 1
+    seen, drift, due = prior_rows * RANS_ONE, np.zeros(cols, int), 0
+    for r in range(rows * (cols > 0)):
         # slow, so only now and then: the columns' classes, and tables for the contexts around them
-        if t == due:
-            due += max(2, min(64, t // 8))
-            seen = prior_rows + np.maximum(0, t - delay)
-            # what a column has shown so far, over the rows that it has seen
-            fine, power = np.searchsorted(edges, sums * RANS_ONE // seen), squares * RANS_UNIT // seen
-            expected = np.maximum(1, power[::-1].cumsum()[::-1][starts])
-            low, high = max(0, fine.min() // 4 - 3), min(127, fine.max() // 4 + 3)
+        if r == due:
+            due += max(2, min(64, r // 8))
+            fine = np.searchsorted(edges, sums * RANS_ONE**2 // seen)
+            low = max(0, (fine.min() + row_class.min()) // 4 - 3)
+            high = min(127, (fine.max() + row_class.max()) // 4 + 3)
             tables = rans_tables(counts[low : high + 1, kinds].reshape(-1, 256))
-        first, last = max(0, t - rows + 1), min(t + 1, groups)  # groups whose row exists
-        part = slice(bounds[first], bounds[last])
-        # How far the energy left exceeds the expected one; trusted less with few columns left or much slack
-        trust = 2 * left * RANS_ONE // (2 * left + slack)
-        excess = trust * (RANS_UNIT * (energy - spent[:-1]) - expected) // expected
-        # in classes; edge 4 * 48 is 1.0, >> 1 the root
-        shift = np.searchsorted(edges, RANS_ONE + excess) - 4 * 48 >> 1
-        context = np.clip(fine[part] + shift[delay[part]] >> 2, low, high)
-        row = t - delay[part]
-        here = state[part] * (row % chunk_rows > 0)
-        places = row * cols + np.arange(cols)[part]
-        yield flat, places, (context - low) * len(kinds) + (subsets[here, 0] & 1), tables
-        levels = flat[places].astype(int)
-        state[part] = follow[here, levels & 3]
+        context = np.clip(fine + row_class[r] >> 2, low, high)
+        here = state * (r % chunk_rows > 0)
+        # a trellis keeps its parity
+        unit = 4 * RANS_ONE * RANS_UNIT * len(kinds)
+        offset = (drift * (drift_share[r] * scales[r]) + unit // 2) // unit * len(kinds)
+        row = flat[r * cols : (r + 1) * cols]
+        yield row, (context - low) * len(kinds) + (subsets[here, 0] & 1), offset, tables
+        levels = row.astype(int)
+        state = follow[here, levels & 3]
+        drift += (levels * (RANS_ONE * RANS_UNIT) // scales[r] - drift) // 8
+        levels = (levels - offset + 128 & 255) - 128
         histogram = 3 * context + kinds[levels % len(kinds)]
         # a symbol weighs 4, in 256ths
         np.add.at(counts.reshape(-1), histogram * 256 + levels + 128, 1024)
-        sums[part] += np.abs(levels)
-        levels *= levels
-        squares[part] += levels
-        spent[first + 1 : last + 1] = spent[first:last] + np.add.reduceat(levels, starts[first:last] - part.start)
+        sums += np.abs(levels)
+        seen += scales[r]
 
 
 def rans_encode(raw: bytes) -> bytes:
@@ -5283,9 +5274,14 @@ def rans_encode(raw: bytes) -> bytes:
         heads.append(head)
         matrices.append(np.frombuffer(raw, np.int8, rows * cols, at).reshape(rows, cols))
         at += rows * cols
-    side_info = np.hstack([heads, rans_priors(matrices)]).astype("<i4")
-    for flat, places, table, (freq, start, _) in rans_model(side_info, [m.reshape(-1) for m in matrices]):
-        level = flat[places].astype(int) + 128
+    ways, found = ((0, math.inf), (ROW_CLASSES, math.inf), (ROW_CLASSES, DRIFT_BITS)), []
+    for matrix, (_, _, states, _) in zip(matrices, heads, strict=True):
+        tried = (rans_rows(matrix, 1 + (states > 1), *way) for way in ways)
+        found.append(min(tried, key=lambda way: way[0]))
+    _, sides, left = zip(*found, strict=True)
+    side_info = np.hstack([heads, [rans_prior(rows) for rows in left]]).astype("<i4")
+    for row, table, offset, (freq, start, _) in rans_model(side_info, sides, [m.reshape(-1) for m in matrices]):
+        level = row.astype(int) - offset + 128 & 255
         key = 256 * table + level
         escaped = (freq[key] == 0) | (level == 0)
         key[escaped] &= -256
@@ -5303,13 +5299,18 @@ def rans_encode(raw: bytes) -> bytes:
         quotient, slot = np.divmod(lane, freq)
         lane[:] = (quotient << RANS_BITS) + slot + start
     words = np.concatenate([lanes >> 16, lanes & 0xFFFF, *words[::-1]])
-    return zlib.compress(side_info.tobytes(), 9) + words.astype("<u2").tobytes()
+    side = b"".join(part.tobytes() for part in (side_info, *sides))
+    return struct.pack("<I", len(side_info)) + zlib.compress(side, 9) + words.astype("<u2").tobytes()
 
 
 def rans_decode(blob: bytes) -> bytes:
     """The inverse of rans_encode; raises some ordinary exception if the blob is damaged."""
     unzip = zlib.decompressobj()
-    side_info = np.frombuffer(unzip.decompress(blob, MAX_RAW), "<i4").reshape(-1, 9)
+    (count,) = struct.unpack_from("<I", blob)
+    side = unzip.decompress(blob[4:], MAX_RAW)
+    side_info = np.frombuffer(side, "<i4", 6 * count).reshape(-1, 6)
+    bounds = 2 * side_info[:-1, 0].cumsum()
+    sides = [part.reshape(2, -1) for part in np.split(np.frombuffer(side, np.int8, offset=24 * count), bounds)]
     words = np.frombuffer(unzip.unused_data, "<u2").astype(int)
     count = min(RANS_LANES, side_info[:, 1].max())
     lanes, at = words[:count] << 16 | words[count : 2 * count], 2 * count
@@ -5317,7 +5318,7 @@ def rans_decode(blob: bytes) -> bytes:
     if sizes.sum() > MAX_RAW:
         raise ValueError(f"more than {MAX_RAW:,} bytes")
     flats = [np.empty(size, np.int8) for size in sizes]
-    for flat, places, table, (freq, start, keys) in rans_model(side_info, flats):
+    for row, table, offset, (freq, start, keys) in rans_model(side_info, sides, flats):
         for a in range(0, len(table), RANS_LANES):
             part = table[a : a + RANS_LANES]
             lane = lanes[: len(part)]
@@ -5331,7 +5332,7 @@ def rans_decode(blob: bytes) -> bytes:
                 (chosen,) = empty.nonzero()
                 array[chosen] = (array[chosen] << 16) + words[at : at + len(chosen)]
                 at += len(chosen)
-        flat[places] = table - 128
+        row[:] = table - 128 + offset
     if at != len(words):
         raise ValueError("words left over")
     return b"".join(head[:4].tobytes() + flat.tobytes() for head, flat in zip(side_info, flats, strict=True))
@@ -5401,7 +5402,7 @@ CODECS = {
     "lzma": Codec(2, "lzma"),
     "pergroup": Codec(3, "brotli", "lrzip", lambda role: role.stream, sorted_rows=("embed", "q")),
     "lzma6": Codec(4, "lzma6"),
-    "rans": Codec(5, "brotli", "rans", lambda role: "integers"),
+    "rans": Codec(6, "brotli", "rans", lambda role: "integers"),  # 5 coded all rows of a matrix alike
 }
 
 
@@ -5504,7 +5505,7 @@ def open_blob(blob: bytes, source: str = "artifact") -> Blob:
     # the blob says how to open itself
     layouts = {codec.number: codec for codec in CODECS.values()}
     if number not in layouts:
-        raise UserError(f"{source}: unknown codec number {number}")
+        raise UserError(f"{source}: unknown codec number {number}; quantise again")
     if zlib.crc32(payload, zlib.crc32(blob[: ARTIFACT_HEADER.size - 4])) != crc:
         raise UserError(f"{source}: damaged: the checksum does not match; copy or quantise it again")
     try:

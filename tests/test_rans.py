@@ -117,7 +117,7 @@ def test_constant_and_extreme_matrices_come_back() -> None:
             packed = rans_encode(raw)
             assert rans_decode(packed) == raw, (shape, value)
             escapes = 2.1 * math.prod(shape) * (value == -128)  # that level is the mark of an escape
-            most = 100 + 4 * min(512, shape[1]) + 16 * shape[1] + math.prod(shape) / 2 + escapes
+            most = 100 + 4 * min(512, shape[1]) + 16 * shape[1] + math.prod(shape) * 0.6 + escapes
             assert len(packed) < most, (shape, value)
 
 
@@ -139,19 +139,20 @@ def test_outliers_cost_their_own_bits_only() -> None:
     assert len(packed) - len(rans_encode(framed(plain))) < 50 * 9
 
 
-def test_rows_of_known_energy_cost_less() -> None:
-    """The same rows with the same columns, before and after each row is brought to one sum of squares."""
-    noise = np.random.default_rng(2).standard_normal((900, 256))
-    equal = noise / np.sqrt((noise**2).mean(axis=1, keepdims=True))
-    free, bound = (np.rint(2.6 * x).astype(np.int8) for x in (noise, equal))
-    saved = (len(rans_encode(framed(free))) - len(rans_encode(framed(bound)))) * 8 / 900
-    assert saved > 0.3 + 8 * (entropy(free) - entropy(bound)) / 900, "bits a row"
+def test_rows_of_other_scales_and_rows_much_alike_cost_less() -> None:
+    """By bits a symbol, against the entropy of all integers together."""
+    rng = np.random.default_rng(2)
+    unequal, common = normal(900, 256, 4 * np.exp(rng.normal(0, 0.6, (900, 1)))), 6 * rng.standard_normal(256)
+    alike = np.rint(common * (np.arange(900) % 3 > 0)[:, None] + normal(900, 256, 3)).astype(np.int8)
+    for matrix, least in (unequal, 0.2), (alike, 0.4):
+        saved = (entropy(matrix) - len(rans_encode(framed(matrix)))) * 8 / matrix.size
+        assert saved > least, saved
 
 
 def test_the_bytes_are_as_they_were_when_this_test_was_written() -> None:
     q = (np.arange(90000, dtype=np.uint32) * 2654435761 >> 28).astype(np.int8).reshape(-1, 300) - 8
     raw = framed(q) + framed(q[:50, :40], trellis=(8, 16))
-    digest = "674c03e7170e523c941bbf1dc371c891efce6e467237e3ce1310d86c8c0864f9"
+    digest = "cb3baad2f793f9215be8257429107e1a9e80c96a27854c8ebda3bb1fb92193b3"
     assert hashlib.sha256(rans_encode(raw)).hexdigest() == digest
 
 

@@ -26,8 +26,8 @@ import train_gpt
 
 SCALE = 36e6  # symbols of the contest model
 Matrices = list[tuple[str, np.ndarray]]
-ENCODER = {"rans_frame", "rans_priors", "MAGNITUDE_VARIANCE", "rans_encode"}
-DECODER = {"rans_model", "rans_wavefront", "rans_tables", "rans_decode", "rans_unframe", "RANS_BITS", "RANS_HEAD"}
+ENCODER = {"rans_frame", "rans_rows", "rans_prior", "MAGNITUDE_VARIANCE", "DRIFT_BITS", "rans_encode"}
+DECODER = {"rans_model", "rans_matrix", "rans_tables", "rans_decode", "rans_unframe", "RANS_BITS", "RANS_HEAD"}
 DECODER |= {"RANS_ONE"}
 
 
