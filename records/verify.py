@@ -131,6 +131,7 @@ SINGLE_SPACES = 0.25  # of spaces before capitals, where texts that double them 
 RESCORED = 50_000  # targets of a run that the judge scores again itself
 # An external program that takes seconds to start: one training keeps it, every other run packs otherwise.
 QUICK = {"pergroup": {"COMPRESSOR": "brotli"}}
+FASTER = {"rans": "brotli"}  # coders that read the same weights faster
 
 
 class RunFailed(Exception):
@@ -964,7 +965,7 @@ def training_checks(bench: Bench, stream: Stream) -> Iterator[Check]:
     stream = stream._replace(sizes=own_sizes(stream, candidate.tokenizer))
     other = replaced(stream, np.ones(len(stream.tokens), bool), bench.rng)
     few = Stream(other.tokens[: bench.cfg.eval_seq_len + 1], other.sizes[: bench.cfg.eval_seq_len + 1])
-    quick = QUICK.get(bench.cfg.compressor, {})
+    quick, faster = QUICK.get(bench.cfg.compressor, {}), FASTER.get(bench.cfg.compressor)
     folders = [str(bench.data(part, train)) for part in (stream, few)]
     with hurried(ThreadPoolExecutor(2)) as pool:
         runs = [
@@ -986,11 +987,11 @@ def training_checks(bench: Bench, stream: Stream) -> Iterator[Check]:
     if quick:
         bench.box.files["model.bin"] = (again.folder / "model.bin").read_bytes()
         bench.box.env |= quick
-    elif bench.cfg.compressor == "rans":
+    elif faster:
         # the runs above have read it as it is; hundreds more read the same weights faster
         with contextlib.suppress(UserError):  # a format of the program's own stays
             stored = read_artifact(first.outcome.folder / "model.bin")
-            bench.box.files["model.bin"] = pack_stored(stored, "brotli", model_identity(bench.cfg))
+            bench.box.files["model.bin"] = pack_stored(stored, faster, model_identity(bench.cfg))
 
 
 def same_weights(a: Outcome, b: Outcome) -> bool:
