@@ -28,7 +28,7 @@ SCALE = 36e6  # symbols of the contest model
 Matrices = list[tuple[str, np.ndarray]]
 ENCODER = {"rans_frame", "rans_rows", "rans_prior", "MAGNITUDE_VARIANCE", "DRIFT_BITS", "rans_encode"}
 DECODER = {"rans_model", "rans_matrix", "rans_tables", "rans_decode", "rans_unframe", "RANS_BITS", "RANS_HEAD"}
-DECODER |= {"RANS_ONE"}
+DECODER |= {"RANS_ONE", "ROW_CLASSES"}
 
 
 def zstd(*flags: str) -> Callable[[bytes], bytes]:
