@@ -28,7 +28,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch._dynamo  # noqa: F401  (or the first step of every run imports it)
+
+if __name__ == "__main__":
+    # else the first step of every forked run would import it
+    import torch._dynamo  # noqa: F401
 
 PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 TIME_LIMIT = 3600  # seconds for one run: a full-size artifact on a few cores takes minutes
