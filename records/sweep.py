@@ -1209,6 +1209,13 @@ def csv_text(engine: Engine) -> str:
     return buffer.getvalue()
 
 
+def publish(path: Path, data: bytes) -> None:
+    """atomic_write for a file that several workers may write at the same time."""
+    own = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}")
+    atomic_write(own, data)
+    os.replace(own, path)
+
+
 def draw(spec: Spec, lines: list[Line], path: Path) -> None:
     """Draw the paired differences: a row for each variant, seeds as dots, the mean with its interval."""
     rows = [line for line in lines if line.differences][::-1]
@@ -1230,7 +1237,7 @@ def draw(spec: Spec, lines: list[Line], path: Path) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    atomic_write(path, buffer.getvalue())
+    publish(path, buffer.getvalue())
 
 
 def as_json(lines: list[Line]) -> dict[str, Any]:
@@ -1267,7 +1274,7 @@ def report(engine: Engine, why: str) -> int:
         say(f"note: {note}")
     spec.out.mkdir(parents=True, exist_ok=True)
     draw(spec, lines, spec.out / "report.png")
-    atomic_write(spec.out / "trials.csv", csv_text(engine).encode())
+    publish(spec.out / "trials.csv", csv_text(engine).encode())
     say(f"written: {spec.out / 'report.png'}, {spec.out / 'trials.csv'}")
     say(f"end: {why}")
     found = {"study": str(spec.path), "end": why, "spent_seconds": round(engine.spent(), 1), "variants": as_json(lines)}

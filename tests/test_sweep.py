@@ -595,3 +595,20 @@ def test_links_become_copies_where_there_can_be_none(bench: Bench, monkeypatch: 
     monkeypatch.setattr(sweep.os, "link", no_links)
     sweep.link(source, target)
     assert target.read_text() == "weights" and not target.samefile(source)
+
+
+def test_workers_that_report_at_once_do_not_take_each_others_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, path = sweep.atomic_write, tmp_path / "trials.csv"
+
+    def between(own: Path, data: bytes) -> None:
+        """Before this worker's file is there, another one writes, to the end."""
+        monkeypatch.setattr(sweep, "atomic_write", write)
+        monkeypatch.setattr(sweep.os, "getpid", lambda: 1)
+        sweep.publish(path, b"theirs")
+        write(own, data)
+
+    monkeypatch.setattr(sweep, "atomic_write", between)
+    sweep.publish(path, b"ours")
+    assert path.read_bytes() == b"ours" and [*tmp_path.iterdir()] == [path]
