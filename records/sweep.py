@@ -15,7 +15,7 @@ stand):
                                     "srun --gpus=8 torchrun --standalone --nproc_per_node=8 {program}"
     score = "final"                 what is compared: val_bpb of pre_quant, quantized or final
     from = "logs/RUN"               a finished run, or a list of runs with different seeds, instead of `seeds`: trials
-    stages = "quantize,eval"        start from copies of its files and do only these stages ("eval": from model.bin)
+    stages = "quantize,eval"        start from links to its files and do only these stages ("eval": from model.bin)
     storage = "trials.journal"      a file, or a database that machines share ("postgresql://..."); default: in `out`
     out = "logs/NAME"               run folders, report.png and trials.csv; default: logs/ and the study file's name
     [set]                           knobs of every trial
@@ -81,7 +81,7 @@ INTERRUPTED = "error: interrupted; nothing is lost, start it again to go on"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-from interrupts import quiet_until_main  # noqa: E402
+from interrupts import main_begins, quiet_until_main  # noqa: E402
 
 if __name__ == "__main__":
     quiet_until_main(INTERRUPTED)
@@ -98,6 +98,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError  # noqa: E402  (Optuna's 
 from records import papers  # noqa: E402  (needs the line above)
 from records.submit import INK, MUTED, OURS, THEIRS, number, paired, sample_std  # noqa: E402
 from train_gpt import (  # noqa: E402
+    CHECKPOINT,
     LOCAL_KNOBS,
     Config,
     UserError,
@@ -514,6 +515,8 @@ class Engine:
         self.spec, self.gate, self.rows = spec, Gate(spec.gate), spec.rows()
         self.check: Callable[[], None] = lambda: None  # raises KeyboardInterrupt if that is asked for
         self.slots = {row.slot for row in self.rows}
+        file = storage_file(spec.storage) or spec.out / "trials"
+        self.queue_lock = file.with_name(f"{file.name}.queue")  # Optuna has a .lock of its own there
         # another base, program, start or search: another study for Optuna, as its trials compare with nothing here
         plan = short_hash(json.dumps([spec.key(spec.seeds[0], {}), spec.search]).encode())
         name = f"{spec.path.stem} {plan}"
@@ -569,13 +572,16 @@ class Engine:
         return rows
 
     def claim(self, lock: Path) -> Trial | None:
-        """Take the next trial of the queue; None if other workers were faster. Optuna gives each to one process."""
-        waiting = [t for t in self.trials() if t.state == WAITING]
-        # what was put back keeps its turn; study.ask() does the same by number alone
-        for frozen in sorted(waiting, key=lambda t: (t.user_attrs["attempt"] == 1, t.number)):
-            with contextlib.suppress(UpdateFinishedTrialError):
-                if self.storage.set_trial_state_values(frozen._trial_id, RUNNING):
-                    return self.take(frozen, lock)
+        """Take the next trial of the queue; None if other workers were faster. Each goes to one process."""
+        # Optuna locks the row of a trial that it hands out, which SQLite does not know: two workers could have it
+        with self.queue_lock.open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            waiting = [t for t in self.trials() if t.state == WAITING]
+            # what was put back keeps its turn; study.ask() does the same by number alone
+            for frozen in sorted(waiting, key=lambda t: (t.user_attrs["attempt"] == 1, t.number)):
+                with contextlib.suppress(UpdateFinishedTrialError):
+                    if self.storage.set_trial_state_values(frozen._trial_id, RUNNING):
+                        return self.take(frozen, lock)
         return None
 
     def take(self, frozen: FrozenTrial, lock: Path) -> Trial | None:
@@ -692,13 +698,17 @@ def comes_back(attempts: list[FrozenTrial], retry: bool) -> bool:
     return retry or "back" in last or ("died" in last and deaths < MAX_DEATHS)
 
 
+def storage_file(where: str) -> Path | None:
+    """The file of a storage, None for a database that a server keeps."""
+    return Path(where.removeprefix("sqlite:///")) if "://" not in where or where.startswith("sqlite:///") else None
+
+
 def open_storage(where: str, create: bool) -> optuna.storages.BaseStorage:
     """Optuna's storage: a journal file, or the database of a URL. Without `create`, a missing file stays missing."""
-    path = Path(where.removeprefix("sqlite:///"))
-    is_file = "://" not in where or where.startswith("sqlite:///")
-    if is_file and not create and not path.exists():
+    path = storage_file(where)
+    if path and not create and not path.exists():
         return optuna.storages.InMemoryStorage()
-    if is_file:
+    if path:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if "://" not in where:
@@ -848,8 +858,8 @@ def prepare(spec: Spec, folder: Path, seed: int) -> tuple[str, ...]:
     left = spec.stages
     while left and STAGES[left[0]] in done:
         left = left[1:]
-    if "train" in left:
-        # a curve of an attempt that was killed is not this one's
+    if "train" in left and not (folder / CHECKPOINT).exists():
+        # a curve of an attempt that was killed is not this one's, unless the training goes on
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     return left
 
@@ -1363,5 +1373,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main_begins()
     sys.exit(main(sys.argv[1:]))

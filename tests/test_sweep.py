@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import fcntl
 import json
 import math
 import multiprocessing
@@ -347,6 +348,26 @@ def test_two_workers_never_run_one_trial(bench: Bench, workers: Callable[[Path],
         assert len(runs) == len(set(runs)) == 15, (storage, runs)
         # the first run of all waits until another has begun, which only another worker could do
         assert len({trial.user_attrs["worker"][1] for trial in bench.engine(study).trials()}) == 2, storage
+
+
+@pytest.mark.parametrize("storage", ["", "sqlite"])
+def test_a_trial_is_handed_out_under_a_lock(storage: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite has no locks of rows: two workers that look at the same time would both see that a trial waits."""
+    head = storage and f'storage = "sqlite:///{bench.room}/trials.db"'
+    engine = bench.engine(bench.write("", head=head, seeds="[1]"))
+    engine.enqueue()
+    hand_out, tried = engine.storage.set_trial_state_values, []
+
+    def looked_at(*args: object) -> bool:
+        with engine.queue_lock.open("a") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        tried.append(args)
+        return hand_out(*args)
+
+    monkeypatch.setattr(engine.storage, "set_trial_state_values", looked_at)
+    assert engine.claim(bench.room / "lock") and len(tried) == 1
+    with engine.queue_lock.open("a") as other:  # free again
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_equal_trials_in_the_queue_run_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
