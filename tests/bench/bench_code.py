@@ -13,10 +13,10 @@ import ast
 import copy
 
 import bench
-import bench_compress
 
 import pack_artifact
 
+RANS_ENCODER = "rans_frame rans_rows rans_prior MAGNITUDE_VARIANCE DRIFT_BITS rans_encode"
 LEVERS = {
     "CANONICAL_MASK": "canonical_mask canonical_check checked_mask canonical MASKED_WHEN masked_when banned",
     "HINTS=copy": "find_copies copied fit_copies copy_weights",
@@ -29,7 +29,9 @@ LEVERS = {
     "SENSITIVITY_FLOOR gains",
     "ARTIFACT_BYTES": "artifact_bytes filled",
     "trellis": "Viterbi encode_tcq trellis TCQ_CODES TCQ_ERROR tcq_states tcq_chunk_rows subsets follow",
-    "COMPRESSOR=rans": " ".join(bench_compress.ENCODER | bench_compress.DECODER) + " rans_unframe ROW_CLASSES",
+    "COMPRESSOR=rans": f"{RANS_ENCODER} rans_model rans_matrix rans_tables rans_decode rans_unframe RANS_BITS "
+    "RANS_HEAD RANS_ONE ROW_CLASSES",
+    "... of it, the encoder": RANS_ENCODER,
     "carried keys and values": "KVCache CarryLora carried_steps kv_cache",
 }
 

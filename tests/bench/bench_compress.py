@@ -1,5 +1,5 @@
 """Bytes and seconds of the coders on integer matrices, side by side: lrzip by group, brotli, LZMA, zstd, order-0
-entropy and COMPRESSOR=rans; and the bytes that each of rans's halves adds to the packed program.
+entropy and COMPRESSOR=rans. (What rans adds to the packed program: bench_code.py.)
 
     OMP_NUM_THREADS=1 python tests/bench/bench_compress.py NPZ ... [--coders rans lrzip ...]
 
@@ -11,7 +11,6 @@ grow with the model, which are the states of rans's lanes, is counted once. Seco
 
 from __future__ import annotations
 
-import ast
 import json
 import shutil
 import subprocess
@@ -26,9 +25,6 @@ import train_gpt
 
 SCALE = 36e6  # symbols of the contest model
 Matrices = list[tuple[str, np.ndarray]]
-ENCODER = {"rans_frame", "rans_rows", "rans_prior", "MAGNITUDE_VARIANCE", "DRIFT_BITS", "rans_encode"}
-DECODER = {"rans_model", "rans_matrix", "rans_tables", "rans_decode", "rans_unframe", "RANS_BITS", "RANS_HEAD"}
-DECODER |= {"RANS_ONE", "ROW_CLASSES"}
 
 
 def zstd(*flags: str) -> Callable[[bytes], bytes]:
@@ -89,28 +85,8 @@ def measure(matrices: Matrices, coders: list[str]) -> list[dict[str, object]]:
     return rows
 
 
-def defined(node: ast.stmt) -> set[str]:
-    """Names that a statement of the program defines."""
-    targets = node.targets if isinstance(node, ast.Assign) else []
-    return {getattr(node, "name", "")} | {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-
-
-def program_bytes(without: set[str]) -> int:
-    """Bytes of the program as packed (minified, brotli) without some of its definitions.
-
-    Without the decoder, the table of coders loses its entry too.
-    """
-    tree = ast.parse((bench.ROOT / "train_gpt.py").read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if not defined(node) & without]
-    if without & DECODER:
-        for table in (node for node in ast.walk(tree) if isinstance(node, ast.Dict)):
-            kept = [(k, v) for k, v in zip(table.keys, table.values, strict=True) if ast.unparse(k or v) != "'rans'"]
-            table.keys, table.values = [k for k, _ in kept], [v for _, v in kept]
-    return len(pack_artifact.compress(pack_artifact.minify(ast.unparse(tree)).encode()))
-
-
 def main() -> None:
-    """Measure each input, then the code; a table of each, and all as one JSON line."""
+    """Measure each input; a table of each, and all as one JSON line."""
     parser = bench.arguments(__doc__)
     parser.add_argument("inputs", nargs="+", type=Path)
     parser.add_argument("--coders", nargs="+", default=["lrzip", "brotli", "lzma", "zstd", "rans"])
@@ -123,9 +99,6 @@ def main() -> None:
         found[source.name] = rows = measure(matrices, args.coders)
         title = f"{source.name}: {sum(matrix.size for _, matrix in matrices):,} symbols"
         bench.table(title, columns, ([str(row.get(column, "")) for column in columns] for row in rows))
-    whole, decoding, none = (program_bytes(without) for without in (set(), ENCODER, ENCODER | DECODER))
-    found["code"] = {"decoder": decoding - none, "encoder and decoder": whole - none}
-    print(f"\ncode: decoder {decoding - none:,} bytes of the packed program, with the encoder {whole - none:,}")
     print("COMPRESS " + json.dumps(found))
 
 
