@@ -59,8 +59,9 @@ try:
     import train_gpt
     from records import rehearsal
     from records.black_box import free_port
+    from records.claims import CANONICAL, INVALID_TOTAL
     from records.rehearsal import Published, Rehearsal
-    from records.verify import CANONICAL, INVALID_TOTAL, at_least
+    from records.verify import at_least
     from train_gpt import Config, UserError
 except ImportError as missing:  # what the rest of the page needs
     sys.exit(f"FAIL      python       {missing}  -> pip install -r requirements.txt")
@@ -763,9 +764,9 @@ def judge_peak(peak: int | None, total: int) -> Finding:
     """Little room left; the CUDA context and NCCL need one or two GiB beside the allocator."""
     if peak is None:
         return Finding(WARN, "result.json has no peak_memory_mib", "did the steps run on the GPU? DEVICE=cuda")
-    text = f"training takes {peak:,} of {total:,} MiB; context and NCCL come on top"
+    text = f"training and evaluation take {peak:,} of {total:,} MiB; context and NCCL come on top"
     if peak > 0.9 * total:
-        return Finding(WARN, text, "raise BATCH_SLICES: micro-batches shrink, the step stays the same")
+        return Finding(WARN, text, "raise BATCH_SLICES, whose step stays the same, or lower TTT_BATCH_SIZE")
     return Finding(OK, text)
 
 

@@ -201,7 +201,7 @@ class Rehearsal(NamedTuple):
     start: float  # of the final evaluation: reading the artifact, compiling
     scoring: float  # of the sample
     sample: Sample
-    peak_mib: int | None  # of the training's allocator, on a GPU
+    peak_mib: int | None  # of the allocator over all stages, on a GPU
     wall: float
 
 
@@ -242,6 +242,8 @@ def knobs_of(cfg: Config, sample: Sample, data: Path, folder: Path) -> dict[str,
         "ARTIFACT_DIR": str(folder),
         "MODEL_PATH": "",
         "SCORES": "",
+        "CHECKPOINT_SECONDS": "0",
+        "MILESTONES": "none",
     }
 
 
