@@ -55,8 +55,6 @@ import brotli
 import numpy as np
 import python_minifier
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import train_gpt
@@ -861,6 +859,10 @@ PANELS = (  # key of the rows, their label, title, what the bars show, what red 
 
 def draw_inspection(report: dict[str, Any], path: Path) -> None:
     """A PNG with one panel of bars for each table that the report has."""
+    # half a second, which only a picture is worth
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     panels = [panel for panel in PANELS if report.get(panel[0])]
     figure = Figure(figsize=(5 * len(panels), 6), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)

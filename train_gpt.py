@@ -2504,6 +2504,7 @@ def chunked_delta_rule(
     (B, T, H, V) and the last S.
     """
     T, K = q.size(1), q.size(-1)
+    chunk = min(chunk, T)
     columns = q * K**-0.5, k, v, g, beta.unsqueeze(-1), starts[..., None].int()
     q, k, v, g, beta, starts = (to_chunks(x, chunk) for x in columns)
     # What a read at token i keeps of a write at token j of its chunk, (n, B, H, chunk, chunk); a start clears it
@@ -3980,7 +3981,9 @@ class Trainer:
         if self.metrics is None:
             return
         kept = ""
-        for line in self.metrics.read_text(encoding="utf-8").splitlines() if step else ():
+        # a curve that somebody has deleted is no reason to stop
+        text = self.metrics.read_text(encoding="utf-8") if step and self.metrics.is_file() else ""
+        for line in text.splitlines():
             with contextlib.suppress(ValueError):  # the interruption may have cut the last line
                 record = json.loads(line)
                 # a step begins with its validation, so that of this step comes again

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import queue
+import select
 import signal
 import socket
 import subprocess
@@ -22,15 +23,18 @@ import tempfile
 import threading
 import traceback
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 if __name__ == "__main__":
-    # else the first step of every forked run would import it
+    # what the toy size imports late, and every forked run would import again
+    import brotli  # noqa: F401
+    import numpy.ma
+    import sentencepiece  # noqa: F401
+    import torch
     import torch._dynamo  # noqa: F401
 
 PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -74,7 +78,7 @@ class Outcome(NamedTuple):
 
 
 class Server:
-    """The process that forks runs; it starts with the first one. room: a new folder. Use as a context."""
+    """The process that forks runs. room: a new folder. Use as a context; it needs seconds until the first run."""
 
     def __init__(self, room: Path) -> None:
         self.room, self.stack = room, contextlib.ExitStack()
@@ -82,17 +86,16 @@ class Server:
         self.numbers, self.waiting = itertools.count(), {}
 
     def __enter__(self) -> Server:
+        self.process = self.start()
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None and "process" in self.__dict__:
-            # a run may be under way
-            os.killpg(self.process.pid, signal.SIGKILL)
+    def __exit__(self, *_: object) -> None:
+        # it may still import torch, and after an error a run may be under way
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.stack.close()
 
-    @functools.cached_property
-    def process(self) -> subprocess.Popen:
-        """The process, with pipes."""
+    def start(self) -> subprocess.Popen:
+        """Start the process, with pipes."""
         for name in ("home", "tmp"):
             (self.room / name).mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-P", str(Path(__file__).resolve())]
@@ -155,17 +158,18 @@ class BlackBox:
         """Run the program by a Python of its own."""
         place, env = self.prepare(knobs)
         try:
-            done = subprocess.run(
-                [sys.executable, self.script, *args],
-                env=env,
-                cwd=place,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=TIME_LIMIT,
-                check=False,
-                start_new_session=True,
-            )
+            with self.server.free:
+                done = subprocess.run(
+                    [sys.executable, self.script, *args],
+                    env=env,
+                    cwd=place,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    timeout=TIME_LIMIT,
+                    check=False,
+                    start_new_session=True,
+                )
         except subprocess.TimeoutExpired:
             return Outcome(-1, f"no end after {TIME_LIMIT} s", place, place / "out")
         return Outcome(done.returncode, done.stdout.decode("utf-8", "replace"), place, Path(env["ARTIFACT_DIR"]))
@@ -207,6 +211,8 @@ def run_rank(code: types.CodeType, script: str, place: str, output: str, environ
     """The forked child: the program as __main__, then exit."""
     status: Any = 1
     try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.alarm(TIME_LIMIT)
         os.environ.clear()
         os.environ.update(environ)
@@ -232,52 +238,81 @@ def run_rank(code: types.CodeType, script: str, place: str, output: str, environ
         os._exit(status if isinstance(status, int) else int(status is not None))
 
 
-def fork_ranks(run: Callable[[dict[str, str]], None], environs: list[dict[str, str]]) -> list[int]:
-    """Fork a child for each rank that calls run(its environment), which must not return.
+class Ranks:
+    """Forked children, one for each rank, that call run(its environment), which must not return."""
 
-    Returns the exit codes in the ranks' order; when one fails, the others, which would wait for it, are killed.
-    """
-    children = {}
-    for rank, environ in enumerate(environs):
-        pid = os.fork()
-        if pid == 0:
-            run(environ)
-        children[pid] = rank
-    codes = [0] * len(children)
-    while children:
-        pid, status = os.wait()
-        codes[children.pop(pid)] = os.waitstatus_to_exitcode(status)
-        if status != 0:
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-    return codes
+    def __init__(self, run: Callable[[dict[str, str]], None], environs: list[dict[str, str]]) -> None:
+        self.children, self.codes = {}, [0] * len(environs)
+        for rank, environ in enumerate(environs):
+            pid = os.fork()
+            if pid == 0:
+                run(environ)
+            self.children[pid] = rank
+
+    def ended(self, pid: int, status: int) -> bool:
+        """Note how a child ended; return whether it was the last. When one fails, the others, which would wait for it,
+        are killed."""
+        self.codes[self.children.pop(pid)] = os.waitstatus_to_exitcode(status)
+        for other in self.children if status != 0 else ():
+            os.kill(other, signal.SIGKILL)
+        return not self.children
+
+
+def fork_ranks(run: Callable[[dict[str, str]], None], environs: list[dict[str, str]]) -> list[int]:
+    """Run ranks in children, of which there are no others; return their exit codes in the ranks' order."""
+    ranks = Ranks(run, environs)
+    while not ranks.ended(*os.wait()):
+        pass
+    return ranks.codes
+
+
+def lines_and_deaths() -> Iterator[str | None]:
+    """Yield each line of standard input, and None whenever a child may have ended."""
+    died, deaths = os.pipe()
+    os.set_blocking(deaths, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(deaths)
+    begun = b""
+    while True:
+        ready, _, _ = select.select([0, died], [], [])
+        if died in ready:
+            os.read(died, 512)
+            yield None
+        if 0 in ready:
+            data = os.read(0, 2**16)
+            if not data:
+                return
+            *lines, begun = (begun + data).split(b"\n")
+            yield from map(bytes.decode, lines)
 
 
 def serve() -> None:
     """Answer each line of standard input, [number, script, directory, the ranks' environments, output], with
-    [number, exit codes], when that run has ended: runs go on side by side, each watched by a child of its own."""
-    answers = os.dup(1)
+    [number, exit codes], when that run has ended: runs go on side by side."""
+    answers, running = os.dup(1), []
     known: dict[bytes, types.CodeType] = {}
-    # nobody waits for those children
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    for line in sys.stdin:
+    for line in lines_and_deaths():
+        while line is None and running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            number, ranks = next(run for run in running if pid in run[1].children)
+            if ranks.ended(pid, status):
+                running.remove((number, ranks))
+                os.write(answers, f"{json.dumps([number, ranks.codes])}\n".encode())
+        if line is None:
+            continue
         number, script, place, environs, output = json.loads(line)
-        source, codes = Path(script).read_bytes(), [1]
+        source = Path(script).read_bytes()
         try:
-            if source not in known:
+            # Triton reads the functions of a program from its file
+            if source not in known or not Path(known[source].co_filename).exists():
                 known[source] = compile(source, script, "exec", dont_inherit=True)
         except (SyntaxError, ValueError) as error:
             Path(output).write_text(f"{script}: {error}\n", encoding="utf-8")
-            os.write(answers, f"{json.dumps([number, codes])}\n".encode())
+            os.write(answers, f"{json.dumps([number, [1]])}\n".encode())
             continue
-        if os.fork() == 0:
-            try:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                codes = fork_ranks(functools.partial(run_rank, known[source], script, place, output), environs)
-            finally:
-                # one write of a short line: answers do not mix
-                os.write(answers, f"{json.dumps([number, codes])}\n".encode())
-                os._exit(0)
+        running.append((number, Ranks(functools.partial(run_rank, known[source], script, place, output), environs)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pack_artifact import CAP_BYTES
 from records import papers
-from train_gpt import LOCAL_KNOBS, Config, load_config
+from train_gpt import LOCAL_KNOBS, Config, load_config, read_preset
 
 BUDGET_SECONDS = 600.0
 CLOCK_SLACK = 0.5  # seconds between two clocks that were read one after the other
@@ -64,6 +65,11 @@ class Candidate:
     def cfg(self) -> Config:
         """The configuration of its runs."""
         return load_config(self.values)
+
+
+def preset_sha256(folder: Path) -> str:
+    """Hash the knobs in a preset, over those of its BASE; comments and the order of lines do not count."""
+    return hashlib.sha256(json.dumps(read_preset(str(folder)), sort_keys=True).encode()).hexdigest()
 
 
 def number(value: Any) -> float | None:

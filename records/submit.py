@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from records import papers  # noqa: E402  (needs the line above)
-from records.verify import BUDGET_SECONDS, CAP_BYTES, FAIL, preset_sha256  # noqa: E402
+from records.claims import BUDGET_SECONDS, CAP_BYTES, FAIL, preset_sha256  # noqa: E402
 from train_gpt import LOCAL_KNOBS, UserError, atomic_write, preset_layers, read_preset  # noqa: E402
 
 BEGIN, END = "<!-- results: written by records/submit.py -->", "<!-- end of results -->"

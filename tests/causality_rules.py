@@ -1,6 +1,6 @@
 """Questions to an evaluator from inside the program, with every score in the order of scoring: C1 to C4 in one process.
 
-The judge (records/verify.py) asks the same of whole programs from outside; here models need no training and no run, so
+The judge (records/judge.py) asks the same of whole programs from outside; here models need no training and no run, so
 a matrix of evaluators and structures can be asked, and learning is seen as well as scoring.
 """
 

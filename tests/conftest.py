@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, settings
 
 import pack_artifact
 import train_gpt
-from records import verify
+from records import judge
 from records.black_box import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,7 +249,7 @@ def tiny_data(once: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def caseops_sample(once: Callable[..., Path]) -> Path:
     """Short texts of Python's own documentation as shards, through CaseOps, with the byte sidecar."""
-    return once("caseops", lambda room: verify.toy_documents(room, int(TOY["VOCAB_SIZE"]))) / "shards"
+    return once("caseops", lambda room: judge.toy_documents(room, int(TOY["VOCAB_SIZE"]))) / "shards"
 
 
 class ToyRun(NamedTuple):

@@ -26,7 +26,7 @@ from prepare import Options
 from word_bpe import WordBPE
 
 import train_gpt
-from records import verify
+from records import judge
 from records.claims import FAIL, Candidate
 from train_gpt import UserError
 
@@ -505,8 +505,8 @@ def test_audit_and_judge_refuse_fused_data_that_does_not_fit(
     values = {"VOCAB_SIZE": "400", "EVAL_SEQ_LEN": "64"}
 
     def judged(folder: Path) -> dict[str, str]:
-        found = Candidate("preset", "x", b"", values, values, data=folder, tokenizer=verify.tokenizer_in(folder))
-        checks = verify.byte_checks(found, verify.read_stream(folder))
+        found = Candidate("preset", "x", b"", values, values, data=folder, tokenizer=judge.tokenizer_in(folder))
+        checks = judge.byte_checks(found, judge.read_stream(folder))
         return {check.name: check.detail for check in checks if check.status == FAIL}
 
     assert judged(fused) == judged(prepared)  # the same counts in every message

@@ -157,6 +157,14 @@ def test_a_checkpoint_of_another_run_is_refused_and_time_before_it_counts(
     assert "interrupted" not in run_gpt(**ALWAYS, MATRIX_LR="0.5", OVERWRITE="1").out
 
 
+def test_a_deleted_curve_does_not_stop_a_run_that_goes_on(run_gpt: Callable[..., Done], tmp_path: Path) -> None:
+    with interrupted_at(4):
+        run_gpt(**ALWAYS, TRAIN_LOG_EVERY="1", code=130)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    steps = [row["step"] for row in curve(run_gpt(**ALWAYS, TRAIN_LOG_EVERY="1")) if "train_loss" in row]
+    assert steps and min(steps) > 4 - 1, steps
+
+
 def test_a_checkpoint_that_cannot_be_written_is_a_warning(
     run_gpt: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:

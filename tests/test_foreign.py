@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT
 
 from pack_artifact import CAP_BYTES
-from records import foreign, foreign_rules, foreign_source, verify
+from records import foreign, foreign_rules, foreign_source, judge, verify
 from records.claims import FAIL, PASS, UNKNOWN, Check
 
 MODEL = """import os
@@ -203,7 +203,7 @@ def test_a_clean_folder_has_no_failure_and_stays_undecided(tmp_path: Path) -> No
     # nothing in these logs says which program wrote them, and no question of a run is answered
     for name in ("log origin", *(question for question, _ in foreign.RUN_QUESTIONS)):
         assert status(checks, name) == UNKNOWN, name
-    assert verify.summary(*foreign.open_foreign(tmp_path))["legal"] is None
+    assert judge.summary(*foreign.open_foreign(tmp_path))["legal"] is None
 
 
 def test_our_own_program_has_no_finding_that_fails(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def pattern_of(part: ast.AST) -> str:
 def check_patterns() -> set[str]:
     """Patterns of the names that the judge gives to checks, without what is in brackets; from its source."""
     found = set()
-    for name in ("verify", "claims", "foreign"):
+    for name in ("judge", "claims", "foreign"):
         tree = ast.parse((ROOT / "records" / f"{name}.py").read_text(encoding="utf-8"))
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
             local = {ast.unparse(t): v for node in ast.walk(function) for t, v in foreign_source.assigned(node)}
