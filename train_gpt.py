@@ -725,6 +725,10 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "COMPRESSOR={c.compressor} spends one more bit per weight on gptq_tcq, as it does not know the trellis; say "
         "COMPRESSOR=rans",
     ),
+    (
+        lambda c: any(not 0 < step <= c.iterations for step in c.milestones),
+        "MILESTONES={c.milestones} must be steps of the training, 1 to ITERATIONS={c.iterations}",
+    ),
     (lambda c: not c.ttt_lora_sites, "TTT_LORA_SITES is empty; to adapt nothing say TTT_LORA_LR=0"),
     (
         lambda c: not c.ttt_trainable,

@@ -84,14 +84,17 @@ class Server:
         self.room, self.stack = room, contextlib.ExitStack()
         self.lock, self.free = threading.Lock(), threading.BoundedSemaphore(PROCESSORS)
         self.numbers, self.waiting = itertools.count(), {}
+        self.launched: list[subprocess.Popen] = []  # runs with a Python of their own
 
     def __enter__(self) -> Server:
         self.process = self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        # it may still import torch, and after an error a run may be under way
-        os.killpg(self.process.pid, signal.SIGKILL)
+        # it may still import torch, and after an error or Ctrl-C runs may be under way
+        for process in (self.process, *self.launched):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
         self.stack.close()
 
     def start(self) -> subprocess.Popen:
@@ -157,22 +160,16 @@ class BlackBox:
     def launch(self, *args: str, **knobs: str) -> Outcome:
         """Run the program by a Python of its own."""
         place, env = self.prepare(knobs)
-        try:
-            with self.server.free:
-                done = subprocess.run(
-                    [sys.executable, self.script, *args],
-                    env=env,
-                    cwd=place,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    timeout=TIME_LIMIT,
-                    check=False,
-                    start_new_session=True,
-                )
-        except subprocess.TimeoutExpired:
-            return Outcome(-1, f"no end after {TIME_LIMIT} s", place, place / "out")
-        return Outcome(done.returncode, done.stdout.decode("utf-8", "replace"), place, Path(env["ARTIFACT_DIR"]))
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        command = [sys.executable, self.script, *args]
+        with self.server.free, subprocess.Popen(command, env=env, cwd=place, start_new_session=True, **streams) as run:
+            self.server.launched.append(run)
+            try:
+                output, _ = run.communicate(timeout=TIME_LIMIT)
+            except subprocess.TimeoutExpired:
+                os.killpg(run.pid, signal.SIGKILL)
+                return Outcome(-1, f"no end after {TIME_LIMIT} s", place, place / "out")
+        return Outcome(run.returncode, output.decode("utf-8", "replace"), place, Path(env["ARTIFACT_DIR"]))
 
     def fork(self, ranks: int = 1, **knobs: str) -> Outcome:
         """Run the program on some ranks, each forked from the server."""

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -254,6 +255,7 @@ EVERY_PLACE = {
 }
 LENGTHS = (17, 9, 18, 16, 3, 17, 10, 22, 2, 23, 14, 25)
 SHORT, LONG = 64, 3  # targets of it where one change tries a place in few rows; places tried in long streams
+BEGINNING = 200  # tokens of a document at full size
 # The same, with nothing carried from document to document, or from row to row.
 ALONE = {
     "TTT_WARM_START_A": "0",
@@ -513,17 +515,23 @@ def every_id(stream: Stream, vocab: int, length: int, place: int, rng: np.random
 def distribution_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Check]:
     """C2: over each id of the vocabulary as a target the probabilities sum to 1; what is before is scored alike.
 
-    At every place of short documents; a large vocabulary is asked at one place before and one after the first update.
+    At every place of short documents; a large vocabulary once, after the first update where chunks may be short.
     """
     cfg = bench.cfg
-    vocab, chunk = cfg.vocab_size, {"carry": 8}.get(cfg.ttt_context, 3)
-    length = max(6, chunk + 2)
-    places = list(range(1, length)) if vocab <= 2048 else [chunk - 1, length - 1]
+    vocab, large = cfg.vocab_size, cfg.vocab_size > 2048
+    # carried keys and values have chunks of 8 and more
+    chunk = {"carry": 8}.get(cfg.ttt_context, 1 if large else 3)
+    length = 3 if large else max(6, chunk + 2)
+    places = [length - 1] if large else list(range(1, length))
     rows = np.concatenate([every_id(stream, vocab, length, place, bench.rng) for place in places])
     tokens = np.append(rows.reshape(-1), BOS_ID)
-    size = {"EVAL_SEQ_LEN": length, "EVAL_STRIDE": length, "TTT_CHUNK_SIZE": chunk, "TTT_EVAL_SEQ_LEN": 2 * length}
+    size = {"EVAL_SEQ_LEN": length, "EVAL_STRIDE": length, "TTT_CHUNK_SIZE": chunk}
     # many steps: some faults show in one of forty
-    size |= {"TTT_BATCH_SIZE": 50, "TTT_CHUNK_TOKENS": 64 * length}
+    size |= {
+        "TTT_BATCH_SIZE": 50,
+        "TTT_CHUNK_TOKENS": 64 * length,
+        "TTT_EVAL_SEQ_LEN": 2 * (chunk if large else length),
+    }
     numbers = STREAMS | ALONE | {key: str(value) for key, value in size.items()}
     found = bench.score(
         Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7)), **knobs_for(cfg, numbers, 64 * length)
@@ -1012,13 +1020,15 @@ def claimed_sums(bench: Bench, stream: Stream | None) -> Iterator[Check]:
 
 def causal_stream(candidate: Candidate, stream: Stream | None, documents: int) -> Stream:
     """Return the stream of C1 to C3: so many documents of the given data, else seeded ones. Byte counts are made up."""
-    if stream is None:
-        return seeded_stream(candidate.cfg.vocab_size, 300 * documents)
-    tokens = stream.tokens
+    tokens = (stream or seeded_stream(candidate.cfg.vocab_size, 300 * documents)).tokens
     if candidate.kind == "preset":  # validation alone is short
         tokens = np.concatenate([tokens, read_shards(candidate.data, "train")])
-    ends = np.append(np.flatnonzero(tokens == BOS_ID), len(tokens) - 1)
-    tokens = tokens[: ends[min(documents, len(ends) - 1)] + 1]
+    ends = np.append(np.flatnonzero(tokens == BOS_ID), len(tokens) - 1)[: documents + 1]
+    if candidate.kind == "preset":
+        tokens = tokens[: ends[-1] + 1]
+    else:  # a program of full size takes its time
+        parts = (tokens[start : min(end, start + BEGINNING)] for start, end in itertools.pairwise(ends))
+        tokens = np.append(np.concatenate([*parts]), BOS_ID)
     whole = Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7))
     return cut_to(whole, len(tokens) - 1 - (len(tokens) - 1) % int(STREAMS["EVAL_SEQ_LEN"]))
 
@@ -1084,13 +1094,16 @@ def print_verdict(verdict: dict[str, Any]) -> None:
 
 def run_target(args: argparse.Namespace, server: Server) -> tuple[Candidate, list[Check]]:
     """Open what the command line names, run all checks on it, and return both."""
-    with tempfile.TemporaryDirectory() as name:
-        candidate = open_candidate(args, Path(name))
-        bench = Bench(candidate, server, Path(name))
-        # a run of a full-size program takes minutes
-        probes = (0 if candidate.kind == "preset" else LONG, LONG) if args.probes is None else (args.probes,) * 2
-        documents = args.documents or (8 if candidate.kind == "preset" else 3)
-        return candidate, list(judge(bench, documents, probes))
+    # after an error runs may write there until the server ends
+    room = Path(tempfile.mkdtemp(dir=server.room))
+    candidate = open_candidate(args, room)
+    bench = Bench(candidate, server, room)
+    # a run of a full-size program takes minutes
+    probes = (0 if candidate.kind == "preset" else LONG, LONG) if args.probes is None else (args.probes,) * 2
+    documents = args.documents or (8 if candidate.kind == "preset" else 3)
+    checks = list(judge(bench, documents, probes))
+    shutil.rmtree(room, ignore_errors=True)
+    return candidate, checks
 
 
 def judge_target(args: argparse.Namespace, server: Server) -> int:

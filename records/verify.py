@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     if args.all == (args.target is not None):
         parser.error("give one record folder, run folder or packed file, or --all")
     try:
-        with tempfile.TemporaryDirectory() as room, Server(Path(room)) as server:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as room, Server(Path(room)) as server:
             # the server imports torch at the same time
             from records import judge  # noqa: PLC0415
 

@@ -719,6 +719,13 @@ def test_wrong_targets_are_one_line(run_folder: Path, tmp_path: Path, capsys: py
         assert stop.value.code == 2 and "not a whole number" in capsys.readouterr().err
 
 
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_ctrl_c_is_one_line() -> None:
     """While modules load, and while a program trains: as a terminal does, to all processes of the group."""
     command = [sys.executable, str(ROOT / "records" / "verify.py"), str(record_named("PR1915"))]
@@ -728,15 +735,16 @@ def test_ctrl_c_is_one_line() -> None:
         )
         tasks = Path(f"/proc/{process.pid}/task")
         time.sleep(0.5)  # Python itself has started
-        children = 0
+        children = []
         # until it trains: beside the process that forks runs there is one of the program's own
-        while wait and process.poll() is None and children < 2:
+        while wait and process.poll() is None and len(children) < 2:
             time.sleep(0.1)
             with contextlib.suppress(OSError):  # a thread may just end
-                children = sum(len(path.read_text().split()) for path in tasks.glob("*/children"))
+                children = [pid for path in tasks.glob("*/children") for pid in path.read_text().split()]
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=120)
         assert process.returncode == 130 and error == "error: interrupted; no verdict was written\n"
+        assert not [pid for pid in children if is_running(pid)], "nothing goes on"
 
 
 def test_verdict_is_undecided_when_a_question_stays_open(toy: Candidate) -> None:
