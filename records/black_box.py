@@ -255,14 +255,6 @@ class Ranks:
         return not self.children
 
 
-def fork_ranks(run: Callable[[dict[str, str]], None], environs: list[dict[str, str]]) -> list[int]:
-    """Run ranks in children, of which there are no others; return their exit codes in the ranks' order."""
-    ranks = Ranks(run, environs)
-    while not ranks.ended(*os.wait()):
-        pass
-    return ranks.codes
-
-
 def lines_and_deaths() -> Iterator[str | None]:
     """Yield each line of standard input, and None whenever a child may have ended."""
     died, deaths = os.pipe()

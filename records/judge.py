@@ -255,7 +255,7 @@ EVERY_PLACE = {
 }
 LENGTHS = (17, 9, 18, 16, 3, 17, 10, 22, 2, 23, 14, 25)
 SHORT, LONG = 64, 3  # targets of it where one change tries a place in few rows; places tried in long streams
-BEGINNING = 200  # tokens of a document at full size
+BEGINNING, LARGE = 200, 2048  # at full size: tokens of a document; ids above which C2 is asked at one place
 # The same, with nothing carried from document to document, or from row to row.
 ALONE = {
     "TTT_WARM_START_A": "0",
@@ -518,7 +518,7 @@ def distribution_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Ch
     At every place of short documents; a large vocabulary once, after the first update where chunks may be short.
     """
     cfg = bench.cfg
-    vocab, large = cfg.vocab_size, cfg.vocab_size > 2048
+    vocab, large = cfg.vocab_size, cfg.vocab_size > LARGE
     # carried keys and values have chunks of 8 and more
     chunk = {"carry": 8}.get(cfg.ttt_context, 1 if large else 3)
     length = 3 if large else max(6, chunk + 2)

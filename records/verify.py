@@ -20,8 +20,9 @@ contest's conditions, issue 1017):
             or further left in the same row; steps must follow the text. A stream of 64 or 176 targets is cut at every
             place, in order: the first that fails is the first leak. Longer streams, and one under the record's own
             numbers, are cut in some steps. Other byte counts must change no score.
-  C2        Hundreds of documents with one beginning and each id of the vocabulary at one place, for every place: the
-            probabilities must sum to 1 there, and what comes before must be scored alike in all of them.
+  C2        Hundreds of documents with one beginning and each id of the vocabulary at one place, for every place (of a
+            vocabulary of more than 2,048 ids for one): the probabilities must sum to 1 there, and what comes before
+            must be scored alike in all of them.
   ranks     The same scores from two ranks and from eight, from other batch sizes where a preset does not depend on
             them, and the same sums from a run that nobody asks for SCORES.
   bytes: the denominator again from the ids, through tokenizer and CaseOps decoder. split: documents that training and

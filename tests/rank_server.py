@@ -17,7 +17,7 @@ import torch
 import torch._dynamo  # noqa: F401  (or the first step of every rank imports it)
 
 import train_gpt
-from records.black_box import fork_ranks
+from records.black_box import Ranks
 
 TIME_LIMIT = 600  # seconds: ranks that wait for each other for ever
 
@@ -46,5 +46,7 @@ if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         argv, environments, output = json.loads(line)
-        codes = fork_ranks(functools.partial(run_rank, argv, output), environments)
-        print(json.dumps(codes), file=answers, flush=True)
+        ranks = Ranks(functools.partial(run_rank, argv, output), environments)
+        while not ranks.ended(*os.wait()):
+            pass
+        print(json.dumps(ranks.codes), file=answers, flush=True)

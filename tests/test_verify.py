@@ -323,6 +323,16 @@ def test_planted_faults_are_caught(
     assert name in failed(checks), [check for check in checks if check.status != PASS]
 
 
+@pytest.mark.parametrize("end", ["PR1915", "CarryTTT"])
+def test_a_large_vocabulary_is_asked_at_one_place(
+    end: str, bench_of: Callable[..., judge.Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "LARGE", 100)
+    honest = list(distributions(bench_of(end)))
+    assert {check.status for check in honest} == {PASS} and any("each of 1 places" in c.detail for c in honest)
+    assert "C2 sums to 1" in failed(distributions(bench_of(end, altered("0.95 * nats"))))
+
+
 def test_mask_and_tilts_keep_the_rules(bench_of: Callable[..., judge.Bench]) -> None:
     """On the judge's streams, with pairs that no tokenizer writes."""
     bench = bench_of("PR1915", CANONICAL_MASK="eval", HINTS="tilt")
