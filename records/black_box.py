@@ -118,7 +118,7 @@ class Server:
         for place in list(self.waiting.values()):
             place.put(None)
 
-    def run(self, order: list[Any]) -> list[int]:
+    def run(self, order: list[Any]) -> list[int | None]:
         """Return the exit codes of [script, directory, the ranks' environments, output]."""
         with self.free:
             with self.lock:
@@ -239,7 +239,8 @@ class Ranks:
     """Forked children, one for each rank, that call run(its environment), which must not return."""
 
     def __init__(self, run: Callable[[dict[str, str]], None], environs: list[dict[str, str]]) -> None:
-        self.children, self.codes = {}, [0] * len(environs)
+        self.children = {}
+        self.codes: list[int | None] = [0] * len(environs)  # None: killed, because another rank failed
         for rank, environ in enumerate(environs):
             pid = os.fork()
             if pid == 0:
@@ -249,8 +250,11 @@ class Ranks:
     def ended(self, pid: int, status: int) -> bool:
         """Note how a child ended; return whether it was the last. When one fails, the others, which would wait for it,
         are killed."""
-        self.codes[self.children.pop(pid)] = os.waitstatus_to_exitcode(status)
-        for other in self.children if status != 0 else ():
+        rank = self.children.pop(pid)
+        if self.codes[rank] is not None:
+            self.codes[rank] = os.waitstatus_to_exitcode(status)
+        for other, waiting in self.children.items() if status != 0 else ():
+            self.codes[waiting] = None
             os.kill(other, signal.SIGKILL)
         return not self.children
 

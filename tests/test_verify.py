@@ -400,6 +400,12 @@ def test_a_server_outlives_the_folder_of_a_program(server: Server, tmp_path: Pat
         shutil.rmtree(tmp_path / name)
 
 
+def test_a_run_ends_with_the_code_of_the_rank_that_failed(server: Server, tmp_path: Path) -> None:
+    """The others, killed because they would wait for it, are not what went wrong."""
+    program = 'import os, sys, time; time.sleep(600) if os.environ["RANK"] == "0" else sys.exit(2)'
+    assert BlackBox(server, tmp_path, "p.py", {"p.py": program.encode()}, {}).fork(ranks=2).code == 2
+
+
 def test_scores_that_do_not_repeat_are_undecided(bench_of: Callable[..., judge.Bench]) -> None:
     bench = bench_of("PR1915", altered("nats + 1e-3 * float(np.random.default_rng().normal())"), EVAL="plain")
     stream = judge.first_documents(stream_of(bench), 300)
