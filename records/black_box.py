@@ -298,9 +298,11 @@ def serve() -> None:
         number, script, place, environs, output = json.loads(line)
         source = Path(script).read_bytes()
         try:
-            # Triton reads the functions of a program from its file
-            if source not in known or not Path(known[source].co_filename).exists():
-                known[source] = compile(source, script, "exec", dont_inherit=True)
+            if source not in known:
+                # Triton reads the functions of a program from its file, and those of runs are deleted
+                kept = Path.cwd() / f"{len(known)}.py"
+                kept.write_bytes(source)
+                known[source] = compile(source, kept, "exec", dont_inherit=True)
         except (SyntaxError, ValueError) as error:
             Path(output).write_text(f"{script}: {error}\n", encoding="utf-8")
             os.write(answers, f"{json.dumps([number, [1]])}\n".encode())

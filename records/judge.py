@@ -105,6 +105,11 @@ class Stream(NamedTuple):
     sizes: np.ndarray | None
 
 
+def made_up(tokens: np.ndarray) -> Stream:
+    """Return the stream of tokens with byte counts that only tell tokens apart."""
+    return Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7))
+
+
 def read_shard(path: Path) -> np.ndarray:
     """Return the numbers in a shard, (N,) int64. UserError if it is damaged."""
     data = path.read_bytes()
@@ -173,6 +178,15 @@ def scored(outcome: Outcome, length: int) -> Scored:
     return found._replace(stray=int((~good).sum()))
 
 
+def joined(parts: list[Scored]) -> Scored:
+    """The scores of streams that follow one another: what ends each begins the next."""
+    whole = parts[0]
+    for part in parts[1:]:
+        values = {name: np.append(getattr(whole, name), getattr(part, name)[1:]) for name in ("nats", "step", "count")}
+        whole = whole._replace(stray=whole.stray + part.stray, **values)
+    return whole
+
+
 class Bench:
     """A candidate that can score any stream: its black box, and the folders of data that the judge writes for it."""
 
@@ -237,12 +251,12 @@ STREAMS = {
     "TTT_BATCH_SIZE": "8",
     "TTT_CHUNK_SIZE": "48",
     "TTT_LORA_LR": "0.003",
-    "TTT_CHUNK_TOKENS": "512",
+    "TTT_CHUNK_TOKENS": "192",
     "PHASED_TTT_PREFIX_DOCS": "8",
     "PHASED_TTT_NUM_PHASES": "2",
-    "GLOBAL_TTT_CHUNK_TOKENS": "512",
+    "GLOBAL_TTT_CHUNK_TOKENS": "192",
 }
-# The same for a stream so short that a run for each of its places is cheap; documents with their start: 176 targets.
+# The same for a stream so short that a run for each of its places is cheap.
 EVERY_PLACE = {
     "EVAL_SEQ_LEN": "16",
     "EVAL_STRIDE": "8",
@@ -251,11 +265,16 @@ EVERY_PLACE = {
     "TTT_CHUNK_SIZE": "8",
     "TTT_CHUNK_TOKENS": "16",
     "PHASED_TTT_PREFIX_DOCS": "4",
-    "GLOBAL_TTT_CHUNK_TOKENS": "24",
+    "PHASED_TTT_NUM_PHASES": "1",
+    "GLOBAL_TTT_CHUNK_TOKENS": "12",
 }
-LENGTHS = (17, 9, 18, 16, 3, 17, 10, 22, 2, 23, 14, 25)
-SHORT, LONG = 64, 3  # targets of it where one change tries a place in few rows; places tried in long streams
-BEGINNING, LARGE = 200, 2048  # at full size: tokens of a document; ids above which C2 is asked at one place
+# Its documents with their starts. Five have one or three chunks, in few steps; eight are one for each of eight ranks.
+LENGTHS = (17, 4, 4, 4, 3, 16, 9, 7, 2, 18, 22, 23, 14, 25)
+FIVE, EIGHT = sum(LENGTHS[:5]), sum(LENGTHS[:8])
+SHORT = 64  # targets of it where documents follow each other in one row
+LONG = 3  # places tried in long streams
+BEGINNING = 128  # tokens of a document at full size
+LARGE, PARTS = 2048, 4  # ids above which C2 is asked at one place, in so many runs
 # The same, with nothing carried from document to document, or from row to row.
 ALONE = {
     "TTT_WARM_START_A": "0",
@@ -266,16 +285,17 @@ ALONE = {
 }
 
 
-def knobs_for(cfg: Any, numbers: dict[str, str], tokens_per_step: int) -> dict[str, str]:
-    """Return numbers for an evaluation, with about so many tokens in a step of packed text."""
-    size = tokens_per_step * cfg.batch_slices
+def knobs_for(cfg: Any, numbers: dict[str, str], tokens_per_step: int, rank: int = 4) -> dict[str, str]:
+    """Return numbers for an evaluation, with about so many tokens in a step of packed text, and adapters of a rank."""
     most = int(numbers.get("TTT_CHUNK_SIZE", 48))
     chunks = ",".join(str(part._replace(value=min(part.value, most))) for part in cfg.ttt_chunk_size)
     epochs = str(min(cfg.ttt_epochs, 1))  # passes over the same tokens take the same path
     # adapters of full rank, one set a row, cost more than the model; the scale stays
-    rank = min(cfg.ttt_lora_rank, 4)
+    rank = min(cfg.ttt_lora_rank, rank)
     own = {"TTT_LORA_RANK": str(rank), "TTT_LORA_ALPHA": str(cfg.ttt_lora_alpha * rank / cfg.ttt_lora_rank)}
-    return {"TTT_EPOCHS": epochs} | own | numbers | {"VAL_BATCH_TOKENS": str(size), "TTT_CHUNK_SIZE": chunks}
+    # a gradient of one part: each part is a pass through the model
+    size = {"BATCH_SLICES": "1", "VAL_BATCH_TOKENS": str(tokens_per_step), "TTT_CHUNK_SIZE": chunks}
+    return {"TTT_EPOCHS": epochs} | own | numbers | size
 
 
 def documents_apart(cfg: Any) -> str:
@@ -515,27 +535,28 @@ def every_id(stream: Stream, vocab: int, length: int, place: int, rng: np.random
 def distribution_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Check]:
     """C2: over each id of the vocabulary as a target the probabilities sum to 1; what is before is scored alike.
 
-    At every place of short documents; a large vocabulary once, after the first update where chunks may be short.
+    At the places of short documents, in the middle of long chunks apart; a large vocabulary once, after the first
+    update where chunks may be short.
     """
     cfg = bench.cfg
     vocab, large = cfg.vocab_size, cfg.vocab_size > LARGE
     # carried keys and values have chunks of 8 and more
-    chunk = {"carry": 8}.get(cfg.ttt_context, 1 if large else 3)
-    length = 3 if large else max(6, chunk + 2)
-    places = [length - 1] if large else list(range(1, length))
+    chunk = {"carry": 8}.get(cfg.ttt_context, 2 if large else 3)
+    # a large vocabulary: two chunks, and one update between them
+    length = 2 * chunk if large else max(6, chunk + 2)
+    places = [chunk + 1] if large else sorted({1, 2, chunk - 1, chunk, *range(chunk + 1, length)})
     rows = np.concatenate([every_id(stream, vocab, length, place, bench.rng) for place in places])
-    tokens = np.append(rows.reshape(-1), BOS_ID)
+    parts = [made_up(np.append(part, BOS_ID)) for part in np.array_split(rows, PARTS if large else 1)]
     size = {"EVAL_SEQ_LEN": length, "EVAL_STRIDE": length, "TTT_CHUNK_SIZE": chunk}
     # many steps: some faults show in one of forty
     size |= {
         "TTT_BATCH_SIZE": 50,
         "TTT_CHUNK_TOKENS": 64 * length,
-        "TTT_EVAL_SEQ_LEN": 2 * (chunk if large else length),
+        "TTT_EVAL_SEQ_LEN": {"carry": length}.get(cfg.ttt_context, chunk) if large else 2 * length,
     }
     numbers = STREAMS | ALONE | {key: str(value) for key, value in size.items()}
-    found = bench.score(
-        Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7)), **knobs_for(cfg, numbers, 64 * length)
-    )
+    knobs = knobs_for(cfg, numbers, 64 * length, rank=1 if large else 4)
+    found = joined(list(bench.score_each(parts, **knobs)))
     yield coverage_check(found, dataclasses.replace(cfg, eval_seq_len=length), f"{label}, every id")
     adapts = {"doc_lora": True, "phased_lora": True}.get(cfg.eval, False)
     off, spread = [], 0.0
@@ -555,23 +576,28 @@ def distribution_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Ch
 def rank_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Check]:
     """The same scores from two ranks and from eight, whose sums are held against SCORES too, from other batch sizes,
     and from a run that is not asked for SCORES."""
-    cfg = dataclasses.replace(bench.cfg, batch_slices=8)
-    numbers = STREAMS | EVERY_PLACE | {"TTT_WARM_START_A": "0", "TTT_CHUNK_TOKENS": "64"}
-    knobs = {"BATCH_SLICES": "8", "TRAIN_BATCH_TOKENS": str(8 * cfg.train_seq_len)} | knobs_for(cfg, numbers, 16)
-    base = bench.score(stream, **knobs)
-    for count, words in ((2, "two ranks"), (8, "eight ranks")):
-        other = bench.score(stream, ranks=count, **knobs)
-        yield compare_near(f"{words} ({label})", base, other)
-        yield from sum_checks(other, stream.sizes, f"{label}, {words}")
-    bare = bench.box.fork(DATA_PATH=str(bench.data(stream)), **knobs | {"SCORES": ""})
-    claimed, wrong = papers.read_object(bare.folder / "result.json")
-    yield compare_sums(f"sums without SCORES ({label})", own_sums(base.nats, base.count, stream.sizes), claimed, wrong)
+    cfg = bench.cfg
+    numbers = {"TTT_WARM_START_A": "0", "TTT_CHUNK_TOKENS": "64"}
+    slices = {"BATCH_SLICES": "8", "TRAIN_BATCH_TOKENS": str(8 * cfg.train_seq_len)}
+    knobs = knobs_for(cfg, STREAMS | EVERY_PLACE | numbers, 8 * 16) | slices
     # published: a fit per batch of windows, and phases that begin where a batch ends
     fixed = {"slot": {"VAL_BATCH_TOKENS", "TTT_BATCH_SIZE"}, "phased_lora": {"TTT_BATCH_SIZE"}}.get(cfg.eval, set())
     sizes = {"VAL_BATCH_TOKENS": str(2 * int(knobs["VAL_BATCH_TOKENS"])), "TTT_BATCH_SIZE": "3"}
     free = {key: value for key, value in sizes.items() if key not in fixed}
-    if free:
-        yield compare_near(f"batch sizes ({label})", base, bench.score(stream, **knobs | free))
+    with hurried(ThreadPoolExecutor(PROCESSORS)) as pool:
+        one, *several = (pool.submit(bench.part().score, stream, ranks=count, **knobs) for count in (1, 2, 8))
+        unwatched = pool.submit(bench.box.fork, DATA_PATH=str(bench.data(stream)), **knobs | {"SCORES": ""})
+        otherwise = pool.submit(bench.part().score, stream, **knobs | free) if free else None
+        base = one.result()
+        for run, words in zip(several, ("two ranks", "eight ranks"), strict=True):
+            other = run.result()
+            yield compare_near(f"{words} ({label})", base, other)
+            yield from sum_checks(other, stream.sizes, f"{label}, {words}")
+        claimed, wrong = papers.read_object(unwatched.result().folder / "result.json")
+        own = own_sums(base.nats, base.count, stream.sizes)
+        yield compare_sums(f"sums without SCORES ({label})", own, claimed, wrong)
+        if otherwise:
+            yield compare_near(f"batch sizes ({label})", base, otherwise.result())
 
 
 def compare_near(name: str, base: Scored, other: Scored) -> Check:
@@ -599,9 +625,11 @@ def legality(bench: Bench, stream: Stream, probes: tuple[int, int]) -> list[tupl
     # many steps where one change tries a place in every document, few where it tries one step
     knobs = knobs_for(cfg, STREAMS if apart else STREAMS | {"TTT_BATCH_SIZE": "4"}, 1024)
     narrow, whole = knobs_for(cfg, STREAMS | EVERY_PLACE, 16), short_documents(stream)
-    tiny, own = cut_to(whole, SHORT) if apart else whole, first_documents(stream, 1000)
+    tiny, own = tiny_stream(cfg, stream), first_documents(stream, 600)
     # rows without a document would be computed too
     rows = min(cfg.ttt_batch_size, int((own.tokens == BOS_ID).sum()))
+    # eight programs of full size take their time
+    few = cut_to(whole, EIGHT if bench.candidate.kind == "preset" else FIVE)
     checks: list[tuple[str, Asks]] = []
     for words, part, numbers, places in (
         (f"{label}, every place", tiny, narrow, probes[0]),
@@ -613,7 +641,7 @@ def legality(bench: Bench, stream: Stream, probes: tuple[int, int]) -> list[tupl
     checks += [
         (f"C1 byte counts ({label})", lambda at: sidecar_checks(at, first_documents(stream, 400), knobs, label)),
         (f"C2 ({label})", lambda at: distribution_checks(at, stream, label)),
-        (f"two ranks ({label})", lambda at: rank_checks(at, whole, label)),
+        (f"two ranks ({label})", lambda at: rank_checks(at, few, label)),
     ]
     name = "documents apart (packed forward)"
     if not LOADERS[cfg.loader].documents:
@@ -624,12 +652,20 @@ def legality(bench: Bench, stream: Stream, probes: tuple[int, int]) -> list[tupl
     return checks
 
 
+def tiny_stream(cfg: Any, stream: Stream) -> Stream:
+    """Return the part of short_documents in which every place is tried: all, unless each place takes a run."""
+    whole = short_documents(stream)
+    if not documents_apart(cfg):
+        return whole
+    return cut_to(whole, FIVE if rows_apart(cfg) else SHORT)
+
+
 def short_documents(stream: Stream) -> Stream:
     """Return the beginnings of documents, LENGTHS long."""
     text, ends = stream.tokens[stream.tokens != BOS_ID], np.cumsum(LENGTHS)
     tokens = np.append(np.resize(text, ends[-1]), BOS_ID)
     tokens[ends - LENGTHS] = BOS_ID
-    return Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7))
+    return made_up(tokens)
 
 
 def cut_to(stream: Stream, targets: int) -> Stream:
@@ -1029,8 +1065,7 @@ def causal_stream(candidate: Candidate, stream: Stream | None, documents: int) -
     else:  # a program of full size takes its time
         parts = (tokens[start : min(end, start + BEGINNING)] for start, end in itertools.pairwise(ends))
         tokens = np.append(np.concatenate([*parts]), BOS_ID)
-    whole = Stream(tokens, np.where(tokens == BOS_ID, 0, 1 + tokens % 7))
-    return cut_to(whole, len(tokens) - 1 - (len(tokens) - 1) % int(STREAMS["EVAL_SEQ_LEN"]))
+    return cut_to(made_up(tokens), len(tokens) - 1 - (len(tokens) - 1) % int(STREAMS["EVAL_SEQ_LEN"]))
 
 
 def runs(bench: Bench, stream: Stream | None, causal: Stream, probes: tuple[int, int]) -> Iterator[Check]:
@@ -1056,9 +1091,10 @@ def judge(bench: Bench, documents: int, probes: tuple[int, int]) -> Iterator[Che
     if stream is None:
         candidate.notes.append("no data was given: C1 to C4 are asked of seeded tokens")
     causal = causal_stream(candidate, stream, documents)
-    yield from asked("runs alone", runs(bench, stream, causal, probes))
-    yield from byte_checks(candidate, stream)
-    yield split_check(candidate, stream)
+    with hurried(ThreadPoolExecutor(1)) as pool:
+        reading = pool.submit(lambda: [*byte_checks(candidate, stream), split_check(candidate, stream)])
+        yield from asked("runs alone", runs(bench, stream, causal, probes))
+        yield from reading.result()
     yield from budget_checks(candidate)
     yield from disk_checks(candidate)
     yield from claim_checks(candidate)
@@ -1100,7 +1136,7 @@ def run_target(args: argparse.Namespace, server: Server) -> tuple[Candidate, lis
     bench = Bench(candidate, server, room)
     # a run of a full-size program takes minutes
     probes = (0 if candidate.kind == "preset" else LONG, LONG) if args.probes is None else (args.probes,) * 2
-    documents = args.documents or (8 if candidate.kind == "preset" else 3)
+    documents = args.documents or (6 if candidate.kind == "preset" else 3)
     checks = list(judge(bench, documents, probes))
     shutil.rmtree(room, ignore_errors=True)
     return candidate, checks

@@ -17,12 +17,12 @@ contest's conditions, issue 1017):
             val_bpb, tokens and bytes again from SCORES and shards, against result.json and the log, to the last digit.
   C1, C3    Streams in which everything after a place differs: scores before it must be equal to the last bit, so no
             score knows what comes later, and none comes after an update on its own chunk. "Before" is an earlier step,
-            or further left in the same row; steps must follow the text. A stream of 64 or 176 targets is cut at every
-            place, in order: the first that fails is the first leak. Longer streams, and one under the record's own
+            or further left in the same row; steps must follow the text. A stream of 32 to 168 targets is cut at
+            every place, in order: the first that fails is the first leak. Longer streams, and one under the record's own
             numbers, are cut in some steps. Other byte counts must change no score.
-  C2        Hundreds of documents with one beginning and each id of the vocabulary at one place, for every place (of a
-            vocabulary of more than 2,048 ids for one): the probabilities must sum to 1 there, and what comes before
-            must be scored alike in all of them.
+  C2        Hundreds of documents with one beginning and each id of the vocabulary at one place, for every place of two
+            chunks (inside a long one, at its ends; with more than 2,048 ids, for one place behind the first update):
+            the probabilities must sum to 1 there, and what comes before must be scored alike in all of them.
   ranks     The same scores from two ranks and from eight, from other batch sizes where a preset does not depend on
             them, and the same sums from a run that nobody asks for SCORES.
   bytes: the denominator again from the ids, through tokenizer and CaseOps decoder. split: documents that training and
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     add("--all", action="store_true", help="judge every record of every track, and write verdict.json")
     add("--data", type=Path, metavar="DATA_PATH", help="shards (default: DATA_PATH, else the log's)")
     add("--source", type=Path, default=ROOT / "train_gpt.py", help="program (default: the one here)")
-    add("--documents", type=at_least(2), metavar="N", help="documents for C1 and C3 (default 8; at full size 3)")
+    add("--documents", type=at_least(2), metavar="N", help="documents for C1 and C3 (default 6; at full size 3)")
     add("--probes", type=at_least(0), metavar="N", help="places for C1, 0: all (default 3; short streams: all)")
     add("--out", type=Path, metavar="FILE", help="also write the verdict there (records: verdict.json)")
     args = parser.parse_args(argv)

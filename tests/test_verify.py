@@ -137,11 +137,8 @@ def futures(bench: judge.Bench) -> Iterator[Check]:
 
 
 def places(bench: judge.Bench) -> Iterator[Check]:
-    stream, knobs = (
-        judge.short_documents(stream_of(bench)),
-        judge.knobs_for(bench.cfg, judge.STREAMS | judge.EVERY_PLACE, 16),
-    )
-    stream = judge.cut_to(stream, judge.SHORT) if judge.documents_apart(bench.cfg) else stream
+    knobs = judge.knobs_for(bench.cfg, judge.STREAMS | judge.EVERY_PLACE, 16)
+    stream = judge.tiny_stream(bench.cfg, stream_of(bench))
     return judge.causality(bench, stream, knobs, "planted", 0, every=True)
 
 
