@@ -1000,6 +1000,7 @@ def sample(args: argparse.Namespace) -> int:
             path = find_tokenizer(args.tokenizer) or train_gpt.find_tokenizer(cfg)
             if path is None:
                 raise UserError("the tokenizer does not travel in this artifact; give --tokenizer or --data")
+            train_gpt.byte_table(path, cfg.vocab_size)  # refuses one of another vocabulary
             tokenizer = path.read_bytes()
         script = sampling.Script(tokenizer, sampling.is_fused(Path(cfg.data_path)))
         choice = sampling.Choice(args.temperature, args.top_p, args.seed)

@@ -15,7 +15,7 @@ import pytest
 import sentencepiece as spm
 import torch
 import ttt_rules
-from conftest import RECORDS, ToyRun, one_thread
+from conftest import RECORDS, ROOT, ToyRun, one_thread
 
 import pack_artifact
 import train_gpt
@@ -93,6 +93,7 @@ def test_sample_of_a_packed_record(
     packed_toy: Callable[[Path], ToyRun],
     toy_run: Callable[[Path], ToyRun],
     caseops_sample: Path,
+    tiny_data: Path,
     refused: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -115,6 +116,8 @@ def test_sample_of_a_packed_record(
         ("does not travel", file),
         ("give a shorter one", file, *data, "--prompt", "word " * 500),
         ("no model blob", caseops_sample, *data),
+        ("pieces, VOCAB_SIZE", file, "--data", tiny_data),
+        ("not a SentencePiece model", file, "--tokenizer", ROOT / "README.md"),
     ):
         refused(words, pack_artifact.main, "sample", *argv)
     for option, value in (("--tokens", "0"), ("--temperature", "nan"), ("--top-p", "1.1"), ("--seed", "x")):
