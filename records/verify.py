@@ -18,8 +18,8 @@ contest's conditions, issue 1017):
   C1, C3    Streams in which everything after a place differs: scores before it must be equal to the last bit, so no
             score knows what comes later, and none comes after an update on its own chunk. "Before" is an earlier step,
             or further left in the same row; steps must follow the text. A stream of 32 to 168 targets is cut at
-            every place, in order: the first that fails is the first leak. Longer streams, and one under the record's own
-            numbers, are cut in some steps. Other byte counts must change no score.
+            every place, in order: the first that fails is the first leak. Longer streams, and one under the record's
+            own numbers, are cut in some steps. Other byte counts must change no score.
   C2        Hundreds of documents with one beginning and each id of the vocabulary at one place, for every place of two
             chunks (inside a long one, at its ends; with more than 2,048 ids, for one place behind the first update):
             the probabilities must sum to 1 there, and what comes before must be scored alike in all of them.
