@@ -1015,6 +1015,7 @@ import numpy as np
 import sentencepiece as spm
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401 (now: later its defaults would keep the process group and its threads alive)
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import activate_flash_attention_impl
@@ -7465,6 +7466,8 @@ def run_stages(
         if "train" in cfg.stages and runtime.rank == 0:
             (folder / CHECKPOINT).unlink(missing_ok=True)
         runtime.log("RESULT " + json.dumps(run.result))
+        # torchrun ends every rank when one ends badly, and rank 0 writes last
+        runtime.barrier()
     except RuntimeError as error:
         if runtime.world == 1 or not re.search(LOST_RANK, str(error), re.IGNORECASE):
             raise

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -257,6 +258,48 @@ def test_two_processes_quantise_and_adapt_as_one(full: Done, tiny_data: Path, tm
     assert (folder / "model.bin").read_bytes() == (full.folder / "model.bin").read_bytes()
     assert two.bpb("quantized") == pytest.approx(full.bpb("quantized"), rel=1e-6)
     assert two.bpb("final") == pytest.approx(one.bpb("final"), rel=1e-5)
+
+
+LEAVING = """
+import os, sys
+import train_gpt
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+train_gpt.dist.init_process_group("gloo")
+train_gpt.dist.all_reduce(train_gpt.torch.zeros(1))
+assert threads() > before
+import torch._dynamo  # as torch.optim does
+train_gpt.Runtime.close(None)
+sys.exit(threads() != before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_no_thread_of_the_ranks_outlives_the_run() -> None:
+    """One that does ends the process by SIGABRT now and then, and torchrun then kills all ranks."""
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    env = os.environ | place | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_rank_leaves_before_rank_0_has_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    events = []
+    runtime = types.SimpleNamespace(
+        rank=0,
+        world=2,
+        log=lambda line: events.append(line.split()[0]),
+        barrier=lambda: events.append("barrier"),
+        close=lambda: events.append("close"),
+    )
+    run = types.SimpleNamespace(result={"source_sha256": ""}, eval=lambda: events.append("eval"))
+    monkeypatch.setattr(train_gpt.Runtime, "start", lambda *_: runtime)
+    for name, value in (("Run", lambda *_: run), ("versions", str), ("explain", lambda *_: "knobs")):
+        monkeypatch.setattr(train_gpt, name, value)
+    train_gpt.run_stages(train_gpt.Config(stages=("eval",)), {}, {}, tmp_path)
+    assert events[-4:] == ["eval", "RESULT", "barrier", "close"]
 
 
 PHASES = "PHASED_TTT_PREFIX_DOCS=4 PHASED_TTT_NUM_PHASES=2 GLOBAL_TTT_LR=0.05 GLOBAL_TTT_CHUNK_TOKENS=128"
