@@ -544,7 +544,7 @@ def distribution_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Ch
     chunk = {"carry": 8}.get(cfg.ttt_context, 2 if large else 3)
     # a large vocabulary: two chunks, and one update between them
     length = 2 * chunk if large else max(6, chunk + 2)
-    places = [chunk + 1] if large else sorted({1, 2, chunk - 1, chunk, *range(chunk + 1, length)})
+    places = [chunk + 1] if large else sorted({1, -(-chunk // 2), chunk, *range(chunk + 1, length)})
     rows = np.concatenate([every_id(stream, vocab, length, place, bench.rng) for place in places])
     parts = [made_up(np.append(part, BOS_ID)) for part in np.array_split(rows, PARTS if large else 1)]
     size = {"EVAL_SEQ_LEN": length, "EVAL_STRIDE": length, "TTT_CHUNK_SIZE": chunk}
@@ -625,7 +625,7 @@ def legality(bench: Bench, stream: Stream, probes: tuple[int, int]) -> list[tupl
     # many steps where one change tries a place in every document, few where it tries one step
     knobs = knobs_for(cfg, STREAMS if apart else STREAMS | {"TTT_BATCH_SIZE": "4"}, 1024)
     narrow, whole = knobs_for(cfg, STREAMS | EVERY_PLACE, 16), short_documents(stream)
-    tiny, own = tiny_stream(cfg, stream), first_documents(stream, 600)
+    tiny, own = tiny_stream(cfg, stream), first_documents(stream, 400)
     # rows without a document would be computed too
     rows = min(cfg.ttt_batch_size, int((own.tokens == BOS_ID).sum()))
     # eight programs of full size take their time
@@ -1136,7 +1136,7 @@ def run_target(args: argparse.Namespace, server: Server) -> tuple[Candidate, lis
     bench = Bench(candidate, server, room)
     # a run of a full-size program takes minutes
     probes = (0 if candidate.kind == "preset" else LONG, LONG) if args.probes is None else (args.probes,) * 2
-    documents = args.documents or (6 if candidate.kind == "preset" else 3)
+    documents = args.documents or (5 if candidate.kind == "preset" else 3)
     checks = list(judge(bench, documents, probes))
     shutil.rmtree(room, ignore_errors=True)
     return candidate, checks
