@@ -535,8 +535,8 @@ def every_id(stream: Stream, vocab: int, length: int, place: int, rng: np.random
 def distribution_checks(bench: Bench, stream: Stream, label: str) -> Iterator[Check]:
     """C2: over each id of the vocabulary as a target the probabilities sum to 1; what is before is scored alike.
 
-    At the places of short documents, in the middle of long chunks apart; a large vocabulary once, after the first
-    update where chunks may be short.
+    At every place of short documents (of a long chunk: its ends and its middle); a large vocabulary once, after the
+    first update.
     """
     cfg = bench.cfg
     vocab, large = cfg.vocab_size, cfg.vocab_size > LARGE

@@ -21,7 +21,7 @@ contest's conditions, issue 1017):
             every place, in order: the first that fails is the first leak. Longer streams, and one under the record's
             own numbers, are cut in some steps. Other byte counts must change no score.
   C2        Hundreds of documents with one beginning and each id of the vocabulary at one place, for every place of two
-            chunks (inside a long one, at its ends; with more than 2,048 ids, for one place behind the first update):
+            chunks (of a long one its ends and middle; with more than 2,048 ids, for one place after the first update):
             the probabilities must sum to 1 there, and what comes before must be scored alike in all of them.
   ranks     The same scores from two ranks and from eight, from other batch sizes where a preset does not depend on
             them, and the same sums from a run that nobody asks for SCORES.
