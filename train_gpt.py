@@ -140,6 +140,16 @@ class Config:
         "Triton kernels for the MLP, used while no tap listens inside it; auto: on a GPU in bf16 with triton",
         "auto|1|0",
     )
+    fused_rotary_enabled: str = knob(
+        "auto",
+        "Triton kernel for the norm, rotation and gain of queries and keys; auto: on a GPU in bf16 with triton",
+        "auto|1|0",
+    )
+    fused_xsa_enabled: str = knob(
+        "auto",
+        "Triton kernel for XSA and the gate after it; auto: on a GPU in bf16 with triton",
+        "auto|1|0",
+    )
     fused_gdn_enabled: str = knob(
         "auto",
         "gated delta rule of flash-linear-attention; auto: on a GPU in bf16 if it is installed",
@@ -543,8 +553,8 @@ class Config:
 # Where and how a run happens, not what it is: these knobs are never written to record.env.
 LOCAL_KNOBS = (
     "run_id artifact_dir stages model_path scores overwrite checkpoint_seconds milestones device attention "
-    "fused_ce_enabled fused_mlp_enabled fused_gdn_enabled compute_dtype compile data_path tokenizer_path "
-    "canonical_check"
+    "fused_ce_enabled fused_mlp_enabled fused_rotary_enabled fused_xsa_enabled fused_gdn_enabled compute_dtype compile "
+    "data_path tokenizer_path canonical_check"
 ).split()
 
 GROUPS = {  # first knob -> the title that --help prints above it
@@ -1899,14 +1909,22 @@ def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, rest], dim=-1)
 
 
-def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor) -> Tensor:
-    """XSA: remove from each head's output its component along the token's own value (that of its key/value head)."""
+def norm_rotate(q_BTHd: Tensor, k_BTKd: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys with QK norm, rotated; then queries times a gain (H,) per head. Tables as in rotate."""
+    q, k = (rotate(rms_norm(x), cos, sin) for x in (q_BTHd, k_BTKd))
+    return q * gain[:, None], k
+
+
+def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor, gate: Tensor | None = None) -> Tensor:
+    """XSA: remove from each head's output its component along the token's own value (that of its key/value head);
+    then times a gate (B, T, H, 1)."""
     # a key/value head serves H/K query heads: (B, T, K, 1, d)
     own = F.normalize(at_least_fp32(v_BTKd), dim=-1, eps=1e-12).unsqueeze(3)
     # (B, T, K, H/K, d)
     y = at_least_fp32(y_BTHd).unflatten(2, (v_BTKd.size(2), -1))
     y = y - (y * own).sum(-1, keepdim=True) * own
-    return y.flatten(2, 3).to(y_BTHd.dtype)
+    y = y.flatten(2, 3).to(y_BTHd.dtype)
+    return y if gate is None else y * gate
 
 
 class AttnMeta(NamedTuple):
@@ -2129,6 +2147,7 @@ kernel = triton.jit if triton is not None else lambda function: function  # with
 CE_BLOCK = 1024  # columns of a row of logits at a time
 CE_BACK_BLOCK = 2048
 MLP_TILE = 128, 256, 64  # rows, columns and depth of a matmul tile
+HEAD_BLOCK = 32  # tokens of a program that works on one head
 
 
 @kernel
@@ -2253,6 +2272,150 @@ def leaky_square_kernel(
             out.store([row, column + half * HALF], y.to(out.dtype))
 
 
+@kernel
+def load_wide(x: tl.tensor, place: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Entries of x in float32; 0 where masked."""
+    return tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+
+
+@kernel
+def store_as(x: tl.tensor, place: tl.tensor, value: tl.tensor, mask: tl.tensor) -> None:
+    """Store in x's dtype, but for masked places."""
+    tl.store(x + place, value.to(x.dtype.element_ty), mask=mask)
+
+
+@kernel
+def rotary_block(
+    tables: tl.tuple,
+    tokens: int,
+    rows: int,
+    SHAPE: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """Where a block of tokens has its head: all entries and their mask, those that do not rotate, the first of each
+    pair that does and their mask; then its cos and sin."""
+    WIDTH: tl.constexpr = SHAPE[0]
+    token = (tl.program_id(0) * SHAPE[2] + tl.arange(0, SHAPE[2]))[:, None]
+    column, pair = tl.arange(0, WIDTH)[None, :], tl.arange(0, SHAPE[1])[None, :]
+    first = (token.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * WIDTH
+    inside = token < tokens
+    # rows of one length share a table
+    angle = token % rows * SHAPE[1] + pair
+    cos = tl.load(tables[0] + angle, mask=inside, other=1.0)
+    sin = tl.load(tables[1] + angle, mask=inside, other=0.0)
+    return first + column, inside, inside & (column >= 2 * SHAPE[1]), first + pair, cos, sin
+
+
+@kernel
+def norm_rotate_kernel(
+    x: tl.tensor,
+    tables: tl.tuple,
+    gain: tl.tensor | None,
+    out: tl.tensor,
+    tokens: int,
+    rows: int,
+    eps: float,
+    SHAPE: tl.constexpr,
+) -> None:
+    """Store gain R n of one head of a block of tokens x (tokens, heads, width): n = x / rms(x), R rotates its pairs.
+
+    tables: cos and sin (rows, pairs); SHAPE: width, pairs, tokens of a block.
+    """
+    place, inside, passes, a, cos, sin = rotary_block(tables, tokens, rows, SHAPE)
+    whole = load_wide(x, place, inside)
+    scale = tl.rsqrt(tl.sum(whole * whole, 1, keep_dims=True) / SHAPE[0] + eps)
+    if gain is not None:
+        scale *= tl.load(gain + tl.program_id(1)).to(tl.float32)
+    b = a + SHAPE[1]
+    x_a, x_b = load_wide(x, a, inside), load_wide(x, b, inside)
+    store_as(out, place, whole * scale, passes)
+    store_as(out, a, (x_a * cos + x_b * sin) * scale, inside)
+    store_as(out, b, (x_b * cos - x_a * sin) * scale, inside)
+
+
+@kernel
+def norm_rotate_back_kernel(
+    inputs: tl.tuple,
+    tables: tl.tuple,
+    gain: tl.tensor | None,
+    outputs: tl.tuple,
+    tokens: int,
+    rows: int,
+    eps: float,
+    SHAPE: tl.constexpr,
+) -> None:
+    """Store the gradient dx of norm_rotate_kernel, from x and the gradient g of its output, and this block's part of
+    dgain (blocks, heads).
+
+    With u = R^T g and r = 1 / rms(x): dx = gain r (u - r^2 mean(u x) x), and dgain sums r u x.
+    """
+    g, x = inputs
+    dx, dgain = outputs
+    place, inside, passes, a, cos, sin = rotary_block(tables, tokens, rows, SHAPE)
+    b = a + SHAPE[1]
+    whole, u = load_wide(x, place, inside), load_wide(g, place, passes)
+    x_a, g_a = load_wide(x, a, inside), load_wide(g, a, inside)
+    x_b, g_b = load_wide(x, b, inside), load_wide(g, b, inside)
+    u_a = g_a * cos - g_b * sin
+    u_b = g_a * sin + g_b * cos
+    r = tl.rsqrt(tl.sum(whole * whole, 1, keep_dims=True) / SHAPE[0] + eps)
+    along = tl.sum(whole * u, 1, keep_dims=True) + tl.sum(x_a * u_a + x_b * u_b, 1, keep_dims=True)
+    inward, scale = r * r * along / SHAPE[0], r
+    if gain is not None:
+        scale *= tl.load(gain + tl.program_id(1)).to(tl.float32)
+        tl.store(dgain + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(r * along))
+    store_as(dx, place, scale * (u - inward * whole), passes)
+    store_as(dx, a, scale * (u_a - inward * x_a), inside)
+    store_as(dx, b, scale * (u_b - inward * x_b), inside)
+
+
+@kernel
+def self_value_kernel(
+    inputs: tl.tuple,
+    outputs: tl.tuple,
+    tokens: int,
+    SHAPE: tl.constexpr,
+) -> None:
+    """One key/value head of a block of tokens, and the heads of y (tokens, heads, width) that it serves.
+
+    inputs: g, y, v, gate; outputs: out, dv, dgate; SHAPE: width, heads of y for one of v, tokens of a block. Without g,
+    out = gate u, where u = y - c v and c = y.v / v.v. With the gradient g of that, out is dy = h - e v, where
+    h = gate g and e = h.v / v.v; dv sums 2 c e v - c h - e y, and dgate = g.u.
+    """
+    g, y, v, gate = inputs
+    out, dv, dgate = outputs
+    GROUP: tl.constexpr = SHAPE[1]
+    token = tl.program_id(0) * SHAPE[2] + tl.arange(0, SHAPE[2])
+    exists, column = token < tokens, tl.arange(0, SHAPE[0])[None, :]
+    inside = exists[:, None]
+    value_head = token.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    value_place = value_head[:, None] * SHAPE[0] + column
+    own = load_wide(v, value_place, inside)
+    # as in the twin, a value of length 0 removes nothing
+    square = tl.maximum(tl.sum(own * own, 1, keep_dims=True), 1e-24)
+    total = tl.zeros_like(own)
+    for i in tl.static_range(GROUP):
+        head = value_head * GROUP + i
+        place = head[:, None] * SHAPE[0] + column
+        whole = load_wide(y, place, inside)
+        c = tl.sum(whole * own, 1, keep_dims=True) / square
+        u = whole - c * own
+        opening = 1.0
+        if gate is not None:
+            opening = load_wide(gate, head, exists)[:, None]
+        result = u * opening
+        if g is not None:
+            h = load_wide(g, place, inside)
+            if gate is not None:
+                store_as(dgate, head, tl.sum(h * u, 1), exists)
+            h *= opening
+            e = tl.sum(h * own, 1, keep_dims=True) / square
+            result = h - e * own
+            total += 2 * c * e * own - c * h - e * whole
+        store_as(out, place, result, inside)
+    if g is not None:
+        store_as(dv, value_place, total, inside)
+
+
 def launch_softcap_ce(
     z: Tensor,
     targets: Tensor,
@@ -2319,6 +2482,63 @@ def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float)
     dpre = torch.empty_like(pre)
     launch_tiles(g, down, pre, dpre, slope, back=True)
     return dpre
+
+
+def by_heads(x: Tensor, other: int, block: int = HEAD_BLOCK) -> tuple[tuple[int, int], int, tuple[int, int, int]]:
+    """Grid, tokens and SHAPE of a kernel whose programs take one head of a block of tokens of x (..., heads, width)."""
+    *_, heads, width = x.shape
+    tokens = x.numel() // (heads * width)
+    return (triton.cdiv(tokens, block), heads), tokens, (width, other, block)
+
+
+def launch_norm_rotate(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """norm_rotate through Triton: queries, then keys, which have no gain."""
+    outputs = []
+    for x, factor in ((q.contiguous(), gain), (k.contiguous(), None)):
+        outputs.append(torch.empty_like(x))
+        grid, tokens, shape = by_heads(x, cos.size(-1))
+        rows = cos.numel() // cos.size(-1)
+        norm_rotate_kernel[grid](x, (cos, sin), factor, outputs[-1], tokens, rows, RMS_EPS, shape)
+    return tuple(outputs)
+
+
+def launch_norm_rotate_back(
+    gq: Tensor,
+    gk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """norm_rotate_back through Triton."""
+    found = []
+    for g, x, factor in ((gq, q.contiguous(), gain), (gk, k.contiguous(), None)):
+        grid, tokens, shape = by_heads(x, cos.size(-1))
+        outputs = torch.empty_like(x), x.new_empty(grid, dtype=torch.float32)
+        rows, inputs = cos.numel() // cos.size(-1), (g.contiguous(), x)
+        norm_rotate_back_kernel[grid](inputs, (cos, sin), factor, outputs, tokens, rows, RMS_EPS, shape)
+        found.append(outputs)
+    (dq, dgain), (dk, _) = found
+    return dq, dk, dgain.sum(0).to(gain.dtype)
+
+
+def launch_self_value(y: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+    """remove_self_value through Triton."""
+    y, v = y.contiguous(), v.contiguous()
+    grid, tokens, shape = by_heads(v, y.size(-2) // v.size(-2))
+    out = torch.empty_like(y)
+    self_value_kernel[grid]((None, y, v, gate), (out, None, None), tokens, shape)
+    return out
+
+
+def launch_self_value_back(g: Tensor, y: Tensor, v: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """self_value_back through Triton."""
+    g, y, v = g.contiguous(), y.contiguous(), v.contiguous()
+    grid, tokens, shape = by_heads(v, y.size(-2) // v.size(-2))
+    found = new_like(y, v, y[:0] if gate is None else gate)
+    self_value_kernel[grid]((g, y, v, gate), found, tokens, shape)
+    return found
 
 
 def operator(
@@ -2455,6 +2675,83 @@ def leaky_square(m: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Ten
 def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     """LeakyReLU(m up^T, slope)^2 down^T of m (..., D), up (F, D), down (D, F); its twin is MLP's own forward."""
     return leaky_square(m.flatten(0, -2), up, down, slope)[0].view_as(m)
+
+
+def new_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous tensors of these shapes and dtypes, not filled."""
+    return tuple(t.new_empty(t.shape) for t in tensors)
+
+
+@operator(launch_norm_rotate_back, lambda gq, gk, *inputs: new_like(*inputs[:3]))
+def norm_rotate_back(
+    gq: Tensor,
+    gk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of norm_rotate's q, k and gain from those of its outputs."""
+    found = []
+    for g, x in ((gq, q), (gk, k)):
+        u, wide = rotate(at_least_fp32(g), cos, -sin), at_least_fp32(x)
+        r = (wide.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt()
+        along = r * (u * wide).sum(-1, keepdim=True)
+        found.append((r * (u - r / x.size(-1) * along * wide), along))
+    (dq, along), (dk, _) = found
+    dq, dgain = dq * gain[:, None], along.sum((0, 1, 3))
+    return dq.to(q.dtype), dk.to(k.dtype), dgain.to(gain.dtype)
+
+
+@operator(
+    launch_norm_rotate,
+    lambda q, k, *_: new_like(q, k),
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lambda ctx, gq, gk: (*norm_rotate_back(gq, gk, *ctx.saved_tensors), None, None),
+)
+def fused_norm_rotate(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """norm_rotate by one kernel each way."""
+    return norm_rotate(q, k, gain, cos, sin)
+
+
+@operator(
+    launch_self_value_back,
+    lambda g, y, v, gate: new_like(y, v, y[:0] if gate is None else gate),
+)
+def self_value_back(g: Tensor, y: Tensor, v: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of remove_self_value's inputs from that of its output; an empty one for no gate."""
+    own = at_least_fp32(v).unsqueeze(3)
+    square = own.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    # (B, T, K, H/K, d), as in remove_self_value
+    wide, g = (at_least_fp32(x).unflatten(2, (v.size(2), -1)) for x in (y, g))
+    c = (wide * own).sum(-1, keepdim=True) / square
+    dgate = y[:0].clone()
+    h = g
+    if gate is not None:
+        dgate = (g * (wide - c * own)).sum(-1, keepdim=True).flatten(2, 3).to(gate.dtype)
+        h = g * gate.unflatten(2, (v.size(2), -1))
+    e = (h * own).sum(-1, keepdim=True) / square
+    dv = (2 * c * e * own - c * h - e * wide).sum(3)
+    return (h - e * own).flatten(2, 3).to(y.dtype), dv.to(v.dtype), dgate
+
+
+def self_value_grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of remove_self_value's inputs."""
+    *saved, gate = ctx.saved_tensors
+    dy, dv, dgate = self_value_back(g, *saved, gate)
+    return dy, dv, None if gate is None else dgate
+
+
+@operator(
+    launch_self_value,
+    lambda y, v, gate: new_like(y)[0],
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    self_value_grad,
+)
+def fused_self_value(y: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+    """remove_self_value by one kernel each way."""
+    return remove_self_value(y, v, gate)
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -2614,11 +2911,13 @@ class Kernels(NamedTuple):
 
     cross_entropy: Callable[..., Tensor]
     mlp: Callable[..., Tensor] | None  # None: the modules' own plain forward
+    norm_rotate: Callable[..., tuple[Tensor, Tensor]] = norm_rotate
+    remove_self_value: Callable[..., Tensor] = remove_self_value
     delta_rule: Callable[..., tuple[Tensor, Tensor]] = delta_rule
 
 
 PLAIN = Kernels(softcapped_cross_entropy, None)
-FUSED = Kernels(fused_cross_entropy, fused_mlp, fused_delta_rule)
+FUSED = Kernels(fused_cross_entropy, fused_mlp, fused_norm_rotate, fused_self_value, fused_delta_rule)
 
 
 def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
@@ -2627,11 +2926,16 @@ def choose_kernels(cfg: Config, runtime: Runtime) -> Kernels:
     half = gpu and runtime.dtype == torch.bfloat16
     # a bulk copy moves multiples of 16 bytes: 8 numbers of bf16
     aligned = cfg.model_dim % 8 == 0 and int(cfg.mlp_mult * cfg.model_dim) % 8 == 0
+    head = cfg.model_dim // cfg.num_heads
+    # Triton's blocks are powers of 2
+    turns = half and head.bit_count() == (cfg.rope_dims // 2).bit_count() == 1
     fla = chunk_gated_delta_rule is not None
     # in the order of Kernels: knob, whether its kernel can run here, what it needs beside a GPU and Triton
     needs = (
         ("fused_ce_enabled", gpu, ""),
         ("fused_mlp_enabled", half and aligned, ", COMPUTE_DTYPE=bf16 and widths that are multiples of 8"),
+        ("fused_rotary_enabled", turns, ", COMPUTE_DTYPE=bf16, and powers of 2 as head width and as ROPE_DIMS"),
+        ("fused_xsa_enabled", half and head.bit_count() == 1, ", COMPUTE_DTYPE=bf16 and a power of 2 as head width"),
         ("fused_gdn_enabled", half and fla, ", COMPUTE_DTYPE=bf16 and flash-linear-attention"),
     )
     chosen = []
@@ -2985,7 +3289,7 @@ class Attention(nn.Module):
         self.gate = GATES[cfg.attn_gate](cfg)
         self.values = ValueResidual(cfg, layer)
         self.xsa = "xsa" in cfg.attn_extras and layer >= cfg.num_layers - cfg.xsa_last_n
-        self.attend, self.head_dim = attend, head
+        self.attend, self.kernels, self.head_dim = attend, kernels, head
 
     def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """(B, T, D) normed input -> (B, T, D)."""
@@ -2995,14 +3299,14 @@ class Attention(nn.Module):
         v = self.values(v, values)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         # QK norm bounds the logits; the gain that follows is learnt for each head
-        q, k = (rotate(rms_norm(x), meta.cos, meta.sin) for x in (q, k))
-        q = q * self.q_gain.to(q.dtype)[:, None]
+        q, k = self.kernels.norm_rotate(q, k, self.q_gain.to(q.dtype), meta.cos, meta.sin)
         attend = self.attend if meta.kv_cache is None else meta.kv_cache.attend
         y = attend(q, k, v, meta, self.sink)
+        gate = None if self.gate is None else self.gate(n)
         if self.xsa:
-            y = remove_self_value(y, v)
-        if self.gate is not None:
-            y = y * self.gate(n)
+            y = self.kernels.remove_self_value(y, v, gate)
+        elif gate is not None:
+            y = y * gate
         y = y.flatten(2)
         return tap("attn", n, tap("o", y, self.o(y)))
 

@@ -7,6 +7,7 @@ variable that asks for it counts only before the import), ahead of time for sm_9
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -29,7 +30,8 @@ import train_gpt
 from train_gpt import Config, Kernels, Log, Runtime, UserError
 
 needs_triton = pytest.mark.skipif(train_gpt.triton is None, reason="triton is not installed")
-FUSED = Kernels(train_gpt.fused_cross_entropy, train_gpt.fused_mlp)
+HEADS = train_gpt.fused_norm_rotate, train_gpt.fused_self_value
+FUSED = Kernels(train_gpt.fused_cross_entropy, train_gpt.fused_mlp, *HEADS)
 SMALL = rules.toy_config("""
 VOCAB_SIZE=320 NUM_LAYERS=4 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 ROPE_DIMS=4
 LOOP_START=1 LOOP_END=1 PARALLEL_START_LAYER=3 LOGIT_SOFTCAP=5
@@ -51,6 +53,14 @@ MLP_CASES = {  # rows, model width, hidden width (a tile has 128 rows, 256 colum
     "ragged-half": (150, 72, 328, HALF, 0.5),
     "whole-tiles": (256, 128, 512, HALF, 0.3),
     "relu-square": (129, 64, 264, HALF, 0.0),
+}
+HEAD_CASES = {  # rows, tokens (a block has 32), heads, heads of keys, width, rotated pairs, dtype; tables of each row
+    "one-token": (1, 1, 2, 1, 8, 2, SINGLE, False),
+    "ragged": (2, 37, 4, 2, 16, 4, SINGLE, False),
+    "ragged-half": (2, 37, 4, 2, 16, 4, HALF, False),
+    "all-turn": (1, 40, 3, 3, 8, 4, SINGLE, False),
+    "own-tables": (3, 21, 4, 1, 64, 8, SINGLE, True),
+    "own-tables-half": (1, 64, 8, 4, 64, 8, HALF, True),
 }
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -124,6 +134,44 @@ def mlp_errors(name: str) -> dict[str, float]:
     }
 
 
+def head_inputs(name: str) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Inputs of norm_rotate, with the gradients of its outputs; inputs of remove_self_value, with that of its output.
+
+    One token's value is 0.
+    """
+    rows, tokens, heads, shared, width, pairs, dtype, own_tables = HEAD_CASES[name]
+    many, few = (rows, tokens, heads, width), (rows, tokens, shared, width)
+    angle = noise(1, *((rows,) if own_tables else ()), tokens, pairs, size=9.0)
+    q, gq, y, g = (noise(i, *many, dtype=dtype, size=3.0) for i in range(2, 6))
+    k, gk, v = (noise(i, *few, dtype=dtype) for i in range(6, 9))
+    v[0, 0, 0] = 0
+    gain, gate = noise(9, heads, dtype=dtype), noise(10, rows, tokens, heads, 1, dtype=dtype).sigmoid()
+    return (q, k, gain, angle.cos(), angle.sin(), gq, gk), (y, v, gate, g)
+
+
+def head_errors(name: str) -> dict[str, float]:
+    rotary, xsa = head_inputs(name)
+    *inputs, gq, gk = rotary
+    exact = [x.double().requires_grad_() for x in inputs[:3]]
+    wide = train_gpt.norm_rotate(*exact, *(x.double() for x in inputs[3:]))
+    wanted = dict(zip(("q", "k"), wide, strict=True))
+    got = dict(zip(("q", "k"), train_gpt.launch_norm_rotate(*inputs), strict=True))
+    found = train_gpt.launch_norm_rotate_back(gq, gk, *inputs)
+    grads = torch.autograd.grad(wide, exact, (gq.double(), gk.double()))
+    for what, mine, other in zip(("dq", "dk", "dgain"), found, grads, strict=True):
+        got[what], wanted[what] = mine, other
+    y, v, gate, g = xsa
+    for kind, gates in (("gated", (gate,)), ("bare", ())):
+        exact = [x.double().requires_grad_() for x in (y, v, *gates)]
+        wide = train_gpt.remove_self_value(*exact)
+        found = train_gpt.launch_self_value_back(g, y, v, *(gates or (None,)))
+        got[kind], wanted[kind] = train_gpt.launch_self_value(y, v, *(gates or (None,))), wide
+        for i, other in enumerate(torch.autograd.grad(wide, exact, g.double())):
+            got[f"{kind} {i}"], wanted[f"{kind} {i}"] = found[i], other
+    assert all(x.dtype == y.dtype for x in got.values())
+    return {what: relative(x.detach(), wanted[what].detach()) for what, x in got.items()}
+
+
 def widen(handle: object) -> object:
     """A bf16 value of the interpreter, which keeps it as raw bits, in float32."""
     language = train_gpt.tl
@@ -138,6 +186,7 @@ def all_errors() -> str:
     dot = builder.create_dot
     builder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
     errors = {f"ce {name}": ce_errors(name) for name in CE_CASES}
+    errors |= {f"heads {name}": head_errors(name) for name in HEAD_CASES}
     return json.dumps(errors | {f"mlp {name}": mlp_errors(name) for name in MLP_CASES})
 
 
@@ -158,10 +207,11 @@ def child(code: str, cache: Path, **environ: str) -> Any:
 def test_kernels_under_the_interpreter_are_their_twins(tmp_path: Path) -> None:
     code = "import test_kernels; print(test_kernels.all_errors())"
     errors = child(code, tmp_path, TRITON_INTERPRET="1")
-    assert errors.keys() == {f"ce {name}" for name in CE_CASES} | {f"mlp {name}" for name in MLP_CASES}
+    cases = {"ce": CE_CASES, "mlp": MLP_CASES, "heads": HEAD_CASES}
+    assert errors.keys() == {f"{kind} {name}" for kind, named in cases.items() for name in named}
     for name, found in errors.items():
         kind, case = name.split()
-        half = HALF in (CE_CASES if kind == "ce" else MLP_CASES)[case]
+        half = HALF in cases[kind][case]
         for what, error in found.items():  # the interpreter truncates to bf16, where a GPU rounds
             assert error <= (2.0**-7 if half and what != "loss" else 3e-6), (name, what)
 
@@ -184,6 +234,13 @@ def ahead_of_time(program: object) -> dict[str, dict[str, Any]]:
     ce, ce_back = program.softcap_ce_kernel, program.softcap_ce_back_kernel
     mlp, block = program.leaky_square_kernel, {"BLOCK": program.CE_BLOCK}
     free, built = block | {"banned": None}, {}
+    angles = {"tables": ("*fp32", "*fp32"), "tokens": "i32", "rows": "i32", "eps": "fp32"}
+    rotary, rotary_back = program.norm_rotate_kernel, program.norm_rotate_back_kernel
+    two, four, none, shape = ("*bf16",) * 2, ("*bf16",) * 4, "constexpr", {"SHAPE": (64, 8, program.HEAD_BLOCK)}
+    keys = angles | {"inputs": two, "x": "*bf16", "outputs": ("*bf16", "*fp32"), "out": "*bf16"}
+    queries, xsa = keys | {"gain": "*bf16"}, {"outputs": ("*bf16", none, none), "tokens": "i32"}
+    value, bare = program.self_value_kernel, {"SHAPE": (64, 2, program.HEAD_BLOCK)}
+    unasked = bare | {(0, 0): None, (1, 1): None, (1, 2): None}
     for name, function, signature, constants, options in (
         ("ce", ce, columns | {"loss": "*fp32"}, free, {}),
         ("ce back", ce_back, columns | {"g_lse": "*fp32", "dz": "*bf16"}, free, {}),
@@ -191,14 +248,28 @@ def ahead_of_time(program: object) -> dict[str, dict[str, Any]]:
         ("masked ce back", ce_back, masked | {"g_lse": "*fp32", "dz": "*bf16"}, block, {}),
         ("wide ce", ce, columns | wide | {"loss": "*fp32"}, block, {}),
         ("wide ce back", ce_back, columns | wide | {"g_lse": "*fp32", "dz": "*fp32"}, block, {}),
+        ("queries", rotary, queries, shape, {}),
+        ("queries back", rotary_back, queries, shape, {}),
+        ("keys", rotary, keys, shape | {"gain": None}, {}),
+        ("keys back", rotary_back, keys, shape | {"gain": None}, {}),
+        ("xsa", value, xsa | {"inputs": (none, *four[:3])}, unasked, {}),
+        ("xsa back", value, xsa | {"inputs": four, "outputs": four[:3]}, bare, {}),
         ("mlp", mlp, forward, {"SLOPE": 0.5, "BACK": False}, {"num_warps": 8, "num_stages": 4}),
         ("mlp back", mlp, back, {"SLOPE": 0.5, "BACK": True}, {"num_warps": 8, "num_stages": 3}),
     ):
         ordered = {argument: signature.get(argument, "constexpr") for argument in function.arg_names}
-        done = compiler.compile(compiler.ASTSource(function, ordered, constants), target=target, options=options)
+        source = compiler.ASTSource(function, ordered, constants, aligned(list(ordered.values())))
+        done = compiler.compile(source, target=target, options=options)
         built[name] = {"ptx": done.asm["ptx"], "cubin": len(done.asm["cubin"]), "shared": done.metadata.shared}
         built[name]["spills"] = spills(done.asm["ptx"])
     return built
+
+
+def aligned(types: list[str | tuple[str, ...]]) -> dict[tuple[int, ...], list[list]]:
+    """What a launch tells the compiler of pointers, which torch aligns: loads and stores of 16 bytes are possible."""
+    places = {(i,): kind for i, kind in enumerate(types) if isinstance(kind, str)}
+    places |= {(i, j): kind for i, kinds in enumerate(types) if (i,) not in places for j, kind in enumerate(kinds)}
+    return {place: [["tt.divisibility", 16]] for place, kind in places.items() if kind.startswith("*")}
 
 
 def spills(ptx: str) -> list[int]:
@@ -241,6 +312,8 @@ def test_packed_kernels_compile_for_hopper_and_train(tmp_path: Path) -> None:
         assert ".target sm_90a" in kernel["ptx"] and kernel["cubin"] > 1000, name
         assert kernel["shared"] <= 232_448, f"{name}: more than a block may have there"
         assert kernel["spills"] == [0, 0], name
+        if name.startswith(("queries", "keys", "xsa")):  # a head's rows move 16 bytes at a time
+            assert "ld.global.v4" in kernel["ptx"] and "st.global.v4" in kernel["ptx"], name
         if "mlp" in name:  # tensor cores by warp group, and bulk copies
             assert "wgmma.mma_async" in kernel["ptx"] and "cp.async.bulk.tensor" in kernel["ptx"], name
     assert built["gradients"] == gradient_norms(train_gpt)
@@ -256,6 +329,28 @@ def test_backward_formula_of_the_loss_is_the_twins_in_float64() -> None:
         lse = train_gpt.softcapped(z, softcap, banned).logsumexp(1)
         got = train_gpt.softcap_ce_back.twin(g.double(), z, targets, lse, softcap, banned)
         torch.testing.assert_close(got, exact_ce(z, targets, g, softcap, banned)[1], rtol=1e-9, atol=1e-14, msg=name)
+
+
+def test_backward_formulas_of_the_heads_are_the_twins_in_float64() -> None:
+    close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+    for name in HEAD_CASES:
+        rotary, xsa = ([x.double() for x in inputs] for inputs in head_inputs(name))
+        for function, inputs, *grads in (
+            (train_gpt.fused_norm_rotate, rotary[:5], *rotary[5:]),
+            (train_gpt.fused_self_value, xsa[:3], xsa[3]),
+            (train_gpt.fused_self_value, [*xsa[:2], None], xsa[3]),
+        ):
+            leaves = [x.requires_grad_() for x in inputs[:3] if x is not None]
+            results = [as_tuple(f(*inputs)) for f in (function, function.twin)]
+            for got, wanted in zip(*results, strict=True):
+                close(got, wanted, msg=name)
+            found = [torch.autograd.grad(outputs, leaves, grads) for outputs in results]
+            for got, wanted in zip(*found, strict=True):
+                close(got, wanted, msg=name)
+
+
+def as_tuple(x: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
 
 
 def test_fused_mlp_is_the_twin_in_float64() -> None:
@@ -291,6 +386,8 @@ def test_operators_keep_their_promises_to_the_compiler() -> None:
     banned = torch.randint(256, (5, 5), generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
     _, lse = train_gpt.softcap_ce(z, targets, 30.0, None)
     trained = [x.clone().requires_grad_() for x in (z, m, up, down, a, b, first)]
+    (*rotary, gq, gk), (y, v, gate, gy) = head_inputs("ragged")
+    heads = [x.clone().requires_grad_() for x in (*rotary[:3], y, v, gate)]
     for operator, arguments in (
         (train_gpt.softcap_ce, (trained[0], targets, 30.0, None)),
         (train_gpt.softcap_ce, (trained[0], targets, 30.0, banned)),
@@ -300,6 +397,12 @@ def test_operators_keep_their_promises_to_the_compiler() -> None:
         (train_gpt.leaky_square, (trained[1], up, down, 0.5)),
         (train_gpt.leaky_square_back, (noise(4, 6, 8, dtype=HALF), down, m @ up.T, 0.5)),
         (train_gpt.chunk_states, tuple(trained[4:])),
+        (train_gpt.fused_norm_rotate, (*heads[:3], *rotary[3:])),
+        (train_gpt.norm_rotate_back, (gq, gk, *rotary)),
+        (train_gpt.fused_self_value, tuple(heads[3:])),
+        (train_gpt.fused_self_value, (*heads[3:5], None)),
+        (train_gpt.self_value_back, (gy, y, v, gate)),
+        (train_gpt.self_value_back, (gy, y, v, None)),
     ):
         torch.library.opcheck(operator, arguments)
 
@@ -309,6 +412,8 @@ def test_operators_have_one_graph_for_all_sizes() -> None:
 
     def loss(z: torch.Tensor, targets: torch.Tensor, m: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         parts = train_gpt.fused_cross_entropy(z, targets, 30.0), train_gpt.fused_mlp(m, up, up.T, 0.5)
+        parts += train_gpt.fused_norm_rotate(a, a, up[:3, 0], up[:1, :1], up[:1, 1:2])
+        parts += (train_gpt.fused_self_value(a, a, a[..., :1]),)
         return sum(x.square().sum() for x in (*parts, train_gpt.chunk_states(a, a, a[0])))
 
     torch._dynamo.reset()
@@ -406,8 +511,12 @@ def test_plain_twins_are_chosen_without_a_gpu_or_triton(monkeypatch: pytest.Monk
 
 @needs_triton
 def test_fused_kernels_are_chosen_where_they_can_run() -> None:
-    off, asked = (Config(fused_ce_enabled=word, fused_mlp_enabled=word) for word in "01")
-    odd, loss_alone = Config(model_dim=36, num_heads=9, num_kv_heads=3, rope_dims=4), FUSED._replace(mlp=None)
+    names = [f"fused_{name}_enabled" for name in ("ce", "mlp", "rotary", "xsa")]
+    off, asked = (Config(**dict.fromkeys(names, word)) for word in "01")
+    odd, loss_alone = (
+        Config(model_dim=36, num_heads=3, num_kv_heads=3, rope_dims=4),
+        train_gpt.PLAIN._replace(cross_entropy=FUSED[0]),
+    )
     for cfg, dtype, wanted in (
         (SMALL, HALF, FUSED),
         (SMALL, SINGLE, loss_alone),
@@ -419,7 +528,8 @@ def test_fused_kernels_are_chosen_where_they_can_run() -> None:
 
 
 def test_a_kernel_that_is_asked_for_and_cannot_run_is_an_error() -> None:
-    for name in ("fused_ce_enabled", "fused_mlp_enabled", "fused_gdn_enabled"):
+    for kernel in ("ce", "mlp", "rotary", "xsa", "gdn"):
+        name = f"fused_{kernel}_enabled"
         with pytest.raises(UserError, match=f"{name.upper()}=1 needs a GPU, triton.*; set {name.upper()}=auto"):
             train_gpt.choose_kernels(Config(**{name: "1"}), runtime("cpu"))
 
@@ -490,7 +600,30 @@ def test_bf16_embedding_is_quantised_as_floats() -> None:
         assert restored.dtype == SINGLE and relative(restored, weight) < 0.1, name
 
 
-# On a GPU, at the contest's shapes: 98,304 tokens of a rank, width 512, hidden 2048, vocabulary 8192
+# On a GPU, at the contest's shapes: 98,304 tokens of a rank, width 512, 8 heads, hidden 2048, vocabulary 8192
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize(("rows", "tokens", "own_tables"), [(1, 98_304, False), (64, 48, True), (3, 1001, False)])
+def test_fused_heads_on_a_gpu_are_the_twins(rows: int, tokens: int, own_tables: bool) -> None:
+    """And compiled, with gradients that come in another order of dimensions, as attention over rows leaves them."""
+    q, y, gq, gy = (torch.randn(rows, tokens, 8, 64, device="cuda", dtype=HALF) for _ in range(4))
+    k, v, gk = (torch.randn(rows, tokens, 4, 64, device="cuda", dtype=HALF) for _ in range(3))
+    gq, gy = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (gq, gy))
+    gain, gate = torch.randn(8, device="cuda", dtype=HALF), torch.rand(rows, tokens, 8, 1, device="cuda", dtype=HALF)
+    angle = 9 * torch.randn(*((rows,) if own_tables else ()), tokens, 8, device="cuda")
+    tables, inputs = (angle.cos(), angle.sin()), [x.requires_grad_() for x in (q, k, gain, y, v, gate)]
+
+    def both(rotate: Any, remove: Any, wide: bool) -> list[torch.Tensor]:
+        leaves = [x.detach().float().requires_grad_() for x in inputs] if wide else inputs
+        outputs = (*rotate(*leaves[:3], *tables), remove(*leaves[3:]))
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [g.to(leaves[0].dtype) for g in (gq, gk, gy)])]
+
+    wanted = both(train_gpt.norm_rotate, train_gpt.remove_self_value, True)
+    for functions in (HEADS, [torch.compile(f, fullgraph=True) for f in HEADS]):
+        for got, want in zip(both(*functions, False), wanted, strict=True):
+            assert relative(got, want) <= 0.01
 
 
 @pytest.mark.gpu
