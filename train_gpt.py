@@ -1909,13 +1909,26 @@ def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, rest], dim=-1)
 
 
-def norm_rotate(q_BTHd: Tensor, k_BTKd: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys with QK norm, rotated; then queries times a gain (H,) per head. Tables as in rotate."""
-    q, k = (rotate(rms_norm(x), cos, sin) for x in (q_BTHd, k_BTKd))
-    return q * gain[:, None], k
+def head_counts(x: Tensor, gain: Tensor) -> tuple[int, int, int]:
+    """How many heads of x (B, T, H + 2 K, d) are queries, keys and values: H is the size of gain."""
+    shared = (x.size(2) - gain.size(0)) // 2
+    return gain.size(0), shared, shared
 
 
-def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor, gate: Tensor | None = None) -> Tensor:
+def norm_rotate(
+    x: Tensor,
+    gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split heads x (B, T, H + 2 K, d) into queries, keys and values. Queries and keys get QK norm and are rotated by
+    tables as in rotate; queries get a gain (H,) too."""
+    q, k, v = x.split(head_counts(x, gain), dim=2)
+    q, k = (rotate(rms_norm(t), cos, sin) for t in (q, k))
+    return q * gain[:, None], k, v.clone()
+
+
+def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor, gate: Tensor) -> Tensor:
     """XSA: remove from each head's output its component along the token's own value (that of its key/value head);
     then times a gate (B, T, H, 1)."""
     # a key/value head serves H/K query heads: (B, T, K, 1, d)
@@ -1923,8 +1936,7 @@ def remove_self_value(y_BTHd: Tensor, v_BTKd: Tensor, gate: Tensor | None = None
     # (B, T, K, H/K, d)
     y = at_least_fp32(y_BTHd).unflatten(2, (v_BTKd.size(2), -1))
     y = y - (y * own).sum(-1, keepdim=True) * own
-    y = y.flatten(2, 3).to(y_BTHd.dtype)
-    return y if gate is None else y * gate
+    return y.flatten(2, 3).to(y_BTHd.dtype) * gate
 
 
 class AttnMeta(NamedTuple):
@@ -2285,87 +2297,62 @@ def store_as(x: tl.tensor, place: tl.tensor, value: tl.tensor, mask: tl.tensor) 
 
 
 @kernel
-def rotary_block(
-    tables: tl.tuple,
-    tokens: int,
-    rows: int,
-    SHAPE: tl.constexpr,
-) -> tuple[tl.tensor, ...]:
-    """Where a block of tokens has its head: all entries and their mask, those that do not rotate, the first of each
-    pair that does and their mask; then its cos and sin."""
-    WIDTH: tl.constexpr = SHAPE[0]
-    token = (tl.program_id(0) * SHAPE[2] + tl.arange(0, SHAPE[2]))[:, None]
-    column, pair = tl.arange(0, WIDTH)[None, :], tl.arange(0, SHAPE[1])[None, :]
-    first = (token.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * WIDTH
-    inside = token < tokens
-    # rows of one length share a table
-    angle = token % rows * SHAPE[1] + pair
-    cos = tl.load(tables[0] + angle, mask=inside, other=1.0)
-    sin = tl.load(tables[1] + angle, mask=inside, other=0.0)
-    return first + column, inside, inside & (column >= 2 * SHAPE[1]), first + pair, cos, sin
-
-
-@kernel
 def norm_rotate_kernel(
-    x: tl.tensor,
+    whole: tl.tuple,
+    parts: tl.tuple,
     tables: tl.tuple,
-    gain: tl.tensor | None,
-    out: tl.tensor,
+    gain: tl.tensor,
     tokens: int,
     rows: int,
     eps: float,
     SHAPE: tl.constexpr,
 ) -> None:
-    """Store gain R n of one head of a block of tokens x (tokens, heads, width): n = x / rms(x), R rotates its pairs.
+    """One head of a block of tokens, of x (tokens, H + 2 K, width) and of its part: queries, keys or values.
 
-    tables: cos and sin (rows, pairs); SHAPE: width, pairs, tokens of a block.
+    Forward: the part is gain R n, where n = x / rms(x) and R rotates pairs; values stay as they are. Back: the parts
+    are gradients; with u = R^T g and r = 1 / rms(x), dx = gain r (u - r^2 mean(u x) x), and dgain (blocks, H) sums
+    r u x. whole: x, and in the backward dx and dgain; tables: cos and sin (rows, pairs); SHAPE: width, pairs, tokens of
+    a block, H, K.
     """
-    place, inside, passes, a, cos, sin = rotary_block(tables, tokens, rows, SHAPE)
-    whole = load_wide(x, place, inside)
-    scale = tl.rsqrt(tl.sum(whole * whole, 1, keep_dims=True) / SHAPE[0] + eps)
-    if gain is not None:
-        scale *= tl.load(gain + tl.program_id(1)).to(tl.float32)
-    b = a + SHAPE[1]
-    x_a, x_b = load_wide(x, a, inside), load_wide(x, b, inside)
-    store_as(out, place, whole * scale, passes)
-    store_as(out, a, (x_a * cos + x_b * sin) * scale, inside)
-    store_as(out, b, (x_b * cos - x_a * sin) * scale, inside)
-
-
-@kernel
-def norm_rotate_back_kernel(
-    inputs: tl.tuple,
-    tables: tl.tuple,
-    gain: tl.tensor | None,
-    outputs: tl.tuple,
-    tokens: int,
-    rows: int,
-    eps: float,
-    SHAPE: tl.constexpr,
-) -> None:
-    """Store the gradient dx of norm_rotate_kernel, from x and the gradient g of its output, and this block's part of
-    dgain (blocks, heads).
-
-    With u = R^T g and r = 1 / rms(x): dx = gain r (u - r^2 mean(u x) x), and dgain sums r u x.
-    """
-    g, x = inputs
-    dx, dgain = outputs
-    place, inside, passes, a, cos, sin = rotary_block(tables, tokens, rows, SHAPE)
-    b = a + SHAPE[1]
-    whole, u = load_wide(x, place, inside), load_wide(g, place, passes)
-    x_a, g_a = load_wide(x, a, inside), load_wide(g, a, inside)
-    x_b, g_b = load_wide(x, b, inside), load_wide(g, b, inside)
-    u_a = g_a * cos - g_b * sin
-    u_b = g_a * sin + g_b * cos
-    r = tl.rsqrt(tl.sum(whole * whole, 1, keep_dims=True) / SHAPE[0] + eps)
-    along = tl.sum(whole * u, 1, keep_dims=True) + tl.sum(x_a * u_a + x_b * u_b, 1, keep_dims=True)
-    inward, scale = r * r * along / SHAPE[0], r
-    if gain is not None:
-        scale *= tl.load(gain + tl.program_id(1)).to(tl.float32)
-        tl.store(dgain + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(r * along))
-    store_as(dx, place, scale * (u - inward * whole), passes)
-    store_as(dx, a, scale * (u_a - inward * x_a), inside)
-    store_as(dx, b, scale * (u_b - inward * x_b), inside)
+    x, dx, dgain = whole
+    WIDTH: tl.constexpr = SHAPE[0]
+    H: tl.constexpr = SHAPE[3]
+    K: tl.constexpr = SHAPE[4]
+    index, column, a = tl.program_id(1), tl.arange(0, WIDTH)[None, :], tl.arange(0, SHAPE[1])[None, :]
+    query, turns = index < H, index < H + K
+    part = tl.where(query, parts[0], tl.where(turns, parts[1], parts[2]))
+    token = (tl.program_id(0) * SHAPE[2] + tl.arange(0, SHAPE[2]))[:, None]
+    inside, b = token < tokens, a + SHAPE[1]
+    passes = inside & (column >= 2 * SHAPE[1])
+    # rows of one length share a table
+    angle = token % rows * SHAPE[1] + a
+    cos = tl.load(tables[0] + angle, mask=inside & turns, other=1.0)
+    sin = tl.load(tables[1] + angle, mask=inside & turns, other=0.0)
+    # the head's first entries, in x and in its part
+    at = (token.to(tl.int64) * (H + 2 * K) + index) * WIDTH
+    head = index - tl.where(query, 0, tl.where(turns, H, H + K))
+    of = (token.to(tl.int64) * tl.where(query, H, K) + head) * WIDTH
+    y, y_a, y_b = load_wide(x, at + column, inside), load_wide(x, at + a, inside), load_wide(x, at + b, inside)
+    r = tl.where(turns, tl.rsqrt(tl.sum(y * y, 1, keep_dims=True) / WIDTH + eps), 1.0)
+    scale = r * tl.load(gain + index, mask=query, other=1.0).to(tl.float32)
+    if dx is None:
+        store_as(part, of + column, scale * y, passes)
+        store_as(part, of + a, scale * (y_a * cos + y_b * sin), inside)
+        store_as(part, of + b, scale * (y_b * cos - y_a * sin), inside)
+    else:
+        u, g_a, g_b = (
+            load_wide(part, of + column, passes),
+            load_wide(part, of + a, inside),
+            load_wide(part, of + b, inside),
+        )
+        u_a = g_a * cos - g_b * sin
+        u_b = g_a * sin + g_b * cos
+        along = tl.sum(y * u, 1, keep_dims=True) + tl.sum(y_a * u_a + y_b * u_b, 1, keep_dims=True)
+        tl.store(dgain + tl.program_id(0) * H + index, tl.sum(r * along), mask=query)
+        inward = tl.where(turns, r * r * along / WIDTH, 0.0)
+        store_as(dx, at + column, scale * (u - inward * y), passes)
+        store_as(dx, at + a, scale * (u_a - inward * y_a), inside)
+        store_as(dx, at + b, scale * (u_b - inward * y_b), inside)
 
 
 @kernel
@@ -2377,11 +2364,11 @@ def self_value_kernel(
 ) -> None:
     """One key/value head of a block of tokens, and the heads of y (tokens, heads, width) that it serves.
 
-    inputs: g, y, v, gate; outputs: out, dv, dgate; SHAPE: width, heads of y for one of v, tokens of a block. Without g,
-    out = gate u, where u = y - c v and c = y.v / v.v. With the gradient g of that, out is dy = h - e v, where
-    h = gate g and e = h.v / v.v; dv sums 2 c e v - c h - e y, and dgate = g.u.
+    inputs: y, v, gate and, in the backward, g; outputs: out, and in the backward dv and dgate; SHAPE: width, heads of y
+    for one of v, tokens of a block. Forward: out = gate u, where u = y - c v and c = y.v / v.v. Back, from the gradient
+    g of that: out is dy = h - e v, where h = gate g and e = h.v / v.v; dv sums 2 c e v - c h - e y, and dgate = g.u.
     """
-    g, y, v, gate = inputs
+    y, v, gate, g = inputs
     out, dv, dgate = outputs
     GROUP: tl.constexpr = SHAPE[1]
     token = tl.program_id(0) * SHAPE[2] + tl.arange(0, SHAPE[2])
@@ -2396,22 +2383,18 @@ def self_value_kernel(
     for i in tl.static_range(GROUP):
         head = value_head * GROUP + i
         place = head[:, None] * SHAPE[0] + column
-        whole = load_wide(y, place, inside)
+        whole, opening = load_wide(y, place, inside), load_wide(gate, head, exists)[:, None]
         c = tl.sum(whole * own, 1, keep_dims=True) / square
-        u = whole - c * own
-        opening = 1.0
-        if gate is not None:
-            opening = load_wide(gate, head, exists)[:, None]
-        result = u * opening
+        result = whole - c * own
         if g is not None:
             h = load_wide(g, place, inside)
-            if gate is not None:
-                store_as(dgate, head, tl.sum(h * u, 1), exists)
+            store_as(dgate, head, tl.sum(h * result, 1), exists)
             h *= opening
             e = tl.sum(h * own, 1, keep_dims=True) / square
-            result = h - e * own
             total += 2 * c * e * own - c * h - e * whole
-        store_as(out, place, result, inside)
+            store_as(out, place, h - e * own, inside)
+        else:
+            store_as(out, place, result * opening, inside)
     if g is not None:
         store_as(dv, value_place, total, inside)
 
@@ -2484,61 +2467,57 @@ def launch_leaky_square_back(g: Tensor, down: Tensor, pre: Tensor, slope: float)
     return dpre
 
 
-def by_heads(x: Tensor, other: int, block: int = HEAD_BLOCK) -> tuple[tuple[int, int], int, tuple[int, int, int]]:
-    """Grid, tokens and SHAPE of a kernel whose programs take one head of a block of tokens of x (..., heads, width)."""
+def new_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous tensors of these shapes and dtypes, not filled."""
+    return tuple(t.new_empty(t.shape) for t in tensors)
+
+
+def by_heads(x: Tensor) -> tuple[tuple[int, int], int]:
+    """Grid and tokens of a kernel whose programs take one head of a block of tokens of x (..., heads, width)."""
     *_, heads, width = x.shape
     tokens = x.numel() // (heads * width)
-    return (triton.cdiv(tokens, block), heads), tokens, (width, other, block)
+    return (triton.cdiv(tokens, HEAD_BLOCK), heads), tokens
 
 
-def launch_norm_rotate(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """norm_rotate through Triton: queries, then keys, which have no gain."""
-    outputs = []
-    for x, factor in ((q.contiguous(), gain), (k.contiguous(), None)):
-        outputs.append(torch.empty_like(x))
-        grid, tokens, shape = by_heads(x, cos.size(-1))
-        rows = cos.numel() // cos.size(-1)
-        norm_rotate_kernel[grid](x, (cos, sin), factor, outputs[-1], tokens, rows, RMS_EPS, shape)
-    return tuple(outputs)
+def launch_heads(whole: tuple, parts: tuple, gain: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Run norm_rotate_kernel."""
+    grid, tokens = by_heads(whole[0])
+    rows, pairs = cos.numel() // cos.size(-1), cos.size(-1)
+    shape = (whole[0].size(-1), pairs, HEAD_BLOCK, *head_counts(whole[0], gain)[:2])
+    norm_rotate_kernel[grid](whole, parts, (cos, sin), gain, tokens, rows, RMS_EPS, shape)
+
+
+def launch_norm_rotate(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """norm_rotate through Triton."""
+    parts = new_like(*x.split(head_counts(x, gain), dim=2))
+    launch_heads((x.contiguous(), None, None), parts, gain, cos, sin)
+    return parts
 
 
 def launch_norm_rotate_back(
     gq: Tensor,
     gk: Tensor,
-    q: Tensor,
-    k: Tensor,
+    gv: Tensor,
+    x: Tensor,
     gain: Tensor,
     cos: Tensor,
     sin: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """norm_rotate_back through Triton."""
-    found = []
-    for g, x, factor in ((gq, q.contiguous(), gain), (gk, k.contiguous(), None)):
-        grid, tokens, shape = by_heads(x, cos.size(-1))
-        outputs = torch.empty_like(x), x.new_empty(grid, dtype=torch.float32)
-        rows, inputs = cos.numel() // cos.size(-1), (g.contiguous(), x)
-        norm_rotate_back_kernel[grid](inputs, (cos, sin), factor, outputs, tokens, rows, RMS_EPS, shape)
-        found.append(outputs)
-    (dq, dgain), (dk, _) = found
-    return dq, dk, dgain.sum(0).to(gain.dtype)
+    (blocks, _), _ = by_heads(x)
+    dx, dgain = *new_like(x), gain.new_empty(blocks, gain.size(0), dtype=torch.float32)
+    parts = (gq.contiguous(), gk.contiguous(), gv.contiguous())
+    launch_heads((x.contiguous(), dx, dgain), parts, gain, cos, sin)
+    return dx, dgain.sum(0).to(gain.dtype)
 
 
-def launch_self_value(y: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
-    """remove_self_value through Triton."""
-    y, v = y.contiguous(), v.contiguous()
-    grid, tokens, shape = by_heads(v, y.size(-2) // v.size(-2))
-    out = torch.empty_like(y)
-    self_value_kernel[grid]((None, y, v, gate), (out, None, None), tokens, shape)
-    return out
-
-
-def launch_self_value_back(g: Tensor, y: Tensor, v: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """self_value_back through Triton."""
-    g, y, v = g.contiguous(), y.contiguous(), v.contiguous()
-    grid, tokens, shape = by_heads(v, y.size(-2) // v.size(-2))
-    found = new_like(y, v, y[:0] if gate is None else gate)
-    self_value_kernel[grid]((g, y, v, gate), found, tokens, shape)
-    return found
+def launch_self_value(y: Tensor, v: Tensor, gate: Tensor, g: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+    """remove_self_value through Triton; with a gradient g, self_value_back."""
+    found = (*new_like(y), None, None) if g is None else new_like(y, v, gate)
+    inputs = (y.contiguous(), v.contiguous(), gate.contiguous(), g if g is None else g.contiguous())
+    (grid, tokens), shape = by_heads(v), (v.size(-1), y.size(-2) // v.size(-2), HEAD_BLOCK)
+    self_value_kernel[grid](inputs, found, tokens, shape)
+    return found[0] if g is None else found
 
 
 def operator(
@@ -2677,79 +2656,46 @@ def fused_mlp(m: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     return leaky_square(m.flatten(0, -2), up, down, slope)[0].view_as(m)
 
 
-def new_like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous tensors of these shapes and dtypes, not filled."""
-    return tuple(t.new_empty(t.shape) for t in tensors)
-
-
-@operator(launch_norm_rotate_back, lambda gq, gk, *inputs: new_like(*inputs[:3]))
+@operator(launch_norm_rotate_back, lambda gq, gk, gv, x, gain, *tables: new_like(x, gain))
 def norm_rotate_back(
     gq: Tensor,
     gk: Tensor,
-    q: Tensor,
-    k: Tensor,
+    gv: Tensor,
+    x: Tensor,
     gain: Tensor,
     cos: Tensor,
     sin: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of norm_rotate's q, k and gain from those of its outputs."""
-    found = []
-    for g, x in ((gq, q), (gk, k)):
-        u, wide = rotate(at_least_fp32(g), cos, -sin), at_least_fp32(x)
-        r = (wide.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt()
-        along = r * (u * wide).sum(-1, keepdim=True)
-        found.append((r * (u - r / x.size(-1) * along * wide), along))
-    (dq, along), (dk, _) = found
-    dq, dgain = dq * gain[:, None], along.sum((0, 1, 3))
-    return dq.to(q.dtype), dk.to(k.dtype), dgain.to(gain.dtype)
+) -> tuple[Tensor, Tensor]:
+    """Gradients of norm_rotate's x and gain from those of its outputs."""
+    rotated = functools.partial(norm_rotate, cos=cos, sin=sin)
+    # not autograd, which is off inside an operator
+    return torch.func.vjp(rotated, x, gain)[1]((gq, gk, gv))
 
 
 @operator(
     launch_norm_rotate,
-    lambda q, k, *_: new_like(q, k),
+    lambda x, gain, *_: new_like(*x.split(head_counts(x, gain), dim=2)),
     lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    lambda ctx, gq, gk: (*norm_rotate_back(gq, gk, *ctx.saved_tensors), None, None),
+    lambda ctx, *grads: (*norm_rotate_back(*grads, *ctx.saved_tensors), None, None),
 )
-def fused_norm_rotate(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def fused_norm_rotate(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """norm_rotate by one kernel each way."""
-    return norm_rotate(q, k, gain, cos, sin)
+    return norm_rotate(x, gain, cos, sin)
 
 
-@operator(
-    launch_self_value_back,
-    lambda g, y, v, gate: new_like(y, v, y[:0] if gate is None else gate),
-)
-def self_value_back(g: Tensor, y: Tensor, v: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of remove_self_value's inputs from that of its output; an empty one for no gate."""
-    own = at_least_fp32(v).unsqueeze(3)
-    square = own.square().sum(-1, keepdim=True).clamp_min(1e-24)
-    # (B, T, K, H/K, d), as in remove_self_value
-    wide, g = (at_least_fp32(x).unflatten(2, (v.size(2), -1)) for x in (y, g))
-    c = (wide * own).sum(-1, keepdim=True) / square
-    dgate = y[:0].clone()
-    h = g
-    if gate is not None:
-        dgate = (g * (wide - c * own)).sum(-1, keepdim=True).flatten(2, 3).to(gate.dtype)
-        h = g * gate.unflatten(2, (v.size(2), -1))
-    e = (h * own).sum(-1, keepdim=True) / square
-    dv = (2 * c * e * own - c * h - e * wide).sum(3)
-    return (h - e * own).flatten(2, 3).to(y.dtype), dv.to(v.dtype), dgate
-
-
-def self_value_grad(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of remove_self_value's inputs."""
-    *saved, gate = ctx.saved_tensors
-    dy, dv, dgate = self_value_back(g, *saved, gate)
-    return dy, dv, None if gate is None else dgate
+@operator(launch_self_value, lambda y, v, gate, g: new_like(y, v, gate))
+def self_value_back(y: Tensor, v: Tensor, gate: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of remove_self_value's inputs from that of its output."""
+    return torch.func.vjp(remove_self_value, y, v, gate)[1](g)
 
 
 @operator(
     launch_self_value,
     lambda y, v, gate: new_like(y)[0],
     lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    self_value_grad,
+    lambda ctx, g: self_value_back(*ctx.saved_tensors, g),
 )
-def fused_self_value(y: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+def fused_self_value(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """remove_self_value by one kernel each way."""
     return remove_self_value(y, v, gate)
 
@@ -2911,7 +2857,7 @@ class Kernels(NamedTuple):
 
     cross_entropy: Callable[..., Tensor]
     mlp: Callable[..., Tensor] | None  # None: the modules' own plain forward
-    norm_rotate: Callable[..., tuple[Tensor, Tensor]] = norm_rotate
+    norm_rotate: Callable[..., tuple[Tensor, Tensor, Tensor]] = norm_rotate
     remove_self_value: Callable[..., Tensor] = remove_self_value
     delta_rule: Callable[..., tuple[Tensor, Tensor]] = delta_rule
 
@@ -3094,8 +3040,13 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = make_weight(role, d_out, d_in, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def scaled(self, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The weight in a dtype, its rows times `rows` (out,) where there are any."""
+        weight = self.weight if rows is None else rows[:, None] * self.weight
+        return weight.to(dtype)
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.scaled(rows, x.dtype))
 
 
 class HeadGate(nn.Module):
@@ -3291,24 +3242,32 @@ class Attention(nn.Module):
         self.xsa = "xsa" in cfg.attn_extras and layer >= cfg.num_layers - cfg.xsa_last_n
         self.attend, self.kernels, self.head_dim = attend, kernels, head
 
-    def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
-        """(B, T, D) normed input -> (B, T, D)."""
-        q = tap("q", n, self.q(n))
-        k = tap("k", n, self.k(n))
-        v = tap("v", n, self.v(n))
-        v = self.values(v, values)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+    def forward(
+        self,
+        n: Tensor,
+        meta: AttnMeta,
+        tap: LayerTap,
+        values: ValueContext,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, D) normed input -> (B, T, D), times scale (D,)."""
+        layers = {"q": self.q, "k": self.k, "v": self.v}
+        if self.training and not tap.sites:
+            # one product for all three, which reads n once, and whose backward adds nothing up
+            weight = torch.cat([layer.weight for layer in layers.values()])
+            x = F.linear(n, weight.to(n.dtype))
+        else:
+            x = torch.cat([tap(name, n, layer(n)) for name, layer in layers.items()], dim=-1)
+        x = x.unflatten(-1, (-1, self.head_dim))
         # QK norm bounds the logits; the gain that follows is learnt for each head
-        q, k = self.kernels.norm_rotate(q, k, self.q_gain.to(q.dtype), meta.cos, meta.sin)
+        q, k, v = self.kernels.norm_rotate(x, self.q_gain.to(x.dtype), meta.cos, meta.sin)
+        v = self.values(v.flatten(2), values).view_as(v)
         attend = self.attend if meta.kv_cache is None else meta.kv_cache.attend
         y = attend(q, k, v, meta, self.sink)
-        gate = None if self.gate is None else self.gate(n)
-        if self.xsa:
-            y = self.kernels.remove_self_value(y, v, gate)
-        elif gate is not None:
-            y = y * gate
+        gate = y.new_ones(*y.shape[:-1], 1) if self.gate is None else self.gate(n)
+        y = self.kernels.remove_self_value(y, v, gate) if self.xsa else y * gate
         y = y.flatten(2)
-        return tap("attn", n, tap("o", y, self.o(y)))
+        return tap("attn", n, tap("o", y, self.o(y, scale)))
 
 
 class DeltaNet(nn.Module):
@@ -3328,8 +3287,15 @@ class DeltaNet(nn.Module):
         self.dt_bias = make_weight("delta_step", value_heads)
         self.groups, self.rule = value_heads // cfg.gdn_qk_heads, kernels.delta_rule
 
-    def forward(self, n: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
-        """(B, T, D) normed input -> (B, T, D)."""
+    def forward(
+        self,
+        n: Tensor,
+        meta: AttnMeta,
+        tap: LayerTap,
+        values: ValueContext,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, D) normed input -> (B, T, D), times scale (D,)."""
         # causal convolution over two tokens, which does not reach into the segment before
         qkv = tap("qkv", n, self.qkv(n))
         older, newer = self.taps.to(n.dtype).unbind(1)
@@ -3349,7 +3315,7 @@ class DeltaNet(nn.Module):
         z = tap("delta_z", n, self.z(n))
         gate = F.silu(z)
         y = y.flatten(2) * gate
-        out = tap("o", y, self.o(y))
+        out = tap("o", y, self.o(y, scale))
         return tap("attn", n, out)
 
 
@@ -3366,15 +3332,14 @@ class MLP(nn.Module):
         self.down = Linear("down", hidden, cfg.model_dim)
         self.slope, self.fused = cfg.mlp_slope, kernels.mlp
 
-    def forward(self, m: Tensor, tap: LayerTap) -> Tensor:
-        """(B, T, D) normed input -> (B, T, D)."""
+    def forward(self, m: Tensor, tap: LayerTap, scale: Tensor | None = None) -> Tensor:
+        """(B, T, D) normed input -> (B, T, D), times scale (D,)."""
         if self.fused is not None and tap.sites.isdisjoint(("up", "down")):
-            up, down = (layer.weight.to(m.dtype) for layer in (self.up, self.down))
-            y = self.fused(m, up, down, self.slope)
+            y = self.fused(m, self.up.scaled(None, m.dtype), self.down.scaled(scale, m.dtype), self.slope)
         else:
             pre = tap("up", m, self.up(m))
             a = F.leaky_relu(pre, self.slope).square()
-            y = tap("down", a, self.down(a))
+            y = tap("down", a, self.down(a, scale))
         return tap("mlp", m, y)
 
 
@@ -3400,11 +3365,24 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
         """What the mixer adds to a residual that reads x, (B, T, D)."""
-        return self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.input_scale, meta, tap, values)
+        return self.times(self.attn_scale, tap, functools.partial(self.attn, self.norm(x), meta, tap, values))
 
     def transform(self, x: Tensor, tap: LayerTap) -> Tensor:
         """What the MLP adds, (B, T, D)."""
-        return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.input_scale, tap)
+        return self.times(self.mlp_scale, tap, functools.partial(self.mlp, self.norm(x), tap))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """What a sublayer reads of a residual x, (B, T, D)."""
+        return rms_norm(x) * self.input_scale
+
+    def times(self, scale: Tensor, tap: LayerTap, sublayer: Callable[..., Tensor]) -> Tensor:
+        """The output of a sublayer, (B, T, D), times a scale (D,)."""
+        # Training scales the last matrix's rows and not its output: the same product, rounded once less, and no pass
+        # over the tokens for its gradients. A listener wants the output as it is, and scores their published rounding
+        if self.training and not tap.sites:
+            return sublayer(scale)
+        y = sublayer()
+        return scale.to(y.dtype) * y
 
 
 class Skips(nn.Module):

@@ -106,6 +106,7 @@ def test_value_residual_takes_the_first_values_and_the_first_execution_mixes_not
     """With factors 1 and 0 only the first execution's values count: not those of a looped layer 0, nor of two lanes."""
     for looping in (False, True):
         model, ids = stack_model("n-gram", looping=looping, embed_extras=(), ve_layers=(0,)), sample(2, 12, [0])
+        model.eval()
         with torch.no_grad():
             for block in model.blocks:
                 block.attn.values.lambdas.copy_(torch.tensor([1.0, 0.0]))

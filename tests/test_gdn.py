@@ -223,6 +223,7 @@ def run_mixer(
         sites[name] = inside
         return y
 
+    tap.sites = frozenset(train_gpt.ROLES)  # it hears every matrix
     y = net(x, meta, tap, train_gpt.ValueContext(None, None))
     loss = (y * rules.fill("hash", f"w.{config['key']}", shape, 1.0)).sum()
     loss.backward()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from itertools import pairwise
 
 import golden_rules as rules
 import numpy as np
+import pytest
 import torch
 import ttt_rules
 from conftest import listener
@@ -133,10 +135,11 @@ def test_rotation_pairs_the_halves_and_depends_on_distance_alone() -> None:
 def test_xsa_leaves_nothing_along_the_own_value() -> None:
     generator = torch.Generator().manual_seed(1)
     y, v = (torch.randn(2, 5, heads, 8, generator=generator, dtype=torch.float64) for heads in (6, 2))
-    out = train_gpt.remove_self_value(y, v)
+    remove = functools.partial(train_gpt.remove_self_value, gate=torch.ones(2, 5, 6, 1, dtype=torch.float64))
+    out = remove(y, v)
     assert (out.unflatten(2, (2, 3)) * v.unsqueeze(3)).sum(-1).abs().max() < 1e-13
-    torch.testing.assert_close(train_gpt.remove_self_value(out, v), out)
-    assert torch.equal(train_gpt.remove_self_value(y, torch.zeros_like(v)), y)
+    torch.testing.assert_close(remove(out, v), out)
+    assert torch.equal(remove(y, torch.zeros_like(v)), y)
     removed = (y - out).unflatten(2, (2, 3))
     along = torch.nn.functional.cosine_similarity(removed, v.unsqueeze(3).expand_as(removed), dim=-1)
     torch.testing.assert_close(along.abs(), torch.ones_like(along))
@@ -192,7 +195,7 @@ def test_norms_are_computed_wide() -> None:
 
 
 def test_a_listener_that_passes_changes_no_bit() -> None:
-    model, (ids, targets) = rules.build(SMALL, torch.float32), rules.rows_of(SMALL)
+    model, (ids, targets) = rules.build(SMALL, torch.float32).eval(), rules.rows_of(SMALL)
     heard: list[train_gpt.Site] = []
 
     def listen(site: train_gpt.Site, x: Tensor, y: Tensor) -> Tensor:
@@ -223,10 +226,31 @@ def test_every_site_counts() -> None:
         assert (model(ids, None, None, listener(nudge, name)) - plain).abs().max() > 1e-4, name
 
 
+def test_training_scales_the_last_matrix_in_place_of_its_output() -> None:
+    """The same product, in another order, with the same gradients; scores keep the published order."""
+    model, (ids, targets) = rules.build(SMALL, torch.float64), rules.rows_of(SMALL)
+    for name, p in model.named_parameters():
+        if name.endswith(("attn_scale", "mlp_scale")):
+            p.data.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(1))
+    seen, linear, results = [], train_gpt.Linear.scaled, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt.Linear, "scaled", lambda self, *a: seen.append(a[0] is not None) or linear(self, *a))
+        for training, folded in ((True, 2 * len(model.route.layers)), (False, 0)):
+            seen.clear()
+            loss = model.train(training)(ids, targets)
+            assert sum(seen) == folded, training
+            results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-13)
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    assert all(g.abs().min() > 0 for name, g in zip(names, results[0], strict=True) if "_scale" in name)
+
+
 def test_scores_come_from_wide_logits_unless_asked_otherwise() -> None:
     """Activations in bf16: logits with an adapter's part, and losses, have no rounding to bf16 but in training."""
     HALF, WIDE = torch.bfloat16, torch.float32
     cfg, ids = ttt_rules.structure_config("one lane, no loops, no extras"), torch.arange(60).view(2, 30) % 97
+    whole: list[Tensor] = []
     for word, dtype in (("fp32", WIDE), ("bf16", HALF)):
         own = dataclasses.replace(cfg, score_dtype=word, ttt_lora_sites=("head",))
         model = ttt_rules.strong_model(own)
@@ -242,5 +266,5 @@ def test_scores_come_from_wide_logits_unless_asked_otherwise() -> None:
         error = ((z - exact).abs().max() / exact.abs().max()).item()
         assert error < 1e-6 if dtype == WIDE else 1e-3 < error < 0.05, (word, error)
         # where nothing is narrower, the knob changes no bit
-        full = ttt_rules.strong_model(own)
-        assert torch.equal(full.eval()(ids, ids, reduction="none"), full.train()(ids, ids, reduction="none"))
+        whole.append(ttt_rules.strong_model(own).eval()(ids, ids, reduction="none"))
+    assert torch.equal(*whole)
