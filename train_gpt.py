@@ -3784,6 +3784,28 @@ def gram_iterations(x: Tensor, plan: list[tuple[float, float, float]]) -> Tensor
     return x
 
 
+@torch.no_grad()
+def muon_updates(
+    cfg: Config,
+    low: torch.dtype,
+    momentum: Tensor,
+    shares: list[Tensor],
+    buffers: list[Tensor],
+) -> list[Tensor]:
+    """Take gradients (k, rows, cols) of several shapes into their momentum buffers; the orthogonalised directions."""
+    updates = []
+    for share, buffer in zip(shares, buffers, strict=True):
+        # heavy-ball momentum, as in SGD
+        buffer.mul_(momentum).add_(share)
+        direction = share + momentum * buffer  # Nesterov
+        if cfg.muon_row_normalize:
+            direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+        # the iterations tolerate bf16; tests in float64 keep it
+        x = direction.to(low if direction.dtype == torch.float32 else direction.dtype)
+        updates.append(orthogonalize(x, cfg.muon_coefficients, cfg.muon_backend_steps))
+    return updates
+
+
 class Muon:
     """Orthogonalised momentum on 2-D weights (Jordan et al. 2024), stacked by shape and sharded over the ranks.
 
@@ -3797,50 +3819,49 @@ class Muon:
         # the largest groups first: their communication overlaps the work on the others
         self.groups = sorted(shapes.values(), key=lambda g: -len(g) * g[0].numel())
         self.cfg, self.runtime = cfg, runtime
-        self.buffers = []
-        for group in self.groups:
-            share = -(-len(group) // runtime.world)
-            self.buffers.append(group[0].new_zeros(share, *group[0].shape))
+        self.buffers, self.shares = ([self.zeros(group) for group in self.groups] for _ in range(2))
+        # tensors that stay where they are: then all that is computed between two exchanges is one CUDA graph
+        self.momentum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+        self.updates = functools.partial(compiled(runtime, muon_updates), cfg, runtime.dtype)
+        if runtime.compile and runtime.device.type == "cuda":
+            function = functools.partial(self.updates, shares=self.shares, buffers=self.buffers)
+            self.graph = torch.cuda.make_graphed_callables(lambda m: tuple(function(m)), (self.momentum,))
+            self.updates = lambda momentum, shares, buffers: self.graph(momentum)
+
+    def zeros(self, group: list[nn.Parameter]) -> Tensor:
+        """A tensor (k, rows, cols) for this rank's share of the matrices of a group."""
+        return group[0].new_zeros(-(-len(group) // self.runtime.world), *group[0].shape)
 
     def reduce(self) -> list[Tensor]:
         """This rank's shares (k, rows, cols) of the gradients averaged over the ranks, in the parameters' dtype."""
-        world, shares, waits = self.runtime.world, [], []
-        for group, buffer in zip(self.groups, self.buffers, strict=True):
-            grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in group])
+        world, parts, waits = self.runtime.world, [], []
+        for group, share in zip(self.groups, self.shares, strict=True):
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
             if world == 1:
-                shares.append(grads)
+                torch.stack(grads, out=share)
                 continue
             # whole shares for every rank; sent in bf16 on a GPU, half the bytes
-            missing = len(buffer) * world - len(group)
-            padded = F.pad(grads, (0, 0, 0, 0, 0, missing)).to(self.runtime.dtype)
-            shares.append(torch.empty_like(padded[: len(buffer)]))
-            waits.append(reduce_scatter(shares[-1], padded, async_op=True))
+            missing = len(share) * world - len(group)
+            padded = F.pad(torch.stack(grads), (0, 0, 0, 0, 0, missing)).to(self.runtime.dtype)
+            parts.append(torch.empty_like(padded[: len(share)]))
+            waits.append(reduce_scatter(parts[-1], padded, async_op=True))
         # every reduce is launched before the first is awaited
-        for work in waits:
+        for work, share, part in zip(waits, self.shares, parts, strict=False):
             work.wait()
-        return [share.to(buffer.dtype) / world for share, buffer in zip(shares, self.buffers, strict=True)]
+            torch.div(part.to(share.dtype), world, out=share)
+        return self.shares
 
     def step(self, shares: list[Tensor], lr: float, momentum: float) -> None:
         """One update from the averaged gradient shares."""
-        cfg, world, updates, waits = self.cfg, self.runtime.world, [], []
-        for share, buffer in zip(shares, self.buffers, strict=True):
-            # heavy-ball momentum, as in SGD
-            buffer.mul_(momentum).add_(share)
-            direction = share + momentum * buffer  # Nesterov
-            if cfg.muon_row_normalize:
-                direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            # the iterations tolerate bf16; tests in float64 keep it
-            low = self.runtime.dtype if direction.dtype == torch.float32 else direction.dtype
-            update = orthogonalize(direction.to(low), cfg.muon_coefficients, cfg.muon_backend_steps)
-            if world > 1:
-                # each rank has orthogonalised its share; all need all of them
-                gathered = update.new_empty(len(buffer) * world, *update.shape[1:])
-                waits.append(all_gather(gathered, update.contiguous(), async_op=True))
-                update = gathered
-            updates.append(update)
+        cfg, world, gathered, waits = self.cfg, self.runtime.world, [], []
+        updates = self.updates(self.momentum.fill_(momentum), shares, self.buffers)
+        for update in updates if world > 1 else ():
+            # each rank has orthogonalised its share; all need all of them
+            gathered.append(update.new_empty(len(update) * world, *update.shape[1:]))
+            waits.append(all_gather(gathered[-1], update.contiguous(), async_op=True))
         for work in waits:
             work.wait()
-        for group, update in zip(self.groups, updates, strict=True):
+        for group, update in zip(self.groups, gathered or updates, strict=True):
             rows, cols = group[0].shape
             # decoupled weight decay, then a step whose size does not depend on the shape
             torch._foreach_mul_(group, 1 - lr * cfg.muon_wd)
@@ -3907,8 +3928,7 @@ class Optimisers:
         """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM."""
         grads = [p.grad for p in self.small]
         # each rank has its own shares, but all of the small gradients
-        own = torch.stack([share.square().sum() for share in shares])
-        squares = self.runtime.sum_(own.sum())
+        squares = self.runtime.sum_(torch.stack(torch._foreach_norm(shares)).square().sum())
         small_norms = torch._foreach_norm([at_least_fp32(g) for g in grads])
         norm = (squares + torch.stack(small_norms).square().sum()).sqrt()
         # the factor stays on the device, so the host waits for nothing
