@@ -2513,10 +2513,14 @@ def launch_norm_rotate_back(
 
 def launch_self_value(y: Tensor, v: Tensor, gate: Tensor, g: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
     """remove_self_value through Triton; with a gradient g, self_value_back."""
-    found = (*new_like(y), None, None) if g is None else new_like(y, v, gate)
-    inputs = (y.contiguous(), v.contiguous(), gate.contiguous(), g if g is None else g.contiguous())
-    (grid, tokens), shape = by_heads(v), (v.size(-1), y.size(-2) // v.size(-2), HEAD_BLOCK)
-    self_value_kernel[grid](inputs, found, tokens, shape)
+    inputs = [y.contiguous(), v.contiguous(), gate.contiguous(), None]
+    found = (*new_like(y), None, None)
+    if g is not None:
+        inputs[-1] = g.contiguous()
+        found = new_like(y, v, gate)
+    grid, tokens = by_heads(v)
+    group = y.size(-2) // v.size(-2)
+    self_value_kernel[grid](tuple(inputs), found, tokens, (v.size(-1), group, HEAD_BLOCK))
     return found[0] if g is None else found
 
 
@@ -3788,9 +3792,9 @@ def gram_iterations(x: Tensor, plan: list[tuple[float, float, float]]) -> Tensor
 def muon_updates(
     cfg: Config,
     low: torch.dtype,
-    momentum: Tensor,
     shares: list[Tensor],
     buffers: list[Tensor],
+    momentum: Tensor,
 ) -> list[Tensor]:
     """Take gradients (k, rows, cols) of several shapes into their momentum buffers; the orthogonalised directions."""
     updates = []
@@ -3819,14 +3823,15 @@ class Muon:
         # the largest groups first: their communication overlaps the work on the others
         self.groups = sorted(shapes.values(), key=lambda g: -len(g) * g[0].numel())
         self.cfg, self.runtime = cfg, runtime
-        self.buffers, self.shares = ([self.zeros(group) for group in self.groups] for _ in range(2))
-        # tensors that stay where they are: then all that is computed between two exchanges is one CUDA graph
+        self.buffers = [self.zeros(group) for group in self.groups]
+        self.shares = [self.zeros(group) for group in self.groups]
         self.momentum = torch.zeros((), dtype=torch.float64, device=runtime.device)
-        self.updates = functools.partial(compiled(runtime, muon_updates), cfg, runtime.dtype)
+        update = compiled(runtime, muon_updates)
+        self.updates = functools.partial(update, cfg, runtime.dtype, self.shares, self.buffers)
         if runtime.compile and runtime.device.type == "cuda":
-            function = functools.partial(self.updates, shares=self.shares, buffers=self.buffers)
-            self.graph = torch.cuda.make_graphed_callables(lambda m: tuple(function(m)), (self.momentum,))
-            self.updates = lambda momentum, shares, buffers: self.graph(momentum)
+            # All of these stay where they are, so what is computed between two exchanges is one CUDA graph. Captured
+            # here, before there is an NCCL whose threads could spoil it
+            self.updates = torch.cuda.make_graphed_callables(self.updates, (self.momentum,))
 
     def zeros(self, group: list[nn.Parameter]) -> Tensor:
         """A tensor (k, rows, cols) for this rank's share of the matrices of a group."""
@@ -3851,10 +3856,11 @@ class Muon:
             torch.div(part.to(share.dtype), world, out=share)
         return self.shares
 
-    def step(self, shares: list[Tensor], lr: float, momentum: float) -> None:
-        """One update from the averaged gradient shares."""
-        cfg, world, gathered, waits = self.cfg, self.runtime.world, [], []
-        updates = self.updates(self.momentum.fill_(momentum), shares, self.buffers)
+    def step(self, lr: float, momentum: float) -> None:
+        """One update from the shares, as they are now."""
+        cfg, world = self.cfg, self.runtime.world
+        gathered, waits = [], []
+        updates = self.updates(self.momentum.fill_(momentum))
         for update in updates if world > 1 else ():
             # each rank has orthogonalised its share; all need all of them
             gathered.append(update.new_empty(len(update) * world, *update.shape[1:]))
@@ -3928,7 +3934,8 @@ class Optimisers:
         """Scale shares and small gradients so that the global norm is at most GRAD_CLIP_NORM."""
         grads = [p.grad for p in self.small]
         # each rank has its own shares, but all of the small gradients
-        squares = self.runtime.sum_(torch.stack(torch._foreach_norm(shares)).square().sum())
+        share_norms = torch._foreach_norm(shares)
+        squares = self.runtime.sum_(torch.stack(share_norms).square().sum())
         small_norms = torch._foreach_norm([at_least_fp32(g) for g in grads])
         norm = (squares + torch.stack(small_norms).square().sum()).sqrt()
         # the factor stays on the device, so the host waits for nothing
@@ -3957,7 +3964,7 @@ class Optimisers:
             cfg.muon_momentum,
             cfg.muon_momentum_warmup_steps,
         )
-        self.muon.step(shares, cfg.matrix_lr * multiplier, momentum)
+        self.muon.step(cfg.matrix_lr * multiplier, momentum)
         for p in [*self.small, *(p for group in self.muon.groups for p in group)]:
             p.grad = None
 

@@ -208,7 +208,8 @@ def muon_history(golden: rules.Entry, dtype: torch.dtype) -> list[dict[str, tupl
             for name, bank in banks.items():
                 for p, grad in zip(bank, gradient(name, step).to(wide).view(-1, *bank[0].shape), strict=True):
                     p.grad = grad
-            muon.step(muon.reduce(), rates[step], momenta[step])
+            muon.reduce()
+            muon.step(rates[step], momenta[step])
         buffers = dict(zip(itertools.chain(*muon.groups), itertools.chain(*muon.buffers), strict=True))
         history.append({n: (torch.stack(bank), torch.stack([buffers[p] for p in bank])) for n, bank in banks.items()})
     return history

@@ -63,7 +63,8 @@ def test_weights_without_gradient_only_decay() -> None:
     parameter = nn.Parameter(torch.ones(4, 8))
     muon = train_gpt.Muon([parameter], train_gpt.Config(muon_wd=0.5), rules.runtime())
     with torch.no_grad():
-        muon.step(muon.reduce(), 0.1, 0.9)
+        muon.reduce()
+        muon.step(0.1, 0.9)
     torch.testing.assert_close(parameter.detach(), torch.full((4, 8), 0.95))
 
 

@@ -126,8 +126,13 @@ def gradients(function: Callable, leaves: tuple[torch.Tensor, ...], others: tupl
     return lambda: torch.autograd.grad(compiled(*leaves, *others), leaves, g)
 
 
+def joined(rotate: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., torch.Tensor]:
+    """The parts that rotate returns, as one tensor: one gradient comes back."""
+    return lambda *inputs: torch.cat(rotate(*inputs), dim=2)
+
+
 def bench_kernels(args: argparse.Namespace) -> None:
-    """Both kernels, fused and plain; the loss without and with banned ids."""
+    """Every kernel, fused and plain; the loss without and with banned ids."""
     if train_gpt.triton is None or not bench.CUDA:
         raise SystemExit("error: needs a GPU and triton")
     torch.manual_seed(0)
@@ -137,10 +142,17 @@ def bench_kernels(args: argparse.Namespace) -> None:
     rows, hidden = torch.full((N,), 1 / N, device="cuda"), torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
     ce = train_gpt.fused_cross_entropy, train_gpt.softcapped_cross_entropy
     banned = torch.randint(256, (N, V // 8), device="cuda", dtype=torch.uint8)
+    x, gate = gaussian(1, N, 16, 64), torch.rand(1, N, 8, 1, device="cuda", dtype=torch.bfloat16)
+    gain, (y, v) = gaussian(8), (gaussian(1, N, heads, 64) for heads in (8, 4))
+    tables = train_gpt.rotary_tables(N, 16, 1e4, torch.device("cuda"))
+    rotary = [joined(f) for f in (train_gpt.fused_norm_rotate, train_gpt.norm_rotate)]
+    xsa = train_gpt.fused_self_value, train_gpt.remove_self_value
     pairs = {
         "softcapped cross-entropy": [gradients(f, (logits,), (targets, 30.0), rows) for f in ce],
         "masked cross-entropy": [gradients(f, (logits,), (targets, 30.0, banned), rows) for f in ce],
         "mlp": [gradients(f, mlp, (0.5,), hidden) for f in (train_gpt.fused_mlp, plain_mlp)],
+        "norm, rotation, gain": [gradients(f, (x, gain), tables, torch.randn_like(x)) for f in rotary],
+        "XSA and gate": [gradients(f, (y, v, gate.requires_grad_()), (), torch.randn_like(y)) for f in xsa],
     }
     for name, calls in pairs.items():
         found = measure(dict(zip(("fused", "plain"), calls, strict=True)), args.steps)
