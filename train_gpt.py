@@ -2546,6 +2546,8 @@ def operator(
         if backward is not None:
             op.register_autograd(backward, setup_context=setup_context)
         op.twin = twin
+        # a copy of a model has the same operators
+        op.__deepcopy__ = lambda memo: op
         return op
 
     return register
