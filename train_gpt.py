@@ -3257,13 +3257,12 @@ class Attention(nn.Module):
         scale: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) normed input -> (B, T, D), times scale (D,)."""
-        layers = {"q": self.q, "k": self.k, "v": self.v}
-        if self.training and not tap.sites:
-            # one product for all three, which reads n once, and whose backward adds nothing up
-            weight = torch.cat([layer.weight for layer in layers.values()])
-            x = F.linear(n, weight.to(n.dtype))
-        else:
-            x = torch.cat([tap(name, n, layer(n)) for name, layer in layers.items()], dim=-1)
+        # one product for all three, which reads n once, and whose backward adds nothing up
+        weights = self.q.weight, self.k.weight, self.v.weight
+        x = F.linear(n, torch.cat(weights).to(n.dtype))
+        if not tap.sites.isdisjoint("qkv"):
+            parts = x.split([len(w) for w in weights], dim=-1)
+            x = torch.cat([tap(name, n, part) for name, part in zip("qkv", parts, strict=True)], dim=-1)
         x = x.unflatten(-1, (-1, self.head_dim))
         # QK norm bounds the logits; the gain that follows is learnt for each head
         q, k, v = self.kernels.norm_rotate(x, self.q_gain.to(x.dtype), meta.cos, meta.sin)
@@ -3827,7 +3826,7 @@ class Muon:
         self.cfg, self.runtime = cfg, runtime
         self.buffers = [self.zeros(group) for group in self.groups]
         self.shares = [self.zeros(group) for group in self.groups]
-        self.momentum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+        self.momentum = torch.zeros((), dtype=next((b.dtype for b in self.buffers), None), device=runtime.device)
         update = compiled(runtime, muon_updates)
         self.updates = functools.partial(update, cfg, runtime.dtype, self.shares, self.buffers)
         if runtime.compile and runtime.device.type == "cuda":
@@ -6520,6 +6519,7 @@ def lora_sites(cfg: Config, model: GPT) -> list[tuple[str, int, tuple[int, int]]
 
 
 ADAPTER_EPS = 1e-10  # of AdamW, as published
+SAME_INPUT = ("q", "k", "v", "qkv", "attn")  # sites that read the mixer's normed input
 
 
 class AdapterState(NamedTuple):
@@ -6577,6 +6577,7 @@ class Adapters:
     def __init__(self, cfg: Config, runtime: Runtime, model: GPT, rows: int) -> None:
         self.cfg, self.runtime, rank = cfg, runtime, cfg.ttt_lora_rank
         self.scale = cfg.ttt_lora_alpha / rank
+        self.low = {}  # x A^T of the sites whose turn is still to come in this execution
         found = {f"{name}_{execution}": shape for name, execution, shape in lora_sites(cfg, model)}
         # by name: the order in which a document's A is drawn
         found = dict(sorted(found.items()))
@@ -6657,10 +6658,20 @@ class Adapters:
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         # the head has execution -1, and one adapter
-        key = f"{site.name}_{max(site.execution, 0)}"
+        """y with what the site's adapters add to it, if it has any."""
+        execution = max(site.execution, 0)
+        key = f"{site.name}_{execution}"
         if key not in self.A:
             return y
-        low = self.scale * (x @ self.A[key])
+        if key not in self.low:
+            # one product for all sites that read this x: it is read once, and its gradient written once
+            together = SAME_INPUT if site.name in SAME_INPUT else (site.name,)
+            names = [f"{name}_{execution}" for name in together]
+            keys = [name for name in names if name in self.A]
+            low = x @ (self.scale * torch.cat([self.A[k] for k in keys], dim=-1))
+            self.low.update(zip(keys, low.chunk(len(keys), dim=-1), strict=True))
+        # each site takes its own away, so nothing is left behind
+        low = self.low.pop(key)
         # in y's dtype, as logits are wider. The sum fuses into what reads it; baddbmm would copy y first
         return y + low.to(y.dtype) @ self.B[key].to(y.dtype)
 

@@ -8,15 +8,15 @@
 #   TRAIN_S=45      seconds of that training
 #   BEFORE=DIR      another checkout: its training step and evaluations are measured in the same run
 #   PARTS="..."     which parts, by default all: tests eager pack step run recompute carry sdpa kernels paths before_step
-#                   before_recompute before_carry step_1895 step_1182 doctor; run goes with step, pack with eager;
-#                   doctor wants all packages of requirements.txt
+#                   before_recompute before_carry step_heads step_1895 step_1182 doctor; run goes with step, pack with
+#                   eager; step_heads: without the kernels of the heads; doctor wants all packages of requirements.txt
 #   PY=python3      a Python with the packages of requirements.txt and a CUDA build of torch; nothing is installed
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
 START=$(date +%s)
 OUT=${OUT:-/tmp/gpu_out} BUDGET=${BUDGET:-480} TRAIN_S=${TRAIN_S:-45} PY=${PY:-python3} BEFORE=${BEFORE:-}
-PARTS=${PARTS:-tests eager pack step run recompute carry sdpa kernels paths before_step before_recompute before_carry step_1895 step_1182 doctor}
+PARTS=${PARTS:-tests eager pack step run recompute carry sdpa kernels paths before_step before_recompute before_carry step_heads step_1895 step_1182 doctor}
 LOGS=${LOGS:-$OUT/logs} DATA_PATH=${DATA_PATH:-}
 if [[ -z "$BEFORE" ]]; then PARTS=$(tr ' ' '\n' <<<"$PARTS" | grep -v '^before_' | tr '\n' ' '); fi
 mkdir -p "$OUT" "$LOGS"
@@ -105,9 +105,10 @@ fi
   if [[ -n "$BEFORE" ]]; then part before_carry BENCH_PROGRAM="$BEFORE" $(ttt before_carry "$carry" 512); fi
   await before_step
   if [[ -n "$BEFORE" ]]; then part before_recompute BENCH_PROGRAM="$BEFORE" $(ttt before_recompute "$caseops" 256); fi
+  part step_heads FUSED_ROTARY_ENABLED=0 FUSED_XSA_ENABLED=0 $(step step_heads "$caseops")
   part step_1895 $(step step_1895 "$records/2026-04-28_GDN_Hybrid_PR1895")
   part step_1182 $(step step_1182 "$records/2026-03-31_XSA7_Ngram_TTT_PR1182")
-  await tests kernels paths pack step_1895 step_1182 before_carry before_recompute
+  await tests kernels paths pack step_heads step_1895 step_1182 before_carry before_recompute
   # bandwidth and matmuls against the card's figures: alone
   part doctor "$PY" records/doctor.py
   await doctor
