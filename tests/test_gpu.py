@@ -166,6 +166,26 @@ def test_compiled_training_step_needs_one_graph_per_route(tiny_data: Path) -> No
     assert torch.isfinite(trainer.loss)
 
 
+def test_captured_optimiser_steps_are_the_plain_ones() -> None:
+    """Several in a row, as momentum lives in the graph, with a clip and momenta that change, and after a clear."""
+    cfg, found = rules.toy_config("VOCAB_SIZE=320 NUM_LAYERS=3 LOOP_START=1 LOOP_END=1 PARALLEL_START_LAYER=2"), []
+    cfg = train_gpt.dataclasses.replace(cfg, grad_clip_norm=0.3, muon_momentum_warmup_steps=3, xsa_last_n=3)
+    for compiled in (False, True):
+        runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None, True), torch.bfloat16, compiled)
+        model = train_gpt.GPT(cfg).init_weights(0).cuda()
+        optimisers, before = train_gpt.Optimisers(cfg, model, runtime), [p.detach().clone() for p in model.parameters()]
+        for step in (0, 1, 2, 0, 1):
+            if step == 0:
+                optimisers.clear()
+            generator = torch.Generator("cuda").manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator, device="cuda")
+            optimisers.step(1.0, step)
+        found.append([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
+    for (name, _), got, wanted in zip(model.named_parameters(), *found[::-1], strict=True):
+        assert wanted.norm() > 0 and (got - wanted).norm() <= 0.02 * wanted.norm(), name
+
+
 LINES = {
     "published": "",
     "own": "FISHER_SCALES=0.7 CANONICAL_MASK=always HINTS=copy,tilt TRAIN_SEQ_SCHEDULE=32@0.5 TTT_CHUNK_SIZE=40:8,16 "
