@@ -2332,7 +2332,9 @@ def norm_rotate_kernel(
     at = (token.to(tl.int64) * (H + 2 * K) + index) * WIDTH
     head = index - tl.where(query, 0, tl.where(turns, H, H + K))
     of = (token.to(tl.int64) * tl.where(query, H, K) + head) * WIDTH
-    y, y_a, y_b = load_wide(x, at + column, inside), load_wide(x, at + a, inside), load_wide(x, at + b, inside)
+    y = load_wide(x, at + column, inside)
+    y_a = load_wide(x, at + a, inside)
+    y_b = load_wide(x, at + b, inside)
     r = tl.where(turns, tl.rsqrt(tl.sum(y * y, 1, keep_dims=True) / WIDTH + eps), 1.0)
     scale = r * tl.load(gain + index, mask=query, other=1.0).to(tl.float32)
     if dx is None:
@@ -2340,11 +2342,9 @@ def norm_rotate_kernel(
         store_as(part, of + a, scale * (y_a * cos + y_b * sin), inside)
         store_as(part, of + b, scale * (y_b * cos - y_a * sin), inside)
     else:
-        u, g_a, g_b = (
-            load_wide(part, of + column, passes),
-            load_wide(part, of + a, inside),
-            load_wide(part, of + b, inside),
-        )
+        u = load_wide(part, of + column, passes)
+        g_a = load_wide(part, of + a, inside)
+        g_b = load_wide(part, of + b, inside)
         u_a = g_a * cos - g_b * sin
         u_b = g_a * sin + g_b * cos
         along = tl.sum(y * u, 1, keep_dims=True) + tl.sum(y_a * u_a + y_b * u_b, 1, keep_dims=True)
@@ -2494,19 +2494,13 @@ def launch_norm_rotate(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tup
     return parts
 
 
-def launch_norm_rotate_back(
-    gq: Tensor,
-    gk: Tensor,
-    gv: Tensor,
-    x: Tensor,
-    gain: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> tuple[Tensor, Tensor]:
+def launch_norm_rotate_back(*inputs: Tensor) -> tuple[Tensor, Tensor]:
     """norm_rotate_back through Triton."""
+    *grads, x, gain, cos, sin = inputs
     (blocks, _), _ = by_heads(x)
+    # each block of tokens leaves its part of the gain's gradient
     dx, dgain = *new_like(x), gain.new_empty(blocks, gain.size(0), dtype=torch.float32)
-    parts = (gq.contiguous(), gk.contiguous(), gv.contiguous())
+    parts = tuple(g.contiguous() for g in grads)
     launch_heads((x.contiguous(), dx, dgain), parts, gain, cos, sin)
     return dx, dgain.sum(0).to(gain.dtype)
 
