@@ -1341,6 +1341,18 @@ def compiled(runtime: Runtime, function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False) if runtime.compile else function
 
 
+def captured(runtime: Runtime, what: str, capture: Callable[[], Any], otherwise: Any) -> Any:
+    """What `capture` returns. Where CUDA graphs cannot be captured: `otherwise`, and a warning in result.json; with
+    several ranks, of which one would keep the others waiting, an error."""
+    try:
+        return capture()
+    except RuntimeError as error:
+        if runtime.world > 1:
+            raise
+        runtime.log(f"WARNING: {what}: no CUDA graphs ({first_line(error)})")
+        return otherwise
+
+
 # +--------------------------------------------------------------------------------------------------------------------+
 # | 03 DATA                                                                                                            |
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -3826,7 +3838,8 @@ class Muon:
         if runtime.compile and runtime.device.type == "cuda":
             # All of these stay where they are, so what is computed between two exchanges is one CUDA graph. Captured
             # here, before there is an NCCL whose threads could spoil it
-            self.updates = torch.cuda.make_graphed_callables(self.updates, (self.momentum,))
+            capture = functools.partial(torch.cuda.make_graphed_callables, self.updates, (self.momentum,))
+            self.updates = captured(runtime, "Muon", capture, self.updates)
 
     def zeros(self, group: list[nn.Parameter]) -> Tensor:
         """A tensor (k, rows, cols) for this rank's share of the matrices of a group."""
@@ -6913,7 +6926,8 @@ class CarryLora(DocLora):
     def prepare(self) -> None:
         """The cache, and what scores and learns for each number of its columns."""
         cfg, model, device = self.cfg, self.model, self.runtime.device
-        self.size, on_gpu = cfg.ttt_chunk_size[0].value, device.type == "cuda"
+        self.size = cfg.ttt_chunk_size[0].value
+        on_gpu = device.type == "cuda"
         # chunks in reach
         self.ring = cfg.ttt_eval_seq_len // self.size - 1
         self.columns = (self.ring + 1) * self.size
@@ -6926,7 +6940,7 @@ class CarryLora(DocLora):
         self.learns = torch.zeros(self.num_rows, dtype=model.dtype, device=device)
         widths = CACHE_WIDTHS if on_gpu else range(self.size, self.columns, self.size)
         self.widths = [*(w for w in widths if w < self.columns), self.columns]
-        self.programs = self.captured() if on_gpu else {}
+        self.programs = captured(self.runtime, "carry", self.graphs, {}) if on_gpu else {}
         how = "CUDA graphs" if self.programs else "eager"
         self.runtime.log(f"carry: {self.num_rows} documents at once, {self.ring} chunks of {self.size} kept, {how}")
 
@@ -6970,18 +6984,11 @@ class CarryLora(DocLora):
         """One update of the adapters from what forward_chunk returned, in the rows that `learns` says."""
         self.adapters.step(nll, self.learns.to(nll.dtype))
 
-    def captured(self) -> dict[int, tuple[Callable, Callable]]:
-        """forward_chunk and learn_chunk for every width as CUDA graphs; none where they cannot be captured, which is a
-        warning in result.json, and with several ranks, of which one would keep the others waiting, an error."""
-        try:
-            # one for all: graphs run in turn
-            pool = torch.cuda.graph_pool_handle()
-            return {width: self.capture(width, pool) for width in self.widths}
-        except RuntimeError as error:
-            if self.runtime.world > 1:
-                raise
-            self.runtime.log(f"WARNING: carry: no CUDA graphs ({first_line(error)})")
-            return {}
+    def graphs(self) -> dict[int, tuple[Callable, Callable]]:
+        """forward_chunk and learn_chunk for every width as CUDA graphs."""
+        # one for all: graphs run in turn
+        pool = torch.cuda.graph_pool_handle()
+        return {width: self.capture(width, pool) for width in self.widths}
 
     def capture(self, width: int, pool: tuple[int, int]) -> tuple[Callable, Callable]:
         """Two graphs: the first keeps what the second's backward needs. What is trained here is renewed before it

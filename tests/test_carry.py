@@ -245,7 +245,10 @@ def test_phases_change_the_base_between_documents(monkeypatch: pytest.MonkeyPatc
 def test_where_nothing_can_be_captured_the_log_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     runtime = dataclasses.replace(rules.runtime(torch.float64), log=train_gpt.Log(None, False))
     learner = CarryLora(config(), runtime, model_of(PLAIN), stream())
-    assert learner.captured() == {}
+    assert train_gpt.captured(runtime, "carry", learner.graphs, {}) == {}
+    assert any("carry: no CUDA graphs (" in line for line in runtime.log.warnings)
+    with pytest.raises(RuntimeError):
+        train_gpt.captured(dataclasses.replace(runtime, world=2), "carry", learner.graphs, {})
     said = capsys.readouterr().out
     assert "carry: no CUDA graphs (" in said and "11 chunks of 8 kept, eager" in said
 
@@ -257,7 +260,7 @@ def test_captured_graphs_are_the_eager_loop(compile: bool, monkeypatch: pytest.M
     runtime = train_gpt.Runtime(0, 1, torch.device("cuda"), train_gpt.Log(None, True), torch.float32, fast)
     cfg, found = config(ttt_eval_seq_len=48), {}
     model = ttt_rules.strong_model(cfg, scale=0.3).cuda()
-    for name, captured in (("graphs", CarryLora.captured), ("eager", lambda learner: {})):
-        monkeypatch.setattr(CarryLora, "captured", captured)
+    for name, graphs in (("graphs", CarryLora.graphs), ("eager", lambda learner: {})):
+        monkeypatch.setattr(CarryLora, "graphs", graphs)
         found[name] = ttt_rules.per_target(lambda: train_gpt.EVALS["doc_lora"](cfg, runtime, model, stream()), len(IDS))
     np.testing.assert_allclose(found["graphs"], found["eager"], rtol=0, atol=1e-3)
