@@ -3266,9 +3266,10 @@ class Attention(nn.Module):
         # one product for all three, which reads n once, and whose backward adds nothing up
         weights = self.q.weight, self.k.weight, self.v.weight
         x = F.linear(n, torch.cat(weights).to(n.dtype))
-        if not tap.sites.isdisjoint("qkv"):
+        sites = ("q", "k", "v")
+        if not tap.sites.isdisjoint(sites):
             parts = x.split([len(w) for w in weights], dim=-1)
-            x = torch.cat([tap(name, n, part) for name, part in zip("qkv", parts, strict=True)], dim=-1)
+            x = torch.cat([tap(name, n, part) for name, part in zip(sites, parts, strict=True)], dim=-1)
         x = x.unflatten(-1, (-1, self.head_dim))
         # QK norm bounds the logits; the gain that follows is learnt for each head
         q, k, v = self.kernels.norm_rotate(x, self.q_gain.to(x.dtype), meta.cos, meta.sin)

@@ -108,6 +108,25 @@ def test_fresh_adapters_change_no_bit_and_each_counts_for_its_own_row() -> None:
         assert torch.equal(adapted[0], plain[0]) and not torch.allclose(adapted[1], plain[1]), model.cfg
 
 
+def test_sites_that_read_one_input_share_a_product() -> None:
+    """The first site multiplies for all of them, in the mixer and not in the MLP; each takes its own part away."""
+    adapters, model = make_adapters(2)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 5, model.cfg.model_dim, generator=generator).to(model.dtype)
+    y = torch.zeros_like(x)
+    for a in (*adapters.A.values(), *adapters.B.values()):
+        a.data.normal_(generator=generator)
+    for first, waiting in (("q", ["k_1", "v_1", "attn_1"]), ("mlp", [])):
+        adapters(train_gpt.Site(first, 1, 1), x, y)
+        assert list(adapters.low) == waiting, first
+        for key in waiting:
+            part, name = adapters.low[key], key.partition("_")[0]
+            torch.testing.assert_close(part, adapters.scale * x @ adapters.A[key])
+            out = adapters(train_gpt.Site(name, 1, 1), x, y[..., : adapters.B[key].size(2)])
+            torch.testing.assert_close(out, part @ adapters.B[key])
+        assert not adapters.low
+
+
 def test_an_adapter_depends_on_seed_and_document_alone() -> None:
     (pair, _), (single, _) = make_adapters(2), make_adapters(1)
     pair.renew(0, 5)

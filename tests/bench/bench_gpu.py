@@ -142,7 +142,7 @@ def bench_kernels(args: argparse.Namespace) -> None:
     rows, hidden = torch.full((N,), 1 / N, device="cuda"), torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
     ce = train_gpt.fused_cross_entropy, train_gpt.softcapped_cross_entropy
     banned = torch.randint(256, (N, V // 8), device="cuda", dtype=torch.uint8)
-    x, gate = gaussian(1, N, 16, 64), torch.rand(1, N, 8, 1, device="cuda", dtype=torch.bfloat16)
+    x, gate = gaussian(1, N, 16, 64), gaussian(1, N, 8, 1)
     gain, (y, v) = gaussian(8), (gaussian(1, N, heads, 64) for heads in (8, 4))
     tables = train_gpt.rotary_tables(N, 16, 1e4, torch.device("cuda"))
     rotary = [joined(f) for f in (train_gpt.fused_norm_rotate, train_gpt.norm_rotate)]
@@ -152,7 +152,7 @@ def bench_kernels(args: argparse.Namespace) -> None:
         "masked cross-entropy": [gradients(f, (logits,), (targets, 30.0, banned), rows) for f in ce],
         "mlp": [gradients(f, mlp, (0.5,), hidden) for f in (train_gpt.fused_mlp, plain_mlp)],
         "norm, rotation, gain": [gradients(f, (x, gain), tables, torch.randn_like(x)) for f in rotary],
-        "XSA and gate": [gradients(f, (y, v, gate.requires_grad_()), (), torch.randn_like(y)) for f in xsa],
+        "XSA and gate": [gradients(f, (y, v, gate), (), torch.randn_like(y)) for f in xsa],
     }
     for name, calls in pairs.items():
         found = measure(dict(zip(("fused", "plain"), calls, strict=True)), args.steps)
