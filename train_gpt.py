@@ -41,7 +41,6 @@ import lzma
 import math
 import os
 import platform
-import queue
 import re
 import shutil
 import signal
@@ -49,8 +48,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import ge, gt, le
@@ -161,7 +160,8 @@ class Config:
     overwrite: bool = knob(False, "train in the folder of a run that has another configuration; its files are lost")
     checkpoint_seconds: float = knob(
         0.0,
-        "seconds between checkpoints of the training; the same command goes on from the last one; 0: none",
+        "seconds between checkpoints of the training, whose time counts as training; the same command goes on from the "
+        "last one; 0: none",
         ">= 0",
     )
     milestones: tuple[int, ...] = knob(
@@ -401,19 +401,19 @@ class Config:
         0.9999984,
         "clip of a row: this quantile of its magnitudes",
         "> 0, <= 1",
-        "EMBED_QUANT=row_quantile",
+        "MATRIX_QUANT or EMBED_QUANT=row_quantile",
     )
     clip_floor: float = knob(
         0.0,
         "smallest clip of a row; 1, as published, makes rows of small weights share a scale",
         ">= 0",
-        "MATRIX_QUANT=gptq_lite|row_quantile",
+        "MATRIX_QUANT or EMBED_QUANT=gptq_lite|row_quantile",
     )
     clip_search_rows: bool = knob(
         True,
         "search the best quantile per row; off, as published: one per matrix",
         "",
-        "MATRIX_QUANT=gptq_lite",
+        "MATRIX_QUANT or EMBED_QUANT=gptq_lite",
     )
     scale_step: float = knob(
         0.0,
@@ -433,8 +433,10 @@ class Config:
         "row's standard deviation; the clips then set the mean; 0, as published: not at all; 1: alone",
         ">= 0, <= 1",
     )
-    tcq_states: int = knob(8, "trellis states: 4, 8, 16, 32 or 64", ">= 4, <= 64", "MATRIX_QUANT=gptq_tcq")
-    tcq_chunk_rows: int = knob(1024, "rows per trellis path", ">= 16, <= 2048", "MATRIX_QUANT=gptq_tcq")
+    tcq_states: int = knob(
+        8, "trellis states: 4, 8, 16, 32 or 64", ">= 4, <= 64", "MATRIX_QUANT or EMBED_QUANT=gptq_tcq"
+    )
+    tcq_chunk_rows: int = knob(1024, "rows per trellis path", ">= 16, <= 2048", "MATRIX_QUANT or EMBED_QUANT=gptq_tcq")
     gated_attn_quant_gate: bool = knob(False, "store attention gates as int8 with a scale per row; off: fp16")
     repair: str = knob("none", "lqer: low-rank correction of the tensors with the largest error", "none|lqer")
     lqer_rank: int = knob(4, "rank of the correction", ">= 1", "REPAIR=lqer")
@@ -484,7 +486,9 @@ class Config:
         "followed the latest longest repeat; tilt: what mostly followed the last 15 tokens gains 2.625 nats",
         "copy|tilt",
     )
-    copy_fit_tokens: int = knob(1_048_576, "training tokens on which copying is fitted", "> 0", "HINTS=copy")
+    copy_fit_tokens: int = knob(
+        1_048_576, "training tokens, of the first shard, on which copying is fitted", "> 0", "HINTS=copy"
+    )
 
     ttt_lora_rank: int = knob(96, "rank of the per-document LoRA", ">= 1")
     ttt_lora_alpha: float = knob(144.0, "LoRA scale * rank", "> 0")
@@ -550,6 +554,7 @@ class Config:
         return [message.format(c=self) for predicate, message in ILLEGAL if predicate(self)]
 
 
+KNOBS = Config.__slots__  # the names of the knobs, in their order
 # Where and how a run happens, not what it is: these knobs are never written to record.env.
 LOCAL_KNOBS = (
     "run_id artifact_dir stages model_path scores overwrite checkpoint_seconds milestones device attention "
@@ -675,6 +680,10 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda c: c.eval in ("chunk_sgd", "slot") and c.ttt_epochs > 0 and c.ttt_chunk_tokens < c.eval_seq_len,
         "TTT_CHUNK_TOKENS={c.ttt_chunk_tokens} must be at least EVAL_SEQ_LEN={c.eval_seq_len}, one training sequence",
+    ),
+    (
+        lambda c: c.eval == "phased_lora" and c.global_ttt_chunk_tokens < c.batch_slices,
+        "GLOBAL_TTT_CHUNK_TOKENS={c.global_ttt_chunk_tokens} is fewer than BATCH_SLICES={c.batch_slices}",
     ),
     (
         lambda c: any(not re.fullmatch(r"[^:]+:\s*[2-8]", item) for item in c.matrix_bits_overrides),
@@ -815,8 +824,8 @@ def bound_problems(field: dataclasses.Field, value: Any) -> list[str]:
         good = set(items) <= set(allowed.split("|"))
     else:
         # bounds such as ">= 0, <= 1"
-        limits = [(COMPARE[sign], float(limit)) for sign, limit in re.findall(r"([<>]=?) ([\d.]+)", allowed)]
-        good = all(compare(value, limit) for compare, limit in limits)
+        limits = re.findall(r"([<>]=?) ([\d.]+)", allowed)
+        good = all(COMPARE[sign](value, float(limit)) for sign, limit in limits)
     return [] if good else [f"{text} must be {allowed}"]
 
 
@@ -838,16 +847,14 @@ def parse_knob(field: dataclasses.Field, text: str) -> Any:
     if kind in LISTS:
         parts = [part.strip() for part in text.split(",") if part.strip() not in ("", "none")]
         return tuple(map(LISTS[kind], parts))
-    if kind == "int":
-        return int(text.replace("_", ""))
-    return float(text) if kind == "float" else text
+    return {"int": int, "float": float}.get(kind, str)(text)
 
 
 def format_knob(value: Any) -> str:
     """The text that parse_knob reads back as value."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
-    return str(int(value)) if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
+    return str(int(value) if isinstance(value, bool) else value)
 
 
 def parse_preset(path: Path) -> dict[str, str]:
@@ -937,16 +944,15 @@ def resolve(environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
     for source, layer in (*layers.items(), ("environment", environ)):
         for name in sorted(knobs.keys() & layer.keys()):
             try:
-                value = parse_knob(knobs[name], layer[name])
+                values[name.lower()] = parse_knob(knobs[name], layer[name])
+                origin[name] = source
             except ValueError as error:
                 problems.append(f"{name}={layer[name]!r} ({source}): {error}")
-                continue
-            values[knobs[name].name], origin[name] = value, source
     cfg = Config(**values)
     problems += cfg.problems()
     if problems:
         raise UserError("\n".join(problems))
-    return cfg, {name: source for name, source in origin.items() if values[knobs[name].name] != knobs[name].default}
+    return cfg, {name: source for name, source in origin.items() if values[name.lower()] != knobs[name].default}
 
 
 def load_config(environ: Mapping[str, str]) -> Config:
@@ -956,14 +962,17 @@ def load_config(environ: Mapping[str, str]) -> Config:
 
 def record_env(cfg: Config) -> str:
     """The non-default knobs that make a run what it is, as the text of a record.env."""
-    fields = (f for f in dataclasses.fields(cfg) if f.name not in LOCAL_KNOBS and getattr(cfg, f.name) != f.default)
-    return "".join(f"{f.name.upper()}={format_knob(getattr(cfg, f.name))}\n" for f in fields)
+    return "".join(f"{name.upper()}={format_knob(getattr(cfg, name))}\n" for name in differing(cfg, Config()))
 
 
-def fields_until(first: str, last: str) -> list[str]:
+def differing(cfg: Config, other: Config) -> list[str]:
+    """The knobs that make a run what it is and that have other values there, in the order of Config."""
+    return [name for name in KNOBS if name not in LOCAL_KNOBS and getattr(cfg, name) != getattr(other, name)]
+
+
+def fields_until(first: str, last: str) -> Words:
     """The names of the knobs from one to the one before another, in the order of Config."""
-    names = [f.name for f in dataclasses.fields(Config)]
-    return names[names.index(first) : names.index(last)]
+    return KNOBS[KNOBS.index(first) : KNOBS.index(last)]
 
 
 def model_identity(cfg: Config) -> str:
@@ -983,20 +992,26 @@ def check_trained(cfg: Config, folder: Path) -> None:
         return
     before = load_config(parse_preset(folder / "record.env"))
     trains = "train" in cfg.stages
-    names = [f.name for f in dataclasses.fields(cfg)] if trains else fields_until("seed", "matrix_quant")
-    changed = other_knobs(cfg, before, names)
+    changed = other_knobs(cfg, before, KNOBS if trains else trained_by(cfg, before))
     if not changed or (trains and cfg.overwrite):
         return
     fix = "choose another RUN_ID or ARTIFACT_DIR, or say OVERWRITE=1" if trains else "leave that as it was"
     raise UserError(f"{folder} holds a run with other knobs: {changed}; {fix}")
 
 
-def other_knobs(cfg: Config, before: Config, names: Iterable[str]) -> str:
+def trained_by(*configs: Config) -> Words:
+    """The knobs that set what model.pt and hessians.pt hold."""
+    # a mask in scoring alone may come later
+    mask = ("canonical_mask",) * any(True in MASKED_WHEN[cfg.canonical_mask] for cfg in configs)
+    return (*fields_until("seed", "matrix_quant"), "gptq_calibration_batches", "embed_freq_tokens", *mask)
+
+
+def other_knobs(cfg: Config, before: Config, names: Words) -> str:
     """The knobs among these names that differ from those of an earlier run, with both values."""
     return ", ".join(
         f"{name.upper()}={format_knob(getattr(cfg, name))} (there {format_knob(getattr(before, name))})"
-        for name in names
-        if name not in LOCAL_KNOBS and getattr(cfg, name) != getattr(before, name)
+        for name in differing(cfg, before)
+        if name in names
     )
 
 
@@ -1069,18 +1084,22 @@ class Log:
         self.last = 0.0  # when progress last wrote a line
         self.warnings = []  # for result.json
 
-    def __call__(self, message: str, to_file_only: bool = False) -> None:
+    def __call__(self, message: str) -> None:
         """Write one message, which may have several lines. One that begins with WARNING also goes to result.json."""
         if message.startswith("WARNING"):
             self.warnings.append(message)
         if self.quiet:
             return
-        if not to_file_only:
-            print(message, flush=True)
+        print(message, flush=True)
         if self.path is not None:
-            # Opened for each message, so the file is complete whatever ends the process.
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
-                handle.write(message + "\n")
+            try:
+                # Opened for each message, so the file is complete whatever ends the process.
+                with self.path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
+                    handle.write(message + "\n")
+            except OSError as error:
+                # a run does not end for want of its log; Run.save finds another place for the weights
+                self.path = None
+                self(f"WARNING: the log goes on without its file: {error}")
 
     def progress(self, what: str, done: int, total: int, started: float) -> None:
         """Write how much is done and the estimated seconds left, at most one line every ten seconds."""
@@ -1103,37 +1122,37 @@ def first_line(error: BaseException) -> str:
 
 def launch_variables(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK of a launcher; 0, 1, 0 without one. UserError unless they fit together."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    texts = {name: environ[name] for name in names if name in environ}
-    numbers = {name: int(text) for name, text in texts.items() if text.isdecimal()}
-    rank = numbers.get("RANK", 0)
-    world = numbers.get("WORLD_SIZE", 1)
-    together = ("RANK" in texts) == ("WORLD_SIZE" in texts)
-    if len(numbers) < len(texts) or not together or rank >= world:
-        said = " ".join(f"{name}={text}" for name, text in texts.items())
-        raise UserError(f"{said}: not what a launcher sets; use torchrun, or unset {', '.join(names)}")
-    return rank, world, numbers.get("LOCAL_RANK", 0)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    said = {name: environ[name] for name in alone if name in environ}
+    texts = (alone | said).values()
+    # a world without a rank would wait for ever
+    if all(map(str.isdecimal, texts)) and ("RANK" in said) == ("WORLD_SIZE" in said):
+        rank, world, local_rank = map(int, texts)
+        if rank < world:
+            return rank, world, local_rank
+    words = " ".join(f"{name}={text}" for name, text in said.items())
+    raise UserError(f"{words}: not what a launcher sets; use torchrun, or unset {', '.join(alone)}")
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this process; UserError that names the process which holds it."""
+def locked(folder: Path, other: str = "another RUN_ID or ARTIFACT_DIR") -> Iterator[None]:
+    """Hold a folder for this process; UserError that names the process which holds it, and what else to choose."""
     path = folder / "lock"
     with path.open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
-            raise UserError(
-                f"{folder} is in use by {handle.read().strip()}; wait, or choose another RUN_ID or ARTIFACT_DIR"
-            ) from None
+            raise UserError(f"{folder} is in use by {handle.read().strip()}; wait, or choose {other}") from None
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
         handle.flush()
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            # a folder that takes no files may not give them up either, and what ended the run has to be told
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1155,12 +1174,23 @@ class Runtime:
         """
         rank, world, local_rank = launch_variables(environ)
         if cfg.batch_slices % world != 0:
-            raise UserError(f"BATCH_SLICES={cfg.batch_slices} is not a multiple of the {world} ranks")
-        if "train" in cfg.stages and cfg.gptq_calibration_batches < world:
-            raise UserError(f"GPTQ_CALIBRATION_BATCHES={cfg.gptq_calibration_batches} gives some of {world} ranks none")
+            raise UserError(
+                f"BATCH_SLICES={cfg.batch_slices} is not a multiple of the {world} ranks; make it one, or launch fewer"
+            )
+        calibrates = any(SCHEMES[name].hessian for name in (cfg.matrix_quant, cfg.embed_quant))
+        if "train" in cfg.stages and calibrates and cfg.gptq_calibration_batches < world:
+            raise UserError(
+                f"GPTQ_CALIBRATION_BATCHES={cfg.gptq_calibration_batches} gives some of {world} ranks none; say "
+                f"at least {world}"
+            )
         if cfg.device == "cuda" and not torch.cuda.is_available():
             raise UserError("DEVICE=cuda, but torch sees no GPU; use DEVICE=cpu or install a CUDA build of torch")
         use_cuda = cfg.device != "cpu" and torch.cuda.is_available()
+        if use_cuda and local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK={local_rank}, but torch sees {torch.cuda.device_count()} GPUs; launch as many ranks as "
+                "there are GPUs (--nproc_per_node), or look at CUDA_VISIBLE_DEVICES"
+            )
         device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.cuda.set_device(device)
@@ -1253,11 +1283,12 @@ class Clock:
         self.runtime, self.budget, self.iterations = runtime, budget, iterations
         self.started = 0.0
         self.mark_step, self.mark_time = 0, 0.0  # the last reading
-        self.step_time, self.next_reading = 0.0, 0
+        self.step_time, self.next_reading, self.done = 0.0, 0, 0.0
 
     def start(self, elapsed: float = 0.0) -> None:
         """Start, or resume after a pause, with `elapsed` seconds on the clock."""
         self.runtime.synchronize()
+        self.runtime.barrier()
         self.started = time.perf_counter() - elapsed
 
     def read(self) -> float:
@@ -1277,7 +1308,10 @@ class Clock:
             # Read again after half of the steps that still fit, so the last steps are measured one by one.
             left = (self.budget - now) / self.step_time if self.step_time > 0 else 2
             self.next_reading = step + max(1, min(self.EVERY, int(left / 2)))
-        return (self.mark_time + (step - self.mark_step) * self.step_time) / self.budget
+        now = self.mark_time + (step - self.mark_step) * self.step_time
+        # never back, where a reading corrects a guess: a stage that has begun would end
+        self.done = max(self.done, now / self.budget)
+        return self.done
 
     def expect_change(self) -> None:
         """Read the clock at the next step, because the time of a step is about to change."""
@@ -1287,12 +1321,16 @@ class Clock:
 def atomic_write(path: Path, data: bytes) -> None:
     """Write bytes under a temporary name, then rename: the final name never holds half a file."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        # else a machine that loses power may keep the name and not the bytes
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            # else a machine that loses power may keep the name and not the bytes
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        # a full disk gets its room back, which the log needs
+        temporary.unlink(missing_ok=True)
 
 
 def atomic_save(path: Path, value: Any) -> None:
@@ -1316,7 +1354,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def load_saved(path: Path, *keys: str) -> dict[str, Any]:
     """Load a dict that atomic_save wrote, onto the CPU. UserError if it is missing, damaged, or has not all keys."""
     if not path.is_file():
-        raise UserError(f"{path} is missing; run the stage before (STAGES=train,quantize,eval)")
+        raise UserError(
+            f"{path} is missing; run the stage before (STAGES=train,quantize,eval), or name the run that has it by "
+            "ARTIFACT_DIR: with other knobs it has another folder"
+        )
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything
@@ -1367,13 +1408,12 @@ def read_shard(path: str | Path) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path}: no such shard")
     size, header_bytes = path.stat().st_size, 4 * SHARD_HEADER_INTS
-    header = np.fromfile(path, dtype="<i4", count=min(3, size // 4))
-    if len(header) < 3 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+    header, known = np.fromfile(path, "<i4", 3).tolist(), [SHARD_MAGIC, SHARD_VERSION]
+    if len(header) < 3 or header[:2] != known:
         raise UserError(
-            f"{path}: not a shard: magic and version are {header[:2].tolist()}, expected "
-            f"[{SHARD_MAGIC}, {SHARD_VERSION}]; prepare the data again"
+            f"{path}: not a shard: magic and version are {header[:2]}, expected {known}; prepare the data again"
         )
-    count = int(header[2])
+    count = header[2]
     expected = header_bytes + 2 * count
     if size != expected:
         raise UserError(
@@ -1399,6 +1439,11 @@ def list_shards(folder: str, kind: str) -> list[Path]:
     gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers)) if numbers else []
     if gaps:
         raise UserError(f"DATA_PATH={folder}: {prefix}{gaps[0]:06d}.bin is missing between its neighbours")
+    # training may begin anywhere; a score is of the whole stream
+    if kind != "train" and numbers and numbers[0]:
+        raise UserError(
+            f"DATA_PATH={folder}: {prefix}000000.bin is missing, but {paths[0].name} is there; copy all of it"
+        )
     return paths
 
 
@@ -1408,12 +1453,9 @@ def segment_bounds(starts: np.ndarray, total: int, cap: int) -> np.ndarray:
     A segment begins at 0, at each document start in `starts`, and every `cap` tokens within a document (0: no cap).
     """
     edges = np.unique(np.concatenate(([0], starts, [total])))
-    if cap > 0:
-        # arange starts again at every document, so the cap counts from the document start.
-        documents = zip(edges[:-1], edges[1:], strict=True)
-        parts = [np.arange(a, b, cap) for a, b in documents]
-        edges = np.concatenate([*parts, [total]])
-    return edges.astype(np.int32)
+    # arange starts again at every document, so the cap counts from the document start.
+    parts = [np.arange(a, b, cap or total) for a, b in itertools.pairwise(edges)]
+    return np.concatenate([*parts, [total]]).astype(np.int32)
 
 
 def pad_bounds(bounds: np.ndarray, multiple: int = 64) -> np.ndarray:
@@ -1432,6 +1474,12 @@ def to_device(array: Tensor | np.ndarray, device: torch.device) -> Tensor:
     return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
 
 
+def mapped(tensors: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same kind of named tuple, with the function applied to every tensor; None stays."""
+    results = (None if t is None else function(t) for t in tensors)
+    return type(tensors)(*results)
+
+
 class Batch(NamedTuple):
     """A micro-batch: ids and targets (B, T) int64; padded segment boundaries over B*T tokens, or None."""
 
@@ -1440,10 +1488,7 @@ class Batch(NamedTuple):
     targets: Any
     cu_seqlens: Tensor | None
 
-    def apply(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """Return a batch with the function applied to every tensor."""
-        parts = (None if t is None else function(t) for t in self)
-        return Batch(*parts)
+    apply = mapped
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str | Path) -> None:
@@ -1464,42 +1509,40 @@ class ShardWalker:
 
     def __init__(self, paths: list[Path], vocab_size: int, whole_docs: bool) -> None:
         self.paths, self.vocab_size, self.whole_docs = paths, vocab_size, whole_docs
-        self.index, self.position, self.tokens = -1, 0, np.empty(0, np.uint16)
+        # how many shards were opened, and what is left of the last one
+        self.index, self.left = 0, np.empty(0, np.uint16)
         # Read every header now, so a bad shard cannot stop the run at a later step.
         sizes = [len(read_shard(path)) for path in paths]
         if not any(sizes):
             raise UserError(f"{paths[0].parent}: no training shard holds a token; prepare the data again")
 
     def open_next(self) -> None:
-        """Move to the start of the next shard."""
-        self.index = (self.index + 1) % len(self.paths)
-        path = self.paths[self.index]
-        self.tokens = np.array(read_shard(path))
-        check_ids(self.tokens, self.vocab_size, path)
-        starts = np.flatnonzero(self.tokens == BOS_ID)
-        # a shard may begin inside a document
-        self.position = int(starts[0]) if self.whole_docs and len(starts) else 0
+        """Put the next shard's tokens after those left, or with whole_docs in their place."""
+        path = self.paths[self.index % len(self.paths)]
+        self.index += 1
+        tokens = read_shard(path)
+        check_ids(tokens, self.vocab_size, path)
+        if self.whole_docs:
+            # a shard may begin inside a document
+            starts = np.flatnonzero(tokens == BOS_ID)
+            self.left = np.array(tokens[starts[0] if len(starts) else 0 :])
+        else:
+            self.left = np.concatenate((self.left, tokens))
 
     def next_tokens(self, count: int) -> np.ndarray:
         """Return the next `count` tokens, uint16. UserError if whole_docs and no shard holds that many."""
-        parts, missing, opened = [], count, 0
-        while missing:
-            left = len(self.tokens) - self.position
-            if left < (missing if self.whole_docs else 1):
-                self.open_next()
-                opened += 1
-                # All shards were opened without an answer: the next round would find nothing either.
-                if opened > len(self.paths) and self.whole_docs:
-                    raise UserError(
-                        f"{self.paths[0].parent}: no training shard holds the {count} tokens of one step; lower "
-                        "TRAIN_BATCH_TOKENS or prepare more text"
-                    )
-                continue
-            # a view: the copy is made once, at the end
-            parts.append(self.tokens[self.position : self.position + min(left, missing)])
-            self.position += len(parts[-1])
-            missing -= len(parts[-1])
-        return np.concatenate(parts)
+        last = self.index + len(self.paths)
+        while len(self.left) < count:
+            # All shards were opened without an answer: the next round would find nothing either.
+            if self.whole_docs and self.index == last:
+                raise UserError(
+                    f"{self.paths[0].parent}: no training shard holds the {count} tokens of one step; lower "
+                    "TRAIN_BATCH_TOKENS or prepare more text"
+                )
+            self.open_next()
+        # a view: whoever makes batches copies
+        taken, self.left = self.left[:count], self.left[count:]
+        return taken
 
 
 class ShuffledSequences:
@@ -1519,7 +1562,7 @@ class ShuffledSequences:
         """Draw every piece's sequence starts; the last one is dealt first."""
         self.starts = []
         for piece in self.pieces:
-            phase = int(self.rng.integers(min(self.length, len(piece) - self.length)))
+            phase = self.rng.integers(min(self.length, len(piece) - self.length))
             count = (len(piece) - 1 - phase) // self.length
             self.starts.append(phase + self.length * self.rng.permutation(count))
 
@@ -1529,7 +1572,7 @@ class ShuffledSequences:
             self.shuffle()
         left = np.array([len(starts) for starts in self.starts])
         # Weighted by what is left, all pieces run out at about the same time.
-        i = int(self.rng.choice(len(left), p=left / left.sum()))
+        i = self.rng.choice(len(left), p=left / left.sum())
         start, self.starts[i] = self.starts[i][-1], self.starts[i][:-1]
         return self.pieces[i][start : start + self.length + 1]
 
@@ -1557,7 +1600,7 @@ def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
     pieces, cuts = [], -(-count // len(shards))
     for shard in shards:
         edges = [(len(shard) - 1) * i // cuts for i in range(cuts + 1)]
-        pieces += [shard[max(a, 0) : b + 1] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        pieces += [shard[a : b + 1] for a, b in itertools.pairwise(edges)]
     dealers = [ShuffledSequences(pieces[j::count], length, j) for j in range(count)]
     if not all(dealer.pieces for dealer in dealers):
         raise UserError(
@@ -1573,9 +1616,8 @@ def shuffled_rows(cfg: Config, slices: range) -> Iterator[list[np.ndarray]]:
 
 def rows_batch(rows: np.ndarray, seq_len: int) -> Batch:
     """Rows of seq_len + 1 tokens as they are; attention runs across documents."""
-    tokens = torch.from_numpy(rows.astype(np.int64))
-    # contiguous() leaves one row its stride, which counts all tokens; compiled graphs tell strides apart
-    ids, targets = (t.clone(memory_format=torch.contiguous_format) for t in (tokens[:, :-1], tokens[:, 1:]))
+    # astype packs what it copies, one row too; compiled graphs tell strides apart
+    ids, targets = (torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
     return Batch(ids, targets, None)
 
 
@@ -1589,8 +1631,8 @@ def packed_docs_batch(span: np.ndarray, seq_len: int) -> Batch:
 
 def stream_batch(span: np.ndarray, seq_len: int) -> Batch:
     """Contiguous rows of seq_len tokens; attention runs across documents."""
-    row = rows_batch(span[None], seq_len)
-    return row.apply(lambda t: t.view(-1, seq_len))
+    windows = np.lib.stride_tricks.sliding_window_view(span, seq_len + 1)
+    return rows_batch(windows[::seq_len], seq_len)
 
 
 class Loader(NamedTuple):
@@ -1632,39 +1674,14 @@ def train_batches(cfg: Config, runtime: Runtime, first: int = 0) -> Iterator[dic
 
 
 def prefetch(source: Iterator[Any], depth: int) -> Iterator[Any]:
-    """Yield the items of an endless iterator, made ahead by a daemon thread; its exceptions are raised here."""
-    ready = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: Any) -> None:
-        """Wait for room, but no longer than the consumer lives."""
-        while not stop.is_set():
-            try:
-                # a timeout, to notice `stop` while the queue is full
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            while not stop.is_set():
-                put(next(source))
-        except Exception as error:  # any kind: the consumer must not wait for ever
-            put(error)
-
-    # a daemon: it never keeps a failed run alive
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    try:
+    """Yield the items of an endless iterator, made `depth` ahead by a thread; its exceptions are raised here."""
+    # One worker keeps the order. Leaving waits for it: a thread that is still inside torch when the program exits
+    # aborts the process.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(next, source) for _ in range(depth)]
         while True:
-            item = ready.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-    finally:
-        # Join: a thread that is still inside torch when the program exits aborts the process.
-        stop.set()
-        worker.join()
+            ahead.append(pool.submit(next, source))
+            yield ahead.pop(0).result()
 
 
 def calibration_rows(cfg: Config, index: int) -> np.ndarray:
@@ -1673,15 +1690,16 @@ def calibration_rows(cfg: Config, index: int) -> np.ndarray:
     rng = np.random.Generator(np.random.PCG64(index))
     shards = [read_shard(path) for path in list_shards(cfg.data_path, "train")]
     length = cfg.train_seq_len
-    room = np.array([max(0, len(s) - length) for s in shards], dtype=np.float64)
+    room = np.maximum(0, [len(s) - length for s in shards])
     if not room.any():
         raise UserError(f"DATA_PATH={cfg.data_path}: no training shard holds TRAIN_SEQ_LEN={length} tokens")
     rows = cfg.train_batch_tokens // cfg.batch_slices // length
     # A shard is picked in proportion to its possible windows, so every window is equally likely.
     picks = rng.choice(len(shards), size=rows, p=room / room.sum())
-    starts = [int(rng.integers(0, int(room[i]))) for i in picks]
-    windows = [shards[i][s : s + length] for i, s in zip(picks, starts, strict=True)]
-    return np.stack(windows).astype(np.int64)
+    starts = [rng.integers(room[i]) for i in picks]
+    windows = np.stack([shards[i][s : s + length] for i, s in zip(picks, starts, strict=True)])
+    check_ids(windows, cfg.vocab_size, f"DATA_PATH={cfg.data_path}")
+    return windows.astype(np.int64)
 
 
 class ByteTable(NamedTuple):
@@ -1760,20 +1778,28 @@ def check_data(cfg: Config, log: Log) -> str:
     """
     folder, tokenizer = Path(cfg.data_path), find_tokenizer(cfg)
     manifest = read_json(folder / "manifest.json")
-    rows = [*manifest.get("shards", []), *manifest.get("sidecars", []), *filter(None, [manifest.get("tokenizer")])]
-    # a tokenizer may lie elsewhere, under another name
-    known = {row.get("fingerprint"): row["name"] for row in rows}
-    listed = {row["name"] for row in rows if row.get("fingerprint")}
+    try:
+        rows = [*manifest.get("shards", []), *manifest.get("sidecars", []), *filter(None, [manifest.get("tokenizer")])]
+        listed = {row["name"]: row["fingerprint"] for row in rows if row.get("fingerprint")}
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(
+            f"{folder / 'manifest.json'} lists no files as data/prepare.py does; prepare or download the data again"
+        ) from None
     scored = [*list_shards(folder, "val"), *list_shards(folder, "val_bytes"), *filter(None, [tokenizer])]
     found = {path: fingerprint(path) for path in (*scored, *folder.glob("fineweb_train_*.bin"))}
     if listed:
-        foreign = [str(path) for path, mark in found.items() if mark not in known]
+        # a shard in another's place is in the list too, so its name counts; a tokenizer may lie elsewhere
+        foreign = [
+            str(path)
+            for path, mark in found.items()
+            if mark not in (listed.values() if path == tokenizer else [listed.get(path.name)])
+        ]
         missing = [name for name in listed if name.startswith("fineweb_val") and not (folder / name).is_file()]
         for problem, paths in (("not the file that", foreign), ("missing, though", missing)):
             if paths:
                 raise UserError(
-                    f"DATA_PATH={folder}: {', '.join(sorted(paths))}: {problem} manifest.json lists; prepare the data "
-                    "again, or copy all of it"
+                    f"DATA_PATH={folder}: {', '.join(sorted(paths))}: {problem} manifest.json lists; prepare or "
+                    "download the data again, or copy all of it"
                 )
     else:
         log(f"WARNING: DATA_PATH={folder}: no manifest.json with fingerprints says that its files belong together")
@@ -1796,8 +1822,9 @@ def load_val(cfg: Config) -> ValData:
     UserError if the stream is too short, or if shards, sidecars, tokenizer and VOCAB_SIZE do not fit together.
     """
     where = f"DATA_PATH={cfg.data_path}"
-    shards, sidecars = list_shards(cfg.data_path, "val"), list_shards(cfg.data_path, "val_bytes")
-    tokens = np.concatenate([read_shard(path) for path in shards]).astype(np.int64)
+    kinds = list_shards(cfg.data_path, "val"), list_shards(cfg.data_path, "val_bytes")
+    shards, sidecars = ([read_shard(path) for path in paths] for paths in kinds)
+    tokens = np.concatenate(shards).astype(np.int64)
     count = len(tokens) - 1
     if not cfg.eval_include_tail:
         count -= count % cfg.eval_seq_len
@@ -1811,14 +1838,13 @@ def load_val(cfg: Config) -> ValData:
     tokenizer = find_tokenizer(cfg)
     table = byte_table(tokenizer, cfg.vocab_size) if tokenizer else None
     if sidecars:
-        parts = [read_shard(path) for path in sidecars]
-        if list(map(len, parts)) != [len(read_shard(path)) for path in shards]:
+        if list(map(len, sidecars)) != list(map(len, shards)):
             raise UserError(f"{where}: the byte sidecars do not match the validation shards")
-        counted = np.concatenate(parts).astype(np.int32)
+        counted = np.concatenate(sidecars).astype(np.int32)
     elif table is not None:
         counted = table.count(tokens)
         # bytes of case operators are those of the text without them: a table cannot know
-        processor = spm.SentencePieceProcessor(model_file=str(tokenizer))
+        processor = spm.SentencePieceProcessor(model_proto=tokenizer.read_bytes())
         if processor.piece_to_id(CASE_OPERATOR) != processor.unk_id():
             raise UserError(f"{where}: the tokenizer has case operators, so fineweb_val_bytes_*.bin must be there")
     else:
@@ -1837,8 +1863,8 @@ def val_documents(tokens: np.ndarray) -> list[tuple[int, int]]:
     # tokens before the first BOS join the first document, so every target is scored
     starts[0] = 0
     # + 1: the last token of a document predicts the BOS of the next one.
-    ends = np.append(starts[1:] + 1, len(tokens))
-    return [(int(s), int(e - s)) for s, e in zip(starts, ends, strict=True)]
+    lengths = np.diff(starts, append=len(tokens) - 1) + 1
+    return list(zip(starts.tolist(), lengths.tolist(), strict=True))
 
 
 def row_bounds(cfg: Config, ids: np.ndarray) -> Tensor | None:
@@ -1846,10 +1872,9 @@ def row_bounds(cfg: Config, ids: np.ndarray) -> Tensor | None:
     where the model was trained across document borders."""
     if not LOADERS[cfg.loader].documents:
         return None
-    documents = np.flatnonzero(ids.reshape(-1) == BOS_ID)
-    rows = np.arange(0, ids.size, ids.shape[1])
-    # The union counts a document start at a row start once; twice would make an empty segment.
-    bounds = segment_bounds(np.union1d(documents, rows), ids.size, 0)
+    starts = ids == BOS_ID
+    starts[:, 0] = True
+    bounds = segment_bounds(np.flatnonzero(starts), ids.size, 0)
     return torch.from_numpy(pad_bounds(bounds))
 
 
@@ -1962,10 +1987,6 @@ class AttnMeta(NamedTuple):
     starts: Tensor | None = None  # (B, T) bool, for recurrent mixers: tokens before which the state is cleared
     kv_cache: KVCache | None = None  # keys and values of the documents' earlier parts
 
-    def at(self, execution: int) -> AttnMeta:
-        """The meta of one execution: its cache is that execution's."""
-        return self if self.kv_cache is None else self._replace(kv_cache=self.kv_cache._replace(execution=execution))
-
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttnMeta, Tensor | None], Tensor]
 
@@ -2050,10 +2071,8 @@ class KVCache(NamedTuple):
     cached: Tensor
     # (B, 1, H/K * T, C + T), added to the scores; the rows' own tokens are the last T columns
     mask: Tensor
-    # what each execution leaves, (2, B, T, K, d); attend fills it in
-    new: dict[int, Tensor]
-    # whose turn it is
-    execution: int = 0
+    # what the executions so far have left, (2, B, T, K, d) each; attend appends
+    new: list[Tensor]
 
     def attend(
         self,
@@ -2065,9 +2084,9 @@ class KVCache(NamedTuple):
     ) -> Tensor:
         """Attention over the cached and the row's own keys. Shapes as masked_attention; there are no sinks here."""
         own = torch.stack((k, v))
-        self.new[self.execution] = own.detach()
         # cat copies the cache, so that it may be written before the backward
-        whole = torch.cat((self.cached[self.execution], own), dim=2)
+        whole = torch.cat((self.cached[len(self.new)], own), dim=2)
+        self.new.append(own.detach())
         k, v = whole.transpose(2, 3)  # (B, K, C + T, d)
         # the queries of a key/value group lie side by side: a GPU's tiles are fuller, and no key is repeated for them
         # (B, K, H/K, T, d)
@@ -2108,10 +2127,10 @@ def flash_attention(
     """Flash attention over segments, or over rows without any. Shapes as masked_attention; where a segment has more
     keys than queries, causality is aligned to its end. flash_backend binds the last two."""
     cu_seqlens, longest = meta.cu_seqlens, meta.max_len
-    if cu_seqlens is None and sink is None:
-        return exact_attention(q, k, v, None, None)
-    # a sink needs segments: each row is one
     if cu_seqlens is None:
+        if sink is None:
+            return exact_attention(q, k, v, None, None)
+        # a sink needs segments: each row is one
         longest = q.size(1)
         cu_seqlens = torch.arange(q.size(0) + 1, dtype=torch.int32, device=q.device) * longest
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
@@ -2153,7 +2172,7 @@ def choose_attention(cfg: Config, runtime: Runtime) -> Attend:
         except (ImportError, RuntimeError, ValueError) as error:
             if wanted != "auto":
                 raise UserError(f"ATTENTION={wanted} cannot run here: {error}; set ATTENTION=auto") from None
-            runtime.log(f"attention: {name} cannot run here ({first_line(error)})", to_file_only=True)
+            runtime.log(f"attention: {name} cannot run here ({first_line(error)})")
         else:
             runtime.log(f"attention: {name} through torch.nn.attention")
             return backend
@@ -2533,8 +2552,8 @@ def launch_self_value(y: Tensor, v: Tensor, gate: Tensor, g: Tensor | None = Non
 def operator(
     launch: Callable | None = None,
     fake: Callable | None = None,
-    setup_context: Callable | None = None,
     backward: Callable | None = None,
+    setup_context: Callable = lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 ) -> Callable[[Callable], Callable]:
     """Decorator: turn a plain twin into the operator <this module>::<its name>, which a compiled graph keeps whole.
 
@@ -2687,7 +2706,6 @@ def norm_rotate_back(
 @operator(
     launch_norm_rotate,
     lambda x, gain, *_: new_like(*x.split(head_counts(x, gain), dim=2)),
-    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     lambda ctx, *grads: (*norm_rotate_back(*grads, *ctx.saved_tensors), None, None),
 )
 def fused_norm_rotate(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -2704,7 +2722,6 @@ def self_value_back(y: Tensor, v: Tensor, gate: Tensor, g: Tensor) -> tuple[Tens
 @operator(
     launch_self_value,
     lambda y, v, gate: new_like(y)[0],
-    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     lambda ctx, g: self_value_back(*ctx.saved_tensors, g),
 )
 def fused_self_value(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
@@ -2832,7 +2849,6 @@ def fla_rule_back(
 # The library's own autograd.Function would break a compiled graph, so each direction is an operator.
 @operator(
     fake=lambda q, k, v, g, beta, state: (torch.empty_like(v), torch.empty_like(state)),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     backward=lambda ctx, go, gs: fla_rule_back(go.contiguous(), gs.contiguous(), *ctx.saved_tensors),
 )
 def fla_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -3193,13 +3209,14 @@ EMBED_EXTRAS = {  # what acts on the embedding, in this order
 NORMED_EXTRAS = ("smear_channel",)  # those that act after the norm
 
 
+@dataclasses.dataclass
 class ValueContext:
     """What the layer executions of one forward pass share about attention's values: the tokens' value embedding
     (B, T, K * d), a scale for each layer that adds it, and the first execution's values once it has run."""
 
-    def __init__(self, embedded: Tensor | None = None, scales: Tensor | None = None) -> None:
-        self.embedded, self.scales = embedded, scales
-        self.first = None
+    embedded: Tensor | None = None
+    scales: Tensor | None = None
+    first: Tensor | None = None
 
 
 class ValueEmbedding(Projected):
@@ -3375,25 +3392,22 @@ class Block(nn.Module):
         m = self.resid_mix.to(x.dtype)
         return m[0] * x + m[1] * x0
 
-    def attend(self, x: Tensor, meta: AttnMeta, tap: LayerTap, values: ValueContext) -> Tensor:
+    def attend(self, x: Tensor, tap: LayerTap, meta: AttnMeta, values: ValueContext) -> Tensor:
         """What the mixer adds to a residual that reads x, (B, T, D)."""
-        return self.times(self.attn_scale, tap, functools.partial(self.attn, self.norm(x), meta, tap, values))
+        return self.added(self.attn, self.attn_scale, x, tap, meta=meta, values=values)
 
     def transform(self, x: Tensor, tap: LayerTap) -> Tensor:
         """What the MLP adds, (B, T, D)."""
-        return self.times(self.mlp_scale, tap, functools.partial(self.mlp, self.norm(x), tap))
+        return self.added(self.mlp, self.mlp_scale, x, tap)
 
-    def norm(self, x: Tensor) -> Tensor:
-        """What a sublayer reads of a residual x, (B, T, D)."""
-        return rms_norm(x) * self.input_scale
-
-    def times(self, scale: Tensor, tap: LayerTap, sublayer: Callable[..., Tensor]) -> Tensor:
-        """The output of a sublayer, (B, T, D), times a scale (D,)."""
+    def added(self, sublayer: nn.Module, scale: Tensor, x: Tensor, tap: LayerTap, **context: Any) -> Tensor:
+        """A sublayer's output for a residual x, (B, T, D), times a scale (D,); context: what else it reads."""
+        n = rms_norm(x) * self.input_scale
         # Training scales the last matrix's rows and not its output: the same product, rounded once less, and no pass
         # over the tokens for its gradients. A listener wants the output as it is, and scores their published rounding
         if self.training and not tap.sites:
-            return sublayer(scale)
-        y = sublayer()
+            return sublayer(n, tap=tap, scale=scale, **context)
+        y = sublayer(n, tap=tap, **context)
         return scale.to(y.dtype) * y
 
 
@@ -3451,7 +3465,6 @@ class Route:
     mix: tuple[tuple[float, ...], ...]  # LOOP_MIX: beta, and alpha of each execution from loop_start on; or nothing
     loop_start: int
     num_encoder: int  # the first executions, whose outputs the skips read
-    skip_row: tuple[int, ...]  # row of Skips; -1: no skip
     skip_source: tuple[int, ...]  # the execution whose output the skip adds; -1: no skip
     parallel: tuple[bool, ...]  # attention and MLP on two lanes
     parallel_block: tuple[bool, ...]  # attention and MLP in parallel on one residual
@@ -3481,15 +3494,14 @@ def plan_route(cfg: Config, looping: bool) -> Route:
         mix[looped] = mix[looped] + rows * cfg.num_loops
     # the first half is the encoder, and decoder position j takes the j-th last encoder output
     encoder = len(layers) // 2
-    skip_row = [-1] * encoder + [j if j < encoder else -1 for j in range(len(layers) - encoder)]
-    skip_source = [encoder - 1 - j if j >= 0 else -1 for j in skip_row]
+    skip_source = [-1] * encoder + [max(encoder - 1 - j, -1) for j in range(len(layers) - encoder)]
     # a looped layer keeps its number: what depends on depth follows the layer, not the execution
     late = [0 < cfg.parallel_start_layer <= layer for layer in layers]
     lanes = cfg.parallel_lanes == 2
     # once the residual has split into two lanes, in the decoder, they last to the end
     split = [lanes and any(late[encoder : i + 1]) for i in range(len(layers))]
     beside = [on and not lanes for on in late]
-    parts = (skip_row, skip_source, split, beside)
+    parts = (skip_source, split, beside)
     return Route(tuple(layers), tuple(mix), cfg.loop_start, encoder, *map(tuple, parts))
 
 
@@ -3528,7 +3540,7 @@ class GPT(nn.Module):
         self.reach = sum(extra.reach for extra in self.embed_extras.values())
         self.value_embed = ValueEmbedding(cfg) if "value_embed" in cfg.attn_extras else None
         self.blocks = nn.ModuleList(Block(cfg, i, attend, kernels) for i in range(cfg.num_layers))
-        self.routes = {on: plan_route(cfg, on and cfg.num_loops > 0) for on in (False, True)}
+        self.routes = {on: plan_route(cfg, on) for on in (False, True)}
         self.route = self.routes[False]
         # the looped route has the most skips, and is the one that may split into lanes
         self.skips = Skips(self.routes[True].num_encoder, cfg.model_dim, cfg.skip_gates_enabled)
@@ -3622,13 +3634,13 @@ class GPT(nn.Module):
         lanes, outputs, route = (x,), [], self.route
         for execution, layer in enumerate(route.layers):
             lane0, block, tap = lanes[0], self.blocks[layer], LayerTap(taps, execution, layer)
-            here = meta.at(execution)
-            row, source = route.skip_row[execution], route.skip_source[execution]
-            if row >= 0:
-                lane0 = self.skips(lane0, outputs[source], row)
+            source = route.skip_source[execution]
+            if source >= 0:
+                # rows of Skips are in the order of the decoder, so the last encoder output comes first
+                lane0 = self.skips(lane0, outputs[source], route.num_encoder - 1 - source)
             u = block.mix(lane0, x0)
             # the mixer reads the same in all three arrangements; what the MLP reads differs
-            attended = block.attend(u, here, tap, values)
+            attended = block.attend(u, tap, meta, values)
             if route.parallel[execution]:
                 added = (attended, block.transform(lanes[-1], tap))
                 lanes = self.lanes((lane0, lanes[-1]), added, layer)
@@ -3831,8 +3843,12 @@ class Muon:
         # the largest groups first: their communication overlaps the work on the others
         self.groups = sorted(shapes.values(), key=lambda g: -len(g) * g[0].numel())
         self.cfg, self.runtime = cfg, runtime
-        self.buffers = [self.zeros(group) for group in self.groups]
-        self.shares = [self.zeros(group) for group in self.groups]
+        # (k, rows, cols): this rank's share of the momentum and of the gradients of each group
+        self.buffers = []
+        for group in self.groups:
+            count = -(-len(group) // runtime.world)
+            self.buffers.append(group[0].new_zeros(count, *group[0].shape))
+        self.shares = [torch.zeros_like(buffer) for buffer in self.buffers]
         self.momentum = torch.zeros((), dtype=next((b.dtype for b in self.buffers), None), device=runtime.device)
         update = compiled(runtime, muon_updates)
         self.updates = functools.partial(update, cfg, runtime.dtype, self.shares, self.buffers)
@@ -3841,10 +3857,6 @@ class Muon:
             # here, before there is an NCCL whose threads could spoil it
             capture = functools.partial(torch.cuda.make_graphed_callables, self.updates, (self.momentum,))
             self.updates = captured(runtime, "Muon", capture, self.updates)
-
-    def zeros(self, group: list[nn.Parameter]) -> Tensor:
-        """A tensor (k, rows, cols) for this rank's share of the matrices of a group."""
-        return group[0].new_zeros(-(-len(group) // self.runtime.world), *group[0].shape)
 
     def reduce(self) -> list[Tensor]:
         """This rank's shares (k, rows, cols) of the gradients averaged over the ranks, in the parameters' dtype."""
@@ -3867,36 +3879,30 @@ class Muon:
 
     def step(self, lr: float, momentum: float) -> None:
         """One update from the shares, as they are now."""
-        cfg, world = self.cfg, self.runtime.world
-        gathered, waits = [], []
-        updates = self.updates(self.momentum.fill_(momentum))
-        for update in updates if world > 1 else ():
-            # each rank has orthogonalised its share; all need all of them
-            gathered.append(update.new_empty(len(update) * world, *update.shape[1:]))
-            waits.append(all_gather(gathered[-1], update.contiguous(), async_op=True))
-        for work in waits:
-            work.wait()
-        for group, update in zip(self.groups, gathered or updates, strict=True):
+        # each rank has orthogonalised its share; all need all of them
+        updates = self.gather(self.updates(self.momentum.fill_(momentum)))
+        for group, update in zip(self.groups, updates, strict=True):
             rows, cols = group[0].shape
             # decoupled weight decay, then a step whose size does not depend on the shape
-            torch._foreach_mul_(group, 1 - lr * cfg.muon_wd)
-            changes = list(update[: len(group)].to(group[0].dtype).unbind())
+            torch._foreach_mul_(group, 1 - lr * self.cfg.muon_wd)
+            changes = update.to(group[0].dtype).unbind()
             torch._foreach_add_(group, changes, alpha=-lr * math.sqrt(max(1.0, rows / cols)))
 
-    def gather_momenta(self) -> list[Tensor]:
-        """The momentum (k, rows, cols) of each group of k matrices, on every rank."""
-        momenta = []
-        for group, buffer in zip(self.groups, self.buffers, strict=True):
-            whole = buffer
-            if self.runtime.world > 1:
-                whole = buffer.new_empty(len(buffer) * self.runtime.world, *buffer.shape[1:])
-                all_gather(whole, buffer)
-            # without the padding, so that another number of ranks can share it out
-            momenta.append(whole[: len(group)])
-        return momenta
+    def gather(self, shares: list[Tensor]) -> list[Tensor]:
+        """All k matrices (k, rows, cols) of each group, on every rank, from the shares of the ranks."""
+        world, wholes, waits = self.runtime.world, shares, []
+        if world > 1:
+            wholes = [share.new_empty(len(share) * world, *share.shape[1:]) for share in shares]
+            for whole, share in zip(wholes, shares, strict=True):
+                waits.append(all_gather(whole, share.contiguous(), async_op=True))
+        # every exchange is launched before the first is awaited
+        for work in waits:
+            work.wait()
+        # without the padding, so that another number of ranks can share momenta out
+        return [whole[: len(group)] for group, whole in zip(self.groups, wholes, strict=True)]
 
     def set_momenta(self, momenta: list[Tensor]) -> None:
-        """Take this rank's share of what gather_momenta returned."""
+        """Take this rank's share of all momenta (k, rows, cols), as gather returned them."""
         for momentum, buffer in zip(momenta, self.buffers, strict=True):
             share = momentum[self.runtime.rank * len(buffer) :][: len(buffer)]
             buffer[: len(share)].copy_(share)
@@ -4025,8 +4031,9 @@ class Progress(NamedTuple):
 
 def graphs_of(cfg: Config) -> list[tuple[int, bool]]:
     """(longest attention span, looping?) of a run's steps, in their order; each needs a graph."""
-    # in a thousand places: no stage is shorter
-    steps = [Progress(0, i / 1000, 1.0) for i in range(1000)]
+    # both change at these fractions alone; a span holds up to its limit, so the next one begins just after it
+    starts = [0.0, cfg.enable_looping_at, *(math.nextafter(x, 2) for x, _ in cfg.train_seq_schedule)]
+    steps = [Progress(0, x, 1.0) for x in sorted(starts) if x < 1]
     found = ((STAGES["span"](cfg, now), loops(cfg) and STAGES["looping"](cfg, now)) for now in steps)
     return list(dict.fromkeys(found))
 
@@ -4117,11 +4124,10 @@ class QuantNoise:
 
     def __init__(self, cfg: Config, model: nn.Module) -> None:
         self.cfg = cfg
-        matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
-        chosen = {n: p for n, p in matrices.items() if any(fits(n, word) for word in cfg.qat_noise_patterns)}
-        if not chosen:
+        matrices = [(name, p) for name, p in model.named_parameters() if p.ndim == 2]
+        self.params = [p for name, p in matrices if any(fits(name, word) for word in cfg.qat_noise_patterns)]
+        if not self.params:
             raise UserError(f"QAT_NOISE_PATTERNS={format_knob(cfg.qat_noise_patterns)} is in no name of a matrix")
-        self.params = list(chosen.values())
 
     @torch.no_grad()
     def values(self, step: int) -> list[Tensor]:
@@ -4143,17 +4149,19 @@ QATS = {"none": None, "ste": FakeQuantSTE, "noise": QuantNoise}
 
 
 @contextlib.contextmanager
+@torch.no_grad()
 def temporarily_set(params: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """Inside the block the parameters hold other values, in place, where a compiled graph reads them."""
+    """Inside the block the parameters hold other values, in place, where a compiled graph reads them.
+
+    What the block itself does to them is undone too. Its gradients are on as they were: no_grad ends at the yield.
+    """
     # copies: the values are written into the parameters themselves
-    kept = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        torch._foreach_copy_(params, values)
+    kept = [p.clone() for p in params]
+    torch._foreach_copy_(params, values)
     try:
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(params, kept)
+        torch._foreach_copy_(params, kept)
 
 
 class TrainReport(NamedTuple):
@@ -4179,7 +4187,8 @@ class Trainer:
         self.cfg, self.runtime, self.model, self.metrics = cfg, runtime, model, metrics
         self.forward = compiled(runtime, model)
         self.optimisers = Optimisers(cfg, model, runtime)
-        self.averages = averages_of(cfg, list(model.parameters()))
+        self.params = list(model.parameters())
+        self.averages = averages_of(cfg, self.params)
         self.qat = QATS[cfg.qat](cfg, model) if QATS[cfg.qat] else None
         # a stage is on if a knob names it; looping has knobs of its own
         chosen = {cfg.qat, *cfg.average, *["looping"] * loops(cfg), "span"}
@@ -4239,10 +4248,9 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile every graph and let allocators settle, then roll back weights, moments and the order of the data."""
+        started, rolled_back = time.perf_counter(), temporarily_set(self.params, self.params)
         # warm-up trains for real, on the data that the run begins with
-        before = [p.detach().clone() for p in self.model.parameters()]
-        started = time.perf_counter()
-        with contextlib.closing(train_batches(self.cfg, self.runtime)) as batches:
+        with rolled_back, contextlib.closing(train_batches(self.cfg, self.runtime)) as batches:
             for span, looping in graphs_of(self.cfg):
                 self.span = span
                 self.model.set_looping(looping)
@@ -4253,8 +4261,6 @@ class Trainer:
                     )
         self.model.set_looping(False)
         self.optimisers.clear()
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.model.parameters()), before)
         self.runtime.log(
             f"warm-up: {self.cfg.warmup_steps} steps per graph, rolled back, "
             f"{time.perf_counter() - started:.1f} s outside the clock"
@@ -4296,8 +4302,12 @@ class Trainer:
     def write_metrics(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
         if self.metrics is not None:
-            with self.metrics.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(record) + "\n")
+            try:
+                with self.metrics.open("a", encoding="utf-8") as handle:
+                    handle.write(json.dumps(record) + "\n")
+            except OSError as error:
+                self.metrics = None
+                self.runtime.log(f"WARNING: the training goes on without its curve: {error}")
 
     def rewind_metrics(self, step: int) -> None:
         """Drop from metrics.jsonl what an interrupted run wrote after a step; at step 0, everything."""
@@ -4316,7 +4326,7 @@ class Trainer:
 
     def snapshot(self, step: int, ended: bool) -> dict[str, Any]:
         """What the steps from `step` on depend on; every rank has to call it. The data's order needs the step alone."""
-        swa = self.averages.get("swa")
+        swa, muon = self.averages.get("swa"), self.optimisers.muon
         return {
             "step": step,
             "ended": ended,
@@ -4325,11 +4335,12 @@ class Trainer:
             "loss": self.mean_loss(),
             "model": self.model.state_dict(),
             "adamw": self.optimisers.adamw.state_dict(),
-            "momenta": self.optimisers.muon.gather_momenta(),
+            "momenta": muon.gather(muon.buffers),
             "averages": [average.shadow for average in self.averages.values()],
             "swa_count": swa.count if swa else 0,
         }
 
+    @torch.no_grad()
     def restore(self, saved: dict[str, Any]) -> None:
         """Go back to a snapshot, in place."""
         self.model.load_state_dict(saved["model"])
@@ -4338,7 +4349,8 @@ class Trainer:
         if saved["swa_count"]:
             # before its first snapshot SWA has no tensors of its own
             swa = self.averages["swa"]
-            swa.count, swa.shadow = saved["swa_count"], [torch.empty_like(t) for t in swa.shadow]
+            swa.update()
+            swa.count = saved["swa_count"]
         for average, shadow in zip(self.averages.values(), saved["averages"], strict=True):
             torch._foreach_copy_(average.shadow, shadow)
         self.span, self.changed, begun = saved["stages"]
@@ -4346,28 +4358,30 @@ class Trainer:
         self.loss = torch.full_like(self.loss, saved["loss"])
         self.reported_step = saved["step"]
 
-    def checkpoint(self, step: int, ended: bool, keep: Callable[[dict[str, Any]], None]) -> None:
+    def checkpoint(self, step: int, ended: bool) -> None:
         """Give a snapshot to the run if one is due by rank 0's time, or at the end."""
         if not self.cfg.checkpoint_seconds:
             return
         age = self.runtime.broadcast_from_rank0(time.perf_counter() - self.checkpointed)
         if age >= self.cfg.checkpoint_seconds or ended:
-            keep(self.snapshot(step, ended))
+            self.hooks.checkpoint(self.snapshot(step, ended))
             self.checkpointed = time.perf_counter()
 
-    def milestone(self, step: int, keep: Callable[[TrainReport], None]) -> None:
+    def milestone(self, step: int) -> None:
         """Give the weights as a run that ends here would have them to the run, with the clock stopped."""
-        elapsed, params = self.clock.read(), list(self.model.parameters())
-        averaged = [average.shadow for average in self.averages.values()] or [params]
-        with temporarily_set(params, averaged[-1]):
+        elapsed = self.clock.read()
+        with temporarily_set(self.params, self.averaged()):
             self.model.set_looping(loops(self.cfg))
-            keep(TrainReport(step, elapsed, self.mean_loss()))
+            self.hooks.milestone(TrainReport(step, elapsed, self.mean_loss()))
         self.clock.start(elapsed)
 
+    def averaged(self) -> list[Tensor]:
+        """The weights that a run which ends now has: the last average, or the last iterate."""
+        return [self.params, *(average.shadow for average in self.averages.values())][-1]
+
+    @torch.no_grad()
     def store_average(self) -> None:
         """Put the weight average into the model."""
-        if not self.averages:
-            return
         swa = self.averages.get("swa")
         if swa is not None:
             self.runtime.log(f"SWA: {swa.count} snapshots")
@@ -4376,20 +4390,19 @@ class Trainer:
                     "WARNING: no step was a multiple of SWA_EVERY with the LR multiplier under "
                     "SWA_START_SCALE: SWA averages nothing; lower SWA_EVERY or raise SWA_START_SCALE"
                 )
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.model.parameters()), list(self.averages.values())[-1].shadow)
+        torch._foreach_copy_(self.params, self.averaged())
 
-    def validate(self, step: int, evaluate: Callable[[], Score]) -> None:
+    def validate(self, step: int) -> None:
         """Score the live weights with the clock stopped."""
         elapsed = self.clock.read()
-        score = evaluate()
+        score = self.hooks.evaluate()
         self.runtime.log(f"step {step} val_loss {score.val_loss:.4f} val_bpb {score.val_bpb:.4f}")
         self.write_metrics({"step": step, "val_loss": score.val_loss, "val_bpb": score.val_bpb})
         self.clock.start(elapsed)
 
     def run(self, hooks: Hooks, saved: dict[str, Any]) -> TrainReport:
         """Train, from a snapshot if there is one; afterwards the model holds the weight average."""
-        cfg, clock, step, seconds, ended = self.cfg, self.clock, 0, 0.0, False
+        cfg, clock, step, seconds, ended, self.hooks = self.cfg, self.clock, 0, 0.0, False, hooks
         self.warm_up()
         if saved:
             step, seconds, ended = saved["step"], saved["seconds"], saved["ended"]
@@ -4402,17 +4415,17 @@ class Trainer:
             clock.start(seconds)
             while not ended and (fraction := clock.fraction(step)) < 1:
                 if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-                    self.validate(step, hooks.evaluate)
+                    self.validate(step)
                 self.advance(next(batches), fraction, step)
                 step += 1
-                if step <= 5 or step % min(cfg.train_log_every, 10) == 0:
+                if step <= 5 or step % 10 == 0 or step % cfg.train_log_every == 0:
                     self.report(step, clock.fraction(step), time.perf_counter() - clock.started)
                 if step in cfg.milestones:
-                    self.milestone(step, hooks.milestone)
-                self.checkpoint(step, False, hooks.checkpoint)
+                    self.milestone(step)
+                self.checkpoint(step, False)
             seconds = seconds if ended else clock.read()
         self.report(step, 1.0, seconds)
-        self.checkpoint(step, True, hooks.checkpoint)
+        self.checkpoint(step, True)
         self.store_average()
         self.model.set_looping(loops(cfg))
         weights = "+".join(cfg.average) or "last iterate"
@@ -4534,7 +4547,7 @@ class HessianTap:
     sites = frozenset(role.hessian for role in ROLES.values()) - {""}
 
     def __init__(self) -> None:
-        self.sums = {}
+        self.sums = collections.defaultdict(int)
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """Listen at a site; the output passes through."""
@@ -4545,10 +4558,11 @@ class HessianTap:
         return y
 
     def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> Weights:
-        """Name of a weight of the model -> X^T X / batches on the CPU, summed over the ranks."""
-        means = {key: (runtime.sum_(total) / batches).cpu() for key, total in self.sums.items()}
+        """Name of a weight of the model -> X^T X / batches on the CPU, summed over the ranks. Call it once."""
+        for key, total in self.sums.items():
+            self.sums[key] = (runtime.sum_(total) / batches).cpu()
         inputs = {name: (ROLES[p.role].hessian, p.layer) for name, p in model.named_parameters()}
-        return {name: means[key] for name, key in inputs.items() if key in means}
+        return {name: self.sums[key] for name, key in inputs.items() if key in self.sums}
 
     def listen(self, model: GPT, ids: Tensor, meta: AttnMeta, seed: int) -> None:
         """Hear a batch."""
@@ -4574,10 +4588,6 @@ class FisherTap(HessianTap):
     # beside inputs: outputs of the matrices that share another's input, and the rows that ids look up
     sites = HessianTap.sites | {"k", "v", "delta_z", "lookup"}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.squares, self.looked_up, self.tokens = {}, 0, 0
-
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         if site.name in HessianTap.sites:
             super().__call__(site, x, y)
@@ -4588,16 +4598,13 @@ class FisherTap(HessianTap):
     def measure(self, site: Site, x: Tensor, g: Tensor) -> None:
         """Take in the gradient g of a site's output."""
         g = g.flatten(0, -2).float()
-        if site.name != "lookup":
-            self.add(site.name, site.layer, g.square().sum(dim=0))
-            return
-        self.looked_up = self.looked_up + g.T @ g
-        rows = torch.zeros_like(self.squares["head", -1])
-        self.add("lookup", -1, rows.index_add(0, x.flatten(), g.square().sum(dim=1)))
-
-    def add(self, name: str, layer: int, rows: Tensor) -> None:
-        """Add to the sum of a site's squares."""
-        self.squares[name, layer] = self.squares.get((name, layer), 0) + rows
+        if site.name == "lookup":
+            self.sums["lookup"] += g.T @ g
+            rows = torch.zeros_like(self.sums["squares", "head", -1])
+            squares = rows.index_add(0, x.flatten(), g.square().sum(dim=1))
+        else:
+            squares = g.square().sum(dim=0)
+        self.sums["squares", site.name, site.layer] += squares
 
     def listen(self, model: GPT, ids: Tensor, meta: AttnMeta, seed: int) -> None:
         """Hear a batch, and the gradients of its loss for targets drawn with a seed."""
@@ -4609,29 +4616,27 @@ class FisherTap(HessianTap):
             p = y.softmax(dim=1)
             # of the logits themselves, the mean over all draws is known: p (1 - p), times the square of dy/dz
             slope = 1 - (y / model.softcap).square()
-            self.add("head", -1, (p * (1 - p) * slope.square()).sum(dim=0).float())
+            self.sums["squares", "head", -1] += (p * (1 - p) * slope.square()).sum(dim=0).float()
             drawn = p.multinomial(1, generator=generator)
             loss = softcapped_cross_entropy(z, drawn[:, 0], model.softcap).sum()
             # no weight's gradient is wanted: that of the embedding leads through all outputs
             torch.autograd.grad(loss, model.tok_emb.weight)
-        self.tokens += ids.numel()
+        self.sums["tokens"] += torch.tensor(ids.numel(), dtype=torch.float64)
 
     def hessians(self, model: nn.Module, batches: int, runtime: Runtime) -> Weights:
         """Those of HessianTap, the embedding's with its second use, and the sensitivity (rows,) of each weight."""
         found = super().hessians(model, batches, runtime)
-        squares = {key: (runtime.sum_(total) / batches).cpu() for key, total in self.squares.items()}
-        looked_up = runtime.sum_(self.looked_up).cpu() / batches
-        tokens = runtime.sum_(torch.tensor(self.tokens)).item() / batches
         for name, p in model.named_parameters():
-            key = ("head" if p.role == "embed" else p.role, p.layer)
-            if name not in found or key not in squares:
+            key = "squares", "head" if p.role == "embed" else p.role, p.layer
+            if name not in found or key not in self.sums:
                 continue
             # Hessian and squares are both sums over the passes of a looped layer, so their product counts passes twice:
             # right if an error did the same harm in each, too much if the harms were independent. It is in between
-            rows = squares[key] / math.sqrt(passes(model.cfg, p.layer))
+            rows = self.sums[key] / math.sqrt(passes(model.cfg, p.layer))
             if p.role == "embed":
-                H = rows.sum() * found[name] + tokens * looked_up
-                rows = rows * found[name].trace() + tokens * squares["lookup", -1]
+                tokens = self.sums["tokens"]
+                H = rows.sum() * found[name] + tokens * self.sums["lookup"]
+                rows = rows * found[name].trace() + tokens * self.sums["squares", "lookup", -1]
                 rows, found[name] = rows / H.trace(), H
             found[SENSITIVITY + name] = rows
         return found
@@ -4682,7 +4687,7 @@ def stored_scales(scale: Tensor, base_step: float, key: str = "s") -> Parts:
     logarithm = scale.double().clamp_min(SMALLEST_SCALE).log2()
     return {
         key: (logarithm / base_step).round().to(torch.int16),
-        "ss": torch.tensor([base_step], device=scale.device),
+        "ss": torch.full((1,), base_step, device=scale.device),
     }
 
 
@@ -4859,63 +4864,57 @@ def trellis(states: int) -> Tensor:
     return (2 * high + low).view(states, 2)
 
 
-class Viterbi:
+def viterbi(states: int, real: Tensor, top: Tensor) -> Callable[[Tensor], Tensor]:
     """Viterbi search for the trellis path with the smallest squared error (Marcellin and Fischer 1990).
 
-    Columns are searched in parallel. Each path starts in state 0 and may end in any state.
+    Columns are searched in parallel. Each path starts in state 0 and may end in any state. real (rows, columns): False
+    in the padding below a short column; top (columns,): its largest integer. Returns the search.
     """
+    # All buffers are allocated once: a search is two loops over rows, with a few small operations each
+    rows, columns = real.shape
+    # by 2 * state + branch
+    subsets = trellis(states).flatten().to(top.device)
+    residue = torch.arange(4.0, device=top.device)[:, None]
+    # levels d + 4 n: the range of n, (4, columns)
+    low, high = ((-top - residue) / 4).ceil(), ((top - residue) / 4).floor()
+    # The least cost of a path to each state; the cost of each branch in each row, later of the path up to it
+    best, costs = top.new_empty(states, columns), top.new_empty(rows, 2 * states, columns)
+    # The branches of a row as [half, state in it, branch], then those from each half as [next state]
+    by_half = costs.view(rows, 2, states, columns)
+    forward = [(halves.view(2, states // 2, 2, columns), *halves) for halves in by_half]
+    # A node is state * columns + column. back[row] holds the node before each node, and path the nodes of the best
+    # paths; upper_node is the node before, if it is in the upper half, and half the distance to the one in the lower
+    node = torch.arange(states * columns, dtype=torch.int32, device=top.device)
+    upper_node = node // (2 * columns) * columns + node % columns
+    half = states // 2 * columns
+    back, path = node.new_empty(rows, states * columns), node.new_empty(rows + 1, columns)
+    backward = list(zip(back, path[1:], path[:-1], strict=True))[::-1]
 
-    def __init__(self, states: int, real: Tensor, top: Tensor) -> None:
-        """real (rows, columns): False in the padding below a short column; top (columns,): its largest integer."""
-        # All buffers are allocated once: a search is two loops over rows, with a few small operations each
-        rows, columns = real.shape
-        self.real = real[:, None]
-        # by 2 * state + branch
-        self.subset = trellis(states).flatten().to(top.device)
-        self.residue = torch.arange(4.0, device=top.device)[:, None]
-        # levels d + 4 n: the range of n, (4, columns)
-        self.low = ((-top - self.residue) / 4).ceil()
-        self.high = ((top - self.residue) / 4).floor()
-        # The least cost of a path to each state; the cost of each branch in each row, later of the path up to it
-        self.best = top.new_empty(states, columns)
-        self.costs = top.new_empty(rows, 2 * states, columns)
-        # The branches of a row as [half, state in it, branch], then those from each half as [next state]
-        by_half = self.costs.view(rows, 2, states, columns)
-        self.forward = [(halves.view(2, states // 2, 2, columns), *halves) for halves in by_half]
-        # A node is state * columns + column. back[row] holds the node before each node, and path the nodes of the best
-        # paths; upper is the node before, if it is in the upper half, and half the distance to the one in the lower
-        node = torch.arange(states * columns, dtype=torch.int32, device=top.device)
-        self.column = node[:columns]
-        self.upper = node // (2 * columns) * columns + node % columns
-        self.half = states // 2 * columns
-        self.back = node.new_empty(rows, states * columns)
-        self.path = node.new_empty(rows + 1, columns)
-        self.backward = list(zip(self.back, self.path[1:], self.path[:-1], strict=True))[::-1]
-
-    def __call__(self, x: Tensor) -> Tensor:
+    def search(x: Tensor) -> Tensor:
         """Return the integers on the best paths for x (rows, columns), as float32 (rows, columns)."""
         # The nearest point of each subset, (rows, 4, columns), and what it costs
-        points = (x[:, None] - self.residue).mul_(0.25).round_()
-        points.clamp_(self.low, self.high).mul_(4).add_(self.residue)
-        errors = (points - x[:, None]).square_().mul_(self.real)
-        torch.index_select(errors, 1, self.subset, out=self.costs)
+        points = (x[:, None] - residue).mul_(0.25).round_()
+        points.clamp_(low, high).mul_(4).add_(residue)
+        errors = (points - x[:, None]).square_().mul_(real[:, None])
+        torch.index_select(errors, 1, subsets, out=costs)
         # Forward: add the cost of the path so far to the branches, keep the cheaper of two ways into each state
-        rows, columns = x.shape
-        before = self.best.fill_(math.inf).view(2, -1, 1, columns)
-        self.best[0] = 0
-        for branches, upper, lower in self.forward:
+        before = best.fill_(math.inf).view(2, -1, 1, columns)
+        best[0] = 0
+        for branches, upper, lower in forward:
             branches += before
-            torch.minimum(upper, lower, out=self.best)
+            torch.minimum(upper, lower, out=best)
         # Backward: from the cheapest last state along the ways that were kept
-        upper, lower = self.costs.view(rows, 2, -1).unbind(1)
-        torch.add(self.upper, lower < upper, alpha=self.half, out=self.back)
-        self.path[-1] = self.best.argmin(dim=0).int() * columns + self.column
-        for back, after, here in self.backward:
-            torch.index_select(back, 0, after, out=here)
-        state = self.path // columns
+        upper, lower = costs.view(rows, 2, -1).unbind(1)
+        torch.add(upper_node, lower < upper, alpha=half, out=back)
+        path[-1] = best.argmin(dim=0).int() * columns + node[:columns]
+        for nodes, after, here in backward:
+            torch.index_select(nodes, 0, after, out=here)
+        state = path // columns
         branch = state[1:] % 2  # the bit that was shifted in
-        subset = self.subset[(2 * state[:-1] + branch).long()]
+        subset = subsets[(2 * state[:-1] + branch).long()]
         return points.gather(1, subset[:, None])[:, 0]
+
+    return search
 
 
 def row_bits(weight: Tensor, rule: QuantRule, cfg: Config) -> Bits:
@@ -5004,10 +5003,10 @@ def encode_tcq(
     scale = torch.where(real, scale, 1.0)
     rows = real.sum(dim=1)
     # a name of its own keeps the buffers alive: the graph below knows only where they are
-    viterbi = search = Viterbi(cfg.tcq_states, real.T.contiguous(), W.new_tensor(tops))
+    plain = search = viterbi(cfg.tcq_states, real.T.contiguous(), W.new_tensor(tops))
     if W.is_cuda:
         # a search is thousands of small kernels, whose launches would take four times as long as they do
-        search = torch.cuda.make_graphed_callables(viterbi, (torch.zeros_like(viterbi.costs[:, 0]),))
+        search = torch.cuda.make_graphed_callables(plain, (W.new_zeros(real.T.shape),))
 
     def on_trellis(column: Tensor, j: int) -> tuple[Tensor, Tensor]:
         x = (column / scale).T.contiguous()
@@ -5189,12 +5188,6 @@ def pivots(hessian: Tensor, percdamp: float) -> Tensor:
     return U.diagonal().double().pow(-2)
 
 
-def mean_of_weights(rows: Weights, state: Weights) -> Tensor | float:
-    """Mean over all weights of numbers (rows,) that belong to the rows of some of them."""
-    total = sum(numbers.mean() * state[name].numel() for name, numbers in rows.items())
-    return total / max(1, sum(state[name].numel() for name in rows))
-
-
 def fisher_gains(cfg: Config, runtime: Runtime, plan: Plan, state: Weights, hessians: Weights) -> Plan:
     """The plan with gains that let the same bytes cost less: FISHER_SCALES of the way to the cheapest scales.
 
@@ -5216,9 +5209,14 @@ def fisher_gains(cfg: Config, runtime: Runtime, plan: Plan, state: Weights, hess
 
     found = deal_jobs(runtime, "sensitivities", names, log_gains)
     # the mean over all weights stays, and with it the entropy
-    mean = mean_of_weights(found, state)
-    gains = {name: (logs - mean).exp() for name, logs in found.items()}
-    return plan | {name: plan[name]._replace(gains=tuple(gains[name].tolist())) for name in names}
+    sizes = {name: state[name].numel() for name in found}
+    total = sum(logs.mean() * sizes[name] for name, logs in found.items())
+    mean = total / max(1, sum(sizes.values()))
+    rules = {}
+    for name, logs in found.items():
+        gains = (logs - mean).exp()
+        rules[name] = plan[name]._replace(gains=tuple(gains.tolist()))
+    return plan | rules
 
 
 def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> list[Stored]:
@@ -5267,27 +5265,26 @@ def repaired(
     if repair is None:
         return stored
 
-    def error(name: str) -> Tensor:
-        """What the stored tensor lacks, on the CPU."""
-        return state[name].cpu().float() - stored[name].decode()
+    errors = {  # what the stored tensors lack, on the CPU
+        name: state[name].cpu().float() - tensor.decode()
+        for name, tensor in stored.items()
+        if SCHEMES[tensor.scheme].repairable
+    }
 
     def correct(name: str) -> dict[str, Stored]:
         """The tensor with its correction."""
-        parts = stored[name].parts | repair.encode(error(name).to(runtime.device), cfg)
+        parts = stored[name].parts | repair.encode(errors[name].to(runtime.device), cfg)
         return {name: dataclasses.replace(stored[name], repairs=(cfg.repair,), parts=parts)}
 
-    norms = {
-        name: error(name).double().norm().item() for name, tensor in stored.items() if SCHEMES[tensor.scheme].repairable
-    }
     # the largest error first; ties by name, so that all ranks agree
-    worst = sorted(norms, key=lambda name: (-norms[name], name))[: cfg.lqer_top_k]
+    worst = sorted(errors, key=lambda name: (-errors[name].double().norm().item(), name))[: cfg.lqer_top_k]
     return stored | deal_jobs(runtime, "repairing", worst, correct)
 
 
-def sort_hidden(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
-    """Sort each MLP's hidden units so that similar rows of `up` are neighbours. The function stays. New dicts."""
+def sort_hidden(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> None:
+    """Sort each MLP's hidden units, in place, so that similar rows of `up` are neighbours. The function stays."""
     # Sorted before quantisation, which so sees just another model: no scale or packed factor has to be permuted
-    plan, state, hessians = quant_plan(cfg), dict(state), dict(hessians)
+    plan = quant_plan(cfg)
 
     def order(name: str) -> Weights:
         """Order the rows of one matrix by their levels."""
@@ -5304,20 +5301,20 @@ def sort_hidden(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights
             hessians[down] = hessians[down][rows][:, rows]
         if SENSITIVITY + up in hessians:
             hessians[SENSITIVITY + up] = hessians[SENSITIVITY + up][rows]
-    return state, hessians
 
 
 def hadamard(size: int) -> Tensor:
     """Sylvester's orthogonal matrix of a power of two, symmetric, float64."""
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    return functools.reduce(torch.kron, [two] * int(math.log2(size)), torch.ones(1, 1)) / math.sqrt(size)
+    # the sign is that of the parity of the bits that row and column share
+    signs = [[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+    return torch.tensor(signs).double() / math.sqrt(size)
 
 
-def rotate_values(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
-    """Rotate each head's values by a Hadamard matrix, which spreads outliers. The function stays. New dicts."""
+def rotate_values(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> None:
+    """Rotate each head's values by a Hadamard matrix, in place, which spreads outliers. The function stays."""
     # An output is a sum of values, so it rotates too, and the columns of `o` rotate back. XSA and value_residual see
     # dot products and sums of values, gates and sink one number per head.
-    state, hessians, R = dict(state), dict(hessians), hadamard(cfg.model_dim // cfg.num_heads)
+    R = hadamard(cfg.model_dim // cfg.num_heads)
 
     def rotated(x: Tensor) -> Tensor:
         """Multiply each head's block of columns by R."""
@@ -5330,7 +5327,6 @@ def rotate_values(cfg: Config, runtime: Runtime, state: Weights, hessians: Weigh
         state[v], state[o] = rotated(state[v].T).T.contiguous(), rotated(state[o])
         if o in hessians:  # R^T H R for the rotated inputs; R is symmetric
             hessians[o] = rotated(rotated(hessians[o]).T)
-    return state, hessians
 
 
 ROTATIONS = {"none": None, "hadamard_vo": rotate_values}
@@ -5339,9 +5335,11 @@ HIDDEN_ORDERS = {"pergroup": sort_hidden}  # COMPRESSOR -> what helps its coder;
 
 def reparametrize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> tuple[Weights, Weights]:
     """Return weights that compute the same and are easier to store, and their Hessians; before quantisation."""
+    # new dicts: what the caller has stays as it is
+    state, hessians = dict(state), dict(hessians)
     for step in (ROTATIONS[cfg.rotate], HIDDEN_ORDERS.get(cfg.compressor)):
         if step is not None:
-            state, hessians = step(cfg, runtime, state, hessians)
+            step(cfg, runtime, state, hessians)
     return state, hessians
 
 
@@ -5772,7 +5770,7 @@ def storage_order(index: list[Any]) -> dict[str, list[Any]]:
     streams = {"": []}
     for key, parts in index:
         for part, (stream, dtype, shape) in parts.items():
-            streams.setdefault(stream, []).append((key, part, dtype, tuple(shape)))
+            streams.setdefault(stream, []).append((key, part, dtype, shape))
     # like parts of like weights together, layer after layer; the integers stay in the order of the model
     streams[""].sort(key=lambda row: (row[1], Stored.parse(row[0], {}).role))
     return streams
@@ -5846,14 +5844,13 @@ def decode_payload(payload: bytes, layout: Codec) -> Blob:
     """Decode a payload; raises some ordinary exception if it does not have this layout."""
     count = payload[0]
     sizes = struct.unpack_from(f"<{count}I", payload, 1)
-    ends = list(itertools.accumulate(sizes, initial=1 + 4 * count))
-    if ends[-1] != len(payload):
+    coders, rest = layout.coders(count), io.BytesIO(payload[1 + 4 * count :])
+    if sum(sizes) != len(rest.getbuffer()):
         raise ValueError("the lengths of the streams do not add up to the payload")
-    coders = layout.coders(count)
-    coded = [payload[start:end] for start, end in itertools.pairwise(ends)]
-    raws = in_parallel([coder.decode for coder in coders], coded)
-    (length,) = struct.unpack_from("<I", raws[0])
-    text, raws[0] = raws[0][4 : 4 + length], raws[0][4 + length :]
+    coded = [rest.read(size) for size in sizes]
+    raws = list(map(io.BytesIO, in_parallel([coder.decode for coder in coders], coded)))
+    (length,) = struct.unpack("<I", raws[0].read(4))
+    text = raws[0].read(length)
     if len(text) != length:
         raise ValueError("the index is cut off")
     identity, index = json.loads(text)
@@ -5861,14 +5858,14 @@ def decode_payload(payload: bytes, layout: Codec) -> Blob:
     parts = {key: dict.fromkeys(types) for key, types in index}
     streams = []
     for coder, size, raw, (name, rows) in zip(coders, sizes, raws, storage_order(index).items(), strict=True):
-        lengths = [coder.head + np.dtype(dtype).itemsize * math.prod(shape) for _, _, dtype, shape in rows]
-        if sum(lengths) != len(raw) or min(lengths, default=0) < 0:
+        arrays = {}
+        for key, part, dtype, shape in rows:
+            length = coder.head + np.dtype(dtype).itemsize * math.prod(shape)
+            # an array that gets fewer bytes does not have its shape; read takes all for a negative number
+            array = arrays[key, part] = coder.unframe(raw.read(max(0, length)), dtype, shape)
+            parts[key][part] = torch.from_numpy(array)
+        if raw.read(1):
             raise ValueError("the index does not account for all bytes")
-        arrays, end = {}, 0
-        for (key, part, dtype, shape), length in zip(rows, lengths, strict=True):
-            start, end = end, end + length
-            arrays[key, part] = coder.unframe(raw[start:end], dtype, shape)
-            parts[key][part] = torch.from_numpy(arrays[key, part])
         streams.append(Stream(name, layout.integer_coder if name else layout.coder, size, arrays))
     return Blob([Stored.parse(key, unsort_rows(parts[key])) for key in parts], streams, text, identity)
 
@@ -6075,14 +6072,18 @@ def copied(nll: Tensor, targets: Tensor, weights: Tensor, score: Callable[[Tenso
 HINTS = {"tilt": (find_tilts, tilted), "copy": (find_copies, copied)}  # in the order in which they act
 
 
+def hint_bits(cfg: Config, model: GPT, tokens: np.ndarray) -> np.ndarray:
+    """What a stream's targets get from the model's hints: for each token, bits to add to it as a target."""
+    stream = to_device(tokens, model.copy_weights.device)
+    bits = sum(find(cfg, stream, stream == BOS_ID) for find, _ in model.hints)
+    return bits.cpu().numpy()
+
+
 class Hinted:
     """A learner that scores the targets of a stream with their hints; it learns as it would without."""
 
-    def __init__(self, learner: Learner, cfg: Config, model: GPT, tokens: np.ndarray) -> None:
-        self.learner, self.learn = learner, learner.learn
-        stream = to_device(tokens, model.copy_weights.device)
-        bits = sum(find(cfg, stream, stream == BOS_ID) for find, _ in model.hints)
-        self.bits = bits.cpu().numpy()
+    def __init__(self, bits: np.ndarray, learner: Learner) -> None:
+        self.bits, self.learner, self.learn = bits, learner, learner.learn
 
     def score(self, cells: Cells) -> Tensor:
         """(B, T) nats."""
@@ -6102,11 +6103,11 @@ def fit_copies(cfg: Config, runtime: Runtime, model: GPT) -> Tensor:
     # uncompiled: the fit counts as training, and compiling would take longer
     plain = NoAdaptation(cfg, dataclasses.replace(runtime, compile=False), model.eval(), text)
     # the weights are zero still, so nothing is copied
-    learner = Hinted(plain, cfg, model, tokens)
+    hints = hint_bits(cfg, model, tokens)
     meter = ByteMeter(text, runtime, scores="kept")
-    score_first(plain_steps(cfg, runtime, text), learner, meter)
+    score_first(plain_steps(cfg, runtime, text), Hinted(hints, plain), meter)
     position, nats, _ = np.concatenate(meter.rows).T
-    bits, came = (values[position.astype(int)] for values in (learner.bits, tokens))
+    bits, came = (values[position.astype(int)] for values in (hints, tokens))
     bucket, p = bits >> BUCKET_AT, np.exp(-nats)
     hit = bits >> COPY_AT & ID_BITS == came
 
@@ -6255,11 +6256,9 @@ class Ledger:
 
     def close(self, runtime: Runtime) -> None:
         """Check over all ranks that every target has been scored exactly once."""
-        total = torch.from_numpy(self.count.astype(np.int32))
-        # the first token is nobody's target, so one rank counts it once
-        total[0] = runtime.rank == 0
-        total = runtime.sum_(total)
-        wrong = int((total != 1).sum())
+        total = runtime.sum_(torch.from_numpy(self.count.astype(np.int32)))
+        # the first token is nobody's target
+        wrong = int((total[1:] != 1).sum())
         if wrong:
             raise LegalityError(f"{wrong} targets are not scored exactly once over the ranks")
 
@@ -6296,7 +6295,11 @@ class ByteMeter:
         self.ledger.close(self.runtime)
         if self.scores:
             np.save(f"{self.scores}.{self.runtime.rank}.npy", np.concatenate(self.rows))
-        loss = self.runtime.sum_(self.loss.clone()).item()
+            # an earlier evaluation may have had more ranks
+            beyond = (Path(f"{self.scores}.{rank}.npy") for rank in itertools.count(self.runtime.world))
+            for path in itertools.takewhile(Path.is_file, beyond):
+                path.unlink(missing_ok=True)
+        loss = self.runtime.sum_(self.loss).item()
         tokens, size, illegal, unadapted = self.runtime.sum_(
             torch.tensor([self.tokens, self.bytes, not self.ledger.legal, self.unadapted])
         ).tolist()
@@ -6337,27 +6340,19 @@ def score_first(steps: Iterable[Step], learner: Learner, meter: ByteMeter) -> No
         learner.learn(lesson, cells, nll)
 
 
-def with_progress(steps: Iterable[Step], meter: ByteMeter) -> Iterator[Step]:
-    """The steps, with progress by scored tokens (this rank's, times the ranks)."""
-    runtime, total = meter.runtime, len(meter.val.tokens) - 1
-    for step in steps:
-        yield step
-        done = min(total, meter.tokens * runtime.world)
-        runtime.log.progress("evaluation, tokens", done, total, meter.started)
-
-
 EVAL_RESERVE = 0.05  # share of EVAL_BUDGET_SECONDS that is kept free
 
 
 def until_late(steps: Iterable[Step], meter: ByteMeter, limit: float) -> Iterator[Step]:
     """The steps, until a plain pass over the stream would just end within `limit` seconds of the meter's clock. Then
-    every rank stops, by rank 0's clock, and meter.late is set."""
-    runtime = meter.runtime
+    every rank stops, by rank 0's clock, and meter.late is set. Logs progress by this rank's tokens, times the ranks."""
+    runtime, total, busy = meter.runtime, len(meter.val.tokens) - 1, 0.0
     for step in itertools.chain(steps, [Step(None)]):
-        seconds = time.perf_counter() - meter.started
+        begun = time.perf_counter()
+        seconds = begun - meter.started
         # A plain pass computes each token once and has no gradient: at the pace of adaptation it is overestimated.
         # A pace that was measured over less than a tenth of the time means nothing yet
-        plain = seconds / max(1, meter.cells) * len(meter.val.tokens) / runtime.world
+        plain = busy / max(1, meter.cells) * len(meter.val.tokens) / runtime.world
         late = runtime.is_late(seconds > limit / 10 and seconds + plain > limit)
         # the ranks meet at shared lessons and at the end, where each waits for the others, or right now
         if late or step.cells is None:
@@ -6365,6 +6360,10 @@ def until_late(steps: Iterable[Step], meter: ByteMeter, limit: float) -> Iterato
         if meter.late:
             return
         yield step
+        # in a shared lesson ranks wait for one another: that says nothing of the pace
+        busy += (time.perf_counter() - begun) * (step.cells is not None)
+        done = min(total, meter.tokens * runtime.world)
+        runtime.log.progress("evaluation, tokens", done, total, meter.started)
 
 
 class Evaluator(NamedTuple):
@@ -6380,13 +6379,15 @@ class Evaluator(NamedTuple):
         learner = self.learner(cfg, runtime, model, val)
         # who does not learn compiles by scoring the first cells, which changes nothing
         if runtime.compile and type(learner) is NoAdaptation:
-            learner.score(next(self.steps(cfg, runtime, val)).cells)
-        # the clock starts here
+            for cells, _ in itertools.islice(self.steps(cfg, runtime, val), 1):
+                learner.score(cells)
+        # the clock starts here, for all ranks at once: one may have compiled for longer
+        runtime.barrier()
         meter = ByteMeter(val, runtime, cfg.allow_noncausal, cfg.scores)
-        hinted = (
-            functools.partial(Hinted, cfg=cfg, model=model, tokens=val.tokens) if cfg.hints else lambda plain: plain
-        )
-        steps = with_progress(self.steps(cfg, runtime, val), meter)
+        # searched once, for both passes below
+        bits = hint_bits(cfg, learner.model, val.tokens) if cfg.hints else None
+        hinted = functools.partial(Hinted, bits) if cfg.hints else lambda plain: plain
+        steps = self.steps(cfg, runtime, val)
         score_first(until_late(steps, meter, deadline - meter.started), hinted(learner), meter)
         if meter.late:
             # uncompiled: compiling would take longer than the pass
@@ -6396,11 +6397,11 @@ class Evaluator(NamedTuple):
         return meter.close()
 
 
-def mark_dynamic(runtime: Runtime, dims: tuple[int, ...], *tensors: Tensor) -> None:
-    """Let one compiled graph serve every size of these dimensions."""
+def mark_dynamic(runtime: Runtime, *tensors: Tensor, dim: int = 0) -> None:
+    """Let one compiled graph serve every size of a dimension."""
     if runtime.compile:
         for tensor in tensors:
-            torch._dynamo.maybe_mark_dynamic(tensor, dims)
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 class NoAdaptation:
@@ -6420,30 +6421,30 @@ class NoAdaptation:
         """(B, T) nats of the scored cells, which alone get the head."""
         ids, targets, meta = self.inputs(cells)
         scored = to_device(cells.rows * ids.size(1) + cells.cols, ids.device)
-        mark_dynamic(self.runtime, (0,), scored)
-        return scatter_losses(cells, self.forward(ids, targets, meta, None, "none", scored))
+        mark_dynamic(self.runtime, scored)
+        return scatter_losses(cells, scored, self.forward(ids, targets, meta, None, "none", scored))
 
     def learn(self, lesson: Lesson | SharedLesson, cells: Cells | None, nll: Tensor | None) -> None:
         """Nothing."""
 
 
-def scatter_losses(cells: Cells, losses: Tensor) -> Tensor:
-    """(B, T) with the scored cells' losses in place. Other cells are NaN, so an accidental use poisons the sum."""
+def scatter_losses(cells: Cells, scored: Tensor, losses: Tensor) -> Tensor:
+    """(B, T) with the losses of the `scored` flattened cells in place. Other cells are NaN, so an accidental use
+    poisons the sum."""
     nll = losses.new_full(cells.ids.shape, math.nan)
-    rows, cols = (to_device(a, losses.device) for a in (cells.rows, cells.cols))
-    nll[rows, cols] = losses
+    nll.view(-1)[scored] = losses
     return nll
 
 
 def plain_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """Non-overlapping spans: packed documents cut at EVAL_SEQ_LEN, or rows of it, as the model was trained."""
     make_batch = packed_docs_batch if LOADERS[cfg.loader].documents else stream_batch
-    size = cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len * cfg.eval_seq_len
-    for start in range(0, len(val.tokens) - 1, size)[runtime.rank :: runtime.world]:
+    size = windows_per_batch(cfg) * cfg.eval_seq_len
+    starts = range(0, len(val.tokens) - 1, size)
+    for start in starts[runtime.rank :: runtime.world]:
         # the last span is padded with zeros: one shape, one graph
-        span = np.zeros(size + 1, np.int64)
         real = val.tokens[start : start + size + 1]
-        span[: len(real)] = real
+        span = np.pad(real, (0, size + 1 - len(real)))
         batch = make_batch(span, cfg.eval_seq_len)
         width = batch.ids.size(1)
         rows, cols = np.divmod(np.arange(len(real) - 1), width)
@@ -6474,38 +6475,54 @@ def window_rows(num_targets: int, length: int, stride: int) -> np.ndarray:
     return np.stack([start, stop - start, reached - start, stop - start], axis=1)
 
 
+def row_cells(
+    val: ValData,
+    first: np.ndarray,
+    length: np.ndarray,
+    offset: np.ndarray,
+    width: int,
+) -> Cells:
+    """(rows, width) cells with `length` tokens from stream position `first` on, then zeros; they are scored from column
+    `offset` on."""
+    cols = np.arange(width)
+    inside = cols < length[:, None]
+    # cells outside a row read token 0, and are zeroed below
+    where = np.where(inside, first[:, None] + cols, 0)
+    ids, targets = (np.where(inside, val.tokens[where + inside * i], 0) for i in (0, 1))
+    # row by row, so the losses come in the order of the stream within a row
+    rows, scored = np.nonzero(inside & (cols >= offset[:, None]))
+    return Cells(ids, targets, first + 1, rows, scored)
+
+
 def window_cells(cfg: Config, val: ValData, windows: np.ndarray) -> Cells:
     """A batch of some of window_rows, zero-padded to full size. Context as the model was trained."""
-    shape = (windows_per_batch(cfg), cfg.eval_seq_len)
-    ids, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    rows, cols = [], []
-    for row, (start, length, first, last) in enumerate(windows.tolist()):
-        ids[row, :length] = val.tokens[start : start + length]
-        targets[row, :length] = val.tokens[start + 1 : start + length + 1]
-        rows.append(np.full(last - first, row))
-        cols.append(np.arange(first, last))
-    return Cells(
-        ids,
-        targets,
-        windows[:, 0] + 1,
-        np.concatenate(rows),
-        np.concatenate(cols),
-        row_bounds(cfg, ids),
-    )
+    start, length, first, _ = windows.T
+    cells = row_cells(val, start, length, first, cfg.eval_seq_len)
+    # rows of zeros, which have no scored cell
+    missing = windows_per_batch(cfg) - len(windows)
+    padding = (0, missing), (0, 0)
+    ids, targets = np.pad(cells.ids, padding), np.pad(cells.targets, padding)
+    bounds = row_bounds(cfg, ids)
+    return cells._replace(ids=ids, targets=targets, cu_seqlens=bounds)
 
 
 def windows_per_batch(cfg: Config) -> int:
     """Windows that are scored in one forward, whatever the number of ranks."""
-    return max(1, cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len)
+    return cfg.val_batch_tokens // cfg.batch_slices // cfg.eval_seq_len
+
+
+def window_steps(cfg: Config, runtime: Runtime, val: ValData, windows: np.ndarray) -> Iterator[Step]:
+    """This rank's batches of some windows. Batches do not depend on the ranks."""
+    size = windows_per_batch(cfg)
+    batches = range(0, len(windows), size)
+    for first in batches[runtime.rank :: runtime.world]:
+        yield Step(window_cells(cfg, val, windows[first : first + size]))
 
 
 def sliding_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """Windows of EVAL_SEQ_LEN every EVAL_STRIDE tokens, some per batch."""
     windows = window_rows(len(val.tokens) - 1, cfg.eval_seq_len, cfg.eval_stride)
-    size = windows_per_batch(cfg)
-    batches = range(0, len(windows), size)
-    for first in batches[runtime.rank :: runtime.world]:
-        yield Step(window_cells(cfg, val, windows[first : first + size]))
+    return window_steps(cfg, runtime, val, windows)
 
 
 # +--------------------------------------------------------------------------------------------------------------------+
@@ -6513,17 +6530,18 @@ def sliding_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]
 # +--------------------------------------------------------------------------------------------------------------------+
 
 
-def lora_sites(cfg: Config, model: GPT) -> list[tuple[str, int, tuple[int, int]]]:
-    """(site, execution, (out, in)) of every adapter on the model's current route."""
+def lora_shapes(cfg: Config, model: GPT) -> dict[str, tuple[int, int]]:
+    """<site>_<execution> -> (out, in) of every adapter on the model's current route; by name, which is the order in
+    which a document's A is drawn."""
     D, V, chosen = cfg.model_dim, cfg.vocab_size, {*cfg.ttt_lora_sites}
     if chosen & {"q", "k", "v"}:
         chosen.add("qkv")  # the joint projection of a delta layer
-    sites = []
+    found = {"head_0": (V, D)} if "head" in chosen else {}
     for execution, layer in enumerate(model.route.layers):
-        shapes = {p.role: tuple(p.shape) for p in model.blocks[layer].attn.parameters()}
+        shapes = {p.role: p.shape for p in model.blocks[layer].attn.parameters()}
         shapes |= {"attn": (D, D), "mlp": (D, D)}
-        sites += [(name, execution, shape) for name, shape in shapes.items() if name in chosen]
-    return sites + [("head", 0, (V, D))] * ("head" in chosen)
+        found |= {f"{site}_{execution}": shapes[site] for site in chosen & shapes.keys()}
+    return dict(sorted(found.items()))
 
 
 ADAPTER_EPS = 1e-10  # of AdamW, as published
@@ -6543,10 +6561,7 @@ class AdapterState(NamedTuple):
     # (rows, 1) float64
     steps: Tensor
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> AdapterState:
-        """A function applied to every buffer."""
-        results = (None if t is None else function(t) for t in self)
-        return AdapterState(*results)
+    map = mapped
 
 
 def bias_correction(cfg: Config, steps: Tensor) -> Tensor:
@@ -6586,9 +6601,7 @@ class Adapters:
         self.cfg, self.runtime, rank = cfg, runtime, cfg.ttt_lora_rank
         self.scale = cfg.ttt_lora_alpha / rank
         self.low = {}  # x A^T of the sites whose turn is still to come in this execution
-        found = {f"{name}_{execution}": shape for name, execution, shape in lora_sites(cfg, model)}
-        # by name: the order in which a document's A is drawn
-        found = dict(sorted(found.items()))
+        found = lora_shapes(cfg, model)
         self.sites = frozenset(key.partition("_")[0] for key in found)
         shapes_A = {key: (d_in, rank) for key, (_, d_in) in found.items()}
         shapes_B = {key: (rank, d_out) for key, (d_out, _) in found.items()}
@@ -6616,8 +6629,8 @@ class Adapters:
             {key: next(views).unflatten(1, shape).detach().requires_grad_() for key, shape in half.items()}
             for half in self.shapes
         )
-        self.state.map(lambda t: mark_dynamic(self.runtime, (0,), t))
-        mark_dynamic(self.runtime, (0,), *self.leaves())
+        self.state.map(lambda t: mark_dynamic(self.runtime, t))
+        mark_dynamic(self.runtime, *self.leaves())
 
     def leaves(self) -> list[Tensor]:
         """A of all sites, then B of all sites: the order of a buffer's entries."""
@@ -6661,12 +6674,12 @@ class Adapters:
         self.state.steps.add_(1)
         # outside the compiled pass, which would compute float64 powers for every entry
         correction = bias_correction(self.cfg, self.state.steps)
-        mark_dynamic(self.runtime, (0,), grad, correction)
+        mark_dynamic(self.runtime, grad, correction)
         self.adamw_(self.cfg, self.state, grad, correction)
 
     def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        # the head has execution -1, and one adapter
         """y with what the site's adapters add to it, if it has any."""
+        # the head has execution -1, and one adapter
         execution = max(site.execution, 0)
         key = f"{site.name}_{execution}"
         if key not in self.A:
@@ -6693,12 +6706,6 @@ def document_batches(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
     return groups
 
 
-def longest_first(docs: list[tuple[int, int]], size: int) -> list[list[int]]:
-    """Documents one by one, so that the last rows to work have short ones and none waits long for another."""
-    order = sorted(range(len(docs)), key=lambda i: -docs[i][1])
-    return [[i] for i in order]
-
-
 def chunk_window(chunk: int, predictions: Any, size: int, window: int) -> tuple[Any, Any, Any, Any]:
     """For chunk number `chunk` of documents with so many predictions (an int, or an array): window start, window
     length, and the scored chunk's offset and length inside the window. The window ends with the chunk and is at most
@@ -6718,18 +6725,10 @@ def document_step(
     offset: np.ndarray,
     lesson: Lesson,
 ) -> Step:
-    """Rows of documents: (rows, lesson.cols.stop) cells with `length` tokens from stream position `first` on, then
-    zeros; they are scored from column `offset` on. See Cells for documents and begin."""
-    # where a row has no token, 0 is read from the stream and then replaced
-    cols = np.arange(lesson.cols.stop)
-    inside = cols < length[:, None]
-    # cells outside a row read token 0, and are zeroed below
-    where = np.where(inside, first[:, None] + cols, 0)
-    ids, targets = (np.where(inside, val.tokens[where + inside * i], 0) for i in (0, 1))
-    # row by row, so the losses come in the order of the stream within a row
-    rows, scored = np.nonzero(inside & (cols >= offset[:, None]))
+    """Rows of documents: row_cells of lesson.cols.stop columns. See Cells for documents and begin."""
+    cells = row_cells(val, first, length, offset, lesson.cols.stop)
     chunk = lesson.cols.stop - lesson.cols.start
-    cells = Cells(ids, targets, first + 1, rows, scored, None, documents, begin, chunk)
+    cells = cells._replace(documents=documents, begin=begin, chunk=chunk)
     return Step(cells, lesson if len(lesson.rows) else None)
 
 
@@ -6866,12 +6865,12 @@ class DocLora:
         """(rows, T) nats with the adapters as they are, NaN before the chunk."""
         batch = Batch(cells.ids, cells.targets, None)
         ids, targets, meta = on_device(self.model, batch, self.runtime, self.cfg.ttt_eval_seq_len)
-        mark_dynamic(self.runtime, (0, 1), ids, targets)
-        mark_dynamic(self.runtime, (0,), meta.cos, meta.sin)
+        mark_dynamic(self.runtime, ids, targets, meta.cos, meta.sin)
+        mark_dynamic(self.runtime, ids, targets, dim=1)
         # a window ends with its chunk: the head is computed for no other column
         before = ids.size(1) - cells.chunk
         columns = torch.arange(before, ids.size(1), device=ids.device)
-        mark_dynamic(self.runtime, (0,), columns)
+        mark_dynamic(self.runtime, columns)
         nll = self.forward(ids, targets, meta, self.adapters, "none", columns=columns)
         return F.pad(nll, (before, 0), value=math.nan)
 
@@ -6897,14 +6896,12 @@ class DocLora:
 
     def step(self, lesson: Lesson, nll: Tensor) -> None:
         """One update of the adapters."""
-        learns = to_device(self.learning(lesson), nll.device)
-        self.adapters.step(nll[:, lesson.cols], learns)
+        self.adapters.step(nll[:, lesson.cols], self.learning(lesson))
 
     def learning(self, lesson: Lesson) -> Tensor:
-        """(rows,) bool on the host: the rows that learn."""
-        learns = torch.zeros(len(self.documents), dtype=torch.bool)
-        learns[lesson.rows] = True
-        return learns
+        """(rows,) bool: the rows that learn."""
+        rows = np.arange(len(self.documents))
+        return to_device(np.isin(rows, lesson.rows), self.runtime.device)
 
 
 CACHE_WIDTHS = (256, 512, 1024, 2048, 4096)  # columns that attention may read, each a pair of CUDA graphs
@@ -6938,7 +6935,7 @@ class CarryLora(DocLora):
         self.cache = torch.zeros(shape, dtype=model.dtype, device=device)
         # of each row: begin, the ids that embeddings look back at, ids, targets
         self.inputs = torch.zeros(self.num_rows, 1 + model.reach + 2 * self.size, dtype=torch.int64, device=device)
-        self.learns = torch.zeros(self.num_rows, dtype=model.dtype, device=device)
+        self.learns = torch.zeros(self.num_rows, dtype=torch.bool, device=device)
         widths = CACHE_WIDTHS if on_gpu else range(self.size, self.columns, self.size)
         self.widths = [*(w for w in widths if w < self.columns), self.columns]
         self.programs = captured(self.runtime, "carry", self.graphs, {}) if on_gpu else {}
@@ -6966,24 +6963,23 @@ class CarryLora(DocLora):
         size, model = self.size, self.model
         begin, ids, targets = self.inputs.split([1, model.reach + size, size], dim=1)
         positions = begin + torch.arange(size, device=begin.device)
-        zero = torch.zeros((), dtype=model.dtype, device=begin.device)
+        zero = begin.new_zeros((), dtype=model.dtype)
         kv_cache = KVCache(
             first=(begin == 0)[:, None],
             positions=positions,
             cached=self.cache[:, :, :, :width],
             mask=zero.where(self.visible(begin, width), -math.inf),
-            new={},
+            new=[],
         )
-        mark_dynamic(self.runtime, (3,), kv_cache.cached, kv_cache.mask)
+        mark_dynamic(self.runtime, kv_cache.cached, kv_cache.mask, dim=3)
         max_len = self.cfg.ttt_eval_seq_len
         meta = model.plan(size, begin.device, max_len=max_len, kv_cache=kv_cache)
         nll = self.forward(ids, targets, meta, self.adapters, "none")
-        new = [kv_cache.new[execution] for execution in range(len(self.cache))]
-        return nll, torch.stack(new), positions % self.columns
+        return nll, torch.stack(kv_cache.new), positions % self.columns
 
     def learn_chunk(self, nll: Tensor) -> None:
         """One update of the adapters from what forward_chunk returned, in the rows that `learns` says."""
-        self.adapters.step(nll, self.learns.to(nll.dtype))
+        self.adapters.step(nll, self.learns)
 
     def graphs(self) -> dict[int, tuple[Callable, Callable]]:
         """forward_chunk and learn_chunk for every width as CUDA graphs."""
@@ -7047,7 +7043,7 @@ class CarryLora(DocLora):
 
     def step(self, lesson: Lesson, nll: Tensor) -> None:
         """One update of the adapters."""
-        self.learns.copy_(to_device(self.learning(lesson), self.learns.device))
+        self.learns.copy_(self.learning(lesson))
         self.program[1](nll)
 
 
@@ -7086,7 +7082,8 @@ class Context(NamedTuple):
 
 TTT_CONTEXTS = {
     "recompute": Context(DocLora, document_batches, batch_steps),
-    "carry": Context(CarryLora, longest_first, carried_steps),
+    # one by one, so that the last rows to work have short documents and none waits long for another
+    "carry": Context(CarryLora, lambda docs, size: document_batches(docs, 1), carried_steps),
 }
 
 
@@ -7110,7 +7107,7 @@ def document_steps(cfg: Config, runtime: Runtime, val: ValData, boundaries: Sequ
 
 def phased_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Step]:
     """document_steps with PHASED_TTT_NUM_PHASES boundaries."""
-    documents = int((val.tokens == BOS_ID).sum())
+    documents = np.count_nonzero(val.tokens == BOS_ID)
     boundaries = phase_boundaries(cfg.phased_ttt_prefix_docs, cfg.phased_ttt_num_phases, documents)
     return document_steps(cfg, runtime, val, boundaries)
 
@@ -7166,8 +7163,7 @@ class SpanSgd:
         norm = self.gradient(batches, max_len)
         # as torch.nn.utils.clip_grad_norm_, over the buffers
         if self.clip > 0:
-            for grad in self.grads:
-                grad.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
+            torch.nn.utils.clip_grads_with_norm_(self.params, self.clip, norm)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["factor"]
         self.optimiser.step()
@@ -7181,16 +7177,16 @@ def global_update(cfg: Config, runtime: Runtime, model: GPT, tokens: np.ndarray)
     """
     size, slices, length = cfg.global_ttt_chunk_tokens, cfg.batch_slices, cfg.eval_seq_len
     row, chunks = size // slices, -(-(len(tokens) - 1) // size)
-    params = list(model.parameters())
-    sgd = SpanSgd(runtime, model, model, [(params, 1.0)], cfg.global_ttt_momentum, cfg.global_ttt_grad_clip)
+    groups = [([*model.parameters()], 1.0)]
+    sgd = SpanSgd(runtime, model, model, groups, cfg.global_ttt_momentum, cfg.global_ttt_grad_clip)
     # the cosine starts again with every epoch
-    for c in [*range(chunks - 1)] * cfg.global_ttt_epochs:
+    steps = [*range(chunks - 1)] * cfg.global_ttt_epochs
+    for c in steps:
         starts = (c * size + j * row for j in range(slices))
         batches = [(1 / slices, packed_docs_batch(tokens[start : start + row + 1], length)) for start in starts]
         sgd.step(cfg.global_ttt_lr * cosine_to_zero(c / (chunks - 1)), batches, length)
-    for p in params:
-        p.requires_grad_(False).grad = None
-    return cfg.global_ttt_epochs * max(0, chunks - 1)
+    model.requires_grad_(False).zero_grad()
+    return len(steps)
 
 
 def trainable(cfg: Config, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -7313,18 +7309,18 @@ class Slot(NoAdaptation):
             fit = to_device(cells.fit, ids.device)
             shift = self.fitted_shift(self.model.logits(h[fit]), y[fit], ids[fit])
             z += self.model.tok_emb.weight @ shift
-        return scatter_losses(cells, self.model.loss(z, y[scored], ids[scored]))
+        return scatter_losses(cells, scored, self.model.loss(z, y[scored], ids[scored]))
 
     @torch.enable_grad()
     def fitted_shift(self, z: Tensor, targets: Tensor, before: Tensor) -> Tensor:
         """The shift (D,) after SLOT_STEPS on logits z (n, V) before the softcap; targets, tokens before them: (n,)."""
         head = self.model.tok_emb.weight.detach()
         # a shift of zero leaves the score as it is
-        shift = torch.zeros(head.size(1), dtype=head.dtype, device=head.device, requires_grad=True)
+        shift = head.new_zeros(head.size(1), requires_grad=True)
         optimiser = torch.optim.AdamW([shift], lr=self.lr, eps=1e-5, weight_decay=1e-8)
         for _ in range(self.steps):
             loss = self.model.loss(at_least_fp32(z) + head @ shift, targets, before).mean()
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.zero_grad()
             loss.backward()
             optimiser.step()
         return shift.detach()
@@ -7360,12 +7356,10 @@ def chunk_sgd_steps(cfg: Config, runtime: Runtime, val: ValData) -> Iterator[Ste
     """For each chunk this rank's batches of windows, then, except after the last, the chunk as a lesson for all ranks.
     Batches do not depend on the ranks."""
     windows, edges = windows_by_chunk(cfg, len(val.tokens) - 1)
-    size, chunks = windows_per_batch(cfg), len(edges) - 1
+    chunks = len(edges) - 1
     for chunk in range(chunks):
         own = windows[edges[chunk] : edges[chunk + 1]]
-        batches = range(0, len(own), size)
-        for first in batches[runtime.rank :: runtime.world]:
-            yield Step(window_cells(cfg, val, own[first : first + size]))
+        yield from window_steps(cfg, runtime, val, own)
         if chunk < chunks - 1 and cfg.ttt_epochs > 0:
             yield Step(None, SharedLesson((learn_span(cfg, chunk),)))
 
@@ -7397,6 +7391,7 @@ def bytes_on_disk(cfg: Config) -> int:
     """About how many bytes a run writes: weights, a square Hessian for each matrix that has one, artifact and log."""
     weights = weights_of(cfg).values()
     need = sum(4 * p.numel() + 4 * p.size(-1) ** 2 * bool(ROLES[p.role].hessian) for p in weights) + 2**25
+    need *= 1 + len(cfg.milestones)  # each has files of its own
     if cfg.checkpoint_seconds:
         # weights, momentum and two kinds of average, in the old checkpoint and in the new one
         need += sum(2 * 4 * 4 * p.numel() for p in weights)
@@ -7421,6 +7416,7 @@ class Run:
         self.canonical = checked_mask(cfg, self.val) if MASKED_WHEN[cfg.canonical_mask] else None
         if "quantize" in cfg.stages:
             CODECS[cfg.compressor].require()
+        self.moved = []  # files that the folder did not take
         # what earlier stages found stays
         self.result = {"preset": preset, "seed": cfg.seed, "stages": {}}
         if "train" not in cfg.stages:
@@ -7469,7 +7465,9 @@ class Run:
         self.result |= losses | counts
         if self.runtime.device.type == "cuda":
             self.result["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
-        self.result["warnings"] = [*dict.fromkeys([*self.result.get("warnings", []), *self.log.warnings])]
+        # what was said of a score that this one replaces is no longer true
+        before = [text for text in self.result.get("warnings", []) if f"the {stage} score" not in text]
+        self.result["warnings"] = [*dict.fromkeys([*before, *self.log.warnings])]
         if self.runtime.rank == 0:
             atomic_write(self.folder / "record.env", record_env(self.cfg).encode())
             atomic_write(self.folder / "result.json", json.dumps(self.result, indent=1).encode() + b"\n")
@@ -7481,22 +7479,23 @@ class Run:
             raise UserError(f"{self.folder}: {free >> 20:,} MiB of disk are free, {need >> 20:,} MiB are needed")
 
     def save(self, name: str, value: Any) -> None:
-        """torch.save into the run folder, by the first rank; the others wait. A disk that takes no more loses nothing:
-        the file goes to TMPDIR or the home folder, and the run ends with a UserError that says so."""
+        """torch.save into the run folder, by the first rank; the others wait. What the folder does not take goes to
+        TMPDIR or the home folder, and `keep` ends the run with a UserError that says so."""
         if self.runtime.rank == 0:
-            for place in (self.folder, Path(tempfile.gettempdir()), Path.home()):
+            # asked one by one: without a place for temporary files, gettempdir raises as well
+            for place in (lambda: self.folder, tempfile.gettempdir, Path.home):
                 try:
-                    atomic_save(place / name, value)
+                    path = Path(place())
+                    # elsewhere, other runs may have lost their folders too
+                    path /= name if path == self.folder else f"{short_hash(str(self.folder.resolve()).encode())}_{name}"
+                    atomic_save(path, value)
                     break
-                except OSError as error:
-                    self.log(f"WARNING: {place / name} cannot be written: {error.strerror}")
+                except (OSError, RuntimeError) as error:
+                    self.log(f"WARNING: {name} cannot be written into {self.folder}: {first_line(error)}")
             else:
                 raise UserError(f"{name} could not be saved anywhere")
-            if place != self.folder:
-                raise UserError(
-                    f"{self.folder} takes no files; {name} is saved as {place / name}: make room, move it there, and "
-                    "go on with STAGES=quantize,eval"
-                )
+            if path.parent != self.folder:
+                self.moved.append(path)
         self.runtime.barrier()
 
     def train(self) -> None:
@@ -7527,6 +7526,14 @@ class Run:
         clock = Clock(self.runtime, 0.0, 0)
         clock.start(report.seconds)
         self.calibrate(model)
+        if self.runtime.broadcast_from_rank0(len(self.moved)):
+            saved_as = ", ".join(f"{path.name[13:]} is saved as {path}" for path in self.moved)
+            told = f"{self.folder} takes no files; {saved_as}: make room, and move them there under those names"
+            if self.trained_stage == Run.trained_stage:
+                raise UserError(f"{told}; then go on with STAGES=quantize,eval")
+            # the training goes on without a milestone
+            self.log(f"WARNING: {told}")
+            return
         seconds = clock.read()
         self.log(f"calibration: {seconds - report.seconds:.2f} s, inside the training budget")
         self.count_training(seconds)
@@ -7536,10 +7543,12 @@ class Run:
     def at_milestone(self, report: TrainReport) -> Run:
         """This run as if it had ended at a step, in a folder inside its own."""
         run = copy.copy(self)
+        run.moved = []
         run.folder, run.result = self.folder / f"step{report.steps}", copy.deepcopy(self.result)
         # its name in the log, which has the score of the whole training too
         run.trained_stage = f"pre_quant_step{report.steps}"
-        run.folder.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # save finds another place
+            run.folder.mkdir(exist_ok=True)
         self.log(f"milestone: step {report.steps}, files in {run.folder}")
         return run
 
@@ -7559,7 +7568,7 @@ class Run:
             return {}
         saved = load_saved(path, "step", "config", "data", "source")
         before = load_config(dict(line.split("=", 1) for line in saved["config"].splitlines()))
-        wrong = other_knobs(cfg, before, [f.name for f in dataclasses.fields(cfg)])
+        wrong = other_knobs(cfg, before, KNOBS)
         wrong = wrong or (saved["data"] != self.result["data"] and f"other validation data than {cfg.data_path}")
         if wrong and cfg.overwrite:
             return {}
@@ -7593,18 +7602,19 @@ class Run:
         known[WEIGHTS_HASH] = weights_hash(model.state_dict())
         self.save("hessians.pt", known)
 
-    def filled(self, state: Weights, hessians: Weights) -> list[Stored]:
-        """Quantise, again with other clips until the artifact is almost as large as ARTIFACT_BYTES."""
+    def filled(self, state: Weights, hessians: Weights, fitted: Sequence[Stored] = ()) -> list[Stored]:
+        """Quantise, again with other clips until the artifact is almost as large as ARTIFACT_BYTES; `fitted` is stored
+        with it."""
         target, coarser, before, best, found = self.cfg.artifact_bytes, 0.0, None, (), []
         if not target:
-            return quantize(self.cfg, self.runtime, state, hessians)
+            return [*quantize(self.cfg, self.runtime, state, hessians), *fitted]
         # a scale that is twice as coarse takes about a bit off every weight
         slope = -sum(weight.numel() for weight in state.values()) / 8
         knobs = sorted({role.clip for role in ROLES.values()} - {""})
         for _ in range(5):
             clips = {name: 2**coarser * getattr(self.cfg, name) for name in knobs}
             cfg = dataclasses.replace(self.cfg, **clips)
-            stored = quantize(cfg, self.runtime, state, hessians)
+            stored = [*quantize(cfg, self.runtime, state, hessians), *fitted]
             blob = pack_stored(stored, cfg.compressor, model_identity(self.cfg)) if self.runtime.rank == 0 else b""
             size = int(self.runtime.broadcast_from_rank0(len(blob)))
             self.log(f"{size:,} bytes with clips times {2**coarser:.4f}, of ARTIFACT_BYTES={target:,}")
@@ -7641,7 +7651,7 @@ class Run:
             trained = self.result.get("train_seconds", 0.0) - self.result.get("fit_seconds", 0.0)
             self.count_training(trained, seconds)
             self.log(f"weights of copies in 256ths: {weights.tolist()}")
-        stored = self.filled(*reparametrize(cfg, runtime, state, hessians)) + fitted
+        stored = self.filled(*reparametrize(cfg, runtime, state, hessians), fitted)
         if runtime.rank == 0:
             counts = collections.Counter(tensor.encoding() for tensor in stored)
             self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
@@ -7655,6 +7665,7 @@ class Run:
             )
         # what the packer noted is about an older model.bin
         self.result = {k: v for k, v in self.result.items() if not k.startswith("artifact")}
+        self.result["stages"].pop("final", None)
         self.result |= {"bytes_code": code, "bytes_model": size, "bytes_total": code + size}
         self.record("quantized", self.evaluate("plain", self.from_artifact(path)))
 
@@ -7753,51 +7764,43 @@ def versions(runtime: Runtime) -> str:
 
 
 def execute(cfg: Config, origin: dict[str, str], environ: Mapping[str, str]) -> None:
-    """Run the stages of a configuration."""
+    """Run the stages of a configuration, in a folder that is this run's until it ends."""
     preset = environ.get("PRESET", "")
     run_id = cfg.run_id or f"{Path(preset).name or 'default'}_seed{cfg.seed}"
     # a preset with other knobs has a folder of its own
-    own = {name for name, source in origin.items() if source == "environment" and name.lower() not in LOCAL_KNOBS}
-    if not cfg.run_id and own - {"SEED"}:
+    own = {name for name in KNOBS if name.upper() in environ} - {"seed", *LOCAL_KNOBS}
+    if not cfg.run_id and own:
         run_id += f"_{short_hash(record_env(cfg).encode())}"
     folder = Path(cfg.artifact_dir or Path("logs") / run_id)
     check_trained(cfg, folder)
     folder.mkdir(parents=True, exist_ok=True)
     rank, *_ = launch_variables(environ)
     with locked(folder) if rank == 0 else contextlib.nullcontext():
-        run_stages(cfg, origin, environ, folder)
-
-
-def run_stages(
-    cfg: Config,
-    origin: dict[str, str],
-    environ: Mapping[str, str],
-    folder: Path,
-) -> None:
-    """The stages in a folder that is this run's."""
-    preset = environ.get("PRESET", "")
-    runtime = Runtime.start(cfg, environ, folder / "log.txt")
-    try:
-        runtime.log(f"run {folder.name}, preset {preset or 'none'}, stages {','.join(cfg.stages)}, files in {folder}")
-        # a log begins with what runs: knobs, source, versions
-        runtime.log(explain(cfg, origin))
-        run = Run(cfg, runtime, preset, folder)
-        runtime.log(f"source sha256 {run.result['source_sha256']}")
-        runtime.log(versions(runtime))
-        for stage in cfg.stages:
-            # the names of the stages are those of the methods
-            getattr(run, stage)()
-        if "train" in cfg.stages and runtime.rank == 0:
-            (folder / CHECKPOINT).unlink(missing_ok=True)
-        runtime.log("RESULT " + json.dumps(run.result))
-        # torchrun ends every rank when one ends badly, and rank 0 writes last
-        runtime.barrier()
-    except RuntimeError as error:
-        if runtime.world == 1 or not re.search(LOST_RANK, str(error), re.IGNORECASE):
-            raise
-        raise ConnectionError(f"another rank has ended, and says why ({first_line(error)})") from None
-    finally:
-        runtime.close()
+        runtime = Runtime.start(cfg, environ, folder / "log.txt")
+        try:
+            runtime.log(
+                f"run {folder.name}, preset {preset or 'none'}, stages {','.join(cfg.stages)}, files in {folder}"
+            )
+            # a log begins with what runs: knobs, source, versions
+            runtime.log(explain(cfg, origin))
+            run = Run(cfg, runtime, preset, folder)
+            runtime.log(f"source sha256 {run.result['source_sha256']}")
+            runtime.log(versions(runtime))
+            for stage in cfg.stages:
+                # the names of the stages are those of the methods
+                getattr(run, stage)()
+            if "train" in cfg.stages and rank == 0:
+                (folder / CHECKPOINT).unlink(missing_ok=True)
+            runtime.log("RESULT " + json.dumps(run.result))
+            # torchrun ends every rank when one ends badly, and rank 0 writes last
+            runtime.barrier()
+            # not after an error: NCCL's ranks leave together, so this one would wait for ranks that wait for it, and
+            # its message would come after RANK_MINUTES or never
+            runtime.close()
+        except RuntimeError as error:
+            if runtime.world == 1 or not re.search(LOST_RANK, str(error), re.IGNORECASE):
+                raise
+            raise ConnectionError(f"another rank has ended, and says why ({first_line(error)})") from None
 
 
 # Exit status of what main reports in a line or a few instead of a traceback.
@@ -7810,9 +7813,6 @@ INTERRUPTED = (
 
 def main(argv: list[str]) -> int:
     """Entry point; the exit status is 2 for a mistake the user can mend, 1 for a run that failed, 0 otherwise."""
-    if "--help" in argv or "-h" in argv:
-        print(help_text())
-        return 0
     unknown = [a for a in argv if a != "--explain"]
     try:
         if unknown:
@@ -7833,4 +7833,14 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # a terminal that lacks a letter of a path gets an escape in its place
     sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status and dist.is_initialized():
+        # what is wrong has been told; tidying up would wait for the other ranks, which wait for this one
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

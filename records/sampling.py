@@ -25,6 +25,7 @@ import pair_fusion  # noqa: E402
 import train_gpt  # noqa: E402
 from train_gpt import BOS_ID, Config, UserError  # noqa: E402
 
+COLDEST = 1e-6  # a temperature below: the likeliest token; logits over it would not stay finite
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a piece of a character decodes to
 
 
@@ -74,19 +75,18 @@ class Continuation:
             positions=old + torch.arange(length, device=new.device)[None],
             cached=self.cache,
             mask=mask[None, None],
-            new={},
+            new=[],
         )
         meta = self.model.plan(length, new.device, max_len=self.window, kv_cache=cache)
         ids = torch.cat((new.new_tensor(before), new))[None]
         h = self.model.trunk(ids, meta)
-        left = torch.stack([cache.new[execution] for execution in range(len(self.cache))])
-        self.cache = torch.cat((self.cache, left), dim=3)[:, :, :, -self.window :]
+        self.cache = torch.cat((self.cache, torch.stack(cache.new)), dim=3)[:, :, :, -self.window :]
         return h
 
 
 def draw(logits: Tensor, choice: Choice, generator: torch.Generator) -> int:
     """A token id from logits (V,)."""
-    if choice.temperature == 0:
+    if choice.temperature < COLDEST:
         return int(logits.argmax())
     probabilities, ids = torch.softmax(logits.double() / choice.temperature, 0).sort(descending=True, stable=True)
     # likelier tokens have less than top_p together; the likeliest always stays
@@ -190,15 +190,20 @@ def load_model(weights: Path, cfg: Config) -> train_gpt.GPT:
 
 
 def stream(model: train_gpt.GPT, cfg: Config, script: Script, prompt: str, count: int, choice: Choice) -> Iterator[str]:
-    """Yield a prompt, the text after it as it is drawn, and, if there were any, a note on impossible operators."""
+    """Yield a prompt, the text after it as it is drawn, and notes on impossible operators and unread pairs."""
     ids = script.encode(prompt)
     if len(ids) >= cfg.eval_seq_len:
         raise UserError(f"the prompt has {len(ids)} tokens, and EVAL_SEQ_LEN={cfg.eval_seq_len}; give a shorter one")
     if train_gpt.MASKED_WHEN[cfg.canonical_mask]:
         model.canonical = torch.from_numpy(train_gpt.canonical_mask(script.processor)).to(model.tok_emb.weight.device)
-    printer = Printer(script, ids)
+    # no text has these bytes: without a manifest, nothing else says that they stand for pairs
+    unexplained = {*pair_fusion.byte_ids(script.processor)} if script.case and script.fusion is None else set()
+    printer, strange = Printer(script, ids), 0
     yield prompt
     for token in continued(model, cfg, ids, count, choice):
+        strange += token in unexplained
         yield printer.push(token) if token != BOS_ID else "\n[the document ends here]"
     if printer.impossible:
         yield f"\n[{printer.impossible} case operators where no text has one were left out]"
+    if strange:
+        yield f"\n[{strange} of these ids are fused pairs: give --data, whose manifest.json says so]"

@@ -23,6 +23,7 @@ ALWAYS = {"CHECKPOINT_SECONDS": "1e-9", "EVAL": "plain"}  # after every step
 # a run of each loader and each kind of state: averages, looping, spans, moments of several dtypes, noise
 KINDS = {
     "packed": "ITERATIONS=8 VAL_LOSS_EVERY=3 TRAIN_SEQ_SCHEDULE=32@0.4 SEQ_CHANGE_WARMUP_STEPS=3 EMBED_DTYPE=bf16",
+    "snapshots alone": "ITERATIONS=8 AVERAGE=swa SWA_EVERY=2 SWA_START_SCALE=2 EMBED_DTYPE=bf16",
     "n-gram": NGRAM,
     "shuffled": HYBRID.replace("ITERATIONS=4", "ITERATIONS=8").replace("EVAL=chunk_sgd", "EVAL=plain"),
 }

@@ -219,6 +219,7 @@ ILLEGAL_EXAMPLES = """
     AWQ_LITE_ENABLED=1 MATRIX_QUANT=rowwise EMBED_QUANT=rowwise; AWQ_LITE_BITS=6 AWQ_LITE_ENABLED=1;
     SCALE_STEP=1e-9 -> SCALE_STEP=1e-09; STAGES=train,eval -> STAGES must be train;
     EVAL=slot SLOT_CAUSAL=0 -> ALLOW_NONCAUSAL=1; TTT_CHUNK_TOKENS=2047 EVAL=chunk_sgd;
+    GLOBAL_TTT_CHUNK_TOKENS=7 EVAL=phased_lora -> BATCH_SLICES=8;
     MATRIX_BITS_OVERRIDES=attn.o.weight -> attn.o.weight:7; ROTATE=hadamard_vo MODEL_DIM=384 -> power of two;
     ARTIFACT_BYTES=15000000 -> set FISHER_SCALES; FISHER_SCALES=0.5 ROTATE=hadamard_vo;
     ATTN_EXTRAS=value_embed ROTATE=hadamard_vo; TTT_CONTEXT=carry TTT_CHUNK_SIZE=1025 -> half of TTT_EVAL_SEQ_LEN=2048;
@@ -364,7 +365,7 @@ def test_explain_prints_parameters_and_needs_no_data(tmp_path: Path, monkeypatch
 
 
 def test_help_and_unknown_argument(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_gpt.main(["--help"]) == 0 and "ITERATIONS=20000" in capsys.readouterr().out
+    assert "ITERATIONS=20000" in train_gpt.help_text()
     assert train_gpt.main(["--trian"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: unknown argument --trian") and err.count("\n") == 1

@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import shutil
 import threading
 import time
@@ -241,7 +242,7 @@ def test_prefetch_keeps_order_is_bounded_and_its_thread_ends_with_its_consumer()
     started = threads() - before
     time.sleep(0.05)
     assert len(made) <= 5 + 2 + 1, "two waiting, one in hand"
-    assert len(started) == 1 and all(t.daemon for t in started)
+    assert len(started) == 1
     items.close()
     assert wait_until_gone(started)
 
@@ -277,6 +278,32 @@ def test_calibration_rows_are_windows_of_the_shards_and_depend_on_the_index_alon
     assert all(row.astype("<u2").tobytes() in stream for r in rows for row in r)
     assert len({r.tobytes() for r in rows}) == 4
     assert all(np.array_equal(rows[i], train_gpt.calibration_rows(cfg, i)) for i in (3, 1))
+
+
+def test_calibration_refuses_ids_that_training_has_not_met(tmp_path: Path) -> None:
+    write_shards(tmp_path, [1] * 64, [1, *[400] * 200])
+    with pytest.raises(UserError, match="token id 400 is outside VOCAB_SIZE=320"):
+        train_gpt.calibration_rows(tiny(tmp_path), 0)
+
+
+def test_a_file_in_anothers_place_a_lost_one_and_an_odd_manifest_are_refused(tiny_data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_data, tmp_path / "shards"))
+    shutil.copy(folder / "fineweb_train_000000.bin", folder / "fineweb_val_000000.bin")
+    with pytest.raises(UserError, match=r"fineweb_val_000000\.bin: not the file that manifest\.json lists"):
+        train_gpt.check_data(tiny(folder), Log(None, True))
+    (folder / "manifest.json").write_text('{"shards": [], "tokenizer": "x.model"}')
+    with pytest.raises(UserError, match="lists no files as"):
+        train_gpt.check_data(tiny(folder), Log(None, True))
+    (folder / "fineweb_val_000000.bin").rename(folder / "fineweb_val_000001.bin")
+    with pytest.raises(UserError, match=r"fineweb_val_000000\.bin is missing, but"):
+        train_gpt.load_val(tiny(folder))
+
+
+def test_a_tokenizer_may_have_any_file_name(tiny_data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_data, tmp_path / "shards"))
+    (model,) = folder.glob("*.model")
+    model.rename(folder / os.fsdecode(b"caf\xe9.model"))
+    assert np.array_equal(train_gpt.load_val(tiny(folder)).bytes, train_gpt.load_val(tiny(tiny_data)).bytes)
 
 
 def test_calibration_needs_a_shard_that_is_long_enough(tmp_path: Path) -> None:

@@ -211,6 +211,19 @@ def test_all_ranks_stop_by_the_clock_of_rank_0(monkeypatch: pytest.MonkeyPatch) 
         assert zero == one and zero[1] == (stop < 6) and steps == min(stop + 1, 7), (stop, steps, zero, one)
 
 
+def test_waiting_for_other_ranks_says_nothing_of_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Ticking()
+    monkeypatch.setattr(train_gpt, "time", clock)
+    lesson, scored = train_gpt.Step(None), train_gpt.Step(SimpleNamespace())
+    meter = train_gpt.ByteMeter(STREAM, rules.runtime())
+    clock.now, meter.cells, meter.started = 0.0, 0, 0.0
+    # a lesson first: this rank had nothing to score before it, and then waited for those that had
+    for step in train_gpt.until_late([lesson, *[scored] * 20], meter, 100.0):
+        clock.now += 50.0 if step is lesson else 1.0
+        meter.cells += (step is scored) * len(STREAM.tokens) // 20
+    assert not meter.late and clock.now == 71.0
+
+
 def test_two_processes_run_out_of_time_as_one(run_gpt: Callable, tmp_path: Path) -> None:
     folder, found = tmp_path / "run", []
     knobs = rules.knobs("EVAL=phased_lora EVAL_BUDGET_SECONDS=1e-9 PHASED_TTT_PREFIX_DOCS=4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -102,6 +103,19 @@ def test_what_is_scored_unadapted_and_what_copies_are_fitted_on_runs_uncompiled(
     assert counter.frame_count == 2
 
 
+def test_a_rank_without_a_step_compiles_nothing(
+    counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, scored = small("EVAL=plain BATCH_SLICES=4"), []
+    val = train_gpt.ValData(rules.tokens(60, 30, []), np.ones(30, np.int32))
+    monkeypatch.setattr(train_gpt, "score_first", lambda *_: scored.append(counter.frame_count))
+    monkeypatch.setattr(train_gpt.ByteMeter, "close", lambda meter: None)
+    for rank in (3, 0):
+        runtime = dataclasses.replace(rules.runtime(compile=True), rank=rank, world=4)
+        train_gpt.EVALS["plain"](cfg, runtime, ttt_rules.strong_model(cfg), val)
+    assert scored == [0, 1]
+
+
 def test_warm_up_makes_every_graph_of_a_run_with_other_spans(
     counter: CompileCounterWithBackend, tiny_data: Path
 ) -> None:
@@ -109,6 +123,8 @@ def test_warm_up_makes_every_graph_of_a_run_with_other_spans(
     sizes = "TRAIN_SEQ_LEN=64 TRAIN_SEQ_SCHEDULE=16@0.25,32@0.7 TRAIN_BATCH_TOKENS=256 BATCH_SLICES=1 ITERATIONS=12"
     cfg = small(f"NUM_LOOPS=1 ENABLE_LOOPING_AT=0.4 VOCAB_SIZE=320 WARMUP_STEPS=2 DATA_PATH={tiny_data} {sizes}")
     assert train_gpt.graphs_of(cfg) == [(16, False), (32, False), (32, True), (64, True)]
+    brief = small("TRAIN_SEQ_LEN=64 TRAIN_SEQ_SCHEDULE=16@0.0101,32@0.0109 NUM_LOOPS=1 ENABLE_LOOPING_AT=0.99999")
+    assert train_gpt.graphs_of(brief) == [(16, False), (32, False), (64, False), (64, True)], "however short a stage"
     trainer = train_gpt.Trainer(cfg, rules.runtime(compile=True), train_gpt.GPT(cfg).init_weights(0), None)
     warm_up, made, seen = trainer.warm_up, [], []
     trainer.warm_up = lambda: warm_up() or made.append(counter.frame_count)

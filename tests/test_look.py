@@ -49,7 +49,7 @@ def test_tokens_read_in_parts_give_the_logits_of_the_whole(stack: str) -> None:
 
 def test_draws_are_seeded_and_keep_to_the_likeliest() -> None:
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
-    cases = ((0, 1, {1}), (1, 0, {1}), (1, 0.5, {1, 3}), (1, 0.71, {1, 2, 3}), (9, 1, {0, 1, 2, 3}))
+    cases = ((0, 1, {1}), (1e-320, 1, {1}), (1, 0, {1}), (1, 0.5, {1, 3}), (1, 0.71, {1, 2, 3}), (9, 1, {0, 1, 2, 3}))
     for temperature, top_p, ids in cases:
         generator = torch.Generator().manual_seed(3)
         drawn = Counter(sampling.draw(logits, Choice(temperature, top_p, 0), generator) for _ in range(200))
@@ -87,6 +87,17 @@ def test_case_operators_where_no_text_has_them_are_left_out_and_counted(caseops_
     text = "".join(printer.push(token) for token in [title, title, *word, *word, title])
     # one after another operator, and one inside a word
     assert printer.impossible == 2 and text.replace(" ", "") == "andand"
+
+
+def test_pairs_that_no_manifest_explains_are_said(caseops_sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = caseops_sample.glob("*.model")
+    plain, fused = (Script(path.read_bytes(), known) for known in (False, True))
+    drawn = [*fused.fusion.aliases.values(), *plain.processor.encode("and")]
+    monkeypatch.setattr(sampling, "continued", lambda *args: iter(drawn))
+    note = "\n[2 of these ids are fused pairs: give --data, whose manifest.json says so]"
+    for script in (plain, fused):
+        text = "".join(sampling.stream(None, train_gpt.Config(), script, "a", len(drawn), Choice(1, 1, 0)))
+        assert text.endswith(note) == ("fused pairs" in text) == (script is plain), text
 
 
 def test_sample_of_a_packed_record(
@@ -161,6 +172,37 @@ def test_tables_of_losses_add_up_to_the_score(
     assert [path.stat().st_mtime_ns for path in sorted(folder.glob("scores.*"))] == stamps
     with pytest.raises(train_gpt.UserError, match="has no tokenizer"):
         token_losses.measure(folder, tmp_path / "nowhere")
+    # other data has other tokens at the scored places
+    other = tmp_path / "other"
+    shutil.copytree(caseops_sample, other)
+    (other / "manifest.json").unlink()
+    shard = other / "fineweb_val_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + np.uint16(7).tobytes())
+    with pytest.raises(train_gpt.UserError, match="holds other validation data than"):
+        token_losses.measure(folder, other)
+    # half a file, of an evaluation that was killed, is none
+    file = folder / "scores.after.0.npy"
+    whole = file.read_bytes()
+    assert token_losses.read_scores(folder, "after", result["val_loss"]) is not None
+    for half in (b"", whole[:40], whole[:-9]):
+        file.write_bytes(half)
+        assert token_losses.read_scores(folder, "after", result["val_loss"]) is None, len(half)
+
+
+def test_the_end_of_a_document_is_its_last_target(caseops_sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    val = train_gpt.load_val(train_gpt.Config(data_path=str(caseops_sample), vocab_size=400, eval_include_tail=True))
+    places, start = [], 0
+    for target in range(1, len(val.tokens)):
+        places.append(target - start)
+        start = target if val.tokens[target] == train_gpt.BOS_ID else start
+    rows = np.stack([np.arange(1, len(val.tokens)), np.ones(len(places))], axis=1)
+    monkeypatch.setattr(token_losses, "scores_of", lambda *args: {"before": rows, "after": rows})
+    monkeypatch.setattr(token_losses.train_gpt, "load_val", lambda cfg: val)
+    monkeypatch.setenv("VOCAB_SIZE", "400")
+    (room := caseops_sample.parent / "end_of_document").mkdir(exist_ok=True)
+    (room / "record.env").write_text("VOCAB_SIZE=400\n")
+    found = {row["position"]: row["targets"] for row in token_losses.measure(room, caseops_sample)["positions"]}
+    assert found["1-3"] == sum(1 <= place <= 3 for place in places) and sum(found.values()) == len(places)
 
 
 def test_classes_of_tokens(caseops_sample: Path) -> None:

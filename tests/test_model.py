@@ -55,7 +55,7 @@ def test_skips_pair_last_encoder_output_first() -> None:
     route = train_gpt.plan_route(train_gpt.Config(), True)
     pairs = [(route.layers[i], route.layers[source]) for i, source in enumerate(route.skip_source) if source >= 0]
     assert pairs == [(5, 4), (3, 3), (4, 5), (5, 4), (6, 3), (7, 2), (8, 1), (9, 0)]
-    assert route.skip_row == (-1,) * 8 + (*range(8), -1)
+    assert route.skip_source == (-1,) * 8 + (*range(7, -1, -1), -1)
     assert route.parallel == (False,) * 14 + (True,) * 3
     assert "14<-1 15<-0" in str(route) and str(route).endswith("two lanes from execution 14")
 

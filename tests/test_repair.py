@@ -271,7 +271,7 @@ def test_the_decoded_model_computes_the_same_function_sorted_or_not() -> None:
     """Quantising the sorted model is sorting the quantised model, and the order of hidden units is no function's."""
     for matrix in ("gptq", "rowwise"):
         cfg, state, hessians = settled_mlp(matrix)
-        arranged = train_gpt.sort_hidden(cfg, rules.runtime(), state, hessians)
+        arranged = train_gpt.reparametrize(cfg, rules.runtime(), state, hessians)
         as_float = logits(cfg, state)
         assert torch.allclose(logits(cfg, arranged[0]), as_float, rtol=0, atol=1e-9)
         plain, after = (
@@ -288,7 +288,7 @@ def test_the_decoded_model_computes_the_same_function_sorted_or_not() -> None:
 
 def test_sorting_is_composed_with_repair_and_awq() -> None:
     cfg, state, hessians = settled_mlp(repair="lqer", awq_lite_enabled=True, lqer_top_k=30, awq_lite_group_size=8)
-    pairs = (state, hessians), train_gpt.sort_hidden(cfg, rules.runtime(), state, hessians)
+    pairs = (state, hessians), train_gpt.reparametrize(cfg, rules.runtime(), state, hessians)
     plain, after = (train_gpt.quantize(cfg, rules.runtime(), *pair) for pair in pairs)
     assert sum(tensor.repairs == ("lqer",) for tensor in after) == 30
     assert any(tensor.scheme == "awq_lite" for tensor in after)

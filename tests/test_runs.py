@@ -133,6 +133,12 @@ def test_metrics_are_one_line_a_step_with_the_agreed_keys(full: Done) -> None:
     assert training[-1]["train_loss"] < training[0]["train_loss"] - 1
 
 
+def test_curve_has_every_step_that_was_asked_for(again: Callable[..., Done]) -> None:
+    lines = (again(ITERATIONS="14", TRAIN_LOG_EVERY="6").folder / "metrics.jsonl").read_text().splitlines()
+    steps = [row["step"] for row in map(json.loads, lines) if "train_loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6, 12, 14]
+
+
 def test_adapters_lower_the_score(full: Done) -> None:
     assert full.bpb("final") < full.bpb("quantized")
     assert full.bpb("quantized") == pytest.approx(full.bpb("pre_quant"), rel=0.02)
@@ -298,7 +304,7 @@ def test_no_rank_leaves_before_rank_0_has_written(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(train_gpt.Runtime, "start", lambda *_: runtime)
     for name, value in (("Run", lambda *_: run), ("versions", str), ("explain", lambda *_: "knobs")):
         monkeypatch.setattr(train_gpt, name, value)
-    train_gpt.run_stages(train_gpt.Config(stages=("eval",)), {}, {}, tmp_path)
+    train_gpt.execute(train_gpt.Config(stages=("eval",), artifact_dir=str(tmp_path)), {}, {})
     assert events[-4:] == ["eval", "RESULT", "barrier", "close"]
 
 
@@ -338,6 +344,8 @@ def test_reading_the_answers_pays_and_is_called_not_legal(quick: Done, again: Ca
         warned = "WARNING: the final score is not legal" in done.out
         assert done.result["legal"] is legal is not warned and ("not legal" in done.out) is warned
     assert published.result["val_loss"] < causal.result["val_loss"] - 0.01
+    replaced = again(published, STAGES="eval").result
+    assert replaced["legal"] and not any("not legal" in warning for warning in replaced["warnings"])
 
 
 # The clock
@@ -484,6 +492,8 @@ BAD_KNOBS = """
     TOKENIZER_PATH=none.model -> none.model: no such file
     STAGES=eval MODEL_DIM=64 -> holds a run with other knobs: MODEL_DIM=64 (there 32)
     STAGES=quantize,eval LOGIT_SOFTCAP=20 -> LOGIT_SOFTCAP=20.0 (there 30.0); leave that as it was
+    STAGES=quantize,eval GPTQ_CALIBRATION_BATCHES=3 -> GPTQ_CALIBRATION_BATCHES=3 (there
+    STAGES=quantize,eval CANONICAL_MASK=always CANONICAL_CHECK=0 -> CANONICAL_MASK=always (there none); leave
     STAGES=eval ROPE_BASE=100 SEED=2 -> SEED=2 (there 1337), ROPE_BASE=100.0 (there 10000.0); leave
     MLP_SLOPE=0.1 OVERWRITE=0 -> MLP_SLOPE=0.1 (there 0.5); choose another RUN_ID or ARTIFACT_DIR, or say OVERWRITE=1
     SEED=18446744073709551616 -> SEED=18446744073709551616 must be >= 0, <= 4294967295
@@ -589,10 +599,12 @@ def test_a_folder_that_takes_no_files_or_a_full_disk_is_found_before_training(
     refused(again(ARTIFACT_DIR=tmp_path / "file" / "run"), 1, "Not a directory")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     refused(again(), 2, "1 MiB of disk are free")
+    needs = [train_gpt.bytes_on_disk(train_gpt.load_config({"MILESTONES": steps})) for steps in ("none", "5,9")]
+    assert needs[1] == 3 * needs[0], "each milestone leaves files of its own"
 
 
-def test_trained_weights_are_saved_elsewhere_when_the_folder_takes_none(
-    again: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_what_a_folder_does_not_take_is_saved_elsewhere_and_can_go_on(
+    again: Callable[..., Done], tiny_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     save, spare = train_gpt.atomic_save, tmp_path / "spare"
     spare.mkdir()
@@ -602,12 +614,84 @@ def test_trained_weights_are_saved_elsewhere_when_the_folder_takes_none(
             raise OSError(28, "No space left on device", str(path))
         save(path, value)
 
-    monkeypatch.setattr(train_gpt, "atomic_save", full)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "atomic_save", full)
+        patch.setattr(tempfile, "tempdir", str(spare))
+        done = again()
+    for name in ("model.pt", "hessians.pt"):
+        (saved,) = spare.glob(f"*_{name}")  # named after the run, as others may lose their folders too
+        refused(done, 2, f"{name} is saved as {saved}")
+        saved.rename(done.folder / name)
+    assert torch.load(done.folder / "model.pt", weights_only=True)["steps"] == QUICK["ITERATIONS"]
+    assert "No space left on device" in done.out
+    assert call(environment(tiny_data, done.folder, **QUICK, STAGES="quantize,eval"), done.folder).code == 0
+
+
+def test_no_place_for_temporary_files_is_no_matter_for_a_healthy_folder(
+    again: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    assert again(STAGES="train,quantize,eval").code == 0
+
+
+def test_a_folder_that_takes_nothing_more_costs_no_training(
+    again: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A log, a curve and a lock that cannot be written or removed are no reason to lose the weights."""
+    spare, ended = tmp_path / "spare", []
+    spare.mkdir()
+    opened, advance, unlink = Path.open, train_gpt.Trainer.advance, Path.unlink
+
+    def is_lost(path: Path) -> bool:
+        return bool(ended) and spare not in path.parents and path.is_relative_to(tmp_path)
+
+    def open_or_fail(path: Path, mode: str = "r", *rest: object, **more: object) -> object:
+        if is_lost(path) and set(mode) & set("wa+"):
+            raise OSError(30, "Read-only file system", str(path))
+        return opened(path, mode, *rest, **more)
+
+    def unlink_or_fail(path: Path, **more: object) -> None:
+        if is_lost(path) and path.name == "lock":
+            raise OSError(30, "Read-only file system", str(path))
+        unlink(path, **more)
+
+    def last(self: train_gpt.Trainer, batches: dict, fraction: float, step: int) -> None:
+        advance(self, batches, fraction, step)
+        ended.extend([step] if step == QUICK["ITERATIONS"] - 1 else [])
+
+    monkeypatch.setattr(Path, "open", open_or_fail)
+    monkeypatch.setattr(Path, "unlink", unlink_or_fail)
+    monkeypatch.setattr(train_gpt.Trainer, "advance", last)
     monkeypatch.setattr(tempfile, "tempdir", str(spare))
     done = again()
-    refused(done, 2, f"model.pt is saved as {spare / 'model.pt'}")
-    assert torch.load(spare / "model.pt", weights_only=True)["steps"] == QUICK["ITERATIONS"]
-    assert "No space left on device" in done.out
+    assert done.code == 2 and "model.pt is saved as" in done.err and "the log goes on without its file" in done.out
+    assert len(list(spare.glob("*_model.pt"))) == 1
+
+
+def test_a_full_disk_keeps_no_half_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "name").write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        train_gpt.atomic_write(tmp_path / "name", b"after")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("name", b"before")]
+
+
+def test_a_new_artifact_has_no_final_score_of_the_one_before(
+    quick: Done, again: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt.Run, "eval", interrupted)
+    done = again(quick, STAGES="quantize,eval", MATRIX_BITS="4")
+    assert done.code == 130 and list(done.result["stages"]) == ["pre_quant", "quantized"]
+    assert list(quick.result["stages"]) == ["pre_quant", "quantized", "final"]
 
 
 def test_default_folders_tell_configurations_apart(

@@ -26,7 +26,7 @@ RULE = train_gpt.QuantRule("gptq_tcq", 6, 12.0)
 
 def search(x: Tensor, states: int, top: float = 62.0) -> Tensor:
     """The best integers for x (rows, columns)."""
-    return train_gpt.Viterbi(states, torch.ones_like(x, dtype=torch.bool), torch.full((x.size(1),), top))(x)
+    return train_gpt.viterbi(states, torch.ones_like(x, dtype=torch.bool), torch.full((x.size(1),), top))(x)
 
 
 def walk(points: list[int], states: int, chunk: int) -> bool:
@@ -123,7 +123,7 @@ def test_columns_do_not_see_their_padding_one_another_or_the_search_before() -> 
     x, other = (5 * torch.randn(30, 4, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3))
     real = torch.ones_like(x, dtype=torch.bool)
     real[20:, 1:] = False
-    found = train_gpt.Viterbi(8, real, torch.full((4,), 62.0))
+    found = train_gpt.viterbi(8, real, torch.full((4,), 62.0))
     first, _, again = found(x), found(other), found(x)
     assert torch.equal(first, again)
     for i, rows in enumerate((30, 20, 20, 20)):

@@ -25,10 +25,9 @@ LEVERS = {
     "EVAL_BUDGET_SECONDS": "eval_budget_seconds unadapted rest_steps late until_late is_late deadline EVAL_RESERVE",
     "TRAIN_SEQ_SCHEDULE": "train_seq_schedule seq_change_warmup_steps expect_change span",
     "LOOP_MIX": "loop_mix beta alphas",
-    "FISHER_SCALES": "FisherTap fisher_scales fisher_gains pivots mean_of_weights SENSITIVITY FISHER_TOKENS "
-    "SENSITIVITY_FLOOR gains",
+    "FISHER_SCALES": "FisherTap fisher_scales fisher_gains pivots SENSITIVITY FISHER_TOKENS SENSITIVITY_FLOOR gains",
     "ARTIFACT_BYTES": "artifact_bytes filled",
-    "trellis": "Viterbi encode_tcq trellis TCQ_CODES TCQ_ERROR tcq_states tcq_chunk_rows subsets follow",
+    "trellis": "viterbi encode_tcq trellis TCQ_CODES TCQ_ERROR tcq_states tcq_chunk_rows subsets follow",
     "COMPRESSOR=rans": f"{RANS_ENCODER} rans_model rans_matrix rans_tables rans_decode rans_unframe RANS_BITS "
     "RANS_HEAD RANS_ONE ROW_CLASSES",
     "... of it, the encoder": RANS_ENCODER,
