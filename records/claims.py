@@ -25,6 +25,9 @@ CANONICAL = {  # (bytes, targets) -> what that denominator is; targets 0: any nu
     (151_080_891, 0): "the canonical SP8192 denominator",
     (INVALID_TOTAL, 0): "CaseOps operators counted as bytes: an INVALID denominator",
 }
+# Published counts of validation targets, each with its bytes; two ways to end the stream differ by a share of NEAR.
+TARGETS = {47_851_520: 151_074_499, 43_767_808: 151_079_389, 62_021_632: 151_080_891, 40_540_160: 151_080_891}
+NEAR = 5e-4
 PASS, FAIL, NOT_ASKED, UNKNOWN = "pass", "FAIL", "n/a", "unknown"
 
 
@@ -91,7 +94,10 @@ def budget_checks(candidate: Candidate) -> Iterator[Check]:
             stage = key.split("_")[0]
             yield Check(name, UNKNOWN, f"result.json has no {key}; run the stage again (STAGES={stage},...)")
         else:
-            yield decide(name, seconds <= BUDGET_SECONDS, f"{seconds:.1f} of {BUDGET_SECONDS:.0f} s")
+            # within what two clocks differ by, the question is open
+            late = UNKNOWN if 0 <= seconds <= BUDGET_SECONDS + CLOCK_SLACK else FAIL
+            state = PASS if 0 <= seconds <= BUDGET_SECONDS else late
+            yield Check(name, state, f"{seconds:.1f} of {BUDGET_SECONDS:.0f} s")
     log = papers.read_log(candidate.folder / "log.txt").text
     stop = re.findall(r"training stopped at step \d+ after ([\d.]+) s", log)
     hessians = re.findall(r"calibration: ([\d.]+) s", log)
@@ -160,6 +166,18 @@ COMPLIANCE: dict[str, Callable[[Candidate, Config], bool]] = {
     "score_before_update": lambda c, _: c.result.get("legal", True) is True,
     "no_slot": lambda c, cfg: {"slot": False}.get(cfg.eval, True),
 }
+# What compliance says about a column of seed_results, and the most that it allows.
+LIMITS = {
+    "artifact_under_16mb": ("artifact_bytes", CAP_BYTES),
+    "train_under_600s_strict": ("train_wallclock_ms", 1e3 * BUDGET_SECONDS),
+    "eval_under_600s": ("eval_time_s", BUDGET_SECONDS),
+}
+# The entry of result.json that says something about each. The judge's own runs tell whether a score comes first.
+EVIDENCE = {
+    "artifact_under_16mb": "bytes_total",
+    "train_under_600s_strict": "train_seconds",
+    "eval_under_600s": "eval_seconds",
+}
 
 
 def claim_checks(candidate: Candidate) -> list[Check]:
@@ -204,8 +222,22 @@ def word_checks(candidate: Candidate, readme: str, submission: Mapping[str, Any]
     compliance = submission.get("compliance") or {}
     said = [name for name in COMPLIANCE if compliance.get(name) is True]
     if said:
-        false = [name for name in said if not COMPLIANCE[name](candidate, cfg)]
-        yield decide("claims of compliance", not false, ", ".join(false) or f"{len(said)} hold")
+        rows = list((submission.get("seed_results") or {}).values())
+        over = [name for name, (key, limit) in LIMITS.items() if any((number(r.get(key)) or 0) > limit for r in rows)]
+        false = [name for name in said if name in over or not COMPLIANCE[name](candidate, cfg)]
+        unshown = [] if false else [name for name in said if name in EVIDENCE and not is_shown(candidate, name, rows)]
+        if unshown:
+            yield Check("claims of compliance", UNKNOWN, f"nothing here shows {', '.join(unshown)}")
+        else:
+            yield decide("claims of compliance", not false, ", ".join(false) or f"{len(said)} hold")
+
+
+def is_shown(candidate: Candidate, name: str, rows: list[Mapping[str, Any]]) -> bool:
+    """Return whether files, the result or each row of seed_results says something about an item of compliance."""
+    column = LIMITS.get(name, ("", 0))[0]
+    counted = name == "artifact_under_16mb" and bool(candidate.files)
+    in_rows = bool(rows) and all(number(row.get(column)) is not None for row in rows)
+    return counted or in_rows or candidate.result.get(EVIDENCE[name]) is not None
 
 
 def seed_checks(submission: Mapping[str, Any]) -> Iterator[Check]:
@@ -247,6 +279,11 @@ def score_claims(
     wrong = [
         f"{seed}: claimed {a}, found {b}" for seed, (a, b) in pairs.items() if not math.isclose(a, b, abs_tol=5e-6)
     ]
+    missing = sorted(seeds.keys() - found.keys())
+    # one run claims what a row of several seeds does, and shows its own
+    if missing and not wrong and candidate.kind != "run" and "mean" not in pairs:
+        yield Check(name, UNKNOWN, f"no log of seed {', '.join(missing)}")
+        return
     yield decide(name, not wrong, "; ".join(wrong) or f"{len(pairs)} agree")
 
 

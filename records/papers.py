@@ -123,7 +123,13 @@ def result_findings(result: dict[str, Any], where: str) -> Findings:
             found.append(f"{where}: {key} is {value!r}, not a number from 0 up")
     stages = result.get("stages", {})
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
-        found.append(f"{where}: stages is no object of objects")
+        return [*found, f"{where}: stages is no object of objects"]
+    for name, stage in stages.items():
+        found += [
+            f"{where}: {key} of stage {name} is {stage[key]!r}, not a number"
+            for key in NUMBERS
+            if stage.get(key) is not None and not is_number(stage[key])
+        ]
     return found
 
 

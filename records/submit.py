@@ -38,8 +38,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from records import papers  # noqa: E402  (needs the line above)
-from records.claims import BUDGET_SECONDS, CAP_BYTES, FAIL, preset_sha256  # noqa: E402
-from train_gpt import LOCAL_KNOBS, UserError, atomic_write, preset_layers, read_preset  # noqa: E402
+from records.claims import FAIL, LIMITS, preset_sha256  # noqa: E402
+from train_gpt import (  # noqa: E402
+    LOCAL_KNOBS,
+    UserError,
+    atomic_write,
+    differing,
+    format_knob,
+    load_config,
+    preset_layers,
+    read_preset,
+)
 
 BEGIN, END = "<!-- results: written by records/submit.py -->", "<!-- end of results -->"
 HANDWRITTEN = ("author", "github_id", "name", "blurb", "date")
@@ -84,6 +93,8 @@ def weights_of(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     found, model = {}, path / "model.bin"
     if model.is_file():
         found["model.bin has the same bytes"] = hashlib.sha256(model.read_bytes()).hexdigest()
+    if result.get("model_sha256"):
+        found["the final scores are of the same weights"] = result["model_sha256"]
     numbers = [result.get(key) for key in ("train_seconds", "train_loss")]
     if None not in numbers:
         found["train_seconds and train_loss are equal to the last digit"] = numbers
@@ -131,6 +142,16 @@ def refuse_mixed(runs: list[SeedRun]) -> None:
                 what = "ran different sources" if key == "source_sha256" else "scored different data"
                 raise UserError(f"{pair} {what} ({key})")
     refuse_shared_weights(runs)
+
+
+def refuse_others(record: Path, run: SeedRun) -> None:
+    """UserError unless a run has the knobs of the record that it is to be a score of."""
+    ours, theirs = load_config({"PRESET": str(record)}), load_config(run.knobs)
+    other = [name for name in differing(theirs, ours) if name != "seed"]
+    if other:
+        values = f"{format_knob(getattr(theirs, other[0]))}, in {record} {format_knob(getattr(ours, other[0]))}"
+        names = ", ".join(name.upper() for name in other[:5])
+        raise UserError(f"{run.name} is no run of {record}: {names} ({values}); name its record, or run that preset")
 
 
 def refuse_shared_weights(runs: list[SeedRun]) -> None:
@@ -222,7 +243,8 @@ def seed_row(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "val_loss": result["val_loss"],
         "val_bpb": result["val_bpb"],
-        "artifact_bytes": result.get("bytes_total"),
+        # until a run is packed, its result counts the plain source
+        "artifact_bytes": result.get("bytes_total") if result.get("artifact") else None,
         "steps": steps,
         "step_avg_ms": 1e3 * seconds / steps if seconds and steps else None,
         "train_wallclock_ms": 1e3 * seconds if seconds is not None else None,
@@ -237,11 +259,7 @@ def seed_row(result: dict[str, Any]) -> dict[str, Any]:
 def compliance(runs: list[SeedRun], rows: dict[str, dict[str, Any]]) -> dict[str, bool | None]:
     """Return what the results themselves show; None where they do not say."""
     found: dict[str, bool | None] = {}
-    for name, key, limit in (
-        ("artifact_under_16mb", "artifact_bytes", CAP_BYTES),
-        ("train_under_600s_strict", "train_wallclock_ms", 1e3 * BUDGET_SECONDS),
-        ("eval_under_600s", "eval_time_s", BUDGET_SECONDS),
-    ):
+    for name, (key, limit) in LIMITS.items():
         values = [row[key] for row in rows.values()]
         found[name] = None if None in values else max(values) <= limit
     found["three_seeds"] = len(runs) >= 3
@@ -270,7 +288,8 @@ def build_submission(old: dict[str, Any], runs: list[SeedRun], given: dict[str, 
         "artifact_bytes_mean": mean["artifact_bytes"],
         "artifact_bytes_max": largest["artifact_bytes"],
         "bytes_total": largest["artifact_bytes"],
-        "bytes_code": max(run.result.get("bytes_code") or 0 for run in runs) or None,
+        "bytes_code": max((run.result.get("bytes_code") or 0) * bool(run.result.get("artifact")) for run in runs)
+        or None,
         "train_steps_mean": mean["steps"],
         "train_wallclock_ms_mean": mean["train_wallclock_ms"],
         "train_wallclock_ms_max": largest["train_wallclock_ms"],
@@ -325,7 +344,10 @@ def with_block(readme: str, block: str) -> str:
     if BEGIN not in readme:
         return f"{readme.rstrip()}\n\n## Results\n\n{text}\n".lstrip()
     head, _, rest = readme.partition(BEGIN)
-    return head + text + rest.partition(END)[2]
+    _, end, after = rest.partition(END)
+    if not end:
+        raise UserError(f"README.md has {END} in front of {BEGIN}; put them in order, or delete both")
+    return head + text + after
 
 
 def draw(submission: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:
@@ -339,12 +361,15 @@ def draw(submission: dict[str, Any], theirs: dict[str, Any], path: Path) -> None
     ax.axhspan(mean - deviation, mean + deviation, color=OURS, alpha=0.12)
     other = list(scores_by_seed(theirs, "val_bpb").values())
     if other:
-        label = f"{theirs.get('name') or 'the other record'}: {np.mean(other):.5f}"
+        # a dollar would begin a formula
+        name = str(theirs.get("name") or "the other record").replace("$", r"\$")
+        label = f"{name}: {np.mean(other):.5f}"
         ax.axhline(np.mean(other), color=THEIRS, lw=1.2, ls="--", label=label)
     ax.set_xticks(range(len(scores)), list(scores), color=INK)
     ax.set_xlabel("seed", color=MUTED)
     ax.set_ylabel("bits per byte (the axis does not start at 0)", color=MUTED)
-    ax.set_title(str(submission.get("name") or "seeds"), loc="left", color=INK, fontsize=11)
+    title = str(submission.get("name") or "seeds")
+    ax.set_title(title, loc="left", color=INK, fontsize=11, parse_math=False)
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.legend(frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
@@ -359,6 +384,7 @@ def submit(args: argparse.Namespace) -> None:
     if not (record / "record.env").is_file():
         raise UserError(f"{record}: no record.env there; name a record folder")
     runs = [read_run(path) for path in args.runs]
+    refuse_others(record, runs[0])
     refuse_mixed(runs)
     given = {name: getattr(args, name) for name in HANDWRITTEN if getattr(args, name)}
     submission = build_submission(read_object(record / "submission.json"), runs, given)
@@ -368,11 +394,11 @@ def submit(args: argparse.Namespace) -> None:
         theirs = read_object(path, papers.submission_findings)
         if not theirs:
             raise UserError(f"--against {args.against}: no submission.json there")
-        submission["comparison"] = compare(submission, theirs, str(theirs.get("name") or path.parent.name))
+        submission["comparison"] = compare(submission, theirs, str(theirs.get("name") or path.resolve().parent.name))
     block = results_table(submission)
     old, findings = papers.read_text(readme)
     refuse(findings)
-    text = with_block(old or f"# {record.name}\n", block)
+    text = with_block(old or f"# {record.resolve().name}\n", block)
     atomic_write(record / "submission.json", json.dumps(submission, indent=1).encode() + b"\n")
     atomic_write(readme, text.encode())
     draw(submission, theirs, record / "seeds.png")
@@ -401,6 +427,7 @@ def legality_of(record: Path) -> str:
     if verdict.get("record_sha256") != preset_sha256(record):
         return "judged before its knobs changed"
     checks = verdict.get("checks") or []
+    checks = checks if isinstance(checks, list) else [checks]
     if verdict.get("legal") not in (True, False, None) or not all(isinstance(check, dict) for check in checks):
         raise UserError(f"{record / 'verdict.json'} is no verdict; write it with `python records/verify.py --all`")
     word = {True: "legal", False: "NOT legal", None: "undecided"}[verdict.get("legal")]
@@ -414,11 +441,11 @@ def leaderboard_row(record: Path, records: Path) -> tuple[float, str]:
     published, ours = found.get("comparison_baseline_bpb"), found.get("val_bpb")
     here = "not run at full size" if ours is None else number(ours)
     if ours is not None and found.get("val_bpb_std") is not None:
-        here += f" ± {found['val_bpb_std']:.5f} ({len(found.get('seeds', []))} seeds)"
+        here += f" ± {found['val_bpb_std']:.5f} ({len(found.get('seeds') or [])} seeds)"
     # what has a BASE is no reproduction, unless it is named after what it reproduces
     own = len(preset_layers(str(record))) > 1 and not re.search(r"_PR\d+$", record.name)
     cells = (
-        f"[{found.get('name') or record.name}]({record.relative_to(records).as_posix()})",
+        f"[{str(found.get('name') or record.name).replace('|', '/')}]({record.relative_to(records).as_posix()})",
         f"none; based on {found.get('comparison_baseline')}: {number(published)}" if own else number(published),
         here,
         number(found.get("bytes_total"), 0),
@@ -464,8 +491,8 @@ def main(argv: list[str]) -> int:
     add("--check", action="store_true", help="with --leaderboard: only say whether it is up to date")
     add("--records", type=Path, default=ROOT / "records", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if not args.leaderboard and not (args.record and args.runs):
-        parser.error("give a record folder with --runs, or --leaderboard")
+    if args.leaderboard == bool(args.record and args.runs) or (args.check and not args.leaderboard):
+        parser.error("give a record folder with --runs, or --leaderboard, which --check belongs to")
     try:
         if args.leaderboard:
             return write_leaderboard(args.records, args.check)

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -297,6 +298,46 @@ def test_cap_is_exact_and_over_it_nothing_is_written(run_dir: Path, refused: Cal
     assert sorted(p.name for p in run_dir.iterdir()) == ["artifact.pyz", "model.bin", "record.env", "result.json"]
 
 
+def test_what_a_run_writes_meanwhile_is_not_lost(run_dir: Path, refused: Callable[..., str]) -> None:
+    source = run_dir.parent / "stand_in.py"
+    with train_gpt.locked(run_dir):
+        refused("is in use by process", pack_artifact.main, "pack", run_dir, "--source", source)
+    result = json.loads((run_dir / "result.json").read_text())
+    (run_dir / "result.json").write_text(json.dumps(result | {"model_sha256": "of another file"}))
+    refused("is not what the final score is of", pack_artifact.main, "pack", run_dir, "--source", source)
+
+
+def test_an_artifact_may_lie_anywhere_and_have_any_name(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = tmp_path / "two"
+    two.mkdir()
+    for name in ("a.model", "b.model"):
+        (two / name).write_bytes(b"")
+    monkeypatch.setenv("DATA_PATH", str(two))  # a tokenizer that is only counted is no matter
+    out = tmp_path / "submission.bin"
+    assert pack(run_dir, "--out", str(out)) == 0
+    named = json.loads((run_dir / "result.json").read_text())["artifact"]
+    assert (run_dir / named).resolve() == out.resolve()
+    assert pack_artifact.read_any(out)[1:] == ((run_dir / "model.bin").read_bytes(), [out])
+    assert pack(run_dir, "--format", "split") == 0
+    assert set(pack_artifact.read_any(run_dir)[2]) == set((run_dir / "submission").iterdir())
+    monkeypatch.chdir(run_dir)
+    (run_dir / "result.json").write_text(json.dumps({"preset": "..", "stages": {"final": {"val_bpb": 1.0}}}))
+    assert pack_artifact.main(["pack", ".", "--source", str(run_dir.parent / "stand_in.py")]) == 0
+    assert pack_artifact.read_packed(run_dir / "artifact.pyz").preset == run_dir.name
+
+
+def test_an_interrupt_is_one_line(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pack_artifact, "build", interrupted)
+    assert pack(run_dir) == 130 and capsys.readouterr().err.startswith("error: interrupted")
+
+
 def test_wrong_inputs_give_one_line_and_exit_code_2(
     run_dir: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +365,9 @@ def test_wrong_inputs_give_one_line_and_exit_code_2(
         ("--tokenizer-path", "pack", run_dir, "--source", source, "--tokenizer", "embed"),
         ("no file", "verify", run_dir / "nowhere.pyz"),
         ("not a one-file artifact", "verify", source),
+        ("is what the artifact is made from", "pack", run_dir, "--source", source, "--out", run_dir / "model.bin"),
+        ("is what the artifact is made from", "pack", run_dir, "--source", source, "--out", source),
+        ("--prompt is not UTF-8", "sample", run_dir, "--prompt", "caf\udce9"),
         ("FILE and --run", "inspect"),
         ("--run", "inspect", source, "--probe"),
         ("truncated", "verify", cut),
@@ -347,7 +391,10 @@ def test_runs_alone_in_an_empty_directory_as_a_real_file(packed: Path, tmp_path:
     assert (folder / "model.bin").read_bytes() == (packed / "model.bin").read_bytes()
     assert (folder / "record.env").read_bytes() == (packed / "record.env").read_bytes()
     assert sorted(p.name for p in folder.iterdir()) == ["model.bin", "record.env", "train_gpt.py"]
-    score = json.loads((tmp_path / "logs" / "entry_eval" / "result.json").read_text())
+    # named after the artifact's content too: the next seed's has another folder
+    (logs,) = (tmp_path / "logs").iterdir()
+    assert re.fullmatch("entry_[0-9a-f]{8}_eval", logs.name)
+    score = json.loads((logs / "result.json").read_text())
     assert score["val_bpb"] == json.loads((packed / "result.json").read_text())["val_bpb"]
     (folder / "train_gpt.py").write_text("print('edited')\n")
     assert seen(execute(["entry.pyz"], tmp_path, packed).stdout), "an edited copy in the cache is not what runs"

@@ -37,7 +37,7 @@ def result_of(seed: int, bpb: float) -> dict[str, Any]:
     result = {"preset": "records/x", "seed": seed, "legal": True, "source_sha256": "abc"}
     result |= {"val_loss": bpb * NATS, "val_bpb": bpb, "tokens_scored": 47_851_520, "bytes_scored": 151_074_499}
     result |= {"train_seconds": 596.0 + seed % 3, "train_steps": 4900 + seed % 7, "eval_seconds": 455.5}
-    result |= {"bytes_code": 33_000, "bytes_total": 15_950_000 + seed}
+    result |= {"bytes_code": 33_000, "bytes_total": 15_950_000 + seed, "artifact": "artifact.pyz"}
     scores = {"pre_quant": bpb + 0.004, "quantized": bpb + 0.0125}
     return result | {"stages": {name: {"val_bpb": score} for name, score in scores.items()} | {"final": {}}}
 
@@ -195,7 +195,11 @@ def test_damaged_papers_are_one_line_each(
         theirs.write_text(json.dumps(paper))
         refused(message, submit.main, record, "--runs", run, "--against", theirs)
     assert contents(record) == before
-    for name, text in (("verdict.json", "[1]"), ("submission.json", '{"val_bpb": "low"}')):
+    for name, text in (
+        ("verdict.json", "[1]"),
+        ("verdict.json", json.dumps({"record_sha256": submit.preset_sha256(record), "legal": True, "checks": 5})),
+        ("submission.json", '{"val_bpb": "low"}'),
+    ):
         (record / name).write_text(text)
         refused(name, submit.main, "--leaderboard", "--records", tmp_path / "records")
         (record / name).unlink()
@@ -255,6 +259,30 @@ def test_numbers_over_the_limits_are_not_called_compliant(record: Path, tmp_path
     assert [name for name, kept in submitted(record, run)["compliance"].items() if kept] == ["no_slot"]
 
 
+def test_a_run_of_another_record_an_unpacked_one_and_odd_names(
+    record: Path, theirs: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    for folder in "abcd":
+        (tmp_path / folder).mkdir()
+    foreign = write_run(tmp_path / "a", 1, 1.0, "EVAL=plain\nMATRIX_LR=0.02\n")
+    refused("no run of", submit.main, record, "--runs", foreign)
+    same = [write_run(tmp_path / "b", seed, 1.0 + seed, model_sha256="f" * 64) for seed in (1, 2)]
+    refused("final scores are of the same weights", submit.main, record, "--runs", *same)
+    found = submitted(record, write_run(tmp_path / "c", 1, 1.0, artifact=None))
+    assert found["bytes_total"] is None and found["compliance"]["artifact_under_16mb"] is None
+    theirs.write_text(theirs.read_text().replace("PR 1855", "$a_{$"))
+    run = write_run(tmp_path / "d", 1, 1.0)
+    submitted(record, run, options=("--name", "A | $b_{$", "--against", str(theirs)))
+    assert all(row.count("|") == 8 for row in submit.leaderboard(record.parents[1]).splitlines() if "b_{" in row)
+    before = (record / "README.md").read_text()
+    (record / "README.md").write_text(f"{submit.END}\n{submit.BEGIN}\nimportant\n")
+    refused("in front of", submit.main, record, "--runs", run)
+    (record / "README.md").write_text(before)
+    for wrong in (("--check",), ("--leaderboard",)):
+        with pytest.raises(SystemExit):
+            submit.main([str(record), "--runs", str(run), *wrong])
+
+
 def test_leaderboard_of_records(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = tmp_path / "records"
     board = ["--leaderboard", "--records", str(records)]
@@ -281,6 +309,7 @@ def test_every_records_template_can_be_filled_in(tmp_path: Path) -> None:
     for source in RECORDS:
         folder = Path(shutil.copytree(source, tmp_path / source.name))
         (folder / "runs").mkdir()
-        filled = submitted(folder, write_run(folder / "runs", 7, 1.2))
+        knobs = train_gpt.record_env(train_gpt.load_config({"PRESET": str(source)}))
+        filled = submitted(folder, write_run(folder / "runs", 7, 1.2, knobs))
         template = json.loads((source / "submission.json").read_text())
         assert template.keys() <= filled.keys() and filled["val_bpb"] == 1.2 and filled["name"] == template["name"]
