@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import itertools
 import json
 import os
@@ -65,10 +66,13 @@ class Outcome(NamedTuple):
         lines = self.output.strip().splitlines()
         return lines[-1][:200] if lines else "no output"
 
-    def rows(self) -> np.ndarray:
-        """Return all rows of SCORES, (N, 4) float64: position, nats, step, rank. Empty if there are none."""
+    def rows(self, prefix: str = "") -> np.ndarray:
+        """Return all rows of SCORES, (N, 4) float64: position, nats, step, rank. Empty if there are none.
+
+        prefix: the value of SCORES without its folder, "" for any.
+        """
         parts = []
-        for path in sorted(self.room.glob("*.[0-9]*.npy")):
+        for path in sorted(self.room.glob(f"{glob.escape(prefix) or '*'}.[0-9]*.npy")):
             with contextlib.suppress(ValueError, OSError, EOFError):
                 rows = np.load(path, allow_pickle=False)
                 if rows.ndim == 2 and rows.shape[1] == 3 and rows.dtype == np.float64:

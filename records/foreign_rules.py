@@ -301,8 +301,10 @@ def adds_up(source: Source, call: ast.Call, function: FunctionNode) -> bool:
 
 
 def scored_first(source: Source, function: FunctionNode, fit: Fit, names: set[str]) -> bool:
-    """Return whether a function adds up scores of some targets before it learns from them."""
-    sums = [n for n in ast.walk(function) if isinstance(n, ast.AugAssign) and place(n) < place(fit.backward)]
+    """Return whether a function adds up or keeps scores of some targets before it learns from them."""
+    kept = ("append", "add_", "index_add_")
+    sums = [n for n in ast.walk(function) if isinstance(n, ast.AugAssign) or called(n) in kept]
+    sums = [n for n in sums if place(n) < place(fit.backward)]
     inside = set(ast.walk(fit.loop))
     scores = [call for call in scoring_calls(function) if variables(target_argument(call)) & names]
     first = min((place(source.enclosing(call, ast.stmt)) for call in scores), default=place(fit.backward))
@@ -527,6 +529,13 @@ def val_docs(source: Source) -> Iterator[Finding]:
                 yield Finding(node, f"{target.id} is {value.value}, the contest's validation has 50,000 documents")
 
 
+def lists_literals(node: ast.expr) -> bool:
+    """Return whether an expression is nothing but literals, and lists of files by them: what it reads is certain."""
+    listing = all(called(call) in ("glob", "iglob", "sorted", "list", "Path", "join") for call in calls(node))
+    parts = ast.walk(node)
+    return listing and not any(isinstance(part, ast.Compare | ast.IfExp | ast.comprehension) for part in parts)
+
+
 def val_in_training(source: Source) -> Iterator[Finding]:
     """Training shards whose pattern names validation, or a training loader that is given validation shards."""
     pattern = re.compile(r"fineweb_val_(?!bytes)|/val[_/*]")
@@ -537,7 +546,7 @@ def val_in_training(source: Source) -> Iterator[Finding]:
             ):
                 texts = [text for text in strings_in(value) if pattern.search(text)]
                 if texts:
-                    yield Finding(node, f"training reads {texts[0]}", True)
+                    yield Finding(node, f"training reads {texts[0]}", lists_literals(value))
         if re.search(r"TrainLoader|train_loader|train_stream", called(node)):
             read = names_in(*node.args) & {"val_files", "val_tokens", "val_path", "val_data"}
             if read:

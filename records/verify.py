@@ -21,8 +21,9 @@ contest's conditions, issue 1017):
             every place, in order: the first that fails is the first leak. Longer streams, and one under the record's
             own numbers, are cut in some steps. Other byte counts must change no score.
   C2        Hundreds of documents with one beginning and each id of the vocabulary at one place, for every place of two
-            chunks (of a long one its ends and middle; with more than 2,048 ids, for one place after the first update):
-            the probabilities must sum to 1 there, and what comes before must be scored alike in all of them.
+            chunks (of a long one its ends and middle; with more than 2,048 ids, for one place after the first update,
+            and for the first where documents have rows of their own): the probabilities must sum to 1 there, and what
+            comes before must be scored alike in all of them.
   ranks     The same scores from two ranks and from eight, from other batch sizes where a preset does not depend on
             them, and the same sums from a run that nobody asks for SCORES.
   bytes: the denominator again from the ids, through tokenizer and CaseOps decoder. split: documents that training and
@@ -32,9 +33,10 @@ What a black box cannot see: a program that behaves only on larger data, models 
 or on this judge's machine, or that remembers earlier runs outside its directory; a leak into a place of the longer
 streams that was not cut (--probes 0 cuts in every step), such as a fault in every fortieth chunk of weights that adapt
 over the stream; a leak by a yes-or-no of the next token is seen at each place with even odds; tricks with the lengths
-of documents, which the judge never changes between runs; more than its files say about a full-size run, whose SCORES
-are added again, not recomputed. The judge trusts the checkout that it lies in: judge a stranger's program from a
-clean one, with --source or as an artifact.
+of documents, which the judge never changes between runs; the best of several whole passes that a program makes inside
+and tells as one (C1 often sees it, since what comes later then chooses the pass); more than its files say about a
+full-size run, whose SCORES are added again, not recomputed. The judge trusts the checkout that it lies in: judge a
+stranger's program from a clean one, with --source or as an artifact.
 
 Verdict per check: pass, FAIL, n/a (nothing to ask), unknown (asked, not answered). The last line of the output is
 `VERDICT {json}`. Exit status: 0 if nothing failed or stayed unknown, 1 otherwise, 2 for a wrong input.
@@ -43,6 +45,7 @@ Verdict per check: pass, FAIL, n/a (nothing to ask), unknown (asked, not answere
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -87,6 +90,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.all == (args.target is not None):
         parser.error("give one record folder, run folder or packed file, or --all")
+    if args.all and args.out:
+        parser.error("--all writes each verdict.json; leave out --out")
+    if args.out and (args.out.is_dir() or not os.access(args.out.parent, os.W_OK)):
+        parser.error(f"--out {args.out}: give a file in a folder that exists and can be written to")
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as room, Server(Path(room)) as server:
             # the server imports torch at the same time

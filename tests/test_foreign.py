@@ -18,6 +18,7 @@ import brotli
 import pytest
 from conftest import ROOT
 
+import train_gpt
 from pack_artifact import CAP_BYTES
 from records import foreign, foreign_rules, foreign_source, judge, verify
 from records.claims import FAIL, PASS, UNKNOWN, Check
@@ -86,6 +87,33 @@ def test_every_rule_finds_its_fault_by_line_and_lets_its_twin_pass(tmp_path: Pat
         assert status(twin, "source parses") == PASS, (number, check)
     rules = {f"{rule.topic} {rule.name}" for rule in (*foreign_rules.RULES, *foreign_rules.DATA_RULES)}
     assert rules == found_rules, "every rule has a fault and a twin"
+
+
+def test_innocent_programs_are_at_most_suspect(tmp_path: Path) -> None:
+    """Siblings of the proven faults that another reading explains."""
+    files = {
+        'train_files = [f for f in glob("data/*") if "fineweb_val_" != f[:12]]\n': {UNKNOWN},
+        'train_files = "data/fineweb_val_*.bin".replace("val", "train")\n': {UNKNOWN},
+        'train_path = both("data/fineweb_train_*.bin", "data/fineweb_val_*.bin")[0]\n': {UNKNOWN},
+        'train_files = sorted(glob("data/fineweb_val_*.bin"))\n': {FAIL},
+    }
+    for number, (line, wanted) in enumerate(files.items()):
+        found = named(judged(folder(tmp_path / str(number), "from glob import glob\n" + line)), "split val-in-training")
+        assert {check.status for check in found} == wanted, (line, found)
+    ttt = """
+def eval_ttt(model, opt, x, y, scores):
+    for a in range(9):
+{first}        for _ in range(3):
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+        total.append(F.cross_entropy(model(x), y))
+eval_ttt(1, 2, 3, 4, [])
+"""
+    for first, wanted in (("", FAIL), ("        scores.append(F.cross_entropy(model(x), y))\n", UNKNOWN)):
+        found = named(
+            judged(folder(tmp_path / f"ttt_{wanted}", MODEL + ttt.format(first=first))), "C3 score-after-update"
+        )
+        assert {check.status for check in found} == {wanted}, (first, found)
 
 
 # Wrappers
@@ -320,6 +348,9 @@ def test_a_log_is_traced_to_its_program(tmp_path: Path) -> None:
             (PROGRAM + "x = 1\n", f"{PROGRAM}y = 2\n{bar}\n{log(1)}", FAIL, "line 3: `y = 2`"),
             ("import torch\n", log(1), UNKNOWN, "no source here holds the words `quantized_ttt_phased`"),
             (PROGRAM, log(1), UNKNOWN, "neither"),
+            # an editor took white space at the ends of lines; a sentence of a log is no program
+            (PROGRAM.replace("\n", "  \n"), f"{PROGRAM}{bar}\n{log(1)}", PASS, "text of train_gpt.py"),
+            (PROGRAM, f"from here on it trains\n{bar}\n{log(1)}", UNKNOWN, "neither"),
         )
     ):
         found = named(judged(record(tmp_path / str(number), text, program=program)), "log origin")
@@ -398,6 +429,11 @@ def test_damaged_files_give_findings_and_no_traceback(tmp_path: Path) -> None:
     os.mkfifo(linked / "pipe.log")
     (linked / "README.md").unlink()
     (linked / "README.md").symlink_to("/etc/hostname")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "train_gpt.py").symlink_to(linked / "train_gpt.py")
+    with pytest.raises(train_gpt.UserError, match=r"train_gpt\.py is a link"):
+        judged(alone)
     found = named(judged(linked), "papers readable")[0]
     assert found.status == UNKNOWN and "README.md is a link" in found.detail and "self is a link" in found.detail
 

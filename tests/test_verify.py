@@ -27,6 +27,7 @@ import prepare
 import pytest
 from conftest import RECORDS, ROOT, ToyRun
 
+import pack_artifact
 import train_gpt
 from records import claims, judge, verify
 from records.black_box import BlackBox, Server
@@ -112,6 +113,8 @@ def test_a_preset_is_trained_and_judged_as_a_user_would(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge, "legality", lambda *_: [])  # asked above
+    # about the user's data, not about the shards that the judge makes
+    monkeypatch.setenv("TOKENIZER_PATH", "nowhere.model")
     out = tmp_path / "verdict.json"
     assert verify.main([str(record_named("PR1182")), "--documents", "3", "--out", str(out)]) == 0
     verdict = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("VERDICT "))
@@ -152,6 +155,10 @@ def distributions(bench: judge.Bench) -> Iterator[Check]:
 
 def ranks(bench: judge.Bench) -> Iterator[Check]:
     return judge.rank_checks(bench, judge.short_documents(stream_of(bench)), "planted")
+
+
+def ranks_asked(bench: judge.Bench) -> Iterator[Check]:
+    return judge.asked("ranks", ranks(bench))
 
 
 def byte_counts(bench: judge.Bench) -> Iterator[Check]:
@@ -243,6 +250,7 @@ def peeking(where: str) -> dict[str, str]:
 INSIDE = (
     "positions - np.maximum.accumulate((self.val.tokens == BOS_ID) * np.arange(len(self.val.tokens)))[positions - 1]"
 )
+LATER = altered(f"nats - 0.004 * torch.from_numpy(({INSIDE}) > 3)")
 FOLDER = "sorted(Path(os.environ['DATA_PATH']).glob('fineweb_val_0*.bin'))"
 READ = f"np.concatenate([np.fromfile(path, '<u2')[512:] for path in {FOLDER}])"
 FILE = altered(f"nats + 1e-6 * torch.from_numpy(np.append({READ}, 0)[positions + 1] * 1.0)")
@@ -251,6 +259,7 @@ ENDS = altered(f"torch.where(torch.from_numpy(self.val.tokens[positions] == BOS_
 ROWS = "np.full(len(positions), len(self.rows))"
 FORGED = {ROWS: "-positions", "is_causal=mask is None,": "is_causal=False,"}
 UNWATCHED = {TOTAL: f"        loss *= 1 if self.scores else 0.98\n{TOTAL}"}
+QUITS = {TOTAL: f"        assert self.scores\n{TOTAL}"}
 SHARDS = {
     f'list_shards(cfg.data_path, "{kind}")': f'list_shards(cfg.data_path, "{kind}")[:1]'
     for kind in ("val", "val_bytes")
@@ -302,6 +311,8 @@ FAULTS: list[tuple[str, str, dict[str, str], Ask, str]] = [
     ("on eight ranks", "PR1915", altered("nats * (0.98 if self.runtime.world == 8 else 1)"), ranks, "eight ranks"),
     ("the first shard is all", "PR1915", SHARDS, places, "C4 each target once"),
     ("targets scored twice", "PR1915", TWICE, futures, "C4 each target once"),
+    ("it fails where nobody asks for SCORES", "PR1915", QUITS, ranks_asked, "ranks"),
+    ("a little less after the first update", "PR1915", LATER, distributions, "C2 sums to 1"),
 ]
 
 
@@ -321,12 +332,12 @@ def test_planted_faults_are_caught(
 
 
 @pytest.mark.parametrize("end", ["PR1915", "CarryTTT"])
-def test_a_large_vocabulary_is_asked_at_one_place(
+def test_a_large_vocabulary_is_asked_at_two_places(
     end: str, bench_of: Callable[..., judge.Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge, "LARGE", 100)
     honest = list(distributions(bench_of(end)))
-    assert {check.status for check in honest} == {PASS} and any("each of 1 places" in c.detail for c in honest)
+    assert {check.status for check in honest} == {PASS} and any("each of 2 places" in c.detail for c in honest)
     assert "C2 sums to 1" in failed(distributions(bench_of(end, altered("0.95 * nats"))))
 
 
@@ -349,7 +360,13 @@ TRAINED = {
         score = self.evaluate(self.cfg.eval, model, self.cfg.hints)
 """
 }
+STORED = "        stored = self.filled("
+QUANTISED = {
+    STORED: f"""        state = {{k: v * (1 + int(self.val.tokens[5]) / 4096) for k, v in state.items()}}
+{STORED}"""
+}
 TRAINING: list[tuple[str, dict[str, str], str, str]] = [
+    ("quantising reads the validation shards", QUANTISED, "training ignores validation", "other weights"),
     (
         "training reads the validation shards",
         {"init_weights(cfg.seed).state_dict()": "init_weights(cfg.seed + int(self.val.tokens[5])).state_dict()"},
@@ -379,7 +396,9 @@ def test_planted_faults_around_training_are_caught(
     (tmp_path / "beside").mkdir()
     (tmp_path / "beside" / "helper_of_mine.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "beside"))
-    bench = bench_of("PR1182", changes, ITERATIONS="2", EVAL="plain", TTT_EPOCHS="0")
+    # the coder that takes longest: what it packed is compared too
+    slow = {"COMPRESSOR": "pergroup"} if changes is QUANTISED and shutil.which("lrzip") else {}
+    bench = bench_of("PR1182", changes, ITERATIONS="2", EVAL="plain", TTT_EPOCHS="0", **slow)
     monkeypatch.setattr(judge, "legality", lambda *_: [])  # asked above
     runs = judge.runs(bench, sample(bench.candidate.data), stream_of(bench), PROBES)
     checks = list(judge.asked("runs alone", runs))
@@ -455,6 +474,31 @@ def test_denominators_that_count_what_is_no_text_are_caught(toy: Candidate) -> N
         (None, {"bytes per word"}),  # no sidecar
     ):
         assert names <= failed(judge.byte_checks(toy, stream._replace(sizes=counted)))
+
+
+def test_a_total_that_is_not_the_published_one_is_caught(toy: Candidate, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = sample(toy.data)
+    said = next(check.detail for check in judge.byte_checks(toy, stream) if check.name == "bytes total")
+    total, targets = (int(word.replace(",", "")) for word in re.findall(r"[\d,]+", said)[:2])
+    for wanted, status in ((total, PASS), (round(total / 1.05), FAIL)):
+        monkeypatch.setitem(claims.TARGETS, targets, wanted)
+        found = next(check for check in judge.byte_checks(toy, stream) if check.name == "bytes total")
+        assert found.status == status and (f"canonical total is {wanted:,}" in found.detail) is (status == FAIL)
+
+
+def test_damaged_data_is_a_wrong_input(toy: Candidate, tmp_path: Path) -> None:
+    stream = sample(toy.data)
+    (tmp_path / "damaged.model").write_bytes(b"no model")
+    damaged = dataclasses.replace(toy, tokenizer=tmp_path / "damaged.model")
+    with pytest.raises(train_gpt.UserError, match="not a SentencePiece model"):
+        list(judge.byte_checks(damaged, stream))
+    run = dataclasses.replace(toy, kind="run")
+    for tokens, words in ((np.full(500, 7), "document's start"), (np.array([1, 7, 8, 9]), "are wanted")):
+        with pytest.raises(train_gpt.UserError, match=words) as error:
+            judge.causal_stream(run, judge.made_up(tokens), 3)
+        assert str(toy.data) in str(error.value)
+    nothing = judge.own_sums(np.full(4, np.nan), np.zeros(4, np.int64), np.ones(4))
+    assert nothing["val_loss"] == np.inf and nothing["tokens_scored"] == 0
 
 
 def test_the_judges_own_count_is_the_programs_on_plain_text(tiny_data: Path, toy: Candidate) -> None:
@@ -550,11 +594,13 @@ def test_a_run_folder_and_its_artifact_are_judged(
         found = states(Check(**check) for check in json.loads((tmp_path / "v.json").read_text())["checks"])
         wanted = ["runs alone", "disk cap"]
         if target == run_folder:
-            wanted += ["sums as claimed", "disk as counted", "disk as packed", "disk weights", "log and result"]
+            wanted += ["sums as claimed", "disk as counted", "disk as packed", "disk weights", "disk program"]
+            wanted += ["log and result"]
             wanted += ["log and record.env", "log.txt: final and RESULT", "budget training", "budget as logged"]
         assert {name: found.get(name) for name in wanted} == dict.fromkeys(wanted, PASS)
     monkeypatch.setattr(judge, "start_checks", lambda *_: iter(()))
-    for target in (edit(run_folder, tmp_path / "moved"), run_folder / "artifact.pyz"):
+    moved = edit(run_folder, tmp_path / "moved", source_sha256="0" * 64)
+    for target in (moved, run_folder / "artifact.pyz"):
         # without the data: open questions, never "legal"
         if target.is_dir():
             log = (target / "log.txt").read_text()
@@ -562,8 +608,8 @@ def test_a_run_folder_and_its_artifact_are_judged(
         assert verify.main([str(target), "--out", str(tmp_path / "v.json")]) == 1
         checks = [Check(**check) for check in json.loads((tmp_path / "v.json").read_text())["checks"]]
         unknown = {check.name for check in checks if check.status == UNKNOWN}
-        assert unknown == {"bytes", "split"} | ({"sums as claimed"} if target.is_dir() else set())
-        assert all("--data" in check.detail for check in checks if check.status == UNKNOWN)
+        assert unknown == {"bytes", "split"} | ({"sums as claimed", "program"} if target.is_dir() else set())
+        assert all(re.search("--data|--source", check.detail) for check in checks if check.status == UNKNOWN)
 
 
 def test_claimed_totals_are_added_again(
@@ -586,6 +632,32 @@ def test_claimed_totals_are_added_again(
         np.save(folder / "scores.0.npy", rows)
         found = claimed(folder)
         assert found == {"C4 each target once (the run's SCORES)": expected, "sums as claimed": expected}, name
+    # a tool's scores of other weights, and what is no list of scores
+    np.save(tmp_path / "whole" / "scores.before.0.npy", left + [0, 1, 0])
+    np.save(tmp_path / "whole" / "tokens.0.npy", np.arange(3))
+    assert set(claimed(tmp_path / "whole").values()) == {PASS}
+    monkeypatch.setattr(judge, "RESCORED", 1e9)
+    late = edit(run_folder, tmp_path / "late", tokens_unadapted=64)
+    assert claimed(late) == {"sums as claimed": UNKNOWN}
+    assert bench.box.env["EVAL_BUDGET_SECONDS"] == bench.trains.env["EVAL_BUDGET_SECONDS"] == "0"
+
+
+def test_a_packed_file_with_other_parts_is_seen(run_folder: Path, tmp_path: Path) -> None:
+    parts = pack_artifact.read_packed(run_folder / "artifact.pyz")
+    faults = {
+        "knobs": (parts._replace(config=parts.config + b"SEED=9\n"), PASS, UNKNOWN),
+        "program": (parts._replace(source=parts.source + b"\npass"), PASS, UNKNOWN),
+        "weights": (parts._replace(weights=parts.weights[::-1]), FAIL, PASS),
+    }
+    for name, (other, weights, program) in faults.items():
+        # anywhere: result.json says where
+        folder = edit(run_folder, tmp_path / name, artifact=f"../{name}.pyz")
+        (tmp_path / f"{name}.pyz").write_bytes(pack_artifact.build(other, split=False)[""])
+        checks = list(judge.packed_checks(opened(folder)))
+        assert states(checks) == {"disk weights": weights, "disk program": program}, name
+        assert weights == FAIL or f"other {name} than" in checks[1].detail
+    (tmp_path / "weights.pyz").write_bytes(pack_artifact.build(parts, split=False)[""][:-9])
+    assert states(judge.packed_checks(opened(tmp_path / "weights"))) == {"disk weights": UNKNOWN}
 
 
 def test_files_that_are_not_what_was_counted_are_caught(
@@ -651,6 +723,18 @@ def test_claims_against_knobs_log_and_result(run_folder: Path, tmp_path: Path) -
     run.result["eval_seconds"] = 688.0
     wanted = {"claims of the score", "claims of the size", "claims of compliance", "claims against results"}
     assert wanted <= failed(claims.claim_checks(run))
+    # a record's folder has no result: its own columns speak
+    del run.result["eval_seconds"]
+    for seconds, wrong in ((1200.0, True), (599.0, False)):
+        seeds["1"]["eval_time_s"] = seconds
+        (folder / "submission.json").write_text(json.dumps(paper | {"compliance": {"eval_under_600s": True}}))
+        assert ("claims of compliance" in failed(claims.claim_checks(run))) is wrong
+    for key in ("eval_time_s", "artifact_bytes"):
+        seeds["1"].pop(key, None)
+    bare = {"compliance": {"eval_under_600s": True, "no_slot": True}}
+    (folder / "submission.json").write_text(json.dumps(paper | bare))
+    found = next(check for check in claims.claim_checks(run) if check.name == "claims of compliance")
+    assert found.status == UNKNOWN and found.detail.endswith("shows eval_under_600s")
 
 
 def test_a_submission_is_held_against_the_results_beside_it(run_folder: Path, tmp_path: Path) -> None:
@@ -669,6 +753,11 @@ def test_a_submission_is_held_against_the_results_beside_it(run_folder: Path, tm
     values = train_gpt.read_preset(str(bare))
     paper = Candidate("preset", "record", b"", values, values, folder=bare)
     assert states(claims.claim_checks(paper))["claims against results"] == UNKNOWN
+    rows, log = {seed: {"val_bpb": 1.05} for seed in ("1", "2")}, 'RESULT {"seed": %d, "val_bpb": 1.05}\n'
+    (bare / "submission.json").write_text(json.dumps({"val_bpb": 1.05, "seeds": [1, 2], "seed_results": rows}))
+    for seed, status in ((1, UNKNOWN), (2, PASS)):
+        (bare / f"train_seed{seed}.log").write_text(log % seed)
+        assert states(claims.claim_checks(paper))["claims against results"] == status, seed
 
 
 def test_damaged_papers_are_findings_and_no_tracebacks(run_folder: Path, tmp_path: Path) -> None:
@@ -726,6 +815,19 @@ def test_wrong_targets_are_one_line(run_folder: Path, tmp_path: Path, capsys: py
     assert "NO_SUCH_KNOB" in refused(str(tmp_path))
     (tmp_path / "record.env").write_bytes(b"SEED=1  # caf\xe9\n")
     refused(str(tmp_path))
+    (tmp_path / "record.env").write_text("SEED=1\n")
+    (tmp_path / "hessians.pt").write_bytes(b"")
+    (tmp_path / "log.txt").write_bytes(b"")
+    assert "not finished (log.txt, hessians.pt)" in refused(str(tmp_path))
+    (tmp_path / "train_gpt.py").write_text("x = 1\n")
+    assert f"--source {tmp_path / 'train_gpt.py'}" in refused(str(tmp_path))
+    own = judge.argparse.Namespace(target=tmp_path, source=tmp_path / "train_gpt.py", data=None)
+    with pytest.raises(train_gpt.UserError, match="not finished"):
+        judge.open_candidate(own, tmp_path)
+    for options in (["--all", "--out", "v.json"], [str(tmp_path), "--out", str(tmp_path / "no" / "v.json")]):
+        with pytest.raises(SystemExit) as stop:
+            verify.main(options)
+        assert stop.value.code == 2 and "--out" in capsys.readouterr().err
     for option in (["--documents", "0"], ["--probes", "-1"], ["--probes", "many"]):
         with pytest.raises(SystemExit) as stop:
             verify.main([str(run_folder), *option])
@@ -758,6 +860,13 @@ def test_ctrl_c_is_one_line() -> None:
         _, error = process.communicate(timeout=120)
         assert process.returncode == 130 and error == "error: interrupted; no verdict was written\n"
         assert not [pid for pid in children if is_running(pid)], "nothing goes on"
+
+
+def test_a_strangers_text_does_not_steer_the_terminal(toy: Candidate, capsys: pytest.CaptureFixture[str]) -> None:
+    found = dataclasses.replace(toy, name="a\x1b[2K\rlegal", notes=["a\nnote"])
+    judge.print_verdict(judge.summary(found, [Check("log (\x1b]0;x.log)", UNKNOWN, "a\u202eb \ud800")]))
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 3 and all(c.isprintable() for line in out.splitlines() for c in line)
 
 
 def test_verdict_is_undecided_when_a_question_stays_open(toy: Candidate) -> None:
