@@ -172,7 +172,13 @@ def find_source(path: Path) -> Source:
         return Source(path.name, (path,), sha256_file(path), path.stat().st_size)
     if not path.is_dir():
         raise UserError(f"{path}: no such file or directory")
-    names = {found.relative_to(path).as_posix(): found for found in path.rglob("*") if found.is_file()}
+    names = {}
+    for found in path.rglob("*"):
+        if found.is_file():
+            names[found.relative_to(path).as_posix()] = found
+        elif found.is_symlink():
+            # rglob does not follow it: its documents would be left out without a word
+            raise UserError(f"{found}: a link to a directory or to nothing; give its target to --docs, or remove it")
     files = {name: names[name] for name in sorted(names) if kind_of(names[name])}
     if not files:
         raise UserError(f"{path}: no file there ends in {SUFFIXES}")

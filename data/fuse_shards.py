@@ -53,27 +53,41 @@ def fuse_split(folder: Path, out: Path, split: str, fusion: PairFusion) -> dict[
 
 
 def fuse_folder(folder: Path, out: Path) -> dict:
-    """Write the fused data of a folder into another one; return its manifest. UserError for data that does not fit."""
+    """Write the fused data of a folder into another one; return its manifest.
+
+    UserError for data that does not fit. Whatever stops it, the output directory is then as empty as before.
+    """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; use another --out")
     prepare.check_hashes(folder)
     model = train_gpt.find_tokenizer(train_gpt.Config(data_path=str(folder)))
     if model is None:
         raise UserError(f"{folder} has no *.model; copy the tokenizer that made the shards into it")
-    processor, manifest = prepare.load_tokenizer(str(model)), prepare.read_object(folder / prepare.MANIFEST_NAME)
+    manifest = prepare.read_object(folder / prepare.MANIFEST_NAME)
     _, counts, caseops = prepare.audit_bytes(folder, model, manifest)
     if not caseops:
         raise UserError(f"{folder}: {model.name} is for plain text, which has no pairs to fuse; give CaseOps data")
-    fusion = PairFusion.of(processor)
     out.mkdir(parents=True, exist_ok=True)
-    made = {}
+    with train_gpt.locked(out, "another --out"):
+        try:
+            return write_fused(folder, out, model, manifest, int(counts.sum(dtype=np.int64)))
+        except BaseException:
+            # it was empty: nothing here is older than this run, and the same command can begin again
+            for path in set(out.iterdir()) - {out / "lock"}:
+                path.unlink()
+            raise
+
+
+def write_fused(folder: Path, out: Path, model: Path, manifest: dict, sidecar_bytes: int) -> dict:
+    """Write fused shards, tokenizer and manifest; return the manifest, made of the folder's own."""
+    processor = prepare.load_tokenizer(str(model))
+    fusion, made = PairFusion.of(processor), {}
     for split in ("val", "train"):
         made |= fuse_split(folder, out, split, fusion)
     shutil.copyfile(model, out / model.name)
     # The audit holds the new sidecar against this sum.
-    byte_audit = {"byte_audit": {"sidecar_bytes": int(counts.sum(dtype=np.int64))}}
     manifest = (
-        byte_audit
+        {"byte_audit": {"sidecar_bytes": sidecar_bytes}}
         | {key: value for key, value in manifest.items() if key not in STALE}
         | {
             "tool": "data/fuse_shards.py",
@@ -106,7 +120,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted; remove {arguments.out} and run again", file=sys.stderr)
+        print("interrupted; run again", file=sys.stderr)
         return 130
     tokens = sum(row["tokens"] for row in manifest["shards"])
     print(f"{len(manifest['shards'])} shards, {tokens:,} tokens; check them with: prepare.py audit {arguments.out}")

@@ -48,6 +48,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -78,6 +79,7 @@ FIRST_SYMBOL = 4  # id of the first transform symbol, after pad, BOS, EOS and un
 CHUNK_BYTES, CHUNK_DOCS = 1 << 18, 512  # one task for a worker: large enough that handing it over costs little
 STATE_NAME, MANIFEST_NAME, SAMPLE_NAME = "prepare.state.json", "manifest.json", "sample.jsonl"
 START_OVER = "use --overwrite or another --out"
+NO_TEXT = "the training documents hold no text; look at --docs and --text-key"
 SAMPLE_MAX_SHARE = 0.05  # the sample's prose repeats itself: one method is described in many classes
 
 
@@ -106,8 +108,9 @@ class Options:
             ((self.tokenizer is None) == (self.vocab_size > 0), "give either --tokenizer MODEL or --vocab-size N"),
             (self.vocab_size <= MAX_VOCAB, f"--vocab-size {self.vocab_size} does not fit uint16: at most {MAX_VOCAB}"),
             (self.val_docs >= 1, f"--val-docs {self.val_docs}: at least 1"),
-            (self.shard_tokens >= 1, f"--shard-tokens {self.shard_tokens}: at least 1"),
-            (self.sample_mb > 0, f"--tokenizer-sample-mb {self.sample_mb}: more than 0"),
+            # a header holds the number in 32 bits
+            (1 <= self.shard_tokens < 2**31, f"--shard-tokens {self.shard_tokens}: from 1 to {2**31 - 1}"),
+            (1e-6 <= self.sample_mb <= 1e9, f"--tokenizer-sample-mb {self.sample_mb}: from 1e-6 to 1e9"),
             (0 <= self.max_overlap <= 1, f"--max-overlap {self.max_overlap}: a share from 0 to 1, such as {MAX_SHARE}"),
             (self.jobs >= 1, f"--jobs {self.jobs}: at least 1"),
         ]
@@ -217,7 +220,7 @@ class ShardFile:
             yield
         except OSError as error:
             reason = error.strerror or str(error)
-            raise UserError(f"{self.tmp}: cannot be written ({reason}); make room and run again, it resumes") from error
+            raise UserError(f"{self.tmp}: cannot be written ({reason}); make room and run again") from error
 
     def finish(self) -> dict:
         """Complete the header, give the file its name, and return its row for the manifest."""
@@ -456,6 +459,25 @@ def encode_task(task: Task) -> list[Document]:
 
 
 @contextlib.contextmanager
+def interrupt_held() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done: it would leave a worker half started, which nobody then stops."""
+    noted: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if noted and handler is not signal.SIG_IGN:
+        raise KeyboardInterrupt
+
+
+def leave_with_parent() -> None:
+    """End this worker when the process that gave it work is gone; a killed one cannot tell it to stop."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@contextlib.contextmanager
 def started_workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """Give a pool of processes that leave Ctrl-C to this one, and shut it down in order."""
     # A fork of this process would copy its threads' locks. The server has none; it imports torch once for all workers.
@@ -464,19 +486,14 @@ def started_workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     # The server and its workers inherit a blocked SIGINT, and so hear none, not even while they import. The tracker of
     # resources comes first, because its start would unblock the signal.
     multiprocessing.resource_tracker.ensure_running()
-    # This process notes a Ctrl-C until all workers are started: one that finds its parent gone prints a traceback.
-    noted: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    with ProcessPoolExecutor(jobs, mp_context=server) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=server, initializer=leave_with_parent) as pool:
         try:
-            pool.submit(os.getpid)  # the first task starts all workers
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            signal.signal(signal.SIGINT, handler)
-        try:
-            if noted:
-                raise KeyboardInterrupt
+            with interrupt_held():
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+                try:
+                    pool.submit(os.getpid)  # the first task starts the server and a worker
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             yield pool
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -494,7 +511,8 @@ def ordered_map(tasks: Iterable[Task], jobs: int) -> Iterator[tuple[Task, list[D
     with started_workers(jobs) as pool:
         try:
             for task in tasks:
-                waiting.append((task, pool.submit(encode_task, task)))
+                with interrupt_held():  # the task may start a worker
+                    waiting.append((task, pool.submit(encode_task, task)))
                 if len(waiting) >= 4 * jobs:
                     done, future = waiting.popleft()
                     yield done, future.result()
@@ -543,6 +561,8 @@ class State:
             values |= {name: Counter(values[name]) for name in ("audit", "round_trip")}
             if any(type(value) is not type(kinds[name]) for name, value in values.items() if value is not None):
                 raise TypeError("a value is of another type")
+            if not all({"name", "fingerprint"} <= row.keys() for row in [*values["shards"], *values["sidecars"]]):
+                raise KeyError("a row of a shard lacks something")
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}: not a journal of this version; {START_OVER}") from error
@@ -630,6 +650,13 @@ class Preparation:
         write_json(self.options.out / STATE_NAME, vars(self.state))
 
     def run(self) -> dict:
+        """Do what is still to be done, alone in the output directory, and return the manifest."""
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        # two would write into the same temporary files
+        with train_gpt.locked(self.options.out, "another --out"):
+            return self.run_alone()
+
+    def run_alone(self) -> dict:
         """Do what is still to be done and return the manifest."""
         manifest = self.open_out()
         if manifest is not None:
@@ -638,6 +665,8 @@ class Preparation:
         self.write_shards()
         if not self.state.splits["train"]["docs"]:
             raise self.nothing_to_train_on(self.state.docs_done)
+        if self.state.splits["train"]["tokens"] == self.state.splits["train"]["docs"]:
+            raise UserError(NO_TEXT)  # each document is BOS alone
         self.refuse_loss(self.state.round_trip)
         overlap = measure_overlap(self.options.out) | {"limit": self.options.max_overlap}
         refuse_overlap(overlap, self.options.max_overlap)
@@ -656,8 +685,8 @@ class Preparation:
     def open_out(self) -> dict | None:
         """Return the manifest if the output directory is complete; else load or start the journal."""
         out = self.options.out
-        out.mkdir(parents=True, exist_ok=True)
-        ours = [*out.glob("fineweb_*.bin"), *out.glob("*.tmp"), *out.glob("*.model")]
+        patterns = ("fineweb_*.bin", "fineweb_*.tmp", "*.model", "*.model.tmp", "*.json.tmp")
+        ours = [path for pattern in patterns for path in out.glob(pattern)]
         ours += [path for path in (out / STATE_NAME, out / MANIFEST_NAME) if path.exists()]
         given = self.options.tokenizer.resolve() if self.options.tokenizer else None
         ours = [path for path in ours if path.resolve() != given]
@@ -669,6 +698,7 @@ class Preparation:
         elif (out / STATE_NAME).exists():
             state = State.load(out / STATE_NAME)
             self.refuse_change(state.settings, state.sources)
+            self.check_files([*state.shards, *state.sidecars])
             self.state = state
             self.val_index = {digest: index for index, digest in enumerate(state.val_hashes)}
         elif foreign := [path.name for path in ours if path.suffix != ".tmp"]:
@@ -695,16 +725,19 @@ class Preparation:
             sources = [{key: row[key] for key in ("name", "sha256", "bytes")} for row in manifest["sources"]]
             self.refuse_change(manifest["settings"], sources)
             rows = [*manifest["shards"], *manifest["sidecars"], manifest["tokenizer"]]
-            prints = {row["name"]: row["fingerprint"] for row in rows}
             self.refuse_loss(manifest["round_trip"])
             refuse_overlap(manifest["overlap"], self.options.max_overlap)
+            self.check_files(rows)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not written by this version of the tool; {START_OVER}") from error
-        for name, wanted in prints.items():
-            file = self.options.out / name
-            if not file.is_file() or train_gpt.fingerprint(file) != wanted:
-                raise UserError(f"{file}: gone, or not the file of the manifest; use --overwrite")
         return manifest
+
+    def check_files(self, rows: list[dict]) -> None:
+        """UserError for a file that is gone or is not what its row in journal or manifest says."""
+        for row in rows:
+            file = self.options.out / row["name"]
+            if not file.is_file() or train_gpt.fingerprint(file) != row["fingerprint"]:
+                raise UserError(f"{file}: gone, or not the file that was written; put it back, or use --overwrite")
 
     def make_tokenizer(self) -> None:
         """Copy or train the tokenizer, unless an earlier run did."""
@@ -715,12 +748,17 @@ class Preparation:
             return
         if given is None:
             sample = self.sample_text()
+            if not any(map(str.strip, sample.texts())):
+                raise UserError(NO_TEXT)
             print(f"training a tokenizer of {self.options.vocab_size} pieces on {sample.size:,} bytes", file=sys.stderr)
             symbols = self.transform.symbols if self.transform else ()
             rewrite = self.transform.encode if self.transform else str
             atomic_write(self.model, train_tokenizer(map(rewrite, sample.texts()), self.options.vocab_size, symbols))
         elif given.resolve() != self.model.resolve():
             atomic_write(self.model, given.read_bytes())
+        # this process may have read another tokenizer of that name
+        load_tokenizer.cache_clear()
+        load_table.cache_clear()
         state.tokenizer_sha256 = sha256_file(self.model)
         self.save()
 
@@ -970,6 +1008,8 @@ def audit(folder: Path, seq_len: int = 2048, max_overlap: float | None = None) -
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such directory")
+    if max_overlap is not None and not 0 <= max_overlap <= 1:
+        raise UserError(f"--max-overlap {max_overlap}: a share from 0 to 1, such as {MAX_SHARE}")
     files, manifest = check_hashes(folder), read_object(folder / MANIFEST_NAME)
     model = train_gpt.find_tokenizer(train_gpt.Config(data_path=str(folder)))
     if model is None:
@@ -1023,10 +1063,12 @@ def audit_main(argv: list[str]) -> None:
 # +---------------------------------------------------------------------------+
 
 
-def write_sample(path: Path) -> None:
-    """Write the sample as .jsonl."""
+def write_sample(path: Path, overwrite: bool) -> None:
+    """Write the sample as .jsonl. UserError for another file of that name, unless `overwrite`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in sample_documents())
+    if path.exists() and not overwrite and path.read_bytes() != lines.encode():
+        raise UserError(f"{path} is not the sample of this Python; {START_OVER}")
     atomic_write(path, lines.encode())
 
 
@@ -1047,7 +1089,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="output directory")
     add("--jobs", type=int, default=cores, help="worker processes (default: all cores)")
     add("--shard-tokens", type=int, default=Options.shard_tokens, help=f"tokens per shard {default}")
-    add("--overwrite", action="store_true", help="remove an earlier preparation in DIR first")
+    add("--overwrite", action="store_true", help="first remove shards, manifest and every *.model in DIR")
     add("--caseops", action="store_true", help="turn capitals into operators; validation gets a byte sidecar")
     add("--fuse-pairs", action="store_true", help="with --caseops: a space and the operator after it become one token")
     if is_sample:
@@ -1119,7 +1161,7 @@ def main(argv: list[str]) -> int:
         transform = (FusedCaseOps() if fuse else CaseOps()) if caseops else None
         if "docs" not in values:
             values["docs"] = [values["out"] / SAMPLE_NAME]
-            write_sample(values["docs"][0])
+            write_sample(values["docs"][0], values["overwrite"])
         values["docs"] = tuple(values["docs"])
         report(prepare(Options(**values), transform))
     except (UserError, OSError) as error:

@@ -127,7 +127,8 @@ def stdlib_paragraphs(prose: ProseFilter) -> Iterator[list[str]]:
     files: list[Path] = []
     for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
         subfolders[:] = sorted(set(subfolders) - SKIPPED_DIRS)
-        files += [Path(folder, name) for name in sorted(names)]
+        # some distributions leave links there whose targets come with another package
+        files += [path for name in sorted(names) if (path := Path(folder, name)).is_file()]
     for path in files:
         if path.suffix == ".py" and path.parent.name != "pydoc_data":
             yield module_paragraphs(path.read_bytes(), prose)

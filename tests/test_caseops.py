@@ -480,6 +480,26 @@ def test_finished_shards_are_fused_across_their_borders(
         assert error[-1].startswith("error: ") and message in error[-1], error
 
 
+def test_a_stopped_fusion_leaves_nothing(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    out, write_json = tmp_path / "out", prepare.write_json
+    for stop, status, message in (
+        (KeyboardInterrupt(), 130, "interrupted; run again"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left"),
+    ):
+
+        def stopped(*arguments: object, stop: BaseException = stop) -> None:
+            assert len(list(out.iterdir())) > 5
+            raise stop
+
+        monkeypatch.setattr(prepare, "write_json", stopped)
+        assert fuse_shards.main([str(prepared), "--out", str(out)]) == status
+        assert message in capsys.readouterr().err and not list(out.iterdir())
+    monkeypatch.setattr(prepare, "write_json", write_json)
+    assert fuse_shards.main([str(prepared), "--out", str(out)]) == 0
+
+
 def spoilt(
     folder: Path, room: Path, sizes: np.ndarray | None = None, tokens: np.ndarray | None = None, **manifest: object
 ) -> Path:

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 import documents
 import download
+import interrupts
 import numpy as np
 import overlap
 import prepare
@@ -35,14 +36,14 @@ import sentencepiece as spm
 import stdlib_prose
 import zstandard
 from caseops import CaseOps
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pair_fusion import FusedCaseOps
 from prepare import Options
 from round_trip import lost_characters, most_bytes
 from stdlib_prose import ProseFilter
 
-from train_gpt import Config, UserError, byte_table, fingerprint, load_val, read_shard
+from train_gpt import Config, UserError, byte_table, fingerprint, load_val, locked, read_shard
 
 FAULTS = Path(__file__).parent / "faults"  # small inputs that an earlier version got wrong, with random words
 
@@ -151,6 +152,7 @@ def test_stream_equals_the_published_layout(
     folder = tmp_path_factory.mktemp("stream")
     val_docs, shard_tokens = data.draw(st.integers(1, len(texts) - 1)), data.draw(st.integers(5, 200))
     docs = write_jsonl(folder / "docs.jsonl", texts)
+    assume(len(expected_stream(model, texts[val_docs:])) > len(texts) - val_docs)  # else: no text to train on
     options = Options((docs,), folder / "out", model, val_docs=val_docs, shard_tokens=shard_tokens)
     manifest = prepare.prepare(options)
     names = [shard["name"] for shard in manifest["shards"]]
@@ -255,6 +257,21 @@ def test_sources_follow_the_order_of_the_arguments(tmp_path: Path, model: Path) 
     assert [source["docs"] for source in manifest["sources"]] == [3, 3]
 
 
+def test_links_that_would_leave_documents_out_are_refused(tmp_path: Path, model: Path) -> None:
+    tree, away = tmp_path / "tree", tmp_path / "away"
+    for seed, folder in enumerate((tree, away)):
+        folder.mkdir()
+        write_jsonl(folder / "a.jsonl", make_texts(9, seed=seed))
+    for name, target in (("b", away), ("b", tmp_path / "gone"), ("b.jsonl", tmp_path / "gone.jsonl")):
+        link = tree / name
+        link.symlink_to(target)
+        refused(f"{link}: a link to a directory or to nothing", (tree,), tmp_path / "out", model, val_docs=3)
+        link.unlink()
+    link.symlink_to(away / "a.jsonl")
+    manifest = prepare.prepare(Options((tree,), tmp_path / "out", model, val_docs=3))
+    assert manifest["sources"][0]["docs"] == 18, "a link to a file is followed"
+
+
 GOOD = b'{"text": "fine"}\n'
 MANY = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(2000, words=20)).encode()
 BAD_INPUTS = [
@@ -276,6 +293,7 @@ BAD_INPUTS = [
     ("x.jsonl.zst", b"\x28\xb5\x2f\xfd\x00\xb0\x39\x00\x00" + b"nothing", r"x\.jsonl\.zst: its window is over 2 GiB"),
     ("x.parquet", b"PAR1 not really", r"x\.parquet: cannot be read"),
     ("x.jsonl", GOOD, "nothing is left to train on"),
+    ("x.jsonl", GOOD + 3 * b'{"text": " "}\n', "the training documents hold no text; look at --docs and --text-key"),
 ]
 
 
@@ -299,9 +317,11 @@ def test_the_column_of_a_parquet_file_is_chosen(tmp_path: Path, model: Path) -> 
 
 
 def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
-    for name, value in {"val_docs": 0, "vocab_size": 65537, "jobs": 0, "shard_tokens": 0, "sample_mb": 0}.items():
-        with pytest.raises(UserError, match=f"{name.replace('_', '.')} {value}"):
-            Options(**{"docs": (tmp_path,), "out": tmp_path, "vocab_size": 400, name: value})
+    wrong_numbers = {"val_docs": [0], "vocab_size": [65537], "jobs": [0], "shard_tokens": [0, 2**31]}
+    for name, values in (wrong_numbers | {"sample_mb": [0, 1e-7, 1e10, float("inf"), float("nan")]}).items():
+        for value in values:
+            with pytest.raises(UserError, match=re.escape(f"{name.replace('_', '-')} {value}")):
+                Options(**{"docs": (tmp_path,), "out": tmp_path, "vocab_size": 400, name: value})
     for wrong, message in (({"vocab_size": 0}, "either --tokenizer"), ({"docs": ()}, "names no file")):
         with pytest.raises(UserError, match=message):
             Options(**{"docs": (tmp_path,), "out": tmp_path, "vocab_size": 400, **wrong})
@@ -384,8 +404,9 @@ def test_preparation_and_audit_fail_above_the_stated_share(
     refused(message, max_overlap=overlap.MAX_SHARE, **common)
     assert prepare.main(["audit", str(common["out"])]) == 0, "the manifest allows it"
     assert f"({found['share']:.2%}) lie in runs of 64" in capsys.readouterr().out
-    assert prepare.main(["audit", str(common["out"]), "--max-overlap", "nan"]) == 2
-    assert "at most nan% may" in capsys.readouterr().err
+    for share in ("nan", "1.5", "-0.1"):
+        assert prepare.main(["audit", str(common["out"]), f"--max-overlap={share}"]) == 2
+        assert f"--max-overlap {share}: a share from 0 to 1" in capsys.readouterr().err
     assert prepare.main(["audit", str(common["out"]), "--max-overlap", "0.01"]) == 2
     assert re.search(message, capsys.readouterr().err.removeprefix("error: "))
 
@@ -650,6 +671,48 @@ def test_resume_does_not_repeat_finished_shards(
         encoded.clear()
 
 
+def test_resume_looks_at_finished_shards(tmp_path: Path, docs: Path) -> None:
+    options = {"docs": (docs,), "out": tmp_path / "out", "vocab_size": 320, "val_docs": 5, "shard_tokens": 300}
+    with broken_after("finish", 3), pytest.raises(KeyboardInterrupt):
+        prepare.prepare(Options(**options), Shout())
+    journal = options["out"] / prepare.STATE_NAME
+    state = json.loads(journal.read_text())
+    for row in (state["shards"][0], state["sidecars"][0]):
+        shard = options["out"] / row["name"]
+        raw = shard.read_bytes()
+        for change in (raw[:-1] + bytes([raw[-1] ^ 1]), None):
+            shard.unlink() if change is None else shard.write_bytes(change)
+            with pytest.raises(UserError, match=f"{row['name']}: gone, or not the file that was written; put it back"):
+                prepare.prepare(Options(**options), Shout())
+        shard.write_bytes(raw)
+    journal.write_text(json.dumps(state | {"shards": [{"name": "x"}]}))
+    with pytest.raises(UserError, match="not a journal of this version"):
+        prepare.prepare(Options(**options), Shout())
+    journal.write_text(json.dumps(state))
+    prepare.prepare(Options(**options), Shout())
+
+
+def test_two_preparations_do_not_share_a_directory(tmp_path: Path, model: Path, docs: Path) -> None:
+    options = {"docs": (docs,), "out": tmp_path / "out", "tokenizer": model, "val_docs": 5}
+    options["out"].mkdir()
+    with locked(options["out"]):
+        refused(rf"is in use by process {os.getpid()} .*; wait, or choose another --out", **options)
+    (options["out"] / "lock").write_text("left by a process that was killed")
+    prepare.prepare(Options(**options))
+    assert not (options["out"] / "lock").exists()
+    (options["out"] / "lock").touch()
+    assert prepare.audit(options["out"]).files == 3
+
+
+def test_a_second_tokenizer_of_the_same_name_is_read_again(tmp_path: Path, docs: Path) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", [text.upper() for text in make_texts(30)])
+    options = {"out": tmp_path / "out", "vocab_size": 320, "val_docs": 5, "overwrite": True}
+    for source in (docs, other):
+        prepare.prepare(Options((source,), **options))
+    texts = [json.loads(line)["text"] for line in other.open()]
+    assert read_split(tmp_path / "out", "val").tolist() == expected_stream(tmp_path / "out/bpe_320.model", texts[:5])
+
+
 def test_changed_arguments_or_inputs_are_refused(tmp_path: Path, model: Path, docs: Path) -> None:
     out, kept = tmp_path / "out", docs.read_bytes()
     common = {"docs": (docs,), "out": out, "tokenizer": model, "shard_tokens": 300}
@@ -662,7 +725,10 @@ def test_changed_arguments_or_inputs_are_refused(tmp_path: Path, model: Path, do
         docs.write_bytes(kept + GOOD)
         refused("the documents are not the same", val_docs=5, **common)
         docs.write_bytes(kept)
+    for name in ("mine.tmp", "fineweb_train_000009.bin.tmp", "x.model.tmp", f"{prepare.STATE_NAME}.tmp"):
+        (out / name).touch()
     manifest = prepare.prepare(Options(val_docs=6, overwrite=True, **common | {"shard_tokens": 10**6}))
+    assert [path.name for path in out.glob("*.tmp")] == ["mine.tmp"]
     assert len(list(out.glob("*.bin"))) == len(manifest["shards"]) == 2
 
 
@@ -755,6 +821,56 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def group(pid: int) -> list[int]:
+    """The processes of a session that are not yet dead."""
+    rows = [(path.name, path.joinpath("stat")) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    found = []
+    for name, stat in rows:
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            found += [int(name)] if session == str(pid) and state not in "ZX" else []
+    return found
+
+
+def test_a_killed_preparation_leaves_no_workers(tmp_path: Path, model: Path) -> None:
+    docs = tmp_path / "docs.jsonl"
+    docs.write_bytes(20 * MANY)
+    command = [sys.executable, prepare.__file__, "--docs", str(docs), "--tokenizer", str(model), "--val-docs", "5"]
+    command += ["--jobs", "2", "--drop-overlap", "--shard-tokens", "3000", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+        process.stderr.readline()  # the first shard has its name, so the workers work
+        started = group(process.pid)
+        process.kill()
+    for _ in range(1200):
+        if not group(process.pid):
+            break
+        time.sleep(0.1)
+    left = group(process.pid)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert len(started) > 3 and not left
+
+
+def test_an_interrupt_waits_for_a_worker_and_is_ignored_where_it_was() -> None:
+    done, before = [], signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt), prepare.interrupt_held():
+            signal.raise_signal(signal.SIGINT)
+            done.append("the block goes on")
+        assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        # as a shell starts the background jobs of a script
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        interrupts.quiet_until_main()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        interrupts.main_begins()
+        with prepare.interrupt_held():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_interrupt_while_workers_start_is_one_line(tmp_path: Path, model: Path, docs: Path) -> None:
     command = [sys.executable, prepare.__file__, "--docs", str(docs), "--tokenizer", str(model), "--val-docs", "5"]
     command += ["--jobs", "2", "--out", str(tmp_path / "out")]
@@ -794,6 +910,18 @@ def test_validation_default_is_the_published_split_and_both_forms_take_caseops()
             assert args.max_overlap == (0.05 if form.startswith("sample") else 0.01), form
 
 
+def test_a_file_named_like_the_sample_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare, "sample_documents", functools.partial(make_texts, 30))
+    path, command = tmp_path / prepare.SAMPLE_NAME, ["sample", "--vocab-size", "320", "--jobs", "1"]
+    command += ["--max-overlap", "1", "--out", str(tmp_path)]
+    path.write_text("mine")
+    assert prepare.main(command) == 2 and path.read_text() == "mine"
+    assert "sample.jsonl is not the sample of this Python; use --overwrite" in capsys.readouterr().err
+    assert prepare.main([*command, "--overwrite"]) == prepare.main(command) == 0
+
+
 def test_sample_is_prose_of_useful_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the modules at the top of the library, with one of each other kind of file."""
     library, out, names = tmp_path / "library", tmp_path / "out", "note.txt pack.whl!m.py sub/m.py test/m.py".split()
@@ -806,6 +934,7 @@ def test_sample_is_prose_of_useful_length(tmp_path: Path, monkeypatch: pytest.Mo
         wheel.writestr("m.py", f'"""{planted["pack.whl!m.py"]}"""')
     for path in Path(sysconfig.get_path("stdlib")).glob("*.py"):
         (library / path.name).symlink_to(path)
+    (library / "gone.py").symlink_to(library / "nothing")
     monkeypatch.setattr(stdlib_prose, "sysconfig", SimpleNamespace(get_path=lambda name: str(library)))
     assert prepare.main(["sample", "--out", str(out), "--vocab-size", "512", "--val-docs", "20", "--jobs", "1"]) == 0
     manifest = json.loads((out / "manifest.json").read_text())
