@@ -28,6 +28,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -351,7 +352,9 @@ def reduce_as_rank(backend: str) -> int:
     device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=train_gpt.datetime.timedelta(seconds=REDUCE_SECONDS / 3))
+    # the group of a GPU is the one that training has
+    group = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
+    dist.init_process_group(group, timeout=train_gpt.datetime.timedelta(seconds=REDUCE_SECONDS / 3))
     x = torch.full((REDUCE_MIB * 2**18,), rank + 1.0, device=device)
     dist.all_reduce(x)
     good = bool((x == world * (world + 1) / 2).all())
@@ -959,6 +962,9 @@ def main(argv: list[str]) -> int:
         args = parse(argv)
         if args.as_rank:
             return reduce_as_rank(args.as_rank)
+        if args.out and not args.out.absolute().parent.is_dir():
+            # now, and not after the twenty steps
+            raise UserError(f"--out {args.out}: there is no folder {args.out.parent}; make it first")
         page = open_page(args)
         found = print_page(page, ROWS, (lambda line: None) if args.json else lambda line: print(line, flush=True))
         text = json.dumps(found)
@@ -979,4 +985,8 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     main_begins()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # like Ctrl-C, which ends the twenty steps and removes their folder; nohup and torchrun's ranks keep their own
+        if "--as-rank" not in sys.argv and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -35,6 +35,7 @@ from train_gpt import Config, UserError  # noqa: E402
 
 STEPS = 20
 WARM_UP = 2  # steps for each graph before the clock: the first compiles, the second lets the allocator settle
+GRACE = 45  # seconds from SIGTERM to SIGKILL: torchrun needs 30 to end its ranks
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -80,7 +81,7 @@ def last_line(output: str) -> str:
 
 def stop_group(process: subprocess.Popen) -> None:
     """End a process and its group. torchrun's workers have sessions of their own, and only torchrun ends them."""
-    for number, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, None)):
+    for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -166,8 +167,12 @@ class Sample(NamedTuple):
 def write_sample(folder: Path, cfg: Config, ranks: int) -> Sample:
     """Fill a data folder: sampled validation documents with their bytes, the same training shards and tokenizer."""
     source = Path(cfg.data_path)
-    for path in (*source.glob("fineweb_train_*.bin"), *filter(None, [train_gpt.find_tokenizer(cfg)])):
-        (folder / path.name).symlink_to(path.resolve())
+    linked = {path.name: path for path in source.glob("fineweb_train_*.bin")}
+    if tokenizer := train_gpt.find_tokenizer(cfg):
+        # the program looks for *.model; TOKENIZER_PATH may have any name
+        linked[tokenizer.name if tokenizer.suffix == ".model" else "tokenizer.model"] = tokenizer
+    for name, path in linked.items():
+        (folder / name).symlink_to(path.resolve())
     parts = {
         kind: [train_gpt.read_shard(path) for path in train_gpt.list_shards(cfg.data_path, kind)]
         for kind in ("val", "val_bytes")

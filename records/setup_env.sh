@@ -4,7 +4,7 @@
 # Afterwards ROOT is the repository, PY the interpreter of the environment. pip's own variables (PIP_INDEX_URL,
 # PIP_EXTRA_INDEX_URL ...) work as usual, for example to take the smaller CPU-only torch from PyTorch's index.
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$ROOT/.venv}"
 [[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
 PY="$VENV/bin/python"
@@ -70,9 +70,16 @@ install_requirements() {
   echo "$stamp" >"$stamp_file" # last, so that an interrupted installation is taken up again
 }
 
+# one start at a time: another would find half an environment here, or remove the one that this one is making
+exec 9<"$ROOT/requirements.txt"
+if command -v flock >/dev/null && ! flock -n 9; then
+  echo "environment: another start is at work on it; waiting"
+  flock 9 || true # a file system without locks
+fi
 if [[ -e "$VENV" && ! -x "$PY" && -n "$(ls -A "$VENV")" ]]; then
   die "$VENV exists but is no virtual environment (no bin/python); remove it or choose another place with VENV="
 fi
 [[ -x "$PY" ]] || make_venv
 is_new_enough "$PY" || die "$VENV holds $("$PY" --version 2>&1); version 3.11 or newer is needed: remove it or choose another place with VENV="
 install_requirements
+exec 9<&-

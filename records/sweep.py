@@ -51,6 +51,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import difflib
 import fcntl
@@ -131,7 +132,7 @@ AFTER_TRAINING = 10**9  # the "step" at which the score before quantisation is r
 POLL, BEAT, STALE = 0.5, 10.0, 300.0  # seconds: between looks, between signs of life, until a silent worker is dead
 GRACE = 45  # seconds from SIGINT to SIGKILL: torchrun needs 30 to end its ranks
 MAX_DEATHS = 2  # a trial that two workers died of is not put back
-ERROR_LINE = r"^(?:error: .+|(?:\w+\.)*\w*(?:Error|Exception)\b.*)$"
+ERROR_LINE = r"^(?:\[rank\d+\]: )?(error: .+|(?:\w+\.)*\w*(?:Error|Exception)\b.*)$"
 
 
 # +---------------------------------------------------------------------------+
@@ -308,8 +309,10 @@ def read_search(table: dict[str, Any], where: str) -> tuple[dict[str, Range | li
             if KNOBS[name].type not in ("int", "float") or not {"low", "high"} <= value.keys():
                 raise UserError(f"{where} {name}: a range is {{ low = .., high = .. }} of a knob that is a number")
             found[name] = Range(**value)
-            if not value["low"] < value["high"] or (found[name].log and value["low"] <= 0):
-                raise UserError(f"{where} {name}: low must be less than high, and above 0 with log = true")
+            if not -math.inf < value["low"] < value["high"] < math.inf or (found[name].log and value["low"] <= 0):
+                raise UserError(f"{where} {name}: low must be less than high, both finite, and above 0 with log = true")
+            if KNOBS[name].type == "int" and not all(float(end).is_integer() for end in found[name][:2]):
+                raise UserError(f"{where} {name}: low and high must be whole numbers, as those of the knob are")
         elif isinstance(value, list) and value:
             found[name] = [knob_text(item, f"{where} {name}") for item in value]
         else:
@@ -322,7 +325,7 @@ def read_gate(table: dict[str, Any], where: str) -> dict[int, float]:
     check_keys(table, GATE_KEYS, where)
     found = {}
     for step, margin in table.get("train_loss", {}).items():
-        if not step.isdecimal() or not int(step) or not is_a(margin, REAL) or margin < 0:
+        if not step.isdecimal() or not int(step) or not is_a(margin, REAL) or not 0 <= margin < math.inf:
             raise UserError(f"{where}train_loss: {step} = {margin!r} must be STEP = MARGIN, in nats per token")
         found[int(step)] = float(margin)
     if "pre_quant" in table:
@@ -377,9 +380,9 @@ def build_spec(path: Path, table: dict[str, Any]) -> Spec:
         raise UserError("say either seeds = [..] or from = .. (whose runs have their seeds)")
     sources = read_sources(table["from"], stages) if fixed else {}
     seeds = tuple(sources or table["seeds"])
-    if not seeds or len(set(seeds)) < len(seeds) or not all(is_a(s, (int,)) and s >= 0 for s in seeds):
+    if not seeds or not all(is_a(s, (int,)) and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds = {list(seeds)} must be different whole numbers from 0 up")
-    if "base" not in table and not fixed:
+    if not table.get("base") and not fixed:
         raise UserError("base is missing; name a preset, for example base = 'records/demo'")
     variants = {BASE: {}}
     for name, knobs in table.get("variants", {}).items():
@@ -405,7 +408,7 @@ def build_spec(path: Path, table: dict[str, Any]) -> Spec:
         launch=table.get("launch", "python"),
         score=score,
         stages=stages,
-        storage=table.get("storage", str(out / "trials.journal")),
+        storage=table.get("storage") or str(out / "trials.journal"),
         out=out,
         common=read_knobs(table.get("set", {}), "[set]"),
         variants=variants,
@@ -448,6 +451,14 @@ def check_runs(spec: Spec) -> None:
         raise UserError("[gate] has nothing to look at: with `from`, nothing is trained")
 
 
+def check_launcher(spec: Spec) -> None:
+    """UserError if the program that starts runs is not on this machine; a report needs none."""
+    if not shutil.which(launch_command(spec.launch)[0]):
+        raise UserError(
+            f"{spec.path}: launch = {spec.launch!r}: no such program here; install it, or say launch = 'python'"
+        )
+
+
 def check_gate(gate: Mapping[int, float], cfg: Config) -> None:
     """UserError for a step whose training loss a run does not write."""
     for step in gate.keys() - {AFTER_TRAINING}:
@@ -468,7 +479,11 @@ def launch_command(launch: str) -> list[str]:
     words: list[str] = []
     program = str(ROOT / "train_gpt.py")
     own = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    for word in shlex.split(launch):
+    try:
+        given = shlex.split(launch)
+    except ValueError as error:
+        raise UserError(f"launch = {launch!r}: {error}; mend its quotation marks") from None
+    for word in given:
         words += own.get(word, [word.replace("{program}", program)])
     return words if not words or "{program}" in launch else [*words, program]
 
@@ -515,6 +530,7 @@ class Engine:
         self.spec, self.gate, self.rows = spec, Gate(spec.gate), spec.rows()
         self.check: Callable[[], None] = lambda: None  # raises KeyboardInterrupt if that is asked for
         self.slots = {row.slot for row in self.rows}
+        self.names = {row.slot: row.name for row in self.rows}
         file = storage_file(spec.storage) or spec.out / "trials"
         self.queue_lock = file.with_name(f"{file.name}.queue")  # Optuna has a .lock of its own there
         # another base, program, start or search: another study for Optuna, as its trials compare with nothing here
@@ -535,7 +551,17 @@ class Engine:
     def trials(self) -> list[FrozenTrial]:
         """The trials of the study as the file is now, in the order of the queue."""
         found = [t for t in self.study.get_trials(deepcopy=False) if is_run(t)]
-        return [t for t in found if t.user_attrs["slot"] in self.slots or is_point(t)]
+        return [self.renamed(t) for t in found if t.user_attrs["slot"] in self.slots or is_point(t)]
+
+    def renamed(self, trial: FrozenTrial) -> FrozenTrial:
+        """The trial under the name that its variant has in the study file now."""
+        name = self.names.get(trial.user_attrs["slot"], trial.user_attrs["name"])
+        if name == trial.user_attrs["name"]:
+            return trial
+        # the storage's own object stays as it is
+        trial = copy.copy(trial)
+        trial.user_attrs = trial.user_attrs | {"name": name}
+        return trial
 
     def latest(self) -> dict[str, FrozenTrial]:
         """Slot -> its last attempt."""
@@ -576,6 +602,9 @@ class Engine:
         # Optuna locks the row of a trial that it hands out, which SQLite does not know: two workers could have it
         with self.queue_lock.open("a") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
+            # asked again: another worker may have begun a trial since
+            if self.exhausted():
+                return None
             waiting = [t for t in self.trials() if t.state == WAITING]
             # what was put back keeps its turn; study.ask() does the same by number alone
             for frozen in sorted(waiting, key=lambda t: (t.user_attrs["attempt"] == 1, t.number)):
@@ -586,7 +615,8 @@ class Engine:
 
     def take(self, frozen: FrozenTrial, lock: Path) -> Trial | None:
         """Sign a trial that is now this worker's; None for the second of two equal ones, which is void."""
-        for key, fact in {"worker": [platform.node(), str(lock)], "began": time.time()}.items():
+        facts = {"worker": [platform.node(), str(lock)], "began": time.time(), "name": frozen.user_attrs["name"]}
+        for key, fact in facts.items():
             self.storage.set_trial_user_attr(frozen._trial_id, key, fact)
         place = [frozen.user_attrs[key] for key in ("slot", "attempt")]
         twins = [t.number for t in self.trials() if [t.user_attrs[key] for key in ("slot", "attempt")] == place]
@@ -668,7 +698,7 @@ def is_run(trial: FrozenTrial) -> bool:
 
 def is_point(trial: FrozenTrial | Trial) -> bool:
     """Whether a trial belongs to the search."""
-    return trial.user_attrs["name"].startswith("point")
+    return re.fullmatch(r"point\d+", trial.user_attrs["name"]) is not None
 
 
 def by_slot(trials: list[FrozenTrial]) -> dict[str, list[FrozenTrial]]:
@@ -937,7 +967,16 @@ def first_error(console: Path, code: int) -> str:
     text = text.rpartition("\n$ ")[2]
     found = re.search(ERROR_LINE, text, re.MULTILINE)
     lines = [line for line in text.splitlines()[1:] if line.strip()]
-    return (found[0].removeprefix("error: ") if found else lines[-1] if lines else f"exit status {code}")[:300]
+    return (found[1].removeprefix("error: ") if found else lines[-1] if lines else f"exit status {code}")[:300]
+
+
+def own_status(console: Path, code: int) -> int:
+    """The program's exit status: torchrun itself ends with 1, and prints that of the rank which failed first."""
+    text, _ = papers.read_text(console)
+    # of this attempt; torchrun lists the ranks that it ended itself before the root cause
+    text = text.rpartition("\n$ ")[2].rpartition("Root Cause")[2]
+    found = re.search(r"^\s*exitcode\s*: (\d+) \(pid", text, re.MULTILINE)
+    return int(found[1]) if code and found else code
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -963,6 +1002,11 @@ def run_trial(engine: Engine, trial: Trial) -> TrialState:
     label = label_of(trial)
     try:
         folder = spec.out / f"{name}_seed{seed}_{spec.key(seed, knobs)}"
+        if is_point(trial):
+            # a search draws equal values again: what has been run with them is not paid for twice
+            done = [t.user_attrs["folder"] for t in engine.trials() if t.state == COMPLETE]
+            same = f"_seed{seed}_{spec.key(seed, knobs)}"
+            folder = next((Path(place) for place in done if place.endswith(same)), folder)
         trial.set_user_attr("folder", str(folder))
         wait_until_free(folder, engine.check)
         left = prepare(spec, folder, seed)
@@ -987,7 +1031,7 @@ def conclude(engine: Engine, trial: Trial, folder: Path, left: tuple[str, ...], 
             env = run_environment(spec.environment(seed, knobs) | {"STAGES": ",".join(left)}, folder)
             with Child(launch_command(spec.launch), env, console) as child:
                 why = watch.until_end(child)
-                code = child.process.returncode
+                code = own_status(console, child.process.returncode)
         else:
             watch.look()
     finally:
@@ -1031,6 +1075,10 @@ def attempt(engine: Engine, trial: Trial) -> None:
         run_trial(engine, trial)
     except KeyboardInterrupt:
         engine.finish(trial, FAIL, back=True, error="interrupted")
+        raise
+    except OSError as error:
+        # a full disk: the trial is not at fault
+        engine.finish(trial, FAIL, back=True, error=str(error))
         raise
     except UpdateFinishedTrialError:
         # this machine slept so long that others gave it up
@@ -1294,7 +1342,8 @@ def report(engine: Engine, why: str) -> int:
 
 def dry_run(engine: Engine) -> None:
     """Print the trials in their order, what is done of them, and what the rest would cost."""
-    spec, latest = engine.spec, engine.latest()
+    spec, attempts = engine.spec, by_slot(engine.trials())
+    latest = {slot: trials[-1] for slot, trials in attempts.items()}
     for index, row in enumerate(engine.rows, 1):
         values = " ".join(f"{key}={value}" for key, value in row.knobs.items()) or "as the base"
         state = f" ({word_of(latest[row.slot])})" if row.slot in latest else ""
@@ -1306,12 +1355,15 @@ def dry_run(engine: Engine) -> None:
             where = f"{values.low:g} to {values.high:g}" if isinstance(values, Range) else ", ".join(values)
             say(f"     {name}: {where}{', log' * (isinstance(values, Range) and values.log)}")
     done = sum(t.state in (COMPLETE, PRUNED) for t in latest.values())
+    failed = sum(trials[-1].state == FAIL and not comes_back(trials, retry=False) for trials in attempts.values())
+    counts = f"{total} trials, {done} done" + f", {failed} failed" * bool(failed)
     say(f"command of each: {shlex.join(launch_command(spec.launch))}")
     one = engine.estimate()
     if one:
-        say(f"{total} trials, {done} done; about {cost(spec, one)} each, {cost(spec, one * (total - done))} to come")
+        left = total - done - failed
+        say(f"{counts}; about {cost(spec, one)} each, {cost(spec, one * left)} to come")
     else:
-        say(f"{total} trials, {done} done; what one costs is not known: say hours_per_trial under [budget]")
+        say(f"{counts}; what one costs is not known: say hours_per_trial under [budget]")
     why = engine.exhausted()
     say(f"budget: no trial would begin: {why}" if why else f"spent so far: {cost(spec, engine.spent())}")
 
@@ -1354,6 +1406,8 @@ def main(argv: list[str]) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         spec = read_spec(args.study)
+        if not args.report:
+            check_launcher(spec)
         if args.dry_run:
             dry_run(Engine(spec, create=False))
             return 0
@@ -1364,6 +1418,10 @@ def main(argv: list[str]) -> int:
         if not engine.trials():
             raise UserError(f"nothing of {args.study} was run yet: {spec.storage} holds no trial of it")
         return report(engine, why)
+    except json.JSONDecodeError as error:
+        where = spec.storage
+        print(f"error: storage {where} is damaged or no journal ({error}); mend it, or name another", file=sys.stderr)
+        return 2
     except (UserError, OSError, SQLAlchemyError) as error:
         print(f"error: {error}".replace("\n", "; "), file=sys.stderr)
         return 2

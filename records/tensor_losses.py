@@ -99,8 +99,9 @@ def read_calibrated(run: Path) -> Calibrated:
     """Weights and Hessians of a run, rotated and sorted as they were before quantisation. UserError when missing."""
     device = {"DEVICE": os.environ["DEVICE"]} if os.environ.get("DEVICE") else {}
     cfg = train_gpt.load_config({"PRESET": str(run)} | device)
-    weights, hessians = (train_gpt.load_saved(run / name) for name in ("model.pt", "hessians.pt"))
-    return cfg, *train_gpt.reparametrize(cfg, train_gpt.Runtime.start(cfg, {}), weights["model"], hessians)
+    weights = train_gpt.load_saved(run / "model.pt", "model")["model"]
+    hessians = train_gpt.load_saved(run / "hessians.pt")
+    return cfg, *train_gpt.reparametrize(cfg, train_gpt.Runtime.start(cfg, {}), weights, hessians)
 
 
 def measure_losses(found: Calibrated, stored: list[Stored], shares: dict[tuple[str, str], float]) -> dict[Stored, Loss]:

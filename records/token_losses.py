@@ -66,7 +66,11 @@ def read_scores(run: Path, which: str, loss: float | None) -> np.ndarray | None:
     files = sorted(run.glob(f"scores.{which}.*.npy"))
     if not files or loss is None:
         return None
-    rows = np.concatenate([np.load(file) for file in files])[:, :2]
+    try:
+        rows = np.concatenate([np.load(file) for file in files])[:, :2]
+    except (ValueError, EOFError, IndexError):
+        # half a file, of an evaluation that was killed
+        return None
     if not math.isclose(rows[:, 1].mean(), loss, rel_tol=1e-6):
         return None
     return rows[rows[:, 0].argsort()]
@@ -78,6 +82,10 @@ def scores_of(run: Path, data: Path) -> dict[str, np.ndarray]:
     UserError if the data is not that of the run.
     """
     result, found = read_json(run / "result.json"), {}
+    cfg = train_gpt.load_config({"PRESET": str(run), "DATA_PATH": str(data)})
+    mark = train_gpt.check_data(cfg, train_gpt.Log(None, quiet=True))
+    if result.get("data", mark) != mark:
+        raise UserError(f"DATA_PATH={data} holds other validation data than {run} was scored on; name the run's own")
     for which, stage in STAGE_OF.items():
         loss = (result.get("stages") or {}).get(stage, {}).get("val_loss")
         rows = read_scores(run, which, loss)
@@ -134,7 +142,8 @@ def measure(run: Path, data: Path) -> dict[str, Rows]:
     starts = np.flatnonzero(val.tokens == BOS_ID)
     # a stream may begin inside a document
     starts = starts if len(starts) and starts[0] == 0 else np.concatenate(([0], starts))
-    document = np.searchsorted(starts, targets, side="right") - 1
+    # a BOS that is a target ends the document before it
+    document = np.searchsorted(starts, targets - 1, side="right") - 1
     lengths = np.diff(np.append(starts, len(val.tokens)))
     bins = [f"{a}-{b - 1}" if b < EDGES[-1] else f"{a} and more" for a, b in itertools.pairwise(EDGES)]
 

@@ -2,7 +2,8 @@
 # What only a GPU can show, in one command of at most BUDGET seconds. A part that fails stops nothing; results so far are
 # in $OUT/summary.txt, which is also printed at the end, and $OUT/logs.tgz.
 #   bash tests/gpu.sh
-#   OUT=DIR         where results go (default /tmp/gpu_out); LOGS=DIR: where logs and runs go (default $OUT/logs)
+#   OUT=DIR         where results go (default /tmp/gpu_out); LOGS=DIR: where logs and runs go (default $OUT/logs); what
+#                   an earlier run left in them is removed
 #   BUDGET=480      seconds for everything; about 105 GiB of memory are used at once, so give a card of 80 GB fewer parts
 #   DATA_PATH=DIR   shards of the contest's layout, for the run from training to the verified artifact (else left out)
 #   TRAIN_S=45      seconds of that training
@@ -12,7 +13,12 @@
 #                   eager; step_heads: without the kernels of the heads; doctor wants all packages of requirements.txt
 #   PY=python3      a Python with the packages of requirements.txt and a CUDA build of torch; nothing is installed
 set -u
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# a path that the user gives is meant from where the user stands
+for name in OUT LOGS DATA_PATH BEFORE; do
+  value=${!name:-}
+  if [[ -n "$value" && "$value" != /* ]]; then printf -v "$name" %s "$PWD/$value"; fi
+done
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
 START=$(date +%s)
 OUT=${OUT:-/tmp/gpu_out} BUDGET=${BUDGET:-480} TRAIN_S=${TRAIN_S:-45} PY=${PY:-python3} BEFORE=${BEFORE:-}
@@ -20,6 +26,8 @@ PARTS=${PARTS:-tests eager pack step run recompute carry sdpa kernels paths befo
 LOGS=${LOGS:-$OUT/logs} DATA_PATH=${DATA_PATH:-}
 if [[ -z "$BEFORE" ]]; then PARTS=$(tr ' ' '\n' <<<"$PARTS" | grep -v '^before_' | tr '\n' ' '); fi
 mkdir -p "$OUT" "$LOGS"
+# an earlier run's marks would end every wait at once, and its numbers would pass for this one's
+rm -rf "$LOGS"/*.done "$LOGS"/*.log "$LOGS"/{summary,eager,run} "$OUT"/{summary.txt,logs.tgz}
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 export PYTHONPATH="$ROOT:$ROOT/data:$ROOT/tests${PYTHONPATH:+:$PYTHONPATH}"
 export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-6}"
@@ -53,7 +61,10 @@ part() {
   if ! wanted "$name"; then return 0; fi
   (
     begun=$(date +%s)
-    timeout -k 5 "$(left)" env "$@" >"$LOGS/$name.log" 2>&1
+    timeout -k 5 "$(left)" env "$@" >"$LOGS/$name.log" 2>&1 &
+    # the end of this shell alone would leave the command running
+    trap "kill $!" TERM
+    wait $!
     code=$?
     say "$name: exit $code after $(($(date +%s) - begun)) s"
     if ((code != 0)); then
@@ -76,10 +87,10 @@ ttt() { echo COMPRESSOR=brotli PRESET="$2" EVAL=doc_lora "$PY" "$bench/bench_ttt
 "$PY" -c 'import torch, triton, numpy; print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__, torch.cuda.get_device_properties(0))' 2>&1 | tee -a "$LOGS/summary"
 
 # everything that compiles does so side by side; what is timed takes the device alone (bench.alone)
-then_run=() run=""
+then_run=() run=()
 if [[ -n "$DATA_PATH" ]]; then
-  run="DATA_PATH=$DATA_PATH MAX_WALLCLOCK_SECONDS=$TRAIN_S GPTQ_RESERVE_SECONDS=6 WARMUP_STEPS=3 TRAIN_LOG_EVERY=50
-    GPTQ_CALIBRATION_BATCHES=8 STAGES=train,quantize,eval EVAL=plain"
+  run=(DATA_PATH="$DATA_PATH" MAX_WALLCLOCK_SECONDS=$TRAIN_S GPTQ_RESERVE_SECONDS=6 WARMUP_STEPS=3 TRAIN_LOG_EVERY=50
+    GPTQ_CALIBRATION_BATCHES=8 STAGES=train,quantize,eval EVAL=plain)
   if wanted run; then then_run=(--then-run); fi
 else
   PARTS=${PARTS/eager/} PARTS=${PARTS/pack/}
@@ -87,9 +98,9 @@ fi
 # shellcheck disable=SC2046,SC2086  (the commands are lists of words)
 {
   # all stages of another record without compilation, while the others compile; 5 bits: short runs compress badly
-  part eager PRESET="$trellis" $rank_of_eight $run ARTIFACT_DIR="$LOGS/eager" TRAIN_BATCH_TOKENS=32768 \
+  part eager PRESET="$trellis" $rank_of_eight ${run[@]+"${run[@]}"} ARTIFACT_DIR="$LOGS/eager" TRAIN_BATCH_TOKENS=32768 \
     MATRIX_BITS=5 COMPILE=off MAX_WALLCLOCK_SECONDS=25 "$PY" train_gpt.py
-  part step $run ARTIFACT_DIR="$LOGS/run" $(step step "$caseops") ${then_run[@]+"${then_run[@]}"}
+  part step ${run[@]+"${run[@]}"} ARTIFACT_DIR="$LOGS/run" $(step step "$caseops") ${then_run[@]+"${then_run[@]}"}
   part recompute $(ttt recompute "$caseops" 256)
   part carry $(ttt carry "$carry" 512)
   part sdpa "$PY" "$bench/bench_gpu.py" sdpa --steps 5
@@ -116,5 +127,6 @@ fi
 say "done, $(left) s left"
 # what this script started and nothing else
 kill $(jobs -p) 2>/dev/null
+wait
 keep
 cat "$OUT/summary.txt"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import KNOBS, LAUNCHER, RECORDS, TINY
+from conftest import KNOBS, LAUNCHER, RECORDS, ROOT, TINY
 
 import train_gpt
 from records import doctor, rehearsal
@@ -107,6 +109,7 @@ def test_command_lines_that_cannot_be(
         "no record.env there": ("--preset", "nowhere"),
         "--ranks 3 does not divide BATCH_SLICES=4": ("--preset", tiny_preset, "--ranks", 3),
     }
+    cases["there is no folder"] = ("--out", tiny_preset / "none" / "page.json")
     for words, argv in cases.items():
         refused(words, doctor.main, *argv)
     monkeypatch.setenv("MATRIX_LR", "fast")
@@ -319,7 +322,7 @@ def test_data_that_is_damaged_foreign_or_missing(tmp_path: Path, tiny_data: Path
     data = shard.read_bytes()
     shard.write_bytes(data[:2000] + bytes([data[2000] ^ 1]) + data[2001:])
     flipped = look()
-    assert flipped.status == FAIL and shard.name in flipped.found and flipped.fix.startswith("prepare the data again")
+    assert flipped.status == FAIL and shard.name in flipped.found and "the data again" in flipped.fix
     shard.write_bytes(data)
     train.write_bytes(train.read_bytes()[:-2])
     assert look().status == FAIL and train.name in look().found
@@ -471,6 +474,11 @@ def test_a_sample_holds_whole_documents_with_their_bytes(caseops_sample: Path, t
         # training text and tokenizer are those of the user
         assert (folder / "fineweb_train_000000.bin").samefile(caseops_sample / "fineweb_train_000000.bin")
         assert train_gpt.find_tokenizer(cfg).name == next(folder.glob("*.model")).name
+    # the program finds a tokenizer of any name there
+    named = shutil.copy(train_gpt.find_tokenizer(cfg), tmp_path / "words.spm")
+    (folder := tmp_path / "named").mkdir()
+    rehearsal.write_sample(folder, train_gpt.dataclasses.replace(cfg, tokenizer_path=str(named)), 1)
+    assert [path.resolve() for path in folder.glob("*.model")] == [named]
 
 
 def test_a_run_that_fails_says_why(
@@ -499,3 +507,140 @@ def test_a_run_that_fails_says_why(
     with pytest.raises(UserError, match="no end after 0 s"):
         rehearsal.run_group([*python, sleeps], {}, 0.2)
     assert not mark.exists()
+
+
+def test_ranks_that_share_a_gpu_machine_meet_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Met(Exception):
+        pass
+
+    def meet(backend: str, **_: object) -> None:
+        raise Met(backend)
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(doctor.dist, "init_process_group", meet)
+    for asked, backend in (("gloo", "gloo"), ("nccl", "cpu:gloo,cuda:nccl")):
+        with pytest.raises(Met, match=f"^{backend}$"):
+            doctor.reduce_as_rank(asked)
+
+
+def test_torchrun_has_time_to_end_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float | None] = []
+
+    class Process:
+        pid = 0
+
+        def wait(self, seconds: float | None) -> None:
+            waits.append(seconds)
+            if seconds is not None:
+                raise subprocess.TimeoutExpired("x", seconds)
+
+    monkeypatch.setattr(rehearsal.os, "killpg", lambda *args: None)
+    rehearsal.stop_group(Process())
+    # torchrun itself waits 30 seconds for them
+    assert waits[0] > 30 and waits[1:] == [None]
+
+
+# The twenty steps are a sleep here, and the all-reduce is left out.
+STOPPED = """
+import runpy, sys
+from records import rehearsal
+run_group = rehearsal.run_group
+def stand_in(command, env, seconds):
+    if "--as-rank" in command:
+        raise rehearsal.UserError("left out")
+    return run_group(["sh", "-c", "echo $$ >begun; exec sleep 600"], env, seconds)
+rehearsal.run_group = stand_in
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_a_scheduler_that_ends_the_doctor_leaves_nothing(tiny_preset: Path, tiny_data: Path, tmp_path: Path) -> None:
+    words = ["--data", tiny_data, "--preset", tiny_preset, "--room", tmp_path / "room", "--disk-mib", "1"]
+    command = [sys.executable, "-c", STOPPED, doctor.__file__, *map(str, words)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, **streams) as process:
+        begun = tmp_path / "begun"
+        wait_for(lambda: process.poll() is not None or (begun.exists() and begun.read_text().endswith("\n")))
+        assert process.poll() is None and list((tmp_path / "room").iterdir())
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and error.endswith(doctor.INTERRUPTED + "\n"), error
+    assert not list((tmp_path / "room").iterdir())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(begun.read_text()), 0)
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    until = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < until, "too late"
+        time.sleep(0.05)
+
+
+# Scripts of the shell, with a stand-in for Python
+
+INTERPRETER = """#!/bin/bash
+echo "$*" >>"$MARKS"
+case "$*" in
+*hashlib*) echo stamp ;;
+"-m venv "*) sleep 1; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+"-m pytest "*) echo $$ >"$MARKS.pid"; exec sleep 600 ;;
+train_gpt.py) echo "here: $DATA_PATH $ARTIFACT_DIR ${SCORES:-}" >>"$MARKS" ;;
+esac
+"""
+
+
+@pytest.fixture
+def interpreter(tmp_path: Path) -> Path:
+    """A program that stands in for Python: it notes its arguments in MARKS."""
+    path = tmp_path / "python"
+    path.write_text(INTERPRETER)
+    path.chmod(0o755)
+    # a folder with the names of the repository, where `cd` must not go
+    for name in ("tests", "records/demo"):
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+    return path
+
+
+def shell(tmp_path: Path, **knobs: object) -> dict[str, str]:
+    """The environment of a script."""
+    given = {"MARKS": tmp_path / "marks", "CDPATH": tmp_path / "elsewhere"} | knobs
+    return os.environ | {key: str(value) for key, value in given.items()}
+
+
+def test_two_first_starts_make_one_environment(interpreter: Path, tmp_path: Path) -> None:
+    script = "set -euo pipefail; source records/setup_env.sh; echo $ROOT"
+    env = shell(tmp_path, PYTHON=interpreter, VENV=tmp_path / "venv")
+    command = ["bash", "-c", script]
+    both = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0 and out.splitlines()[-1] == str(ROOT), out
+    marks = (tmp_path / "marks").read_text()
+    assert marks.count("-m venv ") == marks.count(" install ") == 1, marks
+
+
+def test_paths_of_the_demo_are_seen_from_where_the_user_stands(interpreter: Path, tmp_path: Path) -> None:
+    env = shell(tmp_path, PYTHON=interpreter, VENV=tmp_path / "venv", DATA_PATH=".", ARTIFACT_DIR="a", SCORES="s")
+    script = ["bash", str(ROOT / "records/demo/run.sh")]
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"here: {tmp_path}/. {tmp_path}/a {tmp_path}/s\n" in (tmp_path / "marks").read_text()
+
+
+def test_the_gpu_script_starts_anew_and_leaves_nothing_running(interpreter: Path, tmp_path: Path) -> None:
+    logs = tmp_path / "out" / "logs"
+    logs.mkdir(parents=True)
+    for name in ("tests.done", "eager.done"):
+        (logs / name).touch()
+    (logs / "step.log").write_text("attention: of an earlier run\n")
+    (tmp_path / "my data").mkdir()
+    env = shell(tmp_path, PY=interpreter, OUT="out", DATA_PATH="my data", PARTS="tests eager", BUDGET=14)
+    script = ["bash", os.path.relpath(ROOT / "tests/gpu.sh", tmp_path)]
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert "eager: exit 0 after" in done.stdout and "tests: exit 143 after" in done.stdout, done.stdout + done.stderr
+    assert "earlier run" not in done.stdout and (tmp_path / "out" / "logs.tgz").exists()
+    assert f"here: {tmp_path}/my data {logs}/eager" in (tmp_path / "marks").read_text()
+    pid = int((tmp_path / "marks.pid").read_text())
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())

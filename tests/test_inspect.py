@@ -224,5 +224,8 @@ def test_a_run_is_inspected_against_its_own_weights(
     other = {name: weight.flip(0) for name, weight in state.items()}
     torch.save({"model": other}, folder / "model.pt")
     refused("other weights than model.pt has", pack_artifact.main, "inspect", "--run", folder)
+    torch.save(other, folder / "model.pt")
+    refused("model.pt lacks model", pack_artifact.main, "inspect", "--run", folder)
+    torch.save({"model": other}, folder / "model.pt")
     (folder / "hessians.pt").unlink()
     refused("hessians.pt is missing", pack_artifact.main, "inspect", "--run", folder)

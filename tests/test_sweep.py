@@ -60,6 +60,9 @@ if rate == 6:
 if rate == 7:
     print("error: MATRIX_LR=7 is too much")
     sys.exit(2)
+if rate == 10:                                    # as under torchrun
+    print("[rank0]: error: MATRIX_LR=10 is too much\\nRoot Cause (first observed failure):\\n exitcode  : 2 (pid: 7)")
+    sys.exit(1)
 if rate == 8 and not (folder / "hangs").exists():  # is killed once, after training
     result(pre_quant=score)
     hang()
@@ -234,6 +237,29 @@ def test_a_search_runs_its_points_on_all_seeds(bench: Bench, summary: Callable[.
         expected = 2 + seed / 10 + rate * (1 + (1 + seed) / 1000)
         # Optuna sees a point's score as if it had the first seed
         assert trial.value == pytest.approx(expected - (0.1 * (seed - 1) if sweep.is_point(trial) else 0)), trial
+
+
+def test_equal_points_run_once(bench: Bench, summary: Callable[..., dict]) -> None:
+    found = summary(bench.write("[search]\npoints=3\nMATRIX_LR=[0.5]"))["variants"]
+    assert [name for name, *_ in bench.ran] == [f"{name}_seed{seed}" for name in ("base", "point1") for seed in (1, 2)]
+    assert found["point3"]["seeds"] == [1, 2] and found["point3"]["val_bpb"] == found["point1"]["val_bpb"]
+    assert len({row["folder"] for row in bench.rows if row["variant"] != "base"}) == 2
+
+
+def test_a_variant_has_the_name_of_the_study_file(bench: Bench, summary: Callable[..., dict]) -> None:
+    """Also one that begins like a point of a search."""
+    study = bench.write("[variants.pointwise]\nMATRIX_LR=0.5", seeds="[1]")
+    found = summary(study)["variants"]["pointwise"]
+    assert found["difference"] > 0.5 and found["knobs"] == {"MATRIX_LR": "0.5"}
+    study.write_text(study.read_text().replace("pointwise", "new").replace("[1]", "[1, 2]"))
+    engine = bench.engine(study)
+    engine.enqueue()
+    study.write_text(study.read_text().replace("new", "newer"))
+    found = summary(study)["variants"]
+    assert list(found) == ["base", "newer"] and found["newer"]["seeds"] == [1, 2]
+    # what ran stays where it is, and what waited runs under its new name
+    assert [name for name, *_ in bench.ran] == ["base_seed1", "pointwise_seed1", "newer_seed2", "base_seed2"]
+    assert [row["variant"] for row in bench.rows] == ["base", "newer", "newer", "base"]
 
 
 # The gate
@@ -422,6 +448,8 @@ def test_failures_are_rows(bench: Bench, summary: Callable[..., dict], refused: 
     assert errors["wrong"] == ("failed", "MATRIX_LR=7 is too much", "2")
     assert found["variants"]["bad"]["trials"] == "1 failed" and "failed: bad seed 1: torch.Out" in found["text"]
     assert len(bench.ran) == 3 and summary(study, code=1) and len(bench.ran) == 3, "they are not tried again"
+    text = summary(study, "--dry-run")["text"]
+    assert "3 trials, 1 done, 2 failed; about" in text and "each, 0 s to come" in text
     assert summary(study, "--retry", code=1) and [name for name, *_ in bench.ran[3:]] == ["bad_seed1", "wrong_seed1"]
     # what the user can mend and what hits the base stops everything, and comes back
     (bench.room / "record.env").write_text("MATRIX_LR=7\nTRAIN_LOG_EVERY=2\n")
@@ -429,6 +457,42 @@ def test_failures_are_rows(bench: Bench, summary: Callable[..., dict], refused: 
     refused("the base cannot run, so nothing can be compared: MATRIX_LR=7 is too much", sweep.main, study)
     refused("the base cannot run", sweep.main, study)
     assert [name for name, *_ in bench.ran[5:]] == ["base_seed1", "base_seed1"]
+    (bench.room / "record.env").write_text("MATRIX_LR=10\nTRAIN_LOG_EVERY=2\n")
+    refused("the base cannot run, so nothing can be compared: MATRIX_LR=10 is too much", sweep.main, study)
+
+
+def test_what_a_run_under_torchrun_died_of(tmp_path: Path) -> None:
+    console = tmp_path / "console.txt"
+    old = "$ torchrun x\n[rank0]: ValueError: old\nRoot Cause (first observed failure):\n  exitcode  : 9 (pid: 1)\n"
+    for text, code, words in (
+        ("$ torchrun x\nW1126 noise\n[rank1]: torch.OutOfMemoryError: CUDA\n", 1, "torch.OutOfMemoryError: CUDA"),
+        (
+            "$ torchrun x\nerror: no data\nFailures:\n  exitcode  : 1 (pid: 5)\n"
+            "Root Cause (first observed failure):\n  exitcode  : 2 (pid: 4)\n",
+            2,
+            "no data",
+        ),
+    ):
+        console.write_text(old + text)
+        assert (sweep.own_status(console, 1), sweep.first_error(console, 1)) == (code, words), text
+        assert sweep.own_status(console, 0) == 0, text
+
+
+def test_a_full_disk_is_no_fault_of_the_trial(
+    bench: Bench, summary: Callable[..., dict], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    study = bench.write("", seeds="[1]")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "prepare", full)
+        refused("No space left on device", sweep.main, study)
+    summary(study)
+    assert [(row["state"], row["error"]) for row in bench.rows] == [
+        ("put back", "No space left on device"),
+        ("done", ""),
+    ]
 
 
 def test_the_budget_ends_it_before_it_is_exceeded(bench: Bench, summary: Callable[..., dict]) -> None:
@@ -436,7 +500,10 @@ def test_the_budget_ends_it_before_it_is_exceeded(bench: Bench, summary: Callabl
     engine = bench.engine(study)
     engine.enqueue()
     assert engine.exhausted() == "" and engine.estimate() == 2160
-    first = engine.study.ask()
+    # two workers that both saw room for a trial: the second one looks again
+    other = bench.engine(study)
+    first = engine.claim(bench.room / "lock")
+    assert other.claim(bench.room / "lock") is None
     assert "2,160 s of 3,600 s are spent or under way" in engine.exhausted(), "one runs, so no other may begin"
     engine.finish(first, TrialState.FAIL, seconds=1800.0)
     assert "1,800 s of 3,600 s" in engine.exhausted()
@@ -455,15 +522,15 @@ def test_the_budget_ends_it_before_it_is_exceeded(bench: Bench, summary: Callabl
 # Study files
 
 
-def test_a_study_that_cannot_run_is_refused_in_a_line(
-    bench: Bench, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_that_cannot_run_is_refused_in_a_line(bench: Bench, refused: Callable[..., str]) -> None:
     point = "[search]\npoints=1\n"
     for text, words in {
         "x = ": "study.toml: Invalid value (at line",
         "sets = 1": "sets is no key of a study; did you mean set?",
         "launch = 3": "launch = 3 must be a text",
         "launch = ''": "launch = '' names no command",
+        "launch = 'python \"x'": "No closing quotation; mend its quotation marks",
+        "launch = 'no_such_launcher -n 8'": "launch = 'no_such_launcher -n 8': no such program here",
         "score = 'finale'": "score = 'finale' is not measured by these stages; did you mean final?",
         "stages = 'eval'": "stages = 'eval': with `from` it is",
         "from='x'": "say either seeds = [..] or from = ..",
@@ -483,11 +550,16 @@ def test_a_study_that_cannot_run_is_refused_in_a_line(
         f"{point}MATRIX_LR = 1": "[search] MATRIX_LR = 1 must be a list of values or",
         f"{point}MATRIX_LR = {{low = 1, hi = 2}}": "[search] MATRIX_LR.hi is no key of a study; did you mean high?",
         f"{point}MATRIX_LR = {{low = 2, high = 1}}": "[search] MATRIX_LR: low must be less than high",
+        f"{point}MATRIX_LR = {{low = 1, high = inf}}": "[search] MATRIX_LR: low must be less than high, both finite",
+        f"{point}MATRIX_LR = {{low = nan, high = 2}}": "[search] MATRIX_LR: low must be less than high, both finite",
+        f"{point}NUM_LAYERS = {{low = 9, high = 10.5}}": "[search] NUM_LAYERS: low and high must be whole numbers",
         f"{point}EVAL = {{low = 1, high = 2}}": "[search] EVAL: a range is",
         f"{point}EVAL = ['plain', 'plane']": "[search] EVAL = plane EVAL=plane must be",
         "[gate]\nloss = 1": "[gate] loss is no key of a study; did you mean train_loss?",
         "[gate]\ntrain_loss = {7 = 0.1}": "step 7 is not logged; with ITERATIONS=8 and TRAIN_LOG_EVERY=2",
         "[gate]\ntrain_loss = {10 = 0.1}": "[gate] train_loss: step 10 is not logged",
+        "[gate]\ntrain_loss = {2 = nan}": "[gate] train_loss: 2 = nan must be STEP = MARGIN",
+        "[gate]\ntrain_loss = {2 = inf}": "[gate] train_loss: 2 = inf must be STEP = MARGIN",
         "[gate]\ntrain_loss = {x = 0.1}": "[gate] train_loss: x = 0.1 must be STEP = MARGIN",
         "[budget]\nhours = 0": "[budget] hours = 0 must be above 0",
         "[budget]\ndollars = 1": "[budget] dollars needs dollars_per_hour",
@@ -496,17 +568,30 @@ def test_a_study_that_cannot_run_is_refused_in_a_line(
         head, _, rest = text.partition("[")
         error = refused(words, sweep.main, bench.write(f"[{rest}" if rest else "", head=head))
         assert str(bench.room / "study.toml") in error or "storage" in words, error
+
+
+def test_files_seeds_and_environments_that_cannot_be(
+    bench: Bench, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = bench.write("")
     for old, new, words in (
         ("seeds = [1, 2]", "seeds = [1, 1]", "seeds = [1, 1] must be different whole numbers"),
+        ("seeds = [1, 2]", "seeds = [[1], [1]]", "seeds = [[1], [1]] must be different whole numbers"),
         ("seeds = [1, 2]", "", "say either seeds = [..] or from"),
         ("base = ", "# ", "base is missing"),
+        ("base = ", "base = '' # ", "base is missing"),
         (str(bench.room), str(bench.room / "none"), "no record.env there"),
     ):
         study.write_text(bench.write("").read_text().replace(old, new, 1))
         refused(words, sweep.main, study)
     refused("no such study file", sweep.main, bench.room / "none.toml")
     refused("nothing of", sweep.main, bench.write(""), "--report")
+    refused("nothing of", sweep.main, bench.write("", head="launch = 'no_such_launcher'"), "--report")
+    study = bench.write("", head="storage = ''")
+    assert sweep.read_spec(study).storage == str(bench.room / "out" / "trials.journal")
+    (bench.room / "out").mkdir()
+    (bench.room / "out" / "trials.journal").write_text("no journal\n")
+    refused("trials.journal is damaged or no journal", sweep.main, study)
     refused("/none/record.env is missing", sweep.main, bench.write("", head=f'from = "{bench.room}/none"'))
     monkeypatch.setenv("MATRIX_LR", "1")
     refused("MATRIX_LR is set in the environment; a sweep takes it from", sweep.main, bench.write(""))
@@ -528,7 +613,7 @@ def test_the_shipped_study_is_sound(bench: Bench) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         spec = sweep.read_spec(Path("records/demo/study.toml"))
-    assert len(spec.rows()) == 6 and spec.gate
+        assert len(spec.rows()) == 6 and spec.gate
 
 
 # The program itself

@@ -5,14 +5,14 @@
 #   ITERATIONS=50 bash records/demo/run.sh     any knob of train_gpt.py passes through (python train_gpt.py --help); over a
 #                                              finished run with other knobs: OVERWRITE=1, or another ARTIFACT_DIR
 #   NPROC=2 bash records/demo/run.sh           the same under torchrun with so many processes
-#   DATA_PATH=data/sp8192 bash ...             other shards than the sample
+#   DATA_PATH=data/sp8192 VOCAB_SIZE=8192 bash ...   other shards than the sample
 #   ARTIFACT_DIR=DIR bash ...                  another run directory than records/demo/run
 #   VENV, PYTHON                               see records/setup_env.sh
 set -euo pipefail
 begun=$SECONDS
 
 # A path that the user gives is meant from where the user stands.
-for name in DATA_PATH TOKENIZER_PATH MODEL_PATH ARTIFACT_DIR; do
+for name in DATA_PATH TOKENIZER_PATH MODEL_PATH ARTIFACT_DIR SCORES; do
   value="${!name:-}"
   if [[ -n "$value" && "$value" != /* ]]; then
     export "$name=$PWD/$value"
