@@ -15,16 +15,18 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics as TOPICS
 from typing import Any, NamedTuple
@@ -1064,7 +1066,10 @@ def packed_checks(candidate: Candidate) -> Iterator[Check]:
         return
     try:
         parts = pack_artifact.read_packed(candidate.files[0])
-        program = pack_artifact.minify(candidate.source.decode()).encode()
+        # in a process of its own: CPython 3.11 has one depth of recursion for the parsers of all threads
+        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **quiet) as alone:
+            program = alone.submit(pack_artifact.minify, candidate.source.decode()).result().encode()
     except (UserError, UnicodeDecodeError) as error:
         yield Check("disk weights", UNKNOWN, str(error))
         return
