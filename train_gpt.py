@@ -7491,7 +7491,7 @@ class Run:
                     atomic_save(path, value)
                     break
                 except (OSError, RuntimeError) as error:
-                    self.log(f"WARNING: {name} cannot be written into {self.folder}: {first_line(error)}")
+                    self.log(f"WARNING: {name} cannot be written: {first_line(error)}")
             else:
                 raise UserError(f"{name} could not be saved anywhere")
             if path.parent != self.folder:

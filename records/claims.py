@@ -166,17 +166,21 @@ COMPLIANCE: dict[str, Callable[[Candidate, Config], bool]] = {
     "score_before_update": lambda c, _: c.result.get("legal", True) is True,
     "no_slot": lambda c, cfg: {"slot": False}.get(cfg.eval, True),
 }
-# What compliance says about a column of seed_results, and the most that it allows.
+
+
+class Limit(NamedTuple):
+    """What shows an item of compliance: a column of seed_results with the most that it allows, and a run's result."""
+
+    column: str
+    most: float
+    entry: str  # of result.json
+
+
+# The judge's own runs tell the rest: whether a score comes first.
 LIMITS = {
-    "artifact_under_16mb": ("artifact_bytes", CAP_BYTES),
-    "train_under_600s_strict": ("train_wallclock_ms", 1e3 * BUDGET_SECONDS),
-    "eval_under_600s": ("eval_time_s", BUDGET_SECONDS),
-}
-# The entry of result.json that says something about each. The judge's own runs tell whether a score comes first.
-EVIDENCE = {
-    "artifact_under_16mb": "bytes_total",
-    "train_under_600s_strict": "train_seconds",
-    "eval_under_600s": "eval_seconds",
+    "artifact_under_16mb": Limit("artifact_bytes", CAP_BYTES, "bytes_total"),
+    "train_under_600s_strict": Limit("train_wallclock_ms", 1e3 * BUDGET_SECONDS, "train_seconds"),
+    "eval_under_600s": Limit("eval_time_s", BUDGET_SECONDS, "eval_seconds"),
 }
 
 
@@ -223,9 +227,11 @@ def word_checks(candidate: Candidate, readme: str, submission: Mapping[str, Any]
     said = [name for name in COMPLIANCE if compliance.get(name) is True]
     if said:
         rows = list((submission.get("seed_results") or {}).values())
-        over = [name for name, (key, limit) in LIMITS.items() if any((number(r.get(key)) or 0) > limit for r in rows)]
+        over = [
+            name for name, limit in LIMITS.items() if any((number(r.get(limit.column)) or 0) > limit.most for r in rows)
+        ]
         false = [name for name in said if name in over or not COMPLIANCE[name](candidate, cfg)]
-        unshown = [] if false else [name for name in said if name in EVIDENCE and not is_shown(candidate, name, rows)]
+        unshown = [] if false else [name for name in said if name in LIMITS and not is_shown(candidate, name, rows)]
         if unshown:
             yield Check("claims of compliance", UNKNOWN, f"nothing here shows {', '.join(unshown)}")
         else:
@@ -234,10 +240,10 @@ def word_checks(candidate: Candidate, readme: str, submission: Mapping[str, Any]
 
 def is_shown(candidate: Candidate, name: str, rows: list[Mapping[str, Any]]) -> bool:
     """Return whether files, the result or each row of seed_results says something about an item of compliance."""
-    column = LIMITS.get(name, ("", 0))[0]
+    column, _, entry = LIMITS[name]
     counted = name == "artifact_under_16mb" and bool(candidate.files)
     in_rows = bool(rows) and all(number(row.get(column)) is not None for row in rows)
-    return counted or in_rows or candidate.result.get(EVIDENCE[name]) is not None
+    return counted or in_rows or candidate.result.get(entry) is not None
 
 
 def seed_checks(submission: Mapping[str, Any]) -> Iterator[Check]:

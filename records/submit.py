@@ -259,9 +259,9 @@ def seed_row(result: dict[str, Any]) -> dict[str, Any]:
 def compliance(runs: list[SeedRun], rows: dict[str, dict[str, Any]]) -> dict[str, bool | None]:
     """Return what the results themselves show; None where they do not say."""
     found: dict[str, bool | None] = {}
-    for name, (key, limit) in LIMITS.items():
-        values = [row[key] for row in rows.values()]
-        found[name] = None if None in values else max(values) <= limit
+    for name, limit in LIMITS.items():
+        values = [row[limit.column] for row in rows.values()]
+        found[name] = None if None in values else max(values) <= limit.most
     found["three_seeds"] = len(runs) >= 3
     found["score_before_update"] = all(run.result.get("legal") is True for run in runs)
     found["no_slot"] = all(run.knobs.get("EVAL") != "slot" for run in runs)

@@ -181,6 +181,24 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning(
     assert len(warnings) == 1 and "checkpoint.pt cannot be written: No space left" in warnings[0]
 
 
+def test_a_milestone_that_cannot_be_written_is_a_warning(
+    run_gpt: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save, spare = train_gpt.atomic_save, tmp_path / "spare"
+    spare.mkdir()
+
+    def full(path: Path, value: object) -> None:
+        if path.parent.name == "step3":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(path, value)
+
+    monkeypatch.setattr(train_gpt, "atomic_save", full)
+    monkeypatch.setattr(train_gpt.tempfile, "tempdir", str(spare))
+    done = run_gpt(MILESTONES="3", EVAL="plain")
+    assert any("step3 takes no files; model.pt is saved as" in warning for warning in done.result["warnings"])
+    assert len(list(spare.glob("*_model.pt"))) == 1 and list(done.result["stages"])[-1] == "final"
+
+
 def test_milestones_are_runs_of_their_own_and_change_nothing(run_gpt: Callable[..., Done], tmp_path: Path) -> None:
     plain = run_gpt(ARTIFACT_DIR=tmp_path / "plain", EVAL="plain")
     done = run_gpt(MILESTONES="3,8", EVAL="plain")

@@ -299,6 +299,13 @@ def test_a_file_in_anothers_place_a_lost_one_and_an_odd_manifest_are_refused(tin
         train_gpt.load_val(tiny(folder))
 
 
+def test_more_ranks_than_gpus_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="LOCAL_RANK=1, but torch sees 1 GPUs"):
+        Runtime.start(Config(), {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})
+
+
 def test_a_tokenizer_may_have_any_file_name(tiny_data: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_data, tmp_path / "shards"))
     (model,) = folder.glob("*.model")

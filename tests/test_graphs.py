@@ -110,11 +110,11 @@ def test_a_rank_without_a_step_compiles_nothing(
     val = train_gpt.ValData(rules.tokens(60, 30, []), np.ones(30, np.int32))
     monkeypatch.setattr(train_gpt, "score_first", lambda *_: scored.append(counter.frame_count))
     monkeypatch.setattr(train_gpt.ByteMeter, "close", lambda meter: None)
-    monkeypatch.setattr(train_gpt.Runtime, "barrier", lambda runtime: None)
+    monkeypatch.setattr(train_gpt.Runtime, "barrier", lambda runtime: scored.append("all are there"))
     for rank in (3, 0):
         runtime = dataclasses.replace(rules.runtime(compile=True), rank=rank, world=4)
         train_gpt.EVALS["plain"](cfg, runtime, ttt_rules.strong_model(cfg), val)
-    assert scored == [0, 1]
+    assert scored == ["all are there", 0, "all are there", 1]
 
 
 def test_warm_up_makes_every_graph_of_a_run_with_other_spans(

@@ -197,6 +197,16 @@ def test_clock_measures_again_after_a_change_and_goes_on_after_a_pause(fake_time
     assert math.isclose(clock.read(), 42)
 
 
+def test_the_clock_starts_when_all_ranks_are_there(fake_time: SimpleNamespace) -> None:
+    class Waiting(FakeRank):
+        def barrier(self) -> None:
+            fake_time.now += 5.0
+
+    clock = train_gpt.Clock(Waiting(0, 2, rules.CPU, train_gpt.Log(None, True)), 60.0, 100)
+    clock.start()
+    assert clock.read() == 0.0
+
+
 def test_the_fraction_never_falls(fake_time: SimpleNamespace) -> None:
     """A slow step, such as one with a checkpoint, makes the clock guess too much, which the next reading corrects."""
     clock = train_gpt.Clock(fake_rank(), 600.0, 10_000)
