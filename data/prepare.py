@@ -180,7 +180,7 @@ def check_hashes(folder: Path) -> int:
     UserError that names the first file that is missing, differs, or is not listed.
     """
     listed, again = listed_files(folder), "copy it again, or prepare or download the data again"
-    for name, wanted in listed.items():
+    for name, wanted in tqdm(listed.items(), f"checking {folder.name}", unit=" files", disable=None, leave=False):
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path} is missing, {MANIFEST_NAME} lists it; {again}")
@@ -220,13 +220,14 @@ class ShardFile:
             raise UserError(f"{self.tmp}: cannot be written ({reason}); make room and run again") from error
 
     def finish(self) -> dict:
-        """Complete the header, give the file its name, and return its row for the manifest."""
+        """Complete the header, give the file its name, say so, and return its row for the manifest."""
         with self.naming_the_file():
             self.handle.seek(0)
             self.handle.write(shard_header(self.tokens))
             self.handle.close()
         row = file_row(self.tmp) | {"name": self.path.name, "tokens": self.tokens}
         os.replace(self.tmp, self.path)
+        tqdm.write(f"wrote {self.path.name}: {self.tokens:,} tokens", file=sys.stderr)
         return row
 
     def abandon(self) -> None:
@@ -559,7 +560,6 @@ class SplitWriter:
         state = self.preparation.state
         for file, rows in zip(self.files, (state.shards, state.sidecars), strict=False):
             rows.append(file.finish())
-            tqdm.write(f"wrote {file.path.name}: {file.tokens:,} tokens", file=sys.stderr)
         self.files = []
         state.carry = carry
         self.preparation.save()

@@ -973,16 +973,24 @@ def refuse_others(target: Path, source: Path) -> None:
         )
 
 
+def refuse_unread(args: argparse.Namespace, why: str, *names: str) -> None:
+    """UserError if the command line gives an option that has no effect on what it names."""
+    given = [f"--{name}" for name in names if getattr(args, name) is not None]
+    if given:
+        raise UserError(f"{args.target} {why}; leave out {', '.join(given)}")
+
+
 def open_candidate(args: argparse.Namespace, room: Path) -> Candidate:
     """Open what the command line names. UserError if it is nothing that can be judged."""
-    target = args.target
+    target, source = args.target, args.source or ROOT / "train_gpt.py"
     given = data_of(args.data) if args.data else None
     if target.is_dir() and (target / "model.bin").is_file() and (target / "result.json").is_file():
-        return open_run(target, args.source, given)
+        return open_run(target, source, given)
     if target.is_dir() and (target / "record.env").is_file():
-        refuse_others(target, args.source)
-        return open_preset(target, args.source, room, given)
+        refuse_others(target, source)
+        return open_preset(target, source, room, given)
     if target.is_file() or (target / "train_gpt.py").is_file():
+        refuse_unread(args, "is judged by the program inside it", "source")
         return open_artifact(target, room, given)
     known = "a record folder, a run folder (with result.json and model.bin), an artifact"
     raise UserError(f"{target}: give {known}, or another team's folder (with train_gpt.py)")
@@ -1221,6 +1229,12 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     print(f"{printable(verdict['target'])} ({verdict['kind']}, {verdict['scale']} size): {word} ({counts})")
 
 
+def read_foreign(args: argparse.Namespace) -> tuple[Candidate, list[Check]]:
+    """open_foreign of what the command line names."""
+    refuse_unread(args, "is another team's folder, which is read and not run", *"data source documents probes".split())
+    return open_foreign(args.target)
+
+
 def run_target(args: argparse.Namespace, server: Server) -> tuple[Candidate, list[Check]]:
     """Open what the command line names, run all checks on it, and return both."""
     # after an error runs may write there until the server ends
@@ -1239,7 +1253,7 @@ def judge_target(args: argparse.Namespace, server: Server) -> int:
     """Judge what the command line names and print the verdict. Return 0 if legal, 1 if not, 2 for a wrong input."""
     started = time.perf_counter()
     try:
-        verdict = summary(*(open_foreign(args.target) if is_foreign(args.target) else run_target(args, server)))
+        verdict = summary(*(read_foreign(args) if is_foreign(args.target) else run_target(args, server)))
     except (UserError, OSError, UnicodeDecodeError) as error:
         print(printable(f"error: {error}".replace("\n", "; ")), file=sys.stderr)
         return 2

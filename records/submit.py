@@ -13,7 +13,8 @@ README.md. Papers that are damaged or do not hold what they should are refused i
 Statistics: means and sample standard deviations (n - 1). Against another record, in bits per byte and nats per token:
 Welch's test and, over common seeds, the paired test, both one-sided ("ours is lower"). Verdicts: `readme_rule` is the
 contest's README (0.005 nats per token better, shown at p < 0.01: the test is of means that differ by that margin);
-`progression` is how its maintainers judged (p < 0.25). A record known only by its mean counts as a constant.
+`progression` is how its maintainers judged (p < 0.25). A record known only by its mean counts as a constant. Tokens are
+the other record's: losses for each of one's own, which another tokenizer or fused pairs make longer, do not compare.
 """
 
 from __future__ import annotations
@@ -208,11 +209,15 @@ def scores_by_seed(submission: dict[str, Any], key: str) -> dict[str, float]:
 def compare(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the comparison block of submission.json. UserError if the other record has no score at all."""
     found: dict[str, Any] = {"against": name}
+    bits, their_bits = scores_by_seed(ours, "val_bpb"), scores_by_seed(theirs, "val_bpb")
     for key, unit in (("val_bpb", "bpb"), ("val_loss", "nats_per_token")):
-        a, b = scores_by_seed(ours, key), scores_by_seed(theirs, key)
-        if not b:
+        b = scores_by_seed(theirs, key)
+        if not (b and their_bits):
             found |= {f"delta_{unit}": None, f"welch_p_{unit}": None, f"paired_p_{unit}": None}
             continue
+        # our data may have longer tokens, so nats are counted for each of theirs
+        per_bit = np.mean([*b.values()]) / np.mean([*their_bits.values()])
+        a = {seed: per_bit * score for seed, score in bits.items()}
         x, y = list(a.values()), list(b.values())
         found[f"delta_{unit}"] = float(np.mean(x) - np.mean(y))
         found[f"welch_p_{unit}"] = welch(x, y)

@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     add("target", type=Path, nargs="?", metavar="TARGET", help="record, run, packed file, or another team's folder")
     add("--all", action="store_true", help="judge every record of every track, and write verdict.json")
     add("--data", type=Path, metavar="DATA_PATH", help="shards (default: DATA_PATH, else the log's)")
-    add("--source", type=Path, default=ROOT / "train_gpt.py", help="program (default: the one here)")
+    add("--source", type=Path, metavar="FILE", help="program (default: the train_gpt.py here; packed files have one)")
     add("--documents", type=at_least(2), metavar="N", help="documents for C1 and C3 (default 5; at full size 3)")
     add("--probes", type=at_least(0), metavar="N", help="places for C1, 0: all (default 3; short streams: all)")
     add("--out", type=Path, metavar="FILE", help="also write the verdict there (records: verdict.json)")

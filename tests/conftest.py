@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import fuse_shards
 import prepare
 import pytest
 import torch
@@ -252,6 +253,12 @@ def caseops_sample(once: Callable[..., Path]) -> Path:
     return once("caseops", lambda room: judge.toy_documents(room, int(TOY["VOCAB_SIZE"]))) / "shards"
 
 
+@pytest.fixture(scope="session")
+def fused_sample(once: Callable[..., Path], caseops_sample: Path) -> Path:
+    """caseops_sample with fused pairs."""
+    return once("fused", lambda room: fuse_shards.fuse_folder(caseops_sample, room / "shards")) / "shards"
+
+
 class ToyRun(NamedTuple):
     """A record at toy size: its folder in the repository, the folder of its run, and the environment of that run."""
 
@@ -265,13 +272,14 @@ class ToyRun(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def toy_run(once: Callable[..., Path], caseops_sample: Path) -> Callable[[Path], ToyRun]:
+def toy_run(once: Callable[..., Path], caseops_sample: Path, fused_sample: Path) -> Callable[[Path], ToyRun]:
     """toy_run(record): the finished run of a record of RECORDS at toy size, trained once in a session."""
 
     def finished(record: Path) -> ToyRun:
         env = {k: v for k, v in os.environ.items() if k not in LAUNCHER | KNOBS}
         env |= TOY | OWN_TOY.get(record.name.rpartition("_")[2], {})
-        env |= {"PRESET": str(record), "DATA_PATH": str(caseops_sample)}
+        data = fused_sample if record.name.endswith("Frontier") else caseops_sample
+        env |= {"PRESET": str(record), "DATA_PATH": str(data)}
         # lrzip takes seconds for the smallest stream, so one record is enough; where it is not installed, none
         keeps_lrzip = record.name.endswith("PR1934") and shutil.which("lrzip") is not None
         if train_gpt.load_config({"PRESET": str(record)}).compressor == "pergroup" and not keeps_lrzip:

@@ -516,7 +516,7 @@ def spoilt(
 
 
 def test_audit_and_judge_refuse_fused_data_that_does_not_fit(
-    fused: Path, prepared: Path, caseops_sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fused: Path, prepared: Path, fused_sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, counts = split_of(fused, "val"), split_of(fused, "val_bytes")
     processor = prepare.load_tokenizer(str(fused / "bpe_400.model"))
@@ -530,8 +530,7 @@ def test_audit_and_judge_refuse_fused_data_that_does_not_fit(
         return {check.name: check.detail for check in checks if check.status == FAIL}
 
     assert judged(fused) == judged(prepared)  # the same counts in every message
-    fuse_shards.fuse_folder(caseops_sample, tmp_path / "sample")
-    assert not judged(tmp_path / "sample")
+    assert not judged(fused_sample)
     monkeypatch.setattr(prepare, "check_hashes", lambda folder: 0)  # what a forger would mend
     left = fusion.unfuse(ids[:100], counts[:100])
     unfused = [np.concatenate((head, tail[100:])) for head, tail in zip(left, (ids, counts), strict=True)]

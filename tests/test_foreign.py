@@ -451,6 +451,8 @@ def test_only_folders_of_others_are_read_so(tmp_path: Path, capsys: pytest.Captu
     found = named(judged(theirs), "size form")
     assert [check.status for check in found] == [UNKNOWN] and "train_mine.py is read" in found[0].detail
     assert verify.main([str(tmp_path)]) == 2 and "another team's folder" in capsys.readouterr().err
+    assert verify.main([str(theirs), "--data", str(tmp_path), "--probes", "0"]) == 2
+    assert "read and not run; leave out --data, --probes" in capsys.readouterr().err
 
 
 # The page of rules

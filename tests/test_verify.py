@@ -809,6 +809,8 @@ def test_wrong_targets_are_one_line(run_folder: Path, tmp_path: Path, capsys: py
 
     for target in (tmp_path, tmp_path / "nowhere", Path(__file__)):
         refused(str(target))
+    program = str(ROOT / "train_gpt.py")
+    assert "inside it; leave out --source" in refused(str(run_folder / "artifact.pyz"), "--source", program)
     for data in ("typo", str(run_folder / "result.json")):
         assert "no such directory" in refused(str(run_folder), "--data", data)
     (tmp_path / "record.env").write_text("NO_SUCH_KNOB=1\n")
