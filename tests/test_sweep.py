@@ -609,11 +609,18 @@ def test_the_launch_command(bench: Bench) -> None:
         assert sweep.launch_command(text) == words, text
 
 
-def test_the_shipped_study_is_sound(bench: Bench) -> None:
+def test_the_shipped_studies_are_sound(bench: Bench) -> None:
+    trials = {
+        "records/demo/study.toml": 6,
+        "records/track_10min_16mb/2026-11-26_Frontier/study.toml": 9,
+        "tests/bench/training_levers.toml": 18,
+        "tests/bench/layers_for_loops.toml": 12,
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        spec = sweep.read_spec(Path("records/demo/study.toml"))
-        assert len(spec.rows()) == 6 and spec.gate
+        assert {*trials} == {str(path) for top in ("records", "tests") for path in Path(top).glob("**/*.toml")}
+        for path, count in trials.items():
+            assert len(sweep.read_spec(Path(path)).rows()) == count, path
 
 
 # The program itself
