@@ -437,6 +437,13 @@ class Config:
         8, "trellis states: 4, 8, 16, 32 or 64", ">= 4, <= 64", "MATRIX_QUANT or EMBED_QUANT=gptq_tcq"
     )
     tcq_chunk_rows: int = knob(1024, "rows per trellis path", ">= 16, <= 2048", "MATRIX_QUANT or EMBED_QUANT=gptq_tcq")
+    tune_steps: int = knob(
+        0,
+        "steps of Adam after quantisation, towards the float model on training text: row scales, and what is stored as "
+        "float16, make up for the rounding of the integers; they count as training; 0: none",
+        ">= 0",
+    )
+    tune_lr: float = knob(0.003, "their learning rate, linear to 0", ">= 0", "TUNE_STEPS>0")
     gated_attn_quant_gate: bool = knob(False, "store attention gates as int8 with a scale per row; off: fp16")
     repair: str = knob("none", "lqer: low-rank correction of the tensors with the largest error", "none|lqer")
     lqer_rank: int = knob(4, "rank of the correction", ">= 1", "REPAIR=lqer")
@@ -697,6 +704,10 @@ ILLEGAL: tuple[tuple[Callable[[Config], bool], str], ...] = (
         lambda c: c.artifact_bytes > 0 and c.fisher_scales == 0,
         "ARTIFACT_BYTES={c.artifact_bytes} may need finer grids than reach a row's largest weight; set FISHER_SCALES, "
         "with which they always do",
+    ),
+    (
+        lambda c: c.tune_steps > 0 and REPAIRS[c.repair] is not None,
+        "TUNE_STEPS={c.tune_steps} changes scales of rows, which REPAIR={c.repair} does not have; say REPAIR=none",
     ),
     (
         lambda c: c.rotate == "hadamard_vo" and c.fisher_scales > 0,
@@ -5281,6 +5292,68 @@ def repaired(
     return stored | deal_jobs(runtime, "repairing", worst, correct)
 
 
+def rescaled(cfg: Config, tensor: Stored, factor: Tensor) -> Stored:
+    """The tensor with the scales of its rows, or what is float16, times a factor each."""
+    parts = dict(tensor.parts)
+    if "w" in parts:
+        parts["w"] = (parts["w"] * factor.view_as(parts["w"])).half()
+    for key in parts.keys() & {"s", "hs"}:
+        parts |= stored_scales(scale_values(parts, key) * factor, cfg.scale_step, key)
+    return dataclasses.replace(tensor, parts=parts)
+
+
+def tuned(
+    cfg: Config,
+    runtime: Runtime,
+    teacher: GPT,
+    model: GPT,
+    stored: list[Stored],
+) -> list[Stored]:
+    """Fine-tune what is quantised, with the integers as they are: TUNE_STEPS of Adam on KL(teacher || model).
+
+    `teacher` is the float model, `model` holds the stored weights. What is learnt are factors on the scales of rows and
+    on every number in float16 (ideas: QuIP#, arXiv 2402.04396; EfficientQAT, arXiv 2407.11062). Every rank returns the
+    same.
+    """
+    teacher.eval()
+    weights, started = dict(model.eval().requires_grad_(True).named_parameters()), time.perf_counter()
+    before = {name: p.detach().clone() for name, p in weights.items()}
+    by_row = {tensor.name: "s" in tensor.parts for tensor in stored}
+    shapes = [(p.size(0), 1) if by_row[name] else p.shape for name, p in weights.items()]
+    sizes = list(map(math.prod, shapes))
+    # the logarithms of all factors
+    logs = torch.zeros(sum(sizes), device=runtime.device)
+    optimiser = torch.optim.Adam([logs], betas=(0.9, 0.99))
+    for step in range(cfg.tune_steps):
+        # text that the calibration has not seen
+        rows, slope = calibration_rows(cfg, cfg.gptq_calibration_batches + step), torch.zeros_like(logs)
+        mine = rows[runtime.rank :: runtime.world]
+        count = -(-mine.size // FISHER_TOKENS)
+        # uncompiled: these few steps take less time than compiling
+        for part in (mine[i::count] for i in range(count)):
+            batch = Batch(part, part, row_bounds(cfg, part))
+            ids, _, meta = on_device(model, batch, runtime, cfg.train_seq_len)
+            with torch.no_grad():
+                wanted = teacher(ids, None, meta).log_softmax(-1)
+            found = model(ids, None, meta).log_softmax(-1)
+            loss = F.kl_div(found, wanted, reduction="sum", log_target=True)
+            grads = torch.autograd.grad(loss, weights.values(), materialize_grads=True)
+            own = []
+            for g, p, shape in zip(grads, weights.values(), shapes, strict=True):
+                own.append((g * p).sum_to_size(shape).flatten())
+            slope += torch.cat(own)
+        logs.grad = runtime.sum_(slope) / rows.size
+        optimiser.param_groups[0]["lr"] = cfg.tune_lr * (1 - step / cfg.tune_steps)
+        optimiser.step()
+        with torch.no_grad():
+            for (name, p), factor, shape in zip(weights.items(), logs.exp().split(sizes), shapes, strict=True):
+                p.copy_(before[name] * factor.view(shape))
+        runtime.log.progress("tuning", step + 1, cfg.tune_steps, started)
+    factors = dict(zip(weights, logs.exp().cpu().split(sizes), strict=True))
+    # what was fitted to hints is no weight
+    return [rescaled(cfg, tensor, factors[tensor.name]) if tensor.name in weights else tensor for tensor in stored]
+
+
 def sort_hidden(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> None:
     """Sort each MLP's hidden units, in place, so that similar rows of `up` are neighbours. The function stays."""
     # Sorted before quantisation, which so sees just another model: no scale or packed factor has to be permuted
@@ -7583,11 +7656,11 @@ class Run:
         return saved
 
     def count_training(self, seconds: float, fit: float = 0.0) -> None:
-        """Note what training took, and the fit of hints after it; a WARNING if that is over the budget."""
+        """Note what training took, and the fits after it; a WARNING if that is over the budget."""
         self.result |= {"train_seconds": seconds + fit, "fit_seconds": fit}
         if 0 < self.cfg.max_wallclock_seconds < seconds + fit:
             self.log(
-                f"WARNING: training took {seconds:.2f} s with calibration, {fit:.2f} s with a fit of hints, over "
+                f"WARNING: training took {seconds:.2f} s with calibration, {fit:.2f} s with fits after it, over "
                 f"MAX_WALLCLOCK_SECONDS={self.cfg.max_wallclock_seconds:g}; raise GPTQ_RESERVE_SECONDS"
             )
 
@@ -7605,7 +7678,9 @@ class Run:
     def filled(self, state: Weights, hessians: Weights, fitted: Sequence[Stored] = ()) -> list[Stored]:
         """Quantise, again with other clips until the artifact is almost as large as ARTIFACT_BYTES; `fitted` is stored
         with it."""
-        target, coarser, before, best, found = self.cfg.artifact_bytes, 0.0, None, (), []
+        # tuned scales are less alike: up to a thousandth more bytes
+        target = self.cfg.artifact_bytes * (0.999 if self.cfg.tune_steps else 1)
+        coarser, before, best, found = 0.0, None, (), []
         if not target:
             return [*quantize(self.cfg, self.runtime, state, hessians), *fitted]
         # a scale that is twice as coarse takes about a bit off every weight
@@ -7617,7 +7692,7 @@ class Run:
             stored = [*quantize(cfg, self.runtime, state, hessians), *fitted]
             blob = pack_stored(stored, cfg.compressor, model_identity(self.cfg)) if self.runtime.rank == 0 else b""
             size = int(self.runtime.broadcast_from_rank0(len(blob)))
-            self.log(f"{size:,} bytes with clips times {2**coarser:.4f}, of ARTIFACT_BYTES={target:,}")
+            self.log(f"{size:,} bytes with clips times {2**coarser:.4f}, of ARTIFACT_BYTES={self.cfg.artifact_bytes:,}")
             # the largest that fits, or else the smallest
             rank = (True, size) if size <= target else (False, -size)
             if rank > best:
@@ -7643,15 +7718,23 @@ class Run:
         hessians = load_saved(self.folder / "hessians.pt", WEIGHTS_HASH)
         if not torch.equal(hessians[WEIGHTS_HASH], weights_hash(state)):
             raise UserError(f"{self.folder}: hessians.pt is of other weights than model.pt; train again")
+        fits = time.perf_counter()
         if "copy" in cfg.hints:
             weights = fit_copies(cfg, runtime, model)
             fitted.append(Stored("copy_weights", "scale", "byte", (), {"w": weights}))
-            # the fit reads training text, so it counts as training; quantisation, after it, does not
-            seconds = runtime.broadcast_from_rank0(time.perf_counter() - started)
-            trained = self.result.get("train_seconds", 0.0) - self.result.get("fit_seconds", 0.0)
-            self.count_training(trained, seconds)
             self.log(f"weights of copies in 256ths: {weights.tolist()}")
+        seconds = time.perf_counter() - fits
         stored = self.filled(*reparametrize(cfg, runtime, state, hessians), fitted)
+        if cfg.tune_steps:
+            rounded = self.model()
+            fill_model(rounded, dequantize(stored), "what is quantised")
+            fits = time.perf_counter()
+            stored = tuned(cfg, runtime, model, rounded, stored)
+            seconds += time.perf_counter() - fits
+        if fitted or cfg.tune_steps:
+            # what reads training text counts as training; quantisation does not
+            trained = self.result.get("train_seconds", 0.0) - self.result.get("fit_seconds", 0.0)
+            self.count_training(trained, runtime.broadcast_from_rank0(seconds))
         if runtime.rank == 0:
             counts = collections.Counter(tensor.encoding() for tensor in stored)
             self.log("stored tensors: " + ", ".join(f"{count} {name}" for name, count in counts.items()))

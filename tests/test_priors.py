@@ -268,8 +268,9 @@ def test_what_learns_does_not_see_hints(context: str, monkeypatch: pytest.Monkey
 def test_weights_of_copies_are_fitted_stored_and_needed(
     tiny_data: Path, tmp_path: Path, call_ranks: Callable[..., Done]
 ) -> None:
-    """One byte a bucket in the artifact; two ranks find the same; the last score alone has hints."""
-    env = environment(tiny_data, tmp_path / "run", HINTS="copy,tilt", EVAL="plain", MAX_WALLCLOCK_SECONDS=600)
+    """One byte a bucket in the artifact; two ranks find the same; the last score alone has hints. With tuned scales."""
+    fits = {"HINTS": "copy,tilt", "TUNE_STEPS": 3}
+    env = environment(tiny_data, tmp_path / "run", EVAL="plain", MAX_WALLCLOCK_SECONDS=600, **fits)
     done = call(env, tmp_path / "run")
     assert done.code == 0, done.err
     (stored,) = (t for t in train_gpt.read_artifact(done.folder / "model.bin") if t.name == "copy_weights")
@@ -293,10 +294,14 @@ def test_weights_of_copies_are_fitted_stored_and_needed(
     shutil.copytree(done.folder, ranks)
     pair = call_ranks(env | {"ARTIFACT_DIR": str(ranks), "STAGES": "quantize,eval"}, ranks)
     assert pair.code == 0, pair.err
-    (other,) = (t for t in train_gpt.read_artifact(ranks / "model.bin") if t.name == "copy_weights")
-    assert (other.parts["w"].int() - weights.int()).abs().max() <= 1
+    found, wanted = ({t.name: t for t in train_gpt.read_artifact(f / "model.bin")} for f in (ranks, done.folder))
+    assert (found.pop("copy_weights").parts["w"].int() - wanted.pop("copy_weights").parts["w"].int()).abs().max() <= 1
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.decode(), wanted[name].decode(), rtol=2e-3, atol=1e-5)
     assert pair.bpb("final") == pytest.approx(done.bpb("final"), abs=1e-4)
     assert again("without", STAGES="quantize,eval", HINTS="none").code == 0
+    rounded = again("rounded", STAGES="quantize,eval", TUNE_STEPS="0")
+    assert rounded.bpb("quantized") != done.bpb("quantized") and rounded.result["fit_seconds"] > 0
     env |= {"MODEL_PATH": str(tmp_path / "without" / "model.bin"), "STAGES": "eval"}
     refused = call(env, done.folder)
     assert refused.code == 2 and "no weights for HINTS=copy; fit them with STAGES=quantize,eval" in refused.err

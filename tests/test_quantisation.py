@@ -355,6 +355,42 @@ def test_clips_are_searched_until_the_artifact_is_full(tmp_path: Path) -> None:
     assert lost[1] > lost[2] > lost[3]
 
 
+@pytest.mark.parametrize("knobs", [{}, {"scale_step": 0.005}, {"awq_lite_enabled": True}])
+def test_tuning_comes_nearer_to_the_float_model_with_the_same_integers(
+    knobs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def text(cfg: train_gpt.Config, index: int) -> np.ndarray:
+        seen.append(index)
+        return np.random.default_rng(index).integers(0, cfg.vocab_size, (5, 24))
+
+    seen: list[int] = []
+    monkeypatch.setattr(train_gpt, "calibration_rows", text)
+    monkeypatch.setattr(train_gpt, "FISHER_TOKENS", 50)  # three passes a step
+    model, ids, found = sensitive()
+    state = {name: w.float() for name, w in model.state_dict().items()}
+    cfg = rules.model_config(SMALL, **{"matrix_bits": 4, "embed_bits": 5, "tune_steps": 12, "tune_lr": 0.01} | knobs)
+    stored = train_gpt.quantize(cfg, rules.runtime(), state, {name: value.float() for name, value in found.items()})
+    rounded = copy.deepcopy(model)
+    rounded.load_state_dict(train_gpt.dequantize(stored))
+    after = train_gpt.tuned(cfg, rules.runtime(), model, rounded, stored)
+    assert seen == list(range(16, 28)), "not the text of the calibration"
+    for old, new in zip(stored, after, strict=True):
+        assert old.key() == new.key() and old.parts.keys() == new.parts.keys()
+        for key, part in old.parts.items():
+            assert new.parts[key].dtype == part.dtype and new.parts[key].shape == part.shape
+            assert torch.equal(new.parts[key], part) == (key not in ("s", "hs", "w")), (old.name, key)
+        if "hs" in old.parts:
+            ratios = [train_gpt.scale_values(new.parts, k) / train_gpt.scale_values(old.parts, k) for k in ("s", "hs")]
+            torch.testing.assert_close(*ratios, rtol=2e-3, atol=0)
+    lost = []
+    for tensors in (stored, after):
+        lost.append(divergence(model, ids, {name: w.double() for name, w in train_gpt.dequantize(tensors).items()}))
+    assert lost[1] < 0.85 * lost[0], lost
+    # what is returned is what was learnt, to the rounding of what stores it
+    learnt = divergence(model, ids, rounded.state_dict())
+    assert lost[1] == pytest.approx(learnt, rel=0.05)
+
+
 def test_two_ranks_find_the_same_sensitivities_and_store_the_same(run_gpt: Callable[..., Done]) -> None:
     """Targets are drawn by the batch's number, so it does not matter which rank draws them."""
     knobs = {"FISHER_SCALES": 0.75, "GPTQ_CALIBRATION_BATCHES": 3, "EVAL": "plain", "OVERWRITE": 1}

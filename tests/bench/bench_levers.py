@@ -102,6 +102,7 @@ QUANTISATION = (
     Lever("trellis", TCQ),
     Lever("trellis and Fisher .75", f"{TCQ} FISHER_SCALES=.75"),
     Lever("trellis over Fisher .75", f"{TCQ} FISHER_SCALES=.75", "FISHER_SCALES=.75"),
+    Lever("tuned over both", f"{TCQ} FISHER_SCALES=.75 TUNE_STEPS=48", f"{TCQ} FISHER_SCALES=.75"),
     Lever("AWQ-lite", "AWQ_LITE_ENABLED=1"),
     Lever("AWQ-lite over Fisher .75", "FISHER_SCALES=.75 AWQ_LITE_ENABLED=1", "FISHER_SCALES=.75"),
     Lever("LQER rank 4, groups of 64, top 3", LQER),
@@ -156,6 +157,9 @@ class Levers:
         cfg = dataclasses.replace(cfg, artifact_bytes=size)
         run = types.SimpleNamespace(cfg=cfg, runtime=self.runtime, log=self.runtime.log)
         stored = train_gpt.Run.filled(run, *pair)
+        if cfg.tune_steps:
+            rounded = bench.model_of(cfg, self.runtime, train_gpt.dequantize(stored))
+            stored = train_gpt.tuned(cfg, self.runtime, self.model, rounded, stored)
         blob = train_gpt.pack_stored(stored, cfg.compressor, train_gpt.model_identity(cfg))
         return len(blob), train_gpt.dequantize(stored)
 
