@@ -615,6 +615,7 @@ def test_the_shipped_studies_are_sound(bench: Bench) -> None:
         "records/track_10min_16mb/2026-11-26_Frontier/study.toml": 9,
         "tests/bench/training_levers.toml": 18,
         "tests/bench/layers_for_loops.toml": 12,
+        "tests/bench/long_training.toml": 4,
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
