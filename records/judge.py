@@ -1229,12 +1229,6 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     print(f"{printable(verdict['target'])} ({verdict['kind']}, {verdict['scale']} size): {word} ({counts})")
 
 
-def read_foreign(args: argparse.Namespace) -> tuple[Candidate, list[Check]]:
-    """open_foreign of what the command line names."""
-    refuse_unread(args, "is another team's folder, which is read and not run", *"data source documents probes".split())
-    return open_foreign(args.target)
-
-
 def run_target(args: argparse.Namespace, server: Server) -> tuple[Candidate, list[Check]]:
     """Open what the command line names, run all checks on it, and return both."""
     # after an error runs may write there until the server ends
@@ -1253,7 +1247,11 @@ def judge_target(args: argparse.Namespace, server: Server) -> int:
     """Judge what the command line names and print the verdict. Return 0 if legal, 1 if not, 2 for a wrong input."""
     started = time.perf_counter()
     try:
-        verdict = summary(*(read_foreign(args) if is_foreign(args.target) else run_target(args, server)))
+        foreign = is_foreign(args.target)
+        if foreign:
+            why = "is another team's folder, which is read and not run"
+            refuse_unread(args, why, "data", "source", "documents", "probes")
+        verdict = summary(*(open_foreign(args.target) if foreign else run_target(args, server)))
     except (UserError, OSError, UnicodeDecodeError) as error:
         print(printable(f"error: {error}".replace("\n", "; ")), file=sys.stderr)
         return 2
