@@ -437,6 +437,13 @@ class Config:
         8, "trellis states: 4, 8, 16, 32 or 64", ">= 4, <= 64", "MATRIX_QUANT or EMBED_QUANT=gptq_tcq"
     )
     tcq_chunk_rows: int = knob(1024, "rows per trellis path", ">= 16, <= 2048", "MATRIX_QUANT or EMBED_QUANT=gptq_tcq")
+    gptaq_batches: int = knob(
+        0,
+        "calibration batches, over all ranks, by which matrices that are rounded later make up for those before them: "
+        "first embeddings, then q, k, v of all layers, o, up, down; they count as training; 0: each for itself",
+        ">= 0",
+        "MATRIX_QUANT=gptq|gptq_tcq",
+    )
     tune_steps: int = knob(
         0,
         "steps of Adam after quantisation, towards the float model on training text: row scales, and what is stored as "
@@ -4583,6 +4590,27 @@ class HessianTap:
             LayerTap(self)("head", h, h)
 
 
+class DriftTap:
+    """A taps listener that accumulates [X - X', X']^T X' (2 cols, cols) float32 at one site, over a layer's passes.
+
+    On each batch it hears first the float model, which reads X, then the model whose earlier matrices are rounded,
+    which reads X'.
+    """
+
+    def __init__(self, site: str) -> None:
+        self.sites, self.rounded = frozenset({site}), False
+        self.inputs, self.sums = [], collections.defaultdict(int)
+
+    def __call__(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """Listen at a site; the output passes through."""
+        x = x.detach().flatten(0, -2).float()
+        if self.rounded:
+            self.sums[site.layer] += torch.cat([self.inputs.pop(0) - x, x], dim=1).T @ x
+        else:
+            self.inputs.append(x)
+        return y
+
+
 SENSITIVITY = "sensitivity of "  # before the name of a weight, among the Hessians
 FISHER_TOKENS = 2**14  # tokens of a backward pass: 14 GiB for PR 1934
 SENSITIVITY_FLOOR = 0.1  # of the mean of a weight's rows: a row that no gradient reached may still matter
@@ -5230,7 +5258,54 @@ def fisher_gains(cfg: Config, runtime: Runtime, plan: Plan, state: Weights, hess
     return plan | rules
 
 
-def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -> list[Stored]:
+@dataclasses.dataclass
+class Gptaq:
+    """Asymmetric calibration (Li et al. 2025, arXiv 2504.02692): what is rounded makes up for what was rounded before.
+
+    A matrix W reads X' where the float model reads X. The W' for which W' X' is nearest to W X is what gets rounded.
+    """
+
+    cfg: Config
+    runtime: Runtime
+    model: GPT  # with the float weights, in eval mode; left alone
+    seconds: float = 0.0  # how long text was read so far
+
+    def targets(self, site: str, stored: Iterable[Stored], state: Weights) -> tuple[Weights, Weights]:
+        """W' of the matrices in `state`, which read the inputs at a site, and X'^T X', given what is stored so far."""
+        cfg, runtime, started = self.cfg, self.runtime, time.perf_counter()
+        rounded, tap = copy.deepcopy(self.model), DriftTap(site)
+        rounded.load_state_dict(self.model.state_dict() | dequantize(stored))
+        mine = range(runtime.rank, cfg.gptaq_batches, runtime.world)
+        for done, index in enumerate(mine):
+            rows = calibration_rows(cfg, index)
+            for part in np.array_split(rows, -(-rows.size // FISHER_TOKENS)):
+                ids, _, meta = on_device(rounded, Batch(part, part, row_bounds(cfg, part)), runtime, cfg.train_seq_len)
+                with torch.no_grad():
+                    for tap.rounded, model in enumerate((self.model, rounded)):
+                        model.trunk(ids, meta, tap)
+            runtime.log.progress(f"calibration of {site}", done + 1, len(mine), started)
+        found, hessians = {}, {}
+        for name, p in self.model.named_parameters():
+            if name in state:
+                W = state[name].to(runtime.device, torch.float32)
+                # of a rank without batches, 0
+                sums = tap.sums[p.layer] + W.new_zeros(2 * W.size(1), W.size(1))
+                drift, hessians[name] = (runtime.sum_(sums) / cfg.gptaq_batches).chunk(2)
+                order, U, _ = inverse_factor(hessians[name], cfg.gptq_damp)
+                # W' = W + W drift H^-1, where H^-1 = U^T U in GPTQ's order of the columns
+                change = (W @ drift)[:, order] @ U.T @ U
+                found[name] = W + change[:, order.argsort()]
+        self.seconds += time.perf_counter() - started
+        return found, hessians
+
+
+def quantize(
+    cfg: Config,
+    runtime: Runtime,
+    state: Weights,
+    hessians: Weights,
+    gptaq: Gptaq | None = None,
+) -> list[Stored]:
     """Quantise a state dict: its tensors as they are stored, on the CPU, in the order of the model.
 
     All ranks share the work. FloatingPointError for weights that are not finite, UserError for a missing Hessian.
@@ -5260,8 +5335,20 @@ def quantize(cfg: Config, runtime: Runtime, state: Weights, hessians: Weights) -
             found[name] = Stored(name, tensors[name].role, rule.scheme, (), parts)
         return found
 
-    jobs = quantisation_jobs(plan, state, runtime.world)
-    stored = repaired(cfg, runtime, state, deal_jobs(runtime, "quantising", jobs, encode))
+    # all at once, or site by site in the order of ROLES: first the embedding, which all others read
+    stages = {site: {} for site in dict.fromkeys(role.hessian for role in ROLES.values())}
+    for name, weight in state.items():
+        late = gptaq and SCHEMES[plan[name].scheme].hessian
+        stages[ROLES[tensors[name].role].hessian if late else "head"][name] = weight
+    stored = {}
+    for site, weights in stages.items():
+        if not weights:
+            continue
+        if stored:
+            targets, inputs = gptaq.targets(site, stored.values(), weights)
+            state, hessians = state | targets, hessians | inputs
+        stored |= deal_jobs(runtime, "quantising", quantisation_jobs(plan, weights, runtime.world), encode)
+    stored = repaired(cfg, runtime, state, stored)
     return [stored[name] for name in plan if name in stored]
 
 
@@ -7682,18 +7769,22 @@ class Run:
         known[WEIGHTS_HASH] = weights_hash(model.state_dict())
         self.save("hessians.pt", known)
 
-    def filled(self, state: Weights, hessians: Weights, fitted: Sequence[Stored] = ()) -> list[Stored]:
+    def filled(
+        self,
+        state: Weights,
+        hessians: Weights,
+        fitted: Sequence[Stored] = (),
+        gptaq: Gptaq | None = None,
+    ) -> list[Stored]:
         """Quantise, again with other clips until the artifact is almost as large as ARTIFACT_BYTES; `fitted` is stored
-        with it."""
-        # tuned scales are less alike: up to a thousandth more bytes
-        target = self.cfg.artifact_bytes * (0.999 if self.cfg.tune_steps else 1)
-        coarser, before, best, found = 0.0, None, (), []
-        if not target:
-            return [*quantize(self.cfg, self.runtime, state, hessians), *fitted]
+        with it. Only the last time is by GPTAQ, which reads text."""
+        # what is learnt afterwards may add up to a thousandth of the bytes
+        target = self.cfg.artifact_bytes * (0.999 if self.cfg.tune_steps or gptaq else 1)
+        coarser, before, best, found = 0.0, None, (), (self.cfg, None)
         # a scale that is twice as coarse takes about a bit off every weight
         slope = -sum(weight.numel() for weight in state.values()) / 8
         knobs = sorted({role.clip for role in ROLES.values()} - {""})
-        for _ in range(5):
+        for _ in range(5 if target else 0):
             clips = {name: 2**coarser * getattr(self.cfg, name) for name in knobs}
             cfg = dataclasses.replace(self.cfg, **clips)
             stored = [*quantize(cfg, self.runtime, state, hessians), *fitted]
@@ -7703,7 +7794,7 @@ class Run:
             # the largest that fits, or else the smallest
             rank = (True, size) if size <= target else (False, -size)
             if rank > best:
-                best, found = rank, stored
+                best, found = rank, (cfg, stored)
             # full enough, or as large as it gets: the grids are as fine as their bits allow
             if 0.998 * target <= size <= target or (before is not None and size == before[1] < target):
                 break
@@ -7713,7 +7804,10 @@ class Run:
             before = coarser, size
             # the middle of what is near enough
             coarser += (0.999 * target - size) / slope
-        return found
+        cfg, stored = found
+        if stored is None or gptaq:
+            return [*quantize(cfg, self.runtime, state, hessians, gptaq), *fitted]
+        return stored
 
     def quantize(self) -> None:
         """model.pt and hessians.pt -> model.bin, and the score of what model.bin holds."""
@@ -7731,14 +7825,18 @@ class Run:
             fitted.append(Stored("copy_weights", "scale", "byte", (), {"w": weights}))
             self.log(f"weights of copies in 256ths: {weights.tolist()}")
         seconds = time.perf_counter() - fits
-        stored = self.filled(*reparametrize(cfg, runtime, state, hessians), fitted)
+        state, hessians = reparametrize(cfg, runtime, state, hessians)
+        fill_model(model, state, "what is easier to store")
+        gptaq = Gptaq(cfg, runtime, model.eval()) if cfg.gptaq_batches else None
+        stored = self.filled(state, hessians, fitted, gptaq)
+        seconds += gptaq.seconds if gptaq else 0.0
         if cfg.tune_steps:
             rounded = self.model()
             fill_model(rounded, dequantize(stored), "what is quantised")
             fits = time.perf_counter()
             stored = tuned(cfg, runtime, model, rounded, stored)
             seconds += time.perf_counter() - fits
-        if fitted or cfg.tune_steps:
+        if fitted or gptaq or cfg.tune_steps:
             # what reads training text counts as training; quantisation does not
             trained = self.result.get("train_seconds", 0.0) - self.result.get("fit_seconds", 0.0)
             self.count_training(trained, runtime.broadcast_from_rank0(seconds))

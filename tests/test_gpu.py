@@ -188,8 +188,8 @@ def test_captured_optimiser_steps_are_the_plain_ones() -> None:
 
 LINES = {
     "published": "",
-    "own": "FISHER_SCALES=0.7 TUNE_STEPS=3 CANONICAL_MASK=always HINTS=copy,tilt TRAIN_SEQ_SCHEDULE=32@0.5 "
-    "TTT_CHUNK_SIZE=40:8,16 LOOP_MIX=1,0,0.1,1,0.1,0",
+    "own": "FISHER_SCALES=0.7 GPTAQ_BATCHES=2 TUNE_STEPS=3 CANONICAL_MASK=always HINTS=copy,tilt "
+    "TRAIN_SEQ_SCHEDULE=32@0.5 TTT_CHUNK_SIZE=40:8,16 LOOP_MIX=1,0,0.1,1,0.1,0",
 }
 
 

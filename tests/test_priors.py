@@ -268,8 +268,9 @@ def test_what_learns_does_not_see_hints(context: str, monkeypatch: pytest.Monkey
 def test_weights_of_copies_are_fitted_stored_and_needed(
     tiny_data: Path, tmp_path: Path, call_ranks: Callable[..., Done]
 ) -> None:
-    """One byte a bucket in the artifact; two ranks find the same; the last score alone has hints. With tuned scales."""
-    fits = {"HINTS": "copy,tilt", "TUNE_STEPS": 3}
+    """One byte a bucket in the artifact; two ranks find the same, though only one of them has a batch for GPTAQ; the
+    last score alone has hints. With tuned scales."""
+    fits = {"HINTS": "copy,tilt", "TUNE_STEPS": 3, "GPTAQ_BATCHES": 1}
     env = environment(tiny_data, tmp_path / "run", EVAL="plain", MAX_WALLCLOCK_SECONDS=600, **fits)
     done = call(env, tmp_path / "run")
     assert done.code == 0, done.err

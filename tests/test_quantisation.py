@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import functools
@@ -389,6 +390,65 @@ def test_tuning_comes_nearer_to_the_float_model_with_the_same_integers(
     # what is returned is what was learnt, to the rounding of what stores it
     learnt = divergence(model, ids, rounded.state_dict())
     assert lost[1] == pytest.approx(learnt, rel=0.05)
+
+
+def test_asymmetric_calibration_makes_up_for_what_was_rounded_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def text(cfg: train_gpt.Config, index: int) -> np.ndarray:
+        return np.random.default_rng(index).integers(0, cfg.vocab_size, (5, 24))
+
+    class Inputs:
+        """What the matrices at a site read, pass by pass."""
+
+        def __init__(self, site: str) -> None:
+            self.sites, self.found = frozenset({site}), collections.defaultdict(list)
+
+        def __call__(self, site: train_gpt.Site, x: Tensor, y: Tensor) -> Tensor:
+            self.found[site.layer].append(x.detach().flatten(0, -2))
+            return y
+
+    monkeypatch.setattr(train_gpt, "calibration_rows", text)
+    monkeypatch.setattr(train_gpt, "FISHER_TOKENS", 50)  # three passes a batch
+    model, runtime = rules.build(SMALL, torch.float32).eval(), rules.runtime()
+    cfg = rules.model_config(SMALL, matrix_bits=4, embed_bits=5, gptaq_batches=3, gptq_calibration_batches=3)
+    state, tap, own = dict(model.state_dict()), train_gpt.HessianTap(), {}
+    # attention inside each row, as the program bounds them
+    batches = []
+    for rows in map(functools.partial(text, cfg), range(3)):
+        batch = train_gpt.Batch(rows, rows, train_gpt.row_bounds(cfg, rows))
+        ids, _, meta = train_gpt.on_device(model, batch, runtime, cfg.train_seq_len)
+        batches.append((ids, meta))
+        tap.listen(model, ids, meta, 0)
+    found = tap.hessians(model, 3, runtime)
+    plain = train_gpt.quantize(cfg, runtime, state, found)
+    # the layers' inputs when q, k, v and the embedding are rounded, and the targets of o for them
+    early = [t for t in plain if t.role in ("embed", "q", "k", "v")]
+    rounded = copy.deepcopy(model)
+    rounded.load_state_dict(state | train_gpt.dequantize(early))
+    for m in (model, rounded):
+        own[m] = Inputs("o")
+        for ids, meta in batches:
+            m.trunk(ids, meta, own[m])
+    roles = train_gpt.weights_of(cfg)
+    late = {name: w for name, w in state.items() if roles[name].role == "o"}
+    gptaq = train_gpt.Gptaq(cfg, runtime, model)
+    targets, hessians = gptaq.targets("o", early, late)
+    assert targets.keys() == late.keys() and len(late) > 2 and gptaq.seconds > 0
+    for name, W in late.items():
+        X, Y = (torch.cat(own[m].found[roles[name].layer]).double() for m in (model, rounded))
+        H = Y.T @ Y / 3
+        torch.testing.assert_close(hessians[name].double(), H, rtol=1e-3, atol=1e-5 * H.abs().max().item())
+        damped = H + cfg.gptq_damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
+        wanted = W.double() + torch.linalg.solve(damped, (W.double() @ ((X - Y).T @ Y) / 3).T).T
+        torch.testing.assert_close(targets[name].double(), wanted, rtol=1e-3, atol=1e-4 * W.abs().max().item())
+        lost = [(X @ W.double().T - Y @ V.double().T).square().sum() for V in (W, targets[name])]
+        assert lost[1] < 0.9 * lost[0], (name, lost)
+    # the whole: nearer to the float model, with the embedding as before
+    after = train_gpt.quantize(cfg, runtime, state, found, gptaq)
+    assert [t.key() for t in after] == [t.key() for t in plain]
+    same = {t.name for t, other in zip(after, plain, strict=True) if same_stored([t], [other])}
+    assert {t.name for t in plain} - same == {t.name for t in plain if t.role in ("q", "k", "v", "o", "up", "down")}
+    losses = [divergence(model, batches[0][0], train_gpt.dequantize(tensors)) for tensors in (plain, after)]
+    assert losses[1] < 0.9 * losses[0], losses
 
 
 def test_two_ranks_find_the_same_sensitivities_and_store_the_same(run_gpt: Callable[..., Done]) -> None:

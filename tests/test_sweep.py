@@ -25,6 +25,7 @@ from conftest import KNOBS, LAUNCHER, ROOT, TINY
 from optuna.trial import TrialState
 
 from records import sweep
+from train_gpt import load_config, record_env
 
 # What the stand-in does is said by MATRIX_LR: its score is 2 + SEED / 10 + MATRIX_LR + (1 + SEED) / 1000 of it, and
 # from 5 up it misbehaves.
@@ -610,18 +611,32 @@ def test_the_launch_command(bench: Bench) -> None:
 
 
 def test_the_shipped_studies_are_sound(bench: Bench) -> None:
+    frontier = "records/track_10min_16mb/2026-11-26_Frontier"
     trials = {
         "records/demo/study.toml": 6,
-        "records/track_10min_16mb/2026-11-26_Frontier/study.toml": 9,
+        f"{frontier}/study.toml": 9,
+        f"{frontier}/study_eval.toml": 18,
         "tests/bench/training_levers.toml": 18,
         "tests/bench/layers_for_loops.toml": 12,
         "tests/bench/long_training.toml": 4,
     }
+    # what the record's README trains first, as seen from where the studies are started
+    (bench.room / "records").symlink_to(ROOT / "records")
+    for seed in (314, 42, 999):
+        run = bench.room / f"logs/2026-11-26_Frontier_seed{seed}"
+        run.mkdir(parents=True)
+        cfg = load_config({"PRESET": str(ROOT / frontier), "SEED": str(seed)})
+        (run / "record.env").write_text(record_env(cfg))
+        for name in ("result.json", "model.bin"):
+            (run / name).write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        assert {*trials} == {str(path) for top in ("records", "tests") for path in Path(top).glob("**/*.toml")}
+        patch.chdir(bench.room)
+        shipped = {
+            str(path.relative_to(ROOT)) for top in ("records", "tests") for path in (ROOT / top).glob("**/*.toml")
+        }
+        assert {*trials} == shipped
         for path, count in trials.items():
-            assert len(sweep.read_spec(Path(path)).rows()) == count, path
+            assert len(sweep.read_spec(ROOT / path).rows()) == count, path
 
 
 # The program itself

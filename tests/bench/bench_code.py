@@ -27,6 +27,7 @@ LEVERS = {
     "LOOP_MIX": "loop_mix beta alphas",
     "FISHER_SCALES": "FisherTap fisher_scales fisher_gains pivots SENSITIVITY FISHER_TOKENS SENSITIVITY_FLOOR gains",
     "ARTIFACT_BYTES": "artifact_bytes filled",
+    "GPTAQ_BATCHES": "Gptaq gptaq gptaq_batches DriftTap",
     "TUNE_STEPS": "tuned rescaled tune_steps tune_lr",
     "trellis": "viterbi encode_tcq trellis TCQ_CODES TCQ_ERROR tcq_states tcq_chunk_rows subsets follow",
     "COMPRESSOR=rans": f"{RANS_ENCODER} rans_model rans_matrix rans_tables rans_decode rans_unframe RANS_BITS "

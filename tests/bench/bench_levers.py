@@ -47,7 +47,9 @@ BASE = (
     "COMPRESSOR=rans EVAL_INCLUDE_TAIL=1"
 )
 PHASED = "EVAL=phased_lora PHASED_TTT_NUM_PHASES="
+CARRY = "TTT_CONTEXT=carry TTT_CHUNK_SIZE="
 TCQ = "MATRIX_QUANT=gptq_tcq EMBED_QUANT=gptq_tcq"
+GPTAQ = "FISHER_SCALES=.75 GPTAQ_BATCHES=8"
 LQER = "REPAIR=lqer LQER_RANK=4 LQER_ASYM_GROUP=64 LQER_TOP_K=3"
 
 
@@ -86,8 +88,9 @@ EVALUATION = (
     Lever("context x 1.5, without adaptation", "TTT_LORA_LR=0 TTT_EVAL_SEQ_LEN*1.5", "TTT_LORA_LR=0"),
     Lever("one global phase", f"{PHASED}1"),
     Lever("one global phase for three", f"{PHASED}1", f"{PHASED}3"),
-    Lever("carried keys and values", "TTT_CONTEXT=carry TTT_CHUNK_SIZE=48", "TTT_CHUNK_SIZE=48"),
-    Lever("carried, chunk 24, rate x .7", "TTT_CONTEXT=carry TTT_CHUNK_SIZE=24 TTT_LORA_LR*.7", "TTT_CHUNK_SIZE=48"),
+    Lever("carried keys and values", f"{CARRY}48", "TTT_CHUNK_SIZE=48"),
+    Lever("carried, chunk 24, rate x .7", f"{CARRY}24 TTT_LORA_LR*.7", "TTT_CHUNK_SIZE=48"),
+    Lever("carried, 16 for 24", f"{CARRY}16 TTT_LORA_LR*.55", f"{CARRY}24 TTT_LORA_LR*.7"),
 )
 QUANTISATION = (
     Lever("embedding's Hessian of both uses", "", fisher_hessians=True),
@@ -102,7 +105,9 @@ QUANTISATION = (
     Lever("trellis", TCQ),
     Lever("trellis and Fisher .75", f"{TCQ} FISHER_SCALES=.75"),
     Lever("trellis over Fisher .75", f"{TCQ} FISHER_SCALES=.75", "FISHER_SCALES=.75"),
+    Lever("asymmetric calibration over both", f"{TCQ} {GPTAQ}", f"{TCQ} FISHER_SCALES=.75"),
     Lever("tuned over both", f"{TCQ} FISHER_SCALES=.75 TUNE_STEPS=48", f"{TCQ} FISHER_SCALES=.75"),
+    Lever("tuned over all", f"{TCQ} {GPTAQ} TUNE_STEPS=48", f"{TCQ} {GPTAQ}"),
     Lever("AWQ-lite", "AWQ_LITE_ENABLED=1"),
     Lever("AWQ-lite over Fisher .75", "FISHER_SCALES=.75 AWQ_LITE_ENABLED=1", "FISHER_SCALES=.75"),
     Lever("LQER rank 4, groups of 64, top 3", LQER),
@@ -156,7 +161,12 @@ class Levers:
         # not by load_config, which wants FISHER_SCALES with ARTIFACT_BYTES
         cfg = dataclasses.replace(cfg, artifact_bytes=size)
         run = types.SimpleNamespace(cfg=cfg, runtime=self.runtime, log=self.runtime.log)
-        stored = train_gpt.Run.filled(run, *pair)
+        gptaq = (
+            train_gpt.Gptaq(cfg, self.runtime, bench.model_of(cfg, self.runtime, pair[0]).eval())
+            if cfg.gptaq_batches
+            else None
+        )
+        stored = train_gpt.Run.filled(run, *pair, gptaq=gptaq)
         if cfg.tune_steps:
             rounded = bench.model_of(cfg, self.runtime, train_gpt.dequantize(stored))
             stored = train_gpt.tuned(cfg, self.runtime, self.model, rounded, stored)
