@@ -5280,10 +5280,11 @@ class Gptaq:
             rows = calibration_rows(cfg, index)
             for part in np.array_split(rows, -(-rows.size // FISHER_TOKENS)):
                 ids, _, meta = on_device(rounded, Batch(part, part, row_bounds(cfg, part)), runtime, cfg.train_seq_len)
-                with torch.no_grad():
-                    for tap.rounded, model in enumerate((self.model, rounded)):
+                for model in (self.model, rounded):
+                    tap.rounded = model is rounded
+                    with torch.no_grad():
                         model.trunk(ids, meta, tap)
-            runtime.log.progress(f"calibration of {site}", done + 1, len(mine), started)
+            runtime.log.progress(f"calibration for {site}", done + 1, len(mine), started)
         found, hessians = {}, {}
         for name, p in self.model.named_parameters():
             if name in state:
@@ -5335,7 +5336,7 @@ def quantize(
             found[name] = Stored(name, tensors[name].role, rule.scheme, (), parts)
         return found
 
-    # all at once, or site by site in the order of ROLES: first the embedding, which all others read
+    # all at once, or site by site in the order of ROLES: first the embedding, on which all inputs depend
     stages = {site: {} for site in dict.fromkeys(role.hessian for role in ROLES.values())}
     for name, weight in state.items():
         late = gptaq and SCHEMES[plan[name].scheme].hessian
