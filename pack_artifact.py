@@ -31,16 +31,19 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import builtins
 import functools
 import hashlib
 import importlib.util
 import io
 import itertools
 import json
+import keyword
 import math
 import os
 import re
 import shutil
+import string
 import struct
 import subprocess
 import sys
@@ -166,8 +169,7 @@ def minify(text: str, name: str = "source") -> str:
     tree = AnnotationStripper(functions_with_readers(tree)).visit(tree)
     tree = ast.fix_missing_locations(tree)
     small = minify_names(python_minifier.unparse(tree), tuple(constexpr_names(tree)))
-    parse_source(small, f"minified {name}")
-    return small
+    return python_minifier.unparse(OwnLoops().visit(parse_source(small, f"minified {name}")))
 
 
 @functools.cache  # ten seconds for train_gpt.py, and tests pack it often
@@ -183,6 +185,49 @@ def minify_names(text: str, kept_locals: tuple[str, ...]) -> str:
         rename_globals=False,
         remove_asserts=False,
     )
+
+
+COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp  # what CPython inlines since 3.12
+
+
+class OwnLoops(ast.NodeTransformer):
+    """Gives loop variables of comprehensions in nested functions names that their function has for nothing else.
+
+    The minifier reuses names. Where a function reads A from a function around it and one of its comprehensions loops
+    over an A of its own, CPython 3.12.1 and 3.13.0 take one for the other: UnboundLocalError.
+    """
+
+    depth = 0
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        """Rename in the functions inside this one, then, if there is one around it, here."""
+        self.depth += 1
+        self.generic_visit(node)
+        self.depth -= 1
+        if self.depth:
+            self.rename(node)
+        return node
+
+    def rename(self, function: ast.FunctionDef) -> None:
+        """Rename loop variables whose names also stand outside their comprehensions."""
+        nodes = list(ast.walk(function))
+        loops: dict[str, set[ast.AST]] = {}
+        for comprehension in nodes:
+            if isinstance(comprehension, COMPREHENSIONS):
+                # what the first loop runs over still belongs to the function
+                own = {*ast.walk(comprehension)} - {*ast.walk(comprehension.generators[0].iter)}
+                targets = (n for g in comprehension.generators for n in ast.walk(g.target))
+                for name in {n.id for n in targets if isinstance(n, ast.Name)}:
+                    loops.setdefault(name, set()).update(own)
+        names = {n: n.id if isinstance(n, ast.Name) else n.arg for n in nodes if isinstance(n, ast.Name | ast.arg)}
+        used = {*names.values(), *dir(builtins), *keyword.kwlist}
+        spare = (a + b for a in string.ascii_letters for b in string.ascii_letters if a + b not in used)
+        for name, own in sorted(loops.items()):
+            same = [n for n, its in names.items() if its == name]
+            if not own.issuperset(same):
+                new = next(spare)
+                for node in own.intersection(same):
+                    setattr(node, "id" if isinstance(node, ast.Name) else "arg", new)
 
 
 BANNER = re.compile(r"^# \+-+\+\n# \| *(?P<title>[^\n]*?) *\|\n# \+-+\+$", re.MULTILINE)

@@ -7779,23 +7779,31 @@ class Run:
     ) -> list[Stored]:
         """Quantise, again with other clips until the artifact is almost as large as ARTIFACT_BYTES; `fitted` is stored
         with it. Only the last time is by GPTAQ, which reads text."""
-        # what is learnt afterwards may add up to a thousandth of the bytes
-        target = self.cfg.artifact_bytes * (0.999 if self.cfg.tune_steps or gptaq else 1)
-        coarser, before, best, found = 0.0, None, (), (self.cfg, None)
+        # tuned scales are less alike: up to a thousandth more bytes
+        target = self.cfg.artifact_bytes * (0.999 if self.cfg.tune_steps else 1)
+        coarser, before, best, found = 0.0, None, (), ()
+        if not target:
+            return [*quantize(self.cfg, self.runtime, state, hessians, gptaq), *fitted]
         # a scale that is twice as coarse takes about a bit off every weight
         slope = -sum(weight.numel() for weight in state.values()) / 8
         knobs = sorted({role.clip for role in ROLES.values()} - {""})
-        for _ in range(5 if target else 0):
+
+        def attempt(coarser: float, gptaq: Gptaq | None) -> tuple[int, list[Stored]]:
+            """Bytes with all clips times 2^coarser, and what is stored then."""
             clips = {name: 2**coarser * getattr(self.cfg, name) for name in knobs}
             cfg = dataclasses.replace(self.cfg, **clips)
-            stored = [*quantize(cfg, self.runtime, state, hessians), *fitted]
+            stored = [*quantize(cfg, self.runtime, state, hessians, gptaq), *fitted]
             blob = pack_stored(stored, cfg.compressor, model_identity(self.cfg)) if self.runtime.rank == 0 else b""
             size = int(self.runtime.broadcast_from_rank0(len(blob)))
             self.log(f"{size:,} bytes with clips times {2**coarser:.4f}, of ARTIFACT_BYTES={self.cfg.artifact_bytes:,}")
+            return size, stored
+
+        for _ in range(5):
+            size, stored = attempt(coarser, None)
             # the largest that fits, or else the smallest
             rank = (True, size) if size <= target else (False, -size)
             if rank > best:
-                best, found = rank, (cfg, stored)
+                best, found = rank, (coarser, stored)
             # full enough, or as large as it gets: the grids are as fine as their bits allow
             if 0.998 * target <= size <= target or (before is not None and size == before[1] < target):
                 break
@@ -7805,9 +7813,13 @@ class Run:
             before = coarser, size
             # the middle of what is near enough
             coarser += (0.999 * target - size) / slope
-        cfg, stored = found
-        if stored is None or gptaq:
-            return [*quantize(cfg, self.runtime, state, hessians, gptaq), *fitted]
+        coarser, stored = found
+        # other integers, other bytes: a little coarser if they are too many
+        for _ in range(3 if gptaq else 0):
+            size, stored = attempt(coarser, gptaq)
+            if size <= target:
+                break
+            coarser += (0.999 * target - size) / slope
         return stored
 
     def quantize(self) -> None:

@@ -1184,9 +1184,10 @@ def judge(bench: Bench, documents: int, probes: tuple[int, int]) -> Iterator[Che
         packed = pool.submit(lambda: list(packed_checks(candidate)))
         yield from asked("runs alone", runs(bench, stream, causal, probes))
         yield from reading.result()
-    yield from budget_checks(candidate)
-    yield from disk_checks(candidate)
-    yield from packed.result()
+        yield from budget_checks(candidate)
+        yield from disk_checks(candidate)
+        # inside: leaving takes back what has not begun
+        yield from packed.result()
     yield from claim_checks(candidate)
     made_by, own = candidate.result.get("source_sha256"), hashlib.sha256(candidate.source).hexdigest()
     if candidate.kind == "run" and made_by != own:

@@ -5,6 +5,7 @@ Most tests pack a small stand-in program with the interface of train_gpt.py, whi
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import json
@@ -18,9 +19,11 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import python_minifier
 import torch
 from conftest import ROOT, call, environment
 from hypothesis import given, settings
@@ -235,6 +238,20 @@ def test_what_only_talks_goes() -> None:
     exec(compile(small, "small", "exec"), space)
     assert (space["Config"].a, space["Config"].b) == ((3, ">= 1"), (0, "0|1"))
     assert space["help_text"]() == pack_artifact.NO_MANUAL and space["problems"]() == []
+
+
+def test_loops_share_no_name_with_what_their_function_reads_from_around() -> None:
+    """CPython 3.12.1 raises UnboundLocalError for this text as it is."""
+    text = (
+        "def outer(A,D,G):\n def inner(B,C):\n  E=[G[A]for A in B];F=[A[B]for B in B]\n"
+        "  return E,F,{A:(lambda A:A)(D[A])for A in B if A in D},[[C for C in A]for A in C],sorted(A)\n"
+        " A=A|{'c':7};return inner(['a'],['bc'])\n"
+    )
+    small = python_minifier.unparse(pack_artifact.OwnLoops().visit(ast.parse(text)))
+    assert small.count("for A in") == 0 and "for C in" not in small and "[A[" in small, small
+    space: dict[str, Any] = {}
+    exec(small, space)
+    assert space["outer"]({"a": 1}, {"a": 2}, {"a": 3}) == ([3], [1], {"a": 2}, [["b", "c"]], ["a", "c"])
 
 
 def test_sections_join_to_the_minified_source_and_keep_their_order() -> None:

@@ -356,13 +356,46 @@ def test_clips_are_searched_until_the_artifact_is_full(tmp_path: Path) -> None:
     assert lost[1] > lost[2] > lost[3]
 
 
+def random_text(cfg: train_gpt.Config, index: int) -> np.ndarray:
+    """A calibration batch of five short rows."""
+    return np.random.default_rng(index).integers(0, cfg.vocab_size, (5, 24))
+
+
+def test_a_full_artifact_by_asymmetric_calibration_fits_and_loses_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last round's integers are others; where they take too many bytes, clips are a little coarser once more."""
+
+    class Larger(train_gpt.Gptaq):
+        """Targets of the same variances that take more bytes: nothing has more entropy than a Gaussian."""
+
+        def targets(self, site: str, stored: Iterable[train_gpt.Stored], state: Tensors) -> tuple[Tensors, Tensors]:
+            generator = torch.Generator().manual_seed(0)
+            return {name: torch.randn(w.shape, generator=generator) * w.std() for name, w in state.items()}, {}
+
+    monkeypatch.setattr(train_gpt, "calibration_rows", random_text)
+    model, runtime = rules.build(SMALL, torch.float32).eval(), rules.runtime()
+    knobs = {"matrix_bits": 8, "embed_bits": 8, "artifact_bytes": 26_000, "gptq_calibration_batches": 4}
+    cfg = rules.model_config(SMALL, compressor="rans", fisher_scales=0.75, gptaq_batches=4, **knobs)
+    heldout, found = torch.from_numpy(random_text(cfg, 99)), train_gpt.collect_hessians(cfg, runtime, model)
+    lost, rounds = [], []
+    for gptaq in None, train_gpt.Gptaq(cfg, runtime, model), Larger(cfg, runtime, model):
+        lines: list[str] = []
+        run = SimpleNamespace(cfg=cfg, runtime=runtime, log=lines.append)
+        stored = train_gpt.Run.filled(run, dict(model.state_dict()), found, (), gptaq)
+        size = len(train_gpt.pack_stored(stored, "rans", train_gpt.model_identity(cfg)))
+        assert 25_600 <= size <= 26_000 and f"{size:,} bytes" in " ".join(lines[-1:] if gptaq else lines), lines
+        lost.append(divergence(model, heldout, train_gpt.dequantize(stored)))
+        rounds.append(len(lines))
+    assert lost[1] < 0.9 * lost[0], lost
+    assert rounds[0] + 1 <= rounds[1] and rounds[0] + 2 <= rounds[2] <= rounds[0] + 3, rounds
+
+
 @pytest.mark.parametrize("knobs", [{}, {"scale_step": 0.005}, {"awq_lite_enabled": True}])
 def test_tuning_comes_nearer_to_the_float_model_with_the_same_integers(
     knobs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def text(cfg: train_gpt.Config, index: int) -> np.ndarray:
         seen.append(index)
-        return np.random.default_rng(index).integers(0, cfg.vocab_size, (5, 24))
+        return random_text(cfg, index)
 
     seen: list[int] = []
     monkeypatch.setattr(train_gpt, "calibration_rows", text)
@@ -393,9 +426,6 @@ def test_tuning_comes_nearer_to_the_float_model_with_the_same_integers(
 
 
 def test_asymmetric_calibration_makes_up_for_what_was_rounded_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    def text(cfg: train_gpt.Config, index: int) -> np.ndarray:
-        return np.random.default_rng(index).integers(0, cfg.vocab_size, (5, 24))
-
     class Inputs:
         """What the matrices at a site read, pass by pass."""
 
@@ -406,14 +436,14 @@ def test_asymmetric_calibration_makes_up_for_what_was_rounded_before(monkeypatch
             self.found[site.layer].append(x.detach().flatten(0, -2))
             return y
 
-    monkeypatch.setattr(train_gpt, "calibration_rows", text)
+    monkeypatch.setattr(train_gpt, "calibration_rows", random_text)
     monkeypatch.setattr(train_gpt, "FISHER_TOKENS", 50)  # three passes a batch
     model, runtime = rules.build(SMALL, torch.float32).eval(), rules.runtime()
     cfg = rules.model_config(SMALL, matrix_bits=4, embed_bits=5, gptaq_batches=3, gptq_calibration_batches=3)
     state, tap, own = dict(model.state_dict()), train_gpt.HessianTap(), {}
     # attention inside each row, as the program bounds them
     batches = []
-    for rows in map(functools.partial(text, cfg), range(3)):
+    for rows in map(functools.partial(random_text, cfg), range(3)):
         batch = train_gpt.Batch(rows, rows, train_gpt.row_bounds(cfg, rows))
         ids, _, meta = train_gpt.on_device(model, batch, runtime, cfg.train_seq_len)
         batches.append((ids, meta))

@@ -28,9 +28,9 @@ MAX_UNDOCUMENTED_LINES = 6
 # records of ours fitted into 50,000. Checks of what the program reads took 2,000, the sixth system with its schedules,
 # hints, mask and budget 4,700, quantisation by sensitivity 1,600, checkpoints 1,500, what sets rows apart for the coder
 # 200, kernels for the heads of attention and an optimiser in one CUDA graph 3,100, tuning what is quantised 850,
-# calibration that goes on while rounding 780; a reading of the whole took 1,400 out and put 500 in for what it found.
+# calibration that goes on while rounding 850; a reading of the whole took 1,400 out and put 500 in for what it found.
 # A new system brings its own room
-MAX_TOKENS = 64_100
+MAX_TOKENS = 64_150
 MAX_PER_LINE = 12.0  # tokens, on average over the program's lines of code
 MAX_PER_LINE_OF_A_FUNCTION, MIN_LINES = 18.0, 6  # in shorter functions the signature alone has twenty tokens
 MIN_COMMENTS = 0.06  # of the program's lines
