@@ -243,15 +243,15 @@ def test_what_only_talks_goes() -> None:
 def test_loops_share_no_name_with_what_their_function_reads_from_around() -> None:
     """CPython 3.12.1 raises UnboundLocalError for this text as it is."""
     text = (
-        "def outer(A,D,G):\n def inner(B,C):\n  E=[G[A]for A in B];F=[A[B]for B in B]\n"
-        "  return E,F,{A:(lambda A:A)(D[A])for A in B if A in D},[[C for C in A]for A in C],sorted(A)\n"
-        " A=A|{'c':7};return inner(['a'],['bc'])\n"
+        "def outer(B,C,D):\n A=B|{}\n def inner(B,C):\n  E=[D[A]for A in B];F=[A[B]for B in B]\n"
+        "  return E,F,[D[A]if A in D else 0 for A in B],{A:(lambda A:A)(D[A])for A in B},[[C for C in A]for A in C]\n"
+        " return inner(['a'],['bc'])\n"
     )
     small = python_minifier.unparse(pack_artifact.OwnLoops().visit(ast.parse(text)))
     assert small.count("for A in") == 0 and "for C in" not in small and "[A[" in small, small
     space: dict[str, Any] = {}
     exec(small, space)
-    assert space["outer"]({"a": 1}, {"a": 2}, {"a": 3}) == ([3], [1], {"a": 2}, [["b", "c"]], ["a", "c"])
+    assert space["outer"]({"a": 1}, {}, {"a": 3}) == ([3], [1], [3], {"a": 3}, [["b", "c"]])
 
 
 def test_sections_join_to_the_minified_source_and_keep_their_order() -> None:
