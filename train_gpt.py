@@ -3040,9 +3040,9 @@ ROLES = {  # the tap at a matrix of a block has the name of its role
     "q": Role(orthogonal, 0.0, *ATTN, "q", "q"),
     "k": Role(orthogonal, 0.0, *ATTN, "q", "k"),  # q, k and v read the same input
     "v": Role(orthogonal, 0.0, *ATTN, "q", "v"),
-    "o": Role(constant, 0.0, *ATTN, "o", "o"),
     "qkv": Role(orthogonal, 0.0, *ATTN, "qkv"),
     "delta_z": Role(orthogonal, 0.0, *ATTN, "qkv"),
+    "o": Role(constant, 0.0, *ATTN, "o", "o"),
     "up": Role(orthogonal, 0.0, *MLP_MATRIX, "up", "up"),
     "down": Role(constant, 0.0, *MLP_MATRIX, "down", "down"),
     "delta_ba": Role(uniform, 0.0, *MUON, ttt_lr_mult="gdn_ttt_lr_mult"),

@@ -16,7 +16,7 @@ import golden_rules as rules
 import numpy as np
 import pytest
 import torch
-from conftest import Done, same_stored
+from conftest import TINY, Done, same_stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -479,6 +479,29 @@ def test_asymmetric_calibration_makes_up_for_what_was_rounded_before(monkeypatch
     assert {t.name for t in plain} - same == {t.name for t in plain if t.role in ("q", "k", "v", "o", "up", "down")}
     losses = [divergence(model, batches[0][0], train_gpt.dequantize(tensors)) for tensors in (plain, after)]
     assert losses[1] < 0.9 * losses[0], losses
+
+
+def test_stages_of_rounding_follow_what_feeds_what() -> None:
+    class Stages:
+        """In Gptaq's place: notes what is asked, and changes nothing."""
+
+        def targets(self, site: str, stored: Iterable[train_gpt.Stored], state: Tensors) -> tuple[Tensors, Tensors]:
+            seen.append((site, {roles[name].role for name in state}, len(list(stored))))
+            return {}, {}
+
+    seen: list[tuple[str, set[str], int]] = []
+    cfg = train_gpt.load_config({**TINY, "MIXERS": "G A*2 G", "NUM_LAYERS": "4", "GDN_HEAD_DIM": "16"})
+    roles, generator = train_gpt.weights_of(cfg), torch.Generator().manual_seed(0)
+    state = {name: torch.randn(p.shape, generator=generator) for name, p in roles.items()}
+    hessians = {name: torch.eye(w.size(1)) for name, w in state.items() if train_gpt.ROLES[roles[name].role].hessian}
+    plain, staged = (train_gpt.quantize(cfg, rules.runtime(), state, hessians, by) for by in (None, Stages()))
+    assert same_stored(plain, staged)
+    attention, deltas = {"q", "k", "v"}, {"qkv", "delta_z"}
+    wanted = [("q", attention), ("qkv", deltas), ("o", {"o"}), ("up", {"up"}), ("down", {"down"})]
+    assert [(site, kinds) for site, kinds, _ in seen] == wanted
+    counts = [count for *_, count in seen]
+    # each is asked with all that is rounded so far, at first the embedding and what is not rounded by GPTQ
+    assert counts == sorted(set(counts)) and counts[0] == len(state) - len(hessians) + 1
 
 
 def test_two_ranks_find_the_same_sensitivities_and_store_the_same(run_gpt: Callable[..., Done]) -> None:
